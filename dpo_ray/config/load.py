@@ -1,0 +1,205 @@
+"""Reading the configuration: YAML, dotted overrides, and errors that name the key.
+
+Three layers, later ones win: the defaults of the schema, the YAML file, ``key=value`` arguments. A value on the
+command line is read as YAML, so ``optim.lr=1e-6``, ``data.eval=[a.jsonl,b.jsonl]`` and ``loss.args={label_smoothing: 0.1}``
+all mean what they say.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticUndefined
+
+from dpo_ray.config.schema import Config, Section
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message names each key, what was found and what is accepted."""
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The configuration in a YAML file, with dotted overrides applied.
+
+    Raises:
+        ConfigError: the file is missing or is not YAML, or a key or value is not accepted.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: holds a {type(tree).__name__}; a configuration is a mapping of sections")
+    return _validate(_merge(tree, overrides or {}), source=str(path))
+
+
+def override(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """``config`` with dotted overrides applied, validated again in full."""
+    return _validate(_merge(config.model_dump(mode="json"), overrides), source="overrides")
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """``["optim.lr=1e-6"]`` as a mapping of dotted keys to values.
+
+    Raises:
+        ConfigError: an argument has no ``=``, or its value is not YAML.
+    """
+    overrides = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{argument!r} is not an override; write key=value, for example optim.lr=1e-6")
+        try:
+            overrides[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{key}: {text!r} is not valid YAML: {error}") from None
+    return overrides
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Write the resolved tree as YAML that ``load_config`` reads back to an equal tree."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+def config_from_argv(usage: str, argv: Sequence[str] | None = None) -> Config:
+    """The configuration a command line describes: ``CONFIG.yaml [key=value ...]``.
+
+    Prints every key for ``--help``. Ends the process with exit code 2 and a message when the configuration cannot be used.
+
+    Args:
+        usage: the command's own description, printed above the keys.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or any(a in ("-h", "--help") for a in arguments):
+        print(f"{usage.strip()}\n\nKeys (key: type = default):\n\n{help_text()}")
+        raise SystemExit(0 if arguments else 2)
+    try:
+        return load_config(arguments[0], parse_overrides(arguments[1:]))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def help_text() -> str:
+    """Every dotted key with its type, default and meaning."""
+    lines = []
+    for key, kind, default, meaning in _leaves(Config, ""):
+        lines.append(f"{key}: {kind}{default}")
+        lines.append("    " + " ".join(meaning.split()))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------- merging and messages
+
+
+def _merge(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    merged = _copy(tree)
+    for dotted, value in overrides.items():
+        node = merged
+        *parents, leaf = dotted.split(".")
+        for depth, part in enumerate(parents):
+            child = node.get(part)
+            if child is None:
+                child = node[part] = {}
+            if not isinstance(child, dict):
+                taken = ".".join(parents[: depth + 1])
+                raise ConfigError(f"{dotted}: {taken} holds {child!r}, which has no keys below it{_nearest(dotted)}")
+            node = child
+        node[leaf] = value
+    return merged
+
+
+def _copy(tree: Any) -> Any:
+    return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def _validate(tree: Mapping[str, Any], source: str) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(e) for e in error.errors()]
+        raise ConfigError(f"{source}: " + f"\n       {source}: ".join(problems)) from None
+
+
+def _explain(error: Any) -> str:
+    dotted = ".".join(str(part) for part in error["loc"])
+    match error["type"]:
+        case "extra_forbidden":
+            return f"{dotted}: no such key{_nearest(dotted)}"
+        case "missing":
+            return f"{dotted}: is required and has no default"
+        case "value_error":
+            return f"{dotted}: {error['ctx']['error']}" if dotted else str(error["ctx"]["error"])
+        case _:
+            accepted = error["msg"][0].lower() + error["msg"][1:]
+            return f"{dotted}: found {error['input']!r}; {accepted}"
+
+
+def _nearest(dotted: str) -> str:
+    keys = [key for key, *_ in _leaves(Config, "")]
+    keys += sorted({key.rpartition(".")[0] for key in keys if "." in key})
+    close = get_close_matches(dotted, keys, n=1, cutoff=0.5)
+    if not close:
+        leaf = dotted.rpartition(".")[2]
+        close = [key for key in keys if key.rpartition(".")[2] == leaf][:1]
+    return f"; did you mean {close[0]}?" if close else "; --help lists every key"
+
+
+def _leaves(section: type[Section], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    for name, field in section.model_fields.items():
+        below = _section_of(field.annotation)
+        if below is not None:
+            yield from _leaves(below, f"{prefix}{name}.")
+            continue
+        default = " (required)" if field.is_required() else f" = {_show(field.get_default(call_default_factory=True))}"
+        yield f"{prefix}{name}", _type_name(field.annotation, field.metadata), default, field.description or ""
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate  # type: ignore[return-value]
+    return None
+
+
+def _type_name(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    origin, args = get_origin(annotation), get_args(annotation)
+    if annotation in (None, NoneType):
+        name = "null"
+    elif origin is Literal:
+        name = " | ".join(str(a) for a in args)
+    elif origin in (Union, UnionType):
+        name = " | ".join(_type_name(a, a.__metadata__ if hasattr(a, "__metadata__") else ()) for a in args)
+    elif origin is tuple:
+        name = "list of " + _type_name(args[0])
+    elif origin is dict:
+        name = "mapping"
+    else:
+        name = getattr(annotation, "__name__", str(annotation))
+    bounds = [
+        f"{sign} {bound:g}"
+        for item in metadata
+        for attribute, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+        if (bound := getattr(item, attribute, None)) is not None
+    ]
+    return f"{name} ({', '.join(bounds)})" if bounds else name
+
+
+def _show(value: Any) -> str:
+    if value is PydanticUndefined:
+        return "(required)"
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "[" + ", ".join(map(str, value)) + "]" if isinstance(value, tuple) else str(value)

@@ -1,0 +1,288 @@
+"""The configuration: one frozen tree of sections, each field with its default, bounds and meaning.
+
+Defaults exist only here. The text under a field is its documentation: ``--help`` prints it.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A part of the tree: immutable, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str | dict) else value
+
+
+Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+"""One path or a list of paths."""
+
+
+class Component(Section):
+    """A replaceable part."""
+
+    use: str
+    """Built-in name, or import path package.module:attribute."""
+    args: dict[str, Any] = {}
+    """Keyword arguments the part is built with."""
+
+
+class RunConfig(Section):
+    """What the run is called, how long it lasts, what it keeps."""
+
+    dir: str = "runs"
+    """Folder that holds run directories: a local path or a mount shared by all nodes."""
+    name: str = "dpo"
+    """Name of this run; the same name resumes it."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of the data order, the sampling and everything else drawn at random."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps; overrides epochs. Offline only: an online run lasts online.rounds."""
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the training pairs."""
+    save_every: int | None = Field(100, ge=1)
+    """Steps between checkpoints offline, rounds online; null saves none."""
+    eval_every: int | None = Field(50, ge=1)
+    """Steps between evaluations offline, rounds online; null evaluates at the start and the end only."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many checkpoints stay on disk."""
+    export: bool = True
+    """Write the final policy as a Hugging Face directory, policy/."""
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return Path(self.dir) / self.name
+
+    @model_validator(mode="after")
+    def _local(self) -> Self:
+        if "://" in self.dir:
+            raise ValueError(f"run.dir is {self.dir!r}: object stores are not supported yet; give a path that all nodes mount")
+        if not self.name or "/" in self.name or self.name in (".", ".."):
+            raise ValueError(f"run.name is {self.name!r}: it must be a plain folder name")
+        return self
+
+
+class ModelConfig(Section):
+    """The policy."""
+
+    path: str
+    """Hub id or directory of a Hugging Face causal language model."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Compute dtype. Master weights, gradient reduction and log-probabilities are float32 always."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """Attention kernel; auto takes sdpa."""
+    chat_template: str | None = None
+    """Path of a Jinja chat template that replaces the tokenizer's own; needed for models without one."""
+    lora: None = None
+    """Low-rank adapters; not available yet, leave null."""
+
+
+class ReferenceConfig(Section):
+    """The model that the policy is held close to."""
+
+    kind: Literal["auto", "cached", "live", "none"] = "auto"
+    """cached: scored once by the untrained policy and stored. live: a frozen sharded copy. none: for reference-free losses.
+    auto: cached offline and with refresh: round, live online otherwise."""
+    refresh: Literal["never", "round"] = "never"
+    """round: online, the policy at the start of each round is that round's reference."""
+    cache_dir: str | None = None
+    """Folder of the reference cache, shared by all runs; null puts it beside the user's other caches."""
+
+
+class DataConfig(Section):
+    """Preference pairs."""
+
+    train: Paths = ()
+    """Files of pairs (JSON, JSONL, Parquet, Arrow) or hub datasets (name, or name:split)."""
+    eval: Paths = ()
+    """Held-out pairs; empty evaluates nothing offline."""
+    max_prompt_tokens: int | None = Field(1024, ge=1)
+    """Longer prompts are dropped and counted; null sets no limit."""
+    max_completion_tokens: int | None = Field(1024, ge=1)
+    """Longer completions are cut at their end and counted; null sets no limit."""
+    limit: int | None = Field(None, ge=1)
+    """Use only the first so many records of the training files."""
+    shuffle: bool = True
+    """Draw a new order each epoch; false keeps the order of the files."""
+    strict: bool = False
+    """Any dropped record is an error."""
+
+
+class LossConfig(Component):
+    """The preference loss."""
+
+    use: str = "sigmoid"
+    """Loss name (dpo_ray.objective.losses.LOSSES) or import path."""
+    beta: float = Field(0.1, gt=0)
+    """Strength of the pull toward the reference policy; typical range 0.01 to 0.5."""
+
+
+class OptimConfig(Section):
+    """Optimizer, schedule and batch."""
+
+    lr: float = Field(1e-6, gt=0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Course of the learning rate after the warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of matrices; norms and biases have none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's averaging constants."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's denominator offset."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+    pairs_per_step: int = Field(32, ge=1)
+    """Pairs in one optimizer step over all workers."""
+    tokens_per_micro_batch: int = Field(4096, ge=1)
+    """Most tokens, padding included, one worker runs at a time; a longer single pair runs alone."""
+    layout: Literal["shared", "plain"] = "shared"
+    """shared: a pair is one row and its prompt runs once. plain: chosen and rejected are rows of their own."""
+
+
+class ShardConfig(Section):
+    """How the model is laid over the workers."""
+
+    replicate: int = Field(1, ge=1)
+    """Replicas of the sharded model (HSDP); must divide cluster.train_workers."""
+    tensor_parallel: Literal[1] = 1
+    """Tensor parallelism; only 1 is available yet."""
+    reshard_after_forward: bool = True
+    """Free a layer's gathered weights after its forward; false keeps them until the step ends: faster, more memory."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass instead of storing its activations."""
+    cpu_offload: bool = False
+    """Keep shards and optimizer state in host memory; GPUs only."""
+    compile: bool = False
+    """Compile each decoder layer with torch.compile."""
+
+
+class ClusterConfig(Section):
+    """What the run takes of the cluster. GPUs are used when the cluster has them."""
+
+    train_workers: int = Field(1, ge=1)
+    """Training workers; one GPU each when the cluster has GPUs."""
+    cpus_per_worker: int = Field(1, ge=1)
+    """CPUs, and torch threads on a CPU cluster, of one training worker."""
+    rollout_engines: int = Field(1, ge=1)
+    """vLLM engines, online only."""
+    gpus_per_engine: int = Field(1, ge=0)
+    """Tensor-parallel GPUs of one engine; ignored on a cluster without GPUs."""
+    cpus_per_engine: int = Field(1, ge=1)
+    """CPUs of one engine; its threads on a CPU cluster."""
+    max_restarts: int = Field(3, ge=0)
+    """How often failed training workers are restarted from the last checkpoint before the run fails."""
+    start_timeout_s: float = Field(300.0, gt=0)
+    """Longest wait for workers and engines to start."""
+
+
+class SamplingConfig(Section):
+    """How engines write candidates."""
+
+    temperature: float = Field(1.0, ge=0)
+    """Sampling temperature; 0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus mass."""
+    top_k: int = Field(0, ge=0)
+    """Most likely tokens kept; 0 keeps all."""
+    max_tokens: int = Field(256, ge=1)
+    """Longest completion, in tokens."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion besides the model's end of turn."""
+
+
+class EngineConfig(Section):
+    """vLLM's own settings."""
+
+    max_model_len: int | None = Field(None, ge=1)
+    """Longest prompt plus completion; null takes data.max_prompt_tokens + online.sampling.max_tokens."""
+    kv_cache_gib: float = Field(1.0, gt=0)
+    """Key-value cache of one engine on a CPU, in GiB."""
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    """Share of each GPU that vLLM takes."""
+    enforce_eager: bool = True
+    """Run without compilation and CUDA graphs: starts sooner, generates slower."""
+    args: dict[str, Any] = {}
+    """Further arguments of vllm.LLM."""
+
+
+class OnlineConfig(Section):
+    """Rounds of generate, judge, select, train."""
+
+    prompts: Paths
+    """Prompts to write candidates for: files or hub datasets with a prompt (or messages) field."""
+    eval_prompts: Paths = ()
+    """Held-out prompts; the judge scores completions of them before, during and after the run."""
+    rounds: int = Field(10, ge=1)
+    """Rounds of the run."""
+    prompts_per_round: int = Field(256, ge=1)
+    """Prompts a round writes candidates for."""
+    epochs_per_round: int = Field(1, ge=1)
+    """Passes over a round's pairs."""
+    candidates: int = Field(4, ge=2)
+    """Completions sampled for each prompt."""
+    sampling: SamplingConfig = SamplingConfig()
+    engine: EngineConfig = EngineConfig()
+    max_lag: int = Field(0, ge=0)
+    """Rounds that generation may run ahead of training; 0 is on-policy."""
+    judge: Component = Component(use="length")
+    """Scores completions; dpo_ray.rollout.judges.JUDGES or import path."""
+    select: Component = Component(use="best_vs_worst")
+    """Picks chosen and rejected; dpo_ray.rollout.selectors.SELECTORS or import path."""
+    sync: Component = Component(use="object_store")
+    """Moves weights to the engines; dpo_ray.sync.TRANSPORTS or import path."""
+    generate_timeout_s: float = Field(1800.0, gt=0)
+    """Longest wait for a round's candidates."""
+    judge_timeout_s: float = Field(600.0, gt=0)
+    """Longest wait for a round's scores."""
+    sync_timeout_s: float = Field(600.0, gt=0)
+    """Longest wait for one push of weights."""
+    probe_tolerance: float = Field(0.05, gt=0)
+    """Largest mean difference, in nats a token, between trainer and engine log-probabilities after a push."""
+
+
+class Config(Section):
+    """A run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    reference: ReferenceConfig = ReferenceConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    shard: ShardConfig = ShardConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    online: OnlineConfig | None = None
+    """Absent: training on a fixed preference set."""
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        if self.cluster.train_workers % self.shard.replicate:
+            raise ValueError(
+                f"shard.replicate ({self.shard.replicate}) must divide cluster.train_workers ({self.cluster.train_workers})"
+            )
+        if self.reference.refresh == "round" and self.online is None:
+            raise ValueError("reference.refresh: round needs rounds; it is for online runs (give an online section)")
+        if self.reference.refresh == "round" and self.reference.kind == "live":
+            raise ValueError("reference.refresh: round scores with the policy itself; set reference.kind to auto or cached")
+        if self.online is not None and self.reference.refresh == "never" and self.reference.kind == "cached":
+            raise ValueError(
+                "reference.kind: cached cannot score fresh pairs with the untrained policy once it has been trained; "
+                "set reference.kind: live (or auto), or reference.refresh: round"
+            )
+        return self
+
+    @property
+    def reference_kind(self) -> Literal["cached", "live", "none"]:
+        """``reference.kind`` with auto decided."""
+        if self.reference.kind != "auto":
+            return self.reference.kind
+        return "cached" if self.online is None or self.reference.refresh == "round" else "live"

