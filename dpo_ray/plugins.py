@@ -27,7 +27,7 @@ def resolve(use: str, registry: Mapping[str, Any], kind: str) -> Any:
         return registry[use]
     if ":" not in use:
         close = get_close_matches(use, registry, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = f"; did you mean {close[0]!r}?" if close else "."
         raise ValueError(
             f"no {kind} is called {use!r}{hint} Built in: {', '.join(sorted(registry))}; "
             "or give an import path, package.module:attribute"
@@ -47,8 +47,10 @@ def check_arguments(function: Callable[..., Any], args: Mapping[str, Any], use: 
     """Refuse keyword arguments that ``function`` does not take.
 
     Raises:
-        ValueError: names the argument and prints the signature.
+        ValueError: names the argument and prints the signature; or ``function`` cannot be called at all.
     """
+    if not callable(function):
+        raise ValueError(f"{kind} {use!r} is a {type(function).__name__}; it must be a function or a class")
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -61,9 +63,21 @@ def check_arguments(function: Callable[..., Any], args: Mapping[str, Any], use: 
 
 
 def bind(use: str, args: Mapping[str, Any], registry: Mapping[str, Any], kind: str) -> Callable[..., Any]:
-    """The function that ``use`` names, with ``args`` bound: for losses and selectors."""
+    """The function that ``use`` names, with ``args`` bound: for losses and selectors.
+
+    Raises:
+        ValueError: the name is unknown, an argument is not taken, or one that only ``args`` can give is missing.
+    """
     function = resolve(use, registry, kind)
     check_arguments(function, args, use, kind)
+    signature = inspect.signature(function)
+    for parameter in signature.parameters.values():
+        if (
+            parameter.kind is parameter.KEYWORD_ONLY
+            and parameter.default is parameter.empty
+            and parameter.name not in args
+        ):
+            raise ValueError(f"{kind} {use!r} needs the argument {parameter.name!r}; its signature is {use}{signature}")
     return partial(function, **args)
 
 
@@ -72,9 +86,16 @@ def build(use: str, args: Mapping[str, Any], registry: Mapping[str, Any], kind: 
 
     Args:
         runtime: arguments the system supplies; passed only where the signature takes them.
+
+    Raises:
+        ValueError: the name is unknown, or an argument is not taken or is missing.
     """
     factory = resolve(use, registry, kind)
     check_arguments(factory, args, use, kind)
-    parameters = inspect.signature(factory).parameters
-    supplied = {name: value for name, value in runtime.items() if name in parameters}
-    return factory(**{**supplied, **args})
+    signature = inspect.signature(factory)
+    arguments = {name: value for name, value in runtime.items() if name in signature.parameters} | dict(args)
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{kind} {use!r}: {error}; its signature is {use}{signature}") from None
+    return factory(**arguments)

@@ -1,4 +1,4 @@
-"""The configuration tree and how it is read. Imports neither torch nor Ray: a typo is answered in well under a second."""
+"""The configuration tree and how it is read. Imports neither torch nor Ray: a typo is answered within a second."""
 
 from dpo_ray.config.load import config_from_argv, load_config, override, parse_overrides, write_config
 from dpo_ray.config.schema import Component, Config

@@ -1,10 +1,11 @@
 """Reading the configuration: YAML, dotted overrides, and errors that name the key.
 
-Three layers, later ones win: the defaults of the schema, the YAML file, ``key=value`` arguments. A value on the
-command line is read as YAML, so ``optim.lr=1e-6``, ``data.eval=[a.jsonl,b.jsonl]`` and ``loss.args={label_smoothing: 0.1}``
-all mean what they say.
+Three layers, later ones win: the defaults of the schema, the YAML file, ``key=value`` arguments. A value on the command
+line is read as YAML, so ``optim.lr=1e-6``, ``data.eval=[a.jsonl,b.jsonl]`` and ``loss.args={label_smoothing: 0.1}`` all
+mean what they say.
 """
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -35,7 +36,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     try:
-        tree = yaml.safe_load(text) or {}
+        tree = yaml.load(text, _Loader) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -60,7 +61,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             raise ConfigError(f"{argument!r} is not an override; write key=value, for example optim.lr=1e-6")
         try:
-            overrides[key] = yaml.safe_load(text)
+            overrides[key] = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise ConfigError(f"{key}: {text!r} is not valid YAML: {error}") from None
     return overrides
@@ -68,13 +69,15 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 def write_config(config: Config, path: Path) -> None:
     """Write the resolved tree as YAML that ``load_config`` reads back to an equal tree."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    text = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def config_from_argv(usage: str, argv: Sequence[str] | None = None) -> Config:
     """The configuration a command line describes: ``CONFIG.yaml [key=value ...]``.
 
-    Prints every key for ``--help``. Ends the process with exit code 2 and a message when the configuration cannot be used.
+    Prints every key for ``--help``. Ends the process with exit code 2 and a message when the configuration cannot be
+    used.
 
     Args:
         usage: the command's own description, printed above the keys.
@@ -99,6 +102,21 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
+# ---------------------------------------------------------------------------------------------------------------- YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-6 as a number; YAML 1.1 wants 1.0e-6, and component arguments have no schema that would convert it."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that ``_Loader`` would read as a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+
+
 # ---------------------------------------------------------------------------------------------- merging and messages
 
 
@@ -115,7 +133,7 @@ def _merge(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
                 taken = ".".join(parents[: depth + 1])
                 raise ConfigError(f"{dotted}: {taken} holds {child!r}, which has no keys below it{_nearest(dotted)}")
             node = child
-        node[leaf] = value
+        node[leaf] = _copy(value)
     return merged
 
 
@@ -138,21 +156,25 @@ def _explain(error: Any) -> str:
             return f"{dotted}: no such key{_nearest(dotted)}"
         case "missing":
             return f"{dotted}: is required and has no default"
+        case "model_type" | "dict_type":
+            return f"{dotted}: found {error['input']!r}; it takes a mapping of keys to values"
         case "value_error":
-            return f"{dotted}: {error['ctx']['error']}" if dotted else str(error["ctx"]["error"])
+            return str(error["ctx"]["error"])  # checks over several fields name their keys themselves
         case _:
-            accepted = error["msg"][0].lower() + error["msg"][1:]
+            accepted = (error["msg"][0].lower() + error["msg"][1:]).replace("None", "null")
             return f"{dotted}: found {error['input']!r}; {accepted}"
 
 
 def _nearest(dotted: str) -> str:
     keys = [key for key, *_ in _leaves(Config, "")]
     keys += sorted({key.rpartition(".")[0] for key in keys if "." in key})
-    close = get_close_matches(dotted, keys, n=1, cutoff=0.5)
-    if not close:
-        leaf = dotted.rpartition(".")[2]
-        close = [key for key in keys if key.rpartition(".")[2] == leaf][:1]
-    return f"; did you mean {close[0]}?" if close else "; --help lists every key"
+    section, _, leaf = dotted.rpartition(".")
+    close = get_close_matches(dotted, keys, n=1, cutoff=0.7)
+    close += [key for key in keys if key.rpartition(".")[2] == leaf]
+    if close:
+        return f"; did you mean {close[0]}?"
+    beside = [key.rpartition(".")[2] for key in keys if section and key.rpartition(".")[0] == section]
+    return f"; {section} has the keys {', '.join(beside)}" if beside else "; --help lists every key"
 
 
 def _leaves(section: type[Section], prefix: str) -> Iterator[tuple[str, str, str, str]]:

@@ -12,7 +12,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 class Section(BaseModel):
     """A part of the tree: immutable, and closed to unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 def _as_tuple(value: Any) -> Any:
@@ -62,7 +64,9 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _local(self) -> Self:
         if "://" in self.dir:
-            raise ValueError(f"run.dir is {self.dir!r}: object stores are not supported yet; give a path that all nodes mount")
+            raise ValueError(
+                f"run.dir is {self.dir!r}: object stores are not supported yet; give a path that all nodes mount"
+            )
         if not self.name or "/" in self.name or self.name in (".", ".."):
             raise ValueError(f"run.name is {self.name!r}: it must be a plain folder name")
         return self
@@ -87,12 +91,17 @@ class ReferenceConfig(Section):
     """The model that the policy is held close to."""
 
     kind: Literal["auto", "cached", "live", "none"] = "auto"
-    """cached: scored once by the untrained policy and stored. live: a frozen sharded copy. none: for reference-free losses.
-    auto: cached offline and with refresh: round, live online otherwise."""
+    """cached: scored once by the untrained policy and stored. live: a frozen sharded copy. none: for reference-free
+    losses. auto: cached offline and with refresh: round, live online otherwise."""
     refresh: Literal["never", "round"] = "never"
     """round: online, the policy at the start of each round is that round's reference."""
     cache_dir: str | None = None
-    """Folder of the reference cache, shared by all runs; null puts it beside the user's other caches."""
+    """Folder of the reference cache and of tokenised data, shared by all runs; null puts it beside the user's other caches."""
+
+    @property
+    def cache_path(self) -> Path:
+        """The cache folder."""
+        return Path(self.cache_dir).expanduser() if self.cache_dir else Path.home() / ".cache" / "dpo_ray"
 
 
 class DataConfig(Section):
@@ -214,6 +223,27 @@ class EngineConfig(Section):
     """Further arguments of vllm.LLM."""
 
 
+class JudgeConfig(Component):
+    """What scores completions."""
+
+    use: str = "length"
+    """Judge name (dpo_ray.rollout.judges.JUDGES) or import path."""
+
+
+class SelectConfig(Component):
+    """What picks chosen and rejected."""
+
+    use: str = "best_vs_worst"
+    """Selector name (dpo_ray.rollout.selectors.SELECTORS) or import path."""
+
+
+class SyncConfig(Component):
+    """What moves weights to the engines."""
+
+    use: str = "object_store"
+    """Transport name (dpo_ray.sync.TRANSPORTS) or import path."""
+
+
 class OnlineConfig(Section):
     """Rounds of generate, judge, select, train."""
 
@@ -233,12 +263,11 @@ class OnlineConfig(Section):
     engine: EngineConfig = EngineConfig()
     max_lag: int = Field(0, ge=0)
     """Rounds that generation may run ahead of training; 0 is on-policy."""
-    judge: Component = Component(use="length")
-    """Scores completions; dpo_ray.rollout.judges.JUDGES or import path."""
-    select: Component = Component(use="best_vs_worst")
-    """Picks chosen and rejected; dpo_ray.rollout.selectors.SELECTORS or import path."""
-    sync: Component = Component(use="object_store")
-    """Moves weights to the engines; dpo_ray.sync.TRANSPORTS or import path."""
+    judge: JudgeConfig = JudgeConfig()
+    select: SelectConfig = SelectConfig()
+    sync: SyncConfig = SyncConfig()
+    kl_samples: int = Field(32, ge=1)
+    """Completions of a round on which the policy's divergence from the reference is measured."""
     generate_timeout_s: float = Field(1800.0, gt=0)
     """Longest wait for a round's candidates."""
     judge_timeout_s: float = Field(600.0, gt=0)
@@ -267,12 +296,15 @@ class Config(Section):
     def _sections_agree(self) -> Self:
         if self.cluster.train_workers % self.shard.replicate:
             raise ValueError(
-                f"shard.replicate ({self.shard.replicate}) must divide cluster.train_workers ({self.cluster.train_workers})"
+                f"shard.replicate ({self.shard.replicate}) must divide "
+                f"cluster.train_workers ({self.cluster.train_workers})"
             )
         if self.reference.refresh == "round" and self.online is None:
             raise ValueError("reference.refresh: round needs rounds; it is for online runs (give an online section)")
         if self.reference.refresh == "round" and self.reference.kind == "live":
-            raise ValueError("reference.refresh: round scores with the policy itself; set reference.kind to auto or cached")
+            raise ValueError(
+                "reference.refresh: round scores with the policy itself; set reference.kind to auto or cached"
+            )
         if self.online is not None and self.reference.refresh == "never" and self.reference.kind == "cached":
             raise ValueError(
                 "reference.kind: cached cannot score fresh pairs with the untrained policy once it has been trained; "

@@ -1,0 +1,28 @@
+"""How a command ends: with an exit code and one clear message, whatever happened."""
+
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from dpo_ray.launch.workers import TrainingFailed
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+
+def run_command(command: Callable[..., Any], *arguments: Any) -> None:
+    """Call ``command``; bad input exits with 2, a failed run with 1, an interrupted one with 130."""
+    try:
+        command(*arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(BAD_INPUT) from None
+    except TrainingFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(FAILED) from None
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    except Exception:
+        traceback.print_exc()
+        raise SystemExit(FAILED) from None

@@ -1,0 +1,69 @@
+"""The end of a run: its report, a short table, completions side by side, and where everything lies."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dpo_ray.config import Config
+
+
+def tell_end(config: Config, console: Console, *, seconds: float) -> None:
+    """Write report.html and print what a person wants to know first."""
+    # Imported late: matplotlib has no place in the workers, which import this package's siblings.
+    from dpo_ray.evaluate.health import diagnose
+    from dpo_ray.evaluate.report import comparisons, read_run, summary, write_report
+
+    run_dir = config.run.path
+    report = write_report(run_dir)
+    record = read_run(run_dir)
+    _print_figures(console, summary(record), seconds)
+    _print_comparisons(console, comparisons(record, n=3))
+    for finding in diagnose(record):
+        if finding.level != "ok":
+            console.print(f"{finding.level}: {finding.title}. {finding.text}", highlight=False, markup=False)
+    _print_places(console, config, report)
+
+
+def _print_figures(console: Console, figures: object, seconds: float) -> None:
+    def show(name: str, form: str = "{:.3f}") -> str:
+        value = getattr(figures, name)
+        return "-" if value is None else form.format(value)
+
+    table = Table(title="Result", title_justify="left", show_header=False, box=None, padding=(0, 2))
+    if figures.score_after is not None:
+        table.add_row("judge score, held-out prompts", f"{show('score_before', '{:+.3f}')} -> {show('score_after', '{:+.3f}')}")
+        table.add_row("completion length, tokens", f"{show('tokens_before', '{:.1f}')} -> {show('tokens_after', '{:.1f}')}")
+    if figures.kl is not None:
+        table.add_row("KL to the reference", f"{show('kl', '{:.1f}')} nats a sequence")
+    table.add_row("training", f"{show('pairs_per_s', '{:.2f}')} pairs/s, {show('tokens_per_s', '{:.0f}')} tokens/s")
+    minutes, rest = divmod(int(seconds), 60)
+    table.add_row("wall time", f"{minutes} min {rest} s")
+    console.print(table)
+
+
+def _print_comparisons(console: Console, rows: list[tuple[str, str, float, str, float]]) -> None:
+    if not rows:
+        return
+    table = Table(title="Held-out prompts, before and after", title_justify="left", show_lines=True)
+    for name in ("prompt", "before", "after"):
+        table.add_column(name, ratio=1, overflow="fold")
+    for prompt, before, score_before, after, score_after in rows:
+        table.add_row(prompt, f"({score_before:+.2f}) {before.strip()}", f"({score_after:+.2f}) {after.strip()}")
+    console.print(table)
+
+
+def _print_places(console: Console, config: Config, report: Path) -> None:
+    run_dir = config.run.path
+    table = Table(title="Where everything lies", title_justify="left", show_header=False, box=None, padding=(0, 2))
+    places = [
+        (report, "pictures, samples and findings: open it in a browser"),
+        (run_dir / "policy", "the trained policy, a Hugging Face directory"),
+        (run_dir / "metrics.jsonl", "one line a step"),
+        (run_dir / "rounds", "every candidate, score and pair, by round"),
+        (run_dir / "logs", "full logs of every process"),
+    ]
+    for path, meaning in places:
+        if path.exists():
+            table.add_row(str(path), meaning)
+    console.print(table)

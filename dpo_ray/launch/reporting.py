@@ -1,0 +1,130 @@
+"""What a run tells while it runs: metrics.jsonl, a status board that the driver reads, logs in the run directory."""
+
+import json
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from dpo_ray.types import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The run at a glance."""
+
+    phase: str = "starting"
+    done: int = 0
+    total: int = 0
+    """Of the phase's own unit: steps, rounds, pairs, completions; 0 when it cannot be counted."""
+    round: int | None = None
+    """Rounds finished."""
+    step: int = 0
+    metrics: Metrics = field(default_factory=dict)
+    """The latest value of every metric."""
+    changed: float = 0.0
+    """Counts changes, so that a reader sees whether there is news."""
+
+
+class StatusBoard:
+    """An actor that holds the latest Status; workers post to it without waiting, the driver polls it."""
+
+    def __init__(self) -> None:
+        self.status = Status()
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        """Set what the run is busy with."""
+        self.status = replace(self.status, phase=name, done=done, total=total, changed=self.status.changed + 1)
+
+    def metrics(self, metrics: Metrics) -> None:
+        """Add a line of metrics."""
+        merged = self.status.metrics | metrics
+        finished = merged.get("round")
+        self.status = replace(
+            self.status,
+            metrics=merged,
+            step=merged.get("step", 0),
+            round=None if finished is None else finished + 1,
+            changed=self.status.changed + 1,
+        )
+
+    def read(self) -> Status:
+        """The latest Status."""
+        return self.status
+
+
+class RunReporter:
+    """The Reporter of the training loops, over the run directory, the status board and Ray Train.
+
+    Args:
+        run_dir: shared by all workers; rank 0 writes.
+        board: the StatusBoard actor's handle.
+        rank: of this worker.
+        to_train: also report evaluations to Ray Train, for a sweep that compares trials.
+    """
+
+    def __init__(self, run_dir: Path, board: Any, rank: int, *, to_train: bool) -> None:
+        self.file, self.board, self.rank, self.to_train = run_dir / "metrics.jsonl", board, rank, to_train
+        self.told: tuple[str, int, int] | None = None
+
+    def phase(self, name: str, done: int = 0, total: int = 0) -> None:
+        """Post the phase when it changed."""
+        if self.rank == 0 and self.told != (name, done, total):
+            self.told = (name, done, total)
+            self.board.phase.remote(name, done, total)
+
+    def resumed(self, step: int) -> None:
+        """Drop metrics of steps after ``step`` from metrics.jsonl: they will be taken again."""
+        if self.rank != 0 or not self.file.exists():
+            return
+        kept = [line for line in _whole_lines(self.file) if line["step"] <= step]
+        unfinished = self.file.with_suffix(".unfinished")
+        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        unfinished.replace(self.file)
+        if kept:
+            self.board.metrics.remote({key: value for line in kept for key, value in line.items()})
+
+    def step(self, metrics: Metrics) -> None:
+        """Append a line and post it."""
+        if self.rank == 0:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+            self.board.metrics.remote(metrics)
+
+    def evaluation(self, metrics: Metrics) -> None:
+        """A line of held-out metrics; every rank reports it to Ray Train, whose report is a barrier."""
+        self.step(metrics)
+        if self.to_train:
+            ray.train.report(metrics)
+
+
+def _whole_lines(file: Path) -> list[Metrics]:
+    lines = []
+    for text in file.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue  # the line that a kill cut off
+    return lines
+
+
+def log_to_run(run_dir: Path, name: str) -> None:
+    """Send everything this process prints and logs to ``logs/NAME.log`` in the run directory.
+
+    The file descriptors themselves are redirected, so that child processes and C++ libraries are caught too.
+    """
+    folder = run_dir / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    logging.getLogger(__name__).info("pid %d, started %s", os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))

@@ -1,0 +1,94 @@
+"""Reading a Hugging Face model for training: master weights in float32, read once by rank 0.
+
+Other ranks build the architecture without weights and receive their shards, so that a host never holds more than one
+full copy.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import cached_file
+
+from dpo_ray.config.schema import ModelConfig
+
+WEIGHT_INDEX_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def build_model(model: ModelConfig, *, with_weights: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The causal language model at ``model.path``, with dropout off.
+
+    Args:
+        with_weights: False gives the architecture on the meta device, its buffers computed.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: the model cannot be read, or attends in a way that shared rows cannot express.
+    """
+    config = read_model_config(model.path)
+    attention = "sdpa" if model.attention == "auto" else model.attention
+    if with_weights:
+        built = AutoModelForCausalLM.from_pretrained(model.path, config=config, dtype=dtype, attn_implementation=attention)
+    else:
+        from accelerate import init_empty_weights
+
+        with init_empty_weights(include_buffers=False):
+            built = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        built.tie_weights()
+    for module in built.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    built.config.use_cache = False
+    return built
+
+
+def read_model_config(path: str) -> AutoConfig:
+    """The architecture's configuration.
+
+    Raises:
+        ValueError: nothing usable is at ``path``, or the attention is not full causal attention.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.path: no model could be read from {path!r}: {str(error).splitlines()[0]}") from None
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ValueError(
+            f"model.path: {path!r} has layers of {', '.join(sorted(kinds))}; only full_attention can be trained in shared rows"
+        )
+    return config
+
+
+def weights_digest(path: str) -> str:
+    """A digest of the weights' content, whatever the folder is called.
+
+    Files of the hub's cache are links to blobs named by their hash; other files are read.
+    """
+    files = _weight_files(path)
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(f"{file.name}:{_file_digest(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _weight_files(path: str) -> list[Path]:
+    for name in WEIGHT_INDEX_FILES:
+        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        if found is None:
+            continue
+        if not name.endswith(".json"):
+            return [Path(found)]
+        shards = sorted(set(json.loads(Path(found).read_text())["weight_map"].values()))
+        return [Path(str(cached_file(path, shard))) for shard in shards]
+    raise ValueError(f"model.path: no weights ({', '.join(WEIGHT_INDEX_FILES)}) in {path!r}")
+
+
+def _file_digest(file: Path) -> str:
+    if file.is_symlink() and file.resolve().parent.name == "blobs":
+        return file.resolve().name
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -1,0 +1,165 @@
+"""Reference log-probabilities: data in a content-addressed store, or a frozen sharded copy.
+
+The store's name is a digest of the reference's weights and of the numerics; an entry's is a digest of the prompt and
+completion tokens; an entry holds the completion's summed log-probability and its length. It knows nothing of beta,
+learning rate, seed or run directory: every trial of a sweep, every epoch and every rerun shares it.
+"""
+
+import base64
+import contextlib
+import hashlib
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dpo_ray.data.loader import MicroBatch, PairSource
+from dpo_ray.model.scorer import Scorer, pair_logps
+from dpo_ray.model.shard import release_gathered
+from dpo_ray.objective.logps import PairLogps
+from dpo_ray.types import TokenPair
+
+logger = logging.getLogger(__name__)
+
+Reference = Callable[[MicroBatch], PairLogps]
+"""Reference log-probabilities of a micro-batch's pairs."""
+
+ENTRY = np.dtype([("key", "S16"), ("logp", "<f8"), ("tokens", "<i4")])
+LOCK_STALE_S = 120.0
+"""A builder touches its lock at least this often; an older lock belongs to a process that died."""
+
+
+def cached_reference(logps: np.ndarray) -> Reference:
+    """Look reference log-probabilities up by pair index.
+
+    Args:
+        logps: (n, 2) chosen and rejected log-probabilities of all pairs, nats.
+    """
+
+    def reference(batch: MicroBatch) -> PairLogps:
+        rows = torch.from_numpy(logps[list(batch.pairs)].astype(np.float32)).to(batch.rows.labels.device)  # (B, 2)
+        lengths = batch.rows.lengths
+        return PairLogps(rows[:, 0], rows[:, 1], lengths[0::2], lengths[1::2])
+
+    return reference
+
+
+def live_reference(frozen: Scorer) -> Reference:
+    """Score each micro-batch with a frozen model."""
+
+    @torch.no_grad()
+    def reference(batch: MicroBatch) -> PairLogps:
+        logps = pair_logps(frozen, batch.rows)
+        release_gathered(frozen)
+        return logps
+
+    return reference
+
+
+def no_reference(batch: MicroBatch) -> PairLogps:
+    """Zeros, for losses that need no reference."""
+    lengths = batch.rows.lengths
+    zeros = torch.zeros(lengths.numel() // 2, device=lengths.device)
+    return PairLogps(zeros, zeros, lengths[0::2], lengths[1::2])
+
+
+def entry_keys(source: PairSource) -> np.ndarray:
+    """(n, 2) S16 keys of every pair's chosen and rejected entries."""
+    keys = np.empty((len(source), 2), "S16")
+    for i in range(len(source)):
+        pair = source[i]
+        keys[i] = _key(pair, pair.chosen), _key(pair, pair.rejected)
+    return keys
+
+
+def _key(pair: TokenPair, completion: tuple[int, ...]) -> bytes:
+    digest = hashlib.blake2b(np.array([len(pair.prompt), *pair.prompt, *completion], np.int32).tobytes(), digest_size=12)
+    # Fixed-width numpy bytes drop trailing NULs, which base64 text never has.
+    return base64.b64encode(digest.digest())
+
+
+def store_digest(weights: str, numerics: str) -> str:
+    """The name of the store of one reference model under one way of computing."""
+    return hashlib.blake2b(f"{weights}|{numerics}".encode(), digest_size=16).hexdigest()
+
+
+class ReferenceStore:
+    """Entries of one reference model in a folder that runs and machines share.
+
+    Shards are written whole under a unique name and never changed, so that readers need no lock.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+
+    def lookup(self, keys: np.ndarray) -> np.ndarray:
+        """Log-probabilities of ``keys``, NaN where there is no entry; same shape."""
+        entries = self._entries()
+        if not entries.size:
+            return np.full(keys.shape, np.nan)
+        at = np.searchsorted(entries["key"], keys).clip(max=entries.size - 1)
+        return np.where(entries["key"][at] == keys, entries["logp"][at], np.nan)
+
+    def add(self, keys: np.ndarray, logps: np.ndarray, tokens: np.ndarray) -> None:
+        """Write entries as one new shard."""
+        entries = np.empty(keys.size, ENTRY)
+        entries["key"], entries["logp"], entries["tokens"] = keys.ravel(), logps.ravel(), tokens.ravel()
+        unfinished = self.folder / f".{uuid.uuid4().hex}.npy"
+        np.save(unfinished, entries)
+        unfinished.rename(self.folder / f"shard-{uuid.uuid4().hex}.npy")
+
+    def clear(self) -> None:
+        """Forget every entry."""
+        for shard in self.folder.glob("shard-*.npy"):
+            shard.unlink(missing_ok=True)
+
+    def _entries(self) -> np.ndarray:
+        shards = []
+        for path in sorted(self.folder.glob("shard-*.npy")):
+            try:
+                shards.append(np.load(path))
+            except (OSError, ValueError) as error:
+                logger.warning("reference cache: %s is damaged and left out: %s", path, error)
+        entries = np.concatenate(shards) if shards else np.empty(0, ENTRY)
+        entries.sort(order="key")
+        return entries
+
+    @contextlib.contextmanager
+    def building(self, timeout_s: float) -> Iterator["Heartbeat"]:
+        """Hold the store's lock: one builder at a time, others wait.
+
+        Raises:
+            TimeoutError: another builder held the lock all the while.
+        """
+        lock = self.folder / "building.lock"
+        deadline = time.monotonic() + timeout_s
+        waiting = False
+        while True:
+            try:
+                os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+                break
+            except FileExistsError:
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - lock.stat().st_mtime > LOCK_STALE_S:
+                        lock.unlink(missing_ok=True)
+                        continue
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"waited {timeout_s:.0f} s for another run to finish building the reference cache ({lock})")
+            if not waiting:
+                logger.info("another run is building the reference cache; waiting for it")
+                waiting = True
+            time.sleep(0.5)
+        try:
+            yield lambda: os.utime(lock)
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+Heartbeat = Callable[[], None]
+"""Tells waiting builders that this one is alive."""

@@ -1,0 +1,70 @@
+"""The scorer: a language model whose forward pass returns log-probabilities of completions instead of logits.
+
+Backbone and head sit in one module so that FSDP2 shards and gathers them as one root; prompt positions never reach the
+head, and logits exist one chunk at a time.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from dpo_ray.data.packing import Rows, attention_mask
+from dpo_ray.objective.logps import LogitTransform, PairLogps, as_pairs, sequence_sums, token_logps
+
+
+class Scorer(nn.Module):
+    """A causal language model that scores completions.
+
+    Args:
+        model: a transformers causal language model; its names are kept below ``model.``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.transform = logit_transform(model.config)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, the units of sharding and checkpointing."""
+        return self.model.get_decoder().layers
+
+    def forward(self, rows: Rows) -> Tensor:
+        """Log-probability of every completion token.
+
+        Returns:
+            (N,) float32, nats, in the order of ``rows.labels``.
+        """
+        hidden = self.model.get_decoder()(
+            input_ids=rows.input_ids,
+            attention_mask=attention_mask(rows),
+            position_ids=rows.position_ids,
+            use_cache=False,
+        ).last_hidden_state                                                                                   # (R, T, D)
+        head = self.model.get_output_embeddings()
+        return token_logps(
+            hidden.flatten(0, 1)[rows.source],
+            head.weight,
+            rows.labels,
+            bias=getattr(head, "bias", None),
+            transform=self.transform,
+        )
+
+
+def pair_logps(scorer: nn.Module, rows: Rows) -> PairLogps:
+    """Summed log-probabilities of the pairs in ``rows``."""
+    sums = sequence_sums(scorer(rows), rows.sequence, rows.lengths.numel())
+    return as_pairs(sums, rows.lengths)
+
+
+@torch.no_grad()
+def sample_logps(scorer: nn.Module, rows: Rows) -> Tensor:
+    """(S,) summed log-probabilities of single completions, nats, float32."""
+    return sequence_sums(scorer(rows), rows.sequence, rows.lengths.numel())
+
+
+def logit_transform(config: object) -> LogitTransform:
+    """The scale and soft cap that an architecture's configuration asks for."""
+    scale = getattr(config, "logit_scale", None) or 1.0
+    if divisor := getattr(config, "logits_scaling", None):
+        scale /= divisor
+    return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))

@@ -1,0 +1,82 @@
+"""Sharding: FSDP2 over each decoder layer and the root, as a function over a plain model."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from dpo_ray.config.schema import ModelConfig, ShardConfig
+from dpo_ray.model.load import build_model
+from dpo_ray.model.scorer import Scorer
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def build_mesh(shard: ShardConfig, device: torch.device) -> DeviceMesh:
+    """One dimension to shard over, and one to replicate over when ``shard.replicate`` > 1 (HSDP)."""
+    ranks = dist.get_world_size()
+    if shard.replicate == 1:
+        return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
+    shape = (shard.replicate, ranks // shard.replicate)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def load_sharded(model: ModelConfig, shard: ShardConfig, mesh: DeviceMesh, device: torch.device, *, trainable: bool) -> Scorer:
+    """A scorer with its weights spread over the mesh.
+
+    Trainable weights are float32 masters that compute in ``model.dtype`` with gradients reduced in float32; frozen ones
+    are kept in the compute dtype.
+    """
+    compute = DTYPES[model.dtype]
+    first = dist.get_rank() == 0
+    built = build_model(model, with_weights=first, dtype=torch.float32 if trainable else compute)
+    weights = {f"model.{name}": tensor for name, tensor in built.state_dict().items()} if first else {}
+    scorer = Scorer(built)
+    scorer.requires_grad_(trainable)
+    if trainable and shard.activation_checkpointing:
+        built.gradient_checkpointing_enable({"use_reentrant": False})
+    scorer.train(trainable)
+    _apply_fsdp(scorer, shard, mesh, compute, device)
+    if dist.get_world_size() > 1:
+        _fill(scorer, weights, device)
+    return scorer
+
+
+def _apply_fsdp(scorer: Scorer, shard: ShardConfig, mesh: DeviceMesh, compute: torch.dtype, device: torch.device) -> None:
+    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy() if shard.cpu_offload and device.type != "cpu" else OffloadPolicy()
+    for layer in scorer.layers:
+        if shard.compile:
+            layer.compile()
+        fully_shard(
+            layer, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=shard.reshard_after_forward
+        )
+    fully_shard(scorer, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=False)
+
+
+def _fill(scorer: Scorer, weights: dict[str, Tensor], device: torch.device) -> None:
+    """Send rank 0's weights to the shards of all ranks."""
+    if dist.get_rank() != 0:
+        buffers = {name: buffer.clone() for name, buffer in scorer.named_buffers()}
+        scorer.to_empty(device=device)
+        for name, buffer in scorer.named_buffers():
+            buffer.copy_(buffers[name])
+    set_model_state_dict(
+        scorer, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    )
+
+
+def set_last_micro_batch(policy: nn.Module, last: bool) -> None:
+    """Reduce gradients and free gathered weights only in the backward pass of a step's last micro-batch."""
+    assert isinstance(policy, FSDPModule)
+    policy.set_requires_gradient_sync(last)
+    policy.set_is_last_backward(last)
+
+
+def release_gathered(scorer: nn.Module) -> None:
+    """Put every parameter back to its shard, after forward passes that no backward follows."""
+    for module in scorer.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -1,0 +1,1 @@
+"""The mathematics of preference optimisation: pure functions of tensors."""

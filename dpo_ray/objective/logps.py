@@ -1,0 +1,155 @@
+"""Log-probabilities of completions, without ever holding (tokens x vocabulary) logits.
+
+N = completion tokens, D = hidden size, V = vocabulary, S = sequences, B = pairs
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 96 * 2**20
+"""Size of the float32 logits of one chunk; the only (tokens x V) memory in use at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairLogps:
+    """Log-probabilities of the two completions of B pairs under one model."""
+
+    chosen: Tensor
+    """(B,) summed over tokens, nats."""
+    rejected: Tensor
+    """(B,)"""
+    chosen_tokens: Tensor
+    """(B,) completion lengths in tokens."""
+    rejected_tokens: Tensor
+    """(B,)"""
+
+    def detach(self) -> "PairLogps":
+        """The same numbers without their history."""
+        return PairLogps(self.chosen.detach(), self.rejected.detach(), self.chosen_tokens, self.rejected_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class LogitTransform:
+    """What some architectures do to logits after the head: scale, then soft cap."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    """Logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, arXiv:2408.00118, section 2)."""
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def backward(self, transformed: Tensor, grad: Tensor) -> Tensor:
+        """Gradient by the head's output, given the transformed logits and the gradient by them."""
+        if self.softcap is not None:
+            grad = grad * (1 - (transformed / self.softcap).square())
+        return grad if self.scale == 1.0 else grad * self.scale
+
+
+class _TokenLogps(torch.autograd.Function):
+    """Log-probability of each label; logits exist one chunk at a time, forward and backward.
+
+    The backward pass recomputes a chunk's logits from the saved log-sum-exp: one more matrix product in exchange for
+    never storing N x V numbers. The gradient by the head is summed over chunks in float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform, chunk: int
+    ) -> Tensor:
+        logps = hidden.new_empty(labels.shape, dtype=torch.float32)
+        normalizers = torch.empty_like(logps)
+        for start in range(0, labels.numel(), chunk):
+            part = slice(start, start + chunk)
+            logits = transform(_head(hidden[part], weight, bias))                                # (chunk, V) float32
+            normalizers[part] = logits.logsumexp(-1)
+            logps[part] = logits.gather(-1, labels[part, None]).squeeze(-1) - normalizers[part]
+        ctx.save_for_backward(hidden, weight, bias, labels, normalizers)
+        ctx.transform, ctx.chunk = transform, chunk
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_logps,) = grads
+        hidden, weight, bias, labels, normalizers = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=weight.device)
+        for start in range(0, labels.numel(), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            logits = ctx.transform(_head(hidden[part], weight, bias))
+            # d logp[label] / d logit = [is label] - softmax
+            grad = -(logits - normalizers[part, None]).exp_()
+            grad.scatter_add_(-1, labels[part, None], grad.new_ones(grad.shape[0], 1))
+            grad = ctx.transform.backward(logits, grad.mul_(grad_logps[part, None]))
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+            grad = grad.to(weight.dtype)
+            grad_hidden[part] = grad @ weight
+            grad_weight += grad.t() @ hidden[part]
+        return (
+            grad_hidden,
+            grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    else:
+        logits = (hidden @ weight.t()).float()
+    return logits if bias is None else logits + bias.float()
+
+
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    transform: LogitTransform | None = None,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """Log-probability of each label under a softmax head, in float32.
+
+    Args:
+        hidden: (N, D) last hidden states, each at the position before its label.
+        weight: (V, D) of the head, in the dtype of ``hidden``.
+        labels: (N,) token ids.
+        bias: (V,) of the head, if it has one.
+        transform: scale and soft cap of the logits.
+        chunk_tokens: tokens whose logits exist at a time; by default as many as fit CHUNK_BYTES.
+
+    Returns:
+        (N,) float32, nats. Differentiable by ``hidden``, ``weight`` and ``bias``.
+    """
+    chunk = chunk_tokens or max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+    return _TokenLogps.apply(hidden, weight, bias, labels, transform or LogitTransform(), chunk)  # type: ignore[return-value]
+
+
+def sequence_sums(values: Tensor, sequence: Tensor, sequences: int) -> Tensor:
+    """Sum token values into their sequences.
+
+    Args:
+        values: (N,) float32.
+        sequence: (N,) index in [0, S) of the sequence each token belongs to.
+        sequences: S.
+
+    Returns:
+        (S,) float32.
+    """
+    return values.new_zeros(sequences).index_add(0, sequence, values)
+
+
+def as_pairs(logps: Tensor, tokens: Tensor) -> PairLogps:
+    """Pairs from (2B,) sequences that alternate chosen, rejected."""
+    return PairLogps(logps[0::2], logps[1::2], tokens[0::2], tokens[1::2])

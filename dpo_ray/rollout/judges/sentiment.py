@@ -1,0 +1,31 @@
+"""A judge of how positive a text sounds, by the VADER word list: quick, deterministic, no model to load."""
+
+from collections.abc import Sequence
+
+from dpo_ray.types import CompletionGroup
+
+
+class Sentiment:
+    """Scores a completion by VADER's compound sentiment, from -1 (negative) to 1 (positive); 0 is neutral or empty.
+
+    Hutto and Gilbert, ICWSM 2014. The prompt is not read.
+
+    Raises:
+        ValueError: the package vaderSentiment is not installed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+        except ImportError:
+            raise ValueError(
+                "judge 'sentiment' needs the package vaderSentiment, which is not installed; "
+                "install the extra demo (pip install 'dpo-ray[demo]') or set another online.judge.use"
+            ) from None
+        self._analyzer = SentimentIntensityAnalyzer()
+
+    def __call__(self, groups: Sequence[CompletionGroup]) -> list[list[float]]:
+        return [[self._score(completion.text) for completion in group.completions] for group in groups]
+
+    def _score(self, text: str) -> float:
+        return float(self._analyzer.polarity_scores(text)["compound"])

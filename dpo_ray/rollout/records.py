@@ -1,0 +1,284 @@
+"""A round on disk: ``rounds/NNNNNN/pairs.jsonl`` and ``manifest.json``, written once and read back.
+
+The manifest is written last and in one move, so a round that has one is complete. Training always gets what was read
+back from the files, in the run that wrote them and in one that resumes; the two cannot differ.
+"""
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from dpo_ray.rollout.collect import spread
+from dpo_ray.types import CompletionGroup, Dropped, RoundData, ScoredPair, TokenPair, TokenSample
+
+Line = dict[str, Any]
+"""One line of pairs.jsonl: a prompt, its candidates, their scores and what became of them."""
+
+Choices = Sequence[ScoredPair | Dropped]
+
+LINE_KEYS = (
+    "prompt",
+    "prompt_index",
+    "prompt_token_ids",
+    "candidates",
+    "scores",
+    "chosen",
+    "rejected",
+    "dropped",
+    "policy_version",
+    "seed",
+)
+
+
+class RoundStore:
+    """The rounds of one run directory.
+
+    Example:
+        if not store.finished(index):
+            store.write(index, groups, scores, choices, timings=..., weights_digest=..., seed=..., sampling=...)
+        data = store.read(index)
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.folder = Path(run_dir) / "rounds"
+
+    def path(self, index: int) -> Path:
+        """The folder of a round."""
+        return self.folder / f"{index:06d}"
+
+    def finished(self, index: int) -> bool:
+        """Whether the round was written to its end."""
+        return (self.path(index) / "manifest.json").exists()
+
+    def finished_rounds(self) -> list[int]:
+        """Indices of the finished rounds, in order."""
+        found = [int(path.parent.name) for path in self.folder.glob("*/manifest.json") if path.parent.name.isdecimal()]
+        return sorted(found)
+
+    def write(
+        self,
+        index: int,
+        groups: Sequence[CompletionGroup],
+        scores: Sequence[Sequence[float]],
+        choices: Choices,
+        *,
+        timings: Mapping[str, float],
+        weights_digest: str | None,
+        seed: int,
+        sampling: Mapping[str, Any],
+        sync_probe: Any = None,
+    ) -> None:
+        """Write a round, each prompt once. Files of an unfinished earlier attempt are replaced.
+
+        Args:
+            scores: one a completion; NaN where the judge has none.
+            timings: seconds by name, ``generate_s`` and ``judge_s`` among them.
+            weights_digest: identifies the weights that wrote the candidates.
+            seed: ``run.seed``.
+            sampling: ``online.sampling`` as plain values.
+            sync_probe: what was measured to prove that the engines had those weights, as plain values.
+
+        Raises:
+            FileExistsError: the round is finished; its pairs may have been trained on and are never replaced.
+            ValueError: there is no group, a prompt appears twice, or groups, scores and choices differ in length.
+        """
+        if self.finished(index):
+            raise FileExistsError(f"{self.path(index)}: the round is finished; read it instead of collecting it again")
+        if not groups:
+            raise ValueError(f"round {index} holds no group of completions")
+        lines = [_line(group, row, choice) for group, row, choice in zip(groups, scores, choices, strict=True)]
+        twice = [prompt for prompt, times in Counter(line["prompt_index"] for line in lines).items() if times > 1]
+        if twice:
+            raise ValueError(f"round {index} holds prompt {twice[0]} more than once")
+        manifest = {
+            "round": index,
+            "policy_version": min(group.policy_version for group in groups),
+            "counts": _counts(lines),
+            "scores": _mean_scores(lines),
+            "timings": dict(timings),
+            "weights_digest": weights_digest,
+            "sync_probe": sync_probe,
+            "seed": seed,
+            "sampling": dict(sampling),
+        }
+        folder = self.path(index)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_whole(folder / "pairs.jsonl", (_json(line) + "\n" for line in lines))
+        _write_whole(folder / "manifest.json", [_json(manifest, indent=2) + "\n"])
+
+    def manifest(self, index: int) -> dict[str, Any]:
+        """The manifest of a finished round.
+
+        Raises:
+            FileNotFoundError: the round is not finished.
+            ValueError: the file is damaged.
+        """
+        path = self.path(index) / "manifest.json"
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: damaged: {error}; {_REMEDY}") from None
+        if not isinstance(manifest, dict) or manifest.get("round") != index:
+            raise ValueError(f"{path}: is not the manifest of round {index}; {_REMEDY}")
+        return manifest
+
+    def lines(self, index: int) -> Iterator[Line]:
+        """The lines of a round's pairs.jsonl, checked one by one.
+
+        Raises:
+            ValueError: a line is damaged; names file and line.
+        """
+        path = self.path(index) / "pairs.jsonl"
+        with path.open("rb") as file:
+            for number, text in enumerate(file, start=1):
+                yield _parsed(text, f"{path}:{number}")
+
+    def read(self, index: int) -> RoundData:
+        """A finished round as training consumes it: token ids exactly as sampled.
+
+        Raises:
+            FileNotFoundError: the round is not finished.
+            ValueError: pairs.jsonl is damaged, or does not hold what the manifest counted.
+        """
+        manifest = self.manifest(index)
+        lines = list(self.lines(index))
+        _check_counts(lines, manifest["counts"], self.path(index) / "pairs.jsonl")
+        return RoundData(
+            index=index,
+            pairs=tuple(_token_pair(line) for line in lines if line["dropped"] is None),
+            samples=tuple(sample for line in lines if (sample := _token_sample(line)) is not None),
+            policy_version=manifest["policy_version"],
+            metrics=_metrics(manifest),
+        )
+
+
+_REMEDY = "delete the folder of this round to have it collected again"
+
+
+# ---------------------------------------------------------------------------------------------------- lines of a round
+
+
+def _line(group: CompletionGroup, scores: Sequence[float], choice: ScoredPair | Dropped) -> Line:
+    pair = choice if isinstance(choice, ScoredPair) else None
+    return {
+        "prompt": [dict(message) for message in group.prompt.messages],
+        "prompt_index": group.prompt.index,
+        "prompt_token_ids": list(group.prompt_token_ids),
+        "candidates": [
+            {"text": completion.text, "token_ids": list(completion.token_ids), "finished": completion.finished}
+            for completion in group.completions
+        ],
+        "scores": [score if math.isfinite(score) else None for score in scores],
+        "chosen": pair.chosen if pair else None,
+        "rejected": pair.rejected if pair else None,
+        "dropped": choice.reason if isinstance(choice, Dropped) else None,
+        "policy_version": group.policy_version,
+        "seed": group.seed,
+    }
+
+
+def _parsed(text: bytes, place: str) -> Line:
+    try:
+        line = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{place}: damaged: not valid JSON: {error}; {_REMEDY}") from None
+    missing = [key for key in LINE_KEYS if not isinstance(line, dict) or key not in line]
+    if missing:
+        raise ValueError(f"{place}: damaged: has no {missing[0]!r}; {_REMEDY}")
+    return line
+
+
+def _token_pair(line: Line) -> TokenPair:
+    chosen, rejected = (line["candidates"][line[side]] for side in ("chosen", "rejected"))
+    return TokenPair(
+        prompt=tuple(line["prompt_token_ids"]),
+        chosen=tuple(chosen["token_ids"]),
+        rejected=tuple(rejected["token_ids"]),
+    )
+
+
+def _token_sample(line: Line) -> TokenSample | None:
+    written = [candidate for candidate in line["candidates"] if candidate["token_ids"]]
+    if not written:
+        return None
+    picked = written[spread(line["seed"], line["prompt_index"]) % len(written)]
+    return TokenSample(prompt=tuple(line["prompt_token_ids"]), completion=tuple(picked["token_ids"]))
+
+
+# -------------------------------------------------------------------------------------------------- counts and metrics
+
+
+def _counts(lines: Sequence[Line]) -> dict[str, Any]:
+    candidates = [candidate for line in lines for candidate in line["candidates"]]
+    distinct = sum(len({candidate["text"] for candidate in line["candidates"]}) for line in lines)
+    return {
+        "prompts": len(lines),
+        "candidates": len(candidates),
+        "pairs": sum(line["dropped"] is None for line in lines),
+        "dropped": dict(sorted(Counter(line["dropped"] for line in lines if line["dropped"] is not None).items())),
+        "duplicates": len(candidates) - distinct,
+        "empty": sum(not candidate["text"].strip() for candidate in candidates),
+        "bad_scores": sum(score is None for line in lines for score in line["scores"]),
+        "cut_by_length": sum(not candidate["finished"] for candidate in candidates),
+        "tokens": sum(len(candidate["token_ids"]) for candidate in candidates),
+    }
+
+
+def _check_counts(lines: Sequence[Line], expected: Mapping[str, Any], path: Path) -> None:
+    found = _counts(lines)
+    for name, count in found.items():
+        if expected.get(name) != count:
+            raise ValueError(
+                f"{path}:{len(lines)}: damaged: up to this last line the file holds {name} {count}, "
+                f"the manifest counted {name} {expected.get(name)}; {_REMEDY}"
+            )
+
+
+def _mean_scores(lines: Sequence[Line]) -> dict[str, float | None]:
+    pairs = [line for line in lines if line["dropped"] is None]
+    return {
+        "mean": _mean(score for line in lines for score in line["scores"] if score is not None),
+        "chosen": _mean(line["scores"][line["chosen"]] for line in pairs),
+        "rejected": _mean(line["scores"][line["rejected"]] for line in pairs),
+    }
+
+
+def _mean(numbers: Iterable[float]) -> float | None:
+    numbers = list(numbers)
+    return fmean(numbers) if numbers else None
+
+
+def _metrics(manifest: Mapping[str, Any]) -> dict[str, float]:
+    """The round's part of metrics.jsonl; a mean of nothing has no entry."""
+    counts, timings = manifest["counts"], manifest["timings"]
+    metrics = {f"judge/{name}_score": score for name, score in manifest["scores"].items() if score is not None}
+    metrics["rollout/kept"] = counts["pairs"]
+    metrics |= {f"rollout/dropped_{reason}": count for reason, count in counts["dropped"].items()}
+    metrics |= {f"rollout/{name}": counts[name] for name in ("duplicates", "empty", "bad_scores")}
+    metrics["rollout/mean_tokens"] = counts["tokens"] / counts["candidates"]
+    metrics["rollout/cut_share"] = counts["cut_by_length"] / counts["candidates"]
+    if timings.get("generate_s"):
+        metrics["rollout/tokens_per_s"] = counts["tokens"] / timings["generate_s"]
+    return metrics | {f"perf/{name}": seconds for name, seconds in timings.items()}
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def _write_whole(path: Path, parts: Iterable[str]) -> None:
+    """Write a file that is either whole or absent, also after a power cut."""
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(parts)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)

@@ -1,0 +1,8 @@
+"""Weight transports: how the policy's weights get from the training workers to the rollout engines."""
+
+from collections.abc import Callable
+
+from dpo_ray.sync.base import WeightSync
+from dpo_ray.sync.object_store import ObjectStoreSync
+
+TRANSPORTS: dict[str, Callable[..., WeightSync]] = {"object_store": ObjectStoreSync}

@@ -1,0 +1,165 @@
+"""Weights through an object store: packed into buckets by rank 0, read by every engine. Works on CPUs and on GPUs.
+
+Both ends are here. The sender knows only ``EngineGroup``, which puts each bucket where engines can read it; the
+receiving end runs in vLLM's workers, so that half of the file imports vLLM, and only when it is asked for.
+"""
+
+import functools
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_ray.sync.base import Bucket, Digest, EngineGroup, SyncMismatch, WireTensor
+
+logger = logging.getLogger(__name__)
+
+
+def pack(weights: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype, bucket_bytes: int) -> Iterator[Bucket]:
+    """Buckets of whole tensors, in order, none larger than ``bucket_bytes`` unless a single tensor is.
+
+    Takes from ``weights`` only as far as the next bucket needs, so that one bucket is in memory at a time.
+    """
+    tensors: list[WireTensor] = []
+    size = 0
+    for name, weight in weights:
+        tensor = WireTensor.of(name, weight, dtype)
+        if tensors and size + tensor.array.nbytes > bucket_bytes:
+            yield Bucket(tuple(tensors))
+            tensors, size = [], 0
+        tensors.append(tensor)
+        size += tensor.array.nbytes
+    if tensors:
+        yield Bucket(tuple(tensors))
+
+
+class ObjectStoreSync:
+    """The sending end: see ``WeightSync``.
+
+    Args:
+        bucket_mib: size of a message. Rank 0 and the object store hold about one each.
+        dtype: torch dtype that weights travel in; the engines' own, or vLLM casts what it receives.
+    """
+
+    worker_extension = f"{__name__}.ObjectStoreWorker"
+
+    def __init__(self, bucket_mib: int = 256, dtype: str = "bfloat16") -> None:
+        if bucket_mib < 1:
+            raise ValueError(f"bucket_mib is {bucket_mib}; it must be at least 1 (online.sync.args.bucket_mib)")
+        self._bucket_bytes = bucket_mib * 2**20
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._engines: EngineGroup | None = None
+        self._connected = False
+
+    def connect(self, engines: EngineGroup | None) -> None:
+        """Set where pushes go; None on every rank but rank 0."""
+        self._engines = engines
+        self._connected = True
+
+    def push(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> str:
+        """Send all weights and put them to use as ``version``; see ``WeightSync.push``."""
+        if not self._connected:
+            raise RuntimeError("push before connect: the weights would go nowhere")
+        if self._engines is None:
+            for _ in weights:  # a collective that rank 0 takes part in
+                pass
+            return ""
+        sent = Digest()
+        self._engines.start_update()
+        for bucket in pack(weights, dtype=self._dtype, bucket_bytes=self._bucket_bytes):
+            self._engines.load(bucket)
+            sent.update(bucket)
+            logger.debug("version %d: sent %d tensors, %.1f MiB", version, len(bucket.tensors), bucket.nbytes / 2**20)
+        received = self._engines.finish_update(version)
+        for index, digest in enumerate(received):
+            if digest != sent.hexdigest():
+                raise SyncMismatch(
+                    f"engine {index} received weights with digest {digest}; version {version} has {sent.hexdigest()}"
+                )
+        return sent.hexdigest()
+
+    def close(self) -> None:
+        """Let go of the engines."""
+        self._engines = None
+        self._connected = False
+
+
+@functools.cache
+def _receiving_end() -> type:
+    """Define the classes that run in vLLM's workers, and register the receiver with vLLM."""
+    from vllm.distributed.weight_transfer.base import (
+        WeightTransferEngine,
+        WeightTransferInitInfo,
+        WeightTransferUpdateInfo,
+    )
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    @dataclass
+    class InitInfo(WeightTransferInitInfo):
+        """Nothing to agree on beforehand."""
+
+    @dataclass
+    class UpdateInfo(WeightTransferUpdateInfo):
+        """One message."""
+
+        bucket: Bucket
+
+    class ObjectStoreReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
+        """Loads buckets into the model layer by layer, as a layer's tensors come together.
+
+        Tensors of one fused layer (query, key, value) may lie in different buckets: vLLM keeps them until the layer is
+        complete.
+        """
+
+        init_info_cls = InitInfo
+        update_info_cls = UpdateInfo
+        digest = Digest()
+
+        def init_transfer_engine(self, init_info: InitInfo) -> None:
+            pass
+
+        def start_weight_update(self) -> None:
+            self.digest = Digest()
+            self._missing = {name for name, _ in self.model.named_parameters()}
+            initialize_layerwise_reload(self.model)
+
+        def receive_weights(self, update_info: UpdateInfo) -> None:
+            bucket = update_info.bucket
+            self._missing -= self.model.load_weights((tensor.name, tensor.tensor()) for tensor in bucket.tensors)
+            self.digest.update(bucket)
+
+        def finish_weight_update(self) -> None:
+            if self._missing:
+                raise ValueError(
+                    f"the push left out {len(self._missing)} parameters of the engine's model, "
+                    f"first {min(self._missing)!r}; a layer would keep old or undefined weights"
+                )
+            finalize_layerwise_reload(self.model, self.model_config)
+            head = getattr(self.model, "lm_head", None)
+            if self.device.type == "cpu" and head is not None and self.model.config.tie_word_embeddings:
+                # On CPUs a tied head multiplies with a packed copy, which the reload of the embedding leaves as it was.
+                head.quant_method.process_weights_after_loading(head)
+
+        def shutdown(self) -> None:
+            pass
+
+    class ObjectStoreWorker:
+        """Mixed into vLLM's worker."""
+
+        def received_digest(self) -> str:
+            """Digest of the last update."""
+            return self.weight_transfer_engine.digest.hexdigest()
+
+    WeightTransferEngineFactory.register_engine(ObjectStoreSync.worker_extension, ObjectStoreReceiver)
+    return ObjectStoreWorker
+
+
+def __getattr__(name: str) -> Any:
+    # vLLM's base classes exist only where vLLM is: a trainer imports this module without it.
+    if name == "ObjectStoreWorker":
+        return _receiving_end()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

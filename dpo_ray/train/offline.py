@@ -1,0 +1,99 @@
+"""DPO on a fixed preference set (arXiv:2305.18290): the whole algorithm.
+
+Every rank runs the same lines the same number of times. No Ray, no file formats: pairs come in as a source, metrics go
+out through a reporter.
+"""
+
+import logging
+import math
+from typing import Protocol
+
+import torch
+
+from dpo_ray.config.schema import Config
+from dpo_ray.data.loader import PairLoader, PairSource
+from dpo_ray.model.export import export_policy
+from dpo_ray.train.checkpoint import Checkpointer
+from dpo_ray.train.optim import learning_rate
+from dpo_ray.train.setup import Setup, fixed_reference, set_up
+from dpo_ray.train.state import TrainState
+from dpo_ray.train.step import dpo_step, evaluate_pairs
+from dpo_ray.types import Metrics
+
+logger = logging.getLogger(__name__)
+
+
+class Reporter(Protocol):
+    """Where a loop tells what it is doing. Every rank calls; what is the same on all ranks is written once."""
+
+    def phase(self, name: str, done: int = 0, total: int = 0) -> None:
+        """What the run is busy with, and how far it is."""
+
+    def resumed(self, step: int) -> None:
+        """The run continues after ``step``; later metrics on record belong to work that was lost."""
+
+    def step(self, metrics: Metrics) -> None:
+        """One line of metrics."""
+
+    def evaluation(self, metrics: Metrics) -> None:
+        """Held-out metrics at a step."""
+
+
+def train_offline(
+    config: Config, *, pairs: PairSource, held_out: PairSource | None, device: torch.device, reporter: Reporter
+) -> Metrics:
+    """Train the policy on ``pairs``; returns the last evaluation, or the last step's metrics without one."""
+    reporter.phase("loading")
+    t = set_up(config, device)
+    loader = _loader(t, pairs, shuffle=config.data.shuffle)
+    total_steps = config.run.steps or math.ceil(config.run.epochs * loader.steps_per_epoch)
+
+    # The policy scores the reference while it still is the reference: before a checkpoint is restored.
+    reference, line = fixed_reference(t, pairs, lambda done, total: reporter.phase("scoring", done, total))
+    logger.info(line)
+    if held_out is not None:
+        held_reference, line = fixed_reference(t, held_out, lambda done, total: reporter.phase("scoring", done, total))
+        logger.info("held-out %s", line)
+
+    state, checkpoints = TrainState(t), Checkpointer(config.run.path / "checkpoints", config)
+    if checkpoints.resume(state):
+        loader.consumed = state.consumed
+        logger.info("resuming after step %d of %d", state.step, total_steps)
+        reporter.resumed(state.step)
+
+    def evaluate() -> Metrics:
+        reporter.phase("evaluating", state.step, total_steps)
+        batches = _loader(t, held_out, shuffle=False)
+        metrics = evaluate_pairs(t, (next(batches) for _ in range(batches.steps_per_epoch)), held_reference)
+        reporter.evaluation({"step": state.step, **metrics})
+        return metrics
+
+    metrics: Metrics = {}
+    if held_out is not None and state.step == 0:
+        metrics = evaluate()
+    while state.step < total_steps:
+        reporter.phase("training", state.step, total_steps)
+        batch = next(loader)
+        metrics = dpo_step(t, batch, reference, lr=learning_rate(config.optim, state.step, total_steps))
+        state.step, state.consumed = state.step + 1, loader.consumed
+        reporter.step({"step": state.step, "epoch": batch.epoch, **metrics})
+        last = state.step == total_steps
+        if held_out is not None and (last or _due(state.step, config.run.eval_every)):
+            metrics = evaluate()
+        if config.run.save_every and (last or _due(state.step, config.run.save_every)):
+            checkpoints.save(state, state.step)
+    checkpoints.wait()
+
+    if config.run.export:
+        reporter.phase("exporting")
+        export_policy(t.policy, config.model, t.tokenizer, config.run.path / "policy")
+    return metrics
+
+
+def _loader(t: Setup, source: PairSource, *, shuffle: bool) -> PairLoader:
+    pairs_per_step = t.config.optim.pairs_per_step
+    return PairLoader(source, t.batch_shape, pairs_per_step=pairs_per_step, seed=t.config.run.seed, shuffle=shuffle)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

@@ -1,0 +1,165 @@
+"""Iterative and online DPO: rounds of generate, judge, select, train, synchronise.
+
+Online DPO is rounds of one optimizer step, iterative DPO rounds of thousands of prompts with ``reference.refresh: round``,
+asynchronous is ``max_lag`` > 0: all the same loop. The rounds come from a source that knows engines and judges; this file
+knows neither.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from dpo_ray.config.schema import Config
+from dpo_ray.data.loader import PairLoader
+from dpo_ray.data.packing import build_sample_rows
+from dpo_ray.model.export import export_policy, named_weights
+from dpo_ray.model.reference import Reference, cached_reference, live_reference, no_reference
+from dpo_ray.model.scorer import Scorer
+from dpo_ray.model.shard import DTYPES, release_gathered
+from dpo_ray.sync.base import WeightSync
+from dpo_ray.train.checkpoint import Checkpointer
+from dpo_ray.train.offline import Reporter
+from dpo_ray.train.optim import learning_rate
+from dpo_ray.train.setup import Setup, frozen_copy, score, score_samples, set_up
+from dpo_ray.train.state import TrainState
+from dpo_ray.train.step import dpo_step
+from dpo_ray.types import Metrics, RoundData, TokenPair, TokenSample
+
+logger = logging.getLogger(__name__)
+
+
+class Rounds(Protocol):
+    """Where rounds come from. Every rank calls every method with the same arguments and gets the same answer."""
+
+    def take(self, round: int) -> RoundData:
+        """The pairs of a round, written by a policy at most ``max_lag`` rounds old."""
+
+    def held_out(self, version: int) -> Sequence[TokenSample]:
+        """Completions of the held-out prompts by the engines' current weights; empty without held-out prompts."""
+
+    def scored(self, version: int, policy: np.ndarray, reference: np.ndarray | None) -> None:
+        """Log-probabilities of the held-out completions, to be kept beside their judge scores."""
+
+
+PROBE_TEXT = (
+    "Weights that travel between processes can arrive late, cut or mixed up, so after each push the trainer and every "
+    "engine read this sentence and compare what they think of it, token by token."
+)
+
+
+def train_online(config: Config, *, rounds: Rounds, sync: WeightSync, device: torch.device, reporter: Reporter) -> Metrics:
+    """Train through ``online.rounds`` rounds; returns the metrics of the last step."""
+    assert config.online is not None
+    online = config.online
+    reporter.phase("loading")
+    t = set_up(config, device)
+    frozen = frozen_copy(t) if config.reference_kind == "live" else None
+    state, checkpoints = TrainState(t), Checkpointer(config.run.path / "checkpoints", config)
+    if checkpoints.resume(state):
+        logger.info("resuming after round %d of %d", state.round, online.rounds)
+        reporter.resumed(state.step)
+
+    def synchronise() -> Metrics:
+        reporter.phase("syncing", state.round, online.rounds)
+        started = time.perf_counter()
+        sync.push(named_weights(t.policy, DTYPES[config.model.dtype]), version=state.round)
+        difference = sync.verify(*_probe(t), tolerance=online.probe_tolerance)
+        return {"sync/probe_difference": difference, "perf/sync_s": time.perf_counter() - started}
+
+    def evaluate() -> None:
+        reporter.phase("evaluating", state.round, online.rounds)
+        if samples := rounds.held_out(state.round):
+            reference = score_samples(t, frozen, samples) if frozen else None
+            rounds.scored(state.round, score_samples(t, t.policy, samples), reference)
+
+    metrics: Metrics = {}
+    synchronise()
+    if state.round == 0:
+        evaluate()
+    while state.round < online.rounds:
+        started = time.perf_counter()
+        data = rounds.take(state.round)
+        waited = time.perf_counter() - started
+
+        reporter.phase("training", state.round, online.rounds)
+        started = time.perf_counter()
+        kl = _kl(t, frozen, data.samples[: online.kl_samples])
+        metrics = _train_on(t, data, frozen, state, reporter)
+        timings = {"perf/wait_s": waited, "perf/train_s": time.perf_counter() - started}
+        ended, lag = state.round, state.round - data.policy_version
+
+        state.round += 1
+        synced = synchronise()
+        reporter.step({**metrics, "round": ended, "policy_lag": lag, **data.metrics, **kl, **timings, **synced})
+        last = state.round == online.rounds
+        if config.run.save_every and (last or state.round % config.run.save_every == 0):
+            checkpoints.save(state, state.round)
+        if last or (config.run.eval_every and state.round % config.run.eval_every == 0):
+            evaluate()
+    checkpoints.wait()
+
+    if config.run.export:
+        reporter.phase("exporting")
+        export_policy(t.policy, config.model, t.tokenizer, config.run.path / "policy")
+    return metrics
+
+
+def _train_on(t: Setup, data: RoundData, frozen: Scorer | None, state: TrainState, reporter: Reporter) -> Metrics:
+    """Train on a round's pairs. Reports every step but the last, whose metrics it returns for the round's own line."""
+    online, pairs = t.config.online, data.pairs
+    assert online is not None
+    if not pairs:
+        logger.warning("round %d has no pairs: every group was dropped", data.index)
+        return {"step": state.step}
+    # Steps of equal size: a handful of pairs left over would make a step of its own, as large as the others and noisier.
+    steps = math.ceil(len(pairs) / t.config.optim.pairs_per_step)
+    loader = PairLoader(
+        pairs,
+        t.batch_shape,
+        pairs_per_step=math.ceil(len(pairs) / steps),
+        seed=t.config.run.seed + data.index,
+        shuffle=t.config.data.shuffle,
+    )
+    reference = _round_reference(t, pairs, frozen)
+    steps_per_round = math.ceil(online.prompts_per_round / t.config.optim.pairs_per_step) * online.epochs_per_round
+    metrics: Metrics = {}
+    for turn in range(loader.steps_per_epoch * online.epochs_per_round):
+        if metrics:
+            reporter.step(metrics)
+        batch = next(loader)
+        lr = learning_rate(t.config.optim, data.index * steps_per_round + turn, online.rounds * steps_per_round)
+        metrics = dpo_step(t, batch, reference, lr=lr)
+        state.step += 1
+        metrics = {"step": state.step, "epoch": data.index + batch.epoch / online.epochs_per_round, **metrics}
+    return metrics
+
+
+def _round_reference(t: Setup, pairs: Sequence[TokenPair], frozen: Scorer | None) -> Reference:
+    """The frozen copy where there is one; else, with ``refresh: round``, the policy as the round begins."""
+    if frozen is not None:
+        return live_reference(frozen)
+    if t.config.reference_kind == "none":
+        return no_reference
+    return cached_reference(score(t, pairs, range(len(pairs))))
+
+
+def _kl(t: Setup, frozen: Scorer | None, samples: Sequence[TokenSample]) -> Metrics:
+    """Divergence of the policy from the frozen reference, estimated on the policy's own samples, nats a sequence."""
+    if frozen is None or not samples:
+        return {}
+    return {"kl": float((score_samples(t, t.policy, samples) - score_samples(t, frozen, samples)).mean())}
+
+
+def _probe(t: Setup) -> tuple[list[int], list[float]]:
+    """A fixed text's tokens, and their log-probabilities after the first under the policy, nats."""
+    tokens = t.tokenizer(PROBE_TEXT)["input_ids"]
+    rows = build_sample_rows([TokenSample(tuple(tokens[:1]), tuple(tokens[1:]))]).to(t.device)
+    with torch.no_grad():
+        logps = t.policy(rows).tolist()
+    release_gathered(t.policy)
+    return tokens, logps

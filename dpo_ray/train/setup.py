@@ -1,0 +1,190 @@
+"""What both loops build before they start: tokenizer, policy, loss, optimizer, and the reference."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedTokenizerBase
+
+from dpo_ray.config.schema import Config
+from dpo_ray.data.loader import BatchShape, PairSource, micro_batches
+from dpo_ray.data.packing import build_sample_rows, deal
+from dpo_ray.data.tokenize import load_tokenizer
+from dpo_ray.model.load import weights_digest
+from dpo_ray.model.reference import (
+    Reference,
+    ReferenceStore,
+    cached_reference,
+    entry_keys,
+    live_reference,
+    no_reference,
+    store_digest,
+)
+from dpo_ray.model.scorer import Scorer, pair_logps, sample_logps
+from dpo_ray.model.shard import build_mesh, load_sharded, release_gathered
+from dpo_ray.objective.losses import PairLoss, build_loss
+from dpo_ray.train.optim import build_optimizer
+from dpo_ray.types import TokenSample
+
+logger = logging.getLogger(__name__)
+
+SCORING_BLOCK = 512
+"""Pairs scored between two progress reports; within a block rows are bucketed by length."""
+CACHE_WAIT_S = 6 * 3600.0
+"""Longest wait for another run that scores the same reference."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """The parts of a run on one rank."""
+
+    config: Config
+    tokenizer: PreTrainedTokenizerBase
+    policy: Scorer
+    pair_loss: PairLoss
+    optimizer: torch.optim.Optimizer
+    mesh: DeviceMesh
+    device: torch.device
+    rank: int
+    ranks: int
+
+    @property
+    def batch_shape(self) -> BatchShape:
+        """How steps are cut for this rank."""
+        optim = self.config.optim
+        return BatchShape(self.rank, self.ranks, optim.tokens_per_micro_batch, optim.layout)
+
+
+def set_up(config: Config, device: torch.device) -> Setup:
+    """Build the parts. Every rank calls it; torch.distributed is initialised."""
+    torch.manual_seed(config.run.seed)
+    mesh = build_mesh(config.shard, device)
+    policy = load_sharded(config.model, config.shard, mesh, device, trainable=True)
+    return Setup(
+        config,
+        load_tokenizer(config.model.path, config.model.chat_template),
+        policy,
+        build_loss(config.loss.use, config.loss.beta, config.loss.args),
+        build_optimizer(policy, config.optim),
+        mesh,
+        device,
+        dist.get_rank(),
+        dist.get_world_size(),
+    )
+
+
+Progress = Callable[[int, int], None]
+"""(done, total) of a long pass."""
+
+
+def fixed_reference(t: Setup, source: PairSource, progress: Progress) -> tuple[Reference, str]:
+    """The reference for a fixed set of pairs, and one line saying what was found and what was scored.
+
+    Must run before a checkpoint is restored: the policy is the reference only while it is untrained.
+    """
+    match t.config.reference_kind:
+        case "none":
+            return no_reference, "reference: none"
+        case "live":
+            return live_reference(frozen_copy(t)), "reference: a frozen copy, scored with each step"
+        case "cached":
+            logps, line = _cached_logps(t, source, progress)
+            return cached_reference(logps), line
+
+
+def frozen_copy(t: Setup) -> Scorer:
+    """The untrained policy, sharded like the policy and kept in the compute dtype."""
+    return load_sharded(t.config.model, t.config.shard, t.mesh, t.device, trainable=False)
+
+
+def no_progress(done: int, total: int) -> None:
+    """For passes too short to report on."""
+
+
+def score(t: Setup, source: PairSource, pairs: Sequence[int], progress: Progress = no_progress) -> np.ndarray:
+    """Log-probabilities of pairs under the policy as it is, the work shared by all ranks.
+
+    Args:
+        pairs: indices into ``source``.
+
+    Returns:
+        (len(pairs), 2) float64, chosen and rejected, nats; the same on every rank.
+    """
+    position = {pair: at for at, pair in enumerate(pairs)}
+    by_length = sorted(pairs, key=lambda i: source[i].tokens)
+    logps = torch.zeros(len(pairs), 2, dtype=torch.float64)
+    for start in range(0, len(pairs), SCORING_BLOCK):
+        for batch in micro_batches(source, by_length[start : start + SCORING_BLOCK], t.batch_shape):
+            with torch.no_grad():
+                scored = pair_logps(t.policy, batch.rows.to(t.device))
+            at = [position[pair] for pair in batch.pairs]
+            logps[at] = torch.stack((scored.chosen, scored.rejected), 1).double().cpu()
+        progress(min(start + SCORING_BLOCK, len(pairs)), len(pairs))
+    release_gathered(t.policy)
+    shared = logps.to(t.device)
+    dist.all_reduce(shared)
+    return shared.cpu().numpy()
+
+
+def score_samples(t: Setup, scorer: Scorer, samples: Sequence[TokenSample]) -> np.ndarray:
+    """(len(samples),) log-probabilities of single completions under ``scorer``, nats; the same on every rank."""
+    logps = torch.zeros(len(samples), dtype=torch.float64)
+    lengths = np.array([len(s.prompt) + len(s.completion) for s in samples], np.int64)
+    shares = deal(lengths, ranks=t.ranks, tokens_per_micro_batch=t.config.optim.tokens_per_micro_batch)
+    for batch in shares[t.rank]:
+        scored = sample_logps(scorer, build_sample_rows([samples[i] for i in batch]).to(t.device))
+        logps[list(batch)] = scored.double().cpu()
+    release_gathered(scorer)
+    shared = logps.to(t.device)
+    dist.all_reduce(shared)
+    return shared.cpu().numpy()
+
+
+def _cached_logps(t: Setup, source: PairSource, progress: Progress) -> tuple[np.ndarray, str]:
+    store = ReferenceStore(_reference_folder(t))
+    keys = entry_keys(source)
+    known = store.lookup(keys)
+    missing = _agree(t, np.isnan(known).any(1))
+    if missing.size:
+        found = len(source) - missing.size
+        lock = store.building(CACHE_WAIT_S) if t.rank == 0 else None
+        beat = lock.__enter__() if lock else lambda: None
+        try:
+            # Another run may have built what was missing while this one waited for its turn.
+            known = store.lookup(keys)
+            missing = _agree(t, np.isnan(known).any(1))
+            if missing.size:
+
+                def alive(done: int, total: int) -> None:
+                    beat()
+                    progress(done, total)
+
+                known[missing] = score(t, source, missing.tolist(), alive)
+                if t.rank == 0:
+                    lengths = np.array([(len(source[i].chosen), len(source[i].rejected)) for i in missing.tolist()])
+                    store.add(keys[missing], known[missing], lengths)
+        finally:
+            if lock:
+                lock.__exit__(None, None, None)
+        dist.barrier()
+    found = len(source) - missing.size
+    return known, f"reference cache: {found} pairs found, {missing.size} scored ({store.folder.name[:12]})"
+
+
+def _agree(t: Setup, missing: np.ndarray) -> np.ndarray:
+    """Rank 0's view of what is missing, as indices: all ranks must score the same pairs."""
+    view = [np.flatnonzero(missing)]
+    dist.broadcast_object_list(view, src=0)
+    return view[0]
+
+
+def _reference_folder(t: Setup) -> Path:
+    digest = [weights_digest(t.config.model.path) if t.rank == 0 else ""]
+    dist.broadcast_object_list(digest, src=0)
+    numerics = f"{t.config.model.dtype}-{t.device.type}-{t.config.model.attention}"
+    return t.config.reference.cache_path / "reference" / store_digest(digest[0], numerics)

@@ -1,0 +1,79 @@
+"""One optimizer step of preference optimisation, and the same forward pass without the step for evaluation."""
+
+import time
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dpo_ray.data.loader import MicroBatch, StepBatch
+from dpo_ray.model.reference import Reference
+from dpo_ray.model.scorer import pair_logps
+from dpo_ray.model.shard import release_gathered, set_last_micro_batch
+from dpo_ray.objective.metrics import PAIR_METRICS, pair_metric_sums
+from dpo_ray.train.setup import Setup
+from dpo_ray.types import Metrics
+
+
+def dpo_step(t: Setup, batch: StepBatch, reference: Reference, *, lr: float) -> Metrics:
+    """Train on one step's pairs.
+
+    The loss is the mean over the pairs of the global step, whatever the split into ranks, rows and micro-batches.
+
+    Returns:
+        The step's metrics, means over all pairs of all ranks; the same on every rank.
+    """
+    started = time.perf_counter()
+    sums = torch.zeros(len(PAIR_METRICS), dtype=torch.float64, device=t.device)
+    for i, micro in enumerate(batch.micro_batches):
+        set_last_micro_batch(t.policy, last=i == len(batch.micro_batches) - 1)
+        losses, part = _pair_losses(t, micro, reference)
+        # FSDP averages gradients over ranks; the mean is over the pairs of all ranks.
+        (losses.sum() * (t.ranks / len(batch.pairs))).backward()
+        sums += part
+    grad_norm = _full(torch.nn.utils.clip_grad_norm_(t.policy.parameters(), t.config.optim.max_grad_norm))
+    for group in t.optimizer.param_groups:
+        group["lr"] = lr
+    t.optimizer.step()
+    t.optimizer.zero_grad()
+    dist.all_reduce(sums)
+    seconds = time.perf_counter() - started
+    return {
+        **_means(sums, len(batch.pairs)),
+        "optim/grad_norm": grad_norm.item(),
+        "optim/lr": lr,
+        "perf/pairs_per_s": len(batch.pairs) / seconds,
+        "perf/tokens_per_s": batch.tokens / seconds,
+        "perf/step_s": seconds,
+    }
+
+
+@torch.no_grad()
+def evaluate_pairs(t: Setup, batches: Iterable[StepBatch], reference: Reference) -> Metrics:
+    """Loss, rewards and accuracy on held-out pairs, under ``eval/``."""
+    sums = torch.zeros(len(PAIR_METRICS), dtype=torch.float64, device=t.device)
+    pairs = 0
+    for batch in batches:
+        for micro in batch.micro_batches:
+            sums += _pair_losses(t, micro, reference)[1]
+        pairs += len(batch.pairs)
+    release_gathered(t.policy)
+    dist.all_reduce(sums)
+    return {f"eval/{name}": value for name, value in _means(sums, pairs).items()}
+
+
+def _pair_losses(t: Setup, micro: MicroBatch, reference: Reference) -> tuple[Tensor, Tensor]:
+    micro = MicroBatch(micro.pairs, micro.rows.to(t.device))
+    policy, held = pair_logps(t.policy, micro.rows), reference(micro)
+    losses = t.pair_loss(policy, held)
+    return losses, pair_metric_sums(losses, policy, held, t.config.loss.beta)
+
+
+def _means(sums: Tensor, pairs: int) -> Metrics:
+    return dict(zip(PAIR_METRICS, (sums / pairs).tolist(), strict=True))
+
+
+def _full(norm: Tensor) -> Tensor:
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

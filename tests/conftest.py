@@ -1,0 +1,89 @@
+"""Small real models and data that every tier of the tests builds for itself: nothing is fetched."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer: 256 bytes and three special tokens, nothing to train."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"], pad_token="<|pad|>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+
+def save_tiny_model(folder: Path, *, seed: int = 0, tied: bool = True, **changes: Any) -> Path:
+    """A two-layer Llama with grouped queries and a byte tokenizer, as a Hugging Face directory."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": 260,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.1,
+        "bos_token_id": None,
+        "eos_token_id": 256,
+        "pad_token_id": 258,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**(settings | changes)))
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of the tiny model with tied embeddings."""
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def write_pairs(tmp_path: Path) -> Callable[[Sequence[tuple[str, str, str]]], Path]:
+    """Write (prompt, chosen, rejected) texts as a JSONL file of message lists."""
+
+    def write(pairs: Sequence[tuple[str, str, str]]) -> Path:
+        file = tmp_path / "pairs.jsonl"
+        records = [
+            {
+                "prompt": [{"role": "user", "content": prompt}],
+                "chosen": [{"role": "assistant", "content": chosen}],
+                "rejected": [{"role": "assistant", "content": rejected}],
+            }
+            for prompt, chosen, rejected in pairs
+        ]
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return file
+
+    return write
+
+
+def ragged_texts(count: int) -> list[tuple[str, str, str]]:
+    """``count`` different pairs of uneven lengths."""
+    words = "the quick brown fox jumps over a lazy dog while rain falls on the old stone bridge by the river".split()
+    pick = lambda i, n: " ".join(words[(i * 7 + k * 3) % len(words)] for k in range(n))  # noqa: E731
+    return [(f"{i}: {pick(i, 2 + i % 9)}", pick(i + 1, 1 + i % 5), pick(i + 2, 2 + (3 * i) % 11)) for i in range(count)]

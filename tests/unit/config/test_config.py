@@ -1,0 +1,286 @@
+"""The configuration: what is accepted, what is refused and in which words, and that it survives YAML."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dpo_ray.config import Config, config_from_argv, load_config, override, parse_overrides, write_config
+from dpo_ray.config.load import ConfigError, help_text
+
+ROOT = Path(__file__).parents[3]
+JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
+
+OFFLINE = "model: {path: tiny}\ndata: {train: pairs.jsonl}\n"
+ONLINE = "model: {path: tiny}\nonline: {prompts: prompts.jsonl}\n"
+
+
+@pytest.fixture
+def offline(tmp_path) -> Path:
+    return write(tmp_path / "offline.yaml", OFFLINE)
+
+
+@pytest.fixture
+def online(tmp_path) -> Path:
+    return write(tmp_path / "online.yaml", ONLINE)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def load(path: Path, *arguments: str) -> Config:
+    return load_config(path, parse_overrides(arguments))
+
+
+# ------------------------------------------------------------------------------------------------------------- accepted
+
+
+def test_the_file_wins_over_the_defaults_and_the_command_line_over_the_file(tmp_path):
+    path = write(tmp_path / "c.yaml", OFFLINE + "loss: {beta: 0.2, use: ipo}\n")
+    config = load(path, "loss.beta=0.3")
+    assert (config.loss.beta, config.loss.use, config.optim.pairs_per_step) == (0.3, "ipo", 32)
+
+
+def test_overrides_are_read_as_yaml(offline):
+    config = load(
+        offline,
+        "optim.lr=1e-6",
+        "data.eval=[a.jsonl, b.jsonl]",
+        "loss.args={label_smoothing: 0.1}",
+        "run.steps=null",
+        "data.shuffle=false",
+        "run.name='12'",
+    )
+    assert config.optim.lr == 1e-6
+    assert config.data.eval == ("a.jsonl", "b.jsonl")
+    assert config.loss.args == {"label_smoothing": 0.1}
+    assert config.run.steps is None
+    assert config.data.shuffle is False
+    assert config.run.name == "12"
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "+1e-3", "1.0e-3", "0.001", "1.e-3"])
+def test_a_number_in_component_arguments_is_a_number_however_it_is_written(online, text):
+    assert load(online, f"online.select.args.min_gap={text}").online.select.args == {"min_gap": 0.001}
+
+
+def test_a_number_in_quotes_stays_a_text(online):
+    assert load(online, "online.judge.args.name='1e3'").online.judge.args == {"name": "1e3"}
+
+
+def test_arguments_alone_keep_the_default_component(online):
+    judge = load(online, "online.judge.args.target_words=30").online.judge
+    assert (judge.use, judge.args) == ("length", {"target_words": 30})
+
+
+def test_one_path_is_a_list_of_one(offline):
+    assert load(offline).data.train == ("pairs.jsonl",)
+
+
+def test_override_validates_in_full_and_leaves_its_inputs_alone(offline):
+    config = load(offline)
+    args = {"label_smoothing": 0.1}
+    changed = override(config, {"loss.args": args, "loss.args.other": 1, "loss.beta": 0.5})
+    assert changed.loss.args == {"label_smoothing": 0.1, "other": 1}
+    assert args == {"label_smoothing": 0.1}
+    assert config.loss.beta == 0.1
+    with pytest.raises(ConfigError, match=r"loss.beta: found -1; .*greater than 0"):
+        override(config, {"loss.beta": -1})
+
+
+@pytest.mark.parametrize("text", [OFFLINE, ONLINE + "loss: {args: {a: '1e3', b: 1e-7, c: 'é'}}\n"])
+def test_a_written_config_reads_back_equal(tmp_path, text):
+    config = load(write(tmp_path / "c.yaml", text), "run.name='1e3'", "run.dir=ü")
+    write_config(config, tmp_path / "resolved.yaml")
+    assert load(tmp_path / "resolved.yaml") == config
+
+
+def test_the_tree_is_frozen(offline):
+    with pytest.raises(ValueError, match="frozen"):
+        load(offline).loss.beta = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
+def test_every_shipped_job_loads(path):
+    load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "kind"),
+    [
+        (OFFLINE, [], "cached"),
+        (ONLINE, [], "live"),
+        (ONLINE, ["reference.refresh=round"], "cached"),
+        (OFFLINE, ["reference.kind=none"], "none"),
+    ],
+)
+def test_reference_kind_auto_is_decided_by_what_can_be_cached(tmp_path, text, overrides, kind):
+    assert load(write(tmp_path / "c.yaml", text), *overrides).reference_kind == kind
+
+
+# -------------------------------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("optim.lrr=1", r"optim.lrr: no such key; did you mean optim.lr\?"),
+        ("optm.lr=1", r"optm: no such key; did you mean optim\?"),
+        ("beta=0.2", r"beta: no such key; did you mean loss.beta\?"),
+        ("online.temperature=1", r"online.temperature: no such key; did you mean online.sampling.temperature\?"),
+        ("optim.learning_rate=1", r"optim.learning_rate: no such key; optim has the keys lr, schedule, "),
+        ("nonsense=1", "nonsense: no such key; --help lists every key"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest_one(online, argument, message):
+    with pytest.raises(ConfigError, match=message):
+        load(online, argument)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("loss.beta=-1", "loss.beta: found -1; input should be greater than 0"),
+        ("loss.beta=high", "loss.beta: found 'high'; input should be a valid number"),
+        ("optim.lr=.nan", "optim.lr: found nan; input should be a finite number"),
+        ("optim.lr=.inf", "optim.lr: found inf; input should be a finite number"),
+        ("optim.schedule=step", "optim.schedule: found 'step'; input should be 'linear', 'cosine' or 'constant'"),
+        ("optim.pairs_per_step=0", "optim.pairs_per_step: found 0; input should be greater than or equal to 1"),
+        ("optim.pairs_per_step=1.5", "optim.pairs_per_step: found 1.5; input should be a valid integer"),
+        ("model.lora={r: 8}", "model.lora: found {'r': 8}; input should be null"),
+        ("online.candidates=1", "online.candidates: found 1; input should be greater than or equal to 2"),
+        ("online.judge=length", "online.judge: found 'length'; it takes a mapping of keys to values"),
+        ("loss.beta.x=1", "loss.beta.x: loss.beta holds 0.1, which has no keys below it"),
+        ("run.dir=s3://bucket/runs", "run.dir is 's3://bucket/runs': object stores are not supported yet"),
+        ("run.name=a/b", "run.name is 'a/b': it must be a plain folder name"),
+    ],
+)
+def test_a_bad_value_is_answered_with_the_key_what_was_found_and_what_is_accepted(tmp_path, argument, message):
+    path = write(tmp_path / "c.yaml", ONLINE + "loss: {beta: 0.1}\n")
+    with pytest.raises(ConfigError) as error:
+        load(path, argument)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        (
+            OFFLINE,
+            ["shard.replicate=2", "cluster.train_workers=3"],
+            "shard.replicate (2) must divide cluster.train_workers (3)",
+        ),
+        (OFFLINE, ["reference.refresh=round"], "reference.refresh: round needs rounds"),
+        (ONLINE, ["reference.refresh=round", "reference.kind=live"], "set reference.kind to auto or cached"),
+        (ONLINE, ["reference.kind=cached"], "reference.kind: cached cannot score fresh pairs"),
+    ],
+)
+def test_sections_that_do_not_go_together_are_refused(tmp_path, text, arguments, message):
+    with pytest.raises(ConfigError) as error:
+        load(write(tmp_path / "c.yaml", text), *arguments)
+    assert message in str(error.value)
+
+
+def test_all_problems_are_reported_at_once(offline):
+    with pytest.raises(ConfigError) as error:
+        load(offline, "loss.beta=-1", "optim.lrr=1")
+    assert "loss.beta: found -1" in str(error.value)
+    assert "optim.lrr: no such key" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("loss: {beta: 0.1}\n", "model: is required"),
+        ("", "model: is required"),
+        ("model: {path: x\n", "not valid YAML"),
+        ("- a\n- b\n", "holds a list; a configuration is a mapping of sections"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=rf"broken.yaml: .*{message}"):
+        load(write(tmp_path / "broken.yaml", text))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent.yaml: cannot be read: No such file"):
+        load(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("argument", ["optim.lr", "=1", "--lr"])
+def test_an_argument_that_is_no_override_is_refused(argument):
+    with pytest.raises(ConfigError, match="is not an override; write key=value"):
+        parse_overrides([argument])
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def leaves(section, prefix=""):
+    """Dotted keys of a validated tree, found by walking the values."""
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if hasattr(type(value), "model_fields"):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def test_help_lists_every_key_with_type_default_and_meaning(online, capsys):
+    with pytest.raises(SystemExit) as end:
+        config_from_argv("DPO on fresh pairs.", ["--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("DPO on fresh pairs.")
+    lines = printed.splitlines()
+    for key in leaves(load(online)):
+        [at] = [i for i, line in enumerate(lines) if line.startswith(f"{key}: ")]
+        assert " = " in lines[at] or lines[at].endswith(" (required)")
+        assert lines[at + 1].startswith("    ")
+        assert len(lines[at + 1].strip()) > 10
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "model.path: str (required)",
+        "loss.beta: float (> 0) = 0.1",
+        "run.steps: int | null (>= 1) = null",
+        "optim.schedule: linear | cosine | constant = linear",
+        "data.shuffle: bool = true",
+        "data.train: list of str = []",
+        "online.judge.use: str = length",
+    ],
+)
+def test_help_shows_types_bounds_and_defaults(line):
+    assert line in help_text().splitlines()
+
+
+def test_without_arguments_the_command_prints_its_help_and_fails(capsys):
+    with pytest.raises(SystemExit) as end:
+        config_from_argv("DPO.", [])
+    assert end.value.code == 2
+    assert "loss.beta" in capsys.readouterr().out
+
+
+def test_a_config_that_cannot_be_used_ends_the_command_with_exit_code_2(offline, capsys):
+    with pytest.raises(SystemExit) as end:
+        config_from_argv("DPO.", [str(offline), "optim.lrr=1"])
+    assert end.value.code == 2
+    assert "optim.lrr: no such key" in capsys.readouterr().err
+
+
+def test_reading_a_config_imports_neither_torch_nor_ray_and_takes_less_than_three_seconds(offline):
+    code = (
+        "import sys; from dpo_ray.config import load_config\n"
+        f"load_config({str(offline)!r})\n"
+        "print([m for m in ('torch', 'ray', 'transformers', 'datasets', 'numpy') if m in sys.modules])"
+    )
+    begin = time.perf_counter()
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+    assert time.perf_counter() - begin < 3.0

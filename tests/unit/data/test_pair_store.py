@@ -1,0 +1,191 @@
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from dpo_ray.config.schema import DataConfig
+from dpo_ray.data import store as store_module
+from dpo_ray.data.records import read_pairs
+from dpo_ray.data.store import PairStore, prepare_pairs
+from dpo_ray.data.tokenize import tokenize_pair
+
+Write = Callable[..., str]
+GOOD = [{"prompt": f"question {i}?", "chosen": " yes" * (i + 1), "rejected": " no"} for i in range(5)]
+LIMITS = DataConfig(max_prompt_tokens=1024, max_completion_tokens=1024)
+
+
+@pytest.fixture
+def prepare(tokenizer: Any, tmp_path: Path) -> Callable[..., PairStore]:
+    def prepare_sources(*sources: str, config: DataConfig = LIMITS, **kwargs: Any) -> PairStore:
+        return prepare_pairs(sources, tokenizer, config, folder=tmp_path / "stores", **kwargs)
+
+    return prepare_sources
+
+
+@pytest.fixture
+def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The record numbers tokenised so far."""
+    numbers = []
+
+    def counting(record: Any, *args: Any, **kwargs: Any) -> Any:
+        numbers.append(record.number)
+        return tokenize_pair(record, *args, **kwargs)
+
+    monkeypatch.setattr(store_module, "tokenize_pair", counting)
+    return numbers
+
+
+def test_the_store_gives_back_every_pair_and_where_it_came_from(prepare: Any, write: Write, tokenizer: Any):
+    sources = [write(GOOD[:3], "one.jsonl"), write(["{", *GOOD[3:]], "two.jsonl")]
+    store = prepare(*sources)
+    direct = [
+        tokenize_pair(record, tokenizer, max_prompt_tokens=None, max_completion_tokens=None).pair
+        for record in read_pairs([sources[0], write(GOOD[3:], "rest.jsonl")])
+    ]
+    assert list(store) == direct
+    assert store[-1] == direct[-1]
+    assert [store.record_of(i) for i in range(5)] == [
+        *((sources[0], n) for n in (1, 2, 3)),
+        *((sources[1], n) for n in (2, 3)),
+    ]
+    np.testing.assert_array_equal(store.lengths, [(len(p.prompt), len(p.chosen), len(p.rejected)) for p in direct])
+    assert store.lengths.dtype == np.int32
+    with pytest.raises(IndexError):
+        store[5]
+
+
+def test_bad_records_are_named_and_counted_and_the_rest_is_kept(prepare: Any, write: Write):
+    source = write(
+        [
+            GOOD[0],
+            '{"prompt": "broken',
+            {**GOOD[1], "chosen": ""},
+            {**GOOD[2], "chosen": " no"},
+            {**GOOD[3], "prompt": "sky " * 20_000},
+            GOOD[4],
+        ]
+    )
+    store = prepare(source)
+    assert [store.record_of(i)[1] for i in range(len(store))] == [1, 6]
+    dropped = {reason: (tally.count, tally.first[0].number) for reason, tally in store.report.dropped.items()}
+    assert dropped == {"not_json": (1, 2), "empty_field": (1, 3), "identical": (1, 4), "prompt_too_long": (1, 5)}
+    text = store.report.text()
+    assert text.startswith("data: 6 records read, 2 kept, 4 dropped\n")
+    assert re.search(rf"{re.escape(source)}:5 \(\d{{5}} tokens; data.max_prompt_tokens is 1024\)", text)
+
+
+def test_tokens_are_memory_mapped(prepare: Any, write: Write):
+    store = prepare(write(GOOD))
+    assert isinstance(store._tokens, np.memmap)
+    assert isinstance(store.lengths, np.memmap)
+    assert not store.lengths.flags.writeable
+
+
+def test_a_second_preparation_tokenises_nothing_and_reports_the_same(prepare: Any, write: Write, tokenised: list[int]):
+    source = write([*GOOD, "{"])
+    first = prepare(source)
+    assert tokenised == [1, 2, 3, 4, 5]
+    second = prepare(source)
+    assert tokenised == [1, 2, 3, 4, 5]
+    assert list(second) == list(first)
+    assert second.report == first.report
+    assert second.digest == first.digest
+
+
+def test_a_moved_file_opens_the_same_store_under_its_new_name(prepare: Any, write: Write, tokenised: list[int]):
+    first = prepare(write([*GOOD, "{"]))
+    moved = write([*GOOD, "{"], "moved.jsonl")
+    second = prepare(moved)
+    assert len(tokenised) == 5
+    assert second.digest == first.digest
+    assert second.record_of(0) == (moved, 1)
+    assert second.report.dropped["not_json"].first[0].source == moved
+
+
+def test_a_changed_file_template_or_limit_gives_another_store(prepare: Any, write: Write, tokenizer: Any):
+    digests = {prepare(write(GOOD)).digest, prepare(write(GOOD[:4])).digest}
+    digests.add(prepare(write(GOOD), config=DataConfig(max_completion_tokens=3)).digest)
+    tokenizer.chat_template += " "
+    digests.add(prepare(write(GOOD)).digest)
+    assert len(digests) == 4
+
+
+def test_limit_applies_to_training_records_only(prepare: Any, write: Write):
+    config = DataConfig(limit=2)
+    assert len(prepare(write(GOOD), config=config)) == 2
+    assert len(prepare(write(GOOD), config=config, kind="eval")) == 5
+
+
+def test_strict_makes_a_dropped_record_an_error_also_when_the_store_exists(prepare: Any, write: Write):
+    source = write([*GOOD, "{"])
+    strict = DataConfig(strict=True)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"data\.train: data\.strict is true[^$]*pairs\.jsonl:6 \(Expecting"):
+            prepare(source, config=strict)
+    assert len(prepare(source, config=DataConfig())) == 5
+    assert len(prepare(write(GOOD, "clean.jsonl"), config=strict)) == 5
+
+
+def test_a_data_set_of_which_nothing_is_left_leaves_no_store(prepare: Any, write: Write, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"data\.eval: no record can be used\ndata\.eval: 1 records read, 0 kept"):
+        prepare(write(["{"]), kind="eval")
+    assert list((tmp_path / "stores").iterdir()) == []
+
+
+def test_a_builder_that_comes_second_takes_the_store_of_the_first(
+    prepare: Any, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = write(GOOD)
+    move = store_module._move_into_place
+
+    def overtaken(building: Path, place: Path) -> None:
+        monkeypatch.setattr(store_module, "_move_into_place", move)
+        prepare(source)
+        move(building, place)
+
+    monkeypatch.setattr(store_module, "_move_into_place", overtaken)
+    assert len(prepare(source)) == 5
+    (left,) = (tmp_path / "stores").iterdir()
+    assert not left.name.startswith(".")
+
+
+def test_a_failed_build_leaves_nothing_behind(
+    prepare: Any, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store_module, "tokenize_pair", fail)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(write(GOOD))
+    assert list((tmp_path / "stores").iterdir()) == []
+
+
+def test_a_damaged_store_is_named(prepare: Any, write: Write, tmp_path: Path):
+    source = write(GOOD)
+    prepare(source)
+    (folder,) = (tmp_path / "stores").iterdir()
+    tokens = folder / "tokens.i32"
+    tokens.write_bytes(tokens.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"tokens\.i32: holds \d+ bytes, expected \d+; delete the folder"):
+        prepare(source)
+
+
+def test_progress_is_told_every_so_many_records_and_at_the_end(
+    prepare: Any, write: Write, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(store_module, "PROGRESS_EVERY", 2)
+    told: list[int] = []
+    prepare(write([*GOOD, json.dumps(1)]), on_progress=told.append)
+    assert told == [2, 4, 6, 6]
+
+
+def test_a_saved_dataset_is_prepared_once(prepare: Any, tmp_path: Path, tokenised: list[int]):
+    import datasets
+
+    datasets.Dataset.from_list(GOOD).save_to_disk(tmp_path / "saved")
+    assert len(prepare(str(tmp_path / "saved"))) == len(prepare(str(tmp_path / "saved"))) == 5
+    assert len(tokenised) == 5

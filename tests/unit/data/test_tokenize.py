@@ -1,0 +1,207 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dpo_ray.data.records import PairRecord, Problem
+from dpo_ray.data.tokenize import (
+    TokenizedPair,
+    load_tokenizer,
+    render_prompt,
+    tokenize_pair,
+    tokenizer_digest,
+)
+
+USER = {"role": "user", "content": "What is the color of the sky?"}
+
+
+def answers(chosen: str, rejected: str) -> PairRecord:
+    turns = [({"role": "assistant", "content": text},) for text in (chosen, rejected)]
+    return PairRecord((USER,), turns[0], turns[1], "pairs.jsonl", 7)
+
+
+def tokenized(record: PairRecord, tokenizer: Any, prompt: int | None = None, completion: int | None = None) -> Any:
+    return tokenize_pair(record, tokenizer, max_prompt_tokens=prompt, max_completion_tokens=completion)
+
+
+# ----------------------------------------------------------------------------------------------------------- boundary
+
+
+def test_completion_tokens_are_those_the_template_adds_after_the_generation_prompt(tokenizer: Any):
+    result = tokenized(answers("The sky is blue.", "Grass is green."), tokenizer)
+    assert isinstance(result, TokenizedPair)
+    assert result.notes == ()
+    assert tokenizer.decode(result.pair.prompt) == (
+        "<|im_start|>user\nWhat is the color of the sky?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tokenizer.decode(result.pair.chosen) == "The sky is blue.<|im_end|>\n"
+    assert tokenizer.decode(result.pair.rejected) == "Grass is green.<|im_end|>\n"
+    assert result.pair.chosen.count(tokenizer.eos_token_id) == 1
+
+
+def test_the_prompt_of_a_pair_is_the_prompt_an_engine_is_given(tokenizer: Any):
+    pair = tokenized(answers("The sky is blue.", "Grass is green."), tokenizer).pair
+    assert pair.prompt == render_prompt((USER,), tokenizer)
+
+
+def test_no_end_of_turn_is_added_where_the_template_has_none(tokenizer: Any):
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    result = tokenized(answers("blue", "green"), tokenizer)
+    assert tokenizer.eos_token_id not in result.pair.chosen
+    assert result.notes == ("no_eos",)
+
+
+def test_an_end_of_turn_in_the_text_before_that_of_the_template_is_noted(tokenizer: Any):
+    result = tokenized(answers("blue<|im_end|>", "green"), tokenizer)
+    assert result.notes == ("double_eos",)
+
+
+def test_the_boundary_moves_back_where_the_template_renders_the_prompt_otherwise_alone(tokenizer: Any):
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "assistant\n{% endif", "assistant\n<think></think>{% endif"
+    )
+    result = tokenized(answers("The sky", "Grass"), tokenizer)
+    assert result.notes == ("boundary_moved",)
+    assert tokenizer.decode(result.pair.prompt).endswith("<|im_start|>assistant\n")
+    assert tokenizer.decode(result.pair.chosen) == "The sky<|im_end|>\n"
+
+
+def test_the_boundary_moves_back_where_tokens_merge_over_it(tokenizer: Any):
+    record = PairRecord("The sky is bl", "ue.", "ack.", "pairs.jsonl", 1)
+    result = tokenized(record, tokenizer)
+    assert result.notes == ("boundary_moved",)
+    whole = tokenizer("The sky is blue.<|im_end|>")["input_ids"]
+    assert [*result.pair.prompt, *result.pair.chosen] == whole
+
+
+def test_ids_equal_those_of_trls_preparation(tokenizer: Any):
+    trl = pytest.importorskip("trl.data_utils")
+    record = answers("The sky is blue.", "Grass is green, and so is the sky.")
+    prompt = trl._tokenize(tokenizer, list(record.prompt), add_generation_prompt=True)["input_ids"]
+    chosen = trl._tokenize(tokenizer, [*record.prompt, *record.chosen])["input_ids"]
+    rejected = trl._tokenize(tokenizer, [*record.prompt, *record.rejected])["input_ids"]
+    start = min(trl.common_prefix_length(prompt, chosen), trl.common_prefix_length(prompt, rejected))
+
+    pair = tokenized(record, tokenizer).pair
+    assert [*pair.prompt] == prompt[:start]
+    assert [*pair.chosen] == chosen[start:]
+    assert [*pair.rejected] == rejected[start:]
+
+
+def test_text_ends_with_one_end_of_sequence_token(tokenizer: Any):
+    record = PairRecord("sky?", " blue", " green<|im_end|>", "pairs.jsonl", 1)
+    result = tokenized(record, tokenizer)
+    assert tokenizer.decode(result.pair.chosen) == " blue<|im_end|>"
+    assert tokenizer.decode(result.pair.rejected) == " green<|im_end|>"
+    assert result.notes == ()
+
+
+# -------------------------------------------------------------------------------------------------------------- limits
+
+
+def test_a_long_completion_loses_its_end_and_no_token_takes_its_place(tokenizer: Any):
+    record = answers("one two three four five six seven", "blue")
+    whole, cut = tokenized(record, tokenizer).pair, tokenized(record, tokenizer, completion=6)
+    assert cut.pair.chosen == whole.chosen[:6]
+    assert cut.pair.rejected == whole.rejected
+    assert cut.notes == ("completion_cut",)
+
+
+def test_a_completion_at_the_limit_is_not_cut(tokenizer: Any):
+    record = answers("one two three", "blue")
+    whole = tokenized(record, tokenizer).pair
+    at_limit = tokenized(record, tokenizer, completion=max(len(whole.chosen), len(whole.rejected)))
+    assert at_limit == TokenizedPair(whole)
+
+
+def test_a_prompt_over_the_limit_is_dropped_and_one_at_it_is_kept(tokenizer: Any):
+    record = answers("blue", "green")
+    length = len(tokenized(record, tokenizer).pair.prompt)
+    assert isinstance(tokenized(record, tokenizer, prompt=length), TokenizedPair)
+    assert tokenized(record, tokenizer, prompt=length - 1) == Problem(
+        "prompt_too_long", "pairs.jsonl", 7, f"{length} tokens; data.max_prompt_tokens is {length - 1}"
+    )
+
+
+def test_completions_equal_after_the_cut_are_dropped(tokenizer: Any):
+    record = answers("one two three four five", "one two three six")
+    assert isinstance(tokenized(record, tokenizer), TokenizedPair)
+    assert tokenized(record, tokenizer, completion=2).reason == "identical_after_truncation"
+
+
+def test_completions_that_the_template_makes_equal_are_dropped(tokenizer: Any):
+    tokenizer.chat_template = tokenizer.chat_template.replace("['content']", "['content'] | trim")
+    assert tokenized(answers("blue", "blue "), tokenizer).reason == "identical"
+
+
+def test_a_completion_that_the_template_leaves_out_is_dropped(tokenizer: Any):
+    tokenizer.chat_template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    assert tokenized(answers("blue", "green"), tokenizer).reason == "completion_emptied"
+
+
+def test_a_prompt_that_shares_no_token_with_the_conversation_is_dropped(tokenizer: Any):
+    tokenizer.chat_template = "{% if add_generation_prompt %}!{% endif %}{{ messages[-1]['content'] }}"
+    assert tokenized(answers("blue", "green"), tokenizer).reason == "empty_prompt"
+
+
+def test_a_conversation_that_the_template_refuses_is_dropped_with_its_words(tokenizer: Any):
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    problem = tokenized(answers("blue", "green"), tokenizer)
+    assert (problem.reason, problem.detail) == ("template_refused", "the chat template says: roles must alternate")
+    with pytest.raises(ValueError, match=r"model\.chat_template: .* roles must alternate"):
+        render_prompt((USER,), tokenizer)
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def test_messages_without_a_chat_template_are_an_error_that_names_the_key(tokenizer: Any):
+    tokenizer.chat_template = None
+    for attempt in (lambda: tokenized(answers("a", "b"), tokenizer), lambda: render_prompt((USER,), tokenizer)):
+        with pytest.raises(ValueError, match=r"model\.chat_template: the data holds messages"):
+            attempt()
+
+
+def test_a_template_that_is_not_jinja_is_an_error_that_names_the_key(tokenizer: Any):
+    tokenizer.chat_template = "{% if %}"
+    with pytest.raises(ValueError, match=r"model\.chat_template: line 1"):
+        tokenized(answers("a", "b"), tokenizer)
+
+
+@pytest.mark.parametrize("path", ["/no/such/model", "./models/none", "a/b/c"])
+def test_a_missing_model_directory_is_an_error_that_names_the_key(path: str):
+    with pytest.raises(ValueError, match=rf"model\.path: {path}: no such directory"):
+        load_tokenizer(path)
+
+
+def test_a_directory_without_a_tokenizer_is_an_error_that_names_the_key(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"model\.path: .*: the directory holds no tokenizer that can be loaded"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_model_that_the_hub_does_not_give_is_an_error_that_names_the_key(monkeypatch: pytest.MonkeyPatch):
+    import transformers
+
+    def from_pretrained(*_: Any, **__: Any) -> None:
+        raise OSError("no network\nand more")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
+    with pytest.raises(ValueError, match=r"model\.path: org/name: not loaded from the hub: no network$"):
+        load_tokenizer("org/name")
+
+
+def test_a_template_file_replaces_the_tokenizers_own(tokenizer: Any, tmp_path: Path):
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "chat.jinja").write_text("{{ messages[0]['content'] }}!")
+    loaded = load_tokenizer(str(tmp_path / "model"), str(tmp_path / "chat.jinja"))
+    assert loaded.decode(render_prompt((USER,), loaded)) == "What is the color of the sky?!"
+    assert load_tokenizer(str(tmp_path / "model")).chat_template == tokenizer.chat_template
+    with pytest.raises(ValueError, match=r"model\.chat_template: .*none\.jinja: cannot be read: No such file"):
+        load_tokenizer(str(tmp_path / "model"), str(tmp_path / "none.jinja"))
+
+
+def test_the_tokenizers_digest_follows_what_decides_the_ids(tokenizer: Any):
+    digest = tokenizer_digest(tokenizer)
+    tokenizer(["a", "longer text"], padding=True, truncation=True, max_length=2)
+    assert tokenizer_digest(tokenizer) == digest
+    tokenizer.chat_template += " "
+    assert tokenizer_digest(tokenizer) != digest

@@ -1,0 +1,146 @@
+"""Judges: the built-in ones, how import paths are read, and the check of what a judge returned."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from dpo_ray.config import Component
+from dpo_ray.rollout.judges import build_judge, check_scores
+from dpo_ray.types import CompletionGroup
+
+HERE = __name__
+
+
+def words(n: int) -> str:
+    return " ".join(["word"] * n)
+
+
+def constant(groups: Sequence[CompletionGroup], value: float = 1.0) -> list[list[float]]:
+    return [[value] * len(group.completions) for group in groups]
+
+
+def make_constant(value: float):
+    return lambda groups: constant(groups, value)
+
+
+class Constant:
+    def __init__(self, value: float = 2.0) -> None:
+        self.value = value
+
+    def __call__(self, groups: Sequence[CompletionGroup]) -> list[list[float]]:
+        return constant(groups, self.value)
+
+
+def half_a_judge(completions):
+    return 0.0
+
+
+not_a_judge = 3
+
+
+def test_length_falls_from_one_at_the_target_to_zero_at_twice_it_and_stays_at_minus_one_from_three_times(group):
+    judge = build_judge(Component(use="length", args={"target_words": 4}))
+    assert judge([group(words(4), words(2), words(6), words(8), words(12), words(40))]) == [
+        [1.0, 0.5, 0.5, 0.0, -1.0, -1.0]
+    ]
+
+
+def test_length_gives_an_empty_completion_the_lowest_score(group):
+    judge = build_judge(Component(use="length", args={"target_words": 4}))
+    assert judge([group("", " \n")]) == [[-1.0, -1.0]]
+
+
+@pytest.mark.parametrize("target", [0, -3, 2.5, "60"])
+def test_length_refuses_a_target_that_is_no_positive_whole_number(target):
+    with pytest.raises(ValueError, match=r"target_words is .* at least 1"):
+        build_judge(Component(use="length", args={"target_words": target}))
+
+
+def test_sentiment_is_the_compound_score_of_vader(group):
+    pytest.importorskip("vaderSentiment")
+    judge = build_judge(Component(use="sentiment"))
+    [[good, bad, neutral, empty]] = judge([group("I love it", "I hate it", "It is a table", "")])
+    assert good == 0.6369  # s / sqrt(s * s + 15) with love's valence s = 3.2
+    assert bad == -0.5719  # hate: s = -2.7
+    assert neutral == 0.0
+    assert empty == 0.0
+
+
+def test_sentiment_without_its_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vaderSentiment", None)
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
+    with pytest.raises(ValueError, match=r"dpo-ray\[demo\]"):
+        build_judge(Component(use="sentiment"))
+
+
+def test_importing_the_judges_imports_neither_vader_nor_torch_nor_ray():
+    code = (
+        "import sys, dpo_ray.rollout.judges, dpo_ray.rollout.selectors, dpo_ray.rollout.collect, "
+        "dpo_ray.rollout.records, dpo_ray.rollout.stream\n"
+        "print([m for m in ('vaderSentiment', 'torch', 'ray', 'vllm', 'transformers') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("use", "args", "score"),
+    [
+        (f"{HERE}:constant", {}, 1.0),  # a function of groups is the judge itself
+        (f"{HERE}:constant", {"value": 5.0}, 5.0),
+        (f"{HERE}:make_constant", {"value": 3.0}, 3.0),  # a function without groups is a factory
+        (f"{HERE}:Constant", {}, 2.0),  # a class is a factory
+        (f"{HERE}:Constant", {"value": 4.0}, 4.0),
+    ],
+)
+def test_an_import_path_names_a_judge_or_a_factory(group, use, args, score):
+    assert build_judge(Component(use=use, args=args))([group("a", "b")]) == [[score, score]]
+
+
+@pytest.mark.parametrize(
+    ("use", "args", "message"),
+    [
+        ("lenght", {}, "no judge is called 'lenght'; did you mean 'length'"),
+        ("length", {"words": 3}, "takes no argument 'words'"),
+        (f"{HERE}:make_constant", {}, "missing a required argument: 'value'"),
+        (f"{HERE}:constant", {"groups": []}, "groups cannot be set in args"),
+        (f"{HERE}:constant", {"weight": 1}, "takes no argument 'weight'"),
+        (f"{HERE}:not_a_judge", {}, "is a int; it must be a function or a class"),
+        (f"{HERE}:half_a_judge", {"completions": 1}, "must call its first parameter groups"),
+    ],
+)
+def test_a_judge_that_cannot_be_built_is_refused_with_the_reason(use, args, message):
+    with pytest.raises(ValueError, match=message):
+        build_judge(Component(use=use, args=args))
+
+
+def test_check_scores_turns_what_is_not_finite_into_nan_and_the_rest_into_floats(group):
+    checked = check_scores([group("a", "b", "c", "d")], [[1, math.inf, -math.inf, math.nan]])
+    assert checked[0][0] == 1.0
+    assert isinstance(checked[0][0], float)
+    assert all(math.isnan(score) for score in checked[0][1:])
+
+
+def test_check_scores_reads_an_array(group):
+    assert check_scores([group("a", "b")], np.array([[0.5, 2.0]], dtype=np.float32)) == [[0.5, 2.0]]
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (None, "None for 1 groups"),
+        ([], "a list of length 0 for 1 groups"),
+        ([[1.0], [2.0]], "a list of length 2 for 1 groups"),
+        ([[1.0]], r"a list of length 1 for the 2 completions of group 0 \(prompt 3\)"),
+        ([1.0], "1.0 for the 2 completions"),
+        ([[1.0, None]], "None as a score"),
+        ([["1.0", 2.0]], "'1.0' as a score"),
+    ],
+)
+def test_check_scores_names_the_fault_of_a_judge_that_returns_something_else(group, scores, message):
+    with pytest.raises(ValueError, match=f"the judge returned {message}"):
+        check_scores([group("a", "b", index=3)], scores)
