@@ -278,6 +278,15 @@ class OnlineConfig(Section):
     """Largest mean difference, in nats a token, between trainer and engine log-probabilities after a push."""
 
 
+class SweepConfig(Section):
+    """How many trials a sweep runs; what it varies stands in its space, a module of tune_spaces."""
+
+    samples: int | None = Field(None, ge=1)
+    """Trials; null takes the space's own number."""
+    concurrent: int | None = Field(None, ge=1)
+    """Most trials at a time; null runs as many as the cluster holds."""
+
+
 class Config(Section):
     """A run."""
 
@@ -291,6 +300,7 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
     online: OnlineConfig | None = None
     """Absent: training on a fixed preference set."""
+    sweep: SweepConfig = SweepConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

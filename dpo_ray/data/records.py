@@ -96,7 +96,7 @@ def read_prompts(sources: Sequence[str]) -> Iterator[PromptRecord | Problem]:
 
 
 def source_digest(source: str) -> str:
-    """What ``source`` holds, as a hash: of a file its bytes, of a dataset its fingerprint. Its name does not count.
+    """The content of ``source`` as a hash: of a file its format and bytes, not its name; of a dataset its fingerprint.
 
     Raises:
         ValueError: the source is missing or cannot be read.
@@ -104,7 +104,7 @@ def source_digest(source: str) -> str:
     located = _locate(source)
     if isinstance(located, _DatasetSource):
         return sha256(f"dataset {_open_dataset(located)._fingerprint}".encode()).hexdigest()
-    digest = sha256()
+    digest = sha256(located.path.suffix.encode())
     with located.path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)

@@ -64,7 +64,7 @@ class Swatch:
     colour: str
     """A key of ``PALETTE``."""
     mark: str = "line"
-    """line | dashed | point | box."""
+    """line | dashed | point | ring | box."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +113,12 @@ def judge_score(record: RunRecord) -> Picture | None:
 def margin_and_accuracy(record: RunRecord) -> Picture | None:
     """Reward margin and accuracy over steps, with held-out pairs."""
     margins, accuracies = record.over_steps("rewards/margins"), record.over_steps("rewards/accuracies")
-    eval_margins, eval_accuracies = (
+    eval_margins, (eval_steps, accuracy) = (
         record.over_evals("eval/rewards/margins"),
         record.over_evals("eval/rewards/accuracies"),
     )
+    # At step 0 all margins are 0, and which side of 0 rounding puts them on says nothing.
+    eval_accuracies = (eval_steps[eval_steps > 0], accuracy[eval_steps > 0])
     if not _any(margins, accuracies, eval_margins, eval_accuracies):
         return None
     figure, (upper, lower) = _panels(["reward margin", "accuracy (share of pairs)"], "optimizer step")
@@ -216,11 +218,13 @@ def gradient_and_rate(record: RunRecord) -> Picture | None:
     if not _any(norms, rate):
         return None
     figure, (upper, lower) = _panels(["gradient norm, before clipping", "learning rate"], "optimizer step")
-    _line(upper, norms, "policy", noisy=True, group=np.max)
+    _line(upper, norms, "policy", noisy=True, peaks=True)
     positive = norms[1][norms[1] > 0]
     legend: tuple[Swatch, ...] = ()
     if len(positive) and positive.max() > 20 * np.median(positive):
         upper.set_yscale("log")
+        upper.yaxis.set_major_formatter(FuncFormatter(_tick))
+        upper.yaxis.set_minor_locator(NullLocator())
     else:
         upper.set_ylim(bottom=0)
     limit = record.setting("optim.max_grad_norm")
@@ -303,23 +307,31 @@ def sweep_picture(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], metric
     _swept_axis(axes, "x", x)
     if len(keys) > 1:
         _swept_axis(axes, "y", y)
-        dots = axes.scatter(x, y, c=values, cmap="viridis" if mode == "max" else "viridis_r", s=110, zorder=3)
+        dots = axes.scatter(
+            x,
+            y,
+            c=values,
+            cmap="viridis" if mode == "max" else "viridis_r",
+            s=110,
+            zorder=3,
+            edgecolors=_light("stone"),
+            linewidths=0.9,
+        )
         bar = figure.colorbar(dots, ax=axes, pad=0.02, aspect=28, format=FuncFormatter(_tick))
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=0, labelsize=SMALL_PT, labelcolor=_light("faint"))
-        bar.ax.set_title(metric, fontsize=SMALL_PT, color=_light("faint"), loc="right", pad=8, parse_math=False)
-        reading = f"Each dot is a trial; the ring marks the best one ({metric} {_tick(values[best])})."
+        reading = f"Each dot is a trial, coloured by {metric}; the ring marks the best one ({_tick(values[best])})."
     else:
         axes.scatter(x, y, color=_light("policy"), s=60, zorder=3)
         reading = f"Each dot is a trial; the ring marks the best {metric} ({_tick(values[best])})."
-    axes.margins(0.12)
+    axes.margins(0.12, 0.2)
     axes.scatter(x[best], y[best], s=330, facecolors="none", edgecolors=_light("rejected"), linewidths=2.2, zorder=4)
     if len(rows) <= 16 and len(keys) > 1:
         for value, left, up in zip(values, x, y, strict=True):
             axes.annotate(
                 _tick(value),
                 (left, up),
-                xytext=(0, -19),
+                xytext=(0, -24),
                 textcoords="offset points",
                 ha="center",
                 fontsize=SMALL_PT,
@@ -327,7 +339,7 @@ def sweep_picture(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], metric
                 parse_math=False,
             )
     title = f"{metric} over {' and '.join(keys[:2])}"
-    return Picture(title, _svg(figure, "sweep"), reading, (Swatch("best trial", "rejected", "point"),))
+    return Picture(title, _svg(figure, "sweep"), reading, (Swatch("best trial", "rejected", "ring"),))
 
 
 # ------------------------------------------------------------------------------------------------------- drawing
@@ -360,19 +372,22 @@ def _panels(labels: Sequence[str], x_label: str, heights: Sequence[float] | None
     return figure, list(rows)
 
 
-def _line(
-    axes: Axes, line: Lines, colour: str, *, noisy: bool = False, group: Callable[..., np.ndarray] = np.mean
-) -> None:
-    """A series as a line; a long noisy one pale, with its running mean on top."""
+def _line(axes: Axes, line: Lines, colour: str, *, noisy: bool = False, peaks: bool = False) -> None:
+    """A series as a line; a long noisy one pale, with its running mean on top.
+
+    Args:
+        peaks: single high values matter: they survive the thinning, and the line on top is the running median.
+    """
     x, y = line
     if len(x) == 0:
         return
-    smooth = _running_mean(y) if noisy and len(y) >= SMOOTH_FROM else None
+    middle, kept = (np.median, np.max) if peaks else (np.mean, np.mean)
+    smooth = noisy and len(y) >= SMOOTH_FROM
     marker = "o" if len(x) <= 24 else ""
-    pale = {"alpha": 0.32, "linewidth": 1.0} if smooth is not None else {"linewidth": 2.0}
-    axes.plot(_thin(x), _thin(y, group), color=_light(colour), marker=marker, markersize=4.2, **pale)
-    if smooth is not None:
-        axes.plot(_thin(x), _thin(smooth), color=_light(colour), linewidth=2.2)
+    pale = {"alpha": 0.32, "linewidth": 1.0} if smooth else {"linewidth": 2.0}
+    axes.plot(_thin(x), _thin(y, kept), color=_light(colour), marker=marker, markersize=4.2, **pale)
+    if smooth:
+        axes.plot(_thin(x), _running(_thin(y, middle), middle), color=_light(colour), linewidth=2.2)
 
 
 def _heldout(axes: Axes, line: Lines, *, labelled: bool = False) -> None:
@@ -435,13 +450,10 @@ def _swept_axis(axes: Axes, which: str, values: np.ndarray) -> None:
     axes.grid(axis="both", color=_light("rule"), linewidth=1)
 
 
-def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Centred mean over about a twentieth of the series, over what there is at its ends."""
+def _running(values: np.ndarray, middle: Callable[..., np.ndarray]) -> np.ndarray:
+    """The mean or median around each point, over about a twentieth of the series and over what there is at its ends."""
     half = max(1, len(values) // 40)
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    first = np.maximum(np.arange(len(values)) - half, 0)
-    last = np.minimum(np.arange(len(values)) + half + 1, len(values))
-    return (total[last] - total[first]) / (last - first)
+    return np.array([middle(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
 
 def _thin(values: np.ndarray, group: Callable[..., np.ndarray] = np.mean) -> np.ndarray:

@@ -416,13 +416,13 @@ def prompt_text(prompt: Sequence[Mapping[str, str]] | str) -> str:
         return prompt
     if len(prompt) == 1 and prompt[0].get("role", "user") == "user":
         return prompt[0].get("content", "")
-    return "\n\n".join(f"{message.get('role', 'user')}: {message.get('content', '')}" for message in prompt)
+    return "\n".join(f"{message.get('role', 'user')}: {message.get('content', '')}" for message in prompt)
 
 
 def verdict(record: RunRecord, findings: Sequence[Finding]) -> str:
     """The run in one or two sentences."""
     warnings = sum(finding.level == "warning" for finding in findings)
-    attention = {0: "", 1: " One finding needs attention."}.get(warnings, f" {warnings} findings need attention.")
+    attention = {0: "", 1: " There is one warning below."}.get(warnings, f" There are {warnings} warnings below.")
     return _outcome(record) + attention
 
 
@@ -595,6 +595,7 @@ def write_sweep_report(run_dir: str | Path, rows: Sequence[Mapping[str, Any]], m
     finished = [row for row in rows if _number(row.get(metric)) is not None]
     failed = [row for row in rows if _number(row.get(metric)) is None]
     finished.sort(key=lambda row: row[metric], reverse=mode == "max")
+    ranked = (*finished, *failed)
     columns = tuple(dict.fromkeys(key for row in rows for key in row))
     swept = tuple(key for key in columns if "." in key and "/" not in key)
     columns = tuple(dict.fromkeys((*(("trial",) if "trial" in columns else ()), *swept, metric, *columns)))
@@ -614,7 +615,7 @@ def write_sweep_report(run_dir: str | Path, rows: Sequence[Mapping[str, Any]], m
         pictures=(picture,) if picture else (),
         table=Table(
             columns,
-            tuple(tuple(_cell(row.get(key)) for key in columns) for row in (*finished, *failed)),
+            tuple(zip(*(_column([row.get(key) for row in ranked], key in swept) for key in columns), strict=True)),
             best=0 if finished else None,
         ),
     )
@@ -682,15 +683,15 @@ def _tiles(record: RunRecord) -> tuple[Tile, ...]:
 def _eval_tiles(record: RunRecord) -> list[Tile]:
     """Held-out pairs: accuracy and loss, first and last."""
     tiles = []
-    for label, key, form in (
-        ("Held-out accuracy", "eval/rewards/accuracies", ".0%"),
-        ("Held-out loss", "eval/loss", ".3f"),
+    for label, key, form, detail in (
+        ("Held-out accuracy", "eval/rewards/accuracies", ".0%", "of pairs ordered right"),
+        ("Held-out loss", "eval/loss", ".3f", "mean over pairs"),
     ):
         values = record.over_evals(key)[1]
         if len(values):
             # Before the first step all margins are 0, and which side of 0 rounding puts them on says nothing.
             known = len(values) > 1 and not (key.endswith("accuracies") and record.evals[0]["step"] == 0)
-            tiles.append(Tile(label, f"{values[-1]:{form}}", "on pairs", f"{values[0]:{form}}" if known else ""))
+            tiles.append(Tile(label, f"{values[-1]:{form}}", detail, f"{values[0]:{form}}" if known else ""))
     return tiles
 
 
@@ -734,32 +735,33 @@ def _pair_examples(record: RunRecord) -> tuple[Example, ...]:
 
 
 def _pair_example(group: Mapping[str, Any]) -> Example:
-    scores = group.get("scores") or []
-    texts = []
-    for i, candidate in enumerate(group.get("candidates") or ()):
-        score = _number(scores[i]) if i < len(scores) else None
-        role = "chosen" if i == group.get("chosen") else "rejected" if i == group.get("rejected") else ""
-        tokens = len(candidate.get("token_ids") or ())
-        remark = ", ".join(
-            part
-            for part in (f"{tokens} tokens" if tokens else "", "" if candidate.get("finished", True) else "cut off")
-            if part
-        )
-        text = Text(
-            role or f"candidate {i}",
-            _shortened(candidate.get("text", "")),
-            "" if score is None else _short(score),
-            role,
-            remark,
-        )
-        texts.append((-math.inf if score is None else score, text))
-    texts.sort(key=lambda scored: -scored[0])
+    """A group with all its candidates, best first; those without a score last."""
+    candidates = group.get("candidates") or ()
+    scores = [_number(score) for score in (group.get("scores") or [])[: len(candidates)]]
+    scores += [None] * (len(candidates) - len(scores))
+    figures = iter(alike(*(score for score in scores if score is not None)))
+    shown = ["" if score is None else next(figures) for score in scores]
+    ranking = sorted(range(len(candidates)), key=lambda i: math.inf if scores[i] is None else -scores[i])
     reason = group.get("dropped")
     return Example(
-        heading="" if not reason else "No pair",
+        heading="No pair" if reason else "",
         prompt=_shortened(prompt_text(group.get("prompt") or ())),
-        texts=tuple(text for _, text in texts),
+        texts=tuple(_candidate_text(group, i, shown[i]) for i in ranking),
         badge=str(reason).replace("_", " ") if reason else "",
+    )
+
+
+def _candidate_text(group: Mapping[str, Any], i: int, score: str) -> Text:
+    candidate = group["candidates"][i]
+    role = "chosen" if i == group.get("chosen") else "rejected" if i == group.get("rejected") else ""
+    tokens = len(candidate.get("token_ids") or ())
+    remarks = ((f"{tokens} tokens", tokens > 0), ("cut off", not candidate.get("finished", True)))
+    return Text(
+        heading=role or f"candidate {i}",
+        text=_shortened(candidate.get("text", "")),
+        score=score,
+        tone=role,
+        remark=", ".join(remark for remark, applies in remarks if applies),
     )
 
 
@@ -815,6 +817,15 @@ def _varies(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
 def _short(value: float) -> str:
     """A figure to three digits; thousands with a separator."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _column(values: Sequence[Any], swept: bool) -> list[str]:
+    """Cells of a column; measured floats all with the same decimals, swept ones as they were given."""
+    measured = [value for value in values if isinstance(value, float) and math.isfinite(value)]
+    if swept or not measured:
+        return [_cell(value) for value in values]
+    texts = iter(alike(*measured, digits=4))
+    return [next(texts) if isinstance(value, float) and math.isfinite(value) else _cell(value) for value in values]
 
 
 def _cell(value: Any) -> str:

@@ -31,7 +31,7 @@ def run_offline(config: Config) -> None:
     """
     console = Console()
     refuse_unusable(config)
-    _tell_data(config, console)
+    tell_data(config, console)
     started = time.monotonic()
     with joined(config.cluster, engines=0) as cluster:
         board = ray.remote(num_cpus=0)(StatusBoard).remote()

@@ -3,6 +3,8 @@
 N = completion tokens, D = hidden size, V = vocabulary, S = sequences, B = pairs
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,9 +66,10 @@ class _TokenLogps(torch.autograd.Function):
     ) -> Tensor:
         logps = hidden.new_empty(labels.shape, dtype=torch.float32)
         normalizers = torch.empty_like(logps)
+        head = _Head(weight, bias)
         for start in range(0, labels.numel(), chunk):
             part = slice(start, start + chunk)
-            logits = transform(_head(hidden[part], weight, bias))                                # (chunk, V) float32
+            logits = transform(head(hidden[part]))                                               # (chunk, V) float32
             normalizers[part] = logits.logsumexp(-1)
             logps[part] = logits.gather(-1, labels[part, None]).squeeze(-1) - normalizers[part]
         ctx.save_for_backward(hidden, weight, bias, labels, normalizers)
@@ -80,9 +83,10 @@ class _TokenLogps(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=weight.device)
+        head = _Head(weight, bias)
         for start in range(0, labels.numel(), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            logits = ctx.transform(_head(hidden[part], weight, bias))
+            logits = ctx.transform(head(hidden[part]))
             # d logp[label] / d logit = [is label] - softmax
             grad = -(logits - normalizers[part, None]).exp_()
             grad.scatter_add_(-1, labels[part, None], grad.new_ones(grad.shape[0], 1))
@@ -102,12 +106,39 @@ class _TokenLogps(torch.autograd.Function):
         )
 
 
-def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-    else:
-        logits = (hidden @ weight.t()).float()
-    return logits if bias is None else logits + bias.float()
+class _Head:
+    """Hidden states to float32 logits, the products in the dtype of the weight and the sums in float32.
+
+    Logits rounded to bfloat16 would be off by about 0.05 nats a token (|logit| near 20 has steps of 0.125), which a
+    sequence of 100 tokens turns into half a nat of noise on the quantity that the loss is made of.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.bias = None if bias is None else bias.float()
+        self.narrow = weight.dtype == torch.bfloat16
+        # A float32 product that may use bfloat16 inputs loses nothing here, where the inputs are bfloat16 numbers.
+        self.weight = weight.float() if self.narrow and not weight.is_cuda else weight
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        if not self.narrow:
+            logits = hidden @ self.weight.t()
+        elif hidden.is_cuda:
+            logits = torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)
+        else:
+            with _bfloat16_products():
+                logits = hidden.float() @ self.weight.t()
+        return logits if self.bias is None else logits + self.bias
+
+
+@contextlib.contextmanager
+def _bfloat16_products() -> Iterator[None]:
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def token_logps(

@@ -1,19 +1,20 @@
 """The rollout engine of vLLM, running inside the process that builds it.
 
 Owns how vLLM is set up, asked and updated. Knows nothing of Ray, and of a weight transport only the import path of its
-receiving end, which vLLM loads in its own workers.
+receiving end, which vLLM loads in its own workers. vLLM is imported when an engine is built, so that whoever prepares
+the engine's process can ask for its environment without it.
 """
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
-
-from vllm import LLM, RequestOutput, SamplingParams
-from vllm.sampling_params import RequestOutputKind
+from typing import TYPE_CHECKING, Any
 
 from dpo_ray.config.schema import EngineConfig, SamplingConfig
 from dpo_ray.rollout.engine import UNPUSHED, Render
 from dpo_ray.types import Completion, CompletionGroup, Prompt
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput, SamplingParams
 
 
 class VLLMEngine:
@@ -29,9 +30,9 @@ class VLLMEngine:
         max_model_len: longest prompt plus completion, in tokens.
         tensor_parallel: GPUs of this engine. Above 1 vLLM starts Ray workers in the placement group that this process
             belongs to. Always 1 on a CPU.
-        worker_extension: import path (dotted) of the transport's class in vLLM's workers, ``WeightSync.worker_extension``;
-            None for an engine that never gets new weights. Importing its module registers the transport's receiving
-            end with vLLM under the same path, and its ``received_digest()`` gives the digest of what arrived.
+        worker_extension: ``WeightSync.worker_extension``, the dotted import path of the transport's class in vLLM's
+            workers; None for an engine that never gets new weights. Importing the class registers the transport's
+            receiving end with vLLM under the same path, and its ``received_digest()`` is the digest of what arrived.
         on_cpu: whether this is the CPU build of vLLM.
         seed: seeds whatever is not seeded by request.
     """
@@ -49,8 +50,9 @@ class VLLMEngine:
         on_cpu: bool,
         seed: int = 0,
     ) -> None:
+        from vllm import LLM
+
         self._render = render
-        self._max_model_len = max_model_len
         self._update_open = False
         arguments: dict[str, Any] = {
             "model": model_path,
@@ -77,6 +79,7 @@ class VLLMEngine:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
             self._llm = LLM(**{**arguments, **engine.args})
+        self._max_model_len = self._llm.model_config.max_model_len
         self._llm.update_weight_version(str(UNPUSHED))
 
     @property
@@ -110,20 +113,20 @@ class VLLMEngine:
             [_sampling_params(sampling, candidates, seed) for seed in seeds],
             use_tqdm=False,
         )
-        return [
-            _group(prompt, output, seed) for prompt, output, seed in zip(prompts, outputs, seeds, strict=True)
-        ]
+        return [_group(prompt, output, seed) for prompt, output, seed in zip(prompts, outputs, seeds, strict=True)]
 
     def token_logps(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probability in nats of each token after the first; see ``Engine.token_logps``."""
+        from vllm import SamplingParams
+
         self._refuse_half_updated()
         (output,) = self._llm.generate(
             [{"prompt_token_ids": list(token_ids)}],
             SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
             use_tqdm=False,
         )
-        candidates = output.prompt_logprobs[1:]  # the first token has nothing before it
-        return [logprobs[token].logprob for token, logprobs in zip(token_ids[1:], candidates, strict=True)]
+        after_the_first = zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
+        return [logprobs[token].logprob for token, logprobs in after_the_first]
 
     def start_update(self) -> None:
         """Open a weight update; see ``Engine.start_update``."""
@@ -160,10 +163,11 @@ class VLLMEngine:
             )
 
 
-def engine_environment(*, on_cpu: bool, threads: int) -> dict[str, str]:
+def engine_environment(engine: EngineConfig, *, on_cpu: bool, threads: int) -> dict[str, str]:
     """Environment variables that a process needs before it imports torch and builds a ``VLLMEngine``.
 
     Args:
+        engine: vLLM's settings, as the engine gets them.
         on_cpu: whether the process runs the CPU build of vLLM.
         threads: CPU threads of the engine.
     """
@@ -177,10 +181,16 @@ def engine_environment(*, on_cpu: bool, threads: int) -> dict[str, str]:
     if on_cpu:
         # Left to itself, every engine of a node binds its threads to the same cores.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        if engine.enforce_eager:
+            # vLLM compiles small functions even so; the first probe would wait 20 s for a C++ compiler.
+            environment["TORCH_COMPILE_DISABLE"] = "1"
     return environment
 
 
-def _sampling_params(sampling: SamplingConfig, candidates: int, seed: int) -> SamplingParams:
+def _sampling_params(sampling: SamplingConfig, candidates: int, seed: int) -> "SamplingParams":
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
     return SamplingParams(
         n=candidates,
         seed=seed,
@@ -193,7 +203,7 @@ def _sampling_params(sampling: SamplingConfig, candidates: int, seed: int) -> Sa
     )
 
 
-def _group(prompt: Prompt, output: RequestOutput, seed: int) -> CompletionGroup:
+def _group(prompt: Prompt, output: "RequestOutput", seed: int) -> CompletionGroup:
     versions = {int(span.version) for completion in output.outputs for span in completion.weight_versions}
     if len(versions) != 1:
         raise RuntimeError(f"prompt {prompt.index} was completed by several policies: versions {sorted(versions)}")

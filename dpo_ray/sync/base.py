@@ -139,6 +139,22 @@ class WeightSync(Protocol):
         """
         ...
 
+    def verify(self, token_ids: Sequence[int], trainer: Sequence[float], *, tolerance: float) -> float:
+        """Hold the engines' log-probabilities of a probe text against the trainer's, after a push.
+
+        Args:
+            token_ids: the probe text.
+            trainer: the trainer's log-probability of each token after the first, nats.
+            tolerance: largest mean absolute difference accepted, nats a token.
+
+        Returns:
+            The largest mean absolute difference over the engines; 0 on ranks that have no engines.
+
+        Raises:
+            SyncMismatch: an engine is further away.
+        """
+        ...
+
     def close(self) -> None:
         """Let go of the engines and of whatever the transport holds."""
         ...

@@ -6,14 +6,14 @@ receiving end runs in vLLM's workers, so that half of the file imports vLLM, and
 
 import functools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpo_ray.sync.base import Bucket, Digest, EngineGroup, SyncMismatch, WireTensor
+from dpo_ray.sync.base import Bucket, Digest, EngineGroup, SyncMismatch, WireTensor, check_probe
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,12 @@ class ObjectStoreSync:
                     f"engine {index} received weights with digest {digest}; version {version} has {sent.hexdigest()}"
                 )
         return sent.hexdigest()
+
+    def verify(self, token_ids: Sequence[int], trainer: Sequence[float], *, tolerance: float) -> float:
+        """Compare the engines with the trainer on a probe text; see ``WeightSync.verify``."""
+        if self._engines is None:
+            return 0.0
+        return check_probe(trainer, self._engines.token_logps(token_ids), tolerance)
 
     def close(self) -> None:
         """Let go of the engines."""

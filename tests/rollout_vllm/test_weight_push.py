@@ -31,6 +31,7 @@ pytestmark = pytest.mark.vllm
 
 WORDS = 250
 MAX_MODEL_LEN = 512
+ENGINE = EngineConfig(kv_cache_gib=0.125)
 GREEDY = SamplingConfig(temperature=0, max_tokens=24)
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|> {{ message.content }} <|end|> {% endfor %}"
@@ -122,7 +123,7 @@ def start_engine(policy: Policy, *, worker_extension: str | None) -> "VLLMEngine
         str(policy.path),
         render=render,
         dtype="bfloat16",
-        engine=EngineConfig(kv_cache_gib=0.125),
+        engine=ENGINE,
         max_model_len=MAX_MODEL_LEN,
         worker_extension=worker_extension,
         on_cpu=True,
@@ -134,7 +135,7 @@ def environment() -> Iterator[None]:
     from dpo_ray.rollout.vllm_engine import engine_environment
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in engine_environment(on_cpu=True, threads=1).items():
+        for name, value in engine_environment(ENGINE, on_cpu=True, threads=1).items():
             patch.setenv(name, value)
         yield
 

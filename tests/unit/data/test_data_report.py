@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+
 from dpo_ray.data.records import Problem
 from dpo_ray.data.report import DataReport, DataReportBuilder
 

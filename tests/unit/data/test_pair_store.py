@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from dpo_ray.config.schema import DataConfig
 from dpo_ray.data import store as store_module
 from dpo_ray.data.records import read_pairs

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from dpo_ray.data.records import PairRecord, Problem, PromptRecord, read_pairs, read_prompts, source_digest
 
 Write = Callable[..., str]

@@ -1,7 +1,9 @@
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import pytest
+
 from dpo_ray.data.records import PairRecord, Problem
 from dpo_ray.data.tokenize import (
     TokenizedPair,
@@ -73,13 +75,17 @@ def test_the_boundary_moves_back_where_tokens_merge_over_it(tokenizer: Any):
     assert [*result.pair.prompt, *result.pair.chosen] == whole
 
 
-def test_ids_equal_those_of_trls_preparation(tokenizer: Any):
-    trl = pytest.importorskip("trl.data_utils")
+def test_ids_are_split_as_trls_dpo_trainer_splits_them(tokenizer: Any):
+    def encode(*turns: Any, **kwargs: Any) -> list[int]:
+        return tokenizer.apply_chat_template(list(turns), tokenize=True, return_dict=True, **kwargs)["input_ids"]
+
+    def shared(ids: list[int], other: list[int]) -> int:
+        return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(ids, other, strict=False))))
+
     record = answers("The sky is blue.", "Grass is green, and so is the sky.")
-    prompt = trl._tokenize(tokenizer, list(record.prompt), add_generation_prompt=True)["input_ids"]
-    chosen = trl._tokenize(tokenizer, [*record.prompt, *record.chosen])["input_ids"]
-    rejected = trl._tokenize(tokenizer, [*record.prompt, *record.rejected])["input_ids"]
-    start = min(trl.common_prefix_length(prompt, chosen), trl.common_prefix_length(prompt, rejected))
+    prompt = encode(*record.prompt, add_generation_prompt=True)
+    chosen, rejected = encode(*record.prompt, *record.chosen), encode(*record.prompt, *record.rejected)
+    start = min(shared(prompt, chosen), shared(prompt, rejected))
 
     pair = tokenized(record, tokenizer).pair
     assert [*pair.prompt] == prompt[:start]

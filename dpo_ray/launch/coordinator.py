@@ -1,0 +1,226 @@
+"""The coordinator: one actor that owns the engines, the judge and the stream of rounds.
+
+Text, scores and token ids pass through it, one message a group; tensors never do. Training workers ask it for rounds;
+whichever worker asks first starts a round's collection, and all get the same data.
+"""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from dpo_ray.config import Config
+from dpo_ray.launch.cluster import Cluster
+from dpo_ray.launch.reporting import log_to_run
+from dpo_ray.launch.rollout_pool import RolloutPool
+from dpo_ray.rollout.collect import prompts_of_round, seed_of, select_pairs
+from dpo_ray.rollout.judges import build_judge, check_scores
+from dpo_ray.rollout.records import RoundStore
+from dpo_ray.rollout.selectors import build_selector
+from dpo_ray.rollout.stream import RoundStream
+from dpo_ray.types import CompletionGroup, Prompt, RoundData, TokenSample
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT_ROUND = 2**20
+"""Stands in for the round where the seeds of held-out completions are drawn: the same at every evaluation."""
+THREADS = 64
+"""Calls that may wait in the coordinator at a time; every training worker waits in at most one."""
+JUDGE_ATTEMPTS = 2
+
+
+class JudgeFailed(RuntimeError):
+    """The judge hung, died or raised."""
+
+
+class JudgeActor:
+    """The judge in a process of its own, so that one that hangs can be given up."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        parsed = Config.model_validate(config)
+        log_to_run(parsed.run.path, "judge")
+        assert parsed.online is not None
+        self.judge = build_judge(parsed.online.judge)
+
+    def score(self, groups: list[CompletionGroup]) -> list[list[float]]:
+        """Scores of every completion of every group."""
+        return check_scores(groups, self.judge(groups))
+
+
+class Coordinator:
+    """See the module. Runs with THREADS threads; only the collecting thread touches the pool's work.
+
+    Args:
+        prompts: the training prompts.
+        held_out: the held-out prompts.
+        board: the StatusBoard actor.
+    """
+
+    def __init__(
+        self, config: dict[str, Any], cluster: Cluster, prompts: list[Prompt], held_out: list[Prompt], board: Any, extension: str
+    ) -> None:
+        self.config = Config.model_validate(config)
+        log_to_run(self.config.run.path, "coordinator")
+        assert self.config.online is not None
+        self.online = self.config.online
+        self.prompts, self.held_out_prompts, self.board = prompts, held_out, board
+        self.pool = RolloutPool(self.config, cluster, extension)
+        self.pool_lock = threading.Lock()
+        self.selector = build_selector(self.online.select)
+        self.store = RoundStore(self.config.run.path)
+        self.collector = ThreadPoolExecutor(1, "collect")
+        self.stream: RoundStream[Future[RoundData]] = RoundStream(
+            lambda round: self.collector.submit(self._collect, round),
+            lambda collection: collection.result(),
+            max_lag=self.online.max_lag,
+            rounds=self.online.rounds,
+        )
+        self.evaluations: dict[int, list[tuple[CompletionGroup, float]]] = {}
+        self.evaluation_lock = threading.Lock()
+        self.digest: str | None = None
+        self.judge_actor: Any = None
+
+    def start(self) -> None:
+        """Start the judge and the engines; returns when they are up."""
+        self._start_judge()
+        self.pool.start()
+
+    def close(self) -> None:
+        """Take engines and judge down."""
+        self.pool.close()
+        if self.judge_actor is not None:
+            ray.kill(self.judge_actor)
+
+    # ------------------------------------------------------------------------------------ asked by the training workers
+
+    def take(self, round: int) -> RoundData:
+        """The pairs of a round; blocks until they are there."""
+        return self.stream.take(round)
+
+    def held_out(self, version: int) -> list[TokenSample]:
+        """Judged completions of the held-out prompts by the engines' current weights, as tokens."""
+        with self.evaluation_lock:
+            if version not in self.evaluations:
+                self.evaluations = {version: self._complete_held_out()}
+            groups = self.evaluations[version]
+        return [TokenSample(group.prompt_token_ids, group.completions[0].token_ids) for group, _ in groups]
+
+    def scored(self, version: int, policy: np.ndarray, reference: np.ndarray | None) -> None:
+        """Write ``evaluations/VERSION.jsonl``: the completions, their scores and their log-probabilities."""
+        lines = [
+            {
+                "prompt": [dict(message) for message in group.prompt.messages],
+                "completion": group.completions[0].text,
+                "tokens": len(group.completions[0].token_ids),
+                "finished": group.completions[0].finished,
+                "score": score,
+                "policy_logp": float(policy[i]),
+                "reference_logp": None if reference is None else float(reference[i]),
+            }
+            for i, (group, score) in enumerate(self.evaluations[version])
+        ]
+        folder = self.config.run.path / "evaluations"
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / f".{version:06d}.jsonl"
+        unfinished.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        unfinished.replace(folder / f"{version:06d}.jsonl")
+        self.board.metrics.remote({"heldout/score": float(np.mean([line["score"] for line in lines]))})
+
+    def engines(self) -> list[Any]:
+        """Handles of all engines."""
+        return list(self.pool.engines)
+
+    def replace(self, engine: Any) -> Any:
+        """A fresh engine in the place of one that a trainer found dead or half loaded."""
+        with self.pool_lock:
+            self.pool.weights = None  # the trainer is about to push
+            return self.pool.replace(engine)
+
+    def pushed(self, version: int, buckets: list[list[Any]], digest: str) -> None:
+        """Note that all engines hold ``version``, and the references it can be given from to an engine that joins."""
+        self.pool.weights = version, buckets[0]
+        self.digest = digest
+
+    # -------------------------------------------------------------------------------------------------- the collection
+
+    def _collect(self, round: int) -> RoundData:
+        """A round's pairs: read where the round was finished before, else generated, judged, selected and written."""
+        if self.store.finished(round):
+            logger.info("round %d was collected before; using its files", round)
+            return self.store.read(round)
+        prompts = prompts_of_round(
+            self.prompts, seed=self.config.run.seed, round=round, per_round=self.online.prompts_per_round
+        )
+        digest = self.digest
+        started = time.perf_counter()
+        groups = self._generate(prompts, round, candidates=self.online.candidates)
+        generated = time.perf_counter()
+        scores = self._judge(groups)
+        judged = time.perf_counter()
+        self.store.write(
+            round,
+            groups,
+            scores,
+            select_pairs(groups, scores, self.selector),
+            timings={"generate_s": generated - started, "judge_s": judged - generated},
+            weights_digest=digest,
+            seed=self.config.run.seed,
+            sampling=self.online.sampling.model_dump(mode="json"),
+        )
+        return self.store.read(round)
+
+    def _complete_held_out(self) -> list[tuple[CompletionGroup, float]]:
+        if not self.held_out_prompts:
+            return []
+        groups = self._generate(self.held_out_prompts, HELD_OUT_ROUND, candidates=1, phase="evaluating")
+        return [(group, row[0]) for group, row in zip(groups, self._judge(groups), strict=True) if group.completions[0].token_ids]
+
+    def _generate(
+        self, prompts: Sequence[Prompt], round: int, *, candidates: int, phase: str = "generating"
+    ) -> list[CompletionGroup]:
+        seeds = [seed_of(self.config.run.seed, round, prompt.index) for prompt in prompts]
+        self.board.phase.remote(phase, 0, len(prompts))
+        with self.pool_lock:
+            return self.pool.generate(
+                prompts,
+                seeds,
+                candidates=candidates,
+                greedy=False,
+                timeout_s=self.online.generate_timeout_s,
+                progress=lambda done, total: self.board.phase.remote(phase, done, total),
+            )
+
+    def _start_judge(self) -> None:
+        if self.judge_actor is not None:
+            ray.kill(self.judge_actor)
+        self.judge_actor = ray.remote(num_cpus=0)(JudgeActor).remote(self.config.model_dump(mode="json"))
+
+    def _judge(self, groups: list[CompletionGroup]) -> list[list[float]]:
+        """Scores from the judge's process; one that hangs or dies is replaced and asked once more.
+
+        Raises:
+            JudgeFailed: it hung or died twice, or raised.
+        """
+        self.board.phase.remote("judging", 0, 0)
+        timeout = self.online.judge_timeout_s
+        problem = ""
+        for _ in range(JUDGE_ATTEMPTS):
+            try:
+                return ray.get(self.judge_actor.score.remote(groups), timeout=timeout)
+            except GetTimeoutError:
+                problem = f"gave no scores for {len(groups)} prompts in {timeout:.0f} s (online.judge_timeout_s)"
+            except RayActorError:
+                problem = "died"
+            except ray.exceptions.RayTaskError as error:
+                raise JudgeFailed(f"judge {self.online.judge.use!r} raised {error.cause!r}") from None
+            logger.warning("judge %r %s; starting it again", self.online.judge.use, problem)
+            self._start_judge()
+        raise JudgeFailed(f"judge {self.online.judge.use!r} {problem}, twice; its log is {Path('logs') / 'judge.log'}")

@@ -1,0 +1,159 @@
+"""``jobs.online``: engines, judge and training workers on one cluster, round after round."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from rich.console import Console
+
+from dpo_ray.config import Config
+from dpo_ray.data.records import Problem, read_prompts
+from dpo_ray.data.tokenize import load_tokenizer, render_prompt
+from dpo_ray.launch.cluster import joined
+from dpo_ray.launch.coordinator import THREADS, Coordinator
+from dpo_ray.launch.display import shown
+from dpo_ray.launch.ending import tell_end
+from dpo_ray.launch.reporting import RunReporter, StatusBoard
+from dpo_ray.launch.rollout_pool import EngineFailed, PoolReceiver
+from dpo_ray.launch.workers import TrainingFailed, make_run_dir, train_on_workers
+from dpo_ray.model.load import read_model_config
+from dpo_ray.objective.losses import build_loss
+from dpo_ray.plugins import build
+from dpo_ray.rollout.judges import build_judge
+from dpo_ray.rollout.selectors import build_selector
+from dpo_ray.sync import TRANSPORTS
+from dpo_ray.sync.base import WeightSync
+from dpo_ray.train.online import train_online
+from dpo_ray.types import Metrics, Prompt, RoundData, TokenSample
+
+
+def run_online(config: Config) -> None:
+    """Train in rounds, from a configuration to a report.
+
+    Raises:
+        ValueError: the configuration, the prompts or the cluster cannot be used.
+        TrainingFailed: the workers or the engines failed.
+    """
+    console = Console()
+    refuse_unusable(config)
+    assert config.online is not None
+    prompts = open_prompts(config, config.online.prompts, "online.prompts", console)
+    held_out = open_prompts(config, config.online.eval_prompts, "online.eval_prompts", console)
+    if config.online.prompts_per_round > len(prompts):
+        raise ValueError(
+            f"online.prompts_per_round is {config.online.prompts_per_round}; online.prompts gave {len(prompts)} usable prompts"
+        )
+    make_run_dir(config)
+    started = time.monotonic()
+    with joined(config.cluster, engines=config.cluster.rollout_engines) as cluster:
+        board = ray.remote(num_cpus=0)(StatusBoard).remote()
+        title = f"{config.run.name}: {config.online.rounds} rounds of {config.online.prompts_per_round} prompts"
+        with shown(
+            lambda: ray.get(board.read.remote(), timeout=5), title=title, rounds=config.online.rounds, console=console
+        ):
+            coordinator = (
+                ray.remote(Coordinator)
+                .options(num_cpus=0, max_concurrency=THREADS)
+                .remote(config.model_dump(mode="json"), cluster, prompts, held_out, board, _transport(config).worker_extension)
+            )
+            try:
+                try:
+                    ray.get(coordinator.start.remote())
+                except ray.exceptions.RayTaskError as error:
+                    raise TrainingFailed(str(error.cause)) from error
+                train_on_workers(config, cluster, _loop, board=board, handles={"coordinator": coordinator})
+            finally:
+                ray.get(coordinator.close.remote(), timeout=60)
+    tell_end(config, console, seconds=time.monotonic() - started)
+
+
+def refuse_unusable(config: Config) -> None:
+    """Check what can be checked before anything is loaded or started.
+
+    Raises:
+        ValueError: names the key.
+    """
+    if config.online is None:
+        raise ValueError("online: this command needs an online section (prompts, rounds, judge, ...)")
+    build_loss(config.loss.use, config.loss.beta, config.loss.args)
+    build_judge(config.online.judge)
+    build_selector(config.online.select)
+    _transport(config)
+    read_model_config(config.model.path)
+
+
+def _transport(config: Config) -> WeightSync:
+    assert config.online is not None
+    sync = config.online.sync
+    return build(sync.use, sync.args, TRANSPORTS, "sync", dtype=config.model.dtype)
+
+
+def open_prompts(config: Config, sources: Sequence[str], key: str, console: Console) -> list[Prompt]:
+    """The usable prompts of ``sources``; says what was left out and why.
+
+    Raises:
+        ValueError: a source cannot be read, no prompt is usable, or ``data.strict`` and one was left out.
+    """
+    if not sources:
+        return []
+    tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
+    limit = config.data.max_prompt_tokens
+    kept: list[Prompt] = []
+    problems: list[Problem] = []
+    for record in read_prompts(sources):
+        if isinstance(record, Problem):
+            problems.append(record)
+            continue
+        tokens = len(render_prompt(record.messages, tokenizer))
+        if limit is not None and tokens > limit:
+            detail = f"{tokens} tokens; data.max_prompt_tokens is {limit}"
+            problems.append(Problem("prompt_too_long", record.source, record.number, detail))
+        else:
+            kept.append(Prompt(len(kept), record.messages))
+    console.print(f"{key}: {len(kept) + len(problems)} records read, {len(kept)} kept, {len(problems)} dropped", highlight=False)
+    for problem in problems[:3]:
+        console.print(f"  {problem.reason}: {problem.source}:{problem.number} ({problem.detail})", highlight=False, markup=False)
+    if not kept:
+        raise ValueError(f"{key}: no usable prompt in {', '.join(sources)}")
+    if problems and config.data.strict:
+        raise ValueError(f"{key}: data.strict is true and {len(problems)} records were dropped")
+    return kept
+
+
+class CoordinatorRounds:
+    """The Rounds of one training rank, asked of the coordinator."""
+
+    def __init__(self, coordinator: Any, rank: int) -> None:
+        self.coordinator, self.rank = coordinator, rank
+
+    def take(self, round: int) -> RoundData:
+        """The pairs of a round."""
+        return ray.get(self.coordinator.take.remote(round))
+
+    def held_out(self, version: int) -> Sequence[TokenSample]:
+        """Completions of the held-out prompts."""
+        return ray.get(self.coordinator.held_out.remote(version))
+
+    def scored(self, version: int, policy: np.ndarray, reference: np.ndarray | None) -> None:
+        """Hand the log-probabilities over, once."""
+        if self.rank == 0:
+            ray.get(self.coordinator.scored.remote(version, policy, reference))
+
+
+def _loop(config: Config, device: torch.device, reporter: RunReporter, handles: dict[str, Any]) -> Metrics:
+    assert config.online is not None
+    coordinator, rank = handles["coordinator"], ray.train.get_context().get_world_rank()
+    sync = _transport(config)
+    sync.connect(PoolReceiver(coordinator, config.online.sync_timeout_s) if rank == 0 else None)
+    try:
+        return train_online(
+            config, rounds=CoordinatorRounds(coordinator, rank), sync=sync, device=device, reporter=reporter
+        )
+    finally:
+        sync.close()
+
+
+__all__ = ["EngineFailed", "run_online"]

@@ -1,0 +1,15 @@
+"""Iterative and online DPO: rounds of generate, judge, select, train.
+
+    python -m jobs.online CONFIG.yaml [key=value ...]
+    python -m jobs.online jobs/demo.yaml online.rounds=3 online.judge.use=my_lab.judges:mine
+"""
+
+from dpo_ray.config import config_from_argv
+
+if __name__ == "__main__":
+    config = config_from_argv(__doc__)
+
+    from dpo_ray.launch.command import run_command
+    from dpo_ray.launch.online import run_online
+
+    run_command(run_online, config)

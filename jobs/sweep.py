@@ -1,0 +1,21 @@
+"""A sweep: many short offline runs over a search space, compared on held-out pairs.
+
+    python -m jobs.sweep CONFIG.yaml SPACE [key=value ...]
+    python -m jobs.sweep jobs/offline_demo.yaml beta_lr sweep.samples=8
+
+SPACE is a module of tune_spaces.
+"""
+
+import sys
+
+from dpo_ray.config import config_from_argv
+
+if __name__ == "__main__":
+    path, *rest = sys.argv[1:] or ["--help"]
+    space, *overrides = rest or ["--help"]
+    config = config_from_argv(__doc__, [path, *overrides] if space[:1] != "-" else [space])
+
+    from dpo_ray.launch.command import run_command
+    from dpo_ray.launch.sweep import load_sweep, run_sweep
+
+    run_command(lambda: run_sweep(config, load_sweep(space)))

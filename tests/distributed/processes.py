@@ -1,0 +1,52 @@
+"""Run a function on several gloo processes of this machine and collect what each returns."""
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT_S = 180
+
+
+def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Call ``function(rank, *arguments)`` in ``ranks`` processes joined by gloo; returns their results by rank.
+
+    ``function`` must be importable. An exception in any process is raised here.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    started = mp.start_processes(
+        _on_rank, (ranks, port, results, function, arguments), nprocs=ranks, join=False, start_method="spawn"
+    )
+    found: dict[int, Any] = {}
+    try:
+        while not started.join(timeout=0.2):
+            while not results.empty():
+                rank, value = results.get()
+                found[rank] = value
+        while not results.empty():
+            rank, value = results.get()
+            found[rank] = value
+    finally:
+        for process in started.processes:
+            process.kill()
+    return [found[rank] for rank in range(ranks)]
+
+
+def _on_rank(
+    rank: int, ranks: int, port: int, results: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    try:
+        results.put((rank, function(rank, *arguments)))
+    finally:
+        dist.destroy_process_group()

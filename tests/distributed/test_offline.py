@@ -1,0 +1,118 @@
+"""Offline training over gloo: the same numbers whatever the ranks, micro-batches and layout; resuming; exporting."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import ragged_texts
+from tests.distributed.processes import run_ranks
+from tests.distributed.runs import offline
+
+COMPARED = ("loss", "rewards/margins", "logps/chosen", "logps/rejected", "optim/grad_norm")
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_model: Path, write_pairs: Callable[[Sequence[tuple[str, str, str]]], Path]) -> dict[str, Any]:
+    """Six steps of five pairs, two epochs and a short last step in each, in float32."""
+    return {
+        "run": {"dir": str(tmp_path), "name": "run", "epochs": 2, "save_every": None, "export": False},
+        "model": {"path": str(tiny_model), "dtype": "float32"},
+        "reference": {"cache_dir": str(tmp_path / "cache")},
+        "data": {"train": str(write_pairs(ragged_texts(13)))},
+        "optim": {"lr": 1e-3, "pairs_per_step": 5, "tokens_per_micro_batch": 256, "schedule": "constant"},
+        "cluster": {"train_workers": 1},
+    }
+
+
+def assert_same(first: list[dict[str, Any]], second: list[dict[str, Any]], *, absolute: float) -> None:
+    assert [line["step"] for line in first] == [line["step"] for line in second]
+    for one, other in zip(first, second, strict=True):
+        for key in COMPARED:
+            assert one[key] == pytest.approx(other[key], abs=absolute, rel=1e-4), (one["step"], key)
+
+
+def test_one_and_two_workers_report_the_same_steps(config: dict[str, Any]) -> None:
+    (alone,) = run_ranks(1, offline, config)
+    first, second = run_ranks(2, offline, config | {"cluster": {"train_workers": 2}})
+    assert len(alone) == 6
+    assert_same(alone, first, absolute=1e-4)
+    assert [line["loss"] for line in first] == [line["loss"] for line in second]
+
+
+def test_the_first_loss_is_ln_2(config: dict[str, Any]) -> None:
+    (lines,) = run_ranks(1, offline, config)
+    assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert lines[-1]["loss"] < 0.6, "six steps at this learning rate must have learned something"
+
+
+def test_neither_micro_batches_nor_the_layout_change_the_steps(config: dict[str, Any]) -> None:
+    (lines,) = run_ranks(1, offline, config)
+    (one_at_a_time,) = run_ranks(1, offline, config | {"optim": config["optim"] | {"tokens_per_micro_batch": 1}})
+    (plain,) = run_ranks(1, offline, config | {"optim": config["optim"] | {"layout": "plain"}})
+    assert_same(lines, one_at_a_time, absolute=1e-4)
+    assert_same(lines, plain, absolute=1e-4)
+
+
+def test_a_live_reference_gives_the_steps_of_a_cached_one(config: dict[str, Any]) -> None:
+    (cached,) = run_ranks(1, offline, config)
+    (live,) = run_ranks(1, offline, config | {"reference": config["reference"] | {"kind": "live"}})
+    assert_same(cached, live, absolute=1e-5)
+
+
+def test_activation_checkpointing_and_resharding_change_nothing(config: dict[str, Any]) -> None:
+    (lines,) = run_ranks(1, offline, config)
+    shard = {"activation_checkpointing": True, "reshard_after_forward": False}
+    (lean,) = run_ranks(1, offline, config | {"shard": shard})
+    assert_same(lines, lean, absolute=1e-5)
+
+
+@pytest.mark.parametrize("then", [1, 2])
+def test_a_resumed_run_reports_the_steps_of_an_undisturbed_one(config: dict[str, Any], then: int) -> None:
+    two = config | {"cluster": {"train_workers": 2}}
+    undisturbed, _ = run_ranks(2, offline, two)
+    saving = config["run"] | {"name": "stopped", "save_every": 2}
+    run_ranks(2, offline, two | {"run": saving | {"steps": 4}})
+    resumed, *_ = run_ranks(then, offline, config | {"run": saving, "cluster": {"train_workers": then}})
+    assert [line["step"] for line in resumed] == [5, 6]
+    assert_same(undisturbed[4:], resumed, absolute=1e-4)
+
+
+def test_a_damaged_checkpoint_is_left_out_and_the_one_before_it_used(config: dict[str, Any]) -> None:
+    saving = config | {"run": config["run"] | {"save_every": 2}}
+    run_ranks(1, offline, saving | {"run": saving["run"] | {"steps": 4}})
+    shard = next((Path(config["run"]["dir"]) / "run/checkpoints/000004").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    (resumed,) = run_ranks(1, offline, saving)
+    assert [line["step"] for line in resumed] == [3, 4, 5, 6]
+
+
+def test_resuming_under_another_train_set_is_refused_naming_the_key(config: dict[str, Any]) -> None:
+    saving = config | {"run": config["run"] | {"save_every": 2, "steps": 2}}
+    run_ranks(1, offline, saving)
+    other = Path(config["data"]["train"]).with_name("other.jsonl")
+    other.write_bytes(Path(config["data"]["train"]).read_bytes())
+    with pytest.raises(Exception, match=r"data\.train"):
+        run_ranks(1, offline, saving | {"data": {"train": str(other)}})
+
+
+def test_a_second_run_with_another_beta_scores_nothing(config: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
+    run_ranks(1, offline, config)
+    shards = sorted((Path(config["reference"]["cache_dir"]) / "reference").rglob("shard-*.npy"))
+    run_ranks(1, offline, config | {"loss": {"beta": 0.5}, "run": config["run"] | {"name": "again", "seed": 7}})
+    assert sorted((Path(config["reference"]["cache_dir"]) / "reference").rglob("shard-*.npy")) == shards
+    assert len(shards) == 1
+
+
+def test_the_export_holds_the_trained_weights(config: dict[str, Any]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run_ranks(2, offline, config | {"run": config["run"] | {"export": True}, "cluster": {"train_workers": 2}})
+    before = AutoModelForCausalLM.from_pretrained(config["model"]["path"], dtype=torch.float32).state_dict()
+    model = AutoModelForCausalLM.from_pretrained(Path(config["run"]["dir"]) / "run/policy", dtype=torch.float32)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
