@@ -274,8 +274,9 @@ class OnlineConfig(Section):
     """Longest wait for a round's scores."""
     sync_timeout_s: float = Field(600.0, gt=0)
     """Longest wait for one push of weights."""
-    probe_tolerance: float = Field(0.05, gt=0)
-    """Largest mean difference, in nats a token, between trainer and engine log-probabilities after a push."""
+    probe_tolerance: float = Field(0.1, gt=0)
+    """Largest mean absolute difference, in nats a token, between trainer and engine log-probabilities of a probe text after
+    a push. Two bfloat16 implementations of the same weights differ by 0.03 to 0.06."""
 
 
 class SweepConfig(Section):

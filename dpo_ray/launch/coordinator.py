@@ -21,6 +21,7 @@ from dpo_ray.config import Config
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.reporting import log_to_run
 from dpo_ray.launch.rollout_pool import RolloutPool
+from dpo_ray.launch.workers import GivenUp
 from dpo_ray.rollout.collect import prompts_of_round, seed_of, select_pairs
 from dpo_ray.rollout.judges import build_judge, check_scores
 from dpo_ray.rollout.records import RoundStore
@@ -37,7 +38,7 @@ THREADS = 64
 JUDGE_ATTEMPTS = 2
 
 
-class JudgeFailed(RuntimeError):
+class JudgeFailed(GivenUp):
     """The judge hung, died or raised."""
 
 
@@ -87,11 +88,17 @@ class Coordinator:
         self.evaluation_lock = threading.Lock()
         self.digest: str | None = None
         self.judge_actor: Any = None
+        self.started: Future[None] = Future()
 
     def start(self) -> None:
-        """Start the judge and the engines; returns when they are up."""
-        self._start_judge()
-        self.pool.start()
+        """Start the judge and the engines; those who ask for engines wait until they are up."""
+        try:
+            self._start_judge()
+            self.pool.start()
+        except BaseException as error:
+            self.started.set_exception(error)
+        else:
+            self.started.set_result(None)
 
     def close(self) -> None:
         """Take engines and judge down."""
@@ -135,7 +142,8 @@ class Coordinator:
         self.board.metrics.remote({"heldout/score": float(np.mean([line["score"] for line in lines]))})
 
     def engines(self) -> list[Any]:
-        """Handles of all engines."""
+        """Handles of all engines; waits for them to start, and raises what kept them from it."""
+        self.started.result()
         return list(self.pool.engines)
 
     def replace(self, engine: Any) -> Any:

@@ -151,7 +151,7 @@ class _Plain:
 
 
 def _what(status: Status, rounds: int | None) -> str:
-    counted = f" {status.done}/{status.total}" if status.total and not (rounds and status.total == rounds) else ""
+    counted = f" {status.done}/{status.total}" if status.total else ""
     where = f"round {min((status.round or 0) + 1, rounds)}/{rounds}: " if rounds else ""
     return where + PHASES.get(status.phase, status.phase) + counted
 

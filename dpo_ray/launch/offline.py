@@ -22,6 +22,9 @@ from dpo_ray.train.offline import train_offline
 from dpo_ray.types import Metrics
 
 
+LOOP = f"{__name__}:loop"
+
+
 def run_offline(config: Config) -> None:
     """Train on a fixed preference set, from a configuration to a report.
 
@@ -50,7 +53,7 @@ def refuse_unusable(config: Config) -> None:
 
 def train(config: Config, cluster: Cluster, board: Any, callbacks: list[Any] | None = None) -> Metrics:
     """One offline training run on a joined cluster: what ``jobs.offline`` and each trial of a sweep do."""
-    return train_on_workers(config, cluster, _loop, board=board, handles={}, callbacks=callbacks)
+    return train_on_workers(config, cluster, LOOP, board=board, handles={}, callbacks=callbacks)
 
 
 def open_pairs(config: Config) -> tuple[PairStore, PairStore | None]:
@@ -73,6 +76,7 @@ def _tell_data(config: Config, console: Console) -> None:
     (run_dir / "data.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
 
 
-def _loop(config: Config, device: torch.device, reporter: RunReporter, handles: dict[str, Any]) -> Metrics:
+def loop(config: Config, device: torch.device, reporter: RunReporter, handles: dict[str, Any]) -> Metrics:
+    """What one rank runs."""
     pairs, held_out = open_pairs(config)
     return train_offline(config, pairs=pairs, held_out=held_out, device=device, reporter=reporter)

@@ -17,8 +17,8 @@ from dpo_ray.launch.coordinator import THREADS, Coordinator
 from dpo_ray.launch.display import shown
 from dpo_ray.launch.ending import tell_end
 from dpo_ray.launch.reporting import RunReporter, StatusBoard
-from dpo_ray.launch.rollout_pool import EngineFailed, PoolReceiver
-from dpo_ray.launch.workers import TrainingFailed, make_run_dir, train_on_workers
+from dpo_ray.launch.rollout_pool import PoolReceiver
+from dpo_ray.launch.workers import make_run_dir, train_on_workers
 from dpo_ray.model.load import read_model_config
 from dpo_ray.objective.losses import build_loss
 from dpo_ray.plugins import build
@@ -28,6 +28,9 @@ from dpo_ray.sync import TRANSPORTS
 from dpo_ray.sync.base import WeightSync
 from dpo_ray.train.online import train_online
 from dpo_ray.types import Metrics, Prompt, RoundData, TokenSample
+
+
+LOOP = f"{__name__}:loop"
 
 
 def run_online(config: Config) -> None:
@@ -60,11 +63,9 @@ def run_online(config: Config) -> None:
                 .remote(config.model_dump(mode="json"), cluster, prompts, held_out, board, _transport(config).worker_extension)
             )
             try:
-                try:
-                    ray.get(coordinator.start.remote())
-                except ray.exceptions.RayTaskError as error:
-                    raise TrainingFailed(str(error.cause)) from error
-                train_on_workers(config, cluster, _loop, board=board, handles={"coordinator": coordinator})
+                # Engines and training workers start side by side; the first push of weights waits for the engines.
+                coordinator.start.remote()
+                train_on_workers(config, cluster, LOOP, board=board, handles={"coordinator": coordinator})
             finally:
                 ray.get(coordinator.close.remote(), timeout=60)
     tell_end(config, console, seconds=time.monotonic() - started)
@@ -143,7 +144,8 @@ class CoordinatorRounds:
             ray.get(self.coordinator.scored.remote(version, policy, reference))
 
 
-def _loop(config: Config, device: torch.device, reporter: RunReporter, handles: dict[str, Any]) -> Metrics:
+def loop(config: Config, device: torch.device, reporter: RunReporter, handles: dict[str, Any]) -> Metrics:
+    """What one rank runs."""
     assert config.online is not None
     coordinator, rank = handles["coordinator"], ray.train.get_context().get_world_rank()
     sync = _transport(config)
@@ -154,6 +156,3 @@ def _loop(config: Config, device: torch.device, reporter: RunReporter, handles: 
         )
     finally:
         sync.close()
-
-
-__all__ = ["EngineFailed", "run_online"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.train
 
 from dpo_ray.types import Metrics
 
@@ -36,6 +37,15 @@ class StatusBoard:
 
     def __init__(self) -> None:
         self.status = Status()
+        self.problem: str | None = None
+
+    def give_up(self, problem: str) -> None:
+        """Note an error after which the run must not be restarted; the first one counts."""
+        self.problem = self.problem or problem
+
+    def fatal(self) -> str | None:
+        """The error after which the run must not be restarted."""
+        return self.problem
 
     def phase(self, name: str, done: int, total: int) -> None:
         """Set what the run is busy with."""
@@ -70,12 +80,10 @@ class RunReporter:
 
     def __init__(self, run_dir: Path, board: Any, rank: int, *, to_train: bool) -> None:
         self.file, self.board, self.rank, self.to_train = run_dir / "metrics.jsonl", board, rank, to_train
-        self.told: tuple[str, int, int] | None = None
 
     def phase(self, name: str, done: int = 0, total: int = 0) -> None:
-        """Post the phase when it changed."""
-        if self.rank == 0 and self.told != (name, done, total):
-            self.told = (name, done, total)
+        """Post the phase."""
+        if self.rank == 0:
             self.board.phase.remote(name, done, total)
 
     def resumed(self, step: int) -> None:

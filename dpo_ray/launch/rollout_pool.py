@@ -16,6 +16,7 @@ from dpo_ray.config import Config
 from dpo_ray.data.tokenize import load_tokenizer, render_prompt
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.reporting import log_to_run
+from dpo_ray.launch.workers import GivenUp
 from dpo_ray.rollout.vllm_engine import VLLMEngine, engine_environment
 from dpo_ray.types import CompletionGroup, Prompt
 
@@ -29,7 +30,7 @@ ENGINE_ATTEMPTS = 2
 """How often a piece of work is tried: a second engine dying over the same prompts is not the engine's fault."""
 
 
-class EngineFailed(RuntimeError):
+class EngineFailed(GivenUp):
     """An engine could not be started, or the same work killed two engines."""
 
 
@@ -266,7 +267,7 @@ class PoolReceiver:
         An engine that is dead, or that an interrupted push left half loaded, is replaced first.
         """
         self.buckets = []
-        self.engines = ray.get(self.coordinator.engines.remote(), timeout=self.timeout_s)
+        self.engines = ray.get(self.coordinator.engines.remote())
         for index, engine in enumerate(self.engines):
             try:
                 ray.get(engine.start_update.remote(), timeout=self.timeout_s)

@@ -2,38 +2,46 @@
 
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
-import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from dpo_ray.config import Config
+from dpo_ray.config import Config, write_config
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.reporting import RunReporter, log_to_run
+from dpo_ray.plugins import resolve
+from dpo_ray.rollout.stream import StalePairs
+from dpo_ray.sync.base import SyncMismatch
 from dpo_ray.types import Metrics
-
-Loop = Callable[[Config, torch.device, RunReporter, dict[str, Any]], Metrics]
-"""A training loop on one rank: (config, device, reporter, handles) -> last metrics."""
 
 START_FAILURES = 3
 """How often a worker group may fail to start before the run fails; Ray's own default retries for ever."""
 
 
 class TrainingFailed(RuntimeError):
-    """The training workers failed more often than ``cluster.max_restarts`` allows."""
+    """The run cannot go on: its workers failed for good, or more often than ``cluster.max_restarts`` allows."""
+
+
+class GivenUp(RuntimeError):
+    """Something that the run depends on failed for good; starting the workers again would not help."""
+
+
+FATAL = (ValueError, TypeError, LookupError, AttributeError, AssertionError, SyncMismatch, StalePairs, GivenUp)
+"""Errors that would come again: workers are restarted for dead processes and broken connections, not for these."""
 
 
 def train_on_workers(
-    config: Config, cluster: Cluster, loop: Loop, *, board: Any, handles: dict[str, Any], callbacks: list[Any] | None = None
+    config: Config, cluster: Cluster, loop: str, *, board: Any, handles: dict[str, Any], callbacks: list[Any] | None = None
 ) -> Metrics:
     """Run ``loop`` on ``cluster.train_workers`` workers; returns rank 0's metrics.
 
     Args:
+        loop: import path of a function of (config, device, reporter, handles) that returns the last metrics. A path, so
+            that only the workers import what it needs.
         board: the StatusBoard actor.
         handles: actor handles and references that the loop needs; every worker gets them.
         callbacks: Ray Train callbacks; given by a sweep, which compares what is reported.
@@ -69,20 +77,33 @@ def train_on_workers(
         ),
     )
     try:
-        return trainer.fit().return_value or {}
+        returned = trainer.fit().return_value or {}
     except ray.train.TrainingFailedError as error:
-        raise TrainingFailed(f"{_cause(error)}\nThe workers' logs are in {run_dir / 'logs'}") from error
+        returned = {"failed": _cause(error)}
+    if "failed" in returned:
+        raise TrainingFailed(f"{returned['failed']}\nThe logs of all processes are in {run_dir / 'logs'}")
+    return returned
 
 
 def _on_each_rank(given: dict[str, Any]) -> Metrics:
     config = Config.model_validate(given["config"])
-    context = ray.train.get_context()
-    run_dir = config.run.path
-    log_to_run(run_dir, f"worker-{context.get_world_rank()}")
+    rank, board = ray.train.get_context().get_world_rank(), given["board"]
+    log_to_run(config.run.path, f"worker-{rank}")
     logging.getLogger("ray.train").setLevel(logging.WARNING)
+    if failed := ray.get(board.fatal.remote()):
+        return {"failed": failed}
+
+    import torch
+
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    reporter = RunReporter(run_dir, given["board"], context.get_world_rank(), to_train=given["to_train"])
-    return given["loop"](config, device, reporter, given["handles"])
+    reporter = RunReporter(config.run.path, board, rank, to_train=given["to_train"])
+    try:
+        return resolve(given["loop"], {}, "loop")(config, device, reporter, given["handles"])
+    except FATAL as error:
+        # The other ranks wait in a collective and can only be ended by ending all; the next start reads this and stops.
+        cause = getattr(error, "cause", None) or error
+        ray.get(board.give_up.remote(f"{type(cause).__name__}: {cause}"))
+        raise
 
 
 def _cause(error: BaseException) -> str:
@@ -97,8 +118,6 @@ def _cause(error: BaseException) -> str:
 
 def make_run_dir(config: Config) -> Path:
     """Create the run directory and write the resolved configuration to it."""
-    from dpo_ray.config import write_config
-
     run_dir = config.run.path.absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
     write_config(config, run_dir / "config.yaml")

@@ -65,15 +65,16 @@ def train_online(config: Config, *, rounds: Rounds, sync: WeightSync, device: to
         reporter.resumed(state.step)
 
     def synchronise() -> Metrics:
-        reporter.phase("syncing", state.round, online.rounds)
+        reporter.phase("syncing")
         started = time.perf_counter()
         sync.push(named_weights(t.policy, DTYPES[config.model.dtype]), version=state.round)
         difference = sync.verify(*_probe(t), tolerance=online.probe_tolerance)
         return {"sync/probe_difference": difference, "perf/sync_s": time.perf_counter() - started}
 
     def evaluate() -> None:
-        reporter.phase("evaluating", state.round, online.rounds)
+        reporter.phase("evaluating")
         if samples := rounds.held_out(state.round):
+            reporter.phase("evaluating")
             reference = score_samples(t, frozen, samples) if frozen else None
             rounds.scored(state.round, score_samples(t, t.policy, samples), reference)
 
@@ -86,7 +87,7 @@ def train_online(config: Config, *, rounds: Rounds, sync: WeightSync, device: to
         data = rounds.take(state.round)
         waited = time.perf_counter() - started
 
-        reporter.phase("training", state.round, online.rounds)
+        reporter.phase("training")
         started = time.perf_counter()
         kl = _kl(t, frozen, data.samples[: online.kl_samples])
         metrics = _train_on(t, data, frozen, state, reporter)
@@ -128,9 +129,11 @@ def _train_on(t: Setup, data: RoundData, frozen: Scorer | None, state: TrainStat
     reference = _round_reference(t, pairs, frozen)
     steps_per_round = math.ceil(online.prompts_per_round / t.config.optim.pairs_per_step) * online.epochs_per_round
     metrics: Metrics = {}
-    for turn in range(loader.steps_per_epoch * online.epochs_per_round):
+    turns = loader.steps_per_epoch * online.epochs_per_round
+    for turn in range(turns):
         if metrics:
             reporter.step(metrics)
+        reporter.phase("training", turn, turns)
         batch = next(loader)
         lr = learning_rate(t.config.optim, data.index * steps_per_round + turn, online.rounds * steps_per_round)
         metrics = dpo_step(t, batch, reference, lr=lr)
