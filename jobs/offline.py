@@ -1,7 +1,7 @@
 """DPO on a fixed preference set.
 
-    python -m jobs.offline CONFIG.yaml [key=value ...]
-    python -m jobs.offline jobs/offline_demo.yaml optim.lr=1e-6 loss.beta=0.05
+python -m jobs.offline CONFIG.yaml [key=value ...]
+python -m jobs.offline jobs/offline_demo.yaml optim.lr=1e-6 loss.beta=0.05
 """
 
 from dpo_ray.config import config_from_argv

@@ -1,7 +1,7 @@
 """Iterative and online DPO: rounds of generate, judge, select, train.
 
-    python -m jobs.online CONFIG.yaml [key=value ...]
-    python -m jobs.online jobs/demo.yaml online.rounds=3 online.judge.use=my_lab.judges:mine
+python -m jobs.online CONFIG.yaml [key=value ...]
+python -m jobs.online jobs/demo.yaml online.rounds=3 online.judge.use=my_lab.judges:mine
 """
 
 from dpo_ray.config import config_from_argv

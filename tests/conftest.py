@@ -23,7 +23,10 @@ def save_tokenizer(folder: Path) -> None:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"], pad_token="<|pad|>"
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+        pad_token="<|pad|>",
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
@@ -84,6 +87,6 @@ def write_pairs(tmp_path: Path) -> Callable[[Sequence[tuple[str, str, str]]], Pa
 
 def ragged_texts(count: int) -> list[tuple[str, str, str]]:
     """``count`` different pairs of uneven lengths."""
-    words = "the quick brown fox jumps over a lazy dog while rain falls on the old stone bridge by the river".split()
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "rain", "falls", "on", "the", "old", "stone", "bridge", "by", "the", "river"]
     pick = lambda i, n: " ".join(words[(i * 7 + k * 3) % len(words)] for k in range(n))  # noqa: E731
     return [(f"{i}: {pick(i, 2 + i % 9)}", pick(i + 1, 1 + i % 5), pick(i + 2, 2 + (3 * i) % 11)) for i in range(count)]

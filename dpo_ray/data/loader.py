@@ -62,7 +62,8 @@ def micro_batches(source: PairSource, pairs: Sequence[int], shape: BatchShape) -
     lengths = np.array([_row_length(pair, shape.layout) for pair in chosen], np.int64)
     mine = deal(lengths, ranks=shape.ranks, tokens_per_micro_batch=budget)[shape.rank]
     return tuple(
-        MicroBatch(tuple(pairs[i] for i in batch), build_rows([chosen[i] for i in batch], shape.layout)) for batch in mine
+        MicroBatch(tuple(pairs[i] for i in batch), build_rows([chosen[i] for i in batch], shape.layout))
+        for batch in mine
     )
 
 

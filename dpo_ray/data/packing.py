@@ -55,7 +55,7 @@ def attention_mask(rows: Rows) -> Tensor:
         (R, 1, T, T) bool. Padding attends to padding, so that no row of the mask is empty.
     """
     pair, part = rows.pair, rows.part
-    same_pair = pair[:, :, None] == pair[:, None, :]                                                       # (R, T, T)
+    same_pair = pair[:, :, None] == pair[:, None, :]  # (R, T, T)
     visible = (part[:, None, :] == PROMPT) | (part[:, :, None] == part[:, None, :])
     tokens = pair.shape[1]
     causal = torch.ones(tokens, tokens, dtype=torch.bool, device=pair.device).tril()
@@ -162,4 +162,6 @@ def deal(lengths: np.ndarray, *, ranks: int, tokens_per_micro_batch: int) -> lis
     batches.sort(key=cost, reverse=True)
     turns = [batches[i : i + ranks] for i in range(0, len(batches), ranks)]
     # Every other turn is dealt backwards, so that the rank with the largest share of one turn has the smallest of the next.
-    return [[turn[rank] if t % 2 == 0 else turn[ranks - 1 - rank] for t, turn in enumerate(turns)] for rank in range(ranks)]
+    return [
+        [turn[rank] if t % 2 == 0 else turn[ranks - 1 - rank] for t, turn in enumerate(turns)] for rank in range(ranks)
+    ]

@@ -90,7 +90,9 @@ def joined(config: ClusterConfig, *, engines: int, local_runs: int = 1) -> Itera
 
 def refuse_too_small(cluster: Cluster, config: ClusterConfig, engines: int) -> None:
     """Raise a ValueError when the run could never be placed: waiting would be forever."""
-    asked = f"cluster.train_workers={config.train_workers}" + (f" and cluster.rollout_engines={engines}" if engines else "")
+    asked = f"cluster.train_workers={config.train_workers}" + (
+        f" and cluster.rollout_engines={engines}" if engines else ""
+    )
     if cluster.on_gpus:
         needed = gpus_needed(config, engines)
         if needed > cluster.gpus:

@@ -66,7 +66,13 @@ class Coordinator:
     """
 
     def __init__(
-        self, config: dict[str, Any], cluster: Cluster, prompts: list[Prompt], held_out: list[Prompt], board: Any, extension: str
+        self,
+        config: dict[str, Any],
+        cluster: Cluster,
+        prompts: list[Prompt],
+        held_out: list[Prompt],
+        board: Any,
+        extension: str,
     ) -> None:
         self.config = Config.model_validate(config)
         log_to_run(self.config.run.path, "coordinator")
@@ -189,7 +195,11 @@ class Coordinator:
         if not self.held_out_prompts:
             return []
         groups = self._generate(self.held_out_prompts, HELD_OUT_ROUND, candidates=1, phase="evaluating")
-        return [(group, row[0]) for group, row in zip(groups, self._judge(groups), strict=True) if group.completions[0].token_ids]
+        return [
+            (group, row[0])
+            for group, row in zip(groups, self._judge(groups), strict=True)
+            if group.completions[0].token_ids
+        ]
 
     def _generate(
         self, prompts: Sequence[Prompt], round: int, *, candidates: int, phase: str = "generating"

@@ -146,8 +146,14 @@ class _Plain:
             return
         self.shown, self.at = (status.phase, status.round), time.monotonic()
         figures = _figures(status)
-        parts = [f"[{self.clock.elapsed()}]", _what(status, self.rounds), *(["|", "  ".join(figures)] if figures else [])]
-        self.console.print(" ".join(parts) + (f"  (about {left} left)" if left else ""), highlight=False, markup=False, soft_wrap=True)
+        parts = [
+            f"[{self.clock.elapsed()}]",
+            _what(status, self.rounds),
+            *(["|", "  ".join(figures)] if figures else []),
+        ]
+        self.console.print(
+            " ".join(parts) + (f"  (about {left} left)" if left else ""), highlight=False, markup=False, soft_wrap=True
+        )
 
 
 def _what(status: Status, rounds: int | None) -> str:
@@ -157,7 +163,11 @@ def _what(status: Status, rounds: int | None) -> str:
 
 
 def _figures(status: Status) -> list[str]:
-    return [f"{name} {form.format(status.metrics[key])}" for name, key, form in FIGURES if status.metrics.get(key) is not None]
+    return [
+        f"{name} {form.format(status.metrics[key])}"
+        for name, key, form in FIGURES
+        if status.metrics.get(key) is not None
+    ]
 
 
 def _span(seconds: float) -> str:

@@ -32,8 +32,12 @@ def _print_figures(console: Console, figures: object, seconds: float) -> None:
 
     table = Table(title="Result", title_justify="left", show_header=False, box=None, padding=(0, 2))
     if figures.score_after is not None:
-        table.add_row("judge score, held-out prompts", f"{show('score_before', '{:+.3f}')} -> {show('score_after', '{:+.3f}')}")
-        table.add_row("completion length, tokens", f"{show('tokens_before', '{:.1f}')} -> {show('tokens_after', '{:.1f}')}")
+        table.add_row(
+            "judge score, held-out prompts", f"{show('score_before', '{:+.3f}')} -> {show('score_after', '{:+.3f}')}"
+        )
+        table.add_row(
+            "completion length, tokens", f"{show('tokens_before', '{:.1f}')} -> {show('tokens_after', '{:.1f}')}"
+        )
     if figures.kl is not None:
         table.add_row("KL to the reference", f"{show('kl', '{:.1f}')} nats a sequence")
     table.add_row("training", f"{show('pairs_per_s', '{:.2f}')} pairs/s, {show('tokens_per_s', '{:.0f}')} tokens/s")

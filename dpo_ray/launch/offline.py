@@ -21,7 +21,6 @@ from dpo_ray.objective.losses import build_loss
 from dpo_ray.train.offline import train_offline
 from dpo_ray.types import Metrics
 
-
 LOOP = f"{__name__}:loop"
 
 
@@ -38,7 +37,9 @@ def run_offline(config: Config) -> None:
     started = time.monotonic()
     with joined(config.cluster, engines=0) as cluster:
         board = ray.remote(num_cpus=0)(StatusBoard).remote()
-        with shown(lambda: ray.get(board.read.remote(), timeout=5), title=config.run.name, rounds=None, console=console):
+        with shown(
+            lambda: ray.get(board.read.remote(), timeout=5), title=config.run.name, rounds=None, console=console
+        ):
             train(config, cluster, board)
     tell_end(config, console, seconds=time.monotonic() - started)
 
@@ -66,7 +67,8 @@ def open_pairs(config: Config) -> tuple[PairStore, PairStore | None]:
     return pairs, prepare_pairs(config.data.eval, tokenizer, config.data, folder=folder, kind="eval")
 
 
-def _tell_data(config: Config, console: Console) -> None:
+def tell_data(config: Config, console: Console) -> None:
+    """Print the data report and keep it in the run directory."""
     pairs, held_out = open_pairs(config)
     run_dir = make_run_dir(config)
     reports = {"data.train": pairs.report} | ({"data.eval": held_out.report} if held_out else {})

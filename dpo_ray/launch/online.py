@@ -29,7 +29,6 @@ from dpo_ray.sync.base import WeightSync
 from dpo_ray.train.online import train_online
 from dpo_ray.types import Metrics, Prompt, RoundData, TokenSample
 
-
 LOOP = f"{__name__}:loop"
 
 
@@ -60,7 +59,14 @@ def run_online(config: Config) -> None:
             coordinator = (
                 ray.remote(Coordinator)
                 .options(num_cpus=0, max_concurrency=THREADS)
-                .remote(config.model_dump(mode="json"), cluster, prompts, held_out, board, _transport(config).worker_extension)
+                .remote(
+                    config.model_dump(mode="json"),
+                    cluster,
+                    prompts,
+                    held_out,
+                    board,
+                    _transport(config).worker_extension,
+                )
             )
             try:
                 # Engines and training workers start side by side; the first push of weights waits for the engines.
@@ -114,9 +120,13 @@ def open_prompts(config: Config, sources: Sequence[str], key: str, console: Cons
             problems.append(Problem("prompt_too_long", record.source, record.number, detail))
         else:
             kept.append(Prompt(len(kept), record.messages))
-    console.print(f"{key}: {len(kept) + len(problems)} records read, {len(kept)} kept, {len(problems)} dropped", highlight=False)
+    console.print(
+        f"{key}: {len(kept) + len(problems)} records read, {len(kept)} kept, {len(problems)} dropped", highlight=False
+    )
     for problem in problems[:3]:
-        console.print(f"  {problem.reason}: {problem.source}:{problem.number} ({problem.detail})", highlight=False, markup=False)
+        console.print(
+            f"  {problem.reason}: {problem.source}:{problem.number} ({problem.detail})", highlight=False, markup=False
+        )
     if not kept:
         raise ValueError(f"{key}: no usable prompt in {', '.join(sources)}")
     if problems and config.data.strict:

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 CHUNKS_PER_ENGINE = 4
 """A round goes to the engines in about this many pieces each: enough to even out their speeds and to show progress."""
-MIN_CHUNK_PROMPTS = 16
+MIN_CHUNK_COMPLETIONS = 128
 """Smaller pieces would leave an engine's batches half empty."""
 ENGINE_ATTEMPTS = 2
 """How often a piece of work is tried: a second engine dying over the same prompts is not the engine's fault."""
@@ -86,7 +86,10 @@ class EngineActor:
 def max_model_len(config: Config) -> int:
     """Longest prompt plus completion that an engine must hold, in tokens."""
     assert config.online is not None
-    return config.online.engine.max_model_len or (config.data.max_prompt_tokens or 1024) + config.online.sampling.max_tokens
+    return (
+        config.online.engine.max_model_len
+        or (config.data.max_prompt_tokens or 1024) + config.online.sampling.max_tokens
+    )
 
 
 class RolloutPool:
@@ -152,7 +155,9 @@ class RolloutPool:
         try:
             ray.get(engine.ready.remote(), timeout=timeout)
         except GetTimeoutError:
-            raise EngineFailed(f"engine {index} was not up after {timeout:.0f} s (cluster.start_timeout_s); see {logs}") from None
+            raise EngineFailed(
+                f"engine {index} was not up after {timeout:.0f} s (cluster.start_timeout_s); see {logs}"
+            ) from None
         except RayActorError as error:
             raise EngineFailed(f"engine {index} failed to start: {_last_line(error)}; see {logs}") from None
 
@@ -167,7 +172,11 @@ class RolloutPool:
         if self.weights is not None:
             version, buckets = self.weights
             timeout = self.config.online.sync_timeout_s if self.config.online else None
-            calls = [engine.start_update.remote(), *(engine.load.remote(b) for b in buckets), engine.finish_update.remote(version)]
+            calls = [
+                engine.start_update.remote(),
+                *(engine.load.remote(b) for b in buckets),
+                engine.finish_update.remote(version),
+            ]
             ray.get(calls, timeout=timeout)
         return engine
 
@@ -195,7 +204,7 @@ class RolloutPool:
         deadline = time.monotonic() + timeout_s
         results: list[list[CompletionGroup] | None] = []
         queue: deque[tuple[int, slice, int]] = deque()
-        for number, part in enumerate(_chunks(len(prompts), len(self.engines))):
+        for number, part in enumerate(_chunks(len(prompts), len(self.engines), candidates)):
             queue.append((number, part, 1))
             results.append(None)
         idle, running = list(self.engines), {}
@@ -217,7 +226,9 @@ class RolloutPool:
                 results[number] = ray.get(done[0])
             except RayActorError as error:
                 if attempt == ENGINE_ATTEMPTS:
-                    raise EngineFailed(f"prompts {part.start} to {part.stop} killed two engines: {_last_line(error)}") from None
+                    raise EngineFailed(
+                        f"prompts {part.start} to {part.stop} killed two engines: {_last_line(error)}"
+                    ) from None
                 queue.appendleft((number, part, attempt + 1))
                 engine = self.replace(engine)
             idle.append(engine)
@@ -235,8 +246,9 @@ class RolloutPool:
         self.engines, self.groups = [], []
 
 
-def _chunks(prompts: int, engines: int) -> Iterator[slice]:
-    size = max(MIN_CHUNK_PROMPTS, -(-prompts // (engines * CHUNKS_PER_ENGINE)))
+def _chunks(prompts: int, engines: int, candidates: int) -> Iterator[slice]:
+    fair = -(-prompts // engines)
+    size = min(fair, max(-(-MIN_CHUNK_COMPLETIONS // candidates), -(-prompts // (engines * CHUNKS_PER_ENGINE))))
     return (slice(start, min(start + size, prompts)) for start in range(0, prompts, size))
 
 

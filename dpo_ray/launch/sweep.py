@@ -55,7 +55,13 @@ class Trial:
     def row(self) -> dict[str, Any]:
         """A line of sweep.csv."""
         evaluated = {key: value for key, value in self.metrics.items() if key.startswith("eval/") or key == "step"}
-        return {"trial": self.name, **self.sample, **evaluated, "seconds": self.metrics.get("time_total_s"), "error": self.error}
+        return {
+            "trial": self.name,
+            **self.sample,
+            **evaluated,
+            "seconds": self.metrics.get("time_total_s"),
+            "error": self.error,
+        }
 
 
 def load_sweep(name: str) -> Sweep:
@@ -99,7 +105,9 @@ def run_sweep(config: Config, sweep: Sweep) -> None:
         concurrent = min(samples, config.sweep.concurrent or _trials_at_a_time(config, cluster))
         console.print(f"{samples} trials, {concurrent} at a time", highlight=False)
         progress = _Progress(samples)
-        with shown(lambda: progress.status, title=f"{config.run.name}: sweep of {samples} trials", rounds=None, console=console):
+        with shown(
+            lambda: progress.status, title=f"{config.run.name}: sweep of {samples} trials", rounds=None, console=console
+        ):
             results = _fit(config, sweep, samples, concurrent, run_dir, progress, cluster)
     trials = [_outcome(result, sweep) for result in results]
     _tell(config, sweep, trials, run_dir, console)
@@ -134,7 +142,8 @@ def _fit(
 def _of_trial(config: Config, sample: Mapping[str, Any], run_dir: Path, name: str) -> Config:
     """A trial's configuration: the sample, a directory of its own, and nothing kept but metrics."""
     return override(
-        config, {**sample, "run.dir": str(run_dir / "trials"), "run.name": name, "run.export": False, "run.save_every": None}
+        config,
+        {**sample, "run.dir": str(run_dir / "trials"), "run.name": name, "run.export": False, "run.save_every": None},
     )
 
 
@@ -165,7 +174,9 @@ class _Progress(ray.tune.Callback):
         """Show that trials are under way."""
         self.status = Status(phase="training", done=self.ended, total=self.samples, metrics=self.status.metrics)
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         """Show the latest held-out figures."""
         self.status = Status(phase="training", done=self.ended, total=self.samples, metrics=dict(result))
 
@@ -221,10 +232,11 @@ def _tell(config: Config, sweep: Sweep, trials: Sequence[Trial], run_dir: Path, 
     console.print(table)
     for trial in failed:
         console.print(f"failed: {trial.name}: {trial.error}", highlight=False, markup=False)
-    console.print(f"best: {run_dir / 'best.yaml'}   train it: python -m jobs.offline {run_dir / 'best.yaml'}", soft_wrap=True)
+    console.print(
+        f"best: {run_dir / 'best.yaml'}   train it: python -m jobs.offline {run_dir / 'best.yaml'}", soft_wrap=True
+    )
     console.print(f"all:  {run_dir / 'sweep.csv'}   pictures: {report}", soft_wrap=True)
 
 
 def _short(value: Any) -> str:
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-

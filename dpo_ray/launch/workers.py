@@ -35,7 +35,13 @@ FATAL = (ValueError, TypeError, LookupError, AttributeError, AssertionError, Syn
 
 
 def train_on_workers(
-    config: Config, cluster: Cluster, loop: str, *, board: Any, handles: dict[str, Any], callbacks: list[Any] | None = None
+    config: Config,
+    cluster: Cluster,
+    loop: str,
+    *,
+    board: Any,
+    handles: dict[str, Any],
+    callbacks: list[Any] | None = None,
 ) -> Metrics:
     """Run ``loop`` on ``cluster.train_workers`` workers; returns rank 0's metrics.
 

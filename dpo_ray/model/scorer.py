@@ -39,7 +39,7 @@ class Scorer(nn.Module):
             attention_mask=attention_mask(rows),
             position_ids=rows.position_ids,
             use_cache=False,
-        ).last_hidden_state                                                                                   # (R, T, D)
+        ).last_hidden_state  # (R, T, D)
         head = self.model.get_output_embeddings()
         return token_logps(
             hidden.flatten(0, 1)[rows.source],

@@ -23,7 +23,9 @@ def build_mesh(shard: ShardConfig, device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def load_sharded(model: ModelConfig, shard: ShardConfig, mesh: DeviceMesh, device: torch.device, *, trainable: bool) -> Scorer:
+def load_sharded(
+    model: ModelConfig, shard: ShardConfig, mesh: DeviceMesh, device: torch.device, *, trainable: bool
+) -> Scorer:
     """A scorer with its weights spread over the mesh.
 
     Trainable weights are float32 masters that compute in ``model.dtype`` with gradients reduced in float32; frozen ones
@@ -44,14 +46,20 @@ def load_sharded(model: ModelConfig, shard: ShardConfig, mesh: DeviceMesh, devic
     return scorer
 
 
-def _apply_fsdp(scorer: Scorer, shard: ShardConfig, mesh: DeviceMesh, compute: torch.dtype, device: torch.device) -> None:
+def _apply_fsdp(
+    scorer: Scorer, shard: ShardConfig, mesh: DeviceMesh, compute: torch.dtype, device: torch.device
+) -> None:
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy() if shard.cpu_offload and device.type != "cpu" else OffloadPolicy()
     for layer in scorer.layers:
         if shard.compile:
             layer.compile()
         fully_shard(
-            layer, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=shard.reshard_after_forward
+            layer,
+            mesh=mesh,
+            mp_policy=precision,
+            offload_policy=offload,
+            reshard_after_forward=shard.reshard_after_forward,
         )
     fully_shard(scorer, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=False)
 

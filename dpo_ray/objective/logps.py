@@ -62,14 +62,20 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, transform: LogitTransform, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        transform: LogitTransform,
+        chunk: int,
     ) -> Tensor:
         logps = hidden.new_empty(labels.shape, dtype=torch.float32)
         normalizers = torch.empty_like(logps)
         head = _Head(weight, bias)
         for start in range(0, labels.numel(), chunk):
             part = slice(start, start + chunk)
-            logits = transform(head(hidden[part]))                                               # (chunk, V) float32
+            logits = transform(head(hidden[part]))  # (chunk, V) float32
             normalizers[part] = logits.logsumexp(-1)
             logps[part] = logits.gather(-1, labels[part, None]).squeeze(-1) - normalizers[part]
         ctx.save_for_backward(hidden, weight, bias, labels, normalizers)

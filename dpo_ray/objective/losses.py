@@ -41,7 +41,7 @@ def sigmoid(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoot
     """
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"loss.args.label_smoothing is {label_smoothing}; it must lie in [0, 0.5)")
-    margin = beta * log_ratio_margin(policy, reference)                                                           # (B,)
+    margin = beta * log_ratio_margin(policy, reference)  # (B,)
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 

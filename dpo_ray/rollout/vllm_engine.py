@@ -16,6 +16,9 @@ from dpo_ray.types import Completion, CompletionGroup, Prompt
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
 
+CPU_BATCH_TOKENS = 4096
+"""Prompt tokens that one step takes in on a CPU."""
+
 
 class VLLMEngine:
     """vLLM behind the ``Engine`` contract: ``vllm.LLM`` with its scheduler in this process.
@@ -68,6 +71,9 @@ class VLLMEngine:
         }
         if on_cpu:
             arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * 2**30)
+            # A seeded request whose prompt is split over two steps fails on a CPU, whose generators have no offset.
+            arguments["enable_chunked_prefill"] = False
+            arguments["max_num_batched_tokens"] = max(max_model_len, CPU_BATCH_TOKENS)
         else:
             arguments["gpu_memory_utilization"] = engine.gpu_memory_utilization
             arguments["tensor_parallel_size"] = tensor_parallel

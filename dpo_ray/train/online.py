@@ -52,7 +52,9 @@ PROBE_TEXT = (
 )
 
 
-def train_online(config: Config, *, rounds: Rounds, sync: WeightSync, device: torch.device, reporter: Reporter) -> Metrics:
+def train_online(
+    config: Config, *, rounds: Rounds, sync: WeightSync, device: torch.device, reporter: Reporter
+) -> Metrics:
     """Train through ``online.rounds`` rounds; returns the metrics of the last step."""
     assert config.online is not None
     online = config.online

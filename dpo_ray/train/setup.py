@@ -139,7 +139,8 @@ def score_samples(t: Setup, scorer: Scorer, samples: Sequence[TokenSample]) -> n
     for batch in shares[t.rank]:
         scored = sample_logps(scorer, build_sample_rows([samples[i] for i in batch]).to(t.device))
         logps[list(batch)] = scored.double().cpu()
-    release_gathered(scorer)
+    if scorer is t.policy:
+        release_gathered(scorer)
     shared = logps.to(t.device)
     dist.all_reduce(shared)
     return shared.cpu().numpy()

@@ -1,5 +1,6 @@
 """Run a function on several gloo processes of this machine and collect what each returns."""
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -9,7 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT_S = 180
+# Ranks are forked from a server that has imported torch and transformers once, which takes longer than most tests.
+multiprocessing.set_forkserver_preload(["tests.distributed.runs"])
 
 
 def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -20,24 +22,25 @@ def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
+    results = mp.get_context("forkserver").SimpleQueue()
     started = mp.start_processes(
-        _on_rank, (ranks, port, results, function, arguments), nprocs=ranks, join=False, start_method="spawn"
+        _on_rank, (ranks, port, results, function, arguments), nprocs=ranks, join=False, start_method="forkserver"
     )
     found: dict[int, Any] = {}
     try:
-        while not started.join(timeout=0.2):
-            while not results.empty():
-                rank, value = results.get()
-                found[rank] = value
-        while not results.empty():
-            rank, value = results.get()
-            found[rank] = value
+        while not started.join(timeout=0.05):
+            _drain(results, found)
+        _drain(results, found)
     finally:
         for process in started.processes:
             process.kill()
     return [found[rank] for rank in range(ranks)]
+
+
+def _drain(results: Any, found: dict[int, Any]) -> None:
+    while not results.empty():
+        rank, value = results.get()
+        found[rank] = value
 
 
 def _on_rank(

@@ -15,7 +15,9 @@ COMPARED = ("loss", "rewards/margins", "logps/chosen", "logps/rejected", "optim/
 
 
 @pytest.fixture
-def config(tmp_path: Path, tiny_model: Path, write_pairs: Callable[[Sequence[tuple[str, str, str]]], Path]) -> dict[str, Any]:
+def config(
+    tmp_path: Path, tiny_model: Path, write_pairs: Callable[[Sequence[tuple[str, str, str]]], Path]
+) -> dict[str, Any]:
     """Six steps of five pairs, two epochs and a short last step in each, in float32."""
     return {
         "run": {"dir": str(tmp_path), "name": "run", "epochs": 2, "save_every": None, "export": False},
@@ -98,7 +100,9 @@ def test_resuming_under_another_train_set_is_refused_naming_the_key(config: dict
         run_ranks(1, offline, saving | {"data": {"train": str(other)}})
 
 
-def test_a_second_run_with_another_beta_scores_nothing(config: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_with_another_beta_scores_nothing(
+    config: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
     run_ranks(1, offline, config)
     shards = sorted((Path(config["reference"]["cache_dir"]) / "reference").rglob("shard-*.npy"))
     run_ranks(1, offline, config | {"loss": {"beta": 0.5}, "run": config["run"] | {"name": "again", "seed": 7}})

@@ -1,0 +1,89 @@
+"""Run the project's commands as a person does, and look at what they leave behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 300
+
+
+def environment() -> dict[str, str]:
+    """The environment of a command, without an enclosing cluster."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {"OMP_NUM_THREADS": "1"}
+
+
+def run_command(job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """``python -m jobs.JOB ...`` to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", f"jobs.{job}", *arguments],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+
+
+def kill_when(job: str, *arguments: str, ready: Callable[[], bool], signal_number: int = signal.SIGKILL) -> None:
+    """Start a command, wait until ``ready``, and send a signal to it; SIGKILL goes to its whole tree at once."""
+    command = [sys.executable, "-m", f"jobs.{job}", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not ready():
+            assert process.poll() is None, f"the command ended with {process.returncode} before it was to be killed"
+            assert time.monotonic() < deadline, "the command was never ready to be killed"
+            time.sleep(0.1)
+        tree = [process.pid]
+        if signal_number == signal.SIGKILL:
+            tree += [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        for pid in tree:
+            try:
+                os.kill(pid, signal_number)
+            except ProcessLookupError:
+                continue
+        process.wait(timeout=90)
+
+
+def ray_processes() -> set[int]:
+    """Processes of Ray clusters on this machine."""
+    found = set()
+    for process in psutil.process_iter(["pid", "cmdline", "status"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if process.info["status"] != psutil.STATUS_ZOMBIE and (
+            "ray::" in line or "/raylet/" in line or "gcs_server" in line
+        ):
+            found.add(process.info["pid"])
+    return found
+
+
+def left_over(before: set[int], patience_s: float = 15) -> set[int]:
+    """Ray processes that were not there before; those on their way out get a moment."""
+    deadline = time.monotonic() + patience_s
+    while (left := ray_processes() - before) and time.monotonic() < deadline:
+        time.sleep(0.3)
+    return left
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def write_yaml(path: Path, tree: dict[str, Any]) -> Path:
+    """Write a configuration; JSON is YAML."""
+    path.write_text(json.dumps(tree))
+    return path
+
+
+def pick(rows: Sequence[dict[str, Any]], key: str) -> list[Any]:
+    """One key of the rows that have it."""
+    return [row[key] for row in rows if key in row]

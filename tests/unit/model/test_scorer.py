@@ -1,0 +1,68 @@
+"""The scorer against transformers' own forward in float64, for both layouts, and the digest of a model's weights."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dpo_ray.config.schema import ModelConfig
+from dpo_ray.data.packing import Layout, build_rows
+from dpo_ray.model.load import build_model, read_model_config, weights_digest
+from dpo_ray.model.scorer import Scorer, pair_logps
+from dpo_ray.types import TokenPair
+from tests.conftest import save_tiny_model
+
+
+def ragged_pairs(count: int, seed: int = 0) -> list[TokenPair]:
+    """Pairs of uneven lengths, one completion of a single token among them."""
+    draw = np.random.default_rng(seed)
+    tokens = lambda most: tuple(draw.integers(0, 256, draw.integers(1, most)).tolist())  # noqa: E731
+    return [TokenPair(tokens(40), tokens(30), tokens(20)) for _ in range(count - 1)] + [TokenPair((1,), (2,), (3, 4))]
+
+
+def exact_logp(model: torch.nn.Module, prompt: tuple[int, ...], completion: tuple[int, ...]) -> torch.Tensor:
+    ids = torch.tensor([prompt + completion])
+    logps = model(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None]).squeeze(-1)
+    return logps[len(prompt) - 1 :].sum()
+
+
+@pytest.mark.parametrize("layout", ["shared", "plain"])
+def test_logps_and_gradients_are_those_of_separate_float64_forwards(tiny_model: Path, layout: Layout) -> None:
+    pairs = ragged_pairs(7)
+    exact = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
+    chosen = torch.stack([exact_logp(exact, pair.prompt, pair.chosen) for pair in pairs])
+    rejected = torch.stack([exact_logp(exact, pair.prompt, pair.rejected) for pair in pairs])
+    torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).sum().backward()
+
+    scorer = Scorer(build_model(ModelConfig(path=str(tiny_model)), with_weights=True))
+    found = pair_logps(scorer, build_rows(pairs, layout))
+    torch.nn.functional.logsigmoid(0.1 * (found.chosen - found.rejected)).sum().backward()
+
+    assert (found.chosen - chosen).abs().max() < 1e-4
+    assert (found.rejected - rejected).abs().max() < 1e-4
+    assert found.chosen_tokens.tolist() == [len(pair.chosen) for pair in pairs]
+    expected = dict(exact.named_parameters())
+    for name, parameter in scorer.model.named_parameters():
+        assert (parameter.grad - expected[name].grad).norm() / expected[name].grad.norm() < 1e-3, name
+
+
+def test_an_empty_micro_batch_scores_nothing_and_still_runs(tiny_model: Path) -> None:
+    scorer = Scorer(build_model(ModelConfig(path=str(tiny_model)), with_weights=True))
+    logps = pair_logps(scorer, build_rows([], "shared"))
+    (logps.chosen.sum() + logps.rejected.sum()).backward()
+    assert logps.chosen.shape == (0,)
+
+
+def test_the_digest_follows_the_weights_and_not_the_folder(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "copy")
+    other = save_tiny_model(tmp_path / "other", seed=1)
+    assert weights_digest(str(tmp_path / "copy")) == weights_digest(str(tiny_model))
+    assert weights_digest(str(other)) != weights_digest(str(tiny_model))
+
+
+def test_a_missing_model_is_a_clear_error_naming_the_key(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.path"):
+        read_model_config(str(tmp_path / "nothing"))
