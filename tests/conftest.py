@@ -87,6 +87,6 @@ def write_pairs(tmp_path: Path) -> Callable[[Sequence[tuple[str, str, str]]], Pa
 
 def ragged_texts(count: int) -> list[tuple[str, str, str]]:
     """``count`` different pairs of uneven lengths."""
-    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "rain", "falls", "on", "the", "old", "stone", "bridge", "by", "the", "river"]
+    words = "the quick brown fox jumps over a lazy dog while rain falls on the old stone bridge by the river".split()  # noqa: SIM905
     pick = lambda i, n: " ".join(words[(i * 7 + k * 3) % len(words)] for k in range(n))  # noqa: E731
     return [(f"{i}: {pick(i, 2 + i % 9)}", pick(i + 1, 1 + i % 5), pick(i + 2, 2 + (3 * i) % 11)) for i in range(count)]

@@ -96,7 +96,8 @@ class ReferenceConfig(Section):
     refresh: Literal["never", "round"] = "never"
     """round: online, the policy at the start of each round is that round's reference."""
     cache_dir: str | None = None
-    """Folder of the reference cache and of tokenised data, shared by all runs; null puts it beside the user's other caches."""
+    """Folder of the reference cache and of tokenised data, shared by all runs; null puts it beside the user's other
+    caches."""
 
     @property
     def cache_path(self) -> Path:
@@ -275,8 +276,8 @@ class OnlineConfig(Section):
     sync_timeout_s: float = Field(600.0, gt=0)
     """Longest wait for one push of weights."""
     probe_tolerance: float = Field(0.1, gt=0)
-    """Largest mean absolute difference, in nats a token, between trainer and engine log-probabilities of a probe text after
-    a push. Two bfloat16 implementations of the same weights differ by 0.03 to 0.06."""
+    """Largest mean absolute difference, in nats a token, between trainer and engine log-probabilities of a probe text
+    after a push. Two bfloat16 implementations of the same weights differ by 0.03 to 0.06."""
 
 
 class SweepConfig(Section):

@@ -21,6 +21,9 @@ Layout = Literal["shared", "plain"]
 PROMPT, CHOSEN, REJECTED = 0, 1, 2
 PADDING = -1
 
+_Segment = tuple[int, int, Sequence[int]]
+"""Pair, part and tokens of a stretch of a row."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -71,7 +74,7 @@ def build_rows(pairs: Sequence[TokenPair], layout: Layout) -> Rows:
         pairs: B pairs.
         layout: ``shared``: B rows. ``plain``: 2B rows.
     """
-    segments: list[list[tuple[int, int, Sequence[int]]]] = []  # per row: (pair, part, tokens)
+    segments: list[Sequence[_Segment]] = []
     for index, pair in enumerate(pairs):
         chosen, rejected = (index, CHOSEN, pair.chosen), (index, REJECTED, pair.rejected)
         prompt = (index, PROMPT, pair.prompt)
@@ -89,7 +92,7 @@ def build_sample_rows(samples: Sequence[TokenSample]) -> Rows:
     )  # fmt: skip
 
 
-def _lay_out(segments: list[list[tuple[int, int, Sequence[int]]]], sequences: int) -> Rows:
+def _lay_out(segments: Sequence[Sequence[_Segment]], sequences: int) -> Rows:
     width = max((sum(len(tokens) for *_, tokens in row) for row in segments), default=1)
     shape = (max(len(segments), 1), width)
     input_ids, position_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -117,11 +120,8 @@ def _lay_out(segments: list[list[tuple[int, int, Sequence[int]]]], sequences: in
                 owners.append(np.full(count, sequence))
                 lengths[sequence] = count
             at += count
-    return Rows(
-        *map(torch.from_numpy, (input_ids, position_ids, pair_ids, parts)),
-        *(torch.from_numpy(np.concatenate(x) if x else np.zeros(0, np.int64)) for x in (source, labels, owners)),
-        torch.from_numpy(lengths),
-    )
+    flat = (np.concatenate(x) if x else np.zeros(0, np.int64) for x in (source, labels, owners))
+    return Rows(*map(torch.from_numpy, (input_ids, position_ids, pair_ids, parts, *flat, lengths)))
 
 
 def deal(lengths: np.ndarray, *, ranks: int, tokens_per_micro_batch: int) -> list[list[tuple[int, ...]]]:
@@ -161,7 +161,7 @@ def deal(lengths: np.ndarray, *, ranks: int, tokens_per_micro_batch: int) -> lis
             batches.append(())
     batches.sort(key=cost, reverse=True)
     turns = [batches[i : i + ranks] for i in range(0, len(batches), ranks)]
-    # Every other turn is dealt backwards, so that the rank with the largest share of one turn has the smallest of the next.
+    # Every other turn is dealt backwards: the rank with the largest share of one turn has the smallest of the next.
     return [
         [turn[rank] if t % 2 == 0 else turn[ranks - 1 - rank] for t, turn in enumerate(turns)] for rank in range(ranks)
     ]

@@ -301,7 +301,8 @@ def _prompt_record(record: Mapping[str, Any], source: str, number: int) -> Promp
     elif _has(record, "conversations"):
         prompt = _with_system(record, _conversation(record, "conversations"))
     elif isinstance(record.get("chosen"), list) and isinstance(record.get("rejected"), list):
-        prompt, _, _ = _split_whole(_conversation(record, "chosen"), _conversation(record, "rejected"))
+        chosen, rejected = _conversation(record, "chosen"), _conversation(record, "rejected")
+        prompt, _, _ = _split_whole(_as_turns("chosen", chosen), _as_turns("rejected", rejected))
     else:
         _missing(record, "prompt", "accepted are prompt, messages and conversations")
     if isinstance(prompt, str):
@@ -388,6 +389,7 @@ def _ranked(record: Mapping[str, Any]) -> _Pair:
 
 
 def _scores(record: Mapping[str, Any], completions: Sequence[Any]) -> list[float]:
+    scores: list[Any]
     if _has(record, "scores"):
         scores = record["scores"]
         if not isinstance(scores, list) or len(scores) != len(completions):

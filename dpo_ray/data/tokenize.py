@@ -128,6 +128,7 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> "PreTrainedTo
     except Exception as error:  # the hub client, its HTTP library and the tokenizer's parser each raise their own
         kind = "the directory holds no tokenizer that can be loaded" if is_folder else "not loaded from the hub"
         raise ValueError(f"model.path: {path}: {kind}: {_first_line(error)}") from error
+    assert tokenizer is not None
     if template is not None:
         tokenizer.chat_template = template
     return tokenizer
@@ -157,6 +158,7 @@ def _encode(record: PairRecord, tokenizer: "PreTrainedTokenizerBase") -> tuple[l
         texts = [prompt, *(prompt + text + ("" if text.endswith(eos) else eos) for text in (chosen, rejected))]
         prompt_ids, with_chosen, with_rejected = tokenizer(texts, verbose=False)["input_ids"]
         return prompt_ids, with_chosen, with_rejected
+    assert not (isinstance(prompt, str) or isinstance(chosen, str) or isinstance(rejected, str))
     return (
         _render(prompt, tokenizer, generation_prompt=True),
         _render((*prompt, *chosen), tokenizer, generation_prompt=False),
@@ -174,7 +176,10 @@ def _render(messages: Messages, tokenizer: "PreTrainedTokenizerBase", *, generat
         )
     try:
         text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=generation_prompt, return_dict=False
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            return_dict=False,
         )
     except TemplateSyntaxError as error:
         raise ValueError(f"model.chat_template: line {error.lineno} of the template: {error.message}") from None

@@ -17,6 +17,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from dpo_ray.evaluate.health import alike
@@ -352,8 +353,8 @@ def _panels(labels: Sequence[str], x_label: str, heights: Sequence[float] | None
         heights: of each panel, as multiples of ``PANEL_IN``.
     """
     heights = heights or [0.85] * len(labels)
-    figure = Figure(figsize=(WIDTH_IN, PANEL_IN * sum(heights) + 0.3), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.1)
+    layout = ConstrainedLayoutEngine(h_pad=0.1)
+    figure = Figure(figsize=(WIDTH_IN, PANEL_IN * sum(heights) + 0.3), layout=layout)
     figure.patch.set_visible(False)
     rows = figure.subplots(len(labels), 1, sharex=True, squeeze=False, height_ratios=list(heights))[:, 0]
     for axes, label in zip(rows, labels, strict=True):
@@ -384,7 +385,7 @@ def _line(axes: Axes, line: Lines, colour: str, *, noisy: bool = False, peaks: b
     middle, kept = (np.median, np.max) if peaks else (np.mean, np.mean)
     smooth = noisy and len(y) >= SMOOTH_FROM
     marker = "o" if len(x) <= 24 else ""
-    pale = {"alpha": 0.32, "linewidth": 1.0} if smooth else {"linewidth": 2.0}
+    pale: dict[str, Any] = {"alpha": 0.32, "linewidth": 1.0} if smooth else {"linewidth": 2.0}
     axes.plot(_thin(x), _thin(y, kept), color=_light(colour), marker=marker, markersize=4.2, **pale)
     if smooth:
         axes.plot(_thin(x), _running(_thin(y, middle), middle), color=_light(colour), linewidth=2.2)

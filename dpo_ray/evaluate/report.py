@@ -741,7 +741,7 @@ def _pair_example(group: Mapping[str, Any]) -> Example:
     scores += [None] * (len(candidates) - len(scores))
     figures = iter(alike(*(score for score in scores if score is not None)))
     shown = ["" if score is None else next(figures) for score in scores]
-    ranking = sorted(range(len(candidates)), key=lambda i: math.inf if scores[i] is None else -scores[i])
+    ranking = sorted(range(len(candidates)), key=lambda i: math.inf if (score := scores[i]) is None else -score)
     reason = group.get("dropped")
     return Example(
         heading="No pair" if reason else "",

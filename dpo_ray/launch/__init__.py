@@ -1,1 +1,1 @@
-"""Ray: the only package that imports it. Clusters, training workers, rollout engines, sweeps, and what a person sees."""
+"""The only package that imports Ray: clusters, training workers, rollout engines, sweeps, and what a person sees."""

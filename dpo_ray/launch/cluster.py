@@ -54,7 +54,7 @@ def gpus_needed(config: ClusterConfig, engines: int) -> int:
 
 @contextlib.contextmanager
 def joined(config: ClusterConfig, *, engines: int, local_runs: int = 1) -> Iterator[Cluster]:
-    """Join the running cluster (``RAY_ADDRESS``, a submitted job, ``ray start``), else start one here; leave it at the end.
+    """Join a running cluster (``RAY_ADDRESS``, a submitted job, ``ray start``) or start one here; leave it at the end.
 
     A cluster started here counts logical CPUs, as many as the run needs: a laptop's two cores hold two workers and an
     engine. SIGTERM ends the run as Ctrl-C does.
@@ -97,13 +97,14 @@ def refuse_too_small(cluster: Cluster, config: ClusterConfig, engines: int) -> N
         needed = gpus_needed(config, engines)
         if needed > cluster.gpus:
             raise ValueError(
-                f"{asked} (cluster.gpus_per_engine={config.gpus_per_engine}) need {needed} GPUs; the cluster has {cluster.gpus}"
+                f"{asked} (cluster.gpus_per_engine={config.gpus_per_engine}) need {needed} GPUs; "
+                f"the cluster has {cluster.gpus}"
             )
     needed = cpus_needed(config, engines)
     if needed > cluster.cpus:
         raise ValueError(
-            f"{asked} (cluster.cpus_per_worker={config.cpus_per_worker}, cluster.cpus_per_engine={config.cpus_per_engine}) "
-            f"need {needed} CPUs; the cluster has {cluster.cpus}"
+            f"{asked} (cluster.cpus_per_worker={config.cpus_per_worker}, "
+            f"cluster.cpus_per_engine={config.cpus_per_engine}) need {needed} CPUs; the cluster has {cluster.cpus}"
         )
 
 

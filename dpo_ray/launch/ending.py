@@ -1,11 +1,16 @@
 """The end of a run: its report, a short table, completions side by side, and where everything lies."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from dpo_ray.config import Config
+
+if TYPE_CHECKING:
+    from dpo_ray.evaluate.report import Comparison, Summary
 
 
 def tell_end(config: Config, console: Console, *, seconds: float) -> None:
@@ -25,7 +30,7 @@ def tell_end(config: Config, console: Console, *, seconds: float) -> None:
     _print_places(console, config, report)
 
 
-def _print_figures(console: Console, figures: object, seconds: float) -> None:
+def _print_figures(console: Console, figures: "Summary", seconds: float) -> None:
     def show(name: str, form: str = "{:.3f}") -> str:
         value = getattr(figures, name)
         return "-" if value is None else form.format(value)
@@ -46,7 +51,7 @@ def _print_figures(console: Console, figures: object, seconds: float) -> None:
     console.print(table)
 
 
-def _print_comparisons(console: Console, rows: list[tuple[str, str, float, str, float]]) -> None:
+def _print_comparisons(console: Console, rows: "Sequence[Comparison]") -> None:
     if not rows:
         return
     table = Table(title="Held-out prompts, before and after", title_justify="left", show_lines=True)

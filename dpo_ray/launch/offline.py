@@ -36,7 +36,7 @@ def run_offline(config: Config) -> None:
     tell_data(config, console)
     started = time.monotonic()
     with joined(config.cluster, engines=0) as cluster:
-        board = ray.remote(num_cpus=0)(StatusBoard).remote()
+        board: Any = ray.remote(num_cpus=0)(StatusBoard).remote()
         with shown(
             lambda: ray.get(board.read.remote(), timeout=5), title=config.run.name, rounds=None, console=console
         ):

@@ -46,17 +46,18 @@ def run_online(config: Config) -> None:
     held_out = open_prompts(config, config.online.eval_prompts, "online.eval_prompts", console)
     if config.online.prompts_per_round > len(prompts):
         raise ValueError(
-            f"online.prompts_per_round is {config.online.prompts_per_round}; online.prompts gave {len(prompts)} usable prompts"
+            f"online.prompts_per_round is {config.online.prompts_per_round}; "
+            f"online.prompts gave {len(prompts)} usable prompts"
         )
     make_run_dir(config)
     started = time.monotonic()
     with joined(config.cluster, engines=config.cluster.rollout_engines) as cluster:
-        board = ray.remote(num_cpus=0)(StatusBoard).remote()
+        board: Any = ray.remote(num_cpus=0)(StatusBoard).remote()
         title = f"{config.run.name}: {config.online.rounds} rounds of {config.online.prompts_per_round} prompts"
         with shown(
             lambda: ray.get(board.read.remote(), timeout=5), title=title, rounds=config.online.rounds, console=console
         ):
-            coordinator = (
+            coordinator: Any = (
                 ray.remote(Coordinator)
                 .options(num_cpus=0, max_concurrency=THREADS)
                 .remote(

@@ -1,4 +1,4 @@
-"""The pool of vLLM engines: Ray actors, one an engine, in their own placement groups, apart from the training workers."""
+"""The pool of vLLM engines: Ray actors, one an engine, in placement groups apart from the training workers."""
 
 import contextlib
 import logging
@@ -121,7 +121,7 @@ class RolloutPool:
                 bundles += [{"GPU": 1.0, "CPU": 1.0}] * (size.gpus_per_engine - 1)
             self.groups.append(placement_group(bundles, strategy="PACK", name=f"dpo_ray-engine-{index}"))
         waited_for = [group.ready() for group in self.groups]
-        ready, missing = ray.wait(waited_for, num_returns=len(waited_for), timeout=size.start_timeout_s)
+        _, missing = ray.wait(waited_for, num_returns=len(waited_for), timeout=size.start_timeout_s)
         if missing:
             raise EngineFailed(
                 f"{len(missing)} of {len(waited_for)} engines got no place in {size.start_timeout_s:.0f} s "
@@ -260,8 +260,8 @@ def _last_line(error: BaseException) -> str:
 class PoolReceiver:
     """The engines as one receiver of weights: the EngineGroup of rank 0, straight from trainer to engines.
 
-    A bucket is put into the object store once and fetched once a node; neither driver nor coordinator sees a tensor. The
-    references of a push are kept until the next one, so that an engine that dies can be given the same weights.
+    A bucket is put into the object store once and fetched once a node; neither driver nor coordinator sees a tensor.
+    The references of a push are kept until the next one, so that an engine that dies can be given the same weights.
 
     Args:
         coordinator: knows the engines and replaces dead ones.
@@ -307,7 +307,7 @@ class PoolReceiver:
 
     def _call_each(self, doing: str, call: Callable[[Any], Any]) -> list[Any]:
         pending = [call(engine) for engine in self.engines]
-        ready, missing = ray.wait(pending, num_returns=len(pending), timeout=self.timeout_s)
+        _, missing = ray.wait(pending, num_returns=len(pending), timeout=self.timeout_s)
         if missing:
             raise TimeoutError(
                 f"{doing}: {len(missing)} of {len(pending)} engines did not answer in {self.timeout_s:.0f} s "

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,7 @@ def export_policy(policy: Scorer, model: ModelConfig, tokenizer: PreTrainedToken
     The folder appears whole or not at all; an earlier export there is replaced.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(policy, options=options)
+    weights: dict[str, Any] = get_model_state_dict(policy, options=options)
     if dist.get_rank() == 0:
         dtype = DTYPES[model.dtype]
         weights = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in weights.items()}

@@ -7,6 +7,7 @@ full copy.
 import hashlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,6 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import cached_file
 
 from dpo_ray.config.schema import ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 WEIGHT_INDEX_FILES = (
     "model.safetensors",
@@ -23,7 +27,7 @@ WEIGHT_INDEX_FILES = (
 )
 
 
-def build_model(model: ModelConfig, *, with_weights: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
+def build_model(model: ModelConfig, *, with_weights: bool, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
     """The causal language model at ``model.path``, with dropout off.
 
     Args:
@@ -52,7 +56,7 @@ def build_model(model: ModelConfig, *, with_weights: bool, dtype: torch.dtype = 
     return built
 
 
-def read_model_config(path: str) -> AutoConfig:
+def read_model_config(path: str) -> "PreTrainedConfig":
     """The architecture's configuration.
 
     Raises:
@@ -65,7 +69,8 @@ def read_model_config(path: str) -> AutoConfig:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise ValueError(
-            f"model.path: {path!r} has layers of {', '.join(sorted(kinds))}; only full_attention can be trained in shared rows"
+            f"model.path: {path!r} has layers of {', '.join(sorted(kinds))}; "
+            "only full_attention can be trained in shared rows"
         )
     return config
 

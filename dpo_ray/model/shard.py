@@ -1,8 +1,10 @@
 """Sharding: FSDP2 over each decoder layer and the root, as a function over a plain model."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -64,7 +66,7 @@ def _apply_fsdp(
     fully_shard(scorer, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=False)
 
 
-def _fill(scorer: Scorer, weights: dict[str, Tensor], device: torch.device) -> None:
+def _fill(scorer: Scorer, weights: dict[str, Any], device: torch.device) -> None:
     """Send rank 0's weights to the shards of all ranks."""
     if dist.get_rank() != 0:
         buffers = {name: buffer.clone() for name, buffer in scorer.named_buffers()}

@@ -138,7 +138,8 @@ class _Head:
 
 @contextlib.contextmanager
 def _bfloat16_products() -> Iterator[None]:
-    settings = torch.backends.mkldnn.matmul
+    mkldnn: Any = torch.backends.mkldnn  # as imported, an object with more attributes than the module declares
+    settings = mkldnn.matmul
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:

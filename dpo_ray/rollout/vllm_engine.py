@@ -131,7 +131,8 @@ class VLLMEngine:
             SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
             use_tqdm=False,
         )
-        after_the_first = zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
+        prompt_logprobs: Any = output.prompt_logprobs  # asked for, so neither it nor an entry after the first is None
+        after_the_first = zip(token_ids[1:], prompt_logprobs[1:], strict=True)
         return [logprobs[token].logprob for token, logprobs in after_the_first]
 
     def start_update(self) -> None:
@@ -210,7 +211,9 @@ def _sampling_params(sampling: SamplingConfig, candidates: int, seed: int) -> "S
 
 
 def _group(prompt: Prompt, output: "RequestOutput", seed: int) -> CompletionGroup:
-    versions = {int(span.version) for completion in output.outputs for span in completion.weight_versions}
+    outputs: list[Any] = output.outputs  # finished, so the fields that vLLM calls optional are set
+    assert output.prompt_token_ids is not None
+    versions = {int(span.version) for completion in outputs for span in completion.weight_versions}
     if len(versions) != 1:
         raise RuntimeError(f"prompt {prompt.index} was completed by several policies: versions {sorted(versions)}")
     return CompletionGroup(
@@ -222,7 +225,7 @@ def _group(prompt: Prompt, output: "RequestOutput", seed: int) -> CompletionGrou
                 token_ids=tuple(completion.token_ids),
                 finished=completion.finish_reason == "stop",
             )
-            for completion in output.outputs
+            for completion in outputs
         ),
         policy_version=versions.pop(),
         seed=seed,

@@ -70,7 +70,7 @@ class Digest:
         """Take in the tensors of ``bucket``, in order."""
         for tensor in bucket.tensors:
             self._hash.update(f"{tensor.name} {tensor.dtype} {tensor.array.shape} ".encode())
-            self._hash.update(np.ascontiguousarray(tensor.array))
+            self._hash.update(np.ascontiguousarray(tensor.array).data)
 
     def hexdigest(self) -> str:
         """Digest of everything taken in so far."""

@@ -123,6 +123,7 @@ def _receiving_end() -> type:
 
         init_info_cls = InitInfo
         update_info_cls = UpdateInfo
+        model: Any  # a model of vLLM, with its load_weights and config; the base class says nn.Module
         digest = Digest()
 
         def init_transfer_engine(self, init_info: InitInfo) -> None:
@@ -155,6 +156,8 @@ def _receiving_end() -> type:
 
     class ObjectStoreWorker:
         """Mixed into vLLM's worker."""
+
+        weight_transfer_engine: Any  # the worker's; set by vLLM
 
         def received_digest(self) -> str:
             """Digest of the last update."""

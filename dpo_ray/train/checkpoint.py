@@ -1,7 +1,7 @@
 """Checkpoints: sharded (DCP), written beside training, complete or ignored.
 
-A checkpoint is a folder ``checkpoints/000120/`` whose last file is ``complete.json``, with a digest of the index that DCP
-writes after all shards. A folder without it, or with another digest, is skipped and the one before is used.
+A checkpoint is a folder ``checkpoints/000120/`` whose last file is ``complete.json``, with a digest of the index that
+DCP writes after all shards. A folder without it, or with another digest, is skipped and the one before is used.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import logging
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -40,7 +40,7 @@ class Checkpointer:
     def __init__(self, folder: Path, config: Config) -> None:
         self.folder, self.config = folder, config
         # The save thread's collectives must not interleave with those of training.
-        self.group = dist.new_group(backend="gloo")
+        self.group = cast("dist.ProcessGroup", dist.new_group(backend="gloo"))  # every rank is a member
         self.pending: Future[Any] | None = None
 
     def save(self, state: TrainState, position: int) -> None:
@@ -55,11 +55,12 @@ class Checkpointer:
             shutil.rmtree(path, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
         dist.barrier(self.group)
-        future = dcp.async_save(state.state_dict(), checkpoint_id=path, process_group=self.group)
+        # A response other than a future is for stagers that copy asynchronously.
+        future = cast("Future[Any]", dcp.async_save(state.state_dict(), checkpoint_id=path, process_group=self.group))
         if dist.get_rank() == 0:
             # DCP writes its index on rank 0 after every rank has written its shards: done here is done everywhere.
             future.add_done_callback(lambda done: self._finish(path) if done.exception() is None else None)
-        self.pending = future  # type: ignore[assignment]
+        self.pending = future
 
     def wait(self) -> None:
         """Wait for the checkpoint being written; raises what went wrong with it."""

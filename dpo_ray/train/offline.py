@@ -62,6 +62,7 @@ def train_offline(
         reporter.resumed(state.step)
 
     def evaluate() -> Metrics:
+        assert held_out is not None
         reporter.phase("evaluating", state.step, total_steps)
         batches = _loader(t, held_out, shuffle=False)
         metrics = evaluate_pairs(t, (next(batches) for _ in range(batches.steps_per_epoch)), held_reference)

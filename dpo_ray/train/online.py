@@ -1,8 +1,8 @@
 """Iterative and online DPO: rounds of generate, judge, select, train, synchronise.
 
-Online DPO is rounds of one optimizer step, iterative DPO rounds of thousands of prompts with ``reference.refresh: round``,
-asynchronous is ``max_lag`` > 0: all the same loop. The rounds come from a source that knows engines and judges; this file
-knows neither.
+Online DPO is rounds of one optimizer step, iterative DPO rounds of thousands of prompts with
+``reference.refresh: round``, asynchronous is ``max_lag`` > 0: all the same loop. The rounds come from a source that
+knows engines and judges; this file knows neither.
 """
 
 import logging
@@ -119,7 +119,7 @@ def _train_on(t: Setup, data: RoundData, frozen: Scorer | None, state: TrainStat
     if not pairs:
         logger.warning("round %d has no pairs: every group was dropped", data.index)
         return {"step": state.step}
-    # Steps of equal size: a handful of pairs left over would make a step of its own, as large as the others and noisier.
+    # Steps of equal size: a handful of pairs left over would make a step of its own, as large as the rest and noisier.
     steps = math.ceil(len(pairs) / t.config.optim.pairs_per_step)
     loader = PairLoader(
         pairs,

@@ -150,7 +150,7 @@ def _cached_logps(t: Setup, source: PairSource, progress: Progress) -> tuple[np.
     store = ReferenceStore(_reference_folder(t))
     keys = entry_keys(source)
     known = store.lookup(keys)
-    missing = _agree(t, np.isnan(known).any(1))
+    missing = _agree_on_missing(known)
     if missing.size:
         found = len(source) - missing.size
         lock = store.building(CACHE_WAIT_S) if t.rank == 0 else None
@@ -158,7 +158,7 @@ def _cached_logps(t: Setup, source: PairSource, progress: Progress) -> tuple[np.
         try:
             # Another run may have built what was missing while this one waited for its turn.
             known = store.lookup(keys)
-            missing = _agree(t, np.isnan(known).any(1))
+            missing = _agree_on_missing(known)
             if missing.size:
 
                 def alive(done: int, total: int) -> None:
@@ -177,9 +177,9 @@ def _cached_logps(t: Setup, source: PairSource, progress: Progress) -> tuple[np.
     return known, f"reference cache: {found} pairs found, {missing.size} scored ({store.folder.name[:12]})"
 
 
-def _agree(t: Setup, missing: np.ndarray) -> np.ndarray:
-    """Rank 0's view of what is missing, as indices: all ranks must score the same pairs."""
-    view = [np.flatnonzero(missing)]
+def _agree_on_missing(known: np.ndarray) -> np.ndarray:
+    """Rank 0's view of which rows of ``known`` hold NaN, as indices: all ranks must score the same pairs."""
+    view = [np.flatnonzero(np.isnan(known).any(1))]
     dist.broadcast_object_list(view, src=0)
     return view[0]
 

@@ -26,7 +26,7 @@ def refuses(groups: list[Any]) -> list[list[float]]:
 
 @pytest.fixture
 def config(tmp_path: Path, tiny_model: Path) -> dict[str, Any]:
-    """Four rounds of six prompts on the tiny model: two workers, one engine."""
+    """Six rounds of four prompts on the tiny model: two workers, two engines."""
     prompts = [{"prompt": [{"role": "user", "content": f"say something about {i}"}]} for i in range(PROMPTS + 4)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts[:PROMPTS]))
     (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts[PROMPTS:]))
@@ -34,14 +34,14 @@ def config(tmp_path: Path, tiny_model: Path) -> dict[str, Any]:
         "run": {"dir": str(tmp_path / "runs"), "name": "rounds", "save_every": 1, "eval_every": None},
         "model": {"path": str(tiny_model)},
         "data": {"max_prompt_tokens": 128},
-        "optim": {"lr": 1e-3, "pairs_per_step": 4, "schedule": "constant"},
+        "optim": {"lr": 1e-3, "pairs_per_step": 2, "schedule": "constant"},
         "shard": {"reshard_after_forward": False},
-        "cluster": {"train_workers": 2},
+        "cluster": {"train_workers": 2, "rollout_engines": 2},
         "online": {
             "prompts": str(tmp_path / "prompts.jsonl"),
             "eval_prompts": str(tmp_path / "held_out.jsonl"),
-            "rounds": 4,
-            "prompts_per_round": 6,
+            "rounds": 6,
+            "prompts_per_round": 4,
             "candidates": 3,
             "sampling": {"max_tokens": 16},
             "engine": {"kv_cache_gib": 0.1},
@@ -51,15 +51,15 @@ def config(tmp_path: Path, tiny_model: Path) -> dict[str, Any]:
     }
 
 
-def test_a_run_killed_in_round_two_repeats_no_finished_round_and_ends_well(
+def test_a_run_killed_in_round_three_repeats_no_finished_round_and_ends_well(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
     file, run = str(write_yaml(tmp_path / "run.yaml", config)), tmp_path / "runs/rounds"
     before = ray_processes()
-    kill_when("online", file, ready=lambda: (run / "rounds/000002/manifest.json").exists())
+    kill_when("online", file, ready=lambda: (run / "rounds/000003/manifest.json").exists())
     assert not left_over(before)
-    finished = {path: path.stat().st_mtime_ns for path in run.glob("rounds/00000[01]/pairs.jsonl")}
-    assert len(finished) == 2
+    finished = {path: path.stat().st_mtime_ns for path in run.glob("rounds/00000[012]/pairs.jsonl")}
+    assert len(finished) == 3
 
     done = run_command("online", file)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -67,23 +67,23 @@ def test_a_run_killed_in_round_two_repeats_no_finished_round_and_ends_well(
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     assert "resuming after round" in (run / "logs/worker-0.log").read_text()
 
-    for index in range(4):
+    for index in range(6):
         rows = lines(run / f"rounds/{index:06d}/pairs.jsonl")
-        assert len({row["prompt_index"] for row in rows}) == len(rows) == 6
+        assert len({row["prompt_index"] for row in rows}) == len(rows) == 4
         manifest = json.loads((run / f"rounds/{index:06d}/manifest.json").read_text())
-        assert manifest["counts"]["candidates"] == 18
+        assert manifest["counts"]["candidates"] == 12
         assert manifest["policy_version"] == index, "max_lag 0: each round is written by the policy it trains"
-    held = [row["prompt_index"] for i in range(4) for row in lines(run / f"rounds/{i:06d}/pairs.jsonl")]
-    assert sorted(held) == list(range(PROMPTS)), "four rounds of six are one pass over the prompts"
+    held = [row["prompt_index"] for i in range(6) for row in lines(run / f"rounds/{i:06d}/pairs.jsonl")]
+    assert sorted(held) == list(range(PROMPTS)), "six rounds of four are one pass over the prompts"
 
     steps = lines(run / "metrics.jsonl")
     assert pick(steps, "step") == list(range(1, len(steps) + 1)), "each step is on record once"
     ended = [step for step in steps if "round" in step]
-    assert pick(ended, "round") == [0, 1, 2, 3]
-    assert pick(ended, "policy_lag") == [0, 0, 0, 0]
+    assert pick(ended, "round") == [0, 1, 2, 3, 4, 5]
+    assert pick(ended, "policy_lag") == [0] * 6
     assert all(step["sync/probe_difference"] < 0.1 for step in ended)
     assert ended[0]["kl"] == pytest.approx(0.0, abs=0.05), "the untrained policy is the reference"
-    assert {path.name for path in run.glob("evaluations/*")} == {"000000.jsonl", "000004.jsonl"}
+    assert {path.name for path in run.glob("evaluations/*")} == {"000000.jsonl", "000006.jsonl"}
     assert (run / "report.html").exists()
 
 
