@@ -14,7 +14,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
 from dpo_ray.config.schema import Config, Section
@@ -189,8 +189,8 @@ def _leaves(section: type[Section], prefix: str) -> Iterator[tuple[str, str, str
 
 def _section_of(annotation: Any) -> type[Section] | None:
     for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate  # type: ignore[return-value]
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
     return None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from dpo_ray.config import Config
 from dpo_ray.launch.cluster import Cluster
@@ -119,7 +119,9 @@ class Coordinator:
         return self.stream.take(round)
 
     def held_out(self, version: int) -> list[TokenSample]:
-        """Judged completions of the held-out prompts by the engines' current weights, as tokens."""
+        """Judged completions of the held-out prompts by the engines' current weights; none when they are on record."""
+        if self._evaluation(version).exists():
+            return []
         with self.evaluation_lock:
             if version not in self.evaluations:
                 self.evaluations = {version: self._complete_held_out()}
@@ -140,11 +142,11 @@ class Coordinator:
             }
             for i, (group, score) in enumerate(self.evaluations[version])
         ]
-        folder = self.config.run.path / "evaluations"
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / f".{version:06d}.jsonl"
+        file = self._evaluation(version)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_name(f".{file.name}")
         unfinished.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        unfinished.replace(folder / f"{version:06d}.jsonl")
+        unfinished.replace(file)
         self.board.metrics.remote({"heldout/score": float(np.mean([line["score"] for line in lines]))})
 
     def engines(self) -> list[Any]:
@@ -190,6 +192,9 @@ class Coordinator:
             sampling=self.online.sampling.model_dump(mode="json"),
         )
         return self.store.read(round)
+
+    def _evaluation(self, version: int) -> Path:
+        return self.config.run.path / "evaluations" / f"{version:06d}.jsonl"
 
     def _complete_held_out(self) -> list[tuple[CompletionGroup, float]]:
         if not self.held_out_prompts:
@@ -237,7 +242,7 @@ class Coordinator:
                 problem = f"gave no scores for {len(groups)} prompts in {timeout:.0f} s (online.judge_timeout_s)"
             except RayActorError:
                 problem = "died"
-            except ray.exceptions.RayTaskError as error:
+            except RayTaskError as error:
                 raise JudgeFailed(f"judge {self.online.judge.use!r} raised {error.cause!r}") from None
             logger.warning("judge %r %s; starting it again", self.online.judge.use, problem)
             self._start_judge()

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import ray
+import ray.train
 import torch
 from rich.console import Console
 

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -129,38 +129,29 @@ class ReferenceStore:
         entries.sort(order="key")
         return entries
 
-    @contextlib.contextmanager
-    def building(self, timeout_s: float) -> Iterator["Heartbeat"]:
-        """Hold the store's lock: one builder at a time, others wait.
-
-        Raises:
-            TimeoutError: another builder held the lock all the while.
-        """
-        lock = self.folder / "building.lock"
-        deadline = time.monotonic() + timeout_s
-        waiting = False
-        while True:
-            try:
-                os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-                break
-            except FileExistsError:
-                with contextlib.suppress(FileNotFoundError):
-                    if time.time() - lock.stat().st_mtime > LOCK_STALE_S:
-                        lock.unlink(missing_ok=True)
-                        continue
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"waited {timeout_s:.0f} s for another run to finish building the reference cache ({lock})"
+    def acquire(self) -> bool:
+        """Become the one builder, if there is none; the lock of a builder that died is taken over."""
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - self._lock.stat().st_mtime > LOCK_STALE_S:
+                logger.warning(
+                    "reference cache: taking over from a builder that has been silent for %.0f s", LOCK_STALE_S
                 )
-            if not waiting:
-                logger.info("another run is building the reference cache; waiting for it")
-                waiting = True
-            time.sleep(0.5)
+                self._lock.unlink()
         try:
-            yield lambda: os.utime(lock)
-        finally:
-            lock.unlink(missing_ok=True)
+            os.close(os.open(self._lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            return False
+        return True
 
+    def beat(self) -> None:
+        """Tell waiting builders that this one is alive; to be called more often than every LOCK_STALE_S."""
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self._lock)
 
-Heartbeat = Callable[[], None]
-"""Tells waiting builders that this one is alive."""
+    def release(self) -> None:
+        """Let the next builder in."""
+        self._lock.unlink(missing_ok=True)
+
+    @property
+    def _lock(self) -> Path:
+        return self.folder / "building.lock"

@@ -171,7 +171,7 @@ def token_logps(
         (N,) float32, nats. Differentiable by ``hidden``, ``weight`` and ``bias``.
     """
     chunk = chunk_tokens or max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-    return _TokenLogps.apply(hidden, weight, bias, labels, transform or LogitTransform(), chunk)  # type: ignore[return-value]
+    return _TokenLogps.apply(hidden, weight, bias, labels, transform or LogitTransform(), chunk)
 
 
 def sequence_sums(values: Tensor, sequence: Tensor, sequences: int) -> Tensor:

@@ -21,7 +21,17 @@ from dpo_ray.train.state import TrainState
 logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
-FIXED_KEYS = ("model.path", "reference.kind", "reference.refresh", "data.train", "data.shuffle", "run.seed", "loss.use")
+FIXED_KEYS = (
+    "model.path",
+    "reference.kind",
+    "reference.refresh",
+    "data.train",
+    "data.shuffle",
+    "run.seed",
+    "loss.use",
+    "online.prompts",
+    "online.prompts_per_round",
+)
 """Keys that a resumed run must share with its checkpoint."""
 
 
@@ -121,10 +131,11 @@ def refuse_mismatch(path: Path, config: Config) -> None:
     current = config.model_dump(mode="json")
     for dotted in FIXED_KEYS:
         section, key = dotted.split(".")
-        if written[section][key] != current[section][key]:
+        before, after = ((tree.get(section) or {}).get(key) for tree in (written, current))
+        if before != after:
             raise CheckpointMismatch(
-                f"{path.parent.parent} was begun with {dotted}: {written[section][key]!r}, this run has "
-                f"{current[section][key]!r}; give the run another run.name, or remove its directory to begin again"
+                f"{path.parent.parent} was begun with {dotted}: {before!r}, this run has "
+                f"{after!r}; give the run another run.name, or remove its directory to begin again"
             )
 
 

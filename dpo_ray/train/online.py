@@ -40,7 +40,7 @@ class Rounds(Protocol):
         """The pairs of a round, written by a policy at most ``max_lag`` rounds old."""
 
     def held_out(self, version: int) -> Sequence[TokenSample]:
-        """Completions of the held-out prompts by the engines' current weights; empty without held-out prompts."""
+        """Completions of the held-out prompts by the engines' current weights; empty with nothing to evaluate."""
 
     def scored(self, version: int, policy: np.ndarray, reference: np.ndarray | None) -> None:
         """Log-probabilities of the held-out completions, to be kept beside their judge scores."""
@@ -74,7 +74,6 @@ def train_online(
         return {"sync/probe_difference": difference, "perf/sync_s": time.perf_counter() - started}
 
     def evaluate() -> None:
-        reporter.phase("evaluating")
         if samples := rounds.held_out(state.round):
             reporter.phase("evaluating")
             reference = score_samples(t, frozen, samples) if frozen else None
@@ -84,6 +83,7 @@ def train_online(
     synchronise()
     if state.round == 0:
         evaluate()
+
     while state.round < online.rounds:
         started = time.perf_counter()
         data = rounds.take(state.round)
@@ -99,11 +99,11 @@ def train_online(
         state.round += 1
         synced = synchronise()
         reporter.step({**metrics, "round": ended, "policy_lag": lag, **data.metrics, **kl, **timings, **synced})
-        last = state.round == online.rounds
-        if config.run.save_every and (last or state.round % config.run.save_every == 0):
+        if config.run.save_every and (state.round == online.rounds or state.round % config.run.save_every == 0):
             checkpoints.save(state, state.round)
-        if last or (config.run.eval_every and state.round % config.run.eval_every == 0):
+        if config.run.eval_every and state.round % config.run.eval_every == 0:
             evaluate()
+    evaluate()
     checkpoints.wait()
 
     if config.run.export:

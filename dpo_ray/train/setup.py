@@ -1,9 +1,11 @@
 """What both loops build before they start: tokenizer, policy, loss, optimizer, and the reference."""
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +39,7 @@ SCORING_BLOCK = 512
 """Pairs scored between two progress reports; within a block rows are bucketed by length."""
 CACHE_WAIT_S = 6 * 3600.0
 """Longest wait for another run that scores the same reference."""
+CACHE_POLL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,45 +150,53 @@ def score_samples(t: Setup, scorer: Scorer, samples: Sequence[TokenSample]) -> n
 
 
 def _cached_logps(t: Setup, source: PairSource, progress: Progress) -> tuple[np.ndarray, str]:
-    store = ReferenceStore(_reference_folder(t))
+    digest = _from_first(t, lambda: weights_digest(t.config.model.path))
+    numerics = f"{t.config.model.dtype}-{t.device.type}-{t.config.model.attention}"
+    store = ReferenceStore(t.config.reference.cache_path / "reference" / store_digest(digest, numerics))
     keys = entry_keys(source)
-    known = store.lookup(keys)
-    missing = _agree_on_missing(known)
-    if missing.size:
-        found = len(source) - missing.size
-        lock = store.building(CACHE_WAIT_S) if t.rank == 0 else None
-        beat = lock.__enter__() if lock else lambda: None
-        try:
-            # Another run may have built what was missing while this one waited for its turn.
-            known = store.lookup(keys)
-            missing = _agree_on_missing(known)
-            if missing.size:
+    known = _from_first(t, lambda: store.lookup(keys))
+    scored = 0
+    if np.isnan(known).any():
+        with _building(t, store):
+            # Another run may have scored what was missing while this one waited for its turn.
+            known = _from_first(t, lambda: store.lookup(keys))
+            missing = np.flatnonzero(np.isnan(known).any(1))
+            scored = missing.size
+            if scored:
 
                 def alive(done: int, total: int) -> None:
-                    beat()
+                    store.beat()
                     progress(done, total)
 
                 known[missing] = score(t, source, missing.tolist(), alive)
                 if t.rank == 0:
                     lengths = np.array([(len(source[i].chosen), len(source[i].rejected)) for i in missing.tolist()])
                     store.add(keys[missing], known[missing], lengths)
-        finally:
-            if lock:
-                lock.__exit__(None, None, None)
-        dist.barrier()
-    found = len(source) - missing.size
-    return known, f"reference cache: {found} pairs found, {missing.size} scored ({store.folder.name[:12]})"
+    return known, f"reference cache: {len(source) - scored} pairs found, {scored} scored ({store.folder.name[:12]})"
 
 
-def _agree_on_missing(known: np.ndarray) -> np.ndarray:
-    """Rank 0's view of which rows of ``known`` hold NaN, as indices: all ranks must score the same pairs."""
-    view = [np.flatnonzero(np.isnan(known).any(1))]
-    dist.broadcast_object_list(view, src=0)
-    return view[0]
+@contextlib.contextmanager
+def _building(t: Setup, store: ReferenceStore) -> Iterator[None]:
+    """Hold the store's lock on behalf of all ranks: one run scores, others wait for what it finds.
+
+    The ranks poll together, so that none of them waits in a collective for longer than the poll.
+    """
+    deadline = time.monotonic() + CACHE_WAIT_S
+    while not _from_first(t, store.acquire):
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"waited {CACHE_WAIT_S / 3600:.0f} h for another run to score the reference into {store.folder}"
+            )
+        time.sleep(CACHE_POLL_S)
+    try:
+        yield
+    finally:
+        if t.rank == 0:
+            store.release()
 
 
-def _reference_folder(t: Setup) -> Path:
-    digest = [weights_digest(t.config.model.path) if t.rank == 0 else ""]
-    dist.broadcast_object_list(digest, src=0)
-    numerics = f"{t.config.model.dtype}-{t.device.type}-{t.config.model.attention}"
-    return t.config.reference.cache_path / "reference" / store_digest(digest[0], numerics)
+def _from_first(t: Setup, ask: Callable[[], Any]) -> Any:
+    """What rank 0 finds, on every rank: shared storage may show the ranks different things for a moment."""
+    answer = [ask() if t.rank == 0 else None]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]

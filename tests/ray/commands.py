@@ -1,5 +1,6 @@
 """Run the project's commands as a person does, and look at what they leave behind."""
 
+import contextlib
 import json
 import os
 import signal
@@ -33,23 +34,31 @@ def run_command(job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def start_command(job: str, *arguments: str) -> subprocess.Popen[bytes]:
+    """``python -m jobs.JOB ...``, left running."""
+    command = [sys.executable, "-m", f"jobs.{job}", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+
+
+def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    """Poll ``ready`` while the process runs."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not ready():
+        assert process.poll() is None, f"the command ended with {process.returncode} before its time"
+        assert time.monotonic() < deadline, "what the test waits for never happened"
+        time.sleep(0.1)
+
+
 def kill_when(job: str, *arguments: str, ready: Callable[[], bool], signal_number: int = signal.SIGKILL) -> None:
     """Start a command, wait until ``ready``, and send a signal to it; SIGKILL goes to its whole tree at once."""
-    command = [sys.executable, "-m", f"jobs.{job}", *arguments]
-    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + TIMEOUT_S
-        while not ready():
-            assert process.poll() is None, f"the command ended with {process.returncode} before it was to be killed"
-            assert time.monotonic() < deadline, "the command was never ready to be killed"
-            time.sleep(0.1)
+    with start_command(job, *arguments) as process:
+        wait_until(ready, process)
         tree = [process.pid]
         if signal_number == signal.SIGKILL:
             tree += [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
         for pid in tree:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal_number)
-            except ProcessLookupError:
-                continue
         process.wait(timeout=90)
 
 

@@ -1,13 +1,26 @@
 """``jobs.online`` as a command: real engines, judge, sync and training workers, and a kill in the middle."""
 
 import json
+import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.ray.commands import kill_when, left_over, lines, pick, ray_processes, run_command, write_yaml
+from tests.ray.commands import (
+    TIMEOUT_S,
+    kill_when,
+    left_over,
+    lines,
+    pick,
+    ray_processes,
+    run_command,
+    start_command,
+    wait_until,
+    write_yaml,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 
@@ -85,6 +98,26 @@ def test_a_run_killed_in_round_three_repeats_no_finished_round_and_ends_well(
     assert ended[0]["kl"] == pytest.approx(0.0, abs=0.05), "the untrained policy is the reference"
     assert {path.name for path in run.glob("evaluations/*")} == {"000000.jsonl", "000006.jsonl"}
     assert (run / "report.html").exists()
+
+
+def test_a_killed_engine_is_replaced_and_the_run_goes_on(config: dict[str, Any], tmp_path: Path) -> None:
+    run = tmp_path / "runs/rounds"
+
+    def kill_an_engine() -> bool:
+        if not (run / "rounds/000001/manifest.json").exists():
+            return False
+        (pid,) = re.findall(r"pid (\d+)", (run / "logs/engine-0.log").read_text())
+        os.kill(int(pid), signal.SIGKILL)
+        return True
+
+    before = ray_processes()
+    with start_command("online", str(write_yaml(tmp_path / "run.yaml", config))) as command:
+        wait_until(kill_an_engine, command)
+        assert command.wait(timeout=TIMEOUT_S) == 0
+    assert "died; starting another" in (run / "logs/coordinator.log").read_text()
+    assert len(list(run.glob("rounds/*/manifest.json"))) == 6
+    assert pick(lines(run / "metrics.jsonl"), "round") == [0, 1, 2, 3, 4, 5]
+    assert not left_over(before)
 
 
 def test_ctrl_c_leaves_no_process_and_a_failing_judge_ends_the_run_with_its_words(

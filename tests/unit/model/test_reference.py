@@ -1,12 +1,10 @@
 """The reference store: content-addressed, shared, one builder at a time."""
 
 import os
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from dpo_ray.model import reference
 from dpo_ray.model.reference import ReferenceStore, entry_keys, store_digest
@@ -44,38 +42,20 @@ def test_another_model_or_another_dtype_is_another_store() -> None:
     assert len(names) == 4
 
 
-def test_a_second_builder_waits_for_the_first(tmp_path: Path) -> None:
-    events: list[str] = []
-    inside = threading.Event()
-
-    def first() -> None:
-        with ReferenceStore(tmp_path).building(timeout_s=10):
-            inside.set()
-            time.sleep(0.3)
-            events.append("first done")
-
-    thread = threading.Thread(target=first)
-    thread.start()
-    inside.wait()
-    with ReferenceStore(tmp_path).building(timeout_s=10):
-        events.append("second in")
-    thread.join()
-    assert events == ["first done", "second in"]
+def test_there_is_one_builder_at_a_time(tmp_path: Path) -> None:
+    first, second = ReferenceStore(tmp_path), ReferenceStore(tmp_path)
+    assert first.acquire()
+    assert not second.acquire()
+    first.release()
+    assert second.acquire()
 
 
-def test_waiting_for_a_builder_ends_with_a_time_out_that_says_for_what(tmp_path: Path) -> None:
-    store = ReferenceStore(tmp_path)
-    with store.building(timeout_s=1), pytest.raises(TimeoutError, match="building the reference cache"):  # noqa: SIM117
-        with store.building(timeout_s=0.1):
-            pass
-
-
-def test_the_lock_of_a_dead_builder_is_taken_over(tmp_path: Path) -> None:
-    store = ReferenceStore(tmp_path)
-    lock = tmp_path / "building.lock"
-    lock.touch()
+def test_the_lock_of_a_dead_builder_is_taken_over_and_that_of_a_live_one_is_not(tmp_path: Path) -> None:
+    store, other = ReferenceStore(tmp_path), ReferenceStore(tmp_path)
+    assert store.acquire()
     long_ago = time.time() - reference.LOCK_STALE_S - 1
-    os.utime(lock, (long_ago, long_ago))
-    with store.building(timeout_s=1):
-        assert lock.exists()
-    assert not lock.exists()
+    os.utime(tmp_path / "building.lock", (long_ago, long_ago))
+    store.beat()
+    assert not other.acquire()
+    os.utime(tmp_path / "building.lock", (long_ago, long_ago))
+    assert other.acquire()

@@ -1,0 +1,51 @@
+"""The commands answer a wrong configuration at once: exit code 2, the key, what is accepted."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+WITHIN_S = 3.0
+
+
+def command(job: str, *arguments: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", f"jobs.{job}", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    return done, time.monotonic() - started
+
+
+@pytest.mark.parametrize(
+    ("job", "override", "said"),
+    [
+        ("online", "optim.lrr=1e-6", ["optim.lrr", "optim.lr"]),
+        ("online", "online.rounds=0", ["online.rounds", "greater than or equal to 1"]),
+        ("online", "model.dtype=fp8", ["model.dtype", "bfloat16"]),
+        ("offline", "shard.replicate=3", ["shard.replicate", "cluster.train_workers"]),
+    ],
+)
+def test_a_wrong_key_or_value_ends_the_command_in_under_three_seconds(job: str, override: str, said: list[str]) -> None:
+    done, seconds = command(job, "jobs/demo.yaml", override)
+    assert done.returncode == 2
+    assert all(words in done.stderr for words in said), done.stderr
+    assert "Traceback" not in done.stderr
+    assert seconds < WITHIN_S
+
+
+def test_a_missing_file_is_named() -> None:
+    done, _ = command("online", "jobs/nothing.yaml")
+    assert done.returncode == 2
+    assert "jobs/nothing.yaml" in done.stderr
+
+
+@pytest.mark.parametrize("job", ["online", "offline", "sweep"])
+def test_help_lists_every_key_with_type_default_and_meaning(job: str) -> None:
+    done, _ = command(job, "--help")
+    assert done.returncode == 0
+    assert "loss.beta: float (> 0) = 0.1" in done.stdout
+    assert "online.prompts_per_round" in done.stdout
+    assert f"python -m jobs.{job}" in done.stdout
