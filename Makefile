@@ -11,7 +11,7 @@ MODEL := models/smollm2-135m-instruct
 BUILD ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo gpu || echo cpu)
 # uv does not read pip's configuration: hand over the folder of wheels that pip may have been told of.
 export UV_FIND_LINKS ?= $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
-INSTALL := $(BIN)/python -m uv pip install --python $(BIN)/python --quiet -e '.[$(BUILD),demo,dev]'
+INSTALL := $(BIN)/python -m uv pip install --python $(BIN)/python --quiet --compile-bytecode -e '.[$(BUILD),demo,dev]'
 
 .PHONY: help env demo test test-all check format clean
 

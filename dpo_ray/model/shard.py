@@ -78,11 +78,16 @@ def _fill(scorer: Scorer, weights: dict[str, Any], device: torch.device) -> None
     )
 
 
-def set_last_micro_batch(policy: nn.Module, last: bool) -> None:
-    """Reduce gradients and free gathered weights only in the backward pass of a step's last micro-batch."""
+def set_last_micro_batch(policy: nn.Module, last: bool, *, keep_gathered: bool) -> None:
+    """Reduce gradients only in the backward pass of a step's last micro-batch.
+
+    Args:
+        keep_gathered: gather the weights once a step, not once a micro-batch; takes the memory of the whole model.
+    """
     assert isinstance(policy, FSDPModule)
     policy.set_requires_gradient_sync(last)
     policy.set_is_last_backward(last)
+    policy.set_reshard_after_backward(last or not keep_gathered)
 
 
 def release_gathered(scorer: nn.Module) -> None:

@@ -28,7 +28,8 @@ def dpo_step(t: Setup, batch: StepBatch, reference: Reference, *, lr: float) -> 
     started = time.perf_counter()
     sums = torch.zeros(len(PAIR_METRICS), dtype=torch.float64, device=t.device)
     for i, micro in enumerate(batch.micro_batches):
-        set_last_micro_batch(t.policy, last=i == len(batch.micro_batches) - 1)
+        last = i == len(batch.micro_batches) - 1
+        set_last_micro_batch(t.policy, last, keep_gathered=not t.config.shard.reshard_after_forward)
         losses, part = _pair_losses(t, micro, reference)
         # FSDP averages gradients over ranks; the mean is over the pairs of all ranks.
         (losses.sum() * (t.ranks / len(batch.pairs))).backward()
