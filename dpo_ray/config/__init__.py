@@ -1,6 +1,24 @@
 """The configuration tree and how it is read. Imports neither torch nor Ray: a typo is answered within a second."""
 
-from dpo_ray.config.load import config_from_argv, load_config, override, parse_overrides, write_config
+from dpo_ray.config.load import (
+    config_from_argv,
+    first_difference,
+    load_config,
+    override,
+    parse_overrides,
+    with_absolute_paths,
+    write_config,
+)
 from dpo_ray.config.schema import Component, Config
 
-__all__ = ["Component", "Config", "config_from_argv", "load_config", "override", "parse_overrides", "write_config"]
+__all__ = [
+    "Component",
+    "Config",
+    "config_from_argv",
+    "first_difference",
+    "load_config",
+    "override",
+    "parse_overrides",
+    "with_absolute_paths",
+    "write_config",
+]

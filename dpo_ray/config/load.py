@@ -73,6 +73,66 @@ def write_config(config: Config, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+FIXED_KEYS = (
+    "model.path",
+    "model.chat_template",
+    "reference.kind",
+    "reference.refresh",
+    "data.train",
+    "data.limit",
+    "data.shuffle",
+    "data.max_prompt_tokens",
+    "data.max_completion_tokens",
+    "run.seed",
+    "loss.use",
+    "online.prompts",
+    "online.prompts_per_round",
+    "online.candidates",
+    "online.sampling",
+    "online.judge",
+    "online.select",
+)
+"""Keys that decide which pairs a run trains on and against what; a run that resumes must share them."""
+
+
+def first_difference(written: Mapping[str, Any], config: Config) -> str | None:
+    """The first of FIXED_KEYS in which ``config`` differs from the tree of an earlier run, as a clause of a message."""
+    current = config.model_dump(mode="json")
+    for dotted in FIXED_KEYS:
+        section, key = dotted.split(".")
+        before, after = ((tree.get(section) or {}).get(key) for tree in (written, current))
+        if before != after:
+            return (
+                f"{dotted}: {before!r}, this run has {after!r}; give the run another run.name, "
+                "or remove its directory to begin again"
+            )
+    return None
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """``config`` with every local path made absolute, so that it means the same in every process.
+
+    What does not exist here under a relative path is left as it is: it may be the name of a hub model or dataset.
+    """
+
+    def absolute(path: str) -> str:
+        return str(Path(path).expanduser().absolute()) if Path(path).expanduser().exists() else path
+
+    paths: dict[str, Any] = {
+        "run.dir": str(Path(config.run.dir).expanduser().absolute()),
+        "model.path": absolute(config.model.path),
+        "reference.cache_dir": str(config.reference.cache_path.absolute()),
+        "data.train": [absolute(path) for path in config.data.train],
+        "data.eval": [absolute(path) for path in config.data.eval],
+    }
+    if config.model.chat_template is not None:
+        paths["model.chat_template"] = absolute(config.model.chat_template)
+    if config.online is not None:
+        paths["online.prompts"] = [absolute(path) for path in config.online.prompts]
+        paths["online.eval_prompts"] = [absolute(path) for path in config.online.eval_prompts]
+    return override(config, paths)
+
+
 def config_from_argv(usage: str, argv: Sequence[str] | None = None) -> Config:
     """The configuration a command line describes: ``CONFIG.yaml [key=value ...]``.
 

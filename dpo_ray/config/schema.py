@@ -79,7 +79,7 @@ class ModelConfig(Section):
     """Hub id or directory of a Hugging Face causal language model."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype. Master weights, gradient reduction and log-probabilities are float32 always."""
-    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    attention: Literal["auto", "sdpa"] = "auto"
     """Attention kernel; auto takes sdpa."""
     chat_template: str | None = None
     """Path of a Jinja chat template that replaces the tokenizer's own; needed for models without one."""
@@ -184,7 +184,7 @@ class ClusterConfig(Section):
     """CPUs, and torch threads on a CPU cluster, of one training worker."""
     rollout_engines: int = Field(1, ge=1)
     """vLLM engines, online only."""
-    gpus_per_engine: int = Field(1, ge=0)
+    gpus_per_engine: int = Field(1, ge=1)
     """Tensor-parallel GPUs of one engine; ignored on a cluster without GPUs."""
     cpus_per_engine: int = Field(1, ge=1)
     """CPUs of one engine; its threads on a CPU cluster."""

@@ -4,6 +4,7 @@ The position in the data is the number of pairs consumed, in a permutation fixed
 rows and micro-batches, so a run continues with the next unseen pair on any number of workers.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -73,6 +74,7 @@ def _row_length(pair: TokenPair, layout: Layout) -> int:
     return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
 
 
+@functools.lru_cache(maxsize=2)
 def epoch_order(pairs: int, *, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
     """(pairs,) the order of one epoch."""
     if not shuffle:

@@ -42,9 +42,10 @@ class Cluster:
         return self.gpus > 0
 
 
-def cpus_needed(config: ClusterConfig, engines: int, runs: int = 1) -> int:
-    """CPUs that ``runs`` runs with ``engines`` engines each ask for."""
-    return runs * (config.train_workers * config.cpus_per_worker + engines * config.cpus_per_engine)
+def cpus_needed(config: ClusterConfig, engines: int, *, runs: int = 1, on_gpus: bool = False) -> int:
+    """CPUs that ``runs`` runs with ``engines`` engines each ask for; a tensor-parallel rank takes one more."""
+    per_engine = config.cpus_per_engine + (config.gpus_per_engine - 1 if on_gpus else 0)
+    return runs * (config.train_workers * config.cpus_per_worker + engines * per_engine)
 
 
 def gpus_needed(config: ClusterConfig, engines: int) -> int:
@@ -74,7 +75,7 @@ def joined(config: ClusterConfig, *, engines: int, local_runs: int = 1) -> Itera
     try:
         ray.init(address="auto", **quiet)
     except ConnectionError:
-        cpus = max(os.cpu_count() or 1, cpus_needed(config, engines, local_runs)) + SPARE_CPUS
+        cpus = max(os.cpu_count() or 1, cpus_needed(config, engines, runs=local_runs)) + SPARE_CPUS
         # The dashboard serves the State API, without which Ray Train cannot see and free what a killed run held.
         ray.init(address="local", num_cpus=cpus, include_dashboard=True, **quiet)
     try:
@@ -100,7 +101,7 @@ def refuse_too_small(cluster: Cluster, config: ClusterConfig, engines: int) -> N
                 f"{asked} (cluster.gpus_per_engine={config.gpus_per_engine}) need {needed} GPUs; "
                 f"the cluster has {cluster.gpus}"
             )
-    needed = cpus_needed(config, engines)
+    needed = cpus_needed(config, engines, on_gpus=cluster.on_gpus)
     if needed > cluster.cpus:
         raise ValueError(
             f"{asked} (cluster.cpus_per_worker={config.cpus_per_worker}, "

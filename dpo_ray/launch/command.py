@@ -11,7 +11,10 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 
 def run_command(command: Callable[..., Any], *arguments: Any) -> None:
-    """Call ``command``; bad input exits with 2, a failed run with 1, an interrupted one with 130."""
+    """Call ``command``; bad input exits with 2, a failed run with 1, an interrupted one with 130.
+
+    Ray Train turns Ctrl-C into ``sys.exit(0)``, which must not pass for success.
+    """
     try:
         command(*arguments)
     except ValueError as error:
@@ -20,8 +23,8 @@ def run_command(command: Callable[..., Any], *arguments: Any) -> None:
     except TrainingFailed as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(FAILED) from None
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+    except (KeyboardInterrupt, SystemExit):
+        print("interrupted; what was finished is kept, and the same run.name goes on from there", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except Exception:
         traceback.print_exc()

@@ -80,7 +80,8 @@ class Coordinator:
         self.online = self.config.online
         self.prompts, self.held_out_prompts, self.board = prompts, held_out, board
         self.pool = RolloutPool(self.config, cluster, extension)
-        self.pool_lock = threading.Lock()
+        self.pool_state = threading.Condition()
+        self.generating = self.pushing = False
         self.selector = build_selector(self.online.select)
         self.store = RoundStore(self.config.run.path)
         self.collector = ThreadPoolExecutor(1, "collect")
@@ -92,7 +93,6 @@ class Coordinator:
         )
         self.evaluations: dict[int, list[tuple[CompletionGroup, float]]] = {}
         self.evaluation_lock = threading.Lock()
-        self.digest: str | None = None
         self.judge_actor: Any = None
         self.started: Future[None] = Future()
 
@@ -120,11 +120,11 @@ class Coordinator:
 
     def held_out(self, version: int) -> list[TokenSample]:
         """Judged completions of the held-out prompts by the engines' current weights; none when they are on record."""
-        if self._evaluation(version).exists():
-            return []
         with self.evaluation_lock:
+            # Decided once a version: every rank must get the same answer, also after rank 0 has put it on record.
             if version not in self.evaluations:
-                self.evaluations = {version: self._complete_held_out()}
+                on_record = self._evaluation(version).exists()
+                self.evaluations = {version: [] if on_record else self._complete_held_out()}
             groups = self.evaluations[version]
         return [TokenSample(group.prompt_token_ids, group.completions[0].token_ids) for group, _ in groups]
 
@@ -149,21 +149,32 @@ class Coordinator:
         unfinished.replace(file)
         self.board.metrics.remote({"heldout/score": float(np.mean([line["score"] for line in lines]))})
 
-    def engines(self) -> list[Any]:
-        """Handles of all engines; waits for them to start, and raises what kept them from it."""
+    def begin_push(self) -> list[Any]:
+        """Handles of all engines, idle until ``pushed``; waits for them to start and for a running collection.
+
+        A trainer that died in the middle of a push leaves it open: the next one simply begins again.
+        """
         self.started.result()
+        with self.pool_state:
+            if not self.pool_state.wait_for(lambda: not self.generating, timeout=self.online.generate_timeout_s):
+                raise TimeoutError(
+                    f"a push waited {self.online.generate_timeout_s:.0f} s for the engines to finish a collection "
+                    "(online.generate_timeout_s)"
+                )
+            self.pushing = True
+        self.pool.weights = None
         return list(self.pool.engines)
 
-    def replace(self, engine: Any) -> Any:
-        """A fresh engine in the place of one that a trainer found dead or half loaded."""
-        with self.pool_lock:
-            self.pool.weights = None  # the trainer is about to push
-            return self.pool.replace(engine)
+    def replace(self, index: int) -> Any:
+        """A fresh engine in the place of one that a trainer found dead or half loaded while it pushes."""
+        return self.pool.replace(index)
 
     def pushed(self, version: int, buckets: list[list[Any]], digest: str) -> None:
-        """Note that all engines hold ``version``, and the references it can be given from to an engine that joins."""
-        self.pool.weights = version, buckets[0]
-        self.digest = digest
+        """Note that the engines hold ``version``, and the references it can be given from to an engine that joins."""
+        self.pool.weights = version, buckets[0], digest
+        with self.pool_state:
+            self.pushing = False
+            self.pool_state.notify_all()
 
     # -------------------------------------------------------------------------------------------------- the collection
 
@@ -175,7 +186,6 @@ class Coordinator:
         prompts = prompts_of_round(
             self.prompts, seed=self.config.run.seed, round=round, per_round=self.online.prompts_per_round
         )
-        digest = self.digest
         started = time.perf_counter()
         groups = self._generate(prompts, round, candidates=self.online.candidates)
         generated = time.perf_counter()
@@ -187,7 +197,7 @@ class Coordinator:
             scores,
             select_pairs(groups, scores, self.selector),
             timings={"generate_s": generated - started, "judge_s": judged - generated},
-            weights_digest=digest,
+            weights_digest=self.pool.weights[2] if self.pool.weights else None,
             seed=self.config.run.seed,
             sampling=self.online.sampling.model_dump(mode="json"),
         )
@@ -211,15 +221,23 @@ class Coordinator:
     ) -> list[CompletionGroup]:
         seeds = [seed_of(self.config.run.seed, round, prompt.index) for prompt in prompts]
         self.board.phase.remote(phase, 0, len(prompts))
-        with self.pool_lock:
+        with self.pool_state:
+            timeout = self.online.sync_timeout_s
+            if not self.pool_state.wait_for(lambda: not self.pushing and not self.generating, timeout=timeout):
+                raise TimeoutError(f"waited {timeout:.0f} s for a push of weights to end (online.sync_timeout_s)")
+            self.generating = True
+        try:
             return self.pool.generate(
                 prompts,
                 seeds,
                 candidates=candidates,
-                greedy=False,
                 timeout_s=self.online.generate_timeout_s,
                 progress=lambda done, total: self.board.phase.remote(phase, done, total),
             )
+        finally:
+            with self.pool_state:
+                self.generating = False
+                self.pool_state.notify_all()
 
     def _start_judge(self) -> None:
         if self.judge_actor is not None:

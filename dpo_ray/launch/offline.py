@@ -8,7 +8,7 @@ import ray
 import torch
 from rich.console import Console
 
-from dpo_ray.config import Config
+from dpo_ray.config import Config, with_absolute_paths
 from dpo_ray.data.store import PairStore, prepare_pairs
 from dpo_ray.data.tokenize import load_tokenizer
 from dpo_ray.launch.cluster import Cluster, joined
@@ -32,6 +32,7 @@ def run_offline(config: Config) -> None:
         TrainingFailed: the workers failed.
     """
     console = Console()
+    config = with_absolute_paths(config)
     refuse_unusable(config)
     tell_data(config, console)
     started = time.monotonic()

@@ -10,7 +10,7 @@ import ray.train
 import torch
 from rich.console import Console
 
-from dpo_ray.config import Config
+from dpo_ray.config import Config, with_absolute_paths
 from dpo_ray.data.records import Problem, read_prompts
 from dpo_ray.data.tokenize import load_tokenizer, render_prompt
 from dpo_ray.launch.cluster import joined
@@ -41,6 +41,7 @@ def run_online(config: Config) -> None:
         TrainingFailed: the workers or the engines failed.
     """
     console = Console()
+    config = with_absolute_paths(config)
     refuse_unusable(config)
     assert config.online is not None
     prompts = open_prompts(config, config.online.prompts, "online.prompts", console)

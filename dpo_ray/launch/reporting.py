@@ -86,11 +86,13 @@ class RunReporter:
         if self.rank == 0:
             self.board.phase.remote(name, done, total)
 
-    def resumed(self, step: int) -> None:
-        """Drop metrics of steps after ``step`` from metrics.jsonl: they will be taken again."""
+    def resumed(self, step: int, rounds: int | None = None) -> None:
+        """Drop lines after ``step`` or of rounds not among the first ``rounds``: they will be written again."""
         if self.rank != 0 or not self.file.exists():
             return
         kept = [line for line in _whole_lines(self.file) if line["step"] <= step]
+        if rounds is not None:
+            kept = [line for line in kept if line.get("round", -1) < rounds]
         unfinished = self.file.with_suffix(".unfinished")
         unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         unfinished.replace(self.file)

@@ -59,12 +59,11 @@ class EngineActor:
     def ready(self) -> None:
         """Answers once the engine is up."""
 
-    def generate(self, prompts: list[Prompt], seeds: list[int], candidates: int, greedy: bool) -> list[CompletionGroup]:
+    def generate(self, prompts: list[Prompt], seeds: list[int], candidates: int) -> list[CompletionGroup]:
         """One group a prompt, in order."""
         online = self.config.online
         assert online is not None
-        sampling = online.sampling.model_copy(update={"temperature": 0.0}) if greedy else online.sampling
-        return self.engine.generate(prompts, sampling=sampling, candidates=candidates, seeds=seeds)
+        return self.engine.generate(prompts, sampling=online.sampling, candidates=candidates, seeds=seeds)
 
     def token_logps(self, token_ids: list[int]) -> list[float]:
         """Log-probability of each token after the first, nats."""
@@ -103,8 +102,8 @@ class RolloutPool:
         self.config, self.cluster, self.worker_extension = config, cluster, worker_extension
         self.groups: list[Any] = []
         self.engines: list[Any] = []
-        self.weights: tuple[int, list[Any]] | None = None
-        """Version and bucket references of the last push, for engines that join later."""
+        self.weights: tuple[int, list[Any], str] | None = None
+        """Version, bucket references and digest of the last push, for engines that join later."""
 
     def start(self) -> None:
         """Start all engines and wait for them.
@@ -161,23 +160,29 @@ class RolloutPool:
         except RayActorError as error:
             raise EngineFailed(f"engine {index} failed to start: {_last_line(error)}; see {logs}") from None
 
-    def replace(self, dead: Any) -> Any:
-        """A new engine in the place of a dead one, holding the weights of the last push."""
-        index = self.engines.index(dead)
+    def replace(self, index: int) -> Any:
+        """A new engine in the place of a dead one, holding the weights of the last push.
+
+        Raises:
+            EngineFailed: it did not come up, or received something else than was pushed.
+        """
         logger.warning("engine %d died; starting another in its place", index)
         with contextlib.suppress(Exception):
-            ray.kill(dead)
+            ray.kill(self.engines[index])
         engine = self.engines[index] = self._start_engine(index)
         self._await_ready(index, engine)
         if self.weights is not None:
-            version, buckets = self.weights
+            version, buckets, digest = self.weights
             timeout = self.config.online.sync_timeout_s if self.config.online else None
             calls = [
                 engine.start_update.remote(),
                 *(engine.load.remote(b) for b in buckets),
                 engine.finish_update.remote(version),
             ]
-            ray.get(calls, timeout=timeout)
+            if (found := ray.get(calls, timeout=timeout)[-1]) != digest:
+                raise EngineFailed(
+                    f"engine {index} received weights with digest {found}; version {version} has {digest}"
+                )
         return engine
 
     def generate(
@@ -186,7 +191,6 @@ class RolloutPool:
         seeds: Sequence[int],
         *,
         candidates: int,
-        greedy: bool,
         timeout_s: float,
         progress: Callable[[int, int], None],
     ) -> list[CompletionGroup]:
@@ -207,12 +211,12 @@ class RolloutPool:
         for number, part in enumerate(_chunks(len(prompts), len(self.engines), candidates)):
             queue.append((number, part, 1))
             results.append(None)
-        idle, running = list(self.engines), {}
+        idle, running = list(range(len(self.engines))), {}
         while queue or running:
             while queue and idle:
                 number, part, attempt = queue.popleft()
                 engine = idle.pop()
-                call = engine.generate.remote(list(prompts[part]), list(seeds[part]), candidates, greedy)
+                call = self.engines[engine].generate.remote(list(prompts[part]), list(seeds[part]), candidates)
                 running[call] = (engine, number, part, attempt)
             done, _ = ray.wait(list(running), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
             if not done:
@@ -230,7 +234,7 @@ class RolloutPool:
                         f"prompts {part.start} to {part.stop} killed two engines: {_last_line(error)}"
                     ) from None
                 queue.appendleft((number, part, attempt + 1))
-                engine = self.replace(engine)
+                self.replace(engine)
             idle.append(engine)
             progress(sum(len(r) for r in results if r), len(prompts))
         return [group for part in results if part for group in part]
@@ -261,7 +265,8 @@ class PoolReceiver:
     """The engines as one receiver of weights: the EngineGroup of rank 0, straight from trainer to engines.
 
     A bucket is put into the object store once and fetched once a node; neither driver nor coordinator sees a tensor.
-    The references of a push are kept until the next one, so that an engine that dies can be given the same weights.
+    The references of a push are kept until the next one: an engine that dies, also during the push, is replaced by one
+    that is given the same buckets.
 
     Args:
         coordinator: knows the engines and replaces dead ones.
@@ -270,7 +275,8 @@ class PoolReceiver:
 
     def __init__(self, coordinator: Any, timeout_s: float) -> None:
         self.coordinator, self.timeout_s = coordinator, timeout_s
-        self.engines: list[Any] = []
+        self.engines: dict[int, Any] = {}
+        self.dead: list[int] = []
         self.buckets: list[Any] = []
 
     def start_update(self) -> None:
@@ -278,15 +284,14 @@ class PoolReceiver:
 
         An engine that is dead, or that an interrupted push left half loaded, is replaced first.
         """
-        self.buckets = []
-        self.engines = ray.get(self.coordinator.engines.remote())
-        for index, engine in enumerate(self.engines):
+        self.buckets, self.dead = [], []
+        self.engines = dict(enumerate(ray.get(self.coordinator.begin_push.remote())))
+        for index, engine in list(self.engines.items()):
             try:
                 ray.get(engine.start_update.remote(), timeout=self.timeout_s)
             except RayError:
-                fresh = ray.get(self.coordinator.replace.remote(engine), timeout=None)
-                ray.get(fresh.start_update.remote(), timeout=self.timeout_s)
-                self.engines[index] = fresh
+                self.engines[index] = ray.get(self.coordinator.replace.remote(index))
+                ray.get(self.engines[index].start_update.remote(), timeout=self.timeout_s)
 
     def load(self, bucket: Any) -> None:
         """Send a bucket to every engine."""
@@ -295,10 +300,12 @@ class PoolReceiver:
         self._call_each("loading weights", lambda engine: engine.load.remote(reference))
 
     def finish_update(self, version: int) -> list[str]:
-        """Put the weights to use; returns every engine's digest."""
+        """Put the weights to use and give them to the replacements of engines that died; returns every digest."""
         digests = self._call_each("finishing a weight update", lambda engine: engine.finish_update.remote(version))
         # The list wraps the references, so that they travel as references and not as what they stand for.
         ray.get(self.coordinator.pushed.remote(version, [self.buckets], digests[0]), timeout=self.timeout_s)
+        for index in self.dead:
+            self.engines[index] = ray.get(self.coordinator.replace.remote(index))
         return digests
 
     def token_logps(self, token_ids: Sequence[int]) -> list[list[float]]:
@@ -306,11 +313,26 @@ class PoolReceiver:
         return self._call_each("scoring the probe text", lambda engine: engine.token_logps.remote(list(token_ids)))
 
     def _call_each(self, doing: str, call: Callable[[Any], Any]) -> list[Any]:
-        pending = [call(engine) for engine in self.engines]
-        _, missing = ray.wait(pending, num_returns=len(pending), timeout=self.timeout_s)
+        """The answers of all engines; an engine found dead is left out from here on.
+
+        Raises:
+            TimeoutError: an engine did not answer in time.
+            RayActorError: no engine is left.
+        """
+        pending = {index: call(engine) for index, engine in self.engines.items()}
+        _, missing = ray.wait(list(pending.values()), num_returns=len(pending), timeout=self.timeout_s)
         if missing:
             raise TimeoutError(
                 f"{doing}: {len(missing)} of {len(pending)} engines did not answer in {self.timeout_s:.0f} s "
                 "(online.sync_timeout_s)"
             )
-        return ray.get(pending)
+        answers = []
+        for index, answer in pending.items():
+            try:
+                answers.append(ray.get(answer))
+            except RayActorError:
+                del self.engines[index]
+                self.dead.append(index)
+                if not self.engines:
+                    raise
+        return answers

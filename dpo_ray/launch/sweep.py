@@ -17,7 +17,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from rich.console import Console
 from rich.table import Table
 
-from dpo_ray.config import Config, override, write_config
+from dpo_ray.config import Config, override, with_absolute_paths, write_config
 from dpo_ray.launch.cluster import SPARE_CPUS, Cluster, joined
 from dpo_ray.launch.display import shown
 from dpo_ray.launch.offline import refuse_unusable, tell_data, train
@@ -92,6 +92,7 @@ def run_sweep(config: Config, sweep: Sweep) -> None:
         TrainingFailed: no trial succeeded.
     """
     console = Console()
+    config = with_absolute_paths(config)
     refuse_unusable(config)
     for key in sweep.space:
         _refuse_unknown(config, key)

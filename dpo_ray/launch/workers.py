@@ -8,8 +8,9 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+import yaml
 
-from dpo_ray.config import Config, write_config
+from dpo_ray.config import Config, first_difference, write_config
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.reporting import RunReporter, log_to_run
 from dpo_ray.plugins import resolve
@@ -19,6 +20,10 @@ from dpo_ray.types import Metrics
 
 START_FAILURES = 3
 """How often a worker group may fail to start before the run fails; Ray's own default retries for ever."""
+
+
+WORK = ("rounds/*/manifest.json", "checkpoints/*/complete.json", "evaluations/*.jsonl")
+"""What a run leaves that a later one of the same name goes on from."""
 
 
 class TrainingFailed(RuntimeError):
@@ -138,8 +143,17 @@ def _cause(error: BaseException) -> str:
 
 
 def make_run_dir(config: Config) -> Path:
-    """Create the run directory and write the resolved configuration to it."""
-    run_dir = config.run.path.absolute()
+    """Create the run directory and write the resolved configuration to it.
+
+    Raises:
+        ValueError: it holds the work of a run with another model, reference, data or judge.
+    """
+    run_dir = config.run.path
+    file = run_dir / "config.yaml"
+    if file.exists() and any(next(run_dir.glob(work), None) for work in WORK):
+        written = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if difference := first_difference(written, config):
+            raise ValueError(f"{run_dir} was begun with {difference}")
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_config(config, run_dir / "config.yaml")
+    write_config(config, file)
     return run_dir

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import cached_file
 
@@ -38,6 +37,9 @@ def build_model(model: ModelConfig, *, with_weights: bool, dtype: torch.dtype = 
         ValueError: the model cannot be read, or attends in a way that shared rows cannot express.
     """
     config = read_model_config(model.path)
+    for name, value in vars(config).items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
+            setattr(config, name, 0.0)
     attention = "sdpa" if model.attention == "auto" else model.attention
     if with_weights:
         built = AutoModelForCausalLM.from_pretrained(
@@ -49,9 +51,6 @@ def build_model(model: ModelConfig, *, with_weights: bool, dtype: torch.dtype = 
         with init_empty_weights(include_buffers=False):
             built = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         built.tie_weights()
-    for module in built.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
     built.config.use_cache = False
     return built
 
@@ -66,7 +65,8 @@ def read_model_config(path: str) -> "PreTrainedConfig":
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"model.path: no model could be read from {path!r}: {str(error).splitlines()[0]}") from None
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if windowed else "full_attention"])
     if kinds != {"full_attention"}:
         raise ValueError(
             f"model.path: {path!r} has layers of {', '.join(sorted(kinds))}; "

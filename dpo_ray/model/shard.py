@@ -44,7 +44,7 @@ def load_sharded(
     scorer.train(trainable)
     _apply_fsdp(scorer, shard, mesh, compute, device)
     if dist.get_world_size() > 1:
-        _fill(scorer, weights, device)
+        _fill(scorer, weights, torch.device("cpu") if shard.cpu_offload else device, device)
     return scorer
 
 
@@ -66,13 +66,19 @@ def _apply_fsdp(
     fully_shard(scorer, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=False)
 
 
-def _fill(scorer: Scorer, weights: dict[str, Any], device: torch.device) -> None:
-    """Send rank 0's weights to the shards of all ranks."""
+def _fill(scorer: Scorer, weights: dict[str, Any], parameters: torch.device, device: torch.device) -> None:
+    """Send rank 0's weights to the shards of all ranks.
+
+    Args:
+        parameters: where the shards live; the CPU when they are offloaded.
+        device: where the model computes.
+    """
     if dist.get_rank() != 0:
         buffers = {name: buffer.clone() for name, buffer in scorer.named_buffers()}
-        scorer.to_empty(device=device)
+        scorer.to_empty(device=parameters)
         for name, buffer in scorer.named_buffers():
             buffer.copy_(buffers[name])
+            buffer.data = buffer.to(device)
     set_model_state_dict(
         scorer, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     )

@@ -4,10 +4,12 @@ A checkpoint is a folder ``checkpoints/000120/`` whose last file is ``complete.j
 DCP writes after all shards. A folder without it, or with another digest, is skipped and the one before is used.
 """
 
+import functools
 import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
@@ -15,24 +17,23 @@ from typing import Any, cast
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from dpo_ray.config.schema import Config
+from dpo_ray.config import Config, first_difference
 from dpo_ray.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
-FIXED_KEYS = (
-    "model.path",
-    "reference.kind",
-    "reference.refresh",
-    "data.train",
-    "data.shuffle",
-    "run.seed",
-    "loss.use",
-    "online.prompts",
-    "online.prompts_per_round",
-)
-"""Keys that a resumed run must share with its checkpoint."""
+
+
+def _then(marked: "Future[None]", finish: Callable[[], None], written: "Future[Any]") -> None:
+    """Settle ``marked`` with what became of the shards and of marking them complete."""
+    try:
+        written.result()
+        finish()
+    except BaseException as error:
+        marked.set_exception(error)
+    else:
+        marked.set_result(None)
 
 
 class CheckpointMismatch(ValueError):
@@ -67,10 +68,11 @@ class Checkpointer:
         dist.barrier(self.group)
         # A response other than a future is for stagers that copy asynchronously.
         future = cast("Future[Any]", dcp.async_save(state.state_dict(), checkpoint_id=path, process_group=self.group))
+        self.pending = future
         if dist.get_rank() == 0:
             # DCP writes its index on rank 0 after every rank has written its shards: done here is done everywhere.
-            future.add_done_callback(lambda done: self._finish(path) if done.exception() is None else None)
-        self.pending = future
+            self.pending = Future()
+            future.add_done_callback(functools.partial(_then, self.pending, functools.partial(self._finish, path)))
 
     def wait(self) -> None:
         """Wait for the checkpoint being written; raises what went wrong with it."""
@@ -128,15 +130,8 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 def refuse_mismatch(path: Path, config: Config) -> None:
     """Raise CheckpointMismatch, naming the first key in which ``config`` differs from the checkpoint's."""
     written = json.loads((path / MARKER).read_text())["config"]
-    current = config.model_dump(mode="json")
-    for dotted in FIXED_KEYS:
-        section, key = dotted.split(".")
-        before, after = ((tree.get(section) or {}).get(key) for tree in (written, current))
-        if before != after:
-            raise CheckpointMismatch(
-                f"{path.parent.parent} was begun with {dotted}: {before!r}, this run has "
-                f"{after!r}; give the run another run.name, or remove its directory to begin again"
-            )
+    if difference := first_difference(written, config):
+        raise CheckpointMismatch(f"{path.parent.parent} was begun with {difference}")
 
 
 def _digest(path: Path) -> str:

@@ -29,8 +29,8 @@ class Reporter(Protocol):
     def phase(self, name: str, done: int = 0, total: int = 0) -> None:
         """What the run is busy with, and how far it is."""
 
-    def resumed(self, step: int) -> None:
-        """The run continues after ``step``; later metrics on record belong to work that was lost."""
+    def resumed(self, step: int, rounds: int | None = None) -> None:
+        """The run continues after ``step``, and after ``rounds`` rounds; what is on record of later ones was lost."""
 
     def step(self, metrics: Metrics) -> None:
         """One line of metrics."""
@@ -59,7 +59,7 @@ def train_offline(
     if checkpoints.resume(state):
         loader.consumed = state.consumed
         logger.info("resuming after step %d of %d", state.step, total_steps)
-        reporter.resumed(state.step)
+    reporter.resumed(state.step if state.step else -1)
 
     def evaluate() -> Metrics:
         assert held_out is not None

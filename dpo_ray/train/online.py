@@ -64,7 +64,7 @@ def train_online(
     state, checkpoints = TrainState(t), Checkpointer(config.run.path / "checkpoints", config)
     if checkpoints.resume(state):
         logger.info("resuming after round %d of %d", state.round, online.rounds)
-        reporter.resumed(state.step)
+    reporter.resumed(state.step, state.round)
 
     def synchronise() -> Metrics:
         reporter.phase("syncing")
@@ -101,7 +101,7 @@ def train_online(
         reporter.step({**metrics, "round": ended, "policy_lag": lag, **data.metrics, **kl, **timings, **synced})
         if config.run.save_every and (state.round == online.rounds or state.round % config.run.save_every == 0):
             checkpoints.save(state, state.round)
-        if config.run.eval_every and state.round % config.run.eval_every == 0:
+        if config.run.eval_every and state.round % config.run.eval_every == 0 and state.round < online.rounds:
             evaluate()
     evaluate()
     checkpoints.wait()

@@ -36,7 +36,7 @@ from dpo_ray.types import TokenSample
 logger = logging.getLogger(__name__)
 
 SCORING_BLOCK = 512
-"""Pairs scored between two progress reports; within a block rows are bucketed by length."""
+"""Pairs whose rows are bucketed by length and shared out together."""
 CACHE_WAIT_S = 6 * 3600.0
 """Longest wait for another run that scores the same reference."""
 CACHE_POLL_S = 0.5
@@ -121,13 +121,15 @@ def score(t: Setup, source: PairSource, pairs: Sequence[int], progress: Progress
     position = {pair: at for at, pair in enumerate(pairs)}
     by_length = sorted(pairs, key=lambda i: source[i].tokens)
     logps = torch.zeros(len(pairs), 2, dtype=torch.float64)
+    done = 0
     for start in range(0, len(pairs), SCORING_BLOCK):
         for batch in micro_batches(source, by_length[start : start + SCORING_BLOCK], t.batch_shape):
             with torch.no_grad():
                 scored = pair_logps(t.policy, batch.rows.to(t.device))
             at = [position[pair] for pair in batch.pairs]
             logps[at] = torch.stack((scored.chosen, scored.rejected), 1).double().cpu()
-        progress(min(start + SCORING_BLOCK, len(pairs)), len(pairs))
+            done = min(len(pairs), done + t.ranks * len(batch.pairs))
+            progress(done, len(pairs))
     release_gathered(t.policy)
     shared = logps.to(t.device)
     dist.all_reduce(shared)
@@ -153,7 +155,7 @@ def _cached_logps(t: Setup, source: PairSource, progress: Progress) -> tuple[np.
     digest = _from_first(t, lambda: weights_digest(t.config.model.path))
     numerics = f"{t.config.model.dtype}-{t.device.type}-{t.config.model.attention}"
     store = ReferenceStore(t.config.reference.cache_path / "reference" / store_digest(digest, numerics))
-    keys = entry_keys(source)
+    keys = entry_keys(source) if t.rank == 0 else np.empty(0)
     known = _from_first(t, lambda: store.lookup(keys))
     scored = 0
     if np.isnan(known).any():

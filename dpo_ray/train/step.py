@@ -40,10 +40,12 @@ def dpo_step(t: Setup, batch: StepBatch, reference: Reference, *, lr: float) -> 
     t.optimizer.step()
     t.optimizer.zero_grad()
     dist.all_reduce(sums)
+    # Reading the numbers waits for a GPU to finish the step; the clock is read after it.
+    means, norm = _means(sums, len(batch.pairs)), grad_norm.item()
     seconds = time.perf_counter() - started
     return {
-        **_means(sums, len(batch.pairs)),
-        "optim/grad_norm": grad_norm.item(),
+        **means,
+        "optim/grad_norm": norm,
         "optim/lr": lr,
         "perf/pairs_per_s": len(batch.pairs) / seconds,
         "perf/tokens_per_s": batch.tokens / seconds,

@@ -1,0 +1,42 @@
+"""What a resumed run must share with the run before it, and paths that mean the same in every process."""
+
+from pathlib import Path
+
+import pytest
+
+from dpo_ray.config import Config, first_difference, override, with_absolute_paths
+
+BASE = Config.model_validate({"model": {"path": "org/model"}, "online": {"prompts": "prompts.jsonl"}})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("model.path", "org/other"), ("data.limit", 5), ("online.candidates", 8), ("online.judge.use", "sentiment")],
+)
+def test_another_model_data_set_or_judge_is_named(key: str, value: object) -> None:
+    difference = first_difference(BASE.model_dump(mode="json"), override(BASE, {key: value}))
+    assert difference is not None
+    assert difference.startswith(key.removesuffix(".use"))
+    assert "run.name" in difference
+
+
+@pytest.mark.parametrize(("key", "value"), [("optim.lr", 1e-3), ("cluster.train_workers", 4), ("run.epochs", 3)])
+def test_what_may_change_between_starts_is_no_difference(key: str, value: object) -> None:
+    assert first_difference(BASE.model_dump(mode="json"), override(BASE, {key: value})) is None
+
+
+def test_an_offline_run_differs_from_an_online_one() -> None:
+    offline = Config.model_validate({"model": {"path": "org/model"}})
+    assert first_difference(offline.model_dump(mode="json"), BASE) is not None
+
+
+def test_local_paths_become_absolute_and_hub_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.jsonl").touch()
+    found = with_absolute_paths(BASE)
+    assert found.online is not None
+    assert found.online.prompts == (str(tmp_path / "prompts.jsonl"),)
+    assert found.model.path == "org/model"
+    assert found.run.path == tmp_path / "runs/dpo"
+    assert Path(found.reference.cache_dir or "").is_absolute()
+    assert with_absolute_paths(found) == found
