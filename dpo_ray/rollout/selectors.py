@@ -30,20 +30,24 @@ def build_selector(component: Component) -> Selector:
     return bind(component.use, component.args, SELECTORS, "selector")
 
 
-def best_vs_worst(group: CompletionGroup, scores: Sequence[float], *, min_gap: float = 0.0) -> ScoredPair | Dropped:
+def best_vs_worst(
+    group: CompletionGroup, scores: Sequence[float], *, min_gap: float = 0.0, choose_cut: bool = True
+) -> ScoredPair | Dropped:
     """The highest against the lowest score; the earlier candidate where scores are equal.
 
     Args:
         scores: one a completion; NaN where the judge has none.
         min_gap: smallest difference of the two scores, in the judge's unit.
+        choose_cut: whether a completion that the token limit cut may be chosen. False keeps a judge that likes long
+            answers from teaching the policy never to end.
 
     Returns:
         The pair, or why there is none: ``bad_score``, ``empty`` or ``duplicates`` (fewer than two candidates left after
-        scores, empties and copies are taken out, in that order), ``tie``, ``empty`` (only an empty completion beats the
-        others), ``small_gap``.
+        scores, empties and copies are taken out, in that order), ``tie``, ``empty`` or ``cut`` (only empty or cut
+        completions beat the others), ``small_gap``.
     """
     candidates = usable_candidates(group, scores)
-    return candidates if isinstance(candidates, Dropped) else _prefer(group, scores, candidates, min_gap)
+    return candidates if isinstance(candidates, Dropped) else _prefer(group, scores, candidates, min_gap, choose_cut)
 
 
 def random_pair(group: CompletionGroup, scores: Sequence[float], *, min_gap: float = 0.0) -> ScoredPair | Dropped:
@@ -73,17 +77,22 @@ def usable_candidates(group: CompletionGroup, scores: Sequence[float]) -> list[i
 
 
 def _prefer(
-    group: CompletionGroup, scores: Sequence[float], candidates: Sequence[int], min_gap: float
+    group: CompletionGroup,
+    scores: Sequence[float],
+    candidates: Sequence[int],
+    min_gap: float,
+    choose_cut: bool = True,
 ) -> ScoredPair | Dropped:
     worst = min(candidates, key=lambda i: scores[i])
     if max(scores[i] for i in candidates) == scores[worst]:
         return Dropped("tie")
     not_empty = [i for i in candidates if group.completions[i].text.strip()]
-    if not not_empty:
-        return Dropped("empty")
-    best = max(not_empty, key=lambda i: scores[i])
+    choosable = [i for i in not_empty if choose_cut or group.completions[i].finished]
+    if not choosable:
+        return Dropped("cut" if not_empty else "empty")
+    best = max(choosable, key=lambda i: scores[i])
     if scores[best] == scores[worst]:
-        return Dropped("empty")
+        return Dropped("empty" if choosable == not_empty else "cut")
     if scores[best] - scores[worst] < min_gap:
         return Dropped("small_gap")
     return ScoredPair(chosen=best, rejected=worst)

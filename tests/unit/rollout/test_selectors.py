@@ -88,3 +88,12 @@ def test_build_selector_refuses_an_unknown_name_or_argument():
         build_selector(Component(use="best_vs_wrost"))
     with pytest.raises(ValueError, match="takes no argument 'gap'"):
         build_selector(Component(use="best_vs_worst", args={"gap": 1.0}))
+
+
+def test_a_cut_completion_is_not_chosen_where_that_is_asked_and_may_still_be_rejected(group):
+    ended = group("a", "b", "c")
+    cut = replace(ended, completions=(replace(ended.completions[0], finished=False), *ended.completions[1:]))
+    assert best_vs_worst(cut, [0.9, 0.5, 0.1]) == ScoredPair(chosen=0, rejected=2)
+    assert best_vs_worst(cut, [0.9, 0.5, 0.1], choose_cut=False) == ScoredPair(chosen=1, rejected=2)
+    assert best_vs_worst(cut, [0.1, 0.5, 0.9], choose_cut=False) == ScoredPair(chosen=2, rejected=0)
+    assert best_vs_worst(cut, [0.9, 0.1, 0.1], choose_cut=False) == Dropped("cut")
