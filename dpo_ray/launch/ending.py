@@ -28,6 +28,7 @@ def tell_end(config: Config, console: Console, *, seconds: float) -> None:
         if finding.level != "ok":
             console.print(f"{finding.level}: {finding.title}. {finding.text}", highlight=False, markup=False)
     _print_places(console, config, report)
+    _print_next(console, config)
 
 
 def _print_figures(console: Console, figures: "Summary", seconds: float) -> None:
@@ -64,7 +65,6 @@ def _print_comparisons(console: Console, rows: "Sequence[Comparison]") -> None:
 
 def _print_places(console: Console, config: Config, report: Path) -> None:
     run_dir = config.run.path
-    table = Table(title="Where everything lies", title_justify="left", show_header=False, box=None, padding=(0, 2))
     places = [
         (report, "pictures, samples and findings: open it in a browser"),
         (run_dir / "policy", "the trained policy, a Hugging Face directory"),
@@ -72,7 +72,31 @@ def _print_places(console: Console, config: Config, report: Path) -> None:
         (run_dir / "rounds", "every candidate, score and pair, by round"),
         (run_dir / "logs", "full logs of every process"),
     ]
-    for path, meaning in places:
-        if path.exists():
-            table.add_row(str(path), meaning)
-    console.print(table)
+    there = [(_near(path), meaning) for path, meaning in places if path.exists()]
+    width = max(len(path) for path, _ in there)
+    console.print("Where everything lies", style="italic")
+    for path, meaning in there:
+        console.print(f"  {path:<{width}}  {meaning}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_next(console: Console, config: Config) -> None:
+    """Commands to copy, each on one line."""
+    online = config.online
+    command = f"python -m jobs.{'online' if online else 'offline'} {_near(config.run.path / 'config.yaml')}"
+    name = f"run.name={config.run.name}"
+    longer = f"online.rounds={2 * online.rounds}" if online else f"run.epochs={2 * config.run.epochs:g}"
+    own = (
+        "online.prompts=my_prompts.jsonl online.judge.use=my_module:my_judge" if online else "data.train=my_pairs.jsonl"
+    )
+    console.print("What to try next", style="italic")
+    for what, keys in (
+        ("train longer", f"{name}-longer {longer}"),
+        ("stay closer to the reference", f"{name}-closer loss.beta={5 * config.loss.beta:g}"),
+        ("use your own data", f"{name}-mine {own}"),
+    ):
+        console.print(f"  {what}:\n    {command} {keys}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _near(path: Path) -> str:
+    """A path as a person in this folder would type it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
