@@ -325,6 +325,13 @@ class Config(Section):
         return self
 
     @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus completion that an engine holds, in tokens."""
+        assert self.online is not None
+        longest = (self.data.max_prompt_tokens or 1024) + self.online.sampling.max_tokens
+        return self.online.engine.max_model_len or longest
+
+    @property
     def reference_kind(self) -> Literal["cached", "live", "none"]:
         """``reference.kind`` with auto decided."""
         if self.reference.kind != "auto":

@@ -72,12 +72,14 @@ def joined(config: ClusterConfig, *, engines: int, local_runs: int = 1) -> Itera
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    cpus = max(os.cpu_count() or 1, cpus_needed(config, engines, runs=local_runs)) + SPARE_CPUS
     try:
-        ray.init(address="auto", **quiet)
-    except ConnectionError:
-        cpus = max(os.cpu_count() or 1, cpus_needed(config, engines, runs=local_runs)) + SPARE_CPUS
         # The dashboard serves the State API, without which Ray Train cannot see and free what a killed run held.
-        ray.init(address="local", num_cpus=cpus, include_dashboard=True, **quiet)
+        ray.init(num_cpus=cpus, include_dashboard=True, **quiet)
+    except ValueError:
+        # There is a cluster to join, which has its own CPUs. Not address="auto": it joins any cluster on this machine,
+        # also the one that another run started for itself.
+        ray.init(**quiet)
     try:
         with _sigterm_as_interrupt():
             resources = ray.cluster_resources()

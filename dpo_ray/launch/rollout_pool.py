@@ -49,7 +49,7 @@ class EngineActor:
             render=lambda messages: list(render_prompt(messages, tokenizer)),
             dtype=self.config.model.dtype,
             engine=online.engine,
-            max_model_len=max_model_len(self.config),
+            max_model_len=self.config.max_model_len,
             tensor_parallel=1 if on_cpu else self.config.cluster.gpus_per_engine,
             worker_extension=worker_extension,
             on_cpu=on_cpu,
@@ -80,15 +80,6 @@ class EngineActor:
     def finish_update(self, version: int) -> str:
         """Use the received weights; returns their digest."""
         return self.engine.finish_update(version)
-
-
-def max_model_len(config: Config) -> int:
-    """Longest prompt plus completion that an engine must hold, in tokens."""
-    assert config.online is not None
-    return (
-        config.online.engine.max_model_len
-        or (config.data.max_prompt_tokens or 1024) + config.online.sampling.max_tokens
-    )
 
 
 class RolloutPool:

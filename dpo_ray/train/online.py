@@ -162,7 +162,7 @@ def _kl(t: Setup, frozen: Scorer | None, samples: Sequence[TokenSample]) -> Metr
 
 def _probe(t: Setup) -> tuple[list[int], list[float]]:
     """A fixed text's tokens, and their log-probabilities after the first under the policy, nats."""
-    tokens = t.tokenizer(PROBE_TEXT)["input_ids"]
+    tokens = t.tokenizer(PROBE_TEXT)["input_ids"][: t.config.max_model_len - 1]
     rows = build_sample_rows([TokenSample(tuple(tokens[:1]), tuple(tokens[1:]))]).to(t.device)
     with torch.no_grad():
         logps = t.policy(rows).tolist()

@@ -57,7 +57,12 @@ def test_a_run_over_damaged_records_names_and_counts_each_and_trains_on_the_rest
     before = ray_processes()
     done = run_command("offline", str(write_yaml(tmp_path / "run.yaml", config)))
     assert done.returncode == 0, done.stdout + done.stderr
-    for reason, number in (("not valid JSON", 17), ("empty", 18), ("identical", 19), ("prompt too long", 20)):
+    for reason, number in (
+        ("not valid JSON", 17),
+        ("empty", 18),
+        ("chosen equal to rejected", 19),
+        ("prompt too long", 20),
+    ):
         (line,) = [line for line in done.stdout.splitlines() if f"train.jsonl:{number}" in line]
         assert reason in line, line
     assert "20 records read, 16 kept, 4 dropped" in done.stdout
