@@ -27,9 +27,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 PROMPTS = 24
 
 
-def short_is_good(groups: list[Any]) -> list[list[float]]:
-    """A judge: fewer tokens are better."""
-    return [[-float(len(completion.token_ids)) for completion in group.completions] for group in groups]
+def token_sum(groups: list[Any]) -> list[list[float]]:
+    """A judge without taste, whose scores are hardly ever equal."""
+    return [[float(sum(completion.token_ids) % 997) for completion in group.completions] for group in groups]
 
 
 def refuses(groups: list[Any]) -> list[list[float]]:
@@ -58,7 +58,7 @@ def config(tmp_path: Path, tiny_model: Path) -> dict[str, Any]:
             "candidates": 3,
             "sampling": {"max_tokens": 16},
             "engine": {"kv_cache_gib": 0.1},
-            "judge": {"use": "tests.ray.test_online_job:short_is_good"},
+            "judge": {"use": "tests.ray.test_online_job:token_sum"},
             "sync": {"args": {"bucket_mib": 1}},
         },
     }
