@@ -67,7 +67,8 @@ def joined(config: ClusterConfig, *, engines: int, local_runs: int = 1) -> Itera
     Raises:
         ValueError: the cluster is too small for the run; says what is asked and what there is.
     """
-    for name, value in ENVIRONMENT.items():
+    waits = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{config.start_timeout_s:g}"}
+    for name, value in {**ENVIRONMENT, **waits}.items():
         os.environ.setdefault(name, value)
     import ray
 

@@ -130,8 +130,8 @@ def _fit(
             metric=sweep.metric,
             mode=sweep.mode,
             num_samples=samples,
-            max_concurrent_trials=concurrent,
-            search_alg=ray.tune.search.BasicVariantGenerator(random_state=config.run.seed),
+            # The generator's own limit: the one of TuneConfig does not reach it.
+            search_alg=ray.tune.search.BasicVariantGenerator(max_concurrent=concurrent, random_state=config.run.seed),
         ),
         run_config=ray.tune.RunConfig(
             name="tune", storage_path=str(run_dir / "ray"), verbose=0, callbacks=[progress], log_to_file=True
@@ -197,8 +197,14 @@ class _Progress(ray.tune.Callback):
 def _outcome(result: Any, sweep: Sweep) -> Trial:
     metrics = result.metrics or {}
     sample = {key: (result.config or {}).get(key) for key in sweep.space}
-    error = None if result.error is None else str(result.error).strip().splitlines()[-1]
+    error = None if result.error is None else _first_cause(str(result.error))
     return Trial(metrics.get("trial_id", Path(result.path).name), sample, metrics, error)
+
+
+def _first_cause(error: str) -> str:
+    """The line of a trial's traceback that says what went wrong."""
+    told = [line.strip() for line in error.strip().splitlines() if "TrainingFailed: " in line]
+    return (told or error.strip().splitlines())[-1].rpartition("TrainingFailed: ")[2]
 
 
 def rank(trials: Sequence[Trial], sweep: Sweep) -> list[Trial]:

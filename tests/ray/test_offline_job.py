@@ -81,7 +81,11 @@ def test_a_run_over_damaged_records_names_and_counts_each_and_trains_on_the_rest
 
 
 def test_a_sweep_scores_the_reference_once_and_its_best_runs_as_it_is(config: dict[str, Any], tmp_path: Path) -> None:
-    config = config | {"cluster": {"train_workers": 1}, "sweep": {"samples": 2}, "optim": {"pairs_per_step": 8}}
+    config = config | {
+        "cluster": {"train_workers": 1},
+        "sweep": {"samples": 2, "concurrent": 1},
+        "optim": {"pairs_per_step": 8},
+    }
     before = ray_processes()
     done = run_command("sweep", str(write_yaml(tmp_path / "run.yaml", config)), "beta_lr")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -93,6 +97,11 @@ def test_a_sweep_scores_the_reference_once_and_its_best_runs_as_it_is(config: di
     assert len({trial["loss.beta"] for trial in trials}) == 2
     scored = [log for log in (run / "trials").rglob("worker-0.log") if " 16 scored" in log.read_text()]
     assert len(scored) == 1, "one trial scores the reference, the other finds it"
+    spans = sorted(
+        ((trial / "config.yaml").stat().st_mtime, (trial / "metrics.jsonl").stat().st_mtime)
+        for trial in (run / "trials").iterdir()
+    )
+    assert spans[0][1] <= spans[1][0], "one trial at a time was asked for"
     assert not left_over(before)
 
     best = yaml.safe_load((run / "best.yaml").read_text())
