@@ -107,9 +107,13 @@ def prepare_pairs(
     """
     name = f"data.{kind}"
     limit = data_config.limit if kind == "train" else None
+    try:
+        digests = [source_digest(source) for source in sources]
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     recipe = {
         "format": FORMAT_VERSION,
-        "sources": [source_digest(source) for source in sources],
+        "sources": digests,
         "tokenizer": tokenizer_digest(tokenizer),
         "limit": limit,
         "max_prompt_tokens": data_config.max_prompt_tokens,
