@@ -6,7 +6,7 @@ that lists what is accepted, raised when the run is described and before anythin
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
@@ -25,13 +25,7 @@ def resolve(use: str, registry: Mapping[str, Any], kind: str) -> Any:
     """
     if use in registry:
         return registry[use]
-    if ":" not in use:
-        close = get_close_matches(use, registry, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise ValueError(
-            f"no {kind} is called {use!r}{hint} Built in: {', '.join(sorted(registry))}; "
-            "or give an import path, package.module:attribute"
-        )
+    refuse_unknown(use, registry, kind)
     module_name, _, attribute = use.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -41,6 +35,19 @@ def resolve(use: str, registry: Mapping[str, Any], kind: str) -> Any:
         return getattr(module, attribute)
     except AttributeError:
         raise ValueError(f"{kind} {use!r}: module {module_name!r} has no attribute {attribute!r}") from None
+
+
+def refuse_unknown(use: str, names: Iterable[str], kind: str) -> None:
+    """Raise a ValueError when ``use`` is neither one of ``names`` nor an import path."""
+    names = sorted(names)
+    if use in names or ":" in use:
+        return
+    close = get_close_matches(use, names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    raise ValueError(
+        f"no {kind} is called {use!r}{hint} Built in: {', '.join(names)}; "
+        "or give an import path, package.module:attribute"
+    )
 
 
 def check_arguments(function: Callable[..., Any], args: Mapping[str, Any], use: str, kind: str) -> None:
@@ -62,8 +69,13 @@ def check_arguments(function: Callable[..., Any], args: Mapping[str, Any], use: 
         raise ValueError(f"{kind} {use!r} takes no argument {unknown[0]!r}; its signature is {use}{signature}")
 
 
-def bind(use: str, args: Mapping[str, Any], registry: Mapping[str, Any], kind: str) -> Callable[..., Any]:
+def bind(
+    use: str, args: Mapping[str, Any], registry: Mapping[str, Any], kind: str, **runtime: Any
+) -> Callable[..., Any]:
     """The function that ``use`` names, with ``args`` bound: for losses and selectors.
+
+    Args:
+        runtime: arguments the system supplies; bound only where the signature takes them.
 
     Raises:
         ValueError: the name is unknown, an argument is not taken, or one that only ``args`` can give is missing.
@@ -71,14 +83,15 @@ def bind(use: str, args: Mapping[str, Any], registry: Mapping[str, Any], kind: s
     function = resolve(use, registry, kind)
     check_arguments(function, args, use, kind)
     signature = inspect.signature(function)
+    arguments = {name: value for name, value in runtime.items() if name in signature.parameters} | dict(args)
     for parameter in signature.parameters.values():
         if (
             parameter.kind is parameter.KEYWORD_ONLY
             and parameter.default is parameter.empty
-            and parameter.name not in args
+            and parameter.name not in arguments
         ):
             raise ValueError(f"{kind} {use!r} needs the argument {parameter.name!r}; its signature is {use}{signature}")
-    return partial(function, **args)
+    return partial(function, **arguments)
 
 
 def build(use: str, args: Mapping[str, Any], registry: Mapping[str, Any], kind: str, **runtime: Any) -> Any:

@@ -85,6 +85,8 @@ FIXED_KEYS = (
     "data.max_completion_tokens",
     "run.seed",
     "loss.use",
+    "loss.weights",
+    "loss.weighting",
     "online.prompts",
     "online.prompts_per_round",
     "online.candidates",
@@ -218,6 +220,8 @@ def _explain(error: Any) -> str:
             return f"{dotted}: is required and has no default"
         case "model_type" | "dict_type":
             return f"{dotted}: found {error['input']!r}; it takes a mapping of keys to values"
+        case "unknown_component":
+            return f"{dotted}: {error['msg']}"
         case "value_error":
             return str(error["ctx"]["error"])  # checks over several fields name their keys themselves
         case _:

@@ -6,7 +6,10 @@ Defaults exist only here. The text under a field is its documentation: ``--help`
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from dpo_ray.plugins import refuse_unknown
 
 
 class Section(BaseModel):
@@ -23,6 +26,30 @@ def _as_tuple(value: Any) -> Any:
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 """One path or a list of paths."""
+
+
+LOSSES = (
+    "sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down",
+    "discopop", "dpop", "simpo", "orpo", "nll",
+)  # fmt: skip
+REFERENCE_FREE_LOSSES = ("simpo", "orpo", "nll")
+JUDGES = ("length", "sentiment")
+SELECTORS = ("best_vs_worst", "random_pair")
+TRANSPORTS = ("object_store",)
+# Names of built-in parts stand here besides in the parts' own dictionaries (a test holds them equal), so that a wrong
+# one is refused before torch is imported.
+
+
+def _one_of(kind: str, names: tuple[str, ...]) -> Any:
+    def known(use: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        try:
+            for name in (use,) if isinstance(use, str) else use:
+                refuse_unknown(name, names, kind)
+        except ValueError as error:
+            raise PydanticCustomError("unknown_component", "{problem}", {"problem": str(error)}) from None
+        return use
+
+    return AfterValidator(known)
 
 
 class Component(Section):
@@ -91,8 +118,8 @@ class ReferenceConfig(Section):
     """The model that the policy is held close to."""
 
     kind: Literal["auto", "cached", "live", "none"] = "auto"
-    """cached: scored once by the untrained policy and stored. live: a frozen sharded copy. none: for reference-free
-    losses. auto: cached offline and with refresh: round, live online otherwise."""
+    """cached: scored once by the untrained policy and stored. live: a frozen sharded copy. none: no reference, for
+    losses that need none. auto: none for those losses, else cached offline and with refresh: round, else live."""
     refresh: Literal["never", "round"] = "never"
     """round: online, the policy at the start of each round is that round's reference."""
     cache_dir: str | None = None
@@ -124,13 +151,46 @@ class DataConfig(Section):
     """Any dropped record is an error."""
 
 
-class LossConfig(Component):
+class LossConfig(Section):
     """The preference loss."""
 
-    use: str = "sigmoid"
-    """Loss name (dpo_ray.objective.losses.LOSSES) or import path."""
+    use: Annotated[str | tuple[str, ...], _one_of("loss", LOSSES)] = "sigmoid"
+    """Loss name or import path, or a list of them that is summed: sigmoid, sigmoid_norm, robust, hinge, ipo, exo_pair,
+    nca_pair, sppo_hard, apo_zero, apo_down, discopop, dpop, and without a reference simpo, orpo, nll."""
+    weights: tuple[float, ...] = ()
+    """Factor of each loss in use; empty weighs all 1."""
+    weighting: Literal["none", "wpo"] = "none"
+    """Factor of each pair. wpo: how likely the policy is to write both completions (arXiv:2406.11827)."""
     beta: float = Field(0.1, gt=0)
-    """Strength of the pull toward the reference policy; typical range 0.01 to 0.5."""
+    """Strength of the pull toward the reference policy; typical range 0.01 to 0.5, and 2 to 10 for losses per token."""
+    args: dict[str, Any] = {}
+    """Further arguments of the loss; with several losses, a mapping from a loss's name to its arguments."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The losses that are summed."""
+        return (self.use,) if isinstance(self.use, str) else self.use
+
+    @property
+    def reference_free(self) -> bool:
+        """Whether no loss in use looks at a reference."""
+        return all(name in REFERENCE_FREE_LOSSES for name in self.names)
+
+    @model_validator(mode="after")
+    def _terms_agree(self) -> Self:
+        names = self.names
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"loss.use: found {list(names)}; give at least one loss, and each once")
+        if self.weights and len(self.weights) != len(names):
+            raise ValueError(f"loss.weights has {len(self.weights)} entries for {len(names)} losses in loss.use")
+        if len(names) > 1 and (unknown := [key for key in self.args if key not in names]):
+            raise ValueError(
+                f"loss.args.{unknown[0]}: with several losses, loss.args maps a loss's name to its arguments; "
+                f"loss.use has {', '.join(names)}"
+            )
+        if len(names) > 1 and (flat := [key for key, args in self.args.items() if not isinstance(args, dict)]):
+            raise ValueError(f"loss.args.{flat[0]}: found {self.args[flat[0]]!r}; it takes a mapping of arguments")
+        return self
 
 
 class OptimConfig(Section):
@@ -227,22 +287,22 @@ class EngineConfig(Section):
 class JudgeConfig(Component):
     """What scores completions."""
 
-    use: str = "length"
-    """Judge name (dpo_ray.rollout.judges.JUDGES) or import path."""
+    use: Annotated[str, _one_of("judge", JUDGES)] = "length"
+    """length, sentiment, or import path."""
 
 
 class SelectConfig(Component):
     """What picks chosen and rejected."""
 
-    use: str = "best_vs_worst"
-    """Selector name (dpo_ray.rollout.selectors.SELECTORS) or import path."""
+    use: Annotated[str, _one_of("selector", SELECTORS)] = "best_vs_worst"
+    """best_vs_worst, random_pair, or import path."""
 
 
 class SyncConfig(Component):
     """What moves weights to the engines."""
 
-    use: str = "object_store"
-    """Transport name (dpo_ray.sync.TRANSPORTS) or import path."""
+    use: Annotated[str, _one_of("transport", TRANSPORTS)] = "object_store"
+    """object_store, or import path."""
 
 
 class OnlineConfig(Section):
@@ -317,6 +377,12 @@ class Config(Section):
             raise ValueError(
                 "reference.refresh: round scores with the policy itself; set reference.kind to auto or cached"
             )
+        needing = [name for name in self.loss.names if name in LOSSES and name not in REFERENCE_FREE_LOSSES]
+        if self.reference.kind == "none" and needing:
+            raise ValueError(
+                f"reference.kind: none leaves loss {needing[0]!r} without the reference it needs; set reference.kind: "
+                f"auto, or take one of {', '.join(REFERENCE_FREE_LOSSES)}"
+            )
         if self.online is not None and self.reference.refresh == "never" and self.reference.kind == "cached":
             raise ValueError(
                 "reference.kind: cached cannot score fresh pairs with the untrained policy once it has been trained; "
@@ -336,4 +402,6 @@ class Config(Section):
         """``reference.kind`` with auto decided."""
         if self.reference.kind != "auto":
             return self.reference.kind
+        if self.loss.reference_free:
+            return "none"
         return "cached" if self.online is None or self.reference.refresh == "round" else "live"

@@ -49,7 +49,7 @@ def refuse_unusable(config: Config) -> None:
     """Check what can be checked before anything is loaded or started."""
     if not config.data.train:
         raise ValueError("data.train is empty: give files of preference pairs, or a hub dataset")
-    build_loss(config.loss.use, config.loss.beta, config.loss.args)
+    build_loss(config.loss)
     read_model_config(config.model.path)
 
 

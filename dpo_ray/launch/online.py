@@ -88,7 +88,7 @@ def refuse_unusable(config: Config) -> None:
     """
     if config.online is None:
         raise ValueError("online: this command needs an online section (prompts, rounds, judge, ...)")
-    build_loss(config.loss.use, config.loss.beta, config.loss.args)
+    build_loss(config.loss)
     build_judge(config.online.judge)
     build_selector(config.online.select)
     _transport(config)

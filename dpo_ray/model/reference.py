@@ -25,8 +25,8 @@ from dpo_ray.types import TokenPair
 
 logger = logging.getLogger(__name__)
 
-Reference = Callable[[MicroBatch], PairLogps]
-"""Reference log-probabilities of a micro-batch's pairs."""
+Reference = Callable[[MicroBatch], PairLogps | None]
+"""Reference log-probabilities of a micro-batch's pairs; None where the loss needs none."""
 
 ENTRY = np.dtype([("key", "S16"), ("logp", "<f8"), ("tokens", "<i4")])
 LOCK_STALE_S = 120.0
@@ -58,11 +58,8 @@ def live_reference(frozen: Scorer) -> Reference:
     return reference
 
 
-def no_reference(batch: MicroBatch) -> PairLogps:
-    """Zeros, for losses that need no reference."""
-    lengths = batch.rows.lengths
-    zeros = torch.zeros(lengths.numel() // 2, device=lengths.device)
-    return PairLogps(zeros, zeros, lengths[0::2], lengths[1::2])
+def no_reference(batch: MicroBatch) -> None:
+    """For losses that need no reference: nothing is loaded and nothing scored."""
 
 
 def entry_keys(source: PairSource) -> np.ndarray:

@@ -4,13 +4,21 @@ Backbone and head sit in one module so that FSDP2 shards and gathers them as one
 head, and logits exist one chunk at a time.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dpo_ray.data.packing import Rows, attention_mask
-from dpo_ray.objective.logps import LogitTransform, PairLogps, as_pairs, sequence_sums, token_logps
+from dpo_ray.objective.logps import (
+    LogitTransform,
+    PairLogps,
+    TokenScores,
+    as_pairs,
+    sequence_sums,
+    token_logps,
+    wpo_weights,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,11 +42,12 @@ class Scorer(nn.Module):
         decoder: Any = self.model.get_decoder()
         return decoder.layers
 
-    def forward(self, rows: Rows) -> Tensor:
-        """Log-probability of every completion token.
+    def forward(self, rows: Rows, with_squares: bool = False) -> TokenScores:
+        """Log-probability of every completion token, in the order of ``rows.labels``.
 
-        Returns:
-            (N,) float32, nats, in the order of ``rows.labels``.
+        Args:
+            rows: one micro-batch.
+            with_squares: also give the sums of squared probabilities, for WPO weights.
         """
         hidden = self.model.get_decoder()(
             input_ids=rows.input_ids,
@@ -54,19 +63,22 @@ class Scorer(nn.Module):
             rows.labels,
             bias=getattr(head, "bias", None),
             transform=self.transform,
+            with_squares=with_squares,
         )
 
 
-def pair_logps(scorer: nn.Module, rows: Rows) -> PairLogps:
-    """Summed log-probabilities of the pairs in ``rows``."""
-    sums = sequence_sums(scorer(rows), rows.sequence, rows.lengths.numel())
-    return as_pairs(sums, rows.lengths)
+def pair_logps(scorer: nn.Module, rows: Rows, *, weighting: Literal["none", "wpo"] = "none") -> PairLogps:
+    """Summed log-probabilities of the pairs in ``rows``, and with ``wpo`` the weights of the pairs."""
+    scores = scorer(rows, weighting == "wpo")
+    sums = sequence_sums(scores.logps, rows.sequence, rows.lengths.numel())
+    weights = wpo_weights(scores, rows.sequence, rows.lengths) if weighting == "wpo" else None
+    return as_pairs(sums, rows.lengths, weights)
 
 
 @torch.no_grad()
 def sample_logps(scorer: nn.Module, rows: Rows) -> Tensor:
     """(S,) summed log-probabilities of single completions, nats, float32."""
-    return sequence_sums(scorer(rows), rows.sequence, rows.lengths.numel())
+    return sequence_sums(scorer(rows).logps, rows.sequence, rows.lengths.numel())
 
 
 def logit_transform(config: object) -> LogitTransform:

@@ -6,7 +6,7 @@ N = completion tokens, D = hidden size, V = vocabulary, S = sequences, B = pairs
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,10 +27,17 @@ class PairLogps:
     """(B,) completion lengths in tokens."""
     rejected_tokens: Tensor
     """(B,)"""
+    weights: Tensor | None = None
+    """(B,) factors of the pairs' losses, without history; None weighs all pairs alike."""
 
-    def detach(self) -> "PairLogps":
-        """The same numbers without their history."""
-        return PairLogps(self.chosen.detach(), self.rejected.detach(), self.chosen_tokens, self.rejected_tokens)
+
+class TokenScores(NamedTuple):
+    """What a head says of N labels. A tuple, so that FSDP finds the tensors in what a module returns."""
+
+    logps: Tensor
+    """(N,) log-probability of each label, float32, nats."""
+    log_sum_squares: Tensor
+    """(N,) log of the sum of squared probabilities over the vocabulary, without history; (0,) unless asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +76,27 @@ class _TokenLogps(torch.autograd.Function):
         labels: Tensor,
         transform: LogitTransform,
         chunk: int,
-    ) -> Tensor:
+        with_squares: bool,
+    ) -> tuple[Tensor, Tensor]:
         logps = hidden.new_empty(labels.shape, dtype=torch.float32)
         normalizers = torch.empty_like(logps)
+        log_sum_squares = logps.new_empty(labels.shape if with_squares else 0)
         head = _Head(weight, bias)
         for start in range(0, labels.numel(), chunk):
             part = slice(start, start + chunk)
             logits = transform(head(hidden[part]))  # (chunk, V) float32
             normalizers[part] = logits.logsumexp(-1)
             logps[part] = logits.gather(-1, labels[part, None]).squeeze(-1) - normalizers[part]
+            if with_squares:
+                log_sum_squares[part] = (2 * logits).logsumexp(-1) - 2 * normalizers[part]
         ctx.save_for_backward(hidden, weight, bias, labels, normalizers)
         ctx.transform, ctx.chunk = transform, chunk
-        return logps
+        ctx.mark_non_differentiable(log_sum_squares)
+        return logps, log_sum_squares
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_logps,) = grads
+        grad_logps, _ = grads
         hidden, weight, bias, labels, normalizers = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
@@ -106,6 +118,7 @@ class _TokenLogps(torch.autograd.Function):
             grad_hidden,
             grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
             None,
             None,
             None,
@@ -156,7 +169,8 @@ def token_logps(
     bias: Tensor | None = None,
     transform: LogitTransform | None = None,
     chunk_tokens: int | None = None,
-) -> Tensor:
+    with_squares: bool = False,
+) -> TokenScores:
     """Log-probability of each label under a softmax head, in float32.
 
     Args:
@@ -166,12 +180,15 @@ def token_logps(
         bias: (V,) of the head, if it has one.
         transform: scale and soft cap of the logits.
         chunk_tokens: tokens whose logits exist at a time; by default as many as fit CHUNK_BYTES.
+        with_squares: also give the sums of squared probabilities, for WPO weights; one more pass over the logits.
 
     Returns:
-        (N,) float32, nats. Differentiable by ``hidden``, ``weight`` and ``bias``.
+        The log-probabilities, differentiable by ``hidden``, ``weight`` and ``bias``.
     """
     chunk = chunk_tokens or max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-    return _TokenLogps.apply(hidden, weight, bias, labels, transform or LogitTransform(), chunk)
+    return TokenScores(
+        *_TokenLogps.apply(hidden, weight, bias, labels, transform or LogitTransform(), chunk, with_squares)
+    )
 
 
 def sequence_sums(values: Tensor, sequence: Tensor, sequences: int) -> Tensor:
@@ -188,6 +205,25 @@ def sequence_sums(values: Tensor, sequence: Tensor, sequences: int) -> Tensor:
     return values.new_zeros(sequences).index_add(0, sequence, values)
 
 
-def as_pairs(logps: Tensor, tokens: Tensor) -> PairLogps:
-    """Pairs from (2B,) sequences that alternate chosen, rejected."""
-    return PairLogps(logps[0::2], logps[1::2], tokens[0::2], tokens[1::2])
+def as_pairs(logps: Tensor, tokens: Tensor, weights: Tensor | None = None) -> PairLogps:
+    """Pairs from (2B,) sequences that alternate chosen, rejected; the weight of a pair is the product of its two."""
+    product = None if weights is None else weights[0::2] * weights[1::2]
+    return PairLogps(logps[0::2], logps[1::2], tokens[0::2], tokens[1::2], product)
+
+
+def wpo_weights(scores: TokenScores, sequence: Tensor, tokens: Tensor) -> Tensor:
+    """How likely the policy is to write each sequence: the weights of WPO.
+
+    The geometric mean, over the sequence's tokens, of the label's probability over what a token drawn from the policy
+    has on average (arXiv:2406.11827, Eq. 2 with the alignment of its section 3.2).
+
+    Args:
+        scores: of N tokens, with sums of squares.
+        sequence: (N,) index in [0, S).
+        tokens: (S,) lengths.
+
+    Returns:
+        (S,) float32, without history.
+    """
+    aligned = scores.logps.detach() - scores.log_sum_squares
+    return (sequence_sums(aligned, sequence, tokens.numel()) / tokens).exp()

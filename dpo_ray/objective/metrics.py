@@ -17,21 +17,25 @@ PAIR_METRICS = (
 
 
 @torch.no_grad()
-def pair_metric_sums(losses: Tensor, policy: PairLogps, reference: PairLogps, beta: float) -> Tensor:
+def pair_metric_sums(losses: Tensor, policy: PairLogps, reference: PairLogps | None, beta: float) -> Tensor:
     """Sums over the pairs of everything in PAIR_METRICS; dividing by the pairs of the global step gives the means.
 
     The implicit reward is ``beta * (policy - reference)`` log-probability (arXiv:2305.18290, Eq. 5, without the
-    prompt's constant).
+    prompt's constant); without a reference, ``beta`` times the policy's log-probability per token (arXiv:2405.14734,
+    Eq. 4), since sums would only compare lengths.
 
     Args:
         losses: (B,).
-        policy, reference: (B,) each, nats.
+        policy, reference: (B,) each, nats; the reference is None for a loss that needs none.
         beta: 1/nat.
 
     Returns:
         (7,) float64, in the order of PAIR_METRICS.
     """
-    chosen = beta * (policy.chosen - reference.chosen)
-    rejected = beta * (policy.rejected - reference.rejected)
+    if reference is None:
+        chosen, rejected = policy.chosen / policy.chosen_tokens, policy.rejected / policy.rejected_tokens
+    else:
+        chosen, rejected = policy.chosen - reference.chosen, policy.rejected - reference.rejected
+    chosen, rejected = beta * chosen, beta * rejected
     rows = (losses, chosen, rejected, chosen - rejected, (chosen > rejected).float(), policy.chosen, policy.rejected)
     return torch.stack([row.detach().double().sum() for row in rows])

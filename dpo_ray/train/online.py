@@ -165,6 +165,6 @@ def _probe(t: Setup) -> tuple[list[int], list[float]]:
     tokens = t.tokenizer(PROBE_TEXT)["input_ids"][: t.config.max_model_len - 1]
     rows = build_sample_rows([TokenSample(tuple(tokens[:1]), tuple(tokens[1:]))]).to(t.device)
     with torch.no_grad():
-        logps = t.policy(rows).tolist()
+        logps = t.policy(rows).logps.tolist()
     release_gathered(t.policy)
     return tokens, logps

@@ -72,7 +72,7 @@ def set_up(config: Config, device: torch.device) -> Setup:
         config,
         load_tokenizer(config.model.path, config.model.chat_template),
         policy,
-        build_loss(config.loss.use, config.loss.beta, config.loss.args),
+        build_loss(config.loss),
         build_optimizer(policy, config.optim),
         mesh,
         device,

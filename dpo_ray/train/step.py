@@ -69,7 +69,8 @@ def evaluate_pairs(t: Setup, batches: Iterable[StepBatch], reference: Reference)
 
 def _pair_losses(t: Setup, micro: MicroBatch, reference: Reference) -> tuple[Tensor, Tensor]:
     micro = MicroBatch(micro.pairs, micro.rows.to(t.device))
-    policy, held = pair_logps(t.policy, micro.rows), reference(micro)
+    policy = pair_logps(t.policy, micro.rows, weighting=t.config.loss.weighting)
+    held = reference(micro)
     losses = t.pair_loss(policy, held)
     return losses, pair_metric_sums(losses, policy, held, t.config.loss.beta)
 

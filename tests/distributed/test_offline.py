@@ -58,6 +58,23 @@ def test_neither_micro_batches_nor_the_layout_change_the_steps(config: dict[str,
     assert_same(lines, plain, absolute=1e-4)
 
 
+def test_a_weighted_sum_of_losses_is_the_same_on_two_workers_in_plain_rows(config: dict[str, Any]) -> None:
+    config |= {"loss": {"use": ["sigmoid_norm", "ipo", "nll"], "weights": [1.0, 0.5, 0.2], "weighting": "wpo"}}
+    (shared,) = run_ranks(1, offline, config)
+    optim = config["optim"] | {"layout": "plain", "tokens_per_micro_batch": 100}
+    plain, _ = run_ranks(2, offline, config | {"optim": optim, "cluster": {"train_workers": 2}})
+    assert_same(shared, plain, absolute=1e-4)
+
+
+@pytest.mark.parametrize("use", ["simpo", "orpo"])
+def test_a_reference_free_loss_learns_without_scoring_a_reference(
+    config: dict[str, Any], use: str, tmp_path: Path
+) -> None:
+    (lines,) = run_ranks(1, offline, config | {"loss": {"use": use, "beta": 2.0}})
+    assert lines[-1]["rewards/margins"] > lines[0]["rewards/margins"]
+    assert not (tmp_path / "cache" / "reference").exists()
+
+
 def test_a_live_reference_gives_the_steps_of_a_cached_one(config: dict[str, Any]) -> None:
     (cached,) = run_ranks(1, offline, config)
     (live,) = run_ranks(1, offline, config | {"reference": config["reference"] | {"kind": "live"}})

@@ -1,41 +1,103 @@
-"""Our steps against TRL's DPOTrainer: losses, rewards, log-probabilities and gradient norms, through all steps."""
+"""Our steps against TRL's trainers: losses, rewards, log-probabilities and gradient norms, through all steps."""
 
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.conftest import ragged_texts
 from tests.distributed.processes import run_ranks
 from tests.distributed.runs import offline
-from tests.oracles.trl_run import trl_steps
+from tests.oracles.trl_run import trl_simpo_steps, trl_steps
 
 SAME_NAMES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
-PAIRS, PAIRS_PER_STEP, LR, BETA = 24, 4, 5e-4, 0.1
+PAIRS_PER_STEP, LR, BETA = 4, 5e-4, 0.1
+
+WritePairs = Callable[[Sequence[tuple[str, str, str]]], Path]
+
+
+def our_steps(
+    ranks: int, tmp_path: Path, model: Path, pairs: Path, loss: dict[str, Any], tokens_per_micro_batch: int = 300
+) -> list[dict[str, Any]]:
+    config = {
+        "run": {"dir": str(tmp_path), "save_every": None, "export": False},
+        "model": {"path": str(model), "dtype": "float32"},
+        "reference": {"cache_dir": str(tmp_path / "cache")},
+        "data": {"train": str(pairs), "shuffle": False},
+        "loss": {"beta": BETA, **loss},
+        "optim": {"lr": LR, "pairs_per_step": PAIRS_PER_STEP, "tokens_per_micro_batch": tokens_per_micro_batch},
+        "cluster": {"train_workers": ranks},
+    }
+    return run_ranks(ranks, offline, config)[0]
+
+
+def assert_same_steps(
+    ours: list[dict[str, Any]], theirs: list[dict[str, Any]], names: Sequence[str] = SAME_NAMES
+) -> None:
+    assert len(ours) == len(theirs) >= 3
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in names:
+            # TRL's log has four decimals or digits.
+            assert mine[name] == pytest.approx(float(other[name]), rel=1e-3, abs=1e-4), (mine["step"], name)
+        assert mine["optim/grad_norm"] == pytest.approx(float(other["grad_norm"]), rel=1e-3), mine["step"]
+        assert mine["optim/lr"] == pytest.approx(float(other["learning_rate"]), rel=1e-6)
+    assert ours[-1]["loss"] != pytest.approx(ours[0]["loss"], rel=1e-2), "a comparison of runs that stand still is none"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_step_is_that_of_trls_trainer(
-    ranks: int, tmp_path: Path, tiny_model: Path, write_pairs: Callable[[Sequence[tuple[str, str, str]]], Path]
+    ranks: int, tmp_path: Path, tiny_model: Path, write_pairs: WritePairs
 ) -> None:
-    file = write_pairs(ragged_texts(PAIRS))
-    config = {
-        "run": {"dir": str(tmp_path), "save_every": None, "export": False},
-        "model": {"path": str(tiny_model), "dtype": "float32"},
-        "reference": {"cache_dir": str(tmp_path / "cache")},
-        "data": {"train": str(file), "shuffle": False},
-        "loss": {"beta": BETA},
-        "optim": {"lr": LR, "pairs_per_step": PAIRS_PER_STEP, "tokens_per_micro_batch": 300},
-        "cluster": {"train_workers": ranks},
-    }
-    ours, *_ = run_ranks(ranks, offline, config)
+    file = write_pairs(ragged_texts(24))
+    ours = our_steps(ranks, tmp_path, tiny_model, file, {})
     records = [json.loads(line) for line in file.read_text().splitlines()]
     theirs = trl_steps(tiny_model, records, folder=tmp_path / "trl", pairs_per_step=PAIRS_PER_STEP, lr=LR, beta=BETA)
-    assert len(ours) == len(theirs) == PAIRS // PAIRS_PER_STEP
-    for mine, other in zip(ours, theirs, strict=True):
-        for name in SAME_NAMES:
-            assert mine[name] == pytest.approx(float(other[name]), rel=1e-3, abs=1e-4), (mine["step"], name)
-        assert mine["optim/grad_norm"] == pytest.approx(float(other["grad_norm"]), rel=1e-3), mine["step"]
-        assert mine["optim/lr"] == pytest.approx(float(other["learning_rate"]), rel=1e-6)
-    assert ours[-1]["loss"] < 0.65, "the run must have moved away from ln 2 for the comparison to mean something"
+    assert_same_steps(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({"use": "sigmoid_norm"}, {"loss_type": "sigmoid_norm"}),
+        ({"use": "robust", "args": {"label_smoothing": 0.1}}, {"loss_type": "robust", "label_smoothing": 0.1}),
+        ({"use": "hinge"}, {"loss_type": "hinge"}),
+        ({"use": "ipo"}, {"loss_type": "ipo"}),
+        ({"use": "exo_pair", "args": {"label_smoothing": 0.01}}, {"loss_type": "exo_pair", "label_smoothing": 0.01}),
+        ({"use": "nca_pair"}, {"loss_type": "nca_pair"}),
+        ({"use": "sppo_hard"}, {"loss_type": "sppo_hard"}),
+        ({"use": "apo_zero"}, {"loss_type": "apo_zero"}),
+        ({"use": "apo_down"}, {"loss_type": "apo_down"}),
+        ({"use": "discopop"}, {"loss_type": "discopop", "discopop_tau": 0.05}),
+        ({"use": "sigmoid", "weighting": "wpo"}, {"loss_type": "sigmoid", "use_weighting": True}),
+        # TRL's SFT term is the mean over the tokens of a micro-batch, RPO's over those of a pair: equal at one pair.
+        (
+            {"use": ["sigmoid", "nll"], "weights": [1.0, 0.5]},
+            {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "pairs_per_micro_batch": 1},
+        ),
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_every_loss_trains_as_in_trl(
+    ours: dict[str, Any], theirs: dict[str, Any], tmp_path: Path, tiny_model: Path, write_pairs: WritePairs
+) -> None:
+    file = write_pairs(ragged_texts(12))
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    steps = trl_steps(
+        tiny_model, records, folder=tmp_path / "trl", pairs_per_step=PAIRS_PER_STEP, lr=LR, beta=BETA, **theirs
+    )
+    assert_same_steps(our_steps(1, tmp_path, tiny_model, file, ours), steps)
+
+
+def test_simpo_trains_as_in_trl(tmp_path: Path, tiny_model: Path) -> None:
+    # Plain text: behind a chat template's end of turn, TRL's CPO trainer puts a second end of sequence.
+    records = [dict(zip(("prompt", "chosen", "rejected"), texts, strict=True)) for texts in ragged_texts(12)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    theirs = trl_simpo_steps(
+        tiny_model, records, folder=tmp_path / "trl", pairs_per_step=PAIRS_PER_STEP, lr=LR, beta=2.0, gamma=0.5
+    )
+    ours = our_steps(1, tmp_path, tiny_model, file, {"use": "simpo", "beta": 2.0, "args": {"gamma": 0.5}})
+    assert_same_steps(ours, theirs, ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins"))
+    assert not (tmp_path / "cache" / "reference").exists(), "SimPO loads and scores no reference"

@@ -109,13 +109,26 @@ def test_every_shipped_job_loads(path):
     load_config(path)
 
 
+def test_the_names_in_the_schema_are_those_of_the_parts_dictionaries():
+    from dpo_ray.config import schema
+    from dpo_ray.objective.losses import LOSSES
+    from dpo_ray.rollout.judges import JUDGES
+    from dpo_ray.rollout.selectors import SELECTORS
+    from dpo_ray.sync import TRANSPORTS
+
+    assert set(schema.LOSSES) == set(LOSSES)
+    assert set(schema.JUDGES) == set(JUDGES)
+    assert set(schema.SELECTORS) == set(SELECTORS)
+    assert set(schema.TRANSPORTS) == set(TRANSPORTS)
+
+
 @pytest.mark.parametrize(
     ("text", "overrides", "kind"),
     [
         (OFFLINE, [], "cached"),
         (ONLINE, [], "live"),
         (ONLINE, ["reference.refresh=round"], "cached"),
-        (OFFLINE, ["reference.kind=none"], "none"),
+        (OFFLINE, ["loss.use=simpo"], "none"),
     ],
 )
 def test_reference_kind_auto_is_decided_by_what_can_be_cached(tmp_path, text, overrides, kind):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpo_ray.objective.logps import LogitTransform, sequence_sums, token_logps
+from dpo_ray.objective.logps import LogitTransform, TokenScores, sequence_sums, token_logps, wpo_weights
 
 TOKENS, HIDDEN, VOCABULARY = 70, 32, 300
 
@@ -47,7 +47,7 @@ def test_chunks_give_the_logps_and_gradients_of_a_float64_softmax(
     (expected * upstream).sum().backward()
 
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-    found = token_logps(hidden, weight, labels, transform=transform, chunk_tokens=chunk)
+    found = token_logps(hidden, weight, labels, transform=transform, chunk_tokens=chunk).logps
     (found * upstream).sum().backward()
 
     assert found.dtype == torch.float32
@@ -62,13 +62,13 @@ def test_a_head_with_a_bias_gets_its_gradient() -> None:
     exact = bias.double().requires_grad_()
     (oracle(hidden.double(), weight.double(), exact, labels, LogitTransform()) * upstream).sum().backward()
     bias = bias.requires_grad_()
-    (token_logps(hidden, weight.requires_grad_(), labels, bias=bias, chunk_tokens=16) * upstream).sum().backward()
+    (token_logps(hidden, weight.requires_grad_(), labels, bias=bias, chunk_tokens=16).logps * upstream).sum().backward()
     assert relative(bias.grad, exact.grad) < 1e-5
 
 
 def test_no_tokens_give_no_logps_and_zero_gradients() -> None:
     hidden, weight = torch.zeros(0, HIDDEN, requires_grad=True), torch.ones(VOCABULARY, HIDDEN, requires_grad=True)
-    logps = token_logps(hidden, weight, torch.zeros(0, dtype=torch.int64))
+    logps = token_logps(hidden, weight, torch.zeros(0, dtype=torch.int64)).logps
     logps.sum().backward()
     assert logps.shape == (0,)
     assert weight.grad.abs().sum() == 0
@@ -77,3 +77,26 @@ def test_no_tokens_give_no_logps_and_zero_gradients() -> None:
 def test_sequence_sums_add_tokens_to_their_sequences() -> None:
     sums = sequence_sums(torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0, 2, 0, 2]), 3)
     assert sums.tolist() == [5.0, 0.0, 10.0]
+
+
+@pytest.mark.parametrize("chunk", [16, 1000])
+def test_sums_of_squared_probabilities_are_those_of_a_float64_softmax_and_leave_the_gradient_alone(chunk: int) -> None:
+    hidden, weight, labels, upstream = inputs(torch.float32)
+    hidden.requires_grad_()
+    plain = token_logps(hidden, weight, labels, chunk_tokens=chunk)
+    (plain.logps * upstream).sum().backward()
+    gradient, hidden.grad = hidden.grad, None
+    scores = token_logps(hidden, weight, labels, chunk_tokens=chunk, with_squares=True)
+    (scores.logps * upstream).sum().backward()
+    expected = (hidden.double() @ weight.double().t()).softmax(-1).square().sum(-1).log()
+    assert (scores.log_sum_squares - expected).abs().max() < 5e-5
+    assert not scores.log_sum_squares.requires_grad
+    assert torch.equal(hidden.grad, gradient)
+    assert plain.log_sum_squares.numel() == 0, "only computed when asked for"
+
+
+def test_wpo_weights_are_geometric_means_of_a_labels_probability_over_a_drawn_tokens() -> None:
+    # sequence 0: probabilities 1/2 and 1/8 where a drawn token has 1/2 and 1/2: (1 * 1/4) ** 1/2 = 1/2
+    logps, squares = torch.tensor([0.5, 0.125, 0.25]).log(), torch.tensor([0.5, 0.5, 1.0]).log()
+    weights = wpo_weights(TokenScores(logps, squares), torch.tensor([0, 0, 1]), torch.tensor([2, 1]))
+    assert weights.tolist() == pytest.approx([0.5, 0.25])

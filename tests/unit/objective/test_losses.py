@@ -1,12 +1,14 @@
 """The losses against numbers a reader can recompute."""
 
 import math
+from math import exp, expm1, log, log1p
 
 import pytest
 import torch
 
+from dpo_ray.config.schema import LossConfig
 from dpo_ray.objective.logps import PairLogps
-from dpo_ray.objective.losses import build_loss, sigmoid
+from dpo_ray.objective.losses import LOSSES, build_loss, sigmoid
 from dpo_ray.objective.metrics import PAIR_METRICS, pair_metric_sums
 
 
@@ -39,11 +41,122 @@ def test_label_smoothing_outside_its_range_is_refused(smoothing: float) -> None:
         sigmoid(pairs([0.0], [0.0]), pairs([0.0], [0.0]), beta=0.1, label_smoothing=smoothing)
 
 
-def test_an_unknown_loss_or_argument_is_refused_with_what_is_accepted() -> None:
-    with pytest.raises(ValueError, match="sigmoid"):
-        build_loss("sigmod", 0.1, {})
-    with pytest.raises(ValueError, match="label_smoothing"):
-        build_loss("sigmoid", 0.1, {"smoothing": 0.1})
+# One pair: chosen 4 tokens, policy -10, reference -12; rejected 5 tokens, policy -20, reference -15; beta 0.5.
+# Log-ratios 2 and -5, rewards 1 and -2.5, margin of rewards 3.5; log-ratios per token 0.5 and -1, margin 1.5;
+# log-probabilities per token -2.5 and -4.
+
+
+def s(x: float) -> float:
+    """The logistic function."""
+    return 1 / (1 + exp(-x))
+
+
+def softplus(x: float) -> float:
+    """-log of the logistic function of -x."""
+    return log1p(exp(x))
+
+
+@pytest.mark.parametrize(
+    ("use", "args", "expected"),
+    [
+        ("sigmoid", {}, softplus(-3.5)),
+        ("sigmoid", {"label_smoothing": 0.2}, 0.8 * softplus(-3.5) + 0.2 * softplus(3.5)),
+        ("sigmoid_norm", {}, softplus(-0.75)),
+        ("robust", {"label_smoothing": 0.2}, (0.8 * softplus(-3.5) - 0.2 * softplus(3.5)) / 0.6),
+        ("hinge", {}, 0.0),  # the margin of 3.5 is beyond 1
+        ("ipo", {}, (1.5 - 1.0) ** 2),
+        (
+            "exo_pair",
+            {"label_smoothing": 0.1},
+            s(3.5) * (log(s(3.5)) - log(0.9)) + s(-3.5) * (log(s(-3.5)) - log(0.1)),
+        ),
+        ("nca_pair", {}, softplus(-1) + 0.5 * softplus(1) + 0.5 * softplus(-2.5)),
+        ("sppo_hard", {}, (2 - 1) ** 2 + (-5 + 1) ** 2),
+        ("apo_zero", {}, 1 - s(1) + s(-2.5)),
+        ("apo_down", {}, s(1) + 1 - s(3.5)),
+        ("discopop", {"temperature": 2.0}, (1 - s(1.75)) * softplus(-3.5) + s(1.75) * exp(-3.5)),
+        ("dpop", {}, softplus(-3.5)),  # chosen is likelier than under the reference: no penalty
+        ("simpo", {"gamma": 0.25}, softplus(-(0.5 * 1.5 - 0.25))),
+        ("orpo", {}, 2.5 + 0.5 * softplus(-(1.5 - log(-expm1(-2.5)) + log(-expm1(-4))))),
+        ("nll", {}, 2.5),
+    ],
+)
+def test_each_loss_is_its_papers_formula(use: str, args: dict[str, float], expected: float) -> None:
+    loss = build_loss(LossConfig(use=use, beta=0.5, args=args))
+    assert loss(pair(-10.0, -20.0), pair(-12.0, -15.0)).item() == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+def pair(chosen: float, rejected: float) -> PairLogps:
+    return PairLogps(torch.tensor([chosen]), torch.tensor([rejected]), torch.tensor([4]), torch.tensor([5]))
+
+
+def test_hinge_is_what_is_missing_to_a_margin_of_one() -> None:
+    # log-ratios 1 and 0.5, margin 0.5 * 0.5 = 0.25
+    loss = build_loss(LossConfig(use="hinge", beta=0.5))
+    assert loss(pair(-10.0, -14.5), pair(-11.0, -15.0)).item() == pytest.approx(0.75)
+
+
+def test_dpop_adds_its_penalty_where_chosen_falls_below_the_reference() -> None:
+    # log-ratios -2 and -5: margin 3, penalty 10 * 2; 0.5 * (3 - 20) = -8.5
+    loss = build_loss(LossConfig(use="dpop", beta=0.5, args={"penalty": 10.0}))
+    assert loss(pair(-14.0, -20.0), pair(-12.0, -15.0)).item() == pytest.approx(softplus(8.5))
+
+
+def test_ipo_is_zero_where_the_margin_per_token_is_half_of_one_over_beta() -> None:
+    # log-ratios per token 12 / 4 = 3 and -10 / 5 = -2: margin 5 = 1 / (2 * 0.1)
+    assert build_loss(LossConfig(use="ipo", beta=0.1))(pair(0.0, -25.0), pair(-12.0, -15.0)).item() == 0.0
+
+
+@pytest.mark.parametrize("use", LOSSES)
+def test_every_loss_has_the_gradient_of_its_values(use: str) -> None:
+    loss = build_loss(LossConfig(use=use, beta=0.5))
+    reference = PairLogps(*(torch.tensor([x], dtype=torch.float64) for x in (-12.0, -15.0)), *lengths())
+
+    def value(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+        return loss(PairLogps(chosen, rejected, *lengths()), reference)
+
+    at = [torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in (-12.5, -14.0)]
+    assert torch.autograd.gradcheck(value, at)
+
+
+def lengths() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor([4]), torch.tensor([5])
+
+
+def test_losses_are_summed_with_their_weights_and_their_own_arguments() -> None:
+    several = LossConfig(
+        use=("sigmoid", "nll"), weights=(1.0, 0.2), beta=0.5, args={"sigmoid": {"label_smoothing": 0.1}}
+    )
+    expected = 0.9 * softplus(-3.5) + 0.1 * softplus(3.5) + 0.2 * 2.5
+    assert build_loss(several)(pair(-10.0, -20.0), pair(-12.0, -15.0)).item() == pytest.approx(expected)
+
+
+def test_a_pairs_weight_scales_its_loss() -> None:
+    weighted = PairLogps(*(torch.tensor([x]) for x in (-10.0, -20.0)), *lengths(), weights=torch.tensor([0.25]))
+    loss = build_loss(LossConfig(beta=0.5, weighting="wpo"))
+    assert loss(weighted, pair(-12.0, -15.0)).item() == pytest.approx(0.25 * softplus(-3.5))
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ({"args": {"smoothing": 0.1}}, "takes no argument 'smoothing'.*label_smoothing"),
+        ({"use": "exo_pair", "args": {"label_smoothing": 0.0}}, r"exo_pair it must lie in \(0, 0.5\)"),
+        ({"use": "tests.unit.objective.test_losses:mean_loss"}, r"returned \(\) for two pairs"),
+        ({"use": "tests.unit.objective.test_losses:needs_more"}, "needs the argument 'alpha'"),
+    ],
+)
+def test_a_loss_that_cannot_work_is_refused_when_it_is_built(loss: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_loss(LossConfig.model_validate(loss))
+
+
+def mean_loss(policy: PairLogps, reference: PairLogps, *, beta: float) -> torch.Tensor:
+    return (policy.chosen - reference.chosen).mean()
+
+
+def needs_more(policy: PairLogps, reference: PairLogps, *, alpha: float) -> torch.Tensor:
+    return alpha * policy.chosen
 
 
 def test_metrics_are_sums_over_the_pairs() -> None:
@@ -58,3 +171,11 @@ def test_metrics_are_sums_over_the_pairs() -> None:
         "logps/chosen": -14.0,
         "logps/rejected": -21.0,
     }
+
+
+def test_without_a_reference_rewards_are_log_probabilities_per_token() -> None:
+    # 0.5 * -10 / 4 = -1.25 and 0.5 * -20 / 5 = -2
+    sums = pair_metric_sums(torch.tensor([1.0]), pair(-10.0, -20.0), None, beta=0.5)
+    found = dict(zip(PAIR_METRICS, sums.tolist(), strict=True))
+    assert (found["rewards/chosen"], found["rewards/rejected"], found["rewards/margins"]) == (-1.25, -2.0, 0.75)
+    assert found["rewards/accuracies"] == 1.0
