@@ -107,7 +107,7 @@ class ModelConfig(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype. Master weights, gradient reduction and log-probabilities are float32 always."""
     attention: Literal["auto", "sdpa"] = "auto"
-    """Attention kernel; auto takes sdpa."""
+    """auto: torch's flash kernel on each pair of a packed row. sdpa: the same by a mask over the whole row; slow."""
     chat_template: str | None = None
     """Path of a Jinja chat template that replaces the tokenizer's own; needed for models without one."""
     lora: None = None
@@ -213,9 +213,9 @@ class OptimConfig(Section):
     pairs_per_step: int = Field(32, ge=1)
     """Pairs in one optimizer step over all workers."""
     tokens_per_micro_batch: int = Field(4096, ge=1)
-    """Most tokens, padding included, one worker runs at a time; a longer single pair runs alone."""
+    """Most tokens one worker runs at a time; a longer single pair runs alone."""
     layout: Literal["shared", "plain"] = "shared"
-    """shared: a pair is one row and its prompt runs once. plain: chosen and rejected are rows of their own."""
+    """shared: the prompt of a pair runs once. plain: it runs for chosen and rejected each; slower, to compare with."""
 
 
 class ShardConfig(Section):

@@ -11,15 +11,35 @@ from typing import Protocol
 
 import numpy as np
 
-from dpo_ray.data.packing import Layout, Rows, build_rows, deal
+from dpo_ray.data.packing import Layout, PackedRow, attended, build_row, deal, row_tokens
 from dpo_ray.types import TokenPair
 
 
 class PairSource(Protocol):
     """Pairs by index: a PairStore, or the pairs of a round."""
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n, 3) tokens of prompt, chosen and rejected: what is needed to plan a step without reading its pairs."""
+        ...
+
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> TokenPair: ...
+
+
+class PairList:
+    """A PairSource of pairs in memory."""
+
+    def __init__(self, pairs: Sequence[TokenPair]) -> None:
+        self.pairs = tuple(pairs)
+        lengths = [(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in self.pairs]
+        self.lengths = np.array(lengths, np.int64).reshape(-1, 3)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> TokenPair:
+        return self.pairs[index]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +47,8 @@ class MicroBatch:
     """What one rank runs at once."""
 
     pairs: tuple[int, ...]
-    """Indices into the pair source, in the order of the rows' sequences."""
-    rows: Rows
+    """Indices into the pair source, in the order of the row's sequences."""
+    row: PackedRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +63,8 @@ class StepBatch:
     """Real tokens of the step over all ranks; a shared prompt counts once."""
     epoch: float
     """Passes over the data completed when the step is done."""
+    idle: float
+    """Share of the ranks' time spent waiting for a rank with more to do, as planned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,26 +74,26 @@ class BatchShape:
     rank: int
     ranks: int
     tokens_per_micro_batch: int
+    attention_cost: float
+    """Time of one attended pair of tokens over that of one token's matrix products."""
     layout: Layout = "shared"
 
 
-def micro_batches(source: PairSource, pairs: Sequence[int], shape: BatchShape) -> tuple[MicroBatch, ...]:
-    """This rank's micro-batches of ``pairs``."""
-    chosen = [source[i] for i in pairs]
-    copies = 1 if shape.layout == "shared" else 2
-    budget = max(1, shape.tokens_per_micro_batch // copies)
-    lengths = np.array([_row_length(pair, shape.layout) for pair in chosen], np.int64)
-    mine = deal(lengths, ranks=shape.ranks, tokens_per_micro_batch=budget)[shape.rank]
-    return tuple(
-        MicroBatch(tuple(pairs[i] for i in batch), build_rows([chosen[i] for i in batch], shape.layout))
-        for batch in mine
+def micro_batches(
+    source: PairSource, pairs: Sequence[int], shape: BatchShape
+) -> tuple[tuple[MicroBatch, ...], np.ndarray, float]:
+    """This rank's micro-batches of ``pairs``, the lengths of all of them (as in PairSource), and the idle share."""
+    lengths = np.asarray(source.lengths[list(pairs)])
+    tokens = row_tokens(lengths, shape.layout)
+    dealt = deal(
+        tokens,
+        tokens + shape.attention_cost * attended(lengths),
+        ranks=shape.ranks,
+        tokens_per_micro_batch=shape.tokens_per_micro_batch,
     )
-
-
-def _row_length(pair: TokenPair, layout: Layout) -> int:
-    if layout == "shared":
-        return pair.tokens
-    return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
+    mine = (tuple(pairs[i] for i in batch) for batch in dealt.shares[shape.rank])
+    batches = tuple(MicroBatch(batch, build_row([source[i] for i in batch], shape.layout)) for batch in mine)
+    return batches, lengths, dealt.idle
 
 
 @functools.lru_cache(maxsize=2)
@@ -112,9 +134,5 @@ class PairLoader:
         order = epoch_order(len(self.source), seed=self.seed, epoch=epoch, shuffle=self.shuffle)
         pairs = tuple(int(i) for i in order[start : start + self.pairs_per_step])
         self.consumed += len(pairs)
-        return StepBatch(
-            micro_batches(self.source, pairs, self.shape),
-            pairs,
-            tokens=sum(self.source[i].tokens for i in pairs),
-            epoch=self.consumed / len(self.source),
-        )
+        micros, lengths, idle = micro_batches(self.source, pairs, self.shape)
+        return StepBatch(micros, pairs, int(lengths.sum()), self.consumed / len(self.source), idle)

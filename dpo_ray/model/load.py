@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import cached_file
 
 from dpo_ray.config.schema import ModelConfig
+from dpo_ray.model.attention import use_packed_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -34,13 +35,13 @@ def build_model(model: ModelConfig, *, with_weights: bool, dtype: torch.dtype = 
         dtype: of the parameters.
 
     Raises:
-        ValueError: the model cannot be read, or attends in a way that shared rows cannot express.
+        ValueError: the model cannot be read, or attends in a way that packed rows cannot express.
     """
     config = read_model_config(model.path)
     for name, value in vars(config).items():
         if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
             setattr(config, name, 0.0)
-    attention = "sdpa" if model.attention == "auto" else model.attention
+    attention = use_packed_attention() if model.attention == "auto" else model.attention
     if with_weights:
         built = AutoModelForCausalLM.from_pretrained(
             model.path, config=config, dtype=dtype, attn_implementation=attention
@@ -70,7 +71,7 @@ def read_model_config(path: str) -> "PreTrainedConfig":
     if kinds != {"full_attention"}:
         raise ValueError(
             f"model.path: {path!r} has layers of {', '.join(sorted(kinds))}; "
-            "only full_attention can be trained in shared rows"
+            "only full_attention can be trained in packed rows"
         )
     return config
 

@@ -41,9 +41,9 @@ def cached_reference(logps: np.ndarray) -> Reference:
     """
 
     def reference(batch: MicroBatch) -> PairLogps:
-        rows = torch.from_numpy(logps[list(batch.pairs)].astype(np.float32)).to(batch.rows.labels.device)  # (B, 2)
-        lengths = batch.rows.lengths
-        return PairLogps(rows[:, 0], rows[:, 1], lengths[0::2], lengths[1::2])
+        lengths = batch.row.lengths
+        held = torch.from_numpy(logps[list(batch.pairs)].astype(np.float32)).to(lengths.device)  # (B, 2)
+        return PairLogps(held[:, 0], held[:, 1], lengths[0::2], lengths[1::2])
 
     return reference
 
@@ -53,7 +53,7 @@ def live_reference(frozen: Scorer) -> Reference:
 
     @torch.no_grad()
     def reference(batch: MicroBatch) -> PairLogps:
-        return pair_logps(frozen, batch.rows)
+        return pair_logps(frozen, batch.row)
 
     return reference
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dpo_ray.data.packing import Rows, attention_mask
+from dpo_ray.data.packing import PackedRow, attention_mask
+from dpo_ray.model.attention import PACKED
 from dpo_ray.objective.logps import (
     LogitTransform,
     PairLogps,
@@ -35,6 +36,7 @@ class Scorer(nn.Module):
         super().__init__()
         self.model = model
         self.transform = logit_transform(model.config)
+        self.packed = model.config._attn_implementation == PACKED
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -42,43 +44,41 @@ class Scorer(nn.Module):
         decoder: Any = self.model.get_decoder()
         return decoder.layers
 
-    def forward(self, rows: Rows, with_squares: bool = False) -> TokenScores:
-        """Log-probability of every completion token, in the order of ``rows.labels``.
+    def forward(self, row: PackedRow, with_squares: bool = False) -> TokenScores:
+        """Log-probability of every completion token, in the order of ``row.labels``.
 
         Args:
-            rows: one micro-batch.
+            row: one micro-batch.
             with_squares: also give the sums of squared probabilities, for WPO weights.
         """
+        attention = {"spans": row.spans} if self.packed else {"attention_mask": attention_mask(row)}
         hidden = self.model.get_decoder()(
-            input_ids=rows.input_ids,
-            attention_mask=attention_mask(rows),
-            position_ids=rows.position_ids,
-            use_cache=False,
-        ).last_hidden_state  # (R, T, D)
+            input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False, **attention
+        ).last_hidden_state  # (1, T, D)
         head = self.model.get_output_embeddings()
         assert head is not None
         return token_logps(
-            hidden.flatten(0, 1)[rows.source],
+            hidden[0, row.source],
             head.weight,
-            rows.labels,
+            row.labels,
             bias=getattr(head, "bias", None),
             transform=self.transform,
             with_squares=with_squares,
         )
 
 
-def pair_logps(scorer: nn.Module, rows: Rows, *, weighting: Literal["none", "wpo"] = "none") -> PairLogps:
-    """Summed log-probabilities of the pairs in ``rows``, and with ``wpo`` the weights of the pairs."""
-    scores = scorer(rows, weighting == "wpo")
-    sums = sequence_sums(scores.logps, rows.sequence, rows.lengths.numel())
-    weights = wpo_weights(scores, rows.sequence, rows.lengths) if weighting == "wpo" else None
-    return as_pairs(sums, rows.lengths, weights)
+def pair_logps(scorer: nn.Module, row: PackedRow, *, weighting: Literal["none", "wpo"] = "none") -> PairLogps:
+    """Summed log-probabilities of the pairs in ``row``, and with ``wpo`` the weights of the pairs."""
+    scores = scorer(row, weighting == "wpo")
+    sums = sequence_sums(scores.logps, row.sequence, row.lengths.numel())
+    weights = wpo_weights(scores, row.sequence, row.lengths) if weighting == "wpo" else None
+    return as_pairs(sums, row.lengths, weights)
 
 
 @torch.no_grad()
-def sample_logps(scorer: nn.Module, rows: Rows) -> Tensor:
+def sample_logps(scorer: nn.Module, row: PackedRow) -> Tensor:
     """(S,) summed log-probabilities of single completions, nats, float32."""
-    return sequence_sums(scorer(rows).logps, rows.sequence, rows.lengths.numel())
+    return sequence_sums(scorer(row).logps, row.sequence, row.lengths.numel())
 
 
 def logit_transform(config: object) -> LogitTransform:

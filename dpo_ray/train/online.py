@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from dpo_ray.config.schema import Config
-from dpo_ray.data.loader import PairLoader
-from dpo_ray.data.packing import build_sample_rows
+from dpo_ray.data.loader import PairList, PairLoader
+from dpo_ray.data.packing import build_sample_row
 from dpo_ray.model.export import export_policy, named_weights
 from dpo_ray.model.reference import Reference, cached_reference, live_reference, no_reference
 from dpo_ray.model.scorer import Scorer
@@ -28,7 +28,7 @@ from dpo_ray.train.optim import learning_rate
 from dpo_ray.train.setup import Setup, frozen_copy, score, score_samples, set_up
 from dpo_ray.train.state import TrainState
 from dpo_ray.train.step import dpo_step
-from dpo_ray.types import Metrics, RoundData, TokenPair, TokenSample
+from dpo_ray.types import Metrics, RoundData, TokenSample
 
 logger = logging.getLogger(__name__)
 
@@ -114,9 +114,9 @@ def train_online(
 
 def _train_on(t: Setup, data: RoundData, frozen: Scorer | None, state: TrainState, reporter: Reporter) -> Metrics:
     """Train on a round's pairs. Reports every step but the last, whose metrics it returns for the round's own line."""
-    online, pairs = t.config.online, data.pairs
+    online, pairs = t.config.online, PairList(data.pairs)
     assert online is not None
-    if not pairs:
+    if not len(pairs):
         logger.warning("round %d has no pairs: every group was dropped", data.index)
         return {"step": state.step}
     # Steps of equal size: a handful of pairs left over would make a step of its own, as large as the rest and noisier.
@@ -144,7 +144,7 @@ def _train_on(t: Setup, data: RoundData, frozen: Scorer | None, state: TrainStat
     return metrics
 
 
-def _round_reference(t: Setup, pairs: Sequence[TokenPair], frozen: Scorer | None) -> Reference:
+def _round_reference(t: Setup, pairs: PairList, frozen: Scorer | None) -> Reference:
     """The frozen copy where there is one; else, with ``refresh: round``, the policy as the round begins."""
     if frozen is not None:
         return live_reference(frozen)
@@ -163,8 +163,8 @@ def _kl(t: Setup, frozen: Scorer | None, samples: Sequence[TokenSample]) -> Metr
 def _probe(t: Setup) -> tuple[list[int], list[float]]:
     """A fixed text's tokens, and their log-probabilities after the first under the policy, nats."""
     tokens = t.tokenizer(PROBE_TEXT)["input_ids"][: t.config.max_model_len - 1]
-    rows = build_sample_rows([TokenSample(tuple(tokens[:1]), tuple(tokens[1:]))]).to(t.device)
+    row = build_sample_row([TokenSample(tuple(tokens[:1]), tuple(tokens[1:]))]).to(t.device)
     with torch.no_grad():
-        logps = t.policy(rows).logps.tolist()
+        logps = t.policy(row).logps.tolist()
     release_gathered(t.policy)
     return tokens, logps

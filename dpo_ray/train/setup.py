@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_ray.config.schema import Config
 from dpo_ray.data.loader import BatchShape, PairSource, micro_batches
-from dpo_ray.data.packing import build_sample_rows, deal
+from dpo_ray.data.packing import build_sample_row, deal
 from dpo_ray.data.tokenize import load_tokenizer
 from dpo_ray.model.load import weights_digest
 from dpo_ray.model.reference import (
@@ -36,7 +36,7 @@ from dpo_ray.types import TokenSample
 logger = logging.getLogger(__name__)
 
 SCORING_BLOCK = 512
-"""Pairs whose rows are bucketed by length and shared out together."""
+"""Pairs that are shared out together."""
 CACHE_WAIT_S = 6 * 3600.0
 """Longest wait for another run that scores the same reference."""
 CACHE_POLL_S = 0.5
@@ -60,7 +60,9 @@ class Setup:
     def batch_shape(self) -> BatchShape:
         """How steps are cut for this rank."""
         optim = self.config.optim
-        return BatchShape(self.rank, self.ranks, optim.tokens_per_micro_batch, optim.layout)
+        # A token meets about 24 h^2 multiplications and additions a layer in matrix products, an attended pair 4 h.
+        attention_cost = 1 / (6 * self.policy.model.config.hidden_size)
+        return BatchShape(self.rank, self.ranks, optim.tokens_per_micro_batch, attention_cost, optim.layout)
 
 
 def set_up(config: Config, device: torch.device) -> Setup:
@@ -119,13 +121,13 @@ def score(t: Setup, source: PairSource, pairs: Sequence[int], progress: Progress
         (len(pairs), 2) float64, chosen and rejected, nats; the same on every rank.
     """
     position = {pair: at for at, pair in enumerate(pairs)}
-    by_length = sorted(pairs, key=lambda i: source[i].tokens)
     logps = torch.zeros(len(pairs), 2, dtype=torch.float64)
     done = 0
     for start in range(0, len(pairs), SCORING_BLOCK):
-        for batch in micro_batches(source, by_length[start : start + SCORING_BLOCK], t.batch_shape):
+        batches, *_ = micro_batches(source, pairs[start : start + SCORING_BLOCK], t.batch_shape)
+        for batch in batches:
             with torch.no_grad():
-                scored = pair_logps(t.policy, batch.rows.to(t.device))
+                scored = pair_logps(t.policy, batch.row.to(t.device))
             at = [position[pair] for pair in batch.pairs]
             logps[at] = torch.stack((scored.chosen, scored.rejected), 1).double().cpu()
             done = min(len(pairs), done + t.ranks * len(batch.pairs))
@@ -139,10 +141,11 @@ def score(t: Setup, source: PairSource, pairs: Sequence[int], progress: Progress
 def score_samples(t: Setup, scorer: Scorer, samples: Sequence[TokenSample]) -> np.ndarray:
     """(len(samples),) log-probabilities of single completions under ``scorer``, nats; the same on every rank."""
     logps = torch.zeros(len(samples), dtype=torch.float64)
-    lengths = np.array([len(s.prompt) + len(s.completion) for s in samples], np.int64)
-    shares = deal(lengths, ranks=t.ranks, tokens_per_micro_batch=t.config.optim.tokens_per_micro_batch)
-    for batch in shares[t.rank]:
-        scored = sample_logps(scorer, build_sample_rows([samples[i] for i in batch]).to(t.device))
+    tokens = np.array([len(s.prompt) + len(s.completion) for s in samples], np.int64)
+    costs = tokens + t.batch_shape.attention_cost * tokens**2 / 2
+    dealt = deal(tokens, costs, ranks=t.ranks, tokens_per_micro_batch=t.config.optim.tokens_per_micro_batch)
+    for batch in dealt.shares[t.rank]:
+        scored = sample_logps(scorer, build_sample_row([samples[i] for i in batch]).to(t.device))
         logps[list(batch)] = scored.double().cpu()
     if scorer is t.policy:
         release_gathered(scorer)
@@ -153,7 +156,7 @@ def score_samples(t: Setup, scorer: Scorer, samples: Sequence[TokenSample]) -> n
 
 def _cached_logps(t: Setup, source: PairSource, progress: Progress) -> tuple[np.ndarray, str]:
     digest = _from_first(t, lambda: weights_digest(t.config.model.path))
-    numerics = f"{t.config.model.dtype}-{t.device.type}-{t.config.model.attention}"
+    numerics = f"{t.config.model.dtype}-{t.device.type}-{t.policy.model.config._attn_implementation}"
     store = ReferenceStore(t.config.reference.cache_path / "reference" / store_digest(digest, numerics))
     keys = entry_keys(source) if t.rank == 0 else np.empty(0)
     known = _from_first(t, lambda: store.lookup(keys))

@@ -50,6 +50,7 @@ def dpo_step(t: Setup, batch: StepBatch, reference: Reference, *, lr: float) -> 
         "perf/pairs_per_s": len(batch.pairs) / seconds,
         "perf/tokens_per_s": batch.tokens / seconds,
         "perf/step_s": seconds,
+        "perf/idle": batch.idle,
     }
 
 
@@ -68,8 +69,8 @@ def evaluate_pairs(t: Setup, batches: Iterable[StepBatch], reference: Reference)
 
 
 def _pair_losses(t: Setup, micro: MicroBatch, reference: Reference) -> tuple[Tensor, Tensor]:
-    micro = MicroBatch(micro.pairs, micro.rows.to(t.device))
-    policy = pair_logps(t.policy, micro.rows, weighting=t.config.loss.weighting)
+    micro = MicroBatch(micro.pairs, micro.row.to(t.device))
+    policy = pair_logps(t.policy, micro.row, weighting=t.config.loss.weighting)
     held = reference(micro)
     losses = t.pair_loss(policy, held)
     return losses, pair_metric_sums(losses, policy, held, t.config.loss.beta)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dpo_ray.config.schema import ModelConfig
-from dpo_ray.data.packing import Layout, build_rows
+from dpo_ray.data.packing import Layout, build_row
 from dpo_ray.data.tokenize import load_tokenizer, render_prompt
 from dpo_ray.model.load import build_model
 from dpo_ray.model.package import unpack_smollm2
@@ -40,7 +40,7 @@ def pairs(smollm2: Path) -> list[TokenPair]:
 
 def gradients(scorer: Scorer, pairs: list[TokenPair], layout: Layout) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     scorer.zero_grad()
-    logps = pair_logps(scorer, build_rows(pairs, layout))
+    logps = pair_logps(scorer, build_row(pairs, layout))
     torch.nn.functional.logsigmoid(0.1 * (logps.chosen - logps.rejected)).mean().backward()
     found = {
         name: parameter.grad.clone() for name, parameter in scorer.named_parameters() if parameter.grad is not None
@@ -62,6 +62,6 @@ def test_bfloat16_logps_are_within_a_hundredth_of_float32(smollm2: Path, pairs: 
     for dtype in (torch.float32, torch.bfloat16):
         scorer = Scorer(build_model(ModelConfig(path=str(smollm2)), with_weights=True, dtype=dtype))
         with torch.no_grad():
-            found = pair_logps(scorer, build_rows(pairs, "shared"))
+            found = pair_logps(scorer, build_row(pairs, "shared"))
         logps[dtype] = torch.stack((found.chosen, found.rejected))
     assert ((logps[torch.bfloat16] - logps[torch.float32]).abs() / logps[torch.float32].abs()).max() < 1e-2

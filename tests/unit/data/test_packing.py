@@ -1,93 +1,107 @@
 """Rows, masks and the sharing of work."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
 
-from dpo_ray.data.loader import BatchShape, PairLoader, epoch_order
-from dpo_ray.data.packing import attention_mask, build_rows, build_sample_rows, deal
+from dpo_ray.data.loader import BatchShape, PairList, PairLoader, epoch_order
+from dpo_ray.data.packing import attended, attention_mask, build_row, build_sample_row, deal, row_tokens
 from dpo_ray.types import TokenPair, TokenSample
 
 PAIR = TokenPair(prompt=(1, 2), chosen=(3, 4), rejected=(5,))
 
 
 def test_a_shared_row_holds_the_prompt_once_and_both_completions_restart_after_it() -> None:
-    rows = build_rows([PAIR], "shared")
-    assert rows.input_ids.tolist() == [[1, 2, 3, 4, 5]]
-    assert rows.position_ids.tolist() == [[0, 1, 2, 3, 2]]
-    assert rows.labels.tolist() == [3, 4, 5]
-    assert rows.source.tolist() == [1, 2, 1], "the last prompt token predicts the first token of both completions"
-    assert rows.sequence.tolist() == [0, 0, 1]
-    assert rows.lengths.tolist() == [2, 1]
+    row = build_row([PAIR, TokenPair((6,), (7,), (8, 9))], "shared")
+    assert row.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
+    assert row.position_ids.tolist() == [[0, 1, 2, 3, 2, 0, 1, 1, 2]]
+    assert row.spans == ((2, 2, 1), (1, 1, 2))
+    assert row.labels.tolist() == [3, 4, 5, 7, 8, 9]
+    assert row.source.tolist() == [1, 2, 1, 5, 5, 7], "the last prompt token predicts the first of both completions"
+    assert row.sequence.tolist() == [0, 0, 1, 2, 3, 3]
+    assert row.lengths.tolist() == [2, 1, 1, 2]
 
 
-def test_the_rejected_completion_sees_the_prompt_and_itself_but_not_the_chosen_one() -> None:
-    mask = attention_mask(build_rows([PAIR], "shared"))[0, 0].int().tolist()
+def test_a_completion_sees_its_prompt_and_itself_and_nothing_else() -> None:
+    mask = attention_mask(build_row([PAIR, TokenPair((6,), (7,), (8,))], "shared"))[0, 0].int().tolist()
     assert mask == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 0],
-        [1, 1, 0, 0, 1],
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 1, 0, 1],
     ]
 
 
-def test_padding_attends_to_something_and_nothing_attends_to_padding() -> None:
-    mask = attention_mask(build_rows([PAIR, TokenPair((1,), (2,), (3,))], "shared"))
-    assert mask.any(-1).all()
-    assert not mask[1, 0, :3, 3:].any()
-
-
 def test_plain_rows_repeat_the_prompt_before_each_completion() -> None:
-    rows = build_rows([PAIR], "plain")
-    assert rows.input_ids.tolist() == [[1, 2, 3, 4], [1, 2, 5, 0]]
-    assert rows.labels.tolist() == [3, 4, 5]
-    assert rows.source.tolist() == [1, 2, 5]
+    row = build_row([PAIR], "plain")
+    assert row.input_ids.tolist() == [[1, 2, 3, 4, 1, 2, 5]]
+    assert row.spans == ((2, 2, 0), (2, 1, 0))
+    assert row.labels.tolist() == [3, 4, 5]
+    assert row.source.tolist() == [1, 2, 5]
 
 
 def test_sample_rows_hold_one_sequence_each() -> None:
-    rows = build_sample_rows([TokenSample((1,), (2, 3)), TokenSample((4, 5), (6,))])
-    assert rows.lengths.tolist() == [2, 1]
-    assert rows.sequence.tolist() == [0, 0, 1]
+    row = build_sample_row([TokenSample((1,), (2, 3)), TokenSample((4, 5), (6,))])
+    assert row.lengths.tolist() == [2, 1]
+    assert row.sequence.tolist() == [0, 0, 1]
+    assert row.spans == ((1, 2, 0), (2, 1, 0))
+
+
+def test_lengths_give_the_tokens_of_both_layouts_and_what_attends_to_what() -> None:
+    lengths = np.array([[2, 2, 1]])
+    assert row_tokens(lengths, "shared").tolist() == [5]
+    assert row_tokens(lengths, "plain").tolist() == [7]
+    # prompt 2 * 2 / 2, chosen 2 * (2 + 1), rejected 1 * (2 + 1/2)
+    assert attended(lengths).tolist() == [2 + 6 + 2.5]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-@pytest.mark.parametrize("rows", [0, 1, 4, 29])
-def test_every_row_is_dealt_once_and_every_rank_gets_as_many_micro_batches(ranks: int, rows: int) -> None:
-    lengths = np.random.default_rng(rows).integers(1, 200, rows)
-    dealt = deal(lengths, ranks=ranks, tokens_per_micro_batch=400)
-    assert len(dealt) == ranks
-    assert len({len(mine) for mine in dealt}) == 1
-    assert sorted(row for mine in dealt for batch in mine for row in batch) == list(range(rows))
-    for mine in dealt:
-        for batch in mine:
-            assert len(batch) <= 1 or len(batch) * max(lengths[list(batch)]) <= 400
+@pytest.mark.parametrize("items", [0, 1, 4, 29])
+def test_every_item_is_dealt_once_and_every_rank_gets_as_many_micro_batches(ranks: int, items: int) -> None:
+    tokens = np.random.default_rng(items).integers(1, 500, items)
+    shares = deal(tokens, tokens, ranks=ranks, tokens_per_micro_batch=400).shares
+    assert len(shares) == ranks
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(item for share in shares for batch in share for item in batch) == list(range(items))
+    for share in shares:
+        for batch in share:
+            assert len(batch) <= 1 or tokens[list(batch)].sum() <= 400
 
 
-def area(batch: tuple[int, ...], lengths: np.ndarray) -> int:
-    return len(batch) * int(max(lengths[list(batch)], default=0))
+@pytest.mark.parametrize(("items", "ranks"), [(64, 4), (12, 2), (31, 2), (64, 8)])
+def test_ranks_get_near_equal_work(items: int, ranks: int) -> None:
+    tokens = np.random.default_rng(0).integers(50, 800, items)
+    costs = tokens + tokens.astype(float) ** 2 / 3000
+    dealt = deal(tokens, costs, ranks=ranks, tokens_per_micro_batch=4096)
+    work = [[costs[list(batch)].sum() for batch in share] for share in dealt.shares]
+    slowest = sum(max(turn) for turn in zip(*work, strict=True)) * ranks
+    assert dealt.idle == pytest.approx(1 - costs.sum() / slowest)
+    assert dealt.idle < 0.1
 
 
-@pytest.mark.parametrize(("rows", "ranks"), [(64, 4), (12, 2), (31, 2), (64, 8)])
-def test_ranks_get_near_equal_work(rows: int, ranks: int) -> None:
-    lengths = np.random.default_rng(0).integers(120, 220, rows)
-    dealt = deal(lengths, ranks=ranks, tokens_per_micro_batch=2048)
-    work = [sum(area(batch, lengths) for batch in mine) for mine in dealt]
-    assert max(work) / min(work) < 1.25
-    assert max(work) * ranks / lengths.sum() < 1.25, "padding and the slowest rank together"
+def test_micro_batches_are_filled_to_the_token_limit() -> None:
+    tokens = np.random.default_rng(0).integers(50, 800, 64)
+    (share,) = deal(tokens, tokens, ranks=1, tokens_per_micro_batch=4096).shares
+    assert len(share) == -(-tokens.sum() // 4096), "as few as all of the tokens need"
 
 
-def test_length_buckets_leave_little_padding() -> None:
-    # Unsorted, rows of 50 to 800 tokens would be padded to the longest of their batch: about 800 / 425 = 1.9 times.
-    lengths = np.random.default_rng(0).integers(50, 800, 64)
-    (batches,) = deal(lengths, ranks=1, tokens_per_micro_batch=4096)
-    assert sum(area(batch, lengths) for batch in batches) / lengths.sum() < 1.15
+def test_a_large_step_is_dealt_in_milliseconds() -> None:
+    tokens = np.random.default_rng(0).integers(50, 4000, 4096)
+    started = time.perf_counter()
+    deal(tokens, tokens, ranks=256, tokens_per_micro_batch=8192)
+    assert time.perf_counter() - started < 0.5
 
 
 def loader(pairs: int, consumed: int = 0, **changes: int | bool) -> PairLoader:
-    source = [TokenPair((i + 1,), (1,), (2,)) for i in range(pairs)]
+    source = PairList([TokenPair((i + 1,), (1,), (2,)) for i in range(pairs)])
     settings = {"pairs_per_step": 4, "seed": 3, "shuffle": True} | changes
-    return PairLoader(source, BatchShape(0, 1, 64), consumed=consumed, **settings)  # type: ignore[arg-type]
+    return PairLoader(source, BatchShape(0, 1, 64, 0.001), consumed=consumed, **settings)  # type: ignore[arg-type]
 
 
 def test_an_epoch_holds_every_pair_once_and_its_last_step_takes_what_is_left() -> None:
@@ -118,6 +132,6 @@ def test_without_shuffling_pairs_keep_the_order_of_the_file() -> None:
 
 
 def test_both_layouts_carry_the_same_labels() -> None:
-    shared, plain = (build_rows([PAIR, TokenPair((9,), (8, 7), (6, 5, 4))], layout) for layout in ("shared", "plain"))
+    shared, plain = (build_row([PAIR, TokenPair((9,), (8, 7), (6, 5, 4))], layout) for layout in ("shared", "plain"))
     assert torch.equal(shared.labels, plain.labels)
     assert torch.equal(shared.sequence, plain.sequence)

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dpo_ray.config.schema import ModelConfig
-from dpo_ray.data.packing import Layout, build_rows
+from dpo_ray.data.packing import Layout, build_row
 from dpo_ray.model.load import build_model, read_model_config, weights_digest
 from dpo_ray.model.scorer import Scorer, pair_logps
 from dpo_ray.types import TokenPair
@@ -29,16 +30,19 @@ def exact_logp(model: torch.nn.Module, prompt: tuple[int, ...], completion: tupl
     return logps[len(prompt) - 1 :].sum()
 
 
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
 @pytest.mark.parametrize("layout", ["shared", "plain"])
-def test_logps_and_gradients_are_those_of_separate_float64_forwards(tiny_model: Path, layout: Layout) -> None:
+def test_logps_and_gradients_are_those_of_separate_float64_forwards(
+    tiny_model: Path, layout: Layout, attention: Literal["auto", "sdpa"]
+) -> None:
     pairs = ragged_pairs(7)
     exact = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
     chosen = torch.stack([exact_logp(exact, pair.prompt, pair.chosen) for pair in pairs])
     rejected = torch.stack([exact_logp(exact, pair.prompt, pair.rejected) for pair in pairs])
     torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).sum().backward()
 
-    scorer = Scorer(build_model(ModelConfig(path=str(tiny_model)), with_weights=True))
-    found = pair_logps(scorer, build_rows(pairs, layout))
+    scorer = Scorer(build_model(ModelConfig(path=str(tiny_model), attention=attention), with_weights=True))
+    found = pair_logps(scorer, build_row(pairs, layout))
     torch.nn.functional.logsigmoid(0.1 * (found.chosen - found.rejected)).sum().backward()
 
     assert (found.chosen - chosen).abs().max() < 1e-4
@@ -51,7 +55,7 @@ def test_logps_and_gradients_are_those_of_separate_float64_forwards(tiny_model: 
 
 def test_an_empty_micro_batch_scores_nothing_and_still_runs(tiny_model: Path) -> None:
     scorer = Scorer(build_model(ModelConfig(path=str(tiny_model)), with_weights=True))
-    logps = pair_logps(scorer, build_rows([], "shared"))
+    logps = pair_logps(scorer, build_row([], "shared"))
     (logps.chosen.sum() + logps.rejected.sum()).backward()
     assert logps.chosen.shape == (0,)
 
