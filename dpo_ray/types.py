@@ -103,3 +103,13 @@ class RoundData:
 
 Metrics = dict[str, Any]
 """One line of metrics.jsonl."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a training loop ended."""
+
+    metrics: Metrics
+    """The last evaluation, or the last step."""
+    stopped_at: str | None = None
+    """Where it stopped because it was asked to, such as ``step 12 of 40``; None at the end of the run."""

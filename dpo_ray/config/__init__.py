@@ -6,9 +6,9 @@ from dpo_ray.config.load import (
     load_config,
     override,
     parse_overrides,
-    with_absolute_paths,
     write_config,
 )
+from dpo_ray.config.paths import with_absolute_paths
 from dpo_ray.config.schema import Component, Config
 
 __all__ = [

@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
+from dpo_ray.config.paths import refuse_missing
 from dpo_ray.config.schema import Config, Section
 
 
@@ -111,35 +112,11 @@ def first_difference(written: Mapping[str, Any], config: Config) -> str | None:
     return None
 
 
-def with_absolute_paths(config: Config) -> Config:
-    """``config`` with every local path made absolute, so that it means the same in every process.
-
-    What does not exist here under a relative path is left as it is: it may be the name of a hub model or dataset.
-    """
-
-    def absolute(path: str) -> str:
-        return str(Path(path).expanduser().absolute()) if Path(path).expanduser().exists() else path
-
-    paths: dict[str, Any] = {
-        "run.dir": str(Path(config.run.dir).expanduser().absolute()),
-        "model.path": absolute(config.model.path),
-        "reference.cache_dir": str(config.reference.cache_path.absolute()),
-        "data.train": [absolute(path) for path in config.data.train],
-        "data.eval": [absolute(path) for path in config.data.eval],
-    }
-    if config.model.chat_template is not None:
-        paths["model.chat_template"] = absolute(config.model.chat_template)
-    if config.online is not None:
-        paths["online.prompts"] = [absolute(path) for path in config.online.prompts]
-        paths["online.eval_prompts"] = [absolute(path) for path in config.online.eval_prompts]
-    return override(config, paths)
-
-
 def config_from_argv(usage: str, argv: Sequence[str] | None = None) -> Config:
     """The configuration a command line describes: ``CONFIG.yaml [key=value ...]``.
 
     Prints every key for ``--help``. Ends the process with exit code 2 and a message when the configuration cannot be
-    used.
+    used or names a file that is not there.
 
     Args:
         usage: the command's own description, printed above the keys.
@@ -149,8 +126,10 @@ def config_from_argv(usage: str, argv: Sequence[str] | None = None) -> Config:
         print(f"{usage.strip()}\n\nKeys (key: type = default):\n\n{help_text()}")
         raise SystemExit(0 if arguments else 2)
     try:
-        return load_config(arguments[0], parse_overrides(arguments[1:]))
-    except ConfigError as error:
+        config = load_config(arguments[0], parse_overrides(arguments[1:]))
+        refuse_missing(config)
+        return config
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

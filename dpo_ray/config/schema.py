@@ -79,7 +79,11 @@ class RunConfig(Section):
     eval_every: int | None = Field(50, ge=1)
     """Steps between evaluations offline, rounds online; null evaluates at the start and the end only."""
     keep_checkpoints: int = Field(2, ge=1)
-    """How many checkpoints stay on disk."""
+    """How many of the newest checkpoints stay on disk."""
+    best_metric: str | None = None
+    """A metric of evaluations, such as eval/rewards/accuracies; the checkpoint where it was best stays as well."""
+    best_mode: Literal["max", "min"] = "max"
+    """Whether a larger or a smaller run.best_metric is better."""
     export: bool = True
     """Write the final policy as a Hugging Face directory, policy/."""
 
@@ -210,6 +214,8 @@ class OptimConfig(Section):
     """AdamW's denominator offset."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this global norm."""
+    max_skipped_steps: int = Field(3, ge=0)
+    """Steps in a row whose loss or gradient is not finite and that are therefore skipped; one more ends the run."""
     pairs_per_step: int = Field(32, ge=1)
     """Pairs in one optimizer step over all workers."""
     tokens_per_micro_batch: int = Field(4096, ge=1)
@@ -252,6 +258,8 @@ class ClusterConfig(Section):
     """How often failed training workers are restarted from the last checkpoint before the run fails."""
     start_timeout_s: float = Field(300.0, gt=0)
     """Longest wait for workers and engines to start."""
+    stop_timeout_s: float = Field(120.0, gt=0)
+    """Longest wait, after Ctrl-C or SIGTERM, for the run to reach a place it can go on from and write a checkpoint."""
 
 
 class SamplingConfig(Section):

@@ -25,13 +25,21 @@ class PairSource(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> TokenPair: ...
+    def name_of(self, index: int, /) -> str:
+        """Where a person finds the pair."""
+        ...
 
 
 class PairList:
-    """A PairSource of pairs in memory."""
+    """A PairSource of pairs in memory.
 
-    def __init__(self, pairs: Sequence[TokenPair]) -> None:
-        self.pairs = tuple(pairs)
+    Args:
+        pairs: the pairs.
+        name: of them all, for messages.
+    """
+
+    def __init__(self, pairs: Sequence[TokenPair], name: str = "pairs") -> None:
+        self.pairs, self.name = tuple(pairs), name
         lengths = [(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in self.pairs]
         self.lengths = np.array(lengths, np.int64).reshape(-1, 3)
 
@@ -40,6 +48,10 @@ class PairList:
 
     def __getitem__(self, index: int) -> TokenPair:
         return self.pairs[index]
+
+    def name_of(self, index: int) -> str:
+        """The list's name and the position in it."""
+        return f"{self.name}[{index}]"
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,11 @@ class PairStore:
     def __iter__(self) -> Iterator[TokenPair]:
         return (self[index] for index in range(len(self)))
 
+    def name_of(self, index: int) -> str:
+        """Source and record number of a pair, as the data report names them."""
+        source, number = self.record_of(index)
+        return f"{source}:{number}"
+
     def record_of(self, index: int) -> tuple[str, int]:
         """The source and the record number a pair was read from."""
         source, number = self._origins[index].tolist()

@@ -83,7 +83,7 @@ def diagnose(record: RunRecord) -> list[Finding]:
 
 
 def values_are_finite(record: RunRecord) -> Finding | None:
-    """A NaN or infinite loss, gradient norm or reward ends all learning."""
+    """A step with a NaN or infinite loss or gradient is skipped; many of them end a run."""
     if not record.steps:
         return None
     watched = ("loss", "optim/grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
@@ -91,7 +91,7 @@ def values_are_finite(record: RunRecord) -> Finding | None:
         (line["step"], key)
         for line in record.steps
         for key in watched
-        if isinstance(line.get(key), float) and not math.isfinite(line[key])
+        if key in line and (line[key] is None or not math.isfinite(line[key]))
     ]
     if not broken:
         return Finding("ok", "All values are finite", f"No NaN or infinity in {_count(len(record.steps), 'step')}.")
@@ -101,8 +101,8 @@ def values_are_finite(record: RunRecord) -> Finding | None:
         "warning",
         "NaN or infinite values",
         f"{key} is first not a finite number at step {step}; {_count(steps, 'step')} of {len(record.steps)} affected. "
-        "Weights after that step are not to be trusted: go back to an earlier checkpoint, lower optim.lr, lengthen "
-        "optim.warmup_steps, and look at the pairs of that step for empty completions.",
+        "Steps whose loss or gradient is not finite are skipped; the workers' logs name their pairs. "
+        "Look at those, lower optim.lr or lengthen optim.warmup_steps.",
     )
 
 

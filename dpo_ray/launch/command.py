@@ -5,7 +5,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from dpo_ray.launch.workers import TrainingFailed
+from dpo_ray.launch.workers import Stopped, TrainingFailed
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -23,6 +23,9 @@ def run_command(command: Callable[..., Any], *arguments: Any) -> None:
     except TrainingFailed as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(FAILED) from None
+    except Stopped as error:
+        print(f"{error}; the same command goes on from there", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
     except (KeyboardInterrupt, SystemExit):
         print("interrupted; what was finished is kept, and the same run.name goes on from there", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None

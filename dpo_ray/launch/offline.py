@@ -19,7 +19,7 @@ from dpo_ray.launch.workers import make_run_dir, train_on_workers
 from dpo_ray.model.load import read_model_config
 from dpo_ray.objective.losses import build_loss
 from dpo_ray.train.offline import train_offline
-from dpo_ray.types import Metrics
+from dpo_ray.types import Ending, Metrics
 
 LOOP = f"{__name__}:loop"
 
@@ -79,7 +79,7 @@ def tell_data(config: Config, console: Console) -> None:
     (run_dir / "data.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
 
 
-def loop(config: Config, device: torch.device, reporter: RunReporter, handles: dict[str, Any]) -> Metrics:
+def loop(config: Config, device: torch.device, reporter: RunReporter, handles: dict[str, Any]) -> Ending:
     """What one rank runs."""
     pairs, held_out = open_pairs(config)
     return train_offline(config, pairs=pairs, held_out=held_out, device=device, reporter=reporter)

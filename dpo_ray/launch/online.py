@@ -28,7 +28,7 @@ from dpo_ray.rollout.selectors import build_selector
 from dpo_ray.sync import TRANSPORTS
 from dpo_ray.sync.base import WeightSync
 from dpo_ray.train.online import train_online
-from dpo_ray.types import Metrics, Prompt, RoundData, TokenSample
+from dpo_ray.types import Ending, Prompt, RoundData, TokenSample
 
 LOOP = f"{__name__}:loop"
 
@@ -157,7 +157,7 @@ class CoordinatorRounds:
             ray.get(self.coordinator.scored.remote(version, policy, reference))
 
 
-def loop(config: Config, device: torch.device, reporter: RunReporter, handles: dict[str, Any]) -> Metrics:
+def loop(config: Config, device: torch.device, reporter: RunReporter, handles: dict[str, Any]) -> Ending:
     """What one rank runs."""
     assert config.online is not None
     coordinator, rank = handles["coordinator"], ray.train.get_context().get_world_rank()

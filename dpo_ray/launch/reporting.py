@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -38,6 +39,7 @@ class StatusBoard:
     def __init__(self) -> None:
         self.status = Status()
         self.problem: str | None = None
+        self.stopping = False
 
     def give_up(self, problem: str) -> None:
         """Note an error after which the run must not be restarted; the first one counts."""
@@ -67,6 +69,14 @@ class StatusBoard:
         """The latest Status."""
         return self.status
 
+    def ask_to_stop(self) -> None:
+        """End the run at the next place where it can go on from."""
+        self.stopping = True
+
+    def stop_asked(self) -> bool:
+        """Whether the run should end early."""
+        return self.stopping
+
 
 class RunReporter:
     """The Reporter of the training loops, over the run directory, the status board and Ray Train.
@@ -80,6 +90,7 @@ class RunReporter:
 
     def __init__(self, run_dir: Path, board: Any, rank: int, *, to_train: bool) -> None:
         self.file, self.board, self.rank, self.to_train = run_dir / "metrics.jsonl", board, rank, to_train
+        self.question: Any = None
 
     def phase(self, name: str, done: int = 0, total: int = 0) -> None:
         """Post the phase."""
@@ -103,7 +114,7 @@ class RunReporter:
         """Append a line and post it."""
         if self.rank == 0:
             with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics) + "\n")
+                file.write(json.dumps({key: _finite(value) for key, value in metrics.items()}) + "\n")
             self.board.metrics.remote(metrics)
 
     def evaluation(self, metrics: Metrics) -> None:
@@ -111,6 +122,23 @@ class RunReporter:
         self.step(metrics)
         if self.to_train:
             ray.train.report(metrics)
+
+    def stop_asked(self) -> bool:
+        """What the board had said by now; asking it again never waits."""
+        if self.rank != 0:
+            return False
+        if self.question is None:
+            self.question = self.board.stop_asked.remote()
+        ready, _ = ray.wait([self.question], timeout=0)
+        if not ready:
+            return False
+        answer, self.question = ray.get(ready[0]), None
+        return answer
+
+
+def _finite(value: Any) -> Any:
+    """``value`` as JSON can hold it: NaN and infinity are null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _whole_lines(file: Path) -> list[Metrics]:

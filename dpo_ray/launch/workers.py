@@ -1,7 +1,13 @@
 """Training workers: one function on every rank of a Ray Train run, for both loops."""
 
+import errno
 import logging
 import os
+import sys
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +22,7 @@ from dpo_ray.launch.reporting import RunReporter, log_to_run
 from dpo_ray.plugins import resolve
 from dpo_ray.rollout.stream import StalePairs
 from dpo_ray.sync.base import SyncMismatch
+from dpo_ray.train.checkpoint import CheckpointFailed
 from dpo_ray.types import Metrics
 
 START_FAILURES = 3
@@ -34,8 +41,17 @@ class GivenUp(RuntimeError):
     """Something that the run depends on failed for good; starting the workers again would not help."""
 
 
-FATAL = (ValueError, TypeError, LookupError, AttributeError, AssertionError, SyncMismatch, StalePairs, GivenUp)
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop and did, where it can go on from."""
+
+
+FATAL = (
+    ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError,
+    SyncMismatch, StalePairs, GivenUp, CheckpointFailed,
+)  # fmt: skip
 """Errors that would come again: workers are restarted for dead processes and broken connections, not for these."""
+STORAGE_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+"""Errors of the operating system that would come again as well."""
 
 
 def train_on_workers(
@@ -88,13 +104,48 @@ def train_on_workers(
             worker_runtime_env={"env_vars": environment},
         ),
     )
+    returned: dict[str, Any]
     try:
-        returned = trainer.fit().return_value or {}
+        returned = _fit(trainer, board, size.stop_timeout_s).return_value or {}
     except ray.train.TrainingFailedError as error:
         returned = {"failed": _cause(error)}
     if "failed" in returned:
         raise TrainingFailed(f"{returned['failed']}\nThe logs of all processes are in {run_dir / 'logs'}")
-    return returned
+    if returned.get("stopped_at"):
+        raise Stopped(f"stopped after {returned['stopped_at']}")
+    return returned.get("metrics", {})
+
+
+def _fit(trainer: Any, board: Any, stop_timeout_s: float) -> Any:
+    """``trainer.fit()``, which the first Ctrl-C or SIGTERM asks to stop and the second ends at once.
+
+    Ray Train takes over Ctrl-C in the main thread, and kills the workers in the middle of a step.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return trainer.fit()
+    result: Future[Any] = Future()
+
+    def fit() -> None:
+        try:
+            result.set_result(trainer.fit())
+        except BaseException as error:
+            result.set_exception(error)
+
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
+    thread.start()
+    deadline = float("inf")
+    while thread.is_alive():
+        try:
+            thread.join(0.5)
+        except KeyboardInterrupt:
+            if deadline < float("inf"):
+                raise
+            deadline = time.monotonic() + stop_timeout_s
+            board.ask_to_stop.remote()
+            print("stopping where the run can go on from (again to end at once)", file=sys.stderr)
+        if time.monotonic() > deadline:
+            raise KeyboardInterrupt
+    return result.result()
 
 
 def cpu_environment(threads: int) -> dict[str, str]:
@@ -124,8 +175,10 @@ def _on_each_rank(given: dict[str, Any]) -> Metrics:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     reporter = RunReporter(config.run.path, board, rank, to_train=given["to_train"])
     try:
-        return resolve(given["loop"], {}, "loop")(config, device, reporter, given["handles"])
-    except FATAL as error:
+        return asdict(resolve(given["loop"], {}, "loop")(config, device, reporter, given["handles"]))
+    except Exception as error:
+        if not (isinstance(error, FATAL) or (isinstance(error, OSError) and error.errno in STORAGE_FULL)):
+            raise
         # The other ranks wait in a collective and can only be ended by ending all; the next start reads this and stops.
         cause = getattr(error, "cause", None) or error
         ray.get(board.give_up.remote(f"{type(cause).__name__}: {cause}"))

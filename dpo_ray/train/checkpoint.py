@@ -1,43 +1,45 @@
-"""Checkpoints: sharded (DCP), written beside training, complete or ignored.
+"""Checkpoints: sharded (DCP), written beside training, complete or ignored, verified before they are used.
 
-A checkpoint is a folder ``checkpoints/000120/`` whose last file is ``complete.json``, with a digest of the index that
-DCP writes after all shards. A folder without it, or with another digest, is skipped and the one before is used.
+A checkpoint is a folder ``checkpoints/000120/`` whose last file is ``complete.json``, with a digest of each other file.
+A folder without it was not finished; one whose files have other digests is damaged: either is named, and the one before
+it is used.
 """
 
 import functools
-import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import xxhash
+from torch import Tensor
 
 from dpo_ray.config import Config, first_difference
 from dpo_ray.train.state import TrainState
+from dpo_ray.types import Metrics
 
 logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
-
-
-def _then(marked: "Future[None]", finish: Callable[[], None], written: "Future[Any]") -> None:
-    """Settle ``marked`` with what became of the shards and of marking them complete."""
-    try:
-        written.result()
-        finish()
-    except BaseException as error:
-        marked.set_exception(error)
-    else:
-        marked.set_result(None)
+INDEX = ".metadata"
 
 
 class CheckpointMismatch(ValueError):
     """A checkpoint belongs to another run than the one that wants to resume from it."""
+
+
+class CheckpointDamaged(ValueError):
+    """No finished checkpoint of a run is intact."""
+
+
+class CheckpointFailed(RuntimeError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 class Checkpointer:
@@ -53,90 +55,195 @@ class Checkpointer:
         # The save thread's collectives must not interleave with those of training.
         self.group = cast("dist.ProcessGroup", dist.new_group(backend="gloo"))  # every rank is a member
         self.pending: Future[Any] | None = None
+        self.writing = folder
 
-    def save(self, state: TrainState, position: int) -> None:
+    def save(self, state: TrainState, position: int, metrics: Mapping[str, Any] | None = None) -> None:
         """Start writing a checkpoint; returns when the state has been copied.
 
         Args:
             position: steps offline, rounds online; names the folder.
+            metrics: of the policy as it is, among them ``run.best_metric`` if it has been evaluated.
         """
         self.wait()
-        path = self.folder / f"{position:06d}"
+        path = self.writing = self.folder / f"{position:06d}"
         if dist.get_rank() == 0:
             shutil.rmtree(path, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
         dist.barrier(self.group)
         # A response other than a future is for stagers that copy asynchronously.
-        future = cast("Future[Any]", dcp.async_save(state.state_dict(), checkpoint_id=path, process_group=self.group))
-        self.pending = future
-        if dist.get_rank() == 0:
-            # DCP writes its index on rank 0 after every rank has written its shards: done here is done everywhere.
-            self.pending = Future()
-            future.add_done_callback(functools.partial(_then, self.pending, functools.partial(self._finish, path)))
+        written = cast("Future[Any]", dcp.async_save(state.state_dict(), checkpoint_id=path, process_group=self.group))
+        self.pending = Future()
+        finish = functools.partial(self._finish, path, dict(metrics or {}))
+        written.add_done_callback(functools.partial(_then, self.pending, finish))
 
     def wait(self) -> None:
-        """Wait for the checkpoint being written; raises what went wrong with it."""
-        if self.pending is not None:
-            self.pending.result()
-            self.pending = None
+        """Wait for the checkpoint being written.
 
-    def _finish(self, path: Path) -> None:
-        """Mark a checkpoint complete and delete those that are too old."""
-        marker = {"digest": _digest(path), "config": self.config.model_dump(mode="json")}
+        Raises:
+            CheckpointFailed: it could not be written.
+        """
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        try:
+            pending.result()
+        except BaseException as error:
+            # What torch says of a full disk does not mention it.
+            free_mib = shutil.disk_usage(self.folder).free >> 20
+            dist.barrier(self.group)
+            if dist.get_rank() == 0:
+                shutil.rmtree(self.writing, ignore_errors=True)
+            last = next(reversed(finished_checkpoints(self.folder)), None)
+            raise CheckpointFailed(
+                f"{self.writing} could not be written ({_reason(error)}; {free_mib} MiB are free there); "
+                + (f"the last good one is {last}" if last else "there is no earlier one")
+            ) from error
+
+    def _finish(self, path: Path, metrics: Metrics) -> None:
+        """Mark a checkpoint complete and delete those that are too old; runs in the save thread of every rank."""
+        # DCP answers on every rank when all of them have written: each can read its own shards back.
+        mine = {shard.name: _digest(shard) for shard in path.glob(f"__{dist.get_rank()}_*.distcp")}
+        digests: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(digests, mine, group=self.group)
+        if dist.get_rank() != 0:
+            return
+        files = {name: digest for part in digests for name, digest in part.items()} | {INDEX: _digest(path / INDEX)}
+        marker = {"files": files, "metrics": metrics, "config": self.config.model_dump(mode="json")}
         unfinished = path / f".{MARKER}"
         unfinished.write_text(json.dumps(marker))
         unfinished.rename(path / MARKER)
-        for old in complete_checkpoints(self.folder)[: -self.config.run.keep_checkpoints]:
-            shutil.rmtree(old)
+        kept = finished_checkpoints(self.folder)
+        best = best_checkpoint(kept, self.config)
+        for old in kept[: -self.config.run.keep_checkpoints]:
+            if old != best:
+                shutil.rmtree(old)
 
     def resume(self, state: TrainState) -> Path | None:
-        """Load the newest usable checkpoint into ``state``; None when there is none.
+        """Load the newest intact checkpoint into ``state``; None when none was finished.
 
         Raises:
             CheckpointMismatch: it was written under another model, reference, data or loss.
+            CheckpointDamaged: there are finished checkpoints, and none is intact.
         """
-        found = [next(reversed(complete_checkpoints(self.folder)), None)] if dist.get_rank() == 0 else [None]
+        found: list[Any] = [finished_checkpoints(self.folder) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(found, src=0)
-        path = found[0]
-        if path is None:
-            return None
-        refuse_mismatch(path, self.config)
+        for path in reversed(found[0]):
+            refuse_mismatch(path, self.config)
+            if self._intact(path):
+                self._load(path, state)
+                return path
+        if found[0]:
+            raise CheckpointDamaged(
+                f"{self.folder}: none of the {len(found[0])} finished checkpoints is intact; "
+                "remove the folder to begin again"
+            )
+        return None
+
+    def _intact(self, path: Path) -> bool:
+        """Whether all files are as they were written; every rank reads its share of them."""
+        wrong = damaged_files(path, part=dist.get_rank(), parts=dist.get_world_size())
+        for name in wrong:
+            logger.warning("checkpoint %s is damaged and is left out: %s is not as it was written", path, name)
+        count = torch.tensor(len(wrong))
+        dist.all_reduce(count, group=self.group)
+        return not count
+
+    def _load(self, path: Path, state: TrainState) -> None:
         saved = state.state_dict()
         written = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         # A checkpoint of fewer ranks holds no random state for the others.
         saved = {key: value for key, value in saved.items() if not key.startswith("rng_") or key in written}
         dcp.load(saved, checkpoint_id=path, process_group=self.group)
         state.load_state_dict(saved)
-        return path
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Usable checkpoints, oldest first; damaged ones are named in the log."""
-    usable = []
+def finished_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints that were written to the end, oldest first; others are named in the log."""
+    finished = []
     for path in sorted(folder.glob("[0-9]*")):
         try:
-            marker = json.loads((path / MARKER).read_text())
-            if marker["digest"] != _digest(path):
-                raise ValueError("its index has another digest than when it was written")
+            read_marker(path)
         except FileNotFoundError:
             logger.warning("checkpoint %s was not finished and is left out", path)
-        except (ValueError, KeyError) as error:
+        except ValueError as error:
             logger.warning("checkpoint %s is damaged and is left out: %s", path, error)
         else:
-            usable.append(path)
-    return usable
+            finished.append(path)
+    return finished
+
+
+def read_marker(path: Path) -> dict[str, Any]:
+    """What stands in a finished checkpoint: ``files`` with their digests, ``metrics`` and ``config``.
+
+    Raises:
+        FileNotFoundError: it was not finished.
+        ValueError: the marker is damaged.
+    """
+    marker = json.loads((path / MARKER).read_text())
+    if not isinstance(marker, dict) or not {"files", "metrics", "config"} <= marker.keys():
+        raise ValueError(f"{path / MARKER} holds no files, metrics and config")
+    return marker
+
+
+def best_checkpoint(finished: list[Path], config: Config) -> Path | None:
+    """The checkpoint with the best ``run.best_metric``; None without that setting or such a checkpoint."""
+    name = config.run.best_metric
+    values = {path: read_marker(path)["metrics"].get(name) for path in finished}
+    known = {path: value for path, value in values.items() if isinstance(value, int | float)}
+    if not known:
+        return None
+    return (max if config.run.best_mode == "max" else min)(known, key=lambda path: known[path])
+
+
+def damaged_files(path: Path, *, part: int = 0, parts: int = 1) -> list[str]:
+    """Files of a finished checkpoint that are missing or not as they were written.
+
+    Args:
+        part, parts: look at every ``parts``-th file only, from number ``part`` on.
+    """
+    files = sorted(read_marker(path)["files"].items())[part::parts]
+    return [name for name, digest in files if not (path / name).is_file() or _digest(path / name) != digest]
+
+
+def read_weights(path: Path, weights: dict[str, Tensor]) -> None:
+    """Load the policy's full weights from a checkpoint of any number of ranks, in a process of its own.
+
+    Args:
+        path: a finished checkpoint.
+        weights: full tensors under the names that the scorer gives its parameters; filled in place.
+    """
+    dcp.load({"model": weights}, checkpoint_id=path, no_dist=True)
 
 
 def refuse_mismatch(path: Path, config: Config) -> None:
     """Raise CheckpointMismatch, naming the first key in which ``config`` differs from the checkpoint's."""
-    written = json.loads((path / MARKER).read_text())["config"]
-    if difference := first_difference(written, config):
+    if difference := first_difference(read_marker(path)["config"], config):
         raise CheckpointMismatch(f"{path.parent.parent} was begun with {difference}")
 
 
-def _digest(path: Path) -> str:
-    """Digest of the index and of every shard's name and size: a cut or missing shard shows without reading the data."""
-    digest = hashlib.blake2b((path / ".metadata").read_bytes(), digest_size=16)
-    for shard in sorted(path.glob("*.distcp")):
-        digest.update(f"{shard.name}:{shard.stat().st_size}".encode())
+def _then(marked: "Future[None]", finish: Callable[[], None], written: "Future[Any]") -> None:
+    """Settle ``marked`` with what became of the shards and of marking them complete."""
+    try:
+        written.result()
+        finish()
+    except BaseException as error:
+        marked.set_exception(error)
+    else:
+        marked.set_result(None)
+
+
+def _digest(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            digest.update(block)
     return digest.hexdigest()
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause's message: DCP wraps what happened on each rank."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        first = next(iter(failures.values()))
+        error = first[0] if isinstance(first, tuple) else first
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

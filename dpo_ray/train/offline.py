@@ -15,10 +15,10 @@ from dpo_ray.data.loader import PairLoader, PairSource
 from dpo_ray.model.export import export_policy
 from dpo_ray.train.checkpoint import Checkpointer
 from dpo_ray.train.optim import learning_rate
-from dpo_ray.train.setup import Setup, fixed_reference, set_up
+from dpo_ray.train.setup import Setup, agreed, fixed_reference, set_up
 from dpo_ray.train.state import TrainState
 from dpo_ray.train.step import dpo_step, evaluate_pairs
-from dpo_ray.types import Metrics
+from dpo_ray.types import Ending, Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +38,15 @@ class Reporter(Protocol):
     def evaluation(self, metrics: Metrics) -> None:
         """Held-out metrics at a step."""
 
+    def stop_asked(self) -> bool:
+        """Whether this rank has heard that the run should end early."""
+        ...
+
 
 def train_offline(
     config: Config, *, pairs: PairSource, held_out: PairSource | None, device: torch.device, reporter: Reporter
-) -> Metrics:
-    """Train the policy on ``pairs``; returns the last evaluation, or the last step's metrics without one."""
+) -> Ending:
+    """Train the policy on ``pairs``, to the end or until asked to stop."""
     reporter.phase("loading")
     t = set_up(config, device)
     loader = _loader(t, pairs, shuffle=config.data.shuffle)
@@ -75,20 +79,25 @@ def train_offline(
     while state.step < total_steps:
         reporter.phase("training", state.step, total_steps)
         batch = next(loader)
-        metrics = dpo_step(t, batch, reference, lr=learning_rate(config.optim, state.step, total_steps))
-        state.step, state.consumed = state.step + 1, loader.consumed
+        metrics, suspects = dpo_step(t, batch, reference, lr=learning_rate(config.optim, state.step, total_steps))
+        state.consumed = loader.consumed
+        state.count_step(suspects, pairs)
         reporter.step({"step": state.step, "epoch": batch.epoch, **metrics})
         last = state.step == total_steps
         if held_out is not None and (last or _due(state.step, config.run.eval_every)):
             metrics = evaluate()
-        if config.run.save_every and (last or _due(state.step, config.run.save_every)):
-            checkpoints.save(state, state.step)
+        stopping = agreed(reporter.stop_asked()) and not last
+        if config.run.save_every and (last or stopping or _due(state.step, config.run.save_every)):
+            checkpoints.save(state, state.step, metrics)
+        if stopping:
+            checkpoints.wait()
+            return Ending(metrics, f"step {state.step} of {total_steps}")
     checkpoints.wait()
 
     if config.run.export:
         reporter.phase("exporting")
         export_policy(t.policy, config.model, t.tokenizer, config.run.path / "policy")
-    return metrics
+    return Ending(metrics)
 
 
 def _loader(t: Setup, source: PairSource, *, shuffle: bool) -> PairLoader:

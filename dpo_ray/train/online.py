@@ -25,10 +25,10 @@ from dpo_ray.sync.base import WeightSync
 from dpo_ray.train.checkpoint import Checkpointer
 from dpo_ray.train.offline import Reporter
 from dpo_ray.train.optim import learning_rate
-from dpo_ray.train.setup import Setup, frozen_copy, score, score_samples, set_up
+from dpo_ray.train.setup import Setup, agreed, frozen_copy, score, score_samples, set_up
 from dpo_ray.train.state import TrainState
 from dpo_ray.train.step import dpo_step
-from dpo_ray.types import Metrics, RoundData, TokenSample
+from dpo_ray.types import Ending, Metrics, RoundData, TokenSample
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,8 @@ PROBE_TEXT = (
 
 def train_online(
     config: Config, *, rounds: Rounds, sync: WeightSync, device: torch.device, reporter: Reporter
-) -> Metrics:
-    """Train through ``online.rounds`` rounds; returns the metrics of the last step."""
+) -> Ending:
+    """Train through ``online.rounds`` rounds, or until asked to stop: then the round being trained is the last."""
     assert config.online is not None
     online = config.online
     reporter.phase("loading")
@@ -84,10 +84,13 @@ def train_online(
     if state.round == 0:
         evaluate()
 
-    while state.round < online.rounds:
+    saved = state.round
+    while state.round < online.rounds and not agreed(reporter.stop_asked()):
         started = time.perf_counter()
         data = rounds.take(state.round)
         waited = time.perf_counter() - started
+        if agreed(reporter.stop_asked()):
+            break  # the collected round is on disk
 
         reporter.phase("training")
         started = time.perf_counter()
@@ -101,20 +104,26 @@ def train_online(
         reporter.step({**metrics, "round": ended, "policy_lag": lag, **data.metrics, **kl, **timings, **synced})
         if config.run.save_every and (state.round == online.rounds or state.round % config.run.save_every == 0):
             checkpoints.save(state, state.round)
+            saved = state.round
         if config.run.eval_every and state.round % config.run.eval_every == 0 and state.round < online.rounds:
             evaluate()
+    if state.round < online.rounds:
+        if config.run.save_every and saved != state.round:
+            checkpoints.save(state, state.round)
+        checkpoints.wait()
+        return Ending(metrics, f"round {state.round} of {online.rounds}")
     evaluate()
     checkpoints.wait()
 
     if config.run.export:
         reporter.phase("exporting")
         export_policy(t.policy, config.model, t.tokenizer, config.run.path / "policy")
-    return metrics
+    return Ending(metrics)
 
 
 def _train_on(t: Setup, data: RoundData, frozen: Scorer | None, state: TrainState, reporter: Reporter) -> Metrics:
     """Train on a round's pairs. Reports every step but the last, whose metrics it returns for the round's own line."""
-    online, pairs = t.config.online, PairList(data.pairs)
+    online, pairs = t.config.online, PairList(data.pairs, f"round {data.index}")
     assert online is not None
     if not len(pairs):
         logger.warning("round %d has no pairs: every group was dropped", data.index)
@@ -138,8 +147,8 @@ def _train_on(t: Setup, data: RoundData, frozen: Scorer | None, state: TrainStat
         reporter.phase("training", turn, turns)
         batch = next(loader)
         lr = learning_rate(t.config.optim, data.index * steps_per_round + turn, online.rounds * steps_per_round)
-        metrics = dpo_step(t, batch, reference, lr=lr)
-        state.step += 1
+        metrics, suspects = dpo_step(t, batch, reference, lr=lr)
+        state.count_step(suspects, pairs)
         metrics = {"step": state.step, "epoch": data.index + batch.epoch / online.epochs_per_round, **metrics}
     return metrics
 

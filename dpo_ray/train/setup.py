@@ -200,6 +200,13 @@ def _building(t: Setup, store: ReferenceStore) -> Iterator[None]:
             store.release()
 
 
+def agreed(flag: bool) -> bool:
+    """Whether any rank says so: what one rank hears, all do at the same step."""
+    said = torch.tensor(int(flag))
+    dist.all_reduce(said, op=dist.ReduceOp.MAX)
+    return bool(said)
+
+
 def _from_first(t: Setup, ask: Callable[[], Any]) -> Any:
     """What rank 0 finds, on every rank: shared storage may show the ranks different things for a moment."""
     answer = [ask() if t.rank == 0 else None]

@@ -1,12 +1,24 @@
 """What a run resumes from: the weights, the optimizer, and three counters."""
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from dpo_ray.data.loader import PairSource
 from dpo_ray.train.setup import Setup
+
+logger = logging.getLogger(__name__)
+
+NAMED = 8
+"""Pairs of a skipped step that are named."""
+
+
+class NotFinite(ValueError):
+    """Loss or gradient was NaN or infinite in too many steps in a row."""
 
 
 @dataclass(slots=True)
@@ -20,6 +32,34 @@ class TrainState:
     """Rounds finished; online only."""
     consumed: int = 0
     """Pairs consumed over all ranks and epochs; offline only."""
+    skipped: int = 0
+    """Steps skipped since the last one that was taken; not kept."""
+
+    def count_step(self, suspects: Sequence[int], pairs: PairSource) -> None:
+        """Count an optimizer step.
+
+        Args:
+            suspects: of a step that was skipped, the pairs at fault.
+            pairs: what they index.
+
+        Raises:
+            NotFinite: more steps in a row were skipped than ``optim.max_skipped_steps`` allows.
+        """
+        self.step += 1
+        if not suspects:
+            self.skipped = 0
+            return
+        self.skipped += 1
+        more = f" and {len(suspects) - NAMED} more" if len(suspects) > NAMED else ""
+        named = ", ".join(pairs.name_of(i) for i in suspects[:NAMED]) + more
+        most = self.t.config.optim.max_skipped_steps
+        message = f"step {self.step}: loss or gradient is not finite; the step is skipped. Its pairs: {named}"
+        if self.skipped > most:
+            raise NotFinite(
+                f"{message}. {self.skipped} steps in a row (optim.max_skipped_steps: {most}): look at these pairs, "
+                "lower optim.lr or lengthen optim.warmup_steps; the checkpoints on disk are from before"
+            )
+        logger.warning(message)
 
     def state_dict(self) -> dict[str, Any]:
         """Sharded weights and optimizer, counters, and this rank's random state."""

@@ -1,7 +1,9 @@
 """One optimizer step of preference optimisation, and the same forward pass without the step for evaluation."""
 
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,16 +19,19 @@ from dpo_ray.train.setup import Setup
 from dpo_ray.types import Metrics
 
 
-def dpo_step(t: Setup, batch: StepBatch, reference: Reference, *, lr: float) -> Metrics:
+def dpo_step(t: Setup, batch: StepBatch, reference: Reference, *, lr: float) -> tuple[Metrics, tuple[int, ...]]:
     """Train on one step's pairs.
 
-    The loss is the mean over the pairs of the global step, whatever the split into ranks, rows and micro-batches.
+    The loss is the mean over the pairs of the global step, whatever the split into ranks and micro-batches. A step
+    whose loss or gradient is not finite changes nothing.
 
     Returns:
-        The step's metrics, means over all pairs of all ranks; the same on every rank.
+        The step's metrics, means over all pairs of all ranks, and, of a step that was skipped, the pairs whose loss is
+        not finite (all of them where only the gradient is not). The same on every rank.
     """
     started = time.perf_counter()
     sums = torch.zeros(len(PAIR_METRICS), dtype=torch.float64, device=t.device)
+    losses_of: list[tuple[tuple[int, ...], Tensor]] = []
     for i, micro in enumerate(batch.micro_batches):
         last = i == len(batch.micro_batches) - 1
         set_last_micro_batch(t.policy, last, keep_gathered=not t.config.shard.reshard_after_forward)
@@ -34,24 +39,29 @@ def dpo_step(t: Setup, batch: StepBatch, reference: Reference, *, lr: float) -> 
         # FSDP averages gradients over ranks; the mean is over the pairs of all ranks.
         (losses.sum() * (t.ranks / len(batch.pairs))).backward()
         sums += part
-    grad_norm = _full(torch.nn.utils.clip_grad_norm_(t.policy.parameters(), t.config.optim.max_grad_norm))
-    for group in t.optimizer.param_groups:
-        group["lr"] = lr
-    t.optimizer.step()
-    t.optimizer.zero_grad()
+        losses_of.append((micro.pairs, losses.detach()))
     dist.all_reduce(sums)
-    # Reading the numbers waits for a GPU to finish the step; the clock is read after it.
+    grad_norm = _full(torch.nn.utils.clip_grad_norm_(t.policy.parameters(), t.config.optim.max_grad_norm))
+    # Reading the numbers waits for a GPU to finish the backward pass, before a step that cannot be taken back.
     means, norm = _means(sums, len(batch.pairs)), grad_norm.item()
+    finite = math.isfinite(means["loss"]) and math.isfinite(norm)
+    if finite:
+        for group in t.optimizer.param_groups:
+            group["lr"] = lr
+        t.optimizer.step()
+    t.optimizer.zero_grad()
     seconds = time.perf_counter() - started
-    return {
+    metrics = {
         **means,
         "optim/grad_norm": norm,
         "optim/lr": lr,
+        "optim/skipped": int(not finite),
         "perf/pairs_per_s": len(batch.pairs) / seconds,
         "perf/tokens_per_s": batch.tokens / seconds,
         "perf/step_s": seconds,
         "perf/idle": batch.idle,
     }
+    return metrics, () if finite else _not_finite(losses_of) or batch.pairs
 
 
 @torch.no_grad()
@@ -74,6 +84,19 @@ def _pair_losses(t: Setup, micro: MicroBatch, reference: Reference) -> tuple[Ten
     held = reference(micro)
     losses = t.pair_loss(policy, held)
     return losses, pair_metric_sums(losses, policy, held, t.config.loss.beta)
+
+
+def _not_finite(losses_of: Sequence[tuple[tuple[int, ...], Tensor]]) -> tuple[int, ...]:
+    """The pairs of all ranks whose loss is NaN or infinite."""
+    mine = [
+        pair
+        for pairs, losses in losses_of
+        for pair, is_finite in zip(pairs, losses.isfinite().tolist(), strict=True)
+        if not is_finite
+    ]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return tuple(pair for part in found for pair in part)
 
 
 def _means(sums: Tensor, pairs: int) -> Metrics:

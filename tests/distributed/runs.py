@@ -8,14 +8,24 @@ import torch
 from dpo_ray.config.schema import Config
 from dpo_ray.data.store import prepare_pairs
 from dpo_ray.data.tokenize import load_tokenizer
+from dpo_ray.objective.logps import PairLogps
+from dpo_ray.objective.losses import sigmoid
 from dpo_ray.train.offline import train_offline
 from dpo_ray.types import Metrics
+
+NAN_TOKENS = 20
+
+
+def nan_for_one_pair(policy: PairLogps, reference: PairLogps, *, beta: float) -> torch.Tensor:
+    """DPO, but NaN for pairs whose chosen completion has as many tokens as the eighth of ``ragged_texts``."""
+    return torch.where(policy.chosen_tokens == NAN_TOKENS, torch.nan, sigmoid(policy, reference, beta=beta))
 
 
 class ListReporter:
     """Keeps every line of metrics."""
 
-    def __init__(self) -> None:
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.stop_after = stop_after
         self.lines: list[Metrics] = []
         self.resumed_at: int | None = None
 
@@ -34,16 +44,17 @@ class ListReporter:
         """Keep an evaluation."""
         self.lines.append(metrics)
 
+    def stop_asked(self) -> bool:
+        """After the step that was given."""
+        return self.lines[-1]["step"] == self.stop_after
 
-def offline(rank: int, config: dict[str, Any]) -> list[Metrics]:
-    """Train offline; returns the lines of metrics."""
+
+def offline(rank: int, config: dict[str, Any], stop_after: int | None = None) -> list[Metrics]:
+    """Train offline, asked by rank 0 to stop after a step; returns the lines of metrics."""
     parsed = Config.model_validate(config)
-    pairs = prepare_pairs(
-        parsed.data.train,
-        load_tokenizer(parsed.model.path),
-        parsed.data,
-        folder=Path(parsed.run.dir) / f"data-{rank}",
-    )
-    reporter = ListReporter()
-    train_offline(parsed, pairs=pairs, held_out=None, device=torch.device("cpu"), reporter=reporter)
+    tokenizer, folder = load_tokenizer(parsed.model.path), Path(parsed.run.dir) / f"data-{rank}"
+    pairs = prepare_pairs(parsed.data.train, tokenizer, parsed.data, folder=folder)
+    held_out = prepare_pairs(parsed.data.eval, tokenizer, parsed.data, folder=folder) if parsed.data.eval else None
+    reporter = ListReporter(stop_after if rank == 0 else None)
+    train_offline(parsed, pairs=pairs, held_out=held_out, device=torch.device("cpu"), reporter=reporter)
     return reporter.lines

@@ -1,5 +1,6 @@
 """Offline training over gloo: the same numbers whatever the ranks, micro-batches and layout; resuming; exporting."""
 
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from dpo_ray.train.checkpoint import damaged_files
 from tests.conftest import ragged_texts
 from tests.distributed.processes import run_ranks
 from tests.distributed.runs import offline
@@ -103,9 +105,78 @@ def test_a_damaged_checkpoint_is_left_out_and_the_one_before_it_used(config: dic
     saving = config | {"run": config["run"] | {"save_every": 2}}
     run_ranks(1, offline, saving | {"run": saving["run"] | {"steps": 4}})
     shard = next((Path(config["run"]["dir"]) / "run/checkpoints/000004").glob("*.distcp"))
-    shard.write_bytes(shard.read_bytes()[:-100])
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
     (resumed,) = run_ranks(1, offline, saving)
     assert [line["step"] for line in resumed] == [3, 4, 5, 6]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_in_silence(config: dict[str, Any]) -> None:
+    saving = config | {"run": config["run"] | {"save_every": 2, "steps": 2}}
+    run_ranks(1, offline, saving)
+    next((Path(config["run"]["dir"]) / "run/checkpoints/000002").glob("*.distcp")).unlink()
+    with pytest.raises(Exception, match="none of the 1 finished checkpoints is intact"):
+        run_ranks(1, offline, saving)
+
+
+def test_a_run_asked_to_stop_writes_a_checkpoint_and_goes_on_from_it(config: dict[str, Any]) -> None:
+    two = config | {"cluster": {"train_workers": 2}}
+    undisturbed, _ = run_ranks(2, offline, two)
+    stopping = two | {"run": config["run"] | {"name": "stopped", "save_every": 100}}
+    stopped, _ = run_ranks(2, offline, stopping, 2)
+    resumed, _ = run_ranks(2, offline, stopping)
+    assert [line["step"] for line in stopped + resumed] == [1, 2, 3, 4, 5, 6]
+    for one, other in zip(undisturbed, stopped + resumed, strict=True):
+        assert {key: one[key] for key in COMPARED} == {key: other[key] for key in COMPARED}, "to the last digit"
+
+
+def test_the_best_checkpoint_stays_beside_the_newest(config: dict[str, Any]) -> None:
+    run = {"save_every": 1, "eval_every": 1, "keep_checkpoints": 1, "best_metric": "eval/rewards/rejected"}
+    config |= {"run": config["run"] | run, "data": config["data"] | {"eval": config["data"]["train"]}}
+    (lines,) = run_ranks(1, offline, config)
+    name = run["best_metric"]
+    rejected = {line["step"]: line[name] for line in lines if name in line and line["step"]}
+    best = max(rejected, key=lambda step: rejected[step])
+    kept = sorted(int(path.name) for path in (Path(config["run"]["dir"]) / "run/checkpoints").iterdir())
+    assert kept == sorted({best, 6})
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_changes_nothing(config: dict[str, Any]) -> None:
+    config |= {"data": config["data"] | {"shuffle": False}, "loss": {"use": "tests.distributed.runs:nan_for_one_pair"}}
+    first, second = run_ranks(2, offline, config | {"cluster": {"train_workers": 2}})
+    assert [line["optim/skipped"] for line in first] == [0, 1, 0, 0, 1, 0], (
+        "pair 7 of 13 is in the second step of each epoch"
+    )
+    assert [line["optim/skipped"] for line in second] == [0, 1, 0, 0, 1, 0]
+    assert first[1]["loss"] != first[1]["loss"]
+    assert all(line["loss"] < 0.75 for line in first if not line["optim/skipped"])
+
+
+def test_a_run_that_keeps_skipping_ends_and_names_the_pairs(config: dict[str, Any]) -> None:
+    config |= {"data": config["data"] | {"shuffle": False}, "loss": {"use": "tests.distributed.runs:nan_for_one_pair"}}
+    optim = config["optim"] | {"pairs_per_step": 13, "max_skipped_steps": 1}
+    with pytest.raises(Exception, match=r"step 2: .*not finite.* Its pairs: .*pairs\.jsonl:8\. 2 steps in a row"):
+        run_ranks(2, offline, config | {"optim": optim, "cluster": {"train_workers": 2}})
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint_intact(config: dict[str, Any], tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    # A checkpoint of the tiny model takes 4.5 MiB: one fits and the second does not.
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        saving = config | {"run": config["run"] | {"dir": str(small), "save_every": 2}}
+        with pytest.raises(
+            Exception, match=r"000004 could not be written.*MiB are free there.*last good one is .*000002"
+        ):
+            run_ranks(1, offline, saving)
+        (left,) = (small / "run/checkpoints").iterdir()
+        assert left.name == "000002"
+        assert not damaged_files(left)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
 
 
 def test_resuming_under_another_train_set_is_refused_naming_the_key(config: dict[str, Any]) -> None:

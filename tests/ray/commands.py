@@ -34,10 +34,10 @@ def run_command(job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def start_command(job: str, *arguments: str) -> subprocess.Popen[bytes]:
+def start_command(job: str, *arguments: str, stderr: int | None = None) -> subprocess.Popen[bytes]:
     """``python -m jobs.JOB ...``, left running."""
     command = [sys.executable, "-m", f"jobs.{job}", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+    return subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=stderr)
 
 
 def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:

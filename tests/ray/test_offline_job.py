@@ -2,14 +2,32 @@
 
 import csv
 import json
+import os
+import re
+import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from dpo_ray.objective.logps import PairLogps
+from dpo_ray.objective.losses import sigmoid
+from dpo_ray.train.checkpoint import damaged_files
 from tests.conftest import ragged_texts
-from tests.ray.commands import left_over, lines, pick, ray_processes, run_command, write_yaml
+from tests.ray.commands import (
+    left_over,
+    lines,
+    pick,
+    ray_processes,
+    run_command,
+    start_command,
+    wait_until,
+    write_yaml,
+)
 
 pytestmark = pytest.mark.ray
 
@@ -24,20 +42,25 @@ def messages(prompt: str, chosen: str, rejected: str) -> str:
     )
 
 
-@pytest.fixture
-def config(tmp_path: Path, tiny_model: Path) -> dict[str, Any]:
+def short_run(folder: Path, model: Path) -> dict[str, Any]:
     """A short run of two workers on the tiny model, with held-out pairs."""
     texts = [messages(*text) for text in ragged_texts(24)]
-    (tmp_path / "train.jsonl").write_text("\n".join(texts[:16]) + "\n")
-    (tmp_path / "eval.jsonl").write_text("\n".join(texts[16:]) + "\n")
+    (folder / "train.jsonl").write_text("\n".join(texts[:16]) + "\n")
+    (folder / "eval.jsonl").write_text("\n".join(texts[16:]) + "\n")
     return {
-        "run": {"dir": str(tmp_path / "runs"), "name": "first", "save_every": 2},
-        "model": {"path": str(tiny_model), "dtype": "float32"},
-        "reference": {"cache_dir": str(tmp_path / "cache")},
-        "data": {"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "eval.jsonl")},
+        "run": {"dir": str(folder / "runs"), "name": "first", "save_every": 2},
+        "model": {"path": str(model), "dtype": "float32"},
+        "reference": {"cache_dir": str(folder / "cache")},
+        "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl")},
         "optim": {"lr": 1e-3, "pairs_per_step": 4},
         "cluster": {"train_workers": 2},
     }
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_model: Path) -> dict[str, Any]:
+    """A short run in the test's own folder."""
+    return short_run(tmp_path, tiny_model)
 
 
 def test_a_run_over_damaged_records_names_and_counts_each_and_trains_on_the_rest(
@@ -78,6 +101,91 @@ def test_a_run_over_damaged_records_names_and_counts_each_and_trains_on_the_rest
     assert again.returncode == 0, again.stdout + again.stderr
     log = (tmp_path / "runs/second/logs/worker-0.log").read_text()
     assert "16 pairs found, 0 scored" in log, log
+
+
+def slow_sigmoid(policy: PairLogps, reference: PairLogps, *, beta: float) -> torch.Tensor:
+    """DPO with time for a signal to fall into a step."""
+    time.sleep(0.4)
+    return sigmoid(policy, reference, beta=beta)
+
+
+COMPARED = ("step", "epoch", "loss", "rewards/margins", "logps/chosen", "optim/grad_norm", "optim/lr")
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    return [{key: line[key] for key in COMPARED} for line in lines(run / "metrics.jsonl") if "loss" in line]
+
+
+def slow_run(folder: Path, model: Path) -> Path:
+    """Twelve steps of half a second, and no evaluation."""
+    config = short_run(folder, model)
+    config["run"] |= {"epochs": 3, "export": False, "save_every": 3}
+    config["data"] |= {"eval": []}
+    config["loss"] = {"use": "tests.ray.test_offline_job:slow_sigmoid"}
+    return write_yaml(folder / "slow.yaml", config)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> list[dict[str, Any]]:
+    """The steps of the slow run when nothing happens to it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = run_command("offline", str(slow_run(folder, tiny_model)))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return steps_of(folder / "runs/first")
+
+
+@pytest.fixture
+def slow(tmp_path: Path, tiny_model: Path) -> Path:
+    """The slow run in the test's own folder."""
+    return slow_run(tmp_path, tiny_model)
+
+
+def send_in_step_4(slow: Path, number: int, run: Path) -> str:
+    """Start the run, send it a signal, see it stop after a checkpoint; returns what it said."""
+    before = ray_processes()
+    with start_command("offline", str(slow), "run.save_every=100", stderr=subprocess.PIPE) as process:
+        wait_until(lambda: (run / "metrics.jsonl").exists() and len(steps_of(run)) >= 3, process)
+        os.kill(process.pid, number)
+        said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130
+    assert not left_over(before)
+    return said
+
+
+def test_sigterm_writes_a_checkpoint_first_and_the_same_command_goes_on(
+    slow: Path, tmp_path: Path, undisturbed: list[dict[str, Any]]
+) -> None:
+    run = tmp_path / "runs/first"
+    said = send_in_step_4(slow, signal.SIGTERM, run)
+    stopped = len(steps_of(run))
+    assert 3 <= stopped < 12
+    assert f"stopped after step {stopped} of 12; the same command goes on from there" in said, said
+    again = run_command("offline", str(slow), "run.save_every=100")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert steps_of(run) == undisturbed, "to the last digit"
+
+
+def test_ctrl_c_writes_a_checkpoint_first(slow: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs/first"
+    send_in_step_4(slow, signal.SIGINT, run)
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert int(checkpoint.name) == len(steps_of(run))
+    assert not damaged_files(checkpoint)
+
+
+def test_a_killed_worker_is_replaced_and_the_metrics_are_those_of_an_undisturbed_run(
+    slow: Path, tmp_path: Path, undisturbed: list[dict[str, Any]]
+) -> None:
+    before = ray_processes()
+    run = tmp_path / "runs/first"
+    with start_command("offline", str(slow)) as process:
+        wait_until(lambda: (run / "metrics.jsonl").exists() and len(steps_of(run)) >= 5, process)
+        pid = int(re.findall(r"pid (\d+)", (run / "logs/worker-1.log").read_text())[-1])
+        os.kill(pid, signal.SIGKILL)
+        assert process.wait(timeout=120) == 0
+    assert len(re.findall(r"pid \d+", (run / "logs/worker-0.log").read_text())) == 2, "the workers were started twice"
+    assert not left_over(before)
+    assert steps_of(run) == undisturbed, "to the last digit"
 
 
 def test_a_sweep_scores_the_reference_once_and_its_best_runs_as_it_is(config: dict[str, Any], tmp_path: Path) -> None:

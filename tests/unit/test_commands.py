@@ -26,6 +26,11 @@ def command(job: str, *arguments: str) -> tuple[subprocess.CompletedProcess[str]
         ("online", "online.rounds=0", ["online.rounds", "greater than or equal to 1"]),
         ("online", "model.dtype=fp8", ["model.dtype", "bfloat16"]),
         ("offline", "shard.replicate=3", ["shard.replicate", "cluster.train_workers"]),
+        ("offline", "loss.use=sigmod", ["loss.use", "did you mean 'sigmoid'", "hinge"]),
+        ("online", "online.judge.use=lenght", ["online.judge.use", "did you mean 'length'"]),
+        ("offline", "data.train=pairs.jsonl", ["data.train", "pairs.jsonl", "no such file"]),
+        ("online", "online.prompts=./prompts", ["online.prompts", "./prompts", "no such file"]),
+        ("offline", "model.path=../nowhere", ["model.path", "../nowhere", "hub id"]),
     ],
 )
 def test_a_wrong_key_or_value_ends_the_command_in_under_three_seconds(job: str, override: str, said: list[str]) -> None:

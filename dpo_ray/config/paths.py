@@ -1,0 +1,60 @@
+"""The files and folders that a configuration names: made absolute, and missed before anything is started."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from dpo_ray.config.schema import Config
+
+DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """``config`` with every local path made absolute, so that it means the same in every process.
+
+    What does not exist here under a relative path is left as it is: it may be the name of a hub model or dataset.
+    """
+    tree = config.model_dump(mode="json")
+    tree["run"]["dir"] = str(Path(config.run.dir).expanduser().absolute())
+    tree["reference"]["cache_dir"] = str(config.reference.cache_path.absolute())
+    for dotted, paths in _named(config):
+        section, key = dotted.split(".")
+        absolute = [str(_local(path).absolute()) if _local(path).exists() else path for path in paths]
+        tree[section][key] = absolute if isinstance(tree[section][key], list) else absolute[0]
+    return Config.model_validate(tree)
+
+
+def refuse_missing(config: Config) -> None:
+    """Raise a ValueError for a path that can only be local and leads nowhere.
+
+    A name like ``org/name`` may be of a model or dataset on the hub; what it is shows when it is opened.
+    """
+    accepted: dict[str, tuple[str, Callable[[Path], bool]]] = {
+        "model.path": ("a model directory or a hub id, org/name", Path.is_dir),
+        "model.chat_template": ("a file with a Jinja template", Path.is_file),
+    }
+    data = (f"a file ({', '.join(DATA_SUFFIXES)}), a folder of datasets.save_to_disk, or a hub dataset", Path.exists)
+    for key, paths in _named(config):
+        what, there = accepted.get(key, data)
+        for path in paths:
+            # A saved dataset may be followed by the name of a split.
+            if _only_local(path) and not there(_local(path)) and not there(_local(path.rpartition(":")[0] or path)):
+                raise ValueError(f"{key}: {path}: no such file or folder; accepted is {what}")
+
+
+def _named(config: Config) -> Iterator[tuple[str, tuple[str, ...]]]:
+    yield "model.path", (config.model.path,)
+    if config.model.chat_template is not None:
+        yield "model.chat_template", (config.model.chat_template,)
+    yield "data.train", config.data.train
+    yield "data.eval", config.data.eval
+    if config.online is not None:
+        yield "online.prompts", config.online.prompts
+        yield "online.eval_prompts", config.online.eval_prompts
+
+
+def _only_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix in (*DATA_SUFFIXES, ".jinja")
+
+
+def _local(path: str) -> Path:
+    return Path(path).expanduser()
