@@ -25,6 +25,10 @@ class PairSource(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> TokenPair: ...
+    def tokens(self, index: int, /) -> np.ndarray:
+        """Token ids of prompt, chosen and rejected, one behind the other."""
+        ...
+
     def name_of(self, index: int, /) -> str:
         """Where a person finds the pair."""
         ...
@@ -48,6 +52,11 @@ class PairList:
 
     def __getitem__(self, index: int) -> TokenPair:
         return self.pairs[index]
+
+    def tokens(self, index: int) -> np.ndarray:
+        """Token ids of prompt, chosen and rejected, one behind the other."""
+        pair = self.pairs[index]
+        return np.array(pair.prompt + pair.chosen + pair.rejected, np.int32)
 
     def name_of(self, index: int) -> str:
         """The list's name and the position in it."""

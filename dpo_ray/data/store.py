@@ -69,10 +69,14 @@ class PairStore:
     def __getitem__(self, index: int) -> TokenPair:
         if not -len(self) <= index < len(self):
             raise IndexError(f"pair {index} of a store of {len(self)}")
-        prompt, chosen, rejected = self.lengths[index].tolist()
-        end = int(self._ends[index])
-        ids = self._tokens[end - prompt - chosen - rejected : end].tolist()
+        prompt, chosen, _ = self.lengths[index].tolist()
+        ids = self.tokens(index).tolist()
         return TokenPair(tuple(ids[:prompt]), tuple(ids[prompt : prompt + chosen]), tuple(ids[prompt + chosen :]))
+
+    def tokens(self, index: int) -> np.ndarray:
+        """Token ids of prompt, chosen and rejected, one behind the other; int32, not copied."""
+        end = int(self._ends[index])
+        return self._tokens[end - int(self.lengths[index].sum()) : end]
 
     def __iter__(self) -> Iterator[TokenPair]:
         return (self[index] for index in range(len(self)))

@@ -12,10 +12,12 @@ import torch
 
 from dpo_ray.config.schema import Config
 from dpo_ray.data.loader import PairLoader, PairSource
+from dpo_ray.data.store import PairStore
 from dpo_ray.model.export import export_policy
 from dpo_ray.train.checkpoint import Checkpointer
 from dpo_ray.train.optim import learning_rate
-from dpo_ray.train.setup import Setup, agreed, fixed_reference, set_up
+from dpo_ray.train.scoring import fixed_reference
+from dpo_ray.train.setup import Setup, agreed, set_up
 from dpo_ray.train.state import TrainState
 from dpo_ray.train.step import dpo_step, evaluate_pairs
 from dpo_ray.types import Ending, Metrics
@@ -44,7 +46,7 @@ class Reporter(Protocol):
 
 
 def train_offline(
-    config: Config, *, pairs: PairSource, held_out: PairSource | None, device: torch.device, reporter: Reporter
+    config: Config, *, pairs: PairStore, held_out: PairStore | None, device: torch.device, reporter: Reporter
 ) -> Ending:
     """Train the policy on ``pairs``, to the end or until asked to stop."""
     reporter.phase("loading")

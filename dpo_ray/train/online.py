@@ -25,7 +25,8 @@ from dpo_ray.sync.base import WeightSync
 from dpo_ray.train.checkpoint import Checkpointer
 from dpo_ray.train.offline import Reporter
 from dpo_ray.train.optim import learning_rate
-from dpo_ray.train.setup import Setup, agreed, frozen_copy, score, score_samples, set_up
+from dpo_ray.train.scoring import score, score_samples
+from dpo_ray.train.setup import Setup, agreed, frozen_copy, set_up
 from dpo_ray.train.state import TrainState
 from dpo_ray.train.step import dpo_step
 from dpo_ray.types import Ending, Metrics, RoundData, TokenSample

@@ -5,21 +5,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from dpo_ray.model.reference_store import ReferenceStore
 from dpo_ray.train.checkpoint import damaged_files
 from tests.conftest import ragged_texts
 from tests.distributed.processes import run_ranks
 from tests.distributed.runs import offline
 
+WritePairs = Callable[[Sequence[tuple[str, str, str]]], Path]
+
 COMPARED = ("loss", "rewards/margins", "logps/chosen", "logps/rejected", "optim/grad_norm")
 
 
 @pytest.fixture
-def config(
-    tmp_path: Path, tiny_model: Path, write_pairs: Callable[[Sequence[tuple[str, str, str]]], Path]
-) -> dict[str, Any]:
+def config(tmp_path: Path, tiny_model: Path, write_pairs: WritePairs) -> dict[str, Any]:
     """Six steps of five pairs, two epochs and a short last step in each, in float32."""
     return {
         "run": {"dir": str(tmp_path), "name": "run", "epochs": 2, "save_every": None, "export": False},
@@ -188,14 +190,57 @@ def test_resuming_under_another_train_set_is_refused_naming_the_key(config: dict
         run_ranks(1, offline, saving | {"data": {"train": str(other)}})
 
 
-def test_a_second_run_with_another_beta_scores_nothing(
-    config: dict[str, Any], capfd: pytest.CaptureFixture[str]
-) -> None:
+def cache_files(config: dict[str, Any], pattern: str) -> list[Path]:
+    return sorted((Path(config["reference"]["cache_dir"]) / "reference").rglob(pattern))
+
+
+def again(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """The same pairs and model in another run directory, with another seed and beta."""
+    return config | {"loss": {"beta": 0.5}, "run": config["run"] | {"name": "again", "seed": 7}} | changes
+
+
+def test_a_second_run_with_another_beta_scores_nothing(config: dict[str, Any]) -> None:
     run_ranks(1, offline, config)
-    shards = sorted((Path(config["reference"]["cache_dir"]) / "reference").rglob("shard-*.npy"))
-    run_ranks(1, offline, config | {"loss": {"beta": 0.5}, "run": config["run"] | {"name": "again", "seed": 7}})
-    assert sorted((Path(config["reference"]["cache_dir"]) / "reference").rglob("shard-*.npy")) == shards
-    assert len(shards) == 1
+    before = cache_files(config, "*.npy")
+    (lines,) = run_ranks(1, offline, again(config))
+    assert cache_files(config, "*.npy") == before
+    assert len(before) == 2, "the entries and the view of these pairs"
+    assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_more_pairs_are_added_to_what_the_cache_has(config: dict[str, Any], write_pairs: WritePairs) -> None:
+    run_ranks(1, offline, config)
+    more = config["data"] | {"train": str(write_pairs(ragged_texts(17)))}
+    first, _ = run_ranks(2, offline, again(config, data=more))
+    assert sorted(len(np.load(shard)) for shard in cache_files(config, "shard-*.npy")) == [2 * 4, 2 * 13]
+    assert first[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+@pytest.mark.parametrize("pattern", ["shard-*.npy", "view-*.npy"])
+def test_a_corrupted_cache_file_is_noticed_and_scored_again(config: dict[str, Any], pattern: str) -> None:
+    run_ranks(1, offline, config)
+    (file,) = cache_files(config, pattern)
+    if pattern.startswith("shard"):
+        cache_files(config, "view-*.npy")[0].unlink()
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 0xFF
+    file.write_bytes(content)
+    (lines,) = run_ranks(1, offline, again(config))
+    assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_entries_of_another_model_are_found_out_by_scoring_some_again(config: dict[str, Any]) -> None:
+    run_ranks(1, offline, config)
+    (view,) = cache_files(config, "view-*.npy")
+    store, pairs_digest = ReferenceStore(view.parent), view.name.split("-")[1]
+    draft = store.begin_view(pairs_digest, 13)
+    wrong = np.load(draft, mmap_mode="r+")
+    wrong[:] = np.load(view) * 1.1
+    wrong.flush()
+    view.unlink()
+    store.finish_view(draft, pairs_digest)
+    (lines,) = run_ranks(1, offline, again(config))
+    assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
 
 
 def test_the_export_holds_the_trained_weights(config: dict[str, Any]) -> None:

@@ -1,0 +1,166 @@
+"""Offline DPO against TRL's DPOTrainer: the same model, pairs, order, batch and precision, in alternating runs.
+
+    python -m benchmarks.offline                          long answers, TRL at its defaults
+    python -m benchmarks.offline --kind dialogue --trl best
+    python -m benchmarks.offline --pairs my_pairs.jsonl --limit 32
+
+Each run is a process of its own on the same threads. Counted is the time of the reference pass and of the optimizer
+steps; loading the model and tokenising are not. Memory is the largest resident size of the process over its life.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.pairs import KINDS, made_pairs
+from dpo_ray.launch.workers import cpu_environment
+
+TRL = {
+    "defaults": {},
+    "best": {"precompute_ref_log_probs": True, "gradient_checkpointing": False},
+}
+"""TRL's settings beside those that make the work the same; bfloat16 autocast is its default."""
+
+
+def main() -> None:
+    """Run the comparison and print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="models/smollm2-135m-instruct", help="a model directory")
+    parser.add_argument("--kind", choices=sorted(KINDS), default="answers", help="lengths of the pairs that are made")
+    parser.add_argument("--pairs", help="a file of pairs instead of made ones")
+    parser.add_argument("--limit", type=int, default=24, help="pairs that are trained on, once")
+    parser.add_argument("--pairs-per-step", type=int, default=8)
+    parser.add_argument("--tokens-per-micro-batch", type=int, default=4096, help="ours")
+    parser.add_argument("--trl", choices=sorted(TRL), default="defaults", help="TRL's settings")
+    parser.add_argument("--trl-micro-batch", type=int, help="TRL's per_device_train_batch_size; by default the step")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=3, help="runs of each, in turn")
+    parser.add_argument("--out", type=Path, help="write every figure of every run here, as JSON")
+    arguments = parser.parse_args()
+
+    console = Console()
+    with tempfile.TemporaryDirectory() as folder:
+        task = prepare(arguments, Path(folder))
+        console.print(
+            f"{task['pairs']} pairs, {task['tokens']} tokens with each prompt once, "
+            f"{task['pairs_per_step']} pairs a step, {task['threads']} threads"
+        )
+        runs = []
+        for turn in range(arguments.runs):
+            pair = {side: one_run(side, task, Path(folder) / f"{side}-{turn}") for side in ("ours", "trl")}
+            runs.append(pair)
+            console.print(
+                f"run {turn + 1} of {arguments.runs}: ours {pair['ours']['pairs_per_s']:.2f} pairs/s, "
+                f"TRL {pair['trl']['pairs_per_s']:.2f} pairs/s"
+            )
+        print_result(console, task, runs, arguments.trl)
+    if arguments.out:
+        arguments.out.write_text(json.dumps({"task": task, "runs": runs}, indent=1))
+
+
+def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The task both sides get: pairs that fit TRL's default of 1024 tokens a sequence, as a file and counted."""
+    from dpo_ray.config.schema import DataConfig
+    from dpo_ray.data.store import prepare_pairs
+    from dpo_ray.data.tokenize import load_tokenizer
+
+    tokenizer = load_tokenizer(arguments.model)
+    source = arguments.pairs
+    if source is None:
+        source = str(folder / "made.jsonl")
+        Path(source).write_text("".join(json.dumps(pair) + "\n" for pair in made_pairs(arguments.kind, 200)))
+    store = prepare_pairs([source], tokenizer, DataConfig(max_prompt_tokens=None, max_completion_tokens=None),
+                          folder=folder / "all")  # fmt: skip
+    fitting = [i for i, (p, c, r) in enumerate(store.lengths.tolist()) if p + max(c, r) <= 1024][: arguments.limit]
+    from dpo_ray.data.records import read_pairs
+
+    wanted = {store.record_of(i)[1] for i in fitting}
+    records = [r for r in read_pairs([source], limit=None) if getattr(r, "number", None) in wanted]
+    file = folder / "pairs.jsonl"
+    file.write_text("".join(json.dumps({k: as_json(getattr(r, k)) for k in ("prompt", "chosen", "rejected")}) + "\n"
+                            for r in records))  # fmt: skip
+    lengths = store.lengths[fitting]
+    return {
+        "model": str(Path(arguments.model).absolute()),
+        "file": str(file),
+        "pairs": len(fitting),
+        "tokens": int(lengths.sum()),
+        "prompt_tokens": int(lengths[:, 0].sum()),
+        "pairs_per_step": arguments.pairs_per_step,
+        "tokens_per_micro_batch": arguments.tokens_per_micro_batch,
+        "threads": arguments.threads,
+        "trl": TRL[arguments.trl],
+        "trl_micro_batch": arguments.trl_micro_batch or arguments.pairs_per_step,
+    }
+
+
+def as_json(messages: Any) -> Any:
+    """Text as it is, messages as a list of plain objects."""
+    return messages if isinstance(messages, str) else [dict(message) for message in messages]
+
+
+def one_run(side: str, task: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """One side's run in a process of its own; both get the memory settings of our workers."""
+    import os
+
+    folder.mkdir()
+    environment = os.environ | cpu_environment(task["threads"]) | {"CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.one_run", side, json.dumps(task), str(folder)],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{side} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    result = json.loads((folder / "result.json").read_text())
+    seconds = result["reference_s"] + result["train_s"]
+    return result | {
+        "pairs_per_s": task["pairs"] / seconds,
+        "tokens_per_s": task["tokens"] / seconds,
+        "process_s": time.monotonic() - started,
+    }
+
+
+def print_result(console: Console, task: dict[str, Any], runs: Sequence[dict[str, Any]], settings: str) -> None:
+    """Median, least and most of each figure, and of the ratio run by run."""
+    table = Table(title=f"dpo_ray against TRL ({settings}), median (least to most) of {len(runs)} runs each")
+    for column in ("", "dpo_ray", "TRL", "ratio"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, key, form in (
+        ("pairs/s", "pairs_per_s", "{:.3f}"),
+        ("tokens/s", "tokens_per_s", "{:.0f}"),
+        ("peak memory, MiB", "peak_mib", "{:.0f}"),
+        ("reference pass, s", "reference_s", "{:.1f}"),
+        ("steps, s", "train_s", "{:.1f}"),
+        ("last loss", "loss", "{:.5f}"),
+    ):
+        ours, theirs = [run["ours"][key] for run in runs], [run["trl"][key] for run in runs]
+        ratios = [a / b for a, b in zip(ours, theirs, strict=True) if b]
+        table.add_row(name, spread(ours, form), spread(theirs, form), spread(ratios, "{:.2f}") if ratios else "-")
+    console.print(table)
+    peak = statistics.median(run["ours"]["peak_gflops"] for run in runs)
+    reached = statistics.median(run["ours"]["model_gflops"] for run in runs)
+    console.print(
+        f"dpo_ray's steps reach {reached:.0f} GFLOP/s of the {peak:.0f} that a bfloat16 matrix product of 2048 reaches "
+        f"here: {reached / peak:.0%} (6 FLOP a parameter and real token, as if every token met the head)"
+    )
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """``median (least to most)``."""
+    shown = (form.format(value) for value in (statistics.median(values), min(values), max(values)))
+    return "{} ({} to {})".format(*shown)
+
+
+if __name__ == "__main__":
+    main()

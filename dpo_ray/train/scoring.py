@@ -1,0 +1,208 @@
+"""Log-probabilities of many pairs: passes over a set with the work shared by all ranks, and the reference cache.
+
+The policy scores its own reference while it is untrained, so that no second model is loaded; what it finds is kept in a
+ReferenceStore and never scored again.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dpo_ray.data.loader import PairSource, micro_batches
+from dpo_ray.data.packing import build_sample_row, deal
+from dpo_ray.data.store import PairStore
+from dpo_ray.model.load import weights_digest
+from dpo_ray.model.reference import Reference, cached_reference, live_reference, no_reference
+from dpo_ray.model.reference_store import ReferenceStore, entry_keys, store_digest
+from dpo_ray.model.scorer import Scorer, pair_logps, sample_logps
+from dpo_ray.model.shard import release_gathered
+from dpo_ray.train.setup import Setup, frozen_copy
+from dpo_ray.types import TokenSample
+
+logger = logging.getLogger(__name__)
+
+BLOCK = 512
+"""Pairs that are shared out together."""
+SEGMENT = 2**17
+"""Pairs whose entries are written together; what a killed run has scored is kept in such pieces."""
+CACHE_WAIT_S = 6 * 3600.0
+"""Longest wait for another run that scores the same reference."""
+CACHE_POLL_S = 0.5
+SPOT_CHECKS = 4
+"""Entries found in the cache that are scored again."""
+SPOT_TOLERANCE = 0.05
+"""Largest mean difference of a found entry from one scored again, in nats a token: far above what the composition of a
+micro-batch changes in bfloat16, far below what another model gives."""
+
+Progress = Callable[[int, int], None]
+"""(done, total) of a long pass."""
+
+
+def fixed_reference(t: Setup, source: PairStore, progress: Progress) -> tuple[Reference, str]:
+    """The reference for a fixed set of pairs, and one line saying what was found and what was scored.
+
+    Must run before a checkpoint is restored: the policy is the reference only while it is untrained.
+    """
+    match t.config.reference_kind:
+        case "none":
+            return no_reference, "reference: none"
+        case "live":
+            return live_reference(frozen_copy(t)), "reference: a frozen copy, scored with each step"
+        case "cached":
+            logps, line = cached_logps(t, source, progress)
+            return cached_reference(logps), line
+
+
+def no_progress(done: int, total: int) -> None:
+    """For passes too short to report on."""
+
+
+def score(t: Setup, source: PairSource, pairs: Sequence[int], progress: Progress = no_progress) -> np.ndarray:
+    """Log-probabilities of pairs under the policy as it is, the work shared by all ranks.
+
+    Args:
+        pairs: indices into ``source``.
+
+    Returns:
+        (len(pairs), 2) float64, chosen and rejected, nats; the same on every rank.
+    """
+    position = {pair: at for at, pair in enumerate(pairs)}
+    logps = torch.zeros(len(pairs), 2, dtype=torch.float64)
+    done = 0
+    progress(0, len(pairs))
+    for start in range(0, len(pairs), BLOCK):
+        batches, *_ = micro_batches(source, pairs[start : start + BLOCK], t.batch_shape)
+        for batch in batches:
+            with torch.no_grad():
+                scored = pair_logps(t.policy, batch.row.to(t.device))
+            at = [position[pair] for pair in batch.pairs]
+            logps[at] = torch.stack((scored.chosen, scored.rejected), 1).double().cpu()
+            done = min(len(pairs), done + t.ranks * len(batch.pairs))
+            progress(done, len(pairs))
+    release_gathered(t.policy)
+    shared = logps.to(t.device)
+    dist.all_reduce(shared)
+    return shared.cpu().numpy()
+
+
+def score_samples(t: Setup, scorer: Scorer, samples: Sequence[TokenSample]) -> np.ndarray:
+    """(len(samples),) log-probabilities of single completions under ``scorer``, nats; the same on every rank."""
+    logps = torch.zeros(len(samples), dtype=torch.float64)
+    tokens = np.array([len(s.prompt) + len(s.completion) for s in samples], np.int64)
+    costs = tokens + t.batch_shape.attention_cost * tokens**2 / 2
+    dealt = deal(tokens, costs, ranks=t.ranks, tokens_per_micro_batch=t.config.optim.tokens_per_micro_batch)
+    for batch in dealt.shares[t.rank]:
+        scored = sample_logps(scorer, build_sample_row([samples[i] for i in batch]).to(t.device))
+        logps[list(batch)] = scored.double().cpu()
+    if scorer is t.policy:
+        release_gathered(scorer)
+    shared = logps.to(t.device)
+    dist.all_reduce(shared)
+    return shared.cpu().numpy()
+
+
+def cached_logps(t: Setup, source: PairStore, progress: Progress) -> tuple[np.ndarray, str]:
+    """Reference log-probabilities of all pairs, from the cache as far as it has them.
+
+    Returns:
+        (n, 2) float64 memory-mapped, chosen and rejected, nats; and one line saying what was found and what was scored.
+
+    Raises:
+        TimeoutError: another run has been scoring for CACHE_WAIT_S.
+    """
+    digest = _from_first(t, lambda: weights_digest(t.config.model.path))
+    numerics = f"{t.config.model.dtype}-{t.device.type}-{t.policy.model.config._attn_implementation}"
+    store = ReferenceStore(t.config.reference.cache_path / "reference" / store_digest(digest, numerics))
+    started = time.perf_counter()
+    view, scored = _find_or_build(t, store, source, progress)
+    if scored < len(source) and not _spot_check(t, source, view):
+        logger.warning("reference cache: %s does not hold this model's log-probabilities; scoring again", store.folder)
+        if t.rank == 0:
+            store.clear()
+        dist.barrier()
+        view, scored = _find_or_build(t, store, source, progress)
+    seconds = time.perf_counter() - started
+    found = f"{len(source) - scored} pairs found, {scored} scored in {seconds:.1f} s"
+    return np.load(view, mmap_mode="r"), f"reference cache: {found} ({store.folder.name[:12]})"
+
+
+def _find_or_build(t: Setup, store: ReferenceStore, source: PairStore, progress: Progress) -> tuple[Path, int]:
+    """The view of the pairs, and how many had to be scored for it."""
+    view, scored = _from_first(t, lambda: store.find_view(source.digest)), 0
+    if view is None:
+        with _building(t, store):
+            # Another run may have built it while this one waited for its turn.
+            view = _from_first(t, lambda: store.find_view(source.digest))
+            if view is None:
+                view, scored = _build(t, store, source, progress)
+    return view, scored
+
+
+def _build(t: Setup, store: ReferenceStore, source: PairStore, progress: Progress) -> tuple[Path, int]:
+    """Score what the store lacks and lay the entries out in the order of the pairs, a slice of them on every rank."""
+    mine = range(*(len(source) * r // t.ranks for r in (t.rank, t.rank + 1)))
+    keys = entry_keys(source, mine)
+    known = store.lookup(keys)
+    parts: list[Any] = [None] * t.ranks
+    dist.all_gather_object(parts, mine.start + np.flatnonzero(np.isnan(known).any(1)))
+    missing = np.concatenate(parts).tolist()
+
+    for start in range(0, len(missing), SEGMENT):
+        segment = missing[start : start + SEGMENT]
+
+        def alive(done: int, _: int, before: int = start) -> None:
+            store.beat()
+            progress(before + done, len(missing))
+
+        logps = score(t, source, segment, alive)
+        if t.rank == 0:
+            store.add(entry_keys(source, segment), logps, source.lengths[segment, 1:])
+    draft = _from_first(t, lambda: store.begin_view(source.digest, len(source)))
+    view = np.load(draft, mmap_mode="r+")
+    view[mine.start : mine.stop] = store.lookup(keys) if missing else known
+    view.flush()
+    dist.barrier()
+    return _from_first(t, lambda: store.finish_view(draft, source.digest)), len(missing)
+
+
+def _spot_check(t: Setup, source: PairStore, view: Path) -> bool:
+    """Whether a few entries of a view are what the policy gives; short ones, to be quick."""
+    spread = np.linspace(0, len(source) - 1, min(len(source), 16 * SPOT_CHECKS), dtype=np.int64)
+    tokens = source.lengths[spread].sum(1)
+    pairs = spread[np.argsort(tokens, kind="stable")[:SPOT_CHECKS]].tolist()
+    again, found = score(t, source, pairs), np.load(view, mmap_mode="r")[pairs]
+    return bool((np.abs(again - found) <= SPOT_TOLERANCE * source.lengths[pairs, 1:]).all())
+
+
+@contextlib.contextmanager
+def _building(t: Setup, store: ReferenceStore) -> Iterator[None]:
+    """Hold the store's lock on behalf of all ranks: one run scores, others wait for what it finds.
+
+    The ranks poll together, so that none of them waits in a collective for longer than the poll.
+    """
+    deadline = time.monotonic() + CACHE_WAIT_S
+    while not _from_first(t, store.acquire):
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"waited {CACHE_WAIT_S / 3600:.0f} h for another run to score the reference into {store.folder}"
+            )
+        time.sleep(CACHE_POLL_S)
+    try:
+        yield
+    finally:
+        if t.rank == 0:
+            store.release()
+
+
+def _from_first(t: Setup, ask: Callable[[], Any]) -> Any:
+    """What rank 0 finds, on every rank: shared storage may show the ranks different things for a moment."""
+    answer = [ask() if t.rank == 0 else None]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]
