@@ -51,6 +51,8 @@ class _Clock:
     def phase(self, name: str, done: int = 0, total: int = 0) -> None:
         self.began.setdefault(name, time.perf_counter())
 
+    def note(self, text: str) -> None: ...
+
     def resumed(self, step: int, rounds: int | None = None) -> None:
         self.reference_s = time.perf_counter() - self.began["scoring"]
 

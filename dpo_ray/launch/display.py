@@ -53,13 +53,18 @@ def shown(read: Callable[[], Status], *, title: str, rounds: int | None, console
     view = _Terminal(title, rounds, console) if console.is_terminal else _Plain(title, rounds, console)
 
     def watch() -> None:
+        told = 0
         with view:
             while not stop.wait(POLL_S):
                 try:
-                    view.show(read())
+                    status = read()
                 except Exception:
                     # The board's process may be restarting or already gone; the run itself reports what went wrong.
                     continue
+                for note in status.notes[told:]:
+                    console.print(note, highlight=False, markup=False, soft_wrap=True)
+                told = len(status.notes)
+                view.show(status)
 
     thread = threading.Thread(target=watch, name="display", daemon=True)
     thread.start()

@@ -15,6 +15,8 @@ import ray.train
 
 from dpo_ray.types import Metrics
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Status:
@@ -29,6 +31,8 @@ class Status:
     step: int = 0
     metrics: Metrics = field(default_factory=dict)
     """The latest value of every metric."""
+    notes: tuple[str, ...] = ()
+    """Lines that the person who started the run should read."""
     changed: float = 0.0
     """Counts changes, so that a reader sees whether there is news."""
 
@@ -52,6 +56,11 @@ class StatusBoard:
     def phase(self, name: str, done: int, total: int) -> None:
         """Set what the run is busy with."""
         self.status = replace(self.status, phase=name, done=done, total=total, changed=self.status.changed + 1)
+
+    def note(self, text: str) -> None:
+        """Add a line for the person who started the run; one that is there already is not repeated."""
+        if text not in self.status.notes:
+            self.status = replace(self.status, notes=(*self.status.notes, text), changed=self.status.changed + 1)
 
     def metrics(self, metrics: Metrics) -> None:
         """Add a line of metrics."""
@@ -96,6 +105,12 @@ class RunReporter:
         """Post the phase."""
         if self.rank == 0:
             self.board.phase.remote(name, done, total)
+
+    def note(self, text: str) -> None:
+        """Log a line and post it."""
+        if self.rank == 0:
+            logger.info(text)
+            self.board.note.remote(text)
 
     def resumed(self, step: int, rounds: int | None = None) -> None:
         """Drop lines after ``step`` or of rounds not among the first ``rounds``: they will be written again."""

@@ -4,7 +4,6 @@ Every rank runs the same lines the same number of times. No Ray, no file formats
 out through a reporter.
 """
 
-import logging
 import math
 from typing import Protocol
 
@@ -22,14 +21,15 @@ from dpo_ray.train.state import TrainState
 from dpo_ray.train.step import dpo_step, evaluate_pairs
 from dpo_ray.types import Ending, Metrics
 
-logger = logging.getLogger(__name__)
-
 
 class Reporter(Protocol):
     """Where a loop tells what it is doing. Every rank calls; what is the same on all ranks is written once."""
 
     def phase(self, name: str, done: int = 0, total: int = 0) -> None:
         """What the run is busy with, and how far it is."""
+
+    def note(self, text: str) -> None:
+        """A line that the person who started the run should read."""
 
     def resumed(self, step: int, rounds: int | None = None) -> None:
         """The run continues after ``step``, and after ``rounds`` rounds; what is on record of later ones was lost."""
@@ -56,15 +56,15 @@ def train_offline(
 
     # The policy scores the reference while it still is the reference: before a checkpoint is restored.
     reference, line = fixed_reference(t, pairs, lambda done, total: reporter.phase("scoring", done, total))
-    logger.info(line)
+    reporter.note(line)
     if held_out is not None:
         held_reference, line = fixed_reference(t, held_out, lambda done, total: reporter.phase("scoring", done, total))
-        logger.info("held-out %s", line)
+        reporter.note(f"held-out {line}")
 
     state, checkpoints = TrainState(t), Checkpointer(config.run.path / "checkpoints", config)
     if checkpoints.resume(state):
         loader.consumed = state.consumed
-        logger.info("resuming after step %d of %d", state.step, total_steps)
+        reporter.note(f"resuming after step {state.step} of {total_steps}")
     reporter.resumed(state.step if state.step else -1)
 
     def evaluate() -> Metrics:

@@ -64,7 +64,7 @@ def train_online(
     frozen = frozen_copy(t) if config.reference_kind == "live" else None
     state, checkpoints = TrainState(t), Checkpointer(config.run.path / "checkpoints", config)
     if checkpoints.resume(state):
-        logger.info("resuming after round %d of %d", state.round, online.rounds)
+        reporter.note(f"resuming after round {state.round} of {online.rounds}")
     reporter.resumed(state.step, state.round)
 
     def synchronise() -> Metrics:

@@ -32,6 +32,9 @@ class ListReporter:
     def phase(self, name: str, done: int = 0, total: int = 0) -> None:
         """Not kept."""
 
+    def note(self, text: str) -> None:
+        """Not kept."""
+
     def resumed(self, step: int, rounds: int | None = None) -> None:
         """Remember where the run went on."""
         self.resumed_at = step
