@@ -77,6 +77,7 @@ def write_config(config: Config, path: Path) -> None:
 FIXED_KEYS = (
     "model.path",
     "model.chat_template",
+    "model.lora",
     "reference.kind",
     "reference.refresh",
     "data.train",

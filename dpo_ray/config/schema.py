@@ -103,6 +103,21 @@ class RunConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (arXiv:2106.09685): the model itself is frozen and kept in the compute dtype."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of the adapters."""
+    alpha: int = Field(32, ge=1)
+    """Adapters are scaled by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before the adapters; not under reference scores."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """Modules that get adapters: all-linear (all but the head), or names such as [q_proj, v_proj]."""
+    merge: bool = False
+    """Also export policy/, the model with the adapters added in, beside adapter/."""
+
+
 class ModelConfig(Section):
     """The policy."""
 
@@ -114,16 +129,17 @@ class ModelConfig(Section):
     """auto: torch's flash kernel on each pair of a packed row. sdpa: the same by a mask over the whole row; slow."""
     chat_template: str | None = None
     """Path of a Jinja chat template that replaces the tokenizer's own; needed for models without one."""
-    lora: None = None
-    """Low-rank adapters; not available yet, leave null."""
+    lora: LoraConfig | None = None
+    """Absent: all weights are trained."""
 
 
 class ReferenceConfig(Section):
     """The model that the policy is held close to."""
 
-    kind: Literal["auto", "cached", "live", "none"] = "auto"
-    """cached: scored once by the untrained policy and stored. live: a frozen sharded copy. none: no reference, for
-    losses that need none. auto: none for those losses, else cached offline and with refresh: round, else live."""
+    kind: Literal["auto", "cached", "live", "adapters_off", "none"] = "auto"
+    """cached: scored once by the untrained policy and stored. live: a frozen sharded copy. adapters_off: the policy
+    without its adapters. none: no reference, for losses that need none. auto: none for those losses; cached offline and
+    with refresh: round; else adapters_off with model.lora and live without."""
     refresh: Literal["never", "round"] = "never"
     """round: online, the policy at the start of each round is that round's reference."""
     cache_dir: str | None = None
@@ -385,6 +401,12 @@ class Config(Section):
             raise ValueError(
                 "reference.refresh: round scores with the policy itself; set reference.kind to auto or cached"
             )
+        if self.reference.kind == "adapters_off" and self.model.lora is None:
+            raise ValueError("reference.kind: adapters_off is for a policy with adapters; give model.lora, or set auto")
+        if self.reference.refresh == "round" and self.reference.kind == "adapters_off":
+            raise ValueError(
+                "reference.refresh: round needs reference.kind: auto or cached; adapters_off never changes"
+            )
         needing = [name for name in self.loss.names if name in LOSSES and name not in REFERENCE_FREE_LOSSES]
         if self.reference.kind == "none" and needing:
             raise ValueError(
@@ -406,10 +428,12 @@ class Config(Section):
         return self.online.engine.max_model_len or longest
 
     @property
-    def reference_kind(self) -> Literal["cached", "live", "none"]:
+    def reference_kind(self) -> Literal["cached", "live", "adapters_off", "none"]:
         """``reference.kind`` with auto decided."""
         if self.reference.kind != "auto":
             return self.reference.kind
         if self.loss.reference_free:
             return "none"
-        return "cached" if self.online is None or self.reference.refresh == "round" else "live"
+        if self.online is None or self.reference.refresh == "round":
+            return "cached"
+        return "live" if self.model.lora is None else "adapters_off"

@@ -68,6 +68,7 @@ def _print_places(console: Console, config: Config, report: Path) -> None:
     places = [
         (report, "pictures, samples and findings: open it in a browser"),
         (run_dir / "policy", "the trained policy, a Hugging Face directory"),
+        (run_dir / "adapter", "the trained adapters, a peft directory"),
         (run_dir / "metrics.jsonl", "one line a step"),
         (run_dir / "rounds", "every candidate, score and pair, by round"),
         (run_dir / "logs", "full logs of every process"),

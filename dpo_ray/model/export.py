@@ -1,52 +1,91 @@
 """Weights on their way out: to a Hugging Face directory, or one by one to the rollout engines."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from dpo_ray.config.schema import ModelConfig
+from dpo_ray.model.adapters import adapter_product, save_adapter
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer
 from dpo_ray.model.shard import DTYPES
 
+BASE = ".base_layer."
+"""What peft puts into the name of a weight that has adapters."""
+
 
 def named_weights(policy: Scorer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The full weights under the names of the Hugging Face checkpoint, one at a time.
+    """The full weights under the names of the Hugging Face checkpoint, adapters added in, one at a time.
 
     Gathering is a collective: every rank iterates to the end. Tied weights come once.
 
     Args:
-        dtype: what the receiver computes in; the cast is made before the gather, which halves it for bfloat16.
+        dtype: what the receiver computes in; without adapters the cast is made before the gather, which halves it for
+            bfloat16.
     """
     for name, parameter in policy.model.named_parameters():
-        shard = parameter.detach().to(dtype)
-        yield name, shard.full_tensor() if isinstance(shard, DTensor) else shard
+        if ".lora_" in name:
+            continue
+        if name.endswith(f"{BASE}weight"):
+            layer = policy.model.get_submodule(name.removesuffix(f"{BASE}weight"))
+            merged = _gathered(parameter).float() + adapter_product(layer, _gathered)
+            yield name.replace(BASE, "."), merged.to(dtype)
+        else:
+            yield name.replace(BASE, "."), _gathered(parameter.detach().to(dtype))
 
 
-def export_policy(policy: Scorer, model: ModelConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the policy as a Hugging Face directory in the compute dtype. Every rank calls; rank 0 writes.
+def export_policy(policy: Scorer, model: ModelConfig, tokenizer: PreTrainedTokenizerBase, run_dir: Path) -> None:
+    """Write the policy to the run directory. Every rank calls; rank 0 writes.
 
-    The folder appears whole or not at all; an earlier export there is replaced.
+    ``policy/`` is a Hugging Face directory in the compute dtype; with ``model.lora`` there is ``adapter/``, and
+    ``policy/`` only if ``model.lora.merge`` asks for it. A folder appears whole or not at all; an earlier export is
+    replaced.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights: dict[str, Any] = get_model_state_dict(policy, options=options)
-    if dist.get_rank() == 0:
-        dtype = DTYPES[model.dtype]
-        weights = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in weights.items()}
-        empty = build_model(model, with_weights=False, dtype=dtype)
-        empty.config.use_cache = True
-        unfinished = folder.with_name(folder.name + ".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        empty.save_pretrained(unfinished, state_dict=weights)
-        tokenizer.save_pretrained(unfinished)
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
+    if model.lora is not None:
+        adapters = ((name, p) for name, p in policy.model.named_parameters() if ".lora_" in name)
+        weights = _kept_on_first((name, _gathered(p.detach())) for name, p in adapters)
+        _write_on_first(run_dir / "adapter", lambda folder: save_adapter(weights, model, folder), tokenizer)
+    if model.lora is None or model.lora.merge:
+        merged = _kept_on_first(named_weights(policy, DTYPES[model.dtype]))
+        _write_on_first(run_dir / "policy", lambda folder: save_policy(merged, model, folder), tokenizer)
     dist.barrier()
+
+
+def save_policy(weights: Mapping[str, Tensor], model: ModelConfig, folder: Path) -> None:
+    """Write full weights as a Hugging Face directory.
+
+    Args:
+        weights: under the names of the Hugging Face checkpoint; tied weights once.
+        model: whose architecture it is.
+        folder: made anew.
+    """
+    empty = build_model(model, with_weights=False, dtype=DTYPES[model.dtype])
+    empty.config.use_cache = True
+    empty.save_pretrained(folder, state_dict=dict(weights))
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _kept_on_first(weights: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Weights in host memory, on rank 0 only; all ranks take part in gathering them."""
+    first = dist.get_rank() == 0
+    return {name: weight.cpu() for name, weight in weights if first}
+
+
+def _write_on_first(folder: Path, write: Callable[[Path], None], tokenizer: PreTrainedTokenizerBase) -> None:
+    if dist.get_rank() != 0:
+        return
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    write(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)

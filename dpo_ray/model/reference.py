@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from dpo_ray.data.loader import MicroBatch
-from dpo_ray.model.scorer import Scorer, pair_logps
+from dpo_ray.model.scorer import Scores, pair_logps
 from dpo_ray.objective.logps import PairLogps
 
 Reference = Callable[[MicroBatch], PairLogps | None]
@@ -28,7 +28,7 @@ def cached_reference(logps: np.ndarray) -> Reference:
     return reference
 
 
-def live_reference(frozen: Scorer) -> Reference:
+def live_reference(frozen: Scores) -> Reference:
     """Score each micro-batch with a frozen model, whose layers stay gathered unless it reshards after each forward."""
 
     @torch.no_grad()

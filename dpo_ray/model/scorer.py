@@ -4,6 +4,7 @@ Backbone and head sit in one module so that FSDP2 shards and gathers them as one
 head, and logits exist one chunk at a time.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -23,6 +24,9 @@ from dpo_ray.objective.logps import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Scores = Callable[..., TokenScores]
+"""A Scorer, or what answers like one: (row, with_squares) -> TokenScores."""
 
 
 class Scorer(nn.Module):
@@ -67,7 +71,7 @@ class Scorer(nn.Module):
         )
 
 
-def pair_logps(scorer: nn.Module, row: PackedRow, *, weighting: Literal["none", "wpo"] = "none") -> PairLogps:
+def pair_logps(scorer: Scores, row: PackedRow, *, weighting: Literal["none", "wpo"] = "none") -> PairLogps:
     """Summed log-probabilities of the pairs in ``row``, and with ``wpo`` the weights of the pairs."""
     scores = scorer(row, weighting == "wpo")
     sums = sequence_sums(scores.logps, row.sequence, row.lengths.numel())
@@ -76,7 +80,7 @@ def pair_logps(scorer: nn.Module, row: PackedRow, *, weighting: Literal["none", 
 
 
 @torch.no_grad()
-def sample_logps(scorer: nn.Module, row: PackedRow) -> Tensor:
+def sample_logps(scorer: Scores, row: PackedRow) -> Tensor:
     """(S,) summed log-probabilities of single completions, nats, float32."""
     return sequence_sums(scorer(row).logps, row.sequence, row.lengths.numel())
 

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from dpo_ray.config.schema import ModelConfig, ShardConfig
+from dpo_ray.model.adapters import add_adapters
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer
 
@@ -30,15 +31,19 @@ def load_sharded(
 ) -> Scorer:
     """A scorer with its weights spread over the mesh.
 
-    Trainable weights are float32 masters that compute in ``model.dtype`` with gradients reduced in float32; frozen ones
-    are kept in the compute dtype.
+    Trainable weights are float32 masters that compute in ``model.dtype`` with gradients reduced in float32; frozen
+    ones, and with ``model.lora`` all but the adapters, are kept in the compute dtype.
     """
     compute = DTYPES[model.dtype]
     first = dist.get_rank() == 0
-    built = build_model(model, with_weights=first, dtype=torch.float32 if trainable else compute)
+    masters = trainable and model.lora is None
+    built = build_model(model, with_weights=first, dtype=torch.float32 if masters else compute)
+    if trainable and model.lora is not None:
+        add_adapters(built, model.lora)
     weights = {f"model.{name}": tensor for name, tensor in built.state_dict().items()} if first else {}
     scorer = Scorer(built)
-    scorer.requires_grad_(trainable)
+    if not trainable:
+        scorer.requires_grad_(False)
     if trainable and shard.activation_checkpointing:
         built.gradient_checkpointing_enable({"use_reentrant": False})
     scorer.train(trainable)

@@ -98,7 +98,7 @@ def train_offline(
 
     if config.run.export:
         reporter.phase("exporting")
-        export_policy(t.policy, config.model, t.tokenizer, config.run.path / "policy")
+        export_policy(t.policy, config.model, t.tokenizer, config.run.path)
     return Ending(metrics)
 
 

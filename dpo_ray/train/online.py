@@ -17,9 +17,10 @@ import torch
 from dpo_ray.config.schema import Config
 from dpo_ray.data.loader import PairList, PairLoader
 from dpo_ray.data.packing import build_sample_row
+from dpo_ray.model.adapters import WithoutAdapters
 from dpo_ray.model.export import export_policy, named_weights
 from dpo_ray.model.reference import Reference, cached_reference, live_reference, no_reference
-from dpo_ray.model.scorer import Scorer
+from dpo_ray.model.scorer import Scores
 from dpo_ray.model.shard import DTYPES, release_gathered
 from dpo_ray.sync.base import WeightSync
 from dpo_ray.train.checkpoint import Checkpointer
@@ -61,7 +62,7 @@ def train_online(
     online = config.online
     reporter.phase("loading")
     t = set_up(config, device)
-    frozen = frozen_copy(t) if config.reference_kind == "live" else None
+    frozen = _frozen_reference(t)
     state, checkpoints = TrainState(t), Checkpointer(config.run.path / "checkpoints", config)
     if checkpoints.resume(state):
         reporter.note(f"resuming after round {state.round} of {online.rounds}")
@@ -118,11 +119,20 @@ def train_online(
 
     if config.run.export:
         reporter.phase("exporting")
-        export_policy(t.policy, config.model, t.tokenizer, config.run.path / "policy")
+        export_policy(t.policy, config.model, t.tokenizer, config.run.path)
     return Ending(metrics)
 
 
-def _train_on(t: Setup, data: RoundData, frozen: Scorer | None, state: TrainState, reporter: Reporter) -> Metrics:
+def _frozen_reference(t: Setup) -> Scores | None:
+    match t.config.reference_kind:
+        case "live":
+            return frozen_copy(t)
+        case "adapters_off":
+            return WithoutAdapters(t.policy)
+    return None
+
+
+def _train_on(t: Setup, data: RoundData, frozen: Scores | None, state: TrainState, reporter: Reporter) -> Metrics:
     """Train on a round's pairs. Reports every step but the last, whose metrics it returns for the round's own line."""
     online, pairs = t.config.online, PairList(data.pairs, f"round {data.index}")
     assert online is not None
@@ -154,7 +164,7 @@ def _train_on(t: Setup, data: RoundData, frozen: Scorer | None, state: TrainStat
     return metrics
 
 
-def _round_reference(t: Setup, pairs: PairList, frozen: Scorer | None) -> Reference:
+def _round_reference(t: Setup, pairs: PairList, frozen: Scores | None) -> Reference:
     """The frozen copy where there is one; else, with ``refresh: round``, the policy as the round begins."""
     if frozen is not None:
         return live_reference(frozen)
@@ -163,7 +173,7 @@ def _round_reference(t: Setup, pairs: PairList, frozen: Scorer | None) -> Refere
     return cached_reference(score(t, pairs, range(len(pairs))))
 
 
-def _kl(t: Setup, frozen: Scorer | None, samples: Sequence[TokenSample]) -> Metrics:
+def _kl(t: Setup, frozen: Scores | None, samples: Sequence[TokenSample]) -> Metrics:
     """Divergence of the policy from the frozen reference, estimated on the policy's own samples, nats a sequence."""
     if frozen is None or not samples:
         return {}

@@ -18,10 +18,11 @@ import torch.distributed as dist
 from dpo_ray.data.loader import PairSource, micro_batches
 from dpo_ray.data.packing import build_sample_row, deal
 from dpo_ray.data.store import PairStore
+from dpo_ray.model.adapters import WithoutAdapters
 from dpo_ray.model.load import weights_digest
 from dpo_ray.model.reference import Reference, cached_reference, live_reference, no_reference
 from dpo_ray.model.reference_store import ReferenceStore, entry_keys, store_digest
-from dpo_ray.model.scorer import Scorer, pair_logps, sample_logps
+from dpo_ray.model.scorer import Scores, pair_logps, sample_logps
 from dpo_ray.model.shard import release_gathered
 from dpo_ray.train.setup import Setup, frozen_copy
 from dpo_ray.types import TokenSample
@@ -53,6 +54,8 @@ def fixed_reference(t: Setup, source: PairStore, progress: Progress) -> tuple[Re
     match t.config.reference_kind:
         case "none":
             return no_reference, "reference: none"
+        case "adapters_off":
+            return live_reference(WithoutAdapters(t.policy)), "reference: the policy without adapters, with each step"
         case "live":
             return live_reference(frozen_copy(t)), "reference: a frozen copy, scored with each step"
         case "cached":
@@ -92,7 +95,7 @@ def score(t: Setup, source: PairSource, pairs: Sequence[int], progress: Progress
     return shared.cpu().numpy()
 
 
-def score_samples(t: Setup, scorer: Scorer, samples: Sequence[TokenSample]) -> np.ndarray:
+def score_samples(t: Setup, scorer: Scores, samples: Sequence[TokenSample]) -> np.ndarray:
     """(len(samples),) log-probabilities of single completions under ``scorer``, nats; the same on every rank."""
     logps = torch.zeros(len(samples), dtype=torch.float64)
     tokens = np.array([len(s.prompt) + len(s.completion) for s in samples], np.int64)
@@ -101,8 +104,7 @@ def score_samples(t: Setup, scorer: Scorer, samples: Sequence[TokenSample]) -> n
     for batch in dealt.shares[t.rank]:
         scored = sample_logps(scorer, build_sample_row([samples[i] for i in batch]).to(t.device))
         logps[list(batch)] = scored.double().cpu()
-    if scorer is t.policy:
-        release_gathered(scorer)
+    release_gathered(t.policy)
     shared = logps.to(t.device)
     dist.all_reduce(shared)
     return shared.cpu().numpy()

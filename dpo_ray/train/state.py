@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from dpo_ray.data.loader import PairSource
 from dpo_ray.train.setup import Setup
 
 logger = logging.getLogger(__name__)
 
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+"""A model under adapters is not written again and again."""
 NAMED = 8
 """Pairs of a skipped step that are named."""
 
@@ -63,7 +65,7 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """Sharded weights and optimizer, counters, and this rank's random state."""
-        model, optimizer = get_state_dict(self.t.policy, self.t.optimizer)
+        model, optimizer = get_state_dict(self.t.policy, self.t.optimizer, options=TRAINED)
         return {
             "model": model,
             "optimizer": optimizer,
@@ -74,7 +76,11 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` returned."""
         set_state_dict(
-            self.t.policy, self.t.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+            self.t.policy,
+            self.t.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=TRAINED,
         )
         self.step, self.round, self.consumed = state["counters"].tolist()
         if (rng := state.get(f"rng_{self.t.rank}")) is not None:

@@ -253,3 +253,51 @@ def test_the_export_holds_the_trained_weights(config: dict[str, Any]) -> None:
     assert before.keys() == after.keys()
     assert all(not torch.equal(before[name], after[name]) for name in before)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.fixture
+def with_lora(config: dict[str, Any]) -> dict[str, Any]:
+    """The same run, training adapters."""
+    return config | {"model": config["model"] | {"lora": {"rank": 4, "alpha": 16}}}
+
+
+def test_adapters_train_alike_on_one_and_two_workers_and_without_a_second_model(with_lora: dict[str, Any]) -> None:
+    (alone,) = run_ranks(1, offline, with_lora)
+    first, _ = run_ranks(2, offline, with_lora | {"cluster": {"train_workers": 2}})
+    off, _ = run_ranks(
+        2,
+        offline,
+        with_lora | {"cluster": {"train_workers": 2}, "reference": with_lora["reference"] | {"kind": "adapters_off"}},
+    )
+    assert alone[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert alone[-1]["loss"] < 0.68, "the adapters must have learned something"
+    assert_same(alone, first, absolute=1e-4)
+    assert_same(first, off, absolute=1e-5)
+
+
+def test_an_adapter_checkpoint_holds_the_adapters_only_and_resumes(with_lora: dict[str, Any]) -> None:
+    (undisturbed,) = run_ranks(1, offline, with_lora)
+    saving = with_lora["run"] | {"name": "stopped", "save_every": 2}
+    run_ranks(1, offline, with_lora | {"run": saving | {"steps": 4}})
+    (resumed,) = run_ranks(1, offline, with_lora | {"run": saving})
+    assert_same(undisturbed[4:], resumed, absolute=1e-6)
+    checkpoint = Path(with_lora["run"]["dir"]) / "stopped/checkpoints/000006"
+    weights = (Path(with_lora["model"]["path"]) / "model.safetensors").stat().st_size
+    assert sum(file.stat().st_size for file in checkpoint.iterdir()) < weights / 2
+
+
+def test_the_exported_adapter_and_the_merged_policy_are_the_trained_policy(with_lora: dict[str, Any]) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    with_lora["model"]["lora"]["merge"] = True
+    run_ranks(2, offline, with_lora | {"run": with_lora["run"] | {"export": True}, "cluster": {"train_workers": 2}})
+    run = Path(with_lora["run"]["dir"]) / "run"
+    base = AutoModelForCausalLM.from_pretrained(with_lora["model"]["path"], dtype=torch.float32)
+    tokens = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        before = base(tokens).logits
+        merged = AutoModelForCausalLM.from_pretrained(run / "policy", dtype=torch.float32)(tokens).logits
+        adapted = PeftModel.from_pretrained(base, run / "adapter")(tokens).logits
+    assert (adapted - merged).abs().max() < 1e-4
+    assert (adapted - before).abs().max() > 1e-2

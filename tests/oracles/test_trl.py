@@ -19,15 +19,15 @@ WritePairs = Callable[[Sequence[tuple[str, str, str]]], Path]
 
 
 def our_steps(
-    ranks: int, tmp_path: Path, model: Path, pairs: Path, loss: dict[str, Any], tokens_per_micro_batch: int = 300
+    ranks: int, tmp_path: Path, model: Path, pairs: Path, loss: dict[str, Any], lora: dict[str, Any] | None = None
 ) -> list[dict[str, Any]]:
     config = {
         "run": {"dir": str(tmp_path), "save_every": None, "export": False},
-        "model": {"path": str(model), "dtype": "float32"},
+        "model": {"path": str(model), "dtype": "float32", "lora": lora},
         "reference": {"cache_dir": str(tmp_path / "cache")},
         "data": {"train": str(pairs), "shuffle": False},
         "loss": {"beta": BETA, **loss},
-        "optim": {"lr": LR, "pairs_per_step": PAIRS_PER_STEP, "tokens_per_micro_batch": tokens_per_micro_batch},
+        "optim": {"lr": LR, "pairs_per_step": PAIRS_PER_STEP, "tokens_per_micro_batch": 300},
         "cluster": {"train_workers": ranks},
     }
     return run_ranks(ranks, offline, config)[0]
@@ -101,3 +101,27 @@ def test_simpo_trains_as_in_trl(tmp_path: Path, tiny_model: Path) -> None:
     ours = our_steps(1, tmp_path, tiny_model, file, {"use": "simpo", "beta": 2.0, "args": {"gamma": 0.5}})
     assert_same_steps(ours, theirs, ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins"))
     assert not (tmp_path / "cache" / "reference").exists(), "SimPO loads and scores no reference"
+
+
+def test_adapters_train_as_in_trl(tmp_path: Path, tiny_model: Path, write_pairs: WritePairs) -> None:
+    file = write_pairs(ragged_texts(12))
+    lora = {"rank": 4, "alpha": 16}
+    start = {
+        "run": {"dir": str(tmp_path), "name": "start", "steps": 1, "save_every": None},
+        "model": {"path": str(tiny_model), "dtype": "float32", "lora": lora},
+        "reference": {"cache_dir": str(tmp_path / "cache")},
+        "data": {"train": str(file)},
+        "optim": {"lr": 1e-30},
+    }
+    run_ranks(1, offline, start)
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    theirs = trl_steps(
+        tiny_model,
+        records,
+        folder=tmp_path / "trl",
+        pairs_per_step=PAIRS_PER_STEP,
+        lr=LR,
+        beta=BETA,
+        adapter=tmp_path / "start/adapter",
+    )
+    assert_same_steps(our_steps(2, tmp_path, tiny_model, file, {}, lora), theirs)

@@ -13,6 +13,7 @@ def trl_steps(
     pairs_per_step: int,
     lr: float,
     pairs_per_micro_batch: int | None = None,
+    adapter: Path | None = None,
     **losses: Any,
 ) -> list[dict[str, Any]]:
     """Train one epoch of DPO in float32 without shuffling; returns TRL's own log of each step.
@@ -20,6 +21,7 @@ def trl_steps(
     Args:
         records: prompt, chosen and rejected, as message lists or as text.
         pairs_per_micro_batch: all of a step's by default.
+        adapter: peft directory with the adapters to train; all weights by default.
         losses: beta and further settings of TRL's DPOConfig, such as ``loss_type``.
     """
     from trl import DPOConfig, DPOTrainer
@@ -28,7 +30,7 @@ def trl_steps(
     args = DPOConfig(
         **settings, **losses, max_length=None, gradient_checkpointing=False, train_sampling_strategy="sequential"
     )
-    return _train(DPOTrainer, model, args, records)
+    return _train(DPOTrainer, model, args, records, adapter)
 
 
 def trl_simpo_steps(
@@ -80,12 +82,20 @@ def _settings(folder: Path, pairs_per_step: int, pairs_per_micro_batch: int, lr:
     }
 
 
-def _train(trainer_class: Any, model: Path, args: Any, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _train(
+    trainer_class: Any, model: Path, args: Any, records: Sequence[Mapping[str, Any]], adapter: Path | None = None
+) -> list[dict[str, Any]]:
     from datasets import Dataset
-    from transformers import AutoTokenizer
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    trained: Any = str(model)
+    if adapter is not None:
+        args.model_init_kwargs = None
+        base = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+        trained = PeftModel.from_pretrained(base, adapter, is_trainable=True)
     trainer = trainer_class(
-        model=str(model),
+        model=trained,
         args=args,
         train_dataset=Dataset.from_list([dict(record) for record in records]),
         processing_class=AutoTokenizer.from_pretrained(model),

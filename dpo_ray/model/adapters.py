@@ -1,0 +1,111 @@
+"""Low-rank adapters (peft) in a frozen model: put in, switched off for the reference, taken out as their own export."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from dpo_ray.config.schema import LoraConfig, ModelConfig
+from dpo_ray.model.load import build_model
+from dpo_ray.objective.logps import TokenScores
+
+if TYPE_CHECKING:
+    from peft import LoraConfig as PeftConfig
+    from transformers import PreTrainedModel
+
+    from dpo_ray.data.packing import PackedRow
+    from dpo_ray.model.scorer import Scorer
+
+ADAPTER = "default"
+"""The name under which peft keeps the adapters."""
+
+
+def add_adapters(model: "PreTrainedModel", lora: LoraConfig) -> None:
+    """Put adapters that change nothing yet into ``model`` and freeze everything else.
+
+    Raises:
+        ValueError: no module has a name in ``model.lora.targets``.
+    """
+    from peft import inject_adapter_in_model
+
+    try:
+        inject_adapter_in_model(_peft_config(lora), model, adapter_name=ADAPTER)
+    except ValueError as error:
+        raise ValueError(f"model.lora.targets: {lora.targets!r}: {str(error).splitlines()[0]}") from None
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad != (".lora_" in name):
+            raise AssertionError(f"{name} is {'not ' * (not parameter.requires_grad)}trainable")
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Run ``model`` as if it had no adapters.
+
+    Not peft's own switch, which also turns off their gradients: FSDP decides about dtypes by what is trainable.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+class WithoutAdapters:
+    """A policy as its own reference: scores like a Scorer, with the adapters switched off."""
+
+    def __init__(self, policy: "Scorer") -> None:
+        self.policy = policy
+
+    def __call__(self, row: "PackedRow", with_squares: bool = False) -> TokenScores:
+        """As ``Scorer.forward``."""
+        with adapters_off(self.policy):
+            return self.policy(row, with_squares)
+
+
+def adapter_product(layer: Any, gather: Any) -> Tensor:
+    """What the adapters of a linear layer add to its weight: scale * B A, (out, in).
+
+    Args:
+        layer: peft's layer.
+        gather: makes a full tensor of a sharded one; a collective.
+    """
+    a, b = (gather(getattr(layer, name)[ADAPTER].weight) for name in ("lora_A", "lora_B"))
+    return layer.scaling[ADAPTER] * (b @ a)
+
+
+def save_adapter(weights: dict[str, Tensor], model: ModelConfig, folder: Path) -> None:
+    """Write adapters as a peft directory.
+
+    Args:
+        weights: full adapter weights under the names they have in the model.
+        model: what they belong to.
+        folder: made anew.
+    """
+    from peft import get_peft_model
+
+    assert model.lora is not None
+    config = _peft_config(model.lora)
+    config.base_model_name_or_path = model.path
+    empty = get_peft_model(build_model(model, with_weights=False), config, adapter_name=ADAPTER)
+    empty.save_pretrained(str(folder), state_dict={f"base_model.model.{name}": w for name, w in weights.items()})
+
+
+def _peft_config(lora: LoraConfig) -> "PeftConfig":
+    from peft import LoraConfig as PeftConfig
+
+    return PeftConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
+        task_type="CAUSAL_LM",
+    )
