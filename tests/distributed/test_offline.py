@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dpo_ray.model.reference_store import ReferenceStore
 from dpo_ray.train.checkpoint import damaged_files
+from dpo_ray.train.export import export_checkpoint, find_checkpoint
 from tests.conftest import ragged_texts
 from tests.distributed.processes import run_ranks
 from tests.distributed.runs import offline
@@ -301,3 +303,31 @@ def test_the_exported_adapter_and_the_merged_policy_are_the_trained_policy(with_
         adapted = PeftModel.from_pretrained(base, run / "adapter")(tokens).logits
     assert (adapted - merged).abs().max() < 1e-4
     assert (adapted - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 16}], ids=["all-weights", "adapters"])
+def test_a_checkpoint_of_two_workers_exports_to_what_the_run_exported(
+    config: dict[str, Any], tmp_path: Path, lora: dict[str, Any] | None
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config["model"]["lora"] = lora and lora | {"merge": True}
+    config["run"] |= {"export": True, "save_every": 4}
+    run_ranks(2, offline, config | {"cluster": {"train_workers": 2}})
+    run = Path(config["run"]["dir"]) / "run"
+    export_checkpoint(find_checkpoint(run), tmp_path / "exported", merge=True)
+    expected = AutoModelForCausalLM.from_pretrained(run / "policy").state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").state_dict()
+    assert expected.keys() == found.keys()
+    for name, weight in expected.items():
+        assert torch.allclose(found[name], weight, atol=1e-6), name
+    if lora:
+        export_checkpoint(find_checkpoint(run), tmp_path / "adapter")
+        assert load_file(tmp_path / "adapter/adapter_model.safetensors").keys() == (
+            load_file(run / "adapter/adapter_model.safetensors").keys()
+        )
+    with pytest.raises(ValueError, match="exists already"):
+        export_checkpoint(find_checkpoint(run), tmp_path / "exported")
+    next((run / "checkpoints/000004").glob("*.distcp")).unlink()
+    with pytest.raises(ValueError, match=r"damaged: __\d_0\.distcp"):
+        find_checkpoint(run / "checkpoints/000004")

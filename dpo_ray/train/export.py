@@ -1,0 +1,95 @@
+"""Any checkpoint as a Hugging Face directory, in one process and without a cluster."""
+
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from dpo_ray.config import Config
+from dpo_ray.data.tokenize import load_tokenizer
+from dpo_ray.model.adapters import add_adapters, save_adapter
+from dpo_ray.model.export import named_weights, save_policy
+from dpo_ray.model.load import build_model
+from dpo_ray.model.scorer import Scorer
+from dpo_ray.model.shard import DTYPES
+from dpo_ray.train.checkpoint import best_checkpoint, damaged_files, finished_checkpoints, read_marker, read_weights
+
+WEIGHTS = "model."
+"""What a checkpoint puts before the name of a weight; the scorer puts the same once more."""
+
+
+def find_checkpoint(path: Path, *, best: bool = False) -> Path:
+    """The checkpoint that ``path`` means: itself, or the newest or best one of a run directory.
+
+    Raises:
+        ValueError: there is none there, or it was not finished or is damaged.
+    """
+    if (path / "checkpoints").is_dir():
+        finished = finished_checkpoints(path / "checkpoints")
+        if not finished:
+            raise ValueError(f"{path}: the run has no finished checkpoint")
+        if best:
+            config = Config.model_validate(read_marker(finished[-1])["config"])
+            chosen = best_checkpoint(finished, config)
+            if chosen is None:
+                raise ValueError(f"{path}: no checkpoint has run.best_metric ({config.run.best_metric})")
+            path = chosen
+        else:
+            path = finished[-1]
+    try:
+        wrong = damaged_files(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no finished checkpoint; give a run directory or checkpoints/NNNNNN in one") from None
+    if wrong:
+        raise ValueError(f"{path}: the checkpoint is damaged: {wrong[0]} is not as it was written")
+    return path
+
+
+def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) -> Config:
+    """Write a checkpoint's policy to ``folder``; returns the configuration of its run.
+
+    Args:
+        checkpoint: a finished one.
+        folder: must not exist; appears whole or not at all. A Hugging Face directory, or of a run with adapters a peft
+            directory.
+        merge: of a run with adapters, write the model with the adapters added in.
+
+    Raises:
+        ValueError: ``folder`` exists.
+    """
+    if folder.exists():
+        raise ValueError(f"{folder}: exists already; give a folder that does not")
+    config = Config.model_validate(read_marker(checkpoint)["config"])
+    weights = _trained_weights(checkpoint)
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    if config.model.lora is None:
+        dtype = DTYPES[config.model.dtype]
+        save_policy({name: weight.to(dtype) for name, weight in weights.items()}, config.model, unfinished)
+    elif merge:
+        built = build_model(config.model, with_weights=True, dtype=DTYPES[config.model.dtype])
+        add_adapters(built, config.model.lora)
+        built.load_state_dict(weights, strict=False)
+        with torch.no_grad():
+            save_policy(dict(named_weights(Scorer(built), DTYPES[config.model.dtype])), config.model, unfinished)
+    else:
+        save_adapter(weights, config.model, unfinished)
+    load_tokenizer(config.model.path, config.model.chat_template).save_pretrained(unfinished)
+    unfinished.rename(folder)
+    return config
+
+
+def _trained_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The trained weights under the names they have in the model, read from all shards."""
+    written = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    weights = {
+        name.removeprefix(WEIGHTS): torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in written.items()
+        if name.startswith(f"{WEIGHTS}{WEIGHTS}") and isinstance(entry, TensorStorageMetadata)
+    }
+    read_weights(checkpoint, weights)
+    return {name.removeprefix(WEIGHTS): weight for name, weight in weights.items()}
