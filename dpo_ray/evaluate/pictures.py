@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -21,9 +21,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from dpo_ray.evaluate.health import alike
-
-if TYPE_CHECKING:
-    from dpo_ray.evaluate.report import RunRecord
+from dpo_ray.evaluate.record import Lines, RunRecord
 
 PALETTE: dict[str, tuple[str, str]] = {
     "ink": ("#3b4351", "#c9d0db"),
@@ -52,9 +50,6 @@ SMOOTH_FROM = 40
 """Points from which a noisy series is drawn pale with its running mean on top."""
 LOG_RATIO = 3.0
 """Ratio of the largest to the smallest value from which an axis of positive values is logarithmic."""
-
-Lines = tuple[np.ndarray, np.ndarray]
-"""Horizontal and vertical values of a series."""
 
 
 @dataclass(frozen=True, slots=True)

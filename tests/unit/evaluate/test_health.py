@@ -26,7 +26,7 @@ from dpo_ray.evaluate.health import (
     trainers_are_busy,
     values_are_finite,
 )
-from dpo_ray.evaluate.report import Evaluation, HeldOutSample, RunRecord
+from dpo_ray.evaluate.record import Evaluation, HeldOutSample, RunRecord
 
 SIGMOID = {"loss": {"use": "sigmoid", "beta": 0.1}, "optim": {"max_grad_norm": 1.0}}
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from dpo_ray.evaluate.report import comparisons, read_run, summary, verdict, write_report, write_sweep_report
+from dpo_ray.evaluate.figures import comparisons, summary, verdict
+from dpo_ray.evaluate.record import read_run
+from dpo_ray.evaluate.report import write_report, write_sweep_report
 
 CONFIG = """
 run: {name: tiny}
