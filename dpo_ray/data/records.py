@@ -90,7 +90,7 @@ def read_prompts(sources: Sequence[str]) -> Iterator[PromptRecord | Problem]:
     """The prompts of ``sources``, in order: of a pair its prompt, of a conversation what leads to its last answer.
 
     Raises:
-        ValueError: a source is missing or cannot be read as a whole.
+        Unreadable: a source is missing or cannot be read as a whole.
     """
     return _read([_locate(source) for source in sources], _prompt_record)
 
@@ -99,7 +99,7 @@ def source_digest(source: str) -> str:
     """The content of ``source`` as a hash: of a file its format and bytes, not its name; of a dataset its fingerprint.
 
     Raises:
-        ValueError: the source is missing or cannot be read.
+        Unreadable: the source is missing or cannot be read.
     """
     located = _locate(source)
     if isinstance(located, _DatasetSource):
@@ -129,6 +129,10 @@ class _DatasetSource:
     """A folder of save_to_disk; otherwise a hub dataset."""
 
 
+class Unreadable(ValueError):
+    """A source that is missing or cannot be read as a whole."""
+
+
 class _Unusable(Exception):
     """Why a record cannot be used."""
 
@@ -148,14 +152,14 @@ def _locate(source: str) -> _Source:
         return _DatasetSource(source, source, "train", saved=True)
     if path.is_file():
         if path.suffix not in _READERS:
-            raise ValueError(f"{source}: a file ending in {path.suffix!r} is not read; {SOURCES_ACCEPTED}")
+            raise Unreadable(f"{source}: a file ending in {path.suffix!r} is not read; {SOURCES_ACCEPTED}")
         return _FileSource(source, path)
     location, _, split = source.partition(":")
     if Path(location).is_dir():
         return _DatasetSource(source, location, split, saved=True)
     if _HUB_NAME.fullmatch(location) and Path(location).suffix not in _READERS:
         return _DatasetSource(source, location, split or "train", saved=False)
-    raise ValueError(f"{source}: no such file or folder; {SOURCES_ACCEPTED}")
+    raise Unreadable(f"{source}: no such file or folder; {SOURCES_ACCEPTED}")
 
 
 def _read(sources: Sequence[_Source], build: Callable[[Mapping[str, Any], str, int], Any]) -> Iterator[Any]:
@@ -200,12 +204,12 @@ def _json_rows(path: Path) -> Iterator[_Row]:
         records = json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}:{line}: byte {error.start + 1} of the file is not UTF-8 text") from None
+        raise Unreadable(f"{path}:{line}: byte {error.start + 1} of the file is not UTF-8 text") from None
     except json.JSONDecodeError as error:
         hint = "; a file with one record a line must end in .jsonl" if error.msg == "Extra data" else ""
-        raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}{hint}") from None
+        raise Unreadable(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}{hint}") from None
     if not isinstance(records, list):
-        raise ValueError(f"{path}: holds {_show(records)}; a .json file holds a list of records")
+        raise Unreadable(f"{path}: holds {_show(records)}; a .json file holds a list of records")
     yield from enumerate(records, start=1)
 
 
@@ -217,7 +221,7 @@ def _parquet_rows(path: Path) -> Iterator[_Row]:
         with ParquetFile(path) as file:
             yield from _table_rows(file.iter_batches(batch_size=1024))
     except (ArrowException, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as Parquet: {error}") from None
+        raise Unreadable(f"{path}: cannot be read as Parquet: {error}") from None
 
 
 def _arrow_rows(path: Path) -> Iterator[_Row]:
@@ -233,7 +237,7 @@ def _arrow_rows(path: Path) -> Iterator[_Row]:
                 batches = iter(pa.ipc.open_stream(file))
             yield from _table_rows(batches)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as Arrow: {error}") from None
+        raise Unreadable(f"{path}: cannot be read as Arrow: {error}") from None
 
 
 def _table_rows(batches: Iterator[Any]) -> Iterator[_Row]:
@@ -255,17 +259,17 @@ def _open_dataset(source: _DatasetSource) -> Any:
         try:
             return datasets.load_dataset(source.location, split=source.split)
         except Exception as error:  # the hub client, its HTTP library and the dataset's own reader each raise their own
-            raise ValueError(
+            raise Unreadable(
                 f"{source.name}: no such file or folder, and not loaded as a hub dataset: {error}; {SOURCES_ACCEPTED}"
             ) from error
     try:
         dataset = datasets.load_from_disk(source.location)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{source.name}: the folder is not a saved dataset: {error}; {SOURCES_ACCEPTED}") from None
+        raise Unreadable(f"{source.name}: the folder is not a saved dataset: {error}; {SOURCES_ACCEPTED}") from None
     if isinstance(dataset, datasets.DatasetDict):
         if source.split not in dataset:
             splits = ", ".join(f"{source.location}:{split}" for split in dataset)
-            raise ValueError(f"{source.name}: the folder has no split {source.split!r}; accepted are {splits}")
+            raise Unreadable(f"{source.name}: the folder has no split {source.split!r}; accepted are {splits}")
         return dataset[source.split]
     return dataset
 

@@ -116,14 +116,20 @@ class DataReport:
             )
         return "\n".join(lines)
 
-    def check(self, *, strict: bool, name: str = "data") -> None:
+    def check(self, *, strict: bool, name: str = "data", sources: Sequence[str] = ()) -> None:
         """Refuse a data set of which nothing is left, or, if strict, of which anything was dropped.
+
+        Args:
+            strict: a dropped record is an error.
+            name: of the key, for the message.
+            sources: what the records came from, for the message.
 
         Raises:
             ValueError: the message holds the whole report.
         """
         if not self.kept:
-            raise ValueError(f"{name}: no record can be used\n{self.text(name)}")
+            where = f" of {', '.join(sources)}" if sources else ""
+            raise ValueError(f"{name}: no record{where} can be used\n{self.text(name)}")
         if strict and self.dropped:
             raise ValueError(f"{name}: data.strict is true and records were dropped\n{self.text(name)}")
 

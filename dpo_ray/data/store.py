@@ -18,7 +18,7 @@ from uuid import uuid4
 import numpy as np
 
 from dpo_ray.config.schema import DataConfig
-from dpo_ray.data.records import PairRecord, Problem, read_pairs, source_digest
+from dpo_ray.data.records import PairRecord, Problem, Unreadable, read_pairs, source_digest
 from dpo_ray.data.report import DataReport, DataReportBuilder
 from dpo_ray.data.tokenize import TokenizedPair, tokenize_pair, tokenizer_digest
 from dpo_ray.types import TokenPair
@@ -118,8 +118,8 @@ def prepare_pairs(
     limit = data_config.limit if kind == "train" else None
     try:
         digests = [source_digest(source) for source in sources]
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    except Unreadable as error:
+        raise Unreadable(f"{name}: {error}") from None
     recipe = {
         "format": FORMAT_VERSION,
         "sources": digests,
@@ -141,8 +141,10 @@ def prepare_pairs(
                 max_completion_tokens=data_config.max_completion_tokens,
             )
             report = _build(building, digest, sources, read_pairs(sources, limit=limit), tokenise, on_progress)
-            report.check(strict=False, name=name)
+            report.check(strict=False, name=name, sources=sources)
             _move_into_place(building, place)
+        except Unreadable as error:
+            raise Unreadable(f"{name}: {error}") from None
         finally:
             shutil.rmtree(building, ignore_errors=True)
     store = PairStore(place, sources)

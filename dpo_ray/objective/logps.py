@@ -53,11 +53,11 @@ class LogitTransform:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def backward(self, transformed: Tensor, grad: Tensor) -> Tensor:
-        """Gradient by the head's output, given the transformed logits and the gradient by them."""
-        if self.softcap is not None:
-            grad = grad * (1 - (transformed / self.softcap).square())
-        return grad if self.scale == 1.0 else grad * self.scale
+    def slope(self, transformed: Tensor) -> Tensor | float:
+        """Derivative of the transformed logits by the head's output."""
+        if self.softcap is None:
+            return self.scale
+        return self.scale * (1 - (transformed / self.softcap).square())
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -105,10 +105,12 @@ class _TokenLogps(torch.autograd.Function):
         for start in range(0, labels.numel(), ctx.chunk):
             part = slice(start, start + ctx.chunk)
             logits = ctx.transform(head(hidden[part]))
-            # d logp[label] / d logit = [is label] - softmax
-            grad = -(logits - normalizers[part, None]).exp_()
-            grad.scatter_add_(-1, labels[part, None], grad.new_ones(grad.shape[0], 1))
-            grad = ctx.transform.backward(logits, grad.mul_(grad_logps[part, None]))
+            slope, upstream = ctx.transform.slope(logits), grad_logps[part, None]
+            # d logp[label] / d logit = [is label] - softmax, in place: each pass over (chunk, V) costs memory bandwidth
+            grad = logits.sub_(normalizers[part, None]).exp_().mul_(-upstream)
+            grad.scatter_add_(-1, labels[part, None], upstream)
+            if isinstance(slope, Tensor) or slope != 1.0:
+                grad.mul_(slope)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             grad = grad.to(weight.dtype)

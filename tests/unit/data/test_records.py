@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dpo_ray.data.records import PairRecord, Problem, PromptRecord, read_pairs, read_prompts, source_digest
+from dpo_ray.data.records import PairRecord, Problem, PromptRecord, Unreadable, read_pairs, read_prompts, source_digest
 
 Write = Callable[..., str]
 
@@ -223,9 +223,9 @@ def test_a_folder_that_is_no_saved_dataset_is_an_error(tmp_path: Path):
 )
 def test_a_broken_json_file_is_an_error_with_its_line(content: bytes, message: str, tmp_path: Path):
     (tmp_path / "pairs.json").write_bytes(content)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(Unreadable, match=message) as error:
         list(read_pairs([str(tmp_path / "pairs.json")]))
-    assert type(error.value) is ValueError
+    assert type(error.value) is Unreadable
 
 
 def test_a_byte_order_mark_and_blank_lines_are_no_records(write: Write):
