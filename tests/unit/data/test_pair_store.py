@@ -131,7 +131,7 @@ def test_strict_makes_a_dropped_record_an_error_also_when_the_store_exists(prepa
 
 
 def test_a_data_set_of_which_nothing_is_left_leaves_no_store(prepare: Any, write: Write, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"data\.eval: no record can be used\ndata\.eval: 1 records read, 0 kept"):
+    with pytest.raises(ValueError, match=r"data\.eval: no record .*can be used\ndata\.eval: 1 records read, 0 kept"):
         prepare(write(["{"]), kind="eval")
     assert list((tmp_path / "stores").iterdir()) == []
 
