@@ -212,6 +212,7 @@ def _explain(error: Any) -> str:
 def _nearest(dotted: str) -> str:
     keys = [key for key, *_ in _leaves(Config, "")]
     keys += sorted({key.rpartition(".")[0] for key in keys if "." in key})
+    keys = [key for key in keys if not dotted.startswith(f"{key}.")]
     section, _, leaf = dotted.rpartition(".")
     close = get_close_matches(dotted, keys, n=1, cutoff=0.7)
     close += [key for key in keys if key.rpartition(".")[2] == leaf]

@@ -164,7 +164,7 @@ def test_an_unknown_key_is_answered_with_the_nearest_one(online, argument, messa
         ("optim.schedule=step", "optim.schedule: found 'step'; input should be 'linear', 'cosine' or 'constant'"),
         ("optim.pairs_per_step=0", "optim.pairs_per_step: found 0; input should be greater than or equal to 1"),
         ("optim.pairs_per_step=1.5", "optim.pairs_per_step: found 1.5; input should be a valid integer"),
-        ("model.lora={r: 8}", "model.lora: found {'r': 8}; input should be null"),
+        ("model.lora={r: 8}", "model.lora.r: no such key; did you mean model.lora.rank?"),
         ("online.candidates=1", "online.candidates: found 1; input should be greater than or equal to 2"),
         ("online.judge=length", "online.judge: found 'length'; it takes a mapping of keys to values"),
         ("loss.beta.x=1", "loss.beta.x: loss.beta holds 0.1, which has no keys below it"),
@@ -250,7 +250,7 @@ def test_help_lists_every_key_with_type_default_and_meaning(online, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("DPO on fresh pairs.")
     lines = printed.splitlines()
-    for key in leaves(load(online)):
+    for key in leaves(load(online, "model.lora={rank: 8}")):
         [at] = [i for i, line in enumerate(lines) if line.startswith(f"{key}: ")]
         assert " = " in lines[at] or lines[at].endswith(" (required)")
         assert lines[at + 1].startswith("    ")
