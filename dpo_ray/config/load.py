@@ -5,6 +5,7 @@ line is read as YAML, so ``optim.lr=1e-6``, ``data.eval=[a.jsonl,b.jsonl]`` and 
 mean what they say.
 """
 
+import contextlib
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -102,6 +103,9 @@ FIXED_KEYS = (
 def first_difference(written: Mapping[str, Any], config: Config) -> str | None:
     """The first of FIXED_KEYS in which ``config`` differs from the tree of an earlier run, as a clause of a message."""
     current = config.model_dump(mode="json")
+    with contextlib.suppress(ValidationError):
+        # A tree written before a key existed has its default.
+        written = Config.model_validate(written).model_dump(mode="json")
     for dotted in FIXED_KEYS:
         section, key = dotted.split(".")
         before, after = ((tree.get(section) or {}).get(key) for tree in (written, current))

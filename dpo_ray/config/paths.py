@@ -18,7 +18,7 @@ def with_absolute_paths(config: Config) -> Config:
     tree["reference"]["cache_dir"] = str(config.reference.cache_path.absolute())
     for dotted, paths in _named(config):
         section, key = dotted.split(".")
-        absolute = [str(_local(path).absolute()) if _local(path).exists() else path for path in paths]
+        absolute = [_absolute(path) for path in paths]
         tree[section][key] = absolute if isinstance(tree[section][key], list) else absolute[0]
     return Config.model_validate(tree)
 
@@ -54,6 +54,13 @@ def _named(config: Config) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 def _only_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix in (*DATA_SUFFIXES, ".jinja")
+
+
+def _absolute(path: str) -> str:
+    if _local(path).exists():
+        return str(_local(path).absolute())
+    folder, colon, split = path.rpartition(":")
+    return f"{_local(folder).absolute()}:{split}" if colon and _local(folder).is_dir() else path
 
 
 def _local(path: str) -> Path:

@@ -75,7 +75,7 @@ class RunConfig(Section):
     epochs: float = Field(1.0, gt=0)
     """Passes over the training pairs."""
     save_every: int | None = Field(100, ge=1)
-    """Steps between checkpoints offline, rounds online; null saves none."""
+    """Steps between checkpoints offline, rounds online; null saves only when the run is asked to stop."""
     eval_every: int | None = Field(50, ge=1)
     """Steps between evaluations offline, rounds online; null evaluates at the start and the end only."""
     keep_checkpoints: int = Field(2, ge=1)
@@ -110,8 +110,6 @@ class LoraConfig(Section):
     """Rank of the adapters."""
     alpha: int = Field(32, ge=1)
     """Adapters are scaled by alpha / rank."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout before the adapters; not under reference scores."""
     targets: str | tuple[str, ...] = "all-linear"
     """Modules that get adapters: all-linear (all but the head), or names such as [q_proj, v_proj]."""
     merge: bool = False
@@ -395,6 +393,8 @@ class Config(Section):
                 f"shard.replicate ({self.shard.replicate}) must divide "
                 f"cluster.train_workers ({self.cluster.train_workers})"
             )
+        if self.run.best_metric is not None and (self.online is not None or not self.data.eval):
+            raise ValueError("run.best_metric needs evaluations to compare; it is for offline runs with data.eval")
         if self.reference.refresh == "round" and self.online is None:
             raise ValueError("reference.refresh: round needs rounds; it is for online runs (give an online section)")
         if self.reference.refresh == "round" and self.reference.kind == "live":

@@ -29,11 +29,17 @@ def add_adapters(model: "PreTrainedModel", lora: LoraConfig) -> None:
         ValueError: no module has a name in ``model.lora.targets``.
     """
     from peft import inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
 
     try:
         inject_adapter_in_model(_peft_config(lora), model, adapter_name=ADAPTER)
     except ValueError as error:
         raise ValueError(f"model.lora.targets: {lora.targets!r}: {str(error).splitlines()[0]}") from None
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and (
+            not isinstance(module.get_base_layer(), nn.Linear) or module is model.get_output_embeddings()
+        ):
+            raise ValueError(f"model.lora.targets: {name} cannot have adapters; linear layers can, but the head")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad != (".lora_" in name):
             raise AssertionError(f"{name} is {'not ' * (not parameter.requires_grad)}trainable")
@@ -105,7 +111,6 @@ def _peft_config(lora: LoraConfig) -> "PeftConfig":
     return PeftConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
         target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
         task_type="CAUSAL_LM",
     )

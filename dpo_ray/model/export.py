@@ -1,5 +1,6 @@
 """Weights on their way out: to a Hugging Face directory, or one by one to the rollout engines."""
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dpo_ray.config.schema import ModelConfig
 from dpo_ray.model.adapters import adapter_product, save_adapter
@@ -53,6 +54,8 @@ def export_policy(policy: Scorer, model: ModelConfig, tokenizer: PreTrainedToken
         _write_on_first(run_dir / "adapter", lambda folder: save_adapter(weights, model, folder), tokenizer)
     if model.lora is None or model.lora.merge:
         merged = _kept_on_first(named_weights(policy, DTYPES[model.dtype]))
+        kept = policy.model.state_dict().keys()
+        merged |= {name: buffer.cpu() for name, buffer in policy.model.named_buffers() if name in kept}
         _write_on_first(run_dir / "policy", lambda folder: save_policy(merged, model, folder), tokenizer)
     dist.barrier()
 
@@ -67,6 +70,8 @@ def save_policy(weights: Mapping[str, Tensor], model: ModelConfig, folder: Path)
     """
     empty = build_model(model, with_weights=False, dtype=DTYPES[model.dtype])
     empty.config.use_cache = True
+    with contextlib.suppress(OSError):  # without one of its own, a model has what its configuration says
+        empty.generation_config = GenerationConfig.from_pretrained(model.path)
     empty.save_pretrained(folder, state_dict=dict(weights))
 
 

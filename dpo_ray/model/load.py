@@ -76,6 +76,15 @@ def read_model_config(path: str) -> "PreTrainedConfig":
     return config
 
 
+def model_digest(path: str) -> str:
+    """A digest of all that decides a model's log-probabilities: weights and architecture."""
+    config = read_model_config(path).to_dict()
+    for name in ("_name_or_path", "transformers_version", "dtype", "architectures"):
+        config.pop(name, None)
+    written = json.dumps(config, sort_keys=True, default=str)
+    return hashlib.blake2b(f"{weights_digest(path)}|{written}".encode(), digest_size=16).hexdigest()
+
+
 def weights_digest(path: str) -> str:
     """A digest of the weights' content, whatever the folder is called.
 

@@ -81,14 +81,10 @@ class ReferenceStore:
         np.save(draft, entries)
         self._keep(draft, "shard")
 
-    def begin_view(self, pairs_digest: str, count: int) -> Path:
-        """A file of (count, 2) float64 that several processes fill; ``finish_view`` makes it a view."""
-        draft = self.folder / f".view-{pairs_digest}-{self.token}.npy"
-        np.lib.format.open_memmap(draft, "w+", "<f8", (count, 2)).flush()
-        return draft
-
-    def finish_view(self, draft: Path, pairs_digest: str) -> Path:
-        """Make a filled draft the view of a set of pairs."""
+    def add_view(self, pairs_digest: str, logps: np.ndarray) -> Path:
+        """Write the log-probabilities of a set of pairs, (n, 2), in its order."""
+        draft = self.folder / f".{uuid.uuid4().hex}.npy"
+        np.save(draft, logps.astype("<f8"))
         return self._keep(draft, f"view-{pairs_digest}")
 
     def find_view(self, pairs_digest: str) -> Path | None:

@@ -247,7 +247,8 @@ def _per_token(policy: PairLogps) -> tuple[Tensor, Tensor]:
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0, accurate at both ends."""
+    """log(1 - exp(x)) for x < 0, accurate at both ends; a probability of 1 counts as a little less."""
+    x = x.clamp(max=-1e-6)
     return torch.where(x > -0.693, torch.log(-torch.expm1(x)), torch.log1p(-x.exp()))
 
 

@@ -8,6 +8,8 @@ it is used.
 import functools
 import json
 import logging
+import math
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -91,7 +93,7 @@ class Checkpointer:
             # What torch says of a full disk does not mention it.
             free_mib = shutil.disk_usage(self.folder).free >> 20
             dist.barrier(self.group)
-            if dist.get_rank() == 0:
+            if dist.get_rank() == 0 and not (self.writing / MARKER).exists():
                 shutil.rmtree(self.writing, ignore_errors=True)
             last = next(reversed(finished_checkpoints(self.folder)), None)
             raise CheckpointFailed(
@@ -102,21 +104,44 @@ class Checkpointer:
     def _finish(self, path: Path, metrics: Metrics) -> None:
         """Mark a checkpoint complete and delete those that are too old; runs in the save thread of every rank."""
         # DCP answers on every rank when all of them have written: each can read its own shards back.
-        mine = {shard.name: _digest(shard) for shard in path.glob(f"__{dist.get_rank()}_*.distcp")}
-        digests: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(digests, mine, group=self.group)
-        if dist.get_rank() != 0:
-            return
-        files = {name: digest for part in digests for name, digest in part.items()} | {INDEX: _digest(path / INDEX)}
-        marker = {"files": files, "metrics": metrics, "config": self.config.model_dump(mode="json")}
+        rank = dist.get_rank()
+        digests = self._together(lambda: {s.name: _digest(s) for s in path.glob(f"__{rank}_*.distcp")})
+        files = {name: digest for part in digests for name, digest in part.items()}
+        self._together(lambda: self._mark(path, files, metrics) if rank == 0 else None)
+        if rank == 0:
+            kept = finished_checkpoints(self.folder)
+            best = best_checkpoint(kept, self.config)
+            for old in kept[: -self.config.run.keep_checkpoints]:
+                if old != best:
+                    # The new checkpoint is good whether or not the old one can be removed.
+                    shutil.rmtree(old, onerror=lambda _, name, error: logger.warning("%s: %s", name, error[1]))
+
+    def _mark(self, path: Path, files: Mapping[str, str], metrics: Metrics) -> None:
+        marker = {
+            "files": {**files, INDEX: _digest(path / INDEX)},
+            "metrics": metrics,
+            "config": self.config.model_dump(mode="json"),
+        }
         unfinished = path / f".{MARKER}"
-        unfinished.write_text(json.dumps(marker))
+        with unfinished.open("w") as file:
+            json.dump(marker, file)
+            file.flush()
+            os.fsync(file.fileno())
         unfinished.rename(path / MARKER)
-        kept = finished_checkpoints(self.folder)
-        best = best_checkpoint(kept, self.config)
-        for old in kept[: -self.config.run.keep_checkpoints]:
-            if old != best:
-                shutil.rmtree(old)
+
+    def _together(self, act: Callable[[], Any]) -> list[Any]:
+        """What ``act`` returns on each rank; raises on all of them what it raises on any."""
+        answer: tuple[Any, BaseException | None]
+        try:
+            answer = act(), None
+        except Exception as error:
+            answer = None, error
+        answers: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(answers, answer, group=self.group)
+        for _, error in answers:
+            if error is not None:
+                raise error
+        return [value for value, _ in answers]
 
     def resume(self, state: TrainState) -> Path | None:
         """Load the newest intact checkpoint into ``state``; None when none was finished.
@@ -125,17 +150,19 @@ class Checkpointer:
             CheckpointMismatch: it was written under another model, reference, data or loss.
             CheckpointDamaged: there are finished checkpoints, and none is intact.
         """
-        found: list[Any] = [finished_checkpoints(self.folder) if dist.get_rank() == 0 else None]
+        found: list[Any] = [None, None]
+        if dist.get_rank() == 0:
+            found = [finished_checkpoints(self.folder), len(list(self.folder.glob(f"[0-9]*/{MARKER}")))]
         dist.broadcast_object_list(found, src=0)
-        for path in reversed(found[0]):
+        finished, marked = found
+        for path in reversed(finished):
             refuse_mismatch(path, self.config)
             if self._intact(path):
                 self._load(path, state)
                 return path
-        if found[0]:
+        if marked:
             raise CheckpointDamaged(
-                f"{self.folder}: none of the {len(found[0])} finished checkpoints is intact; "
-                "remove the folder to begin again"
+                f"{self.folder}: none of the {marked} finished checkpoints is intact; remove the folder to begin again"
             )
         return None
 
@@ -189,7 +216,7 @@ def best_checkpoint(finished: list[Path], config: Config) -> Path | None:
     """The checkpoint with the best ``run.best_metric``; None without that setting or such a checkpoint."""
     name = config.run.best_metric
     values = {path: read_marker(path)["metrics"].get(name) for path in finished}
-    known = {path: value for path, value in values.items() if isinstance(value, int | float)}
+    known = {path: value for path, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
     if not known:
         return None
     return (max if config.run.best_mode == "max" else min)(known, key=lambda path: known[path])

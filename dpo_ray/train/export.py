@@ -69,7 +69,9 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) ->
     unfinished.parent.mkdir(parents=True, exist_ok=True)
     if config.model.lora is None:
         dtype = DTYPES[config.model.dtype]
-        save_policy({name: weight.to(dtype) for name, weight in weights.items()}, config.model, unfinished)
+        save_policy(
+            {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}, config.model, unfinished
+        )
     elif merge:
         built = build_model(config.model, with_weights=True, dtype=DTYPES[config.model.dtype])
         add_adapters(built, config.model.lora)

@@ -86,10 +86,12 @@ def train_offline(
         state.count_step(suspects, pairs)
         reporter.step({"step": state.step, "epoch": batch.epoch, **metrics})
         last = state.step == total_steps
-        if held_out is not None and (last or _due(state.step, config.run.eval_every)):
-            metrics = evaluate()
         stopping = agreed(reporter.stop_asked()) and not last
-        if config.run.save_every and (last or stopping or _due(state.step, config.run.save_every)):
+        saving = stopping or _due(state.step, config.run.save_every) or (last and config.run.save_every is not None)
+        compared = saving and config.run.best_metric is not None
+        if held_out is not None and (last or compared or _due(state.step, config.run.eval_every)):
+            metrics = evaluate()
+        if saving:
             checkpoints.save(state, state.step, metrics)
         if stopping:
             checkpoints.wait()

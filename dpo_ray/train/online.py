@@ -110,7 +110,7 @@ def train_online(
         if config.run.eval_every and state.round % config.run.eval_every == 0 and state.round < online.rounds:
             evaluate()
     if state.round < online.rounds:
-        if config.run.save_every and saved != state.round:
+        if saved != state.round:
             checkpoints.save(state, state.round)
         checkpoints.wait()
         return Ending(metrics, f"round {state.round} of {online.rounds}")

@@ -124,6 +124,14 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_in_silence
         run_ranks(1, offline, saving)
 
 
+def test_a_run_whose_only_marker_was_cut_does_not_begin_again_in_silence(config: dict[str, Any]) -> None:
+    saving = config | {"run": config["run"] | {"save_every": 2, "steps": 2}}
+    run_ranks(1, offline, saving)
+    (Path(config["run"]["dir"]) / "run/checkpoints/000002/complete.json").write_text("")
+    with pytest.raises(Exception, match="none of the 1 finished checkpoints is intact"):
+        run_ranks(1, offline, saving)
+
+
 def test_a_run_asked_to_stop_writes_a_checkpoint_and_goes_on_from_it(config: dict[str, Any]) -> None:
     two = config | {"cluster": {"train_workers": 2}}
     undisturbed, _ = run_ranks(2, offline, two)
@@ -235,12 +243,9 @@ def test_entries_of_another_model_are_found_out_by_scoring_some_again(config: di
     run_ranks(1, offline, config)
     (view,) = cache_files(config, "view-*.npy")
     store, pairs_digest = ReferenceStore(view.parent), view.name.split("-")[1]
-    draft = store.begin_view(pairs_digest, 13)
-    wrong = np.load(draft, mmap_mode="r+")
-    wrong[:] = np.load(view) * 1.1
-    wrong.flush()
+    wrong = np.load(view) * 1.1
     view.unlink()
-    store.finish_view(draft, pairs_digest)
+    store.add_view(pairs_digest, wrong)
     (lines,) = run_ranks(1, offline, again(config))
     assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
 
@@ -275,6 +280,13 @@ def test_adapters_train_alike_on_one_and_two_workers_and_without_a_second_model(
     assert alone[-1]["loss"] < 0.68, "the adapters must have learned something"
     assert_same(alone, first, absolute=1e-4)
     assert_same(first, off, absolute=1e-5)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["embed_tokens"], ["no_such_module"]])
+def test_adapters_where_they_cannot_be_are_refused(with_lora: dict[str, Any], targets: list[str]) -> None:
+    with_lora["model"]["lora"]["targets"] = targets
+    with pytest.raises(Exception, match=r"model\.lora\.targets"):
+        run_ranks(1, offline, with_lora)
 
 
 def test_an_adapter_checkpoint_holds_the_adapters_only_and_resumes(with_lora: dict[str, Any]) -> None:

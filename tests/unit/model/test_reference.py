@@ -43,12 +43,8 @@ def test_a_damaged_shard_is_left_out(tmp_path: Path) -> None:
 
 def test_a_view_holds_the_pairs_in_their_order_and_a_damaged_one_is_removed(tmp_path: Path) -> None:
     store = ReferenceStore(tmp_path)
-    draft = store.begin_view("pairs", 2)
-    assert store.find_view("pairs") is None, "not before it is finished"
-    filled = np.load(draft, mmap_mode="r+")
-    filled[:] = [[-1.0, -2.0], [-3.0, -4.0]]
-    filled.flush()
-    view = store.finish_view(draft, "pairs")
+    assert store.find_view("pairs") is None
+    view = store.add_view("pairs", np.array([[-1.0, -2.0], [-3.0, -4.0]]))
     assert store.find_view("pairs") == view
     assert store.find_view("other") is None
     assert np.load(view).tolist() == [[-1.0, -2.0], [-3.0, -4.0]]

@@ -119,6 +119,12 @@ def test_every_loss_has_the_gradient_of_its_values(use: str) -> None:
     assert torch.autograd.gradcheck(value, at)
 
 
+def test_orpo_of_a_completion_that_is_certain_has_finite_gradients() -> None:
+    certain = PairLogps(torch.zeros(1, requires_grad=True), torch.tensor([-20.0]), *lengths())
+    build_loss(LossConfig(use="orpo"))(certain, None).sum().backward()
+    assert certain.chosen.grad.isfinite().all()
+
+
 def lengths() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor([4]), torch.tensor([5])
 
