@@ -51,12 +51,14 @@ def export_policy(policy: Scorer, model: ModelConfig, tokenizer: PreTrainedToken
     if model.lora is not None:
         adapters = ((name, p) for name, p in policy.model.named_parameters() if ".lora_" in name)
         weights = _kept_on_first((name, _gathered(p.detach())) for name, p in adapters)
-        _write_on_first(run_dir / "adapter", lambda folder: save_adapter(weights, model, folder), tokenizer)
+        if dist.get_rank() == 0:
+            write_whole(run_dir / "adapter", lambda folder: save_adapter(weights, model, folder), tokenizer)
     if model.lora is None or model.lora.merge:
         merged = _kept_on_first(named_weights(policy, DTYPES[model.dtype]))
         kept = policy.model.state_dict().keys()
         merged |= {name: buffer.cpu() for name, buffer in policy.model.named_buffers() if name in kept}
-        _write_on_first(run_dir / "policy", lambda folder: save_policy(merged, model, folder), tokenizer)
+        if dist.get_rank() == 0:
+            write_whole(run_dir / "policy", lambda folder: save_policy(merged, model, folder), tokenizer)
     dist.barrier()
 
 
@@ -85,11 +87,11 @@ def _kept_on_first(weights: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return {name: weight.cpu() for name, weight in weights if first}
 
 
-def _write_on_first(folder: Path, write: Callable[[Path], None], tokenizer: PreTrainedTokenizerBase) -> None:
-    if dist.get_rank() != 0:
-        return
+def write_whole(folder: Path, write: Callable[[Path], None], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make ``folder`` of what ``write`` writes and the tokenizer; whole or not at all, replacing another."""
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     write(unfinished)
     tokenizer.save_pretrained(unfinished)
     shutil.rmtree(folder, ignore_errors=True)

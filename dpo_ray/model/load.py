@@ -65,7 +65,10 @@ def read_model_config(path: str) -> "PreTrainedConfig":
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model.path: no model could be read from {path!r}: {str(error).splitlines()[0]}") from None
+        where = "" if Path(path).is_dir() else " (no folder of that name is here, so it is a name on the hub)"
+        raise ValueError(
+            f"model.path: no model could be read from {path!r}{where}: {str(error).splitlines()[0]}"
+        ) from None
     windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if windowed else "full_attention"])
     if kinds != {"full_attention"}:

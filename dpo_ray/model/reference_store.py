@@ -77,15 +77,11 @@ class ReferenceStore:
         """Write entries as one new shard."""
         entries = np.empty(keys.size, ENTRY)
         entries["key"], entries["logp"], entries["tokens"] = keys.ravel(), logps.ravel(), tokens.ravel()
-        draft = self.folder / f".{uuid.uuid4().hex}.npy"
-        np.save(draft, entries)
-        self._keep(draft, "shard")
+        self._write(entries, "shard")
 
     def add_view(self, pairs_digest: str, logps: np.ndarray) -> Path:
         """Write the log-probabilities of a set of pairs, (n, 2), in its order."""
-        draft = self.folder / f".{uuid.uuid4().hex}.npy"
-        np.save(draft, logps.astype("<f8"))
-        return self._keep(draft, f"view-{pairs_digest}")
+        return self._write(logps.astype("<f8"), f"view-{pairs_digest}")
 
     def find_view(self, pairs_digest: str) -> Path | None:
         """The intact view of a set of pairs; damaged ones are removed."""
@@ -100,7 +96,9 @@ class ReferenceStore:
         for path in (*self.folder.glob("shard-*.npy"), *self.folder.glob("view-*.npy")):
             path.unlink(missing_ok=True)
 
-    def _keep(self, draft: Path, name: str) -> Path:
+    def _write(self, array: np.ndarray, name: str) -> Path:
+        draft = self.folder / f".{uuid.uuid4().hex}.npy"
+        np.save(draft, array)
         kept = self.folder / f"{name}-{_digest(draft)}.npy"
         draft.rename(kept)
         return kept
@@ -148,8 +146,5 @@ class ReferenceStore:
 
 
 def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
     with path.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()

@@ -6,6 +6,7 @@ it is used.
 """
 
 import functools
+import hashlib
 import json
 import logging
 import math
@@ -260,11 +261,8 @@ def _then(marked: "Future[None]", finish: Callable[[], None], written: "Future[A
 
 
 def _digest(file: Path) -> str:
-    digest = xxhash.xxh3_128()
     with file.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
 
 
 def _reason(error: BaseException) -> str:

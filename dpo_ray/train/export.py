@@ -1,6 +1,5 @@
 """Any checkpoint as a Hugging Face directory, in one process and without a cluster."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from dpo_ray.config import Config
 from dpo_ray.data.tokenize import load_tokenizer
 from dpo_ray.model.adapters import add_adapters, save_adapter
-from dpo_ray.model.export import named_weights, save_policy
+from dpo_ray.model.export import named_weights, save_policy, write_whole
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer
 from dpo_ray.model.shard import DTYPES
@@ -64,24 +63,22 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) ->
         raise ValueError(f"{folder}: exists already; give a folder that does not")
     config = Config.model_validate(read_marker(checkpoint)["config"])
     weights = _trained_weights(checkpoint)
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    if config.model.lora is None:
+
+    def write(unfinished: Path) -> None:
         dtype = DTYPES[config.model.dtype]
-        save_policy(
-            {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}, config.model, unfinished
-        )
-    elif merge:
-        built = build_model(config.model, with_weights=True, dtype=DTYPES[config.model.dtype])
-        add_adapters(built, config.model.lora)
-        built.load_state_dict(weights, strict=False)
-        with torch.no_grad():
-            save_policy(dict(named_weights(Scorer(built), DTYPES[config.model.dtype])), config.model, unfinished)
-    else:
-        save_adapter(weights, config.model, unfinished)
-    load_tokenizer(config.model.path, config.model.chat_template).save_pretrained(unfinished)
-    unfinished.rename(folder)
+        if config.model.lora is None:
+            cast = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
+            save_policy(cast, config.model, unfinished)
+        elif merge:
+            built = build_model(config.model, with_weights=True, dtype=dtype)
+            add_adapters(built, config.model.lora)
+            built.load_state_dict(weights, strict=False)
+            with torch.no_grad():
+                save_policy(dict(named_weights(Scorer(built), dtype)), config.model, unfinished)
+        else:
+            save_adapter(weights, config.model, unfinished)
+
+    write_whole(folder, write, load_tokenizer(config.model.path, config.model.chat_template))
     return config
 
 
