@@ -83,9 +83,10 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                           folder=folder / "all")  # fmt: skip
     fitting = [i for i, (p, c, r) in enumerate(store.lengths.tolist()) if p + max(c, r) <= 1024][: arguments.limit]
     from dpo_ray.data.records import read_pairs
+    from dpo_ray.data.sources import Part
 
     wanted = {store.record_of(i)[1] for i in fitting}
-    records = [r for r in read_pairs([source], limit=None) if getattr(r, "number", None) in wanted]
+    records = [r for r in read_pairs([Part(source)]) if getattr(r, "number", None) in wanted]
     file = folder / "pairs.jsonl"
     file.write_text("".join(json.dumps({k: as_json(getattr(r, k)) for k in ("prompt", "chosen", "rejected")}) + "\n"
                             for r in records))  # fmt: skip

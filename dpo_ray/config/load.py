@@ -82,6 +82,7 @@ FIXED_KEYS = (
     "reference.kind",
     "reference.refresh",
     "data.train",
+    "data.weights",
     "data.limit",
     "data.shuffle",
     "data.max_prompt_tokens",

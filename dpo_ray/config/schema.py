@@ -155,6 +155,9 @@ class DataConfig(Section):
 
     train: Paths = ()
     """Files of pairs (JSON, JSONL, Parquet, Arrow) or hub datasets (name, or name:split)."""
+    weights: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """Passes over each entry of data.train in an epoch, such as [1, 0.25, 3]; over the epochs all pairs of an entry are
+    seen equally often. Empty: one pass over all."""
     eval: Paths = ()
     """Held-out pairs; empty evaluates nothing offline."""
     max_prompt_tokens: int | None = Field(1024, ge=1)
@@ -167,6 +170,12 @@ class DataConfig(Section):
     """Draw a new order each epoch; false keeps the order of the files."""
     strict: bool = False
     """Any dropped record is an error."""
+
+    @model_validator(mode="after")
+    def _weights_agree(self) -> Self:
+        if self.weights and len(self.weights) != len(self.train):
+            raise ValueError(f"data.weights has {len(self.weights)} entries for {len(self.train)} in data.train")
+        return self
 
 
 class LossConfig(Section):

@@ -117,12 +117,48 @@ def micro_batches(
     return batches, lengths, dealt.idle
 
 
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """How often the pairs of each source are seen in an epoch."""
+
+    sizes: tuple[int, ...]
+    """Pairs of each source; a source's pairs stand together, in the order of the sources."""
+    weights: tuple[float, ...]
+    """Passes over each source in an epoch. 0.5 sees each pair in every other epoch."""
+
+    def __len__(self) -> int:
+        return sum(self._drawn())
+
+    def _drawn(self) -> list[int]:
+        return [round(weight * size) for size, weight in zip(self.sizes, self.weights, strict=True)]
+
+    def pairs(self, *, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+        """(len(self),) indices of the pairs of an epoch, source by source.
+
+        Each source is an endless row of passes, each in an order of its own, of which an epoch takes the next piece:
+        over the epochs all pairs of a source are seen equally often.
+        """
+        drawn, first = [np.zeros(0, np.int64)], 0
+        for number, (size, count) in enumerate(zip(self.sizes, self._drawn(), strict=True)):
+            start = epoch * count
+            if count:
+                passes = range(start // size, -(-(start + count) // size))
+                # Whole passes need no order of their own: the epoch's is drawn over all of them.
+                drawn_order = shuffle and count % size
+                orders = [
+                    np.random.default_rng([seed, number, n]).permutation(size) if drawn_order else np.arange(size)
+                    for n in passes
+                ]
+                drawn.append(first + np.concatenate(orders)[start % size :][:count])
+            first += size
+        return np.concatenate(drawn)
+
+
 @functools.lru_cache(maxsize=2)
-def epoch_order(pairs: int, *, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    """(pairs,) the order of one epoch."""
-    if not shuffle:
-        return np.arange(pairs)
-    return np.random.default_rng([seed, epoch]).permutation(pairs)
+def epoch_order(mixture: Mixture, *, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    """(len(mixture),) indices of the pairs of one epoch, in the order they are trained on."""
+    pairs = mixture.pairs(seed=seed, epoch=epoch, shuffle=shuffle)
+    return np.random.default_rng([seed, epoch]).permutation(pairs) if shuffle else pairs
 
 
 class PairLoader:
@@ -132,10 +168,19 @@ class PairLoader:
     """
 
     def __init__(
-        self, source: PairSource, shape: BatchShape, *, pairs_per_step: int, seed: int, shuffle: bool, consumed: int = 0
+        self,
+        source: PairSource,
+        shape: BatchShape,
+        *,
+        pairs_per_step: int,
+        seed: int,
+        shuffle: bool,
+        mixture: Mixture | None = None,
+        consumed: int = 0,
     ) -> None:
-        """Start after ``consumed`` pairs."""
-        if not len(source):
+        """Start after ``consumed`` pairs; without a mixture an epoch is one pass over the source."""
+        self.mixture = mixture or Mixture((len(source),), (1.0,))
+        if not len(self.mixture):
             raise ValueError("there are no pairs to train on")
         self.source, self.shape, self.pairs_per_step = source, shape, pairs_per_step
         self.seed, self.shuffle = seed, shuffle
@@ -145,15 +190,15 @@ class PairLoader:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one pass."""
-        return -(-len(self.source) // self.pairs_per_step)
+        return -(-len(self.mixture) // self.pairs_per_step)
 
     def __iter__(self) -> Iterator[StepBatch]:
         return self
 
     def __next__(self) -> StepBatch:
-        epoch, start = divmod(self.consumed, len(self.source))
-        order = epoch_order(len(self.source), seed=self.seed, epoch=epoch, shuffle=self.shuffle)
+        epoch, start = divmod(self.consumed, len(self.mixture))
+        order = epoch_order(self.mixture, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
         pairs = tuple(int(i) for i in order[start : start + self.pairs_per_step])
         self.consumed += len(pairs)
         micros, lengths, idle = micro_batches(self.source, pairs, self.shape)
-        return StepBatch(micros, pairs, int(lengths.sum()), self.consumed / len(self.source), idle)
+        return StepBatch(micros, pairs, int(lengths.sum()), self.consumed / len(self.mixture), idle)

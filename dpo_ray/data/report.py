@@ -197,6 +197,14 @@ class DataReportBuilder:
         for note in notes:
             _count(self._notes, note, Offender(source, number))
 
+    def add(self, other: "DataReportBuilder") -> None:
+        """Count what another has counted behind what this one has."""
+        self.kept += other.kept
+        for mine, theirs in ((self._dropped, other._dropped), (self._notes, other._notes)):
+            for reason, tally in theirs.items():
+                before = mine.get(reason, Tally(0, ()))
+                mine[reason] = Tally(before.count + tally.count, (*before.first, *tally.first)[:SHOWN])
+
     def build(self, lengths: np.ndarray) -> DataReport:
         """The report.
 

@@ -1,7 +1,8 @@
 """Tokenised pairs on disk: built once for the same data, tokenizer and limits, and memory-mapped by every reader.
 
-A store is a folder named by a digest of all that decides its content. It is written beside its place and moved there
-whole, so a reader sees a complete store or none, and of two builders the later one takes what the earlier one made.
+A store is a folder named by a digest of all that decides its content. The data is cut into parts that any processes
+tokenise, each into files of its own; the store is made of them beside its place and moved there whole, so a reader sees
+a complete store or none, and of two builders the later one takes what the earlier one made.
 """
 
 import json
@@ -11,28 +12,33 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
 import numpy as np
 
 from dpo_ray.config.schema import DataConfig
-from dpo_ray.data.records import PairRecord, Problem, Unreadable, read_pairs, source_digest
+from dpo_ray.data.records import Problem, read_pairs
 from dpo_ray.data.report import DataReport, DataReportBuilder
-from dpo_ray.data.tokenize import TokenizedPair, tokenize_pair, tokenizer_digest
+from dpo_ray.data.sources import Part, Unreadable, cut, source_digest, source_version
+from dpo_ray.data.tokenize import tokenize_pair, tokenizer_digest
 from dpo_ray.types import TokenPair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of every digest: raise it when the files, the layouts read or the tokenisation change."""
 
-PROGRESS_EVERY = 1000
-"""Records between two calls of ``on_progress``."""
+PART_RECORDS = 4096
+"""Records that one process tokenises at a time: seconds of work, more than a process takes to start."""
 
-_TOKENS, _LENGTHS, _ENDS, _ORIGINS, _META = "tokens.i32", "lengths.i32", "ends.i64", "origins.i64", "meta.json"
+_LENGTHS, _ENDS, _ORIGINS, _META = "lengths.i32", "ends.i64", "origins.i64", "meta.json"
+
+Prepare = Callable[[tuple[int, Part]], DataReportBuilder]
+"""Tokenises a numbered part into files of its own, and counts what became of its records."""
+RunParts = Callable[[Prepare, Sequence[tuple[int, Part]]], Iterable[DataReportBuilder]]
+"""Applies the function to each part, wherever that may be, and gives the results in order; as ``map`` does."""
 
 
 class PairStore:
@@ -56,12 +62,16 @@ class PairStore:
         self.sources = tuple(sources)
         self.report = DataReport.from_dict(meta["report"]).renamed(dict(zip(meta["sources"], sources, strict=True)))
         """What became of the records, as counted when the store was built."""
-        pairs, tokens = meta["pairs"], meta["tokens"]
+        self.sizes: tuple[int, ...] = tuple(meta["sizes"])
+        """Pairs of each source; they stand in the order of the sources."""
+        pairs = sum(self.sizes)
         self.lengths = _open_array(folder / _LENGTHS, "<i4", (pairs, 3))
         """(pairs, 3) int32: tokens of prompt, chosen and rejected."""
-        self._tokens = _open_array(folder / _TOKENS, "<i4", (tokens,))
         self._ends = _open_array(folder / _ENDS, "<i8", (pairs,))
         self._origins = _open_array(folder / _ORIGINS, "<i8", (pairs, 2))
+        parts = meta["parts"]
+        self._tokens = [_open_array(folder / _tokens(n), "<i4", (part["tokens"],)) for n, part in enumerate(parts)]
+        self._last = np.cumsum([part["pairs"] for part in parts])
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -75,8 +85,9 @@ class PairStore:
 
     def tokens(self, index: int) -> np.ndarray:
         """Token ids of prompt, chosen and rejected, one behind the other; int32, not copied."""
+        part = int(np.searchsorted(self._last, index % len(self), side="right"))
         end = int(self._ends[index])
-        return self._tokens[end - int(self.lengths[index].sum()) : end]
+        return self._tokens[part][end - int(self.lengths[index].sum()) : end]
 
     def __iter__(self) -> Iterator[TokenPair]:
         return (self[index] for index in range(len(self)))
@@ -99,7 +110,8 @@ def prepare_pairs(
     *,
     folder: Path,
     kind: Literal["train", "eval"] = "train",
-    on_progress: Callable[[int], None] | None = None,
+    run_parts: RunParts = map,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> PairStore:
     """The tokenised pairs of ``sources``: opened where they were prepared before, else read and tokenised.
 
@@ -109,7 +121,8 @@ def prepare_pairs(
         data_config: the limits, and whether a dropped record is an error.
         folder: holds stores; may be shared by runs and by machines.
         kind: ``data.limit`` applies to train only.
-        on_progress: called with the number of records read, every 1,000 and at the end of a build.
+        run_parts: where parts of ``PART_RECORDS`` are tokenised; by default here, one after the other.
+        on_progress: called with the records done and those there are, after each part of a build.
 
     Raises:
         ValueError: a source is missing or unreadable, no pair is left, or ``data.strict`` and a record was dropped.
@@ -117,73 +130,134 @@ def prepare_pairs(
     name = f"data.{kind}"
     limit = data_config.limit if kind == "train" else None
     try:
-        digests = [source_digest(source) for source in sources]
+        recipe = {
+            "format": FORMAT_VERSION,
+            "sources": [_digest_once(source, folder / "sources") for source in sources],
+            "tokenizer": tokenizer_digest(tokenizer),
+            "limit": limit,
+            "max_prompt_tokens": data_config.max_prompt_tokens,
+            "max_completion_tokens": data_config.max_completion_tokens,
+        }
+        digest = sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+        place = folder / digest[:32]
+        if not place.exists():
+            building = folder / f".building-{uuid4().hex}"
+            building.mkdir(parents=True)
+            try:
+                parts = cut(sources, rows_per_part=PART_RECORDS, limit=limit)
+                prepare = partial(
+                    _prepare_part, folder=building, sources=sources, tokenizer=tokenizer, data_config=data_config
+                )
+                counts, total = DataReportBuilder(), sum(part.rows or 0 for part in parts)
+                for part_counts in run_parts(prepare, list(enumerate(parts))):
+                    counts.add(part_counts)
+                    if on_progress:
+                        on_progress(counts.read, total)
+                report = _join(building, digest, sources, counts, len(parts))
+                report.check(strict=False, name=name, sources=sources)
+                _move_into_place(building, place)
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
     except Unreadable as error:
         raise Unreadable(f"{name}: {error}") from None
-    recipe = {
-        "format": FORMAT_VERSION,
-        "sources": digests,
-        "tokenizer": tokenizer_digest(tokenizer),
-        "limit": limit,
-        "max_prompt_tokens": data_config.max_prompt_tokens,
-        "max_completion_tokens": data_config.max_completion_tokens,
-    }
-    digest = sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
-    place = folder / digest[:32]
-    if not place.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        building = folder / f".building-{uuid4().hex}"
-        try:
-            tokenise = partial(
-                tokenize_pair,
-                tokenizer=tokenizer,
-                max_prompt_tokens=data_config.max_prompt_tokens,
-                max_completion_tokens=data_config.max_completion_tokens,
-            )
-            report = _build(building, digest, sources, read_pairs(sources, limit=limit), tokenise, on_progress)
-            report.check(strict=False, name=name, sources=sources)
-            _move_into_place(building, place)
-        except Unreadable as error:
-            raise Unreadable(f"{name}: {error}") from None
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
     store = PairStore(place, sources)
     store.report.check(strict=data_config.strict, name=name)
     return store
 
 
-def _build(
-    building: Path,
-    digest: str,
+def _digest_once(source: str, folder: Path) -> str:
+    """The digest of a source, noted so that a file is read through only once as long as it does not change."""
+    version = source_version(source)
+    if version is None:
+        return source_digest(source)
+    note = folder / sha256(version.encode()).hexdigest()[:32]
+    if note.exists() and (noted := note.read_text()):
+        return noted
+    digest = source_digest(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / f".{uuid4().hex}"
+    draft.write_text(digest)
+    draft.rename(note)
+    return digest
+
+
+def _prepare_part(
+    numbered: tuple[int, Part],
+    *,
+    folder: Path,
     sources: Sequence[str],
-    records: Iterable[PairRecord | Problem],
-    tokenise: Callable[[PairRecord], TokenizedPair | Problem],
-    on_progress: Callable[[int], None] | None,
-) -> DataReport:
-    counts = DataReportBuilder()
-    building.mkdir()
-    with _Writer(building, sources) as writer:
-        for record in records:
-            result = record if isinstance(record, Problem) else tokenise(record)
+    tokenizer: "PreTrainedTokenizerBase",
+    data_config: DataConfig,
+) -> DataReportBuilder:
+    """Tokenise the records of a part into files named by its number; memory does not grow with them."""
+    number, part = numbered
+    counts, tokens, source = DataReportBuilder(), 0, sources.index(part.source)
+    with (
+        (folder / _tokens(number)).open("wb") as token_file,
+        (folder / f"{number}.{_LENGTHS}").open("wb") as lengths,
+        (folder / f"{number}.{_ENDS}").open("wb") as ends,
+        (folder / f"{number}.{_ORIGINS}").open("wb") as origins,
+    ):
+        for record in read_pairs([part]):
+            if isinstance(record, Problem):
+                counts.drop(record)
+                continue
+            result = tokenize_pair(
+                record,
+                tokenizer,
+                max_prompt_tokens=data_config.max_prompt_tokens,
+                max_completion_tokens=data_config.max_completion_tokens,
+            )
             if isinstance(result, Problem):
                 counts.drop(result)
-            else:
-                counts.keep(record.source, record.number, result.notes)
-                writer.write(result.pair, record.source, record.number)
-            if on_progress and counts.read % PROGRESS_EVERY == 0:
-                on_progress(counts.read)
-    if on_progress:
-        on_progress(counts.read)
-    report = counts.build(np.fromfile(building / _LENGTHS, "<i4").reshape(-1, 3))
+                continue
+            counts.keep(record.source, record.number, result.notes)
+            pair = result.pair
+            ids = np.array(pair.prompt + pair.chosen + pair.rejected, "<i4")
+            tokens += len(ids)
+            ids.tofile(token_file)
+            np.array((len(pair.prompt), len(pair.chosen), len(pair.rejected)), "<i4").tofile(lengths)
+            np.array((tokens,), "<i8").tofile(ends)
+            np.array((source, record.number), "<i8").tofile(origins)
+    return counts
+
+
+def _join(building: Path, digest: str, sources: Sequence[str], counts: DataReportBuilder, parts: int) -> DataReport:
+    """Make one store of the files of all parts; the tokens stay in theirs."""
+    sizes = [_part_size(building, number) for number in range(parts)]
+    for name in (_LENGTHS, _ENDS, _ORIGINS):
+        with (building / name).open("wb") as whole:
+            for number in range(parts):
+                part = building / f"{number}.{name}"
+                with part.open("rb") as file:
+                    shutil.copyfileobj(file, whole)
+                part.unlink()
+    lengths = np.fromfile(building / _LENGTHS, "<i4").reshape(-1, 3)
+    origins = np.fromfile(building / _ORIGINS, "<i8").reshape(-1, 2)
+    report = counts.build(lengths)
     meta = {
         "digest": digest,
         "sources": list(sources),
-        "pairs": writer.pairs,
-        "tokens": writer.tokens,
+        "sizes": np.bincount(origins[:, 0], minlength=len(sources)).tolist(),
+        "parts": sizes,
         "report": report.to_dict(),
     }
     (building / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
     return report
+
+
+def _part_size(building: Path, number: int) -> dict[str, int]:
+    lengths, tokens = building / f"{number}.{_LENGTHS}", building / _tokens(number)
+    if not lengths.exists() or not tokens.exists():
+        raise ValueError(
+            f"reference.cache_dir: {tokens} was written on another node and is not seen here; "
+            "give a folder that all nodes mount"
+        )
+    return {"pairs": lengths.stat().st_size // 12, "tokens": tokens.stat().st_size // 4}
+
+
+def _tokens(part: int) -> str:
+    return f"{part:06d}.tokens.i32"
 
 
 def _move_into_place(building: Path, place: Path) -> None:
@@ -195,39 +269,11 @@ def _move_into_place(building: Path, place: Path) -> None:
         # Another builder of the same content was faster.
 
 
-class _Writer:
-    """Appends pairs to the files of a store; memory does not grow with them."""
-
-    def __init__(self, folder: Path, sources: Sequence[str]) -> None:
-        self.pairs = 0
-        self.tokens = 0
-        self._source_index = {source: index for index, source in enumerate(sources)}
-        self._files = {name: (folder / name).open("wb") for name in (_TOKENS, _LENGTHS, _ENDS, _ORIGINS)}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for file in self._files.values():
-            file.close()
-
-    def write(self, pair: TokenPair, source: str, number: int) -> None:
-        self.pairs += 1
-        self.tokens += pair.tokens
-        self._append(_TOKENS, "<i4", pair.prompt + pair.chosen + pair.rejected)
-        self._append(_LENGTHS, "<i4", (len(pair.prompt), len(pair.chosen), len(pair.rejected)))
-        self._append(_ENDS, "<i8", (self.tokens,))
-        self._append(_ORIGINS, "<i8", (self._source_index[source], number))
-
-    def _append(self, name: str, dtype: str, values: Sequence[int]) -> None:
-        self._files[name].write(np.array(values, dtype).tobytes())
-
-
 def _open_array(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
     found = path.stat().st_size if path.exists() else 0
     if found != expected:
         raise ValueError(f"{path}: holds {found} bytes, expected {expected}; delete the folder and it is built again")
+    if not expected:  # an empty file cannot be mapped
+        return np.empty(shape, dtype)
     return np.memmap(path, dtype, mode="r", shape=shape)

@@ -16,6 +16,7 @@ from dpo_ray.launch.reporting import Status
 
 PHASES = {
     "starting": "starting workers",
+    "tokenising": "tokenising the data",
     "loading": "loading the model",
     "scoring": "scoring the reference",
     "generating": "generating candidates",

@@ -1,6 +1,5 @@
 """``jobs.offline``: prepare the data, say what became of it, train on Ray, report."""
 
-import json
 import time
 from typing import Any
 
@@ -9,13 +8,12 @@ import torch
 from rich.console import Console
 
 from dpo_ray.config import Config, with_absolute_paths
-from dpo_ray.data.store import PairStore, prepare_pairs
-from dpo_ray.data.tokenize import load_tokenizer
 from dpo_ray.launch.cluster import Cluster, joined
 from dpo_ray.launch.display import shown
 from dpo_ray.launch.ending import tell_end
+from dpo_ray.launch.preparation import open_pairs, tell_data
 from dpo_ray.launch.reporting import RunReporter, StatusBoard
-from dpo_ray.launch.workers import make_run_dir, train_on_workers
+from dpo_ray.launch.workers import train_on_workers
 from dpo_ray.model.load import read_model_config
 from dpo_ray.objective.losses import build_loss
 from dpo_ray.train.offline import train_offline
@@ -34,9 +32,9 @@ def run_offline(config: Config) -> None:
     console = Console()
     config = with_absolute_paths(config)
     refuse_unusable(config)
-    tell_data(config, console)
     started = time.monotonic()
     with joined(config.cluster, engines=0) as cluster:
+        tell_data(config, cluster, console)
         board: Any = ray.remote(num_cpus=0)(StatusBoard).remote()
         with shown(
             lambda: ray.get(board.read.remote(), timeout=5), title=config.run.name, rounds=None, console=console
@@ -56,27 +54,6 @@ def refuse_unusable(config: Config) -> None:
 def train(config: Config, cluster: Cluster, board: Any, callbacks: list[Any] | None = None) -> Metrics:
     """One offline training run on a joined cluster: what ``jobs.offline`` and each trial of a sweep do."""
     return train_on_workers(config, cluster, LOOP, board=board, handles={}, callbacks=callbacks)
-
-
-def open_pairs(config: Config) -> tuple[PairStore, PairStore | None]:
-    """The tokenised training pairs and held-out pairs; prepared where no one did before."""
-    tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
-    folder = config.reference.cache_path / "data"
-    pairs = prepare_pairs(config.data.train, tokenizer, config.data, folder=folder)
-    if not config.data.eval:
-        return pairs, None
-    return pairs, prepare_pairs(config.data.eval, tokenizer, config.data, folder=folder, kind="eval")
-
-
-def tell_data(config: Config, console: Console) -> None:
-    """Print the data report and keep it in the run directory."""
-    pairs, held_out = open_pairs(config)
-    run_dir = make_run_dir(config)
-    reports = {"data.train": pairs.report} | ({"data.eval": held_out.report} if held_out else {})
-    for name, report in reports.items():
-        console.print(report.text(name), highlight=False, markup=False, soft_wrap=True)
-    told = {name: report.to_dict() for name, report in reports.items()}
-    (run_dir / "data.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
 
 
 def loop(config: Config, device: torch.device, reporter: RunReporter, handles: dict[str, Any]) -> Ending:

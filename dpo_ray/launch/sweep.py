@@ -20,7 +20,8 @@ from rich.table import Table
 from dpo_ray.config import Config, override, with_absolute_paths, write_config
 from dpo_ray.launch.cluster import SPARE_CPUS, Cluster, joined
 from dpo_ray.launch.display import shown
-from dpo_ray.launch.offline import refuse_unusable, tell_data, train
+from dpo_ray.launch.offline import refuse_unusable, train
+from dpo_ray.launch.preparation import tell_data
 from dpo_ray.launch.reporting import Status, StatusBoard
 from dpo_ray.launch.workers import TrainingFailed, make_run_dir
 
@@ -98,11 +99,11 @@ def run_sweep(config: Config, sweep: Sweep) -> None:
         _refuse_unknown(config, key)
     if not config.data.eval:
         raise ValueError(f"data.eval is empty: a sweep compares trials by {sweep.metric} on held-out pairs")
-    tell_data(config, console)
     run_dir = make_run_dir(config)
     samples = config.sweep.samples or sweep.samples
     per_trial = config.cluster.train_workers * config.cluster.cpus_per_worker
     with joined(config.cluster, engines=0, local_runs=max(1, (os.cpu_count() or 1) // per_trial)) as cluster:
+        tell_data(config, cluster, console)
         concurrent = min(samples, config.sweep.concurrent or _trials_at_a_time(config, cluster))
         console.print(f"{samples} trials, {concurrent} at a time", highlight=False)
         progress = _Progress(samples)

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from dpo_ray.config.schema import Config
-from dpo_ray.data.loader import PairLoader, PairSource
+from dpo_ray.data.loader import Mixture, PairLoader, PairSource
 from dpo_ray.data.store import PairStore
 from dpo_ray.model.export import export_policy
 from dpo_ray.train.checkpoint import Checkpointer
@@ -51,7 +51,8 @@ def train_offline(
     """Train the policy on ``pairs``, to the end or until asked to stop."""
     reporter.phase("loading")
     t = set_up(config, device)
-    loader = _loader(t, pairs, shuffle=config.data.shuffle)
+    mixture = Mixture(pairs.sizes, config.data.weights) if config.data.weights else None
+    loader = _loader(t, pairs, mixture, shuffle=config.data.shuffle)
     total_steps = config.run.steps or math.ceil(config.run.epochs * loader.steps_per_epoch)
 
     # The policy scores the reference while it still is the reference: before a checkpoint is restored.
@@ -104,9 +105,15 @@ def train_offline(
     return Ending(metrics)
 
 
-def _loader(t: Setup, source: PairSource, *, shuffle: bool) -> PairLoader:
-    pairs_per_step = t.config.optim.pairs_per_step
-    return PairLoader(source, t.batch_shape, pairs_per_step=pairs_per_step, seed=t.config.run.seed, shuffle=shuffle)
+def _loader(t: Setup, source: PairSource, mixture: Mixture | None = None, *, shuffle: bool) -> PairLoader:
+    return PairLoader(
+        source,
+        t.batch_shape,
+        pairs_per_step=t.config.optim.pairs_per_step,
+        seed=t.config.run.seed,
+        shuffle=shuffle,
+        mixture=mixture,
+    )
 
 
 def _due(step: int, every: int | None) -> bool:

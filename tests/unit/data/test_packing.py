@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_ray.data.loader import BatchShape, PairList, PairLoader, epoch_order
+from dpo_ray.data.loader import BatchShape, Mixture, PairList, PairLoader, epoch_order
 from dpo_ray.data.packing import attended, attention_mask, build_row, build_sample_row, deal, row_tokens
 from dpo_ray.types import TokenPair, TokenSample
 
@@ -112,10 +112,44 @@ def test_an_epoch_holds_every_pair_once_and_its_last_step_takes_what_is_left() -
 
 
 def test_epochs_come_in_different_orders_fixed_by_the_seed() -> None:
-    first, second = (epoch_order(50, seed=3, epoch=epoch, shuffle=True).tolist() for epoch in (0, 1))
+    first, second = (
+        epoch_order(Mixture((50,), (1.0,)), seed=3, epoch=epoch, shuffle=True).tolist() for epoch in (0, 1)
+    )
     assert first != second
-    assert first == epoch_order(50, seed=3, epoch=0, shuffle=True).tolist()
-    assert first != epoch_order(50, seed=4, epoch=0, shuffle=True).tolist()
+    assert first == epoch_order(Mixture((50,), (1.0,)), seed=3, epoch=0, shuffle=True).tolist()
+    assert first != epoch_order(Mixture((50,), (1.0,)), seed=4, epoch=0, shuffle=True).tolist()
+
+
+def test_an_epoch_of_a_mixture_has_each_source_as_often_as_its_weight_says():
+    mixture = Mixture((10, 4, 6), (0.5, 2.0, 1.0))
+    assert len(mixture) == 5 + 8 + 6
+    first, second = (epoch_order(mixture, seed=1, epoch=epoch, shuffle=True) for epoch in (0, 1))
+    for order in (first, second):
+        counts = np.bincount(order, minlength=20)
+        assert counts[:10].sum() == 5 and counts[:10].max() == 1
+        assert counts[10:14].tolist() == [2] * 4
+        assert counts[14:].tolist() == [1] * 6
+    # Two epochs at half weight are one pass.
+    assert np.bincount(np.concatenate((first, second)), minlength=20)[:10].tolist() == [1] * 10
+
+
+def test_a_weight_that_divides_nothing_evenly_still_sees_all_pairs_equally_often():
+    mixture = Mixture((7,), (0.4,))
+    orders = [epoch_order(mixture, seed=5, epoch=epoch, shuffle=True) for epoch in range(7)]
+    assert [len(order) for order in orders] == [3] * 7
+    assert np.bincount(np.concatenate(orders)).tolist() == [3] * 7
+
+
+def test_a_mixture_without_shuffling_takes_the_sources_in_order():
+    assert epoch_order(Mixture((4, 2), (0.5, 1.0)), seed=0, epoch=1, shuffle=False).tolist() == [2, 3, 4, 5]
+
+
+def test_a_loader_of_a_mixture_steps_through_its_epochs():
+    pairs = PairList([TokenPair((1,), (2,), (3,))] * 6)
+    shape = BatchShape(rank=0, ranks=1, tokens_per_micro_batch=64, attention_cost=0.0)
+    loader = PairLoader(pairs, shape, pairs_per_step=4, seed=0, shuffle=False, mixture=Mixture((4, 2), (1.0, 1.5)))
+    assert loader.steps_per_epoch == 2
+    assert [next(loader).pairs for _ in range(4)] == [(0, 1, 2, 3), (4, 5, 4), (0, 1, 2, 3), (5, 4, 5)]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])

@@ -1,4 +1,3 @@
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 from dpo_ray.config.schema import DataConfig
 from dpo_ray.data import store as store_module
 from dpo_ray.data.records import read_pairs
+from dpo_ray.data.sources import Part
 from dpo_ray.data.store import PairStore, prepare_pairs
 from dpo_ray.data.tokenize import tokenize_pair
 
@@ -39,12 +39,17 @@ def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return numbers
 
 
+def built(tmp_path: Path) -> list[Path]:
+    """What lies in the folder of stores, besides the notes on sources."""
+    return [path for path in (tmp_path / "stores").iterdir() if path.name != "sources"]
+
+
 def test_the_store_gives_back_every_pair_and_where_it_came_from(prepare: Any, write: Write, tokenizer: Any):
     sources = [write(GOOD[:3], "one.jsonl"), write(["{", *GOOD[3:]], "two.jsonl")]
     store = prepare(*sources)
     direct = [
         tokenize_pair(record, tokenizer, max_prompt_tokens=None, max_completion_tokens=None).pair
-        for record in read_pairs([sources[0], write(GOOD[3:], "rest.jsonl")])
+        for record in read_pairs([Part(sources[0]), Part(write(GOOD[3:], "rest.jsonl"))])
     ]
     assert list(store) == direct
     assert store[-1] == direct[-1]
@@ -80,7 +85,7 @@ def test_bad_records_are_named_and_counted_and_the_rest_is_kept(prepare: Any, wr
 
 def test_tokens_are_memory_mapped(prepare: Any, write: Write):
     store = prepare(write(GOOD))
-    assert isinstance(store._tokens, np.memmap)
+    assert isinstance(store._tokens[0], np.memmap)
     assert isinstance(store.lengths, np.memmap)
     assert not store.lengths.flags.writeable
 
@@ -133,7 +138,7 @@ def test_strict_makes_a_dropped_record_an_error_also_when_the_store_exists(prepa
 def test_a_data_set_of_which_nothing_is_left_leaves_no_store(prepare: Any, write: Write, tmp_path: Path):
     with pytest.raises(ValueError, match=r"data\.eval: no record .*can be used\ndata\.eval: 1 records read, 0 kept"):
         prepare(write(["{"]), kind="eval")
-    assert list((tmp_path / "stores").iterdir()) == []
+    assert built(tmp_path) == []
 
 
 def test_a_builder_that_comes_second_takes_the_store_of_the_first(
@@ -149,7 +154,7 @@ def test_a_builder_that_comes_second_takes_the_store_of_the_first(
 
     monkeypatch.setattr(store_module, "_move_into_place", overtaken)
     assert len(prepare(source)) == 5
-    (left,) = (tmp_path / "stores").iterdir()
+    (left,) = built(tmp_path)
     assert not left.name.startswith(".")
 
 
@@ -162,26 +167,57 @@ def test_a_failed_build_leaves_nothing_behind(
     monkeypatch.setattr(store_module, "tokenize_pair", fail)
     with pytest.raises(KeyboardInterrupt):
         prepare(write(GOOD))
-    assert list((tmp_path / "stores").iterdir()) == []
+    assert built(tmp_path) == []
 
 
 def test_a_damaged_store_is_named(prepare: Any, write: Write, tmp_path: Path):
     source = write(GOOD)
     prepare(source)
-    (folder,) = (tmp_path / "stores").iterdir()
-    tokens = folder / "tokens.i32"
+    (folder,) = built(tmp_path)
+    tokens = folder / "000000.tokens.i32"
     tokens.write_bytes(tokens.read_bytes()[:-4])
     with pytest.raises(ValueError, match=r"tokens\.i32: holds \d+ bytes, expected \d+; delete the folder"):
         prepare(source)
 
 
-def test_progress_is_told_every_so_many_records_and_at_the_end(
-    prepare: Any, write: Write, monkeypatch: pytest.MonkeyPatch
+def test_a_store_of_many_parts_is_that_of_one(
+    prepare: Any, write: Write, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(store_module, "PROGRESS_EVERY", 2)
-    told: list[int] = []
-    prepare(write([*GOOD, json.dumps(1)]), on_progress=told.append)
-    assert told == [2, 4, 6, 6]
+    sources = [write(["{", *GOOD[:3]], "one.jsonl"), write([*GOOD[3:], "{", "{", "{"], "two.jsonl")]
+    whole, told = prepare(*sources), []
+    monkeypatch.setattr(store_module, "PART_RECORDS", 2)
+
+    def backwards(function: Any, parts: Any) -> Any:
+        return reversed([function(part) for part in reversed(parts)])
+
+    parts = prepare_pairs(
+        sources, tokenizer, LIMITS, folder=tmp_path / "other", run_parts=backwards,
+        on_progress=lambda done, total: told.append((done, total)),
+    )  # fmt: skip
+    assert list(parts) == list(whole)
+    assert parts.report == whole.report
+    assert parts.report.dropped["not_json"].count == 4
+    assert [parts.name_of(i) for i in range(5)] == [whole.name_of(i) for i in range(5)]
+    assert parts.sizes == whole.sizes == (3, 2)
+    assert parts.digest == whole.digest
+    assert told == [(2, 9), (4, 9), (6, 9), (8, 9), (9, 9)]
+
+
+def test_parts_that_are_not_seen_here_are_named(prepare: Any, write: Write):
+    with pytest.raises(ValueError, match=r"reference\.cache_dir: .*tokens\.i32 was written on another node"):
+        prepare(write(GOOD), run_parts=lambda function, parts: [])
+
+
+def test_an_unchanged_file_is_read_through_once(prepare: Any, write: Write, monkeypatch: pytest.MonkeyPatch):
+    source, read = write(GOOD), []
+    digest = store_module.source_digest
+    monkeypatch.setattr(store_module, "source_digest", lambda name: read.append(name) or digest(name))
+    first, second = prepare(source), prepare(source)
+    assert read == [source]
+    assert first.digest == second.digest
+    changed = prepare(write([*GOOD[:4], GOOD[4] | {"rejected": " na"}]))
+    assert read == [source, source]
+    assert changed.digest != first.digest
 
 
 def test_a_saved_dataset_is_prepared_once(prepare: Any, tmp_path: Path, tokenised: list[int]):

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from dpo_ray.data.records import PairRecord, Problem, PromptRecord, Unreadable, read_pairs, read_prompts, source_digest
+from dpo_ray.data.records import PairRecord, Problem, PromptRecord, read_pairs, read_prompts
+from dpo_ray.data.sources import Part, Unreadable, cut, source_digest
 
 Write = Callable[..., str]
 
@@ -20,7 +21,7 @@ def assistant(text: str) -> dict[str, str]:
 
 
 def only(source: str) -> PairRecord | Problem:
-    (record,) = read_pairs([source])
+    (record,) = read_pairs([Part(source)])
     return record
 
 
@@ -79,7 +80,7 @@ def test_sharegpt_speakers_and_system_become_roles(write: Write):
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": "c"}]
     answers = {"chosen": {"from": "gpt", "value": "d"}, "rejected": {"from": "gpt", "value": "e"}}
     with_system, empty_system = read_pairs(
-        [write([{"conversations": turns, "system": system, **answers} for system in ("be kind", "")])]
+        [Part(write([{"conversations": turns, "system": system, **answers} for system in ("be kind", "")]))]
     )
     assert [turn["role"] for turn in with_system.prompt] == ["system", "user", "assistant", "user"]
     assert [turn["role"] for turn in empty_system.prompt] == ["user", "assistant", "user"]
@@ -162,17 +163,46 @@ def as_split_of_saved_datasets(folder: Path) -> str:
 )
 def test_every_format_gives_the_records_of_the_jsonl_file(save: Callable[[Path], str], write: Write, tmp_path: Path):
     def content(source: str) -> list[Any]:
-        return [(r.prompt, r.chosen, r.rejected, r.number) for r in read_pairs([source])]
+        return [(r.prompt, r.chosen, r.rejected, r.number) for r in read_pairs([Part(source)])]
 
     assert content(save(tmp_path)) == content(write(pairs(3), "same.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "save", [as_json, as_parquet, as_arrow_file, as_arrow_stream, as_saved_dataset, as_split_of_saved_datasets]
+)
+def test_parts_of_any_format_give_the_same_records_each_read_alone(
+    save: Callable[[Path], str], write: Write, tmp_path: Path
+):
+    for source in (save(tmp_path), write(pairs(3), "same.jsonl")):
+        parts = cut([source], rows_per_part=2)
+        assert [(part.start, part.rows) for part in parts] == [(0, 2), (2, 1)]
+        assert list(read_pairs([parts[1]])) == list(read_pairs([Part(source)]))[2:]
+        assert list(read_pairs(parts)) == list(read_pairs([Part(source)]))
+
+
+def test_parts_of_a_table_begin_inside_its_row_groups(tmp_path: Path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    source = str(tmp_path / "pairs.parquet")
+    parquet.write_table(pa.Table.from_pylist(pairs(10)), source, row_group_size=4)
+    parts = cut([source], rows_per_part=3)
+    assert [[r.number for r in read_pairs([part])] for part in parts] == [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10]]
+
+
+def test_parts_of_jsonl_keep_line_numbers_over_blank_lines(write: Write):
+    source = write([b"\xef\xbb\xbf" + json.dumps(SKY).encode(), "", SKY, "{", "  ", SKY, ""])
+    parts = cut([source], rows_per_part=2)
+    assert [[r.number for r in read_pairs([part])] for part in parts] == [[1, 3], [4, 6]]
 
 
 def test_a_hub_dataset_is_asked_for_its_split(monkeypatch: pytest.MonkeyPatch):
     import datasets
 
-    asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: asked.append((name, split)) or pairs(1))
-    assert len(list(read_pairs(["org/name", "org/name:test[:5]"]))) == 2
+    asked, hub = [], datasets.Dataset.from_list(pairs(1))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: asked.append((name, split)) or hub)
+    assert len(list(read_pairs([Part("org/name"), Part("org/name:test[:5]")]))) == 2
     assert asked == [("org/name", "train"), ("org/name", "test[:5]")]
 
 
@@ -184,19 +214,19 @@ def test_a_hub_dataset_that_cannot_be_loaded_is_named(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(ValueError, match=r"org/name: no such file or folder, and not loaded .* no network; accepted"):
-        list(read_pairs(["org/name"]))
+        list(read_pairs([Part("org/name")]))
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "some/missing.json", "/no/such/folder", "pairs.csv"])
 def test_a_missing_source_is_an_error_before_anything_is_read(name: str):
     with pytest.raises(ValueError, match=rf"{name}: no such file or folder; accepted are \.json"):
-        read_pairs([name])
+        read_pairs([Part(name)])
 
 
 def test_a_file_of_another_format_is_an_error(tmp_path: Path):
     (tmp_path / "pairs.csv").write_text("prompt,chosen\n")
     with pytest.raises(ValueError, match=r"a file ending in '\.csv' is not read; accepted"):
-        read_pairs([str(tmp_path / "pairs.csv")])
+        read_pairs([Part(str(tmp_path / "pairs.csv"))])
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
@@ -204,12 +234,12 @@ def test_a_damaged_table_is_an_error_that_names_the_file(suffix: str, tmp_path: 
     path = tmp_path / f"pairs.{suffix}"
     path.write_bytes(b"PAR1 this is not a table PAR1")
     with pytest.raises(ValueError, match=rf"pairs\.{suffix}: cannot be read as"):
-        list(read_pairs([str(path)]))
+        list(read_pairs([Part(str(path))]))
 
 
 def test_a_folder_that_is_no_saved_dataset_is_an_error(tmp_path: Path):
     with pytest.raises(ValueError, match="the folder is not a saved dataset"):
-        list(read_pairs([str(tmp_path)]))
+        list(read_pairs([Part(str(tmp_path))]))
 
 
 @pytest.mark.parametrize(
@@ -224,18 +254,18 @@ def test_a_folder_that_is_no_saved_dataset_is_an_error(tmp_path: Path):
 def test_a_broken_json_file_is_an_error_with_its_line(content: bytes, message: str, tmp_path: Path):
     (tmp_path / "pairs.json").write_bytes(content)
     with pytest.raises(Unreadable, match=message) as error:
-        list(read_pairs([str(tmp_path / "pairs.json")]))
+        list(read_pairs([Part(str(tmp_path / "pairs.json"))]))
     assert type(error.value) is Unreadable
 
 
 def test_a_byte_order_mark_and_blank_lines_are_no_records(write: Write):
-    records = list(read_pairs([write([b"\xef\xbb\xbf" + json.dumps(SKY).encode(), "", "  ", SKY])]))
+    records = list(read_pairs([Part(write([b"\xef\xbb\xbf" + json.dumps(SKY).encode(), "", "  ", SKY]))]))
     assert [(type(r), r.number) for r in records] == [(PairRecord, 1), (PairRecord, 4)]
 
 
 def test_limit_counts_records_over_all_sources_and_unusable_ones_too(write: Write):
     sources = [write([SKY, "{"], "one.jsonl"), write([SKY, SKY], "two.jsonl")]
-    assert [Path(r.source).name + f":{r.number}" for r in read_pairs(sources, limit=3)] == [
+    assert [Path(r.source).name + f":{r.number}" for r in read_pairs(cut(sources, rows_per_part=9, limit=3))] == [
         "one.jsonl:1",
         "one.jsonl:2",
         "two.jsonl:1",
@@ -303,7 +333,7 @@ PROBLEMS = [
 @pytest.mark.parametrize(("reason", "line", "detail"), PROBLEMS)
 def test_an_unusable_record_is_named_and_the_next_one_is_read(reason: str, line: Any, detail: str, write: Write):
     source = write([line, SKY])
-    problem, next_record = read_pairs([source])
+    problem, next_record = read_pairs([Part(source)])
     assert isinstance(problem, Problem), problem
     assert (problem.reason, problem.source, problem.number) == (reason, source, 1)
     assert detail in problem.detail
