@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from dpo_ray.objective.losses import sigmoid
 from dpo_ray.train.checkpoint import damaged_files
 from tests.conftest import ragged_texts
 from tests.ray.commands import (
+    kill_when,
     left_over,
     lines,
     pick,
@@ -185,6 +187,21 @@ def test_a_killed_worker_is_replaced_and_the_metrics_are_those_of_an_undisturbed
     assert len(re.findall(r"pid \d+", (run / "logs/worker-0.log").read_text())) == 2, "the workers were started twice"
     assert not left_over(before)
     assert steps_of(run) == undisturbed, "to the last digit"
+
+
+def test_a_run_of_which_everything_is_killed_at_a_random_step_goes_on_with_the_metrics_of_an_undisturbed_one(
+    slow: Path, tmp_path: Path, undisturbed: list[dict[str, Any]]
+) -> None:
+    run, step = tmp_path / "runs/first", random.randrange(1, 11)
+    kill_when("offline", str(slow), ready=lambda: (run / "metrics.jsonl").exists() and len(steps_of(run)) >= step)
+    survived = len(steps_of(run))
+    assert survived < 12
+    again = run_command("offline", str(slow))
+    assert again.returncode == 0, again.stdout + again.stderr
+    # Whether the checkpoint being written when it was killed had come to its end is up to chance, the one before not.
+    resumed = re.search(r"resuming after step (\d+) of 12", again.stdout)
+    assert (int(resumed[1]) if resumed else 0) in range(max(0, survived - 6), survived + 1), (survived, again.stdout)
+    assert steps_of(run) == undisturbed, f"to the last digit, killed in step {step + 1}"
 
 
 def test_a_sweep_scores_the_reference_once_and_its_best_runs_as_it_is(config: dict[str, Any], tmp_path: Path) -> None:
