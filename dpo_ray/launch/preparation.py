@@ -22,6 +22,7 @@ from dpo_ray.launch.workers import make_run_dir
 
 PART_TIMEOUT_S = 1800.0
 """Longest wait for the next part of the data, the wait for a free CPU included."""
+PARTS_PER_PROCESS = 16
 AHEAD = 2
 """Parts handed to the cluster for each of its CPUs, so that none waits for the driver."""
 
@@ -75,7 +76,8 @@ def run_on_cluster(
         yield from map(prepare, parts)
         return
     shared = ray.put(prepare)
-    task: Any = ray.remote(num_cpus=1, max_retries=3)(_prepare)
+    # Each task unpickles a tokenizer of its own, whose memory does not all come back: processes are replaced in time.
+    task: Any = ray.remote(num_cpus=1, max_retries=3, max_calls=PARTS_PER_PROCESS)(_prepare)
     waiting = iter(parts)
     running = deque(task.remote(shared, part) for part in islice(waiting, AHEAD * cluster.cpus))
     while running:
