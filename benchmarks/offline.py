@@ -1,6 +1,6 @@
 """Offline DPO against TRL's DPOTrainer: the same model, pairs, order, batch and precision, in alternating runs.
 
-    python -m benchmarks.offline                          long answers, TRL at its defaults
+    python -m benchmarks.offline                          long answers, TRL at its defaults and at its best
     python -m benchmarks.offline --kind dialogue --trl best
     python -m benchmarks.offline --pairs my_pairs.jsonl --limit 32
 
@@ -25,6 +25,15 @@ from rich.table import Table
 from benchmarks.pairs import KINDS, made_pairs
 from dpo_ray.launch.workers import cpu_environment
 
+OURS = "dpo_ray"
+FIGURES = (
+    ("pairs/s", "pairs_per_s", "{:.3f}"),
+    ("tokens/s", "tokens_per_s", "{:.0f}"),
+    ("peak memory, MiB", "peak_mib", "{:.0f}"),
+    ("reference pass, s", "reference_s", "{:.1f}"),
+    ("steps, s", "train_s", "{:.1f}"),
+    ("last loss", "loss", "{:.5f}"),
+)
 TRL = {
     "defaults": {},
     "best": {"precompute_ref_log_probs": True, "gradient_checkpointing": False},
@@ -41,7 +50,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=24, help="pairs that are trained on, once")
     parser.add_argument("--pairs-per-step", type=int, default=8)
     parser.add_argument("--tokens-per-micro-batch", type=int, default=4096, help="ours")
-    parser.add_argument("--trl", choices=sorted(TRL), default="defaults", help="TRL's settings")
+    parser.add_argument("--trl", choices=sorted(TRL), nargs="+", default=["defaults", "best"], help="TRL's settings")
     parser.add_argument("--trl-micro-batch", type=int, help="TRL's per_device_train_batch_size; by default the step")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=3, help="runs of each, in turn")
@@ -57,13 +66,14 @@ def main() -> None:
         )
         runs = []
         for turn in range(arguments.runs):
-            pair = {side: one_run(side, task, Path(folder) / f"{side}-{turn}") for side in ("ours", "trl")}
-            runs.append(pair)
-            console.print(
-                f"run {turn + 1} of {arguments.runs}: ours {pair['ours']['pairs_per_s']:.2f} pairs/s, "
-                f"TRL {pair['trl']['pairs_per_s']:.2f} pairs/s"
-            )
-        print_result(console, task, runs, arguments.trl)
+            run = {OURS: one_run("ours", task, Path(folder) / f"ours-{turn}")}
+            for name in arguments.trl:
+                settings = task | {"trl": TRL[name]}
+                run[f"TRL, {name}"] = one_run("trl", settings, Path(folder) / f"{name}-{turn}")
+            runs.append(run)
+            speeds = ", ".join(f"{side} {found['pairs_per_s']:.3f}" for side, found in run.items())
+            console.print(f"run {turn + 1} of {arguments.runs}, pairs/s: {speeds}")
+        print_result(console, runs)
     if arguments.out:
         arguments.out.write_text(json.dumps({"task": task, "runs": runs}, indent=1))
 
@@ -100,7 +110,6 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "pairs_per_step": arguments.pairs_per_step,
         "tokens_per_micro_batch": arguments.tokens_per_micro_batch,
         "threads": arguments.threads,
-        "trl": TRL[arguments.trl],
         "trl_micro_batch": arguments.trl_micro_batch or arguments.pairs_per_step,
     }
 
@@ -132,25 +141,25 @@ def one_run(side: str, task: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def print_result(console: Console, task: dict[str, Any], runs: Sequence[dict[str, Any]], settings: str) -> None:
-    """Median, least and most of each figure, and of the ratio run by run."""
-    table = Table(title=f"dpo_ray against TRL ({settings}), median (least to most) of {len(runs)} runs each")
-    for column in ("", "dpo_ray", "TRL", "ratio"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, key, form in (
-        ("pairs/s", "pairs_per_s", "{:.3f}"),
-        ("tokens/s", "tokens_per_s", "{:.0f}"),
-        ("peak memory, MiB", "peak_mib", "{:.0f}"),
-        ("reference pass, s", "reference_s", "{:.1f}"),
-        ("steps, s", "train_s", "{:.1f}"),
-        ("last loss", "loss", "{:.5f}"),
-    ):
-        ours, theirs = [run["ours"][key] for run in runs], [run["trl"][key] for run in runs]
-        ratios = [a / b for a, b in zip(ours, theirs, strict=True) if b]
-        table.add_row(name, spread(ours, form), spread(theirs, form), spread(ratios, "{:.2f}") if ratios else "-")
+def print_result(console: Console, runs: Sequence[dict[str, Any]]) -> None:
+    """Median, least and most of each figure, and of its ratio to ours run by run."""
+    table = Table(title=f"median (least to most) of {len(runs)} alternating runs")
+    table.add_column("")
+    for side in runs[0]:
+        table.add_column(side, justify="right")
+        if side != OURS:
+            table.add_column(f"{OURS} : {side}", justify="right")
+    for name, key, form in FIGURES:
+        cells = []
+        for side in runs[0]:
+            cells.append(spread([run[side][key] for run in runs], form))
+            if side != OURS:
+                ratios = [run[OURS][key] / run[side][key] for run in runs if run[side][key]]
+                cells.append(spread(ratios, "{:.2f}") if ratios else "-")
+        table.add_row(name, *cells)
     console.print(table)
-    peak = statistics.median(run["ours"]["peak_gflops"] for run in runs)
-    reached = statistics.median(run["ours"]["model_gflops"] for run in runs)
+    peak = statistics.median(run[OURS]["peak_gflops"] for run in runs)
+    reached = statistics.median(run[OURS]["model_gflops"] for run in runs)
     console.print(
         f"dpo_ray's steps reach {reached:.0f} GFLOP/s of the {peak:.0f} that a bfloat16 matrix product of 2048 reaches "
         f"here: {reached / peak:.0%} (6 FLOP a parameter and real token, as if every token met the head)"
