@@ -81,13 +81,15 @@ def trl(task: dict[str, Any], folder: Path) -> dict[str, float]:
             finally:
                 self.reference_s += time.perf_counter() - started
 
+    settings = dict(task["trl"])
+    micro_batch = settings.pop("micro_batch")
     records = [json.loads(line) for line in Path(task["file"]).read_text().splitlines()]
     trainer = Timed(
         model=task["model"],
         args=DPOConfig(
             output_dir=str(folder),
-            per_device_train_batch_size=task["trl_micro_batch"],
-            gradient_accumulation_steps=task["pairs_per_step"] // task["trl_micro_batch"],
+            per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=task["pairs_per_step"] // micro_batch,
             num_train_epochs=1,
             learning_rate=1e-6,
             warmup_steps=0,
@@ -98,7 +100,7 @@ def trl(task: dict[str, Any], folder: Path) -> dict[str, float]:
             report_to=[],
             disable_tqdm=True,
             dataloader_pin_memory=False,
-            **task["trl"],
+            **settings,
         ),
         train_dataset=Dataset.from_list(records),
         processing_class=AutoTokenizer.from_pretrained(task["model"]),

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -118,6 +119,16 @@ def first_difference(written: Mapping[str, Any], config: Config) -> str | None:
     return None
 
 
+def refuse_uninstalled(config: Config) -> None:
+    """Raise a ValueError for a setting that needs an optional package that is not here."""
+    lora = config.model.lora
+    if lora is not None and lora.quantize is not None and find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"model.lora.quantize: {lora.quantize} needs bitsandbytes, which is not installed: "
+            "pip install 'dpo-ray[qlora]'"
+        )
+
+
 def config_from_argv(usage: str, argv: Sequence[str] | None = None) -> Config:
     """The configuration a command line describes: ``CONFIG.yaml [key=value ...]``.
 
@@ -134,6 +145,7 @@ def config_from_argv(usage: str, argv: Sequence[str] | None = None) -> Config:
     try:
         config = load_config(arguments[0], parse_overrides(arguments[1:]))
         refuse_missing(config)
+        refuse_uninstalled(config)
         return config
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

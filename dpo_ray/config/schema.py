@@ -112,8 +112,12 @@ class LoraConfig(Section):
     """Adapters are scaled by alpha / rank."""
     targets: str | tuple[str, ...] = "all-linear"
     """Modules that get adapters: all-linear (all but the head), or names such as [q_proj, v_proj]."""
+    quantize: Literal["nf4"] | None = None
+    """nf4: hold the frozen weights that adapters are added to in four bits (QLoRA, arXiv:2305.14314; needs
+    bitsandbytes). The reference has the same four bits."""
     merge: bool = False
-    """Also export policy/, the model with the adapters added in, beside adapter/."""
+    """Also export policy/, the model with the adapters added in, beside adapter/; of quantized weights what four bits
+    have."""
 
 
 class ModelConfig(Section):
@@ -412,6 +416,11 @@ class Config(Section):
             )
         if self.reference.kind == "adapters_off" and self.model.lora is None:
             raise ValueError("reference.kind: adapters_off is for a policy with adapters; give model.lora, or set auto")
+        if self.reference.kind == "live" and self.model.lora is not None and self.model.lora.quantize is not None:
+            raise ValueError(
+                "reference.kind: live would keep a second model, in full precision, beside the one that "
+                "model.lora.quantize holds in four bits; set reference.kind: adapters_off, or auto"
+            )
         if self.reference.refresh == "round" and self.reference.kind == "adapters_off":
             raise ValueError(
                 "reference.refresh: round needs reference.kind: auto or cached; adapters_off never changes"

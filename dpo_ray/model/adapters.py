@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dpo_ray.config.schema import LoraConfig, ModelConfig
 from dpo_ray.model.load import build_model
+from dpo_ray.model.quantized import quantize_base
 from dpo_ray.objective.logps import TokenScores
 
 if TYPE_CHECKING:
@@ -23,10 +24,10 @@ ADAPTER = "default"
 
 
 def add_adapters(model: "PreTrainedModel", lora: LoraConfig) -> None:
-    """Put adapters that change nothing yet into ``model`` and freeze everything else.
+    """Put adapters that change nothing yet into ``model`` and freeze everything else, in four bits if so configured.
 
     Raises:
-        ValueError: no module has a name in ``model.lora.targets``.
+        ValueError: no module has a name in ``model.lora.targets``, or one cannot be quantized.
     """
     from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
@@ -45,6 +46,8 @@ def add_adapters(model: "PreTrainedModel", lora: LoraConfig) -> None:
             raise AssertionError(f"{name} is {'not ' * (not parameter.requires_grad)}trainable")
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if lora.quantize is not None:
+        quantize_base(model)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from dpo_ray.config.schema import ModelConfig
 from dpo_ray.model.adapters import adapter_product, save_adapter
 from dpo_ray.model.load import build_model
+from dpo_ray.model.quantized import NF4Linear
 from dpo_ray.model.scorer import Scorer
 from dpo_ray.model.shard import DTYPES
 
@@ -35,7 +37,7 @@ def named_weights(policy: Scorer, dtype: torch.dtype) -> Iterator[tuple[str, Ten
             continue
         if name.endswith(f"{BASE}weight"):
             layer = policy.model.get_submodule(name.removesuffix(f"{BASE}weight"))
-            merged = _gathered(parameter).float() + adapter_product(layer, _gathered)
+            merged = _base_weight(layer, parameter).float() + adapter_product(layer, _gathered)
             yield name.replace(BASE, "."), merged.to(dtype)
         else:
             yield name.replace(BASE, "."), _gathered(parameter.detach().to(dtype))
@@ -75,6 +77,12 @@ def save_policy(weights: Mapping[str, Tensor], model: ModelConfig, folder: Path)
     with contextlib.suppress(OSError):  # without one of its own, a model has what its configuration says
         empty.generation_config = GenerationConfig.from_pretrained(model.path)
     empty.save_pretrained(folder, state_dict=dict(weights))
+
+
+def _base_weight(layer: Any, parameter: Tensor) -> Tensor:
+    """(out, in) the frozen weight that a layer adds its adapters to."""
+    base, held = layer.base_layer, _gathered(parameter)
+    return base.restore(held) if isinstance(base, NF4Linear) else held
 
 
 def _gathered(tensor: Tensor) -> Tensor:

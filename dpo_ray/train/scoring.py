@@ -123,6 +123,8 @@ def cached_logps(t: Setup, source: PairStore, progress: Progress) -> tuple[np.nd
     """
     digest = _from_first(t, lambda: model_digest(t.config.model.path))
     numerics = f"{t.config.model.dtype}-{t.device.type}-{t.policy.model.config._attn_implementation}"
+    if t.config.model.lora is not None and t.config.model.lora.quantize:
+        numerics += f"-{t.config.model.lora.quantize}-{t.config.model.lora.targets}"
     store = ReferenceStore(t.config.reference.cache_path / "reference" / store_digest(digest, numerics))
     started = time.perf_counter()
     view, scored = _find_or_build(t, store, source, progress)

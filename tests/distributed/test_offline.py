@@ -317,7 +317,61 @@ def test_the_exported_adapter_and_the_merged_policy_are_the_trained_policy(with_
     assert (adapted - before).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 4, "alpha": 16}], ids=["all-weights", "adapters"])
+@pytest.fixture
+def in_four_bits(with_lora: dict[str, Any]) -> dict[str, Any]:
+    """Adapters on quantized weights."""
+    with_lora["model"]["lora"]["quantize"] = "nf4"
+    return with_lora
+
+
+def test_adapters_on_four_bits_train_alike_on_one_and_two_workers_against_a_reference_in_four_bits(
+    in_four_bits: dict[str, Any],
+) -> None:
+    (alone,) = run_ranks(1, offline, in_four_bits)
+    first, _ = run_ranks(2, offline, in_four_bits | {"cluster": {"train_workers": 2}})
+    off = in_four_bits | {"reference": in_four_bits["reference"] | {"kind": "adapters_off"}}
+    (without_cache,) = run_ranks(1, offline, off)
+    assert alone[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert alone[-1]["loss"] < 0.68, "the adapters must have learned something"
+    assert_same(alone, first, absolute=1e-4)
+    assert_same(alone, without_cache, absolute=1e-5)
+    # The reference in full precision is another one, under another name in the cache.
+    in_four_bits["model"]["lora"]["quantize"] = None
+    (full,) = run_ranks(1, offline, in_four_bits)
+    assert full[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert abs(full[0]["logps/chosen"] - alone[0]["logps/chosen"]) > 0.01
+    assert len(list((Path(in_four_bits["reference"]["cache_dir"]) / "reference").iterdir())) == 2
+
+
+def test_the_merged_policy_of_four_bits_is_what_peft_makes_of_the_adapter_and_the_restored_weights(
+    in_four_bits: dict[str, Any],
+) -> None:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    in_four_bits["model"]["lora"]["merge"] = True
+    run = in_four_bits["run"] | {"export": True}
+    run_ranks(2, offline, in_four_bits | {"run": run, "cluster": {"train_workers": 2}})
+    folder = Path(in_four_bits["run"]["dir"]) / "run"
+    base = AutoModelForCausalLM.from_pretrained(in_four_bits["model"]["path"], dtype=torch.float32)
+    for name, module in base.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.weight.data = dequantize_4bit(*quantize_4bit(module.weight.data, blocksize=64, quant_type="nf4"))
+    tokens = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        before = base(tokens).logits
+        merged = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)(tokens).logits
+        adapted = PeftModel.from_pretrained(base, folder / "adapter")(tokens).logits
+    assert (adapted - merged).abs().max() < 1e-4
+    assert (adapted - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [None, {"rank": 4, "alpha": 16}, {"rank": 4, "alpha": 16, "quantize": "nf4"}],
+    ids=["all-weights", "adapters", "adapters-on-four-bits"],
+)
 def test_a_checkpoint_of_two_workers_exports_to_what_the_run_exported(
     config: dict[str, Any], tmp_path: Path, lora: dict[str, Any] | None
 ) -> None:

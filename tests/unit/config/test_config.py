@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import dpo_ray.config.load as load_module
 from dpo_ray.config import Config, config_from_argv, load_config, override, parse_overrides, write_config
 from dpo_ray.config.load import ConfigError, help_text
 
@@ -278,6 +279,19 @@ def test_without_arguments_the_command_prints_its_help_and_fails(capsys):
         config_from_argv("DPO.", [])
     assert end.value.code == 2
     assert "loss.beta" in capsys.readouterr().out
+
+
+def test_four_bits_without_the_package_for_them_end_the_command_with_what_to_install(offline, capsys, monkeypatch):
+    monkeypatch.setattr(load_module, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as end:
+        config_from_argv("DPO.", [str(offline), "model.lora={quantize: nf4}"])
+    assert end.value.code == 2
+    assert "model.lora.quantize: nf4 needs bitsandbytes" in capsys.readouterr().err
+
+
+def test_a_live_reference_beside_four_bits_is_refused(offline):
+    with pytest.raises(ConfigError, match=r"reference\.kind: live would keep a second model, in full precision"):
+        load(offline, "model.lora={quantize: nf4}", "reference.kind=live")
 
 
 def test_a_config_that_cannot_be_used_ends_the_command_with_exit_code_2(offline, capsys):
