@@ -144,8 +144,8 @@ def config_from_argv(usage: str, argv: Sequence[str] | None = None) -> Config:
         raise SystemExit(0 if arguments else 2)
     try:
         config = load_config(arguments[0], parse_overrides(arguments[1:]))
-        refuse_missing(config)
         refuse_uninstalled(config)
+        refuse_missing(config)
         return config
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
