@@ -21,6 +21,7 @@ from pydantic_core import PydanticUndefined
 
 from dpo_ray.config.paths import refuse_missing
 from dpo_ray.config.schema import Config, Section
+from dpo_ray.storage import StorageFailed, folder_at, reaching
 
 
 class ConfigError(ValueError):
@@ -33,9 +34,12 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Raises:
         ConfigError: the file is missing or is not YAML, or a key or value is not accepted.
     """
-    path = Path(path)
+    path = folder_at(path) if isinstance(path, str) else path
     try:
-        text = path.read_text(encoding="utf-8")
+        with reaching(path):
+            text = path.read_text(encoding="utf-8")
+    except StorageFailed as error:
+        raise ConfigError(str(error)) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     try:

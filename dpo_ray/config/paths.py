@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dpo_ray.config.schema import Config
+from dpo_ray.storage import folder_at
 
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
 
@@ -14,7 +15,8 @@ def with_absolute_paths(config: Config) -> Config:
     What does not exist here under a relative path is left as it is: it may be the name of a hub model or dataset.
     """
     tree = config.model_dump(mode="json")
-    tree["run"]["dir"] = str(Path(config.run.dir).expanduser().absolute())
+    if not config.run.remote:
+        tree["run"]["dir"] = str(folder_at(config.run.dir).expanduser().absolute())
     tree["reference"]["cache_dir"] = str(config.reference.cache_path.absolute())
     for dotted, paths in _named(config):
         section, key = dotted.split(".")

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from dpo_ray.plugins import refuse_unknown
+from dpo_ray.storage import folder_at, is_remote
 
 
 class Section(BaseModel):
@@ -65,7 +66,9 @@ class RunConfig(Section):
     """What the run is called, how long it lasts, what it keeps."""
 
     dir: str = "runs"
-    """Folder that holds run directories: a local path or a mount shared by all nodes."""
+    """Folder that holds run directories: a local path or a mount shared by all nodes; for offline runs also an object
+    store, such as s3://bucket/runs (pip install 'dpo-ray[s3]'; credentials and endpoint from the environment, AWS_*).
+    """
     name: str = "dpo"
     """Name of this run; the same name resumes it."""
     seed: int = Field(0, ge=0, lt=2**31)
@@ -90,14 +93,19 @@ class RunConfig(Section):
     @property
     def path(self) -> Path:
         """The run directory."""
-        return Path(self.dir) / self.name
+        return folder_at(self.dir) / self.name
+
+    @property
+    def remote(self) -> bool:
+        """Whether the run directory is in an object store."""
+        return is_remote(self.path)
 
     @model_validator(mode="after")
-    def _local(self) -> Self:
-        if "://" in self.dir:
-            raise ValueError(
-                f"run.dir is {self.dir!r}: object stores are not supported yet; give a path that all nodes mount"
-            )
+    def _usable(self) -> Self:
+        try:
+            folder_at(self.dir)
+        except ValueError as error:
+            raise ValueError(f"run.dir: {error}") from None
         if not self.name or "/" in self.name or self.name in (".", ".."):
             raise ValueError(f"run.name is {self.name!r}: it must be a plain folder name")
         return self
@@ -147,6 +155,15 @@ class ReferenceConfig(Section):
     cache_dir: str | None = None
     """Folder of the reference cache and of tokenised data, shared by all runs; null puts it beside the user's other
     caches."""
+
+    @model_validator(mode="after")
+    def _local(self) -> Self:
+        if self.cache_dir and "://" in self.cache_dir:
+            raise ValueError(
+                f"reference.cache_dir is {self.cache_dir!r}: the cache is memory-mapped and cannot be in an object "
+                "store; give a local path or a mount"
+            )
+        return self
 
     @property
     def cache_path(self) -> Path:
@@ -405,6 +422,11 @@ class Config(Section):
             raise ValueError(
                 f"shard.replicate ({self.shard.replicate}) must divide "
                 f"cluster.train_workers ({self.cluster.train_workers})"
+            )
+        if self.online is not None and self.run.remote:
+            raise ValueError(
+                f"run.dir is {self.run.dir!r}: an online run writes rounds that several processes read; object stores "
+                "are for offline runs, give a path that all nodes mount"
             )
         if self.run.best_metric is not None and (self.online is not None or not self.data.eval):
             raise ValueError("run.best_metric needs evaluations to compare; it is for offline runs with data.eval")

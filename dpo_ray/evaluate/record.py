@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dpo_ray.config import load_config
+from dpo_ray.storage import folder_at
 from dpo_ray.types import Messages, Metrics
 
 logger = logging.getLogger(__name__)
@@ -194,7 +195,7 @@ def read_run(run_dir: str | Path) -> RunRecord:
     Raises:
         ValueError: the directory is missing, or holds neither metrics nor evaluations.
     """
-    path = Path(run_dir)
+    path = folder_at(run_dir) if isinstance(run_dir, str) else run_dir
     if not path.is_dir():
         raise ValueError(f"{path}: no such directory; give a run directory, <run.dir>/<run.name>")
     config = load_config(path / "config.yaml").model_dump(mode="json") if (path / "config.yaml").exists() else {}

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from dpo_ray.evaluate.figures import comparisons, prompt_text, summary, verdict
 from dpo_ray.evaluate.health import Finding, alike, counted, diagnose
 from dpo_ray.evaluate.pictures import PALETTE, Picture, run_pictures, sweep_picture
 from dpo_ray.evaluate.record import RunRecord, number, read_run
+from dpo_ray.storage import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -176,9 +176,7 @@ def _write_page(page: Page, folder: Path) -> Path:
     environment.filters["svg"] = Markup
     html = environment.get_template("report.html.j2").render(page=page, palette=PALETTE)
     target = folder / "report.html"
-    temporary = folder / f".report.html.{os.getpid()}"
-    temporary.write_text(html, encoding="utf-8")
-    temporary.replace(target)
+    write_atomically(target, html)
     return target
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dpo_ray.launch.workers import Stopped, TrainingFailed
+from dpo_ray.storage import StorageFailed
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -20,7 +21,7 @@ def run_command(command: Callable[..., Any], *arguments: Any) -> None:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(BAD_INPUT) from None
-    except TrainingFailed as error:
+    except (TrainingFailed, StorageFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(FAILED) from None
     except Stopped as error:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_ray.config import Config
+from dpo_ray.storage import is_remote
 
 if TYPE_CHECKING:
     from dpo_ray.evaluate.figures import Comparison, Summary
@@ -102,4 +103,5 @@ def _print_next(console: Console, config: Config) -> None:
 
 def _near(path: Path) -> str:
     """A path as a person in this folder would type it."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    here = not is_remote(path) and path.is_relative_to(Path.cwd())
+    return str(path.relative_to(Path.cwd()) if here else path)

@@ -7,6 +7,7 @@ import ray
 import torch
 from rich.console import Console
 
+from dpo_ray import storage
 from dpo_ray.config import Config, with_absolute_paths
 from dpo_ray.launch.cluster import Cluster, joined
 from dpo_ray.launch.display import shown
@@ -49,6 +50,7 @@ def refuse_unusable(config: Config) -> None:
         raise ValueError("data.train is empty: give files of preference pairs, or a hub dataset")
     build_loss(config.loss)
     read_model_config(config.model.path)
+    storage.refuse_unusable(config.run.path)
 
 
 def train(config: Config, cluster: Cluster, board: Any, callbacks: list[Any] | None = None) -> Metrics:

@@ -19,6 +19,7 @@ from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.display import shown
 from dpo_ray.launch.reporting import StatusBoard
 from dpo_ray.launch.workers import make_run_dir
+from dpo_ray.storage import reaching
 
 PART_TIMEOUT_S = 1800.0
 """Longest wait for the next part of the data, the wait for a free CPU included."""
@@ -45,7 +46,8 @@ def tell_data(config: Config, cluster: Cluster, console: Console) -> None:
     for name, report in reports.items():
         console.print(report.text(name), highlight=False, markup=False, soft_wrap=True)
     told = {name: report.to_dict() for name, report in reports.items()}
-    (run_dir / "data.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
+    with reaching(run_dir):
+        (run_dir / "data.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
 
 
 def open_pairs(

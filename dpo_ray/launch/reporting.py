@@ -13,6 +13,7 @@ from typing import Any
 import ray
 import ray.train
 
+from dpo_ray.storage import growing
 from dpo_ray.types import Metrics
 
 logger = logging.getLogger(__name__)
@@ -98,7 +99,9 @@ class RunReporter:
     """
 
     def __init__(self, run_dir: Path, board: Any, rank: int, *, to_train: bool) -> None:
-        self.file, self.board, self.rank, self.to_train = run_dir / "metrics.jsonl", board, rank, to_train
+        self.board, self.rank, self.to_train = board, rank, to_train
+        if rank == 0:
+            self.file = growing(run_dir / "metrics.jsonl")
         self.question: Any = None
 
     def phase(self, name: str, done: int = 0, total: int = 0) -> None:
@@ -171,9 +174,7 @@ def log_to_run(run_dir: Path, name: str) -> None:
 
     The file descriptors themselves are redirected, so that child processes and C++ libraries are caught too.
     """
-    folder = run_dir / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    file = os.open(growing(run_dir / "logs" / f"{name}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(file, 1)

@@ -94,6 +94,8 @@ def run_sweep(config: Config, sweep: Sweep) -> None:
     """
     console = Console()
     config = with_absolute_paths(config)
+    if config.run.remote:
+        raise ValueError(f"run.dir is {config.run.dir!r}: a sweep needs a path that all nodes mount")
     refuse_unusable(config)
     for key in sweep.space:
         _refuse_unknown(config, key)

@@ -1,9 +1,12 @@
 """Training workers: one function on every rank of a Ray Train run, for both loops."""
 
+import contextlib
 import errno
 import logging
 import os
+import shutil
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import Future
@@ -21,6 +24,7 @@ from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.reporting import RunReporter, log_to_run
 from dpo_ray.plugins import resolve
 from dpo_ray.rollout.stream import StalePairs
+from dpo_ray.storage import StorageFailed, reaching, upload_growing
 from dpo_ray.sync.base import SyncMismatch
 from dpo_ray.train.checkpoint import CheckpointFailed
 from dpo_ray.types import Metrics
@@ -47,7 +51,7 @@ class Stopped(KeyboardInterrupt):
 
 FATAL = (
     ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError,
-    SyncMismatch, StalePairs, GivenUp, CheckpointFailed,
+    SyncMismatch, StalePairs, GivenUp, CheckpointFailed, StorageFailed,
 )  # fmt: skip
 """Errors that would come again: workers are restarted for dead processes and broken connections, not for these."""
 STORAGE_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
@@ -77,7 +81,9 @@ def train_on_workers(
     """
     size = config.cluster
     environment = {} if cluster.on_gpus else cpu_environment(size.cpus_per_worker)
-    run_dir = config.run.path.absolute()
+    run_dir = config.run.path if config.run.remote else config.run.path.absolute()
+    # Ray's own notes; none of its checkpoints is among them, so that other nodes need not see this folder.
+    notes = tempfile.mkdtemp(prefix="dpo_ray-") if config.run.remote else str(run_dir / "ray")
     # ray.train decides at import which of its two versions of these classes it exports, which no type checker sees.
     train: Any = ray.train
     trainer = train.torch.TorchTrainer(
@@ -98,7 +104,7 @@ def train_on_workers(
         run_config=train.RunConfig(
             # Ray resumes by this name; our checkpoints are found in the run directory, so the name is always new.
             name=f"workers-{os.getpid()}-{os.urandom(4).hex()}",
-            storage_path=str(run_dir / "ray"),
+            storage_path=notes,
             failure_config=train.FailureConfig(max_failures=size.max_restarts, controller_failure_limit=START_FAILURES),
             callbacks=callbacks,
             worker_runtime_env={"env_vars": environment},
@@ -109,6 +115,9 @@ def train_on_workers(
         returned = _fit(trainer, board, size.stop_timeout_s).return_value or {}
     except ray.train.TrainingFailedError as error:
         returned = {"failed": _cause(error)}
+    finally:
+        if config.run.remote:
+            shutil.rmtree(notes, ignore_errors=True)
     if "failed" in returned:
         raise TrainingFailed(f"{returned['failed']}\nThe logs of all processes are in {run_dir / 'logs'}")
     if returned.get("stopped_at"):
@@ -173,9 +182,11 @@ def _on_each_rank(given: dict[str, Any]) -> Metrics:
     import torch
 
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    reporter = RunReporter(config.run.path, board, rank, to_train=given["to_train"])
     try:
-        return asdict(resolve(given["loop"], {}, "loop")(config, device, reporter, given["handles"]))
+        reporter = RunReporter(config.run.path, board, rank, to_train=given["to_train"])
+        ending = resolve(given["loop"], {}, "loop")(config, device, reporter, given["handles"])
+        upload_growing()
+        return asdict(ending)
     except Exception as error:
         if not (isinstance(error, FATAL) or (isinstance(error, OSError) and error.errno in STORAGE_FULL)):
             raise
@@ -183,6 +194,10 @@ def _on_each_rank(given: dict[str, Any]) -> Metrics:
         cause = getattr(error, "cause", None) or error
         ray.get(board.give_up.remote(f"{type(cause).__name__}: {cause}"))
         raise
+    finally:
+        # Of a run that failed, what it said of it: as far as the storage takes it.
+        with contextlib.suppress(StorageFailed):
+            upload_growing()
 
 
 def _cause(error: BaseException) -> str:
@@ -203,10 +218,11 @@ def make_run_dir(config: Config) -> Path:
     """
     run_dir = config.run.path
     file = run_dir / "config.yaml"
-    if file.exists() and any(next(run_dir.glob(work), None) for work in WORK):
-        written = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if difference := first_difference(written, config):
-            raise ValueError(f"{run_dir} was begun with {difference}")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_config(config, file)
+    with reaching(run_dir):
+        if file.exists() and any(next(iter(run_dir.glob(work)), None) for work in WORK):
+            written = yaml.safe_load(file.read_text(encoding="utf-8"))
+            if difference := first_difference(written, config):
+                raise ValueError(f"{run_dir} was begun with {difference}")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_config(config, file)
     return run_dir

@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ from dpo_ray.model.load import build_model
 from dpo_ray.model.quantized import NF4Linear
 from dpo_ray.model.scorer import Scorer
 from dpo_ray.model.shard import DTYPES
+from dpo_ray.storage import is_remote, reaching, upload_folder
 
 BASE = ".base_layer."
 """What peft puts into the name of a weight that has adapters."""
+CONFIGURATIONS = ("config.json", "adapter_config.json")
+"""Files without which a folder is no Hugging Face or peft directory."""
 
 
 def named_weights(policy: Scorer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -96,7 +100,16 @@ def _kept_on_first(weights: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def write_whole(folder: Path, write: Callable[[Path], None], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make ``folder`` of what ``write`` writes and the tokenizer; whole or not at all, replacing another."""
+    """Make ``folder`` of what ``write`` writes and the tokenizer; whole or not at all, replacing another.
+
+    An object store cannot move a folder: there it is not whole until its ``config.json`` is there, which comes last.
+    """
+    if is_remote(folder):
+        with tempfile.TemporaryDirectory(prefix="dpo_ray-") as local:
+            write_whole(Path(local) / folder.name, write, tokenizer)
+            with reaching(folder):
+                upload_folder(Path(local) / folder.name, folder, last=CONFIGURATIONS)
+        return
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -10,10 +10,10 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,8 +22,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import xxhash
 from torch import Tensor
+from torch.distributed.checkpoint._fsspec_filesystem import FileSystem, FsspecReader, FsspecWriter
 
 from dpo_ray.config import Config, first_difference
+from dpo_ray.storage import is_remote, reaching, reason, remove_folder, upload_growing, write_atomically
 from dpo_ray.train.state import TrainState
 from dpo_ray.types import Metrics
 
@@ -59,6 +61,8 @@ class Checkpointer:
         self.group = cast("dist.ProcessGroup", dist.new_group(backend="gloo"))  # every rank is a member
         self.pending: Future[Any] | None = None
         self.writing = folder
+        self.last: Path | None = None
+        """The newest checkpoint that this process knows to be good."""
 
     def save(self, state: TrainState, position: int, metrics: Mapping[str, Any] | None = None) -> None:
         """Start writing a checkpoint; returns when the state has been copied.
@@ -70,13 +74,18 @@ class Checkpointer:
         self.wait()
         path = self.writing = self.folder / f"{position:06d}"
         if dist.get_rank() == 0:
-            shutil.rmtree(path, ignore_errors=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
+            # Object stores have no folders to make; one that cannot be reached shows when it is written to.
+            remove_folder(path)
+            if not is_remote(path):
+                self.folder.mkdir(parents=True, exist_ok=True)
         dist.barrier(self.group)
+        writer = _RemoteWriter(path) if is_remote(path) else dcp.FileSystemWriter(path)
         # A response other than a future is for stagers that copy asynchronously.
-        written = cast("Future[Any]", dcp.async_save(state.state_dict(), checkpoint_id=path, process_group=self.group))
+        written = cast(
+            "Future[Any]", dcp.async_save(state.state_dict(), storage_writer=writer, process_group=self.group)
+        )
         self.pending = Future()
-        finish = functools.partial(self._finish, path, dict(metrics or {}))
+        finish = functools.partial(self._finish, path, writer, dict(metrics or {}))
         written.add_done_callback(functools.partial(_then, self.pending, finish))
 
     def wait(self) -> None:
@@ -91,31 +100,38 @@ class Checkpointer:
         try:
             pending.result()
         except BaseException as error:
-            # What torch says of a full disk does not mention it.
-            free_mib = shutil.disk_usage(self.folder).free >> 20
             dist.barrier(self.group)
-            if dist.get_rank() == 0 and not (self.writing / MARKER).exists():
-                shutil.rmtree(self.writing, ignore_errors=True)
-            last = next(reversed(finished_checkpoints(self.folder)), None)
+            if dist.get_rank() == 0:
+                self._remove_unfinished()
             raise CheckpointFailed(
-                f"{self.writing} could not be written ({_reason(error)}; {free_mib} MiB are free there); "
-                + (f"the last good one is {last}" if last else "there is no earlier one")
+                f"{self.writing} could not be written ({_reason(error)}{_free(self.folder)}); "
+                + (f"the last good one is {self.last}" if self.last else "there is no earlier one")
             ) from error
 
-    def _finish(self, path: Path, metrics: Metrics) -> None:
+    def _remove_unfinished(self) -> None:
+        try:
+            if not (self.writing / MARKER).exists():
+                remove_folder(self.writing)
+        except Exception as error:
+            logger.warning("%s is not removed: %s", self.writing, reason(error))
+
+    def _finish(self, path: Path, writer: Any, metrics: Metrics) -> None:
         """Mark a checkpoint complete and delete those that are too old; runs in the save thread of every rank."""
         # DCP answers on every rank when all of them have written: each can read its own shards back.
         rank = dist.get_rank()
-        digests = self._together(lambda: {s.name: _digest(s) for s in path.glob(f"__{rank}_*.distcp")})
+        digests = self._together(
+            lambda: writer.digests if is_remote(path) else {s.name: _digest(s) for s in path.glob(f"__{rank}_*.distcp")}
+        )
         files = {name: digest for part in digests for name, digest in part.items()}
         self._together(lambda: self._mark(path, files, metrics) if rank == 0 else None)
+        self.last = path
         if rank == 0:
             kept = finished_checkpoints(self.folder)
             best = best_checkpoint(kept, self.config)
             for old in kept[: -self.config.run.keep_checkpoints]:
                 if old != best:
                     # The new checkpoint is good whether or not the old one can be removed.
-                    shutil.rmtree(old, onerror=lambda _, name, error: logger.warning("%s: %s", name, error[1]))
+                    remove_folder(old)
 
     def _mark(self, path: Path, files: Mapping[str, str], metrics: Metrics) -> None:
         marker = {
@@ -123,12 +139,9 @@ class Checkpointer:
             "metrics": metrics,
             "config": self.config.model_dump(mode="json"),
         }
-        unfinished = path / f".{MARKER}"
-        with unfinished.open("w") as file:
-            json.dump(marker, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.rename(path / MARKER)
+        # Whoever goes on from here finds the metrics up to here.
+        upload_growing()
+        write_atomically(path / MARKER, json.dumps(marker))
 
     def _together(self, act: Callable[[], Any]) -> list[Any]:
         """What ``act`` returns on each rank; raises on all of them what it raises on any."""
@@ -153,13 +166,15 @@ class Checkpointer:
         """
         found: list[Any] = [None, None]
         if dist.get_rank() == 0:
-            found = [finished_checkpoints(self.folder), len(list(self.folder.glob(f"[0-9]*/{MARKER}")))]
+            with reaching(self.folder):
+                found = [finished_checkpoints(self.folder), len(list(self.folder.glob(f"[0-9]*/{MARKER}")))]
         dist.broadcast_object_list(found, src=0)
         finished, marked = found
         for path in reversed(finished):
             refuse_mismatch(path, self.config)
             if self._intact(path):
                 self._load(path, state)
+                self.last = path
                 return path
         if marked:
             raise CheckpointDamaged(
@@ -178,10 +193,10 @@ class Checkpointer:
 
     def _load(self, path: Path, state: TrainState) -> None:
         saved = state.state_dict()
-        written = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        written = reader(path).read_metadata().state_dict_metadata
         # A checkpoint of fewer ranks holds no random state for the others.
         saved = {key: value for key, value in saved.items() if not key.startswith("rng_") or key in written}
-        dcp.load(saved, checkpoint_id=path, process_group=self.group)
+        dcp.load(saved, storage_reader=reader(path), process_group=self.group)
         state.load_state_dict(saved)
 
 
@@ -233,6 +248,13 @@ def damaged_files(path: Path, *, part: int = 0, parts: int = 1) -> list[str]:
     return [name for name, digest in files if not (path / name).is_file() or _digest(path / name) != digest]
 
 
+def reader(path: Path) -> dcp.FileSystemReader:
+    """What DCP reads a checkpoint with."""
+    if is_remote(path):
+        return FsspecReader(str(path), **cast("Any", path).storage_options)
+    return dcp.FileSystemReader(path)
+
+
 def read_weights(path: Path, weights: dict[str, Tensor]) -> None:
     """Load the policy's full weights from a checkpoint of any number of ranks, in a process of its own.
 
@@ -240,7 +262,7 @@ def read_weights(path: Path, weights: dict[str, Tensor]) -> None:
         path: a finished checkpoint.
         weights: full tensors under the names that the scorer gives its parameters; filled in place.
     """
-    dcp.load({"model": weights}, checkpoint_id=path, no_dist=True)
+    dcp.load({"model": weights}, storage_reader=reader(path), no_dist=True)
 
 
 def refuse_mismatch(path: Path, config: Config) -> None:
@@ -260,6 +282,54 @@ def _then(marked: "Future[None]", finish: Callable[[], None], written: "Future[A
         marked.set_result(None)
 
 
+class _RemoteWriter(FsspecWriter):
+    """DCP's writer to object stores, which notes the digest of each file on its way: none is read back."""
+
+    def __init__(self, path: Path) -> None:
+        options = cast("Any", path).storage_options
+        # To sync a stream that is no file, DCP would sync every disk of the machine.
+        super().__init__(str(path), sync_files=False, **options)
+        self.digests: dict[str, str] = {}
+        self.fs: Any = _HashingFileSystem(self.digests)
+        self.fs.init_path(str(path), **options)
+
+
+class _HashingFileSystem(FileSystem):
+    def __init__(self, digests: dict[str, str]) -> None:
+        super().__init__()
+        self.digests = digests
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        """A stream whose content is digested when it is written."""
+        with super().create_stream(path, mode) as stream:
+            hashed = _HashedStream(stream)
+            yield hashed
+        name = str(path).rpartition("/")[2]
+        if name.endswith(".distcp"):
+            self.digests[name] = hashed.hash.hexdigest()
+
+
+class _HashedStream:
+    """A binary stream that is written from its beginning to its end."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.hash = stream, xxhash.xxh3_128()
+
+    def write(self, data: Any) -> int:
+        """Write and digest."""
+        self.hash.update(data)
+        return self.stream.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def _free(folder: Path) -> str:
+    """What torch says of a full disk does not mention it."""
+    return "" if is_remote(folder) else f"; {shutil.disk_usage(folder).free >> 20} MiB are free there"
+
+
 def _digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
@@ -271,4 +341,4 @@ def _reason(error: BaseException) -> str:
     if failures:
         first = next(iter(failures.values()))
         error = first[0] if isinstance(first, tuple) else first
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return reason(error)

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -14,7 +13,14 @@ from dpo_ray.model.export import named_weights, save_policy, write_whole
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer
 from dpo_ray.model.shard import DTYPES
-from dpo_ray.train.checkpoint import best_checkpoint, damaged_files, finished_checkpoints, read_marker, read_weights
+from dpo_ray.train.checkpoint import (
+    best_checkpoint,
+    damaged_files,
+    finished_checkpoints,
+    read_marker,
+    read_weights,
+    reader,
+)
 
 WEIGHTS = "model."
 """What a checkpoint puts before the name of a weight; the scorer puts the same once more."""
@@ -84,7 +90,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) ->
 
 def _trained_weights(checkpoint: Path) -> dict[str, Tensor]:
     """The trained weights under the names they have in the model, read from all shards."""
-    written = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    written = reader(checkpoint).read_metadata().state_dict_metadata
     weights = {
         name.removeprefix(WEIGHTS): torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in written.items()

@@ -1,6 +1,6 @@
 """What the processes of the distributed tests run: real training on a tiny model, reported to a list."""
 
-from pathlib import Path
+import os
 from typing import Any
 
 import torch
@@ -55,9 +55,18 @@ class ListReporter:
 def offline(rank: int, config: dict[str, Any], stop_after: int | None = None) -> list[Metrics]:
     """Train offline, asked by rank 0 to stop after a step; returns the lines of metrics."""
     parsed = Config.model_validate(config)
-    tokenizer, folder = load_tokenizer(parsed.model.path), Path(parsed.run.dir) / f"data-{rank}"
+    tokenizer, folder = load_tokenizer(parsed.model.path), parsed.reference.cache_path / f"data-{rank}"
     pairs = prepare_pairs(parsed.data.train, tokenizer, parsed.data, folder=folder)
     held_out = prepare_pairs(parsed.data.eval, tokenizer, parsed.data, folder=folder) if parsed.data.eval else None
     reporter = ListReporter(stop_after if rank == 0 else None)
     train_offline(parsed, pairs=pairs, held_out=held_out, device=torch.device("cpu"), reporter=reporter)
     return reporter.lines
+
+
+def offline_in_store(
+    rank: int, environment: dict[str, str], config: dict[str, Any], stop_after: int | None = None
+) -> list[Metrics]:
+    """``offline`` with the credentials and endpoint of an object store."""
+    # Ranks are forked from a server that began with another environment.
+    os.environ.update(environment)
+    return offline(rank, config, stop_after)

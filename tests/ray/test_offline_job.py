@@ -17,8 +17,10 @@ import yaml
 
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.objective.losses import sigmoid
+from dpo_ray.storage import folder_at
 from dpo_ray.train.checkpoint import damaged_files
 from tests.conftest import ragged_texts
+from tests.object_store import BUCKET, environment, free_port, served
 from tests.ray.commands import (
     kill_when,
     left_over,
@@ -245,3 +247,35 @@ def test_more_workers_than_the_cluster_can_hold_are_refused_and_not_waited_for(
         refuse_too_small(Cluster(gpus=4, cpus=64, nodes=1), ClusterConfig(train_workers=8), engines=0)
     with pytest.raises(ValueError, match=r"rollout_engines=2.*need 6 CPUs; the cluster has 5"):
         refuse_too_small(Cluster(gpus=0, cpus=5, nodes=1), ClusterConfig(train_workers=4), engines=2)
+
+
+def test_a_run_in_an_object_store_leaves_everything_there_and_goes_on(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    for key, value in environment(port).items():
+        monkeypatch.setenv(key, value)
+    config["run"] |= {"dir": f"{BUCKET}/runs", "steps": 2}
+    file = str(write_yaml(tmp_path / "run.yaml", config))
+    with served(port):
+        done = run_command("offline", file)
+        assert done.returncode == 0, done.stdout + done.stderr
+        again = run_command("offline", file, "run.steps=4")
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert "resuming after step 2 of 4" in again.stdout
+        run = folder_at(BUCKET) / "runs/first"
+        told = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert pick([line for line in told if "loss" in line], "step") == [1, 2, 3, 4]
+        for left in (
+            "config.yaml",
+            "data.json",
+            "report.html",
+            "logs/worker-1.log",
+            "policy/config.json",
+            "checkpoints/000004/complete.json",
+        ):
+            assert (run / left).exists(), left
+    gone = run_command("offline", file, "run.steps=6")
+    assert gone.returncode == 2
+    assert re.search(rf"error: run\.dir: {BUCKET}/runs cannot be used: .*127\.0\.0\.1:{port}", gone.stderr), gone.stderr
+    assert "Traceback" not in gone.stderr

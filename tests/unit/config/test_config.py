@@ -169,7 +169,7 @@ def test_an_unknown_key_is_answered_with_the_nearest_one(online, argument, messa
         ("online.candidates=1", "online.candidates: found 1; input should be greater than or equal to 2"),
         ("online.judge=length", "online.judge: found 'length'; it takes a mapping of keys to values"),
         ("loss.beta.x=1", "loss.beta.x: loss.beta holds 0.1, which has no keys below it"),
-        ("run.dir=s3://bucket/runs", "run.dir is 's3://bucket/runs': object stores are not supported yet"),
+        ("run.dir=s3://bucket/runs", "run.dir is 's3://bucket/runs': an online run writes rounds"),
         ("run.name=a/b", "run.name is 'a/b': it must be a plain folder name"),
     ],
 )

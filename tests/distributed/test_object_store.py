@@ -1,0 +1,124 @@
+"""Runs whose directory is in an object store: the same numbers, and the same care for checkpoints."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from s3fs import S3FileSystem
+from safetensors.torch import load_file
+
+from dpo_ray.storage import folder_at
+from dpo_ray.train.checkpoint import MARKER, damaged_files
+from dpo_ray.train.export import export_checkpoint, find_checkpoint
+from tests.conftest import ragged_texts
+from tests.distributed.processes import run_ranks
+from tests.distributed.runs import offline, offline_in_store
+from tests.distributed.test_offline import COMPARED
+from tests.object_store import BUCKET, environment, free_port, served
+
+WritePairs = Callable[[Sequence[tuple[str, str, str]]], Path]
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """The environment of a server with one bucket."""
+    settings = environment(free_port())
+    for key, value in settings.items():
+        monkeypatch.setenv(key, value)
+    with served(int(settings["AWS_ENDPOINT_URL"].rpartition(":")[2])):
+        yield settings
+        S3FileSystem().rm(BUCKET, recursive=True)
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_model: Path, write_pairs: WritePairs) -> dict[str, Any]:
+    """Four steps in float32, saved after each second one."""
+    return {
+        "run": {"dir": f"{BUCKET}/{tmp_path.name}", "name": "run", "steps": 4, "save_every": 2, "export": False},
+        "model": {"path": str(tiny_model), "dtype": "float32"},
+        "reference": {"cache_dir": str(tmp_path / "cache")},
+        "data": {"train": str(write_pairs(ragged_texts(13)))},
+        "optim": {"lr": 1e-3, "pairs_per_step": 5, "tokens_per_micro_batch": 256, "schedule": "constant"},
+        "cluster": {"train_workers": 2},
+    }
+
+
+def checkpoints(config: dict[str, Any]) -> Path:
+    return folder_at(config["run"]["dir"]) / config["run"]["name"] / "checkpoints"
+
+
+def numbers(lines: list[dict[str, Any]]) -> list[dict[str, float]]:
+    return [{key: line[key] for key in ("step", *COMPARED)} for line in lines]
+
+
+def test_a_run_in_a_store_resumes_to_the_last_digit_and_exports(
+    store: dict[str, str], config: dict[str, Any], tmp_path: Path
+) -> None:
+    local = config | {"run": config["run"] | {"dir": str(tmp_path / "runs"), "save_every": 100}}
+    undisturbed, _ = run_ranks(2, offline, local)
+    stopped, _ = run_ranks(2, offline_in_store, store, config, 2)
+    resumed, _ = run_ranks(2, offline_in_store, store, config | {"run": config["run"] | {"export": True}})
+    assert numbers(stopped + resumed) == numbers(undisturbed)
+    assert [path.name for path in sorted(checkpoints(config).iterdir())] == ["000002", "000004"]
+
+    export_checkpoint(find_checkpoint(checkpoints(config).parent), tmp_path / "exported")
+    found = load_file(tmp_path / "exported/model.safetensors")
+    (tmp_path / "policy.safetensors").write_bytes(
+        (checkpoints(config).parent / "policy/model.safetensors").read_bytes()
+    )
+    policy = load_file(tmp_path / "policy.safetensors")
+    assert policy.keys() <= found.keys()
+    assert all(torch.equal(found[name], policy[name]) for name in policy)
+    assert (checkpoints(config).parent / "policy/config.json").exists()
+
+
+def test_a_damaged_object_is_noticed_and_the_checkpoint_before_it_used(
+    store: dict[str, str], config: dict[str, Any]
+) -> None:
+    run_ranks(2, offline_in_store, store, config)
+    shard = checkpoints(config) / "000004/__1_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(bytes(content))
+    assert damaged_files(shard.parent) == ["__1_0.distcp"]
+    resumed, _ = run_ranks(2, offline_in_store, store, config)
+    assert [line["step"] for line in resumed] == [3, 4]
+
+
+def test_the_newest_and_the_best_checkpoints_stay(store: dict[str, str], config: dict[str, Any]) -> None:
+    name = "eval/rewards/rejected"
+    config["run"] |= {"save_every": 1, "eval_every": 1, "keep_checkpoints": 1, "best_metric": name}
+    config |= {"data": config["data"] | {"eval": config["data"]["train"]}, "cluster": {"train_workers": 1}}
+    (lines,) = run_ranks(1, offline_in_store, store, config)
+    rejected = {line["step"]: line[name] for line in lines if name in line and line["step"]}
+    best = max(rejected, key=lambda step: rejected[step])
+    assert sorted(int(path.name) for path in checkpoints(config).iterdir()) == sorted({best, 4})
+
+
+def test_a_server_that_dies_ends_the_run_and_names_the_last_good_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]
+) -> None:
+    settings = environment(free_port())
+    for key, value in settings.items():
+        monkeypatch.setenv(key, value)
+    config |= {"run": config["run"] | {"steps": 2000}, "cluster": {"train_workers": 1}}
+    with served(int(settings["AWS_ENDPOINT_URL"].rpartition(":")[2])) as server:
+        marker = checkpoints(config) / "000002" / MARKER
+        ended: list[float] = []
+
+        def stop() -> None:
+            while not marker.exists():
+                time.sleep(0.05)
+            server.stop()
+            ended.append(time.monotonic())
+
+        thread = threading.Thread(target=stop, daemon=True)
+        thread.start()
+        with pytest.raises(Exception, match=r"s3://.*could not be written \(.*127\.0\.0\.1.*last good one is s3://"):
+            run_ranks(1, offline_in_store, settings, config)
+        thread.join()
+        assert time.monotonic() - ended[0] < 30
