@@ -135,8 +135,9 @@ class ModelConfig(Section):
     """Hub id or directory of a Hugging Face causal language model."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype. Master weights, gradient reduction and log-probabilities are float32 always."""
-    attention: Literal["auto", "sdpa"] = "auto"
-    """auto: torch's flash kernel on each pair of a packed row. sdpa: the same by a mask over the whole row; slow."""
+    attention: Literal["auto", "flex", "sdpa"] = "auto"
+    """auto: torch's flash kernel on each pair of a packed row. flex: flex_attention with a block mask over the row, on
+    GPUs only. sdpa: the same by a mask over the whole row; slow."""
     chat_template: str | None = None
     """Path of a Jinja chat template that replaces the tokenizer's own; needed for models without one."""
     lora: LoraConfig | None = None

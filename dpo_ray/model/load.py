@@ -6,6 +6,7 @@ full copy.
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from transformers.utils import cached_file
 
 from dpo_ray.config.schema import ModelConfig
 from dpo_ray.model.attention import use_packed_attention
+from dpo_ray.model.flex import use_flex_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -25,6 +27,14 @@ WEIGHT_INDEX_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+
+
+ATTENTION: Mapping[str, Callable[[], str]] = {
+    "auto": use_packed_attention,
+    "flex": use_flex_attention,
+    "sdpa": lambda: "sdpa",
+}
+"""Settings of ``model.attention``, and what gives transformers' name for each."""
 
 
 def build_model(model: ModelConfig, *, with_weights: bool, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
@@ -41,7 +51,7 @@ def build_model(model: ModelConfig, *, with_weights: bool, dtype: torch.dtype = 
     for name, value in vars(config).items():
         if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
             setattr(config, name, 0.0)
-    attention = use_packed_attention() if model.attention == "auto" else model.attention
+    attention = ATTENTION[model.attention]()
     if with_weights:
         built = AutoModelForCausalLM.from_pretrained(
             model.path, config=config, dtype=dtype, attn_implementation=attention

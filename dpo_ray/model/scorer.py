@@ -4,7 +4,7 @@ Backbone and head sit in one module so that FSDP2 shards and gathers them as one
 head, and logits exist one chunk at a time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dpo_ray.data.packing import PackedRow, attention_mask
 from dpo_ray.model.attention import PACKED
+from dpo_ray.model.flex import FLEX, span_mask
 from dpo_ray.objective.logps import (
     LogitTransform,
     PairLogps,
@@ -40,7 +41,7 @@ class Scorer(nn.Module):
         super().__init__()
         self.model = model
         self.transform = logit_transform(model.config)
-        self.packed = model.config._attn_implementation == PACKED
+        self.attention = ATTENTION.get(model.config._attn_implementation or "", _masked)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -55,9 +56,8 @@ class Scorer(nn.Module):
             row: one micro-batch.
             with_squares: also give the sums of squared probabilities, for WPO weights.
         """
-        attention = {"spans": row.spans} if self.packed else {"attention_mask": attention_mask(row)}
         hidden = self.model.get_decoder()(
-            input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False, **attention
+            input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False, **self.attention(row)
         ).last_hidden_state  # (1, T, D)
         head = self.model.get_output_embeddings()
         assert head is not None
@@ -69,6 +69,17 @@ class Scorer(nn.Module):
             transform=self.transform,
             with_squares=with_squares,
         )
+
+
+def _masked(row: PackedRow) -> dict[str, Any]:
+    return {"attention_mask": attention_mask(row)}
+
+
+ATTENTION: Mapping[str, Callable[[PackedRow], dict[str, Any]]] = {
+    PACKED: lambda row: {"spans": row.spans},
+    FLEX: lambda row: {"spans": span_mask(row.spans, row.input_ids.device)},
+}
+"""What each way to attend must be told of a row; any other takes a mask."""
 
 
 def pair_logps(scorer: Scores, row: PackedRow, *, weighting: Literal["none", "wpo"] = "none") -> PairLogps:

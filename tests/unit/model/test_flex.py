@@ -1,0 +1,85 @@
+"""The block mask of packed rows against the dense mask, and flex_attention's log-probabilities against masked ones."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
+
+from dpo_ray.config.schema import ModelConfig
+from dpo_ray.data.packing import PackedRow, Span, attention_mask, build_row
+from dpo_ray.model.flex import BLOCK, span_mask, token_limits, visible_blocks
+from dpo_ray.model.load import build_model
+from dpo_ray.model.scorer import Scorer, pair_logps
+from tests.unit.model.test_scorer import ragged_pairs
+
+SPANS = st.lists(
+    st.builds(Span, st.integers(1, 40), st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=6
+)  # fmt: skip
+
+
+def dense_mask(spans: list[Span]) -> np.ndarray:
+    ids = torch.zeros(1, sum(map(sum, spans)), dtype=torch.int64)
+    none = torch.zeros(0, dtype=torch.int64)
+    return attention_mask(PackedRow(ids, ids, tuple(spans), none, none, none, none))[0, 0].numpy()
+
+
+@settings(max_examples=200, deadline=None)
+@given(SPANS, st.sampled_from([4, 8, 16]))
+def test_blocks_are_those_of_the_dense_mask(spans: list[Span], block: int) -> None:
+    mask = dense_mask(spans)
+    blocks = -(-len(mask) // block)
+    padded = np.zeros((blocks * block,) * 2, bool)
+    padded[: len(mask), : len(mask)] = mask
+    tiles = padded.reshape(blocks, block, blocks, block).swapaxes(1, 2)
+    some = tiles.any((2, 3))
+    # Rows behind the end of a short last block do not exist, so that they cannot keep a block from being full.
+    padded[len(mask) :] = True
+    full = padded.reshape(blocks, block, blocks, block).swapaxes(1, 2).all((2, 3)) & some
+    found = visible_blocks(token_limits(spans), block)
+    np.testing.assert_array_equal(found.full, full)
+    np.testing.assert_array_equal(found.partial, some & ~full)
+
+
+def test_the_mask_is_the_one_that_torch_makes_of_every_pair_of_tokens() -> None:
+    spans = [Span(200, 90, 150), Span(300, 0, 0), Span(3, 400, 260)]
+    mask = span_mask(spans, torch.device("cpu"))
+    tokens = sum(map(sum, spans))
+    assert mask.mask_mod is not None
+    evaluated = create_block_mask(mask.mask_mod, 1, None, tokens, tokens, device="cpu", BLOCK_SIZE=BLOCK)
+    assert torch.equal(mask.to_dense(), evaluated.to_dense())
+    query, key = torch.arange(tokens)[:, None], torch.arange(tokens)[None]
+    seen = mask.mask_mod(torch.tensor(0), torch.tensor(0), query.expand(tokens, tokens), key.expand(tokens, tokens))
+    np.testing.assert_array_equal(seen.numpy(), dense_mask(spans))
+
+
+def test_most_blocks_of_a_row_of_many_pairs_are_skipped() -> None:
+    # Eight spans of 1024 tokens in a row of 8192: 64 x 64 blocks. In a span of 8 blocks, prompt 4, completions 2 each,
+    # causal blocks are 10 of the prompt and 2 x (2 x 4 + 3) of the completions.
+    mask = span_mask([Span(512, 256, 256)] * 8, torch.device("cpu"))
+    assert mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum() == 8 * (10 + 2 * 11)
+    assert mask.kv_num_blocks.sum() == 64, "only the diagonal needs the mask"
+    assert mask.sparsity() == pytest.approx(100 * (1 - 256 / 4096))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_flex_attention_gives_the_logps_of_the_masked_row(tiny_model: Path, dtype: str) -> None:
+    row = build_row(ragged_pairs(9), "shared")
+    found = {}
+    for attention in ("flex", "sdpa"):
+        config = ModelConfig(path=str(tiny_model), attention=attention)
+        scorer = Scorer(build_model(config, with_weights=True, dtype=getattr(torch, dtype)))
+        with torch.no_grad():
+            logps = pair_logps(scorer, row)
+        found[attention] = torch.cat((logps.chosen, logps.rejected))
+    tokens = row.lengths.float().mean()
+    assert ((found["flex"] - found["sdpa"]).abs() / tokens).max() < (1e-5 if dtype == "float32" else 0.02)
+
+
+def test_training_with_it_on_a_cpu_is_refused_in_words(tiny_model: Path) -> None:
+    scorer = Scorer(build_model(ModelConfig(path=str(tiny_model), attention="flex"), with_weights=True))
+    with pytest.raises(NotImplementedError, match=r"model\.attention: flex has no gradients on a CPU"):
+        pair_logps(scorer, build_row(ragged_pairs(3), "shared"))
