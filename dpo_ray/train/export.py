@@ -73,8 +73,12 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) ->
     def write(unfinished: Path) -> None:
         dtype = DTYPES[config.model.dtype]
         if config.model.lora is None:
-            cast = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
-            save_policy(cast, config.model, unfinished)
+            empty = build_model(config.model, with_weights=False)
+            once = {
+                name for name, _ in (*empty.named_parameters(), *empty.named_buffers())
+            }  # tied weights have one name
+            kept = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items() if name in once}
+            save_policy(kept, config.model, unfinished)
         elif merge:
             built = build_model(config.model, with_weights=True, dtype=dtype)
             add_adapters(built, config.model.lora)
