@@ -1,10 +1,12 @@
 """An S3 server on loopback."""
 
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
 BUCKET = "s3://runs-of-tests"
@@ -27,12 +29,39 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+class Server:
+    """An S3 server in a process of its own: it forgets its buckets when it stops, and its modules stay out of ours."""
+
+    def __init__(self, port: int) -> None:
+        # Werkzeug's proxies among the loaded modules break vLLM, which looks at each of them.
+        command = "import sys; from moto.server import main; main(sys.argv[1:])"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", command, "-H", "127.0.0.1", "-p", str(port)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 60
+        while not _listens(port):
+            assert self.process.poll() is None, "the S3 server ended"
+            assert time.monotonic() < deadline, "the S3 server does not answer"
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        """End it at once; more than once does no harm."""
+        self.process.kill()
+        self.process.wait()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
 @contextmanager
-def served(port: int, *, bucket: bool = True) -> Iterator[ThreadedMotoServer]:
+def served(port: int, *, bucket: bool = True) -> Iterator[Server]:
     """A server on ``port``, of which the environment tells, for as long as the block runs or until it is stopped."""
     S3FileSystem.clear_instance_cache()  # clients of earlier servers
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
-    server.start()
+    server = Server(port)
     try:
         if bucket:
             S3FileSystem().mkdir(BUCKET)
