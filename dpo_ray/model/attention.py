@@ -1,20 +1,26 @@
 """Attention over packed rows: each span of a row attends to itself, and no time goes into what is masked.
 
-On a CPU every span is two calls of torch's flash kernel: prompt and first completion, causal; second completion over
-prompt and itself. Nothing of size T x T is ever made, and half of it never computed.
+A span is two stretches of causal attention: prompt and first completion; second completion over prompt and itself.
+Nothing of size T x T is ever made, and half of it never computed.
+
+T = tokens of the row, H = query heads, K = key heads, D = size of a head
 """
 
-from collections.abc import Sequence
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpo_ray.data.packing import Span
+from dpo_ray.objective.logps import bfloat16_products
 
 PACKED = "dpo_ray_packed"
 """The name of ``packed_attention`` in transformers' table of attention functions."""
+BLOCK = 128
+"""Queries whose probabilities exist at a time in the backward pass on a CPU."""
 
 
 def use_packed_attention() -> str:
@@ -42,7 +48,7 @@ def packed_attention(
     Args:
         module: the attention layer.
         query: (1, H, T, D).
-        key, value: (1, H / groups, T, D).
+        key, value: (1, K, T, D).
         attention_mask: not used; the spans say who attends to whom.
         spans: of the row; T tokens in all.
         scaling: of the logits; by default 1 / sqrt(D).
@@ -60,24 +66,125 @@ def packed_attention(
         raise NotImplementedError(
             f"{type(module).__name__} cannot run on packed rows without a mask; set model.attention: sdpa"
         )
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    cuts = [part for span in spans for part in (span.prompt + span.first, span.second) if part]
-    parts = iter(zip(query.split(cuts, 2), key.split(cuts, 2), value.split(cuts, 2), strict=True))
-    out = []
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+        out = _SpanAttention.apply(query[0], key[0], value[0], tuple(spans), scale)[None]
+    else:
+        out = torch.cat([_attend(query, key, value, stretch, scale) for stretch in stretches(spans)], 2)
+    return out.transpose(1, 2), None
+
+
+class Stretch(NamedTuple):
+    """Tokens that attend causally to themselves, and to a prompt before them."""
+
+    prompt: slice
+    """Empty where the prompt is part of the stretch."""
+    own: slice
+
+    def keys(self, of: Tensor) -> Tensor:
+        """(..., tokens of the prompt + tokens of its own, D) of a tensor over the row, (..., T, D)."""
+        own = of[..., self.own, :]
+        return own if self.prompt.start == self.prompt.stop else torch.cat((of[..., self.prompt, :], own), -2)
+
+
+def stretches(spans: Sequence[Span]) -> Iterator[Stretch]:
+    """The stretches of a row, from the left; together they cover its tokens."""
+    start = 0
     for span in spans:
-        q, k, v = next(parts)
-        out.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
+        first, end = start + span.prompt + span.first, start + sum(span)
+        yield Stretch(slice(start, start), slice(start, first))
         if span.second:
-            q, own_k, own_v = next(parts)
-            k = torch.cat((k[:, :, : span.prompt], own_k), 2)
-            v = torch.cat((v[:, :, : span.prompt], own_v), 2)
-            out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=_after_prompt(span, q), scale=scaling))
-    return torch.cat(out, 2).transpose(1, 2), None
+            yield Stretch(slice(start, start + span.prompt), slice(first, end))
+        start = end
 
 
-def _after_prompt(span: Span, like: Tensor) -> Tensor:
-    """(second, prompt + second) additive mask: all of the prompt, and earlier tokens of the completion itself."""
-    shape = (span.second, span.prompt + span.second)
-    return torch.full(shape, float("-inf"), dtype=like.dtype, device=like.device).triu(span.prompt + 1)
+def _attend(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scale: float) -> Tensor:
+    q, k, v = query[:, :, stretch.own], stretch.keys(key), stretch.keys(value)
+    mask = _after_prompt(q, k)
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
+
+
+def _after_prompt(query: Tensor, key: Tensor) -> Tensor | None:
+    """(queries, keys) additive: all of the prompt, and earlier tokens of the completion; None where that is causal."""
+    queries, keys = query.shape[-2], key.shape[-2]
+    if queries == keys:
+        return None
+    full = torch.full((queries, keys), float("-inf"), dtype=query.dtype, device=query.device)
+    return full.triu(keys - queries + 1)
+
+
+class _SpanAttention(torch.autograd.Function):
+    """Attention over the stretches of a row on a CPU: torch's flash kernel forward, blocks of matrix products backward.
+
+    The kernel's own backward pass takes three times its forward; this one about one and a half.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, spans: tuple[Span, ...], scale: float) -> Tensor:
+        out = torch.empty_like(query)  # (H, T, D)
+        normalizers = query.new_empty(query.shape[:2], dtype=torch.float32)  # (H, T) log-sum-exp of the scores
+        groups = query.shape[0] // key.shape[0]
+        for stretch in stretches(spans):
+            q = query[:, stretch.own]
+            k, v = (stretch.keys(of).repeat_interleave(groups, 0) for of in (key, value))
+            mask = _after_prompt(q, k)
+            attended, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q[None], k[None], v[None], 0.0, mask is None, attn_mask=mask, scale=scale
+            )
+            out[:, stretch.own], normalizers[:, stretch.own] = attended[0], sums[0]
+        ctx.save_for_backward(query, key, value, out, normalizers)
+        ctx.spans, ctx.scale = spans, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dtype = grads[0].dtype
+        # Products of bfloat16 numbers held as float32 take less time than those of bfloat16 tensors, and round less.
+        query, key, value, out, normalizers, grad_out = (tensor.float() for tensor in (*ctx.saved_tensors, *grads))
+        grad_query, grad_key, grad_value = (torch.zeros_like(of) for of in (query, key, value))
+        shift = (grad_out * out).sum(-1)  # (H, T)
+        with bfloat16_products() if dtype == torch.bfloat16 else contextlib.nullcontext():
+            for stretch in stretches(ctx.spans):
+                q, upstream, sums, shifts = (of[:, stretch.own] for of in (query, grad_out, normalizers, shift))
+                grad_query[:, stretch.own], *of_keys = _stretch_gradients(
+                    q, upstream, sums, shifts, stretch.keys(key), stretch.keys(value), ctx.scale
+                )
+                for whole, part in zip((grad_key, grad_value), of_keys, strict=True):
+                    before = stretch.prompt.stop - stretch.prompt.start
+                    whole[:, stretch.prompt] += part[:, :before]
+                    whole[:, stretch.own] += part[:, before:]
+        return grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype), None, None
+
+
+def _stretch_gradients(
+    query: Tensor, grad_out: Tensor, normalizers: Tensor, shift: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by query, key and value of one stretch, a block of queries at a time (arXiv:2205.14135, Algorithm 4).
+
+    Args:
+        query, grad_out: (H, Q, D).
+        normalizers: (H, Q) log-sum-exp of the scores.
+        shift: (H, Q) what the gradients by all scores of a query have in common: grad_out * out, summed over D.
+        key, value: (K, S, D), the last Q of which belong to the queries.
+        scale: of the scores.
+    """
+    grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    queries, keys = query.shape[1], key.shape[1]
+    for first in range(0, queries, BLOCK):
+        block = slice(first, min(first + BLOCK, queries))
+        size = block.stop - first
+        seen = slice(keys - queries + block.stop)
+        q, upstream, zero, shifts = (  # (K, H / K * size, D or 1): heads that share keys, one after another
+            of[:, block].reshape(key.shape[0], size * query.shape[0] // key.shape[0], -1)
+            for of in (query, grad_out, normalizers, shift)
+        )
+        p = torch.baddbmm(zero, q, key[:, seen].transpose(1, 2), beta=-1, alpha=scale).exp_()
+        p.view(-1, size, p.shape[-1])[:, :, -size:].tril_()
+        grad_value[:, seen].baddbmm_(p.transpose(1, 2), upstream)
+        grad_scores = torch.baddbmm(shifts, upstream, value[:, seen].transpose(1, 2), beta=-1).mul_(p)
+        grad_key[:, seen].baddbmm_(grad_scores.transpose(1, 2), q, alpha=scale)
+        grad_query[:, block] = (grad_scores @ key[:, seen]).mul_(scale).view(-1, size, query.shape[-1])
+    return grad_query, grad_key, grad_value
