@@ -90,8 +90,8 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
 
 
-def refuse_unusable(folder: Path) -> None:
-    """Raise a ValueError unless a remote folder can be written to and read back, found out by doing so."""
+def refuse_unusable(folder: Path, key: str) -> None:
+    """Raise a ValueError naming ``key`` unless a remote folder can be written to and read back; it is tried."""
     if not is_remote(folder):
         return
     probe = folder / ".probe"
@@ -100,7 +100,7 @@ def refuse_unusable(folder: Path) -> None:
         probe.read_text()
         probe.unlink()
     except Exception as error:
-        raise ValueError(f"run.dir: {folder.parent} cannot be used: {reason(error)}") from error
+        raise ValueError(f"{key}: {folder} cannot be used: {reason(error)}") from error
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -156,13 +156,25 @@ class ReferenceConfig(Section):
     cache_dir: str | None = None
     """Folder of the reference cache and of tokenised data, shared by all runs; null puts it beside the user's other
     caches."""
+    object_store: str | None = None
+    """Folder in an object store, such as s3://bucket/reference: log-probabilities in the reference cache are shared
+    through it with clusters that do not mount reference.cache_dir."""
 
     @model_validator(mode="after")
-    def _local(self) -> Self:
+    def _placed(self) -> Self:
         if self.cache_dir and "://" in self.cache_dir:
             raise ValueError(
-                f"reference.cache_dir is {self.cache_dir!r}: the cache is memory-mapped and cannot be in an object "
-                "store; give a local path or a mount"
+                f"reference.cache_dir is {self.cache_dir!r}: the cache is memory-mapped; give a local path or a mount, "
+                "and reference.object_store to share its log-probabilities through an object store"
+            )
+        try:
+            local = self.object_store is not None and not is_remote(folder_at(self.object_store))
+        except ValueError as error:
+            raise ValueError(f"reference.object_store: {error}") from None
+        if local:
+            raise ValueError(
+                f"reference.object_store is {self.object_store!r}: give s3://bucket/path, or reference.cache_dir for a "
+                "path"
             )
         return self
 

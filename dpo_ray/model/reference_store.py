@@ -23,6 +23,7 @@ import numpy as np
 import xxhash
 
 from dpo_ray.data.loader import PairSource
+from dpo_ray.model.shared_entries import SharedEntries
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +54,25 @@ def entry_keys(source: PairSource, pairs: Sequence[int]) -> np.ndarray:
 
 
 class ReferenceStore:
-    """Entries and views of one reference model."""
+    """Entries and views of one reference model.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: local, or on a mount.
+        object_store: a remote folder that the same files are shared through with those who do not have that mount.
+    """
+
+    def __init__(self, folder: Path, object_store: Path | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
+        self.shared = None if object_store is None else SharedEntries(object_store, stale_s=LOCK_STALE_S)
         self.token = uuid.uuid4().hex
+
+    def fetch(self, pairs_digest: str) -> None:
+        """Bring what the object store has and the folder lacks: all entries, and the view of a set of pairs."""
+        if self.shared is not None:
+            self.shared.fetch(f"view-{pairs_digest}-*.npy", self.folder)
+            if self.find_view(pairs_digest) is None:
+                self.shared.fetch("shard-*.npy", self.folder)
 
     def lookup(self, keys: np.ndarray) -> np.ndarray:
         """Log-probabilities of ``keys``, NaN where there is no entry; same shape."""
@@ -88,19 +102,26 @@ class ReferenceStore:
         for path in sorted(self.folder.glob(f"view-{pairs_digest}-*.npy")):
             if self._intact(path):
                 return path
-            path.unlink(missing_ok=True)
+            self._remove(path)
         return None
 
     def clear(self) -> None:
         """Forget every entry and view."""
         for path in (*self.folder.glob("shard-*.npy"), *self.folder.glob("view-*.npy")):
-            path.unlink(missing_ok=True)
+            self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        if self.shared is not None:
+            self.shared.remove(path.name)
 
     def _write(self, array: np.ndarray, name: str) -> Path:
         draft = self.folder / f".{uuid.uuid4().hex}.npy"
         np.save(draft, array)
         kept = self.folder / f"{name}-{_digest(draft)}.npy"
         draft.rename(kept)
+        if self.shared is not None:
+            self.shared.send(kept)
         return kept
 
     def _read(self, path: Path) -> np.ndarray | None:
@@ -115,6 +136,14 @@ class ReferenceStore:
 
     def acquire(self) -> bool:
         """Become the one builder, if there is none; the lock of a builder that died is taken over."""
+        if not self._acquire_here():
+            return False
+        if self.shared is not None and not self.shared.acquire():
+            self._release_here()
+            return False
+        return True
+
+    def _acquire_here(self) -> bool:
         with contextlib.suppress(FileNotFoundError):
             if time.time() - self._lock.stat().st_mtime > LOCK_STALE_S:
                 logger.warning(
@@ -133,9 +162,16 @@ class ReferenceStore:
         """Tell waiting builders that this one is alive; to be called more often than every LOCK_STALE_S."""
         with contextlib.suppress(FileNotFoundError):
             os.utime(self._lock)
+        if self.shared is not None:
+            self.shared.beat()
 
     def release(self) -> None:
         """Let the next builder in; a lock that another has taken over stays."""
+        if self.shared is not None:
+            self.shared.release()
+        self._release_here()
+
+    def _release_here(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             if self._lock.read_text() == self.token:
                 self._lock.unlink()

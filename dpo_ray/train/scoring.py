@@ -24,6 +24,7 @@ from dpo_ray.model.reference import Reference, cached_reference, live_reference,
 from dpo_ray.model.reference_store import ReferenceStore, entry_keys, store_digest
 from dpo_ray.model.scorer import Scores, pair_logps, sample_logps
 from dpo_ray.model.shard import release_gathered
+from dpo_ray.storage import folder_at
 from dpo_ray.train.setup import Setup, frozen_copy
 from dpo_ray.types import TokenSample
 
@@ -125,7 +126,11 @@ def cached_logps(t: Setup, source: PairStore, progress: Progress) -> tuple[np.nd
     numerics = f"{t.config.model.dtype}-{t.device.type}-{t.policy.model.config._attn_implementation}"
     if t.config.model.lora is not None and t.config.model.lora.quantize:
         numerics += f"-{t.config.model.lora.quantize}-{t.config.model.lora.targets}"
-    store = ReferenceStore(t.config.reference.cache_path / "reference" / store_digest(digest, numerics))
+    name = store_digest(digest, numerics)
+    shared = t.config.reference.object_store
+    store = ReferenceStore(
+        t.config.reference.cache_path / "reference" / name, folder_at(shared) / name if shared else None
+    )
     started = time.perf_counter()
     view, scored = _find_or_build(t, store, source, progress)
     if scored < len(source) and not _spot_check(t, source, view):
@@ -145,7 +150,8 @@ def _find_or_build(t: Setup, store: ReferenceStore, source: PairStore, progress:
     view, scored = _from_first(t, lambda: store.find_view(source.digest)), 0
     if view is None:
         with _building(t, store):
-            # Another run may have built it while this one waited for its turn.
+            # Another run may have built it while this one waited for its turn, here or on another cluster.
+            _from_first(t, lambda: store.fetch(source.digest))
             view = _from_first(t, lambda: store.find_view(source.digest))
             if view is None:
                 view, scored = _build(t, store, source, progress)

@@ -6,11 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from s3fs import S3FileSystem
 from safetensors.torch import load_file
 
+from dpo_ray.model import shared_entries
+from dpo_ray.model.reference_store import ReferenceStore
+from dpo_ray.model.shared_entries import SharedEntries
 from dpo_ray.storage import folder_at
 from dpo_ray.train.checkpoint import MARKER, damaged_files
 from dpo_ray.train.export import export_checkpoint, find_checkpoint
@@ -122,3 +126,81 @@ def test_a_server_that_dies_ends_the_run_and_names_the_last_good_checkpoint(
             run_ranks(1, offline_in_store, settings, config)
         thread.join()
         assert time.monotonic() - ended[0] < 30
+
+
+def sharing(config: dict[str, Any], cluster: Path) -> dict[str, Any]:
+    """The run on a cluster of its own, whose reference cache is shared through the bucket."""
+    return config | {
+        "run": {"dir": str(cluster / "runs"), "steps": 2, "export": False, "save_every": None},
+        "reference": {"cache_dir": str(cluster / "cache"), "object_store": f"{BUCKET}/reference"},
+    }
+
+
+def cached(config: dict[str, Any], pattern: str) -> list[Path]:
+    return sorted((Path(config["reference"]["cache_dir"]) / "reference").rglob(pattern))
+
+
+def test_a_cluster_finds_what_another_has_scored_in_the_store_and_adds_what_is_missing(
+    store: dict[str, str], config: dict[str, Any], tmp_path: Path, write_pairs: WritePairs
+) -> None:
+    here, there = sharing(config, tmp_path / "here"), sharing(config, tmp_path / "there")
+    run_ranks(1, offline_in_store, store, here)
+    run_ranks(2, offline_in_store, store, there)
+    assert [file.name for file in cached(there, "*.npy")] == [
+        file.name for file in cached(here, "*.npy") if file.name.startswith("view")
+    ], "the view was enough, and nothing was scored"
+    assert not list((folder_at(BUCKET) / "reference").rglob("*.lock"))
+
+    more = {"data": {"train": str(write_pairs(ragged_texts(17)))}}
+    run_ranks(1, offline_in_store, store, there | more)
+    assert sorted(len(np.load(shard)) for shard in cached(there, "shard-*.npy")) == [2 * 4, 2 * 13]
+    shared = {file.name for file in (folder_at(BUCKET) / "reference").rglob("shard-*.npy")}
+    assert shared == {file.name for file in cached(there, "shard-*.npy")}
+
+
+def test_a_damaged_view_in_the_store_is_noticed_and_made_again(
+    store: dict[str, str], config: dict[str, Any], tmp_path: Path
+) -> None:
+    here, there = sharing(config, tmp_path / "here"), sharing(config, tmp_path / "there")
+    run_ranks(1, offline_in_store, store, here)
+    (view,) = (folder_at(BUCKET) / "reference").rglob("view-*.npy")
+    intact = view.read_bytes()
+    view.write_bytes(intact[:-3] + b"###")
+    (lines,) = run_ranks(1, offline_in_store, store, there)
+    assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert view.read_bytes() == intact, "made again of the entries, which are the same"
+
+
+def test_clusters_build_one_at_a_time_and_take_over_from_one_that_died(
+    store: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_entries, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(shared_entries, "BEAT_EVERY_S", 0.0)
+    folder = folder_at(BUCKET) / "reference"
+    first, second = (SharedEntries(folder, stale_s=0.5) for _ in range(2))
+    assert first.acquire()
+    for _ in range(4):
+        assert not second.acquire()
+        time.sleep(0.2)
+        first.beat()
+    time.sleep(0.6)
+    assert not second.acquire(), "the first look at what the last beat wrote"
+    time.sleep(0.6)
+    assert [second.acquire(), second.acquire()] == [False, True], "silent for 0.6 s: removed, then free"
+    first.release()
+    assert not SharedEntries(folder, stale_s=0.5).acquire(), "the first builder woke up and must not free another's"
+    second.release()
+    assert SharedEntries(folder, stale_s=0.5).acquire()
+
+
+def test_a_store_that_is_lost_leaves_the_run_its_own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in environment(free_port()).items():
+        monkeypatch.setenv(key, value)
+    S3FileSystem.clear_instance_cache()
+    lost = ReferenceStore(tmp_path, folder_at(BUCKET) / "reference")
+    lost.fetch("pairs")
+    assert lost.acquire()
+    view = lost.add_view("pairs", np.zeros((1, 2)))
+    assert lost.find_view("pairs") == view
+    lost.release()
+    assert lost.acquire()

@@ -31,7 +31,9 @@ def test_an_absolute_configuration_keeps_its_uri() -> None:
     [
         ({"run": {"dir": "memory://runs"}}, "run.dir: .*memory://"),
         ({"run": {"dir": "nothing://runs"}}, "no storage is called nothing://"),
-        ({"reference": {"cache_dir": "s3://bucket/cache"}}, "reference.cache_dir"),
+        ({"reference": {"cache_dir": "s3://bucket/cache"}}, "reference.cache_dir .*reference.object_store"),
+        ({"reference": {"object_store": "/shared/cache"}}, "reference.object_store .*reference.cache_dir"),
+        ({"reference": {"object_store": "memory://cache"}}, "reference.object_store: .*memory://"),
         ({"run": {"dir": "s3://bucket/runs"}, "online": {"prompts": "p.jsonl"}}, "run.dir .*online"),
     ],
 )
@@ -59,14 +61,14 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
 
 def test_an_unreachable_store_is_refused_in_seconds(port: int) -> None:
     started = time.monotonic()
-    with pytest.raises(ValueError, match=rf"run\.dir: {BUCKET}/? cannot be used: .*127\.0\.0\.1:{port}"):
-        storage.refuse_unusable(folder_at(BUCKET) / "first")
+    with pytest.raises(ValueError, match=rf"run\.dir: {BUCKET}/first cannot be used: .*127\.0\.0\.1:{port}"):
+        storage.refuse_unusable(folder_at(BUCKET) / "first", "run.dir")
     assert time.monotonic() - started < 30
 
 
 def test_a_missing_bucket_is_refused(port: int) -> None:
     with served(port, bucket=False), pytest.raises(ValueError, match=r"run\.dir: .*cannot be used: .*bucket"):
-        storage.refuse_unusable(folder_at(BUCKET) / "first")
+        storage.refuse_unusable(folder_at(BUCKET) / "first", "run.dir")
 
 
 def test_a_growing_file_goes_on_where_an_earlier_process_left_it(port: int) -> None:
