@@ -9,15 +9,17 @@ Throughout: ``policy`` and ``reference`` hold completion log-probabilities, (B,)
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_ray.config.schema import LossConfig
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.plugins import bind
+
+if TYPE_CHECKING:
+    from dpo_ray.config.schema import LossConfig
 
 PairLoss = Callable[[PairLogps, PairLogps | None], Tensor]
 """(policy, reference) -> (B,) loss per pair; the reference is None for a loss that needs none."""
@@ -210,7 +212,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def build_loss(loss: LossConfig) -> PairLoss:
+def build_loss(loss: "LossConfig") -> PairLoss:
     """The configured loss, or weighted sum of losses, with its arguments bound.
 
     With ``loss.weighting: wpo`` each pair's loss is multiplied by how likely the policy is to write both completions

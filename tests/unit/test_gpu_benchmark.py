@@ -1,0 +1,45 @@
+"""The GPU benchmark's dry run: what a machine with a GPU and no Ray would run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.gpu import SHAPES, flops
+
+RUN = """
+import runpy, sys
+sys.modules.update(dict.fromkeys(("ray", "pydantic", "vllm")))   # importing any of them fails
+sys.argv = ["gpu", "--tiny", "--out", sys.argv[1]]
+runpy.run_module("benchmarks.gpu", run_name="__main__")
+"""
+
+
+def test_the_dry_run_checks_times_and_writes_all_sides_with_torch_and_transformers_alone(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # more, beside other tests, wait for each other
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(out)], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert [len(runs) for runs in result["runs"].values()] == [2, 2, 2, 2]
+    losses = [run["loss"] for runs in result["runs"].values() for run in runs]
+    assert max(losses) - min(losses) < 0.01, "every side takes the same step; bfloat16"
+    assert max(off for name, off in result["apart"].items() if "float32" in name) < 1e-4
+    assert "| dpo_ray |" in done.stdout
+
+
+def test_useful_work_is_counted_by_hand_for_one_pair() -> None:
+    hidden, layers, _, key_heads, between, vocabulary, _ = SHAPES["tiny"]
+    weights = layers * (2 * hidden * hidden + 2 * hidden * key_heads * 16 + 3 * hidden * between)
+    seen = 10 * 10 / 2 + 4 * 12 + 6 * 13  # prompt by itself; 4 and 6 tokens by the prompt and half of themselves
+    useful, counted = flops("tiny", np.array([[10, 4, 6]]))
+    forward = 2 * weights * 20 + 2 * hidden * vocabulary * 10 + 4 * hidden * layers * seen
+    assert useful == pytest.approx(3 * forward)
+    twice = 2 * (weights + hidden * vocabulary) * 30 + 4 * hidden * layers * (14**2 / 2 + 16**2 / 2)
+    assert counted == pytest.approx(3 * twice)
