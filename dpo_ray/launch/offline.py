@@ -50,7 +50,7 @@ def refuse_unusable(config: Config) -> None:
         raise ValueError("data.train is empty: give files of preference pairs, or a hub dataset")
     build_loss(config.loss)
     read_model_config(config.model.path)
-    storage.refuse_unusable(config.run.path, "run.dir")
+    storage.refuse_unusable(storage.folder_at(config.run.dir), "run.dir")
     if config.reference.object_store:
         storage.refuse_unusable(storage.folder_at(config.reference.object_store), "reference.object_store")
 
