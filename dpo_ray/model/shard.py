@@ -11,6 +11,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from dpo_ray.config.schema import ModelConfig, ShardConfig
 from dpo_ray.model.adapters import add_adapters
+from dpo_ray.model.linear import use_float32_products
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer
 
@@ -40,6 +41,8 @@ def load_sharded(
     built = build_model(model, with_weights=first, dtype=torch.float32 if masters else compute)
     if trainable and model.lora is not None:
         add_adapters(built, model.lora)
+    if device.type == "cpu" and compute == torch.bfloat16:
+        use_float32_products(built)
     weights = {f"model.{name}": tensor for name, tensor in built.state_dict().items()} if first else {}
     scorer = Scorer(built)
     if not trainable:
