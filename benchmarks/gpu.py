@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from dpo_ray.data.packing import Layout, attended, build_row, deal, row_tokens
 from dpo_ray.model.attention import use_packed_attention
 from dpo_ray.model.flex import use_flex_attention
-from dpo_ray.model.scorer import Scorer, pair_logps
+from dpo_ray.model.scorer import PairLosses, Scorer, pair_losses
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.objective.losses import sigmoid
 from dpo_ray.types import TokenPair
@@ -59,8 +59,8 @@ FLOAT32_TOLERANCE = 1e-3
 BFLOAT16_TOLERANCE = 0.05
 """Largest mean difference of log-probabilities, in nats a token, between sides in bfloat16."""
 
-Step = Callable[[Sequence[TokenPair]], Iterator[tuple[tuple[int, ...], PairLogps]]]
-"""Log-probabilities of all pairs, with history, a micro-batch at a time beside the positions of its pairs."""
+MicroBatches = Callable[[Any, Sequence[TokenPair], argparse.Namespace], Iterator[tuple[tuple[int, ...], Any]]]
+"""(model, pairs, arguments) -> a micro-batch at a time, the positions of its pairs and their PairLosses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +69,12 @@ class Side:
 
     attention: str
     """As transformers calls it."""
-    micro_batches: Callable[[Any, Sequence[TokenPair], argparse.Namespace], Iterator[tuple[tuple[int, ...], PairLogps]]]
-    """(model, pairs, arguments) -> as ``Step``."""
+    micro_batches: MicroBatches
     recompute: bool = False
     second_model: bool = False
 
 
-def packed(layout: Layout) -> Callable[..., Iterator[tuple[tuple[int, ...], PairLogps]]]:
+def packed(layout: Layout) -> MicroBatches:
     """Rows without padding, through the scorer."""
 
     def micro_batches(model: Any, pairs: Sequence[TokenPair], arguments: argparse.Namespace) -> Iterator[Any]:
@@ -86,7 +85,7 @@ def packed(layout: Layout) -> Callable[..., Iterator[tuple[tuple[int, ...], Pair
         ).shares
         for items in share:
             row = build_row([pairs[i] for i in items], layout).to(model.device)
-            yield items, pair_logps(scorer, row)
+            yield items, pair_losses(scorer, row, lambda policy, _: losses_of(policy))
 
     return micro_batches
 
@@ -107,7 +106,9 @@ def padded(model: Any, pairs: Sequence[TokenPair], arguments: argparse.Namespace
         logps = -F.cross_entropy(logits.flatten(0, 1), on[0][:, 1:].flatten(), reduction="none").view(len(rows), -1)
         sums, tokens = (logps * on[2][:, 1:]).sum(1), on[2].sum(1)
         half = len(held)
-        yield items, PairLogps(sums[:half], sums[half:], tokens[:half], tokens[half:])
+        policy = PairLogps(sums[:half], sums[half:], tokens[:half], tokens[half:])
+        losses = losses_of(policy)
+        yield items, PairLosses(losses.sum(), losses.detach(), policy)
 
 
 def sides(device: torch.device) -> dict[str, Side]:
@@ -163,8 +164,9 @@ def gradients(model: Any, side: Side, pairs: Sequence[TokenPair], arguments: arg
     """(B, 2) log-probabilities a token, and the gradient by all weights in one vector."""
     use(model, side)
     found = torch.zeros(len(pairs), 2)
-    for items, logps in side.micro_batches(model, pairs, arguments):
-        (losses_of(logps).sum() / len(pairs)).backward()
+    for items, losses in side.micro_batches(model, pairs, arguments):
+        (losses.total / len(pairs)).backward()
+        logps = losses.policy
         per_token = (logps.chosen / logps.chosen_tokens, logps.rejected / logps.rejected_tokens)
         found[list(items)] = torch.stack(per_token, 1).detach().float().cpu()
     whole = torch.cat([p.grad.flatten().float() for p in model.parameters()])
@@ -258,8 +260,8 @@ def one_step(
             reference = list(side.micro_batches(second, pairs, arguments))
         if parts:
             watch.part("reference")
-    for _, logps in side.micro_batches(model, pairs, arguments):
-        loss = losses_of(logps).sum() / len(pairs)
+    for _, losses in side.micro_batches(model, pairs, arguments):
+        loss = losses.total / len(pairs)
         if parts:
             watch.part("forward")
         loss.backward()

@@ -50,6 +50,12 @@ class PackedRow:
     lengths: Tensor
     """(S,) completion lengths in tokens."""
 
+    @property
+    def pair_tokens(self) -> tuple[int, ...]:
+        """(B,) completion tokens of each pair, known without asking the device."""
+        completions = [tokens for span in self.spans for tokens in (span.first, span.second) if tokens]
+        return tuple(map(sum, zip(completions[0::2], completions[1::2], strict=True)))
+
     def to(self, device: torch.device) -> "PackedRow":
         """The same row on ``device``."""
         tensors = (getattr(self, name) for name in self.__slots__ if name != "spans")

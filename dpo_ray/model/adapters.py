@@ -10,14 +10,13 @@ from torch import Tensor, nn
 from dpo_ray.config.schema import LoraConfig, ModelConfig
 from dpo_ray.model.load import build_model
 from dpo_ray.model.quantized import quantize_base
-from dpo_ray.objective.logps import TokenScores
 
 if TYPE_CHECKING:
     from peft import LoraConfig as PeftConfig
     from transformers import PreTrainedModel
 
     from dpo_ray.data.packing import PackedRow
-    from dpo_ray.model.scorer import Scorer
+    from dpo_ray.model.scorer import ReadOut, Scorer
 
 ADAPTER = "default"
 """The name under which peft keeps the adapters."""
@@ -74,10 +73,10 @@ class WithoutAdapters:
     def __init__(self, policy: "Scorer") -> None:
         self.policy = policy
 
-    def __call__(self, row: "PackedRow", with_squares: bool = False) -> TokenScores:
+    def __call__(self, row: "PackedRow", read_out: "ReadOut") -> Any:
         """As ``Scorer.forward``."""
         with adapters_off(self.policy):
-            return self.policy(row, with_squares)
+            return self.policy(row, read_out)
 
 
 def adapter_product(layer: Any, gather: Any) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpo_ray.data.packing import Span
-from dpo_ray.objective.logps import bfloat16_products
+from dpo_ray.objective.head import bfloat16_products
 
 PACKED = "dpo_ray_packed"
 """The name of ``packed_attention`` in transformers' table of attention functions."""

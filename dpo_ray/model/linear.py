@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_ray.objective.logps import bfloat16_products
+from dpo_ray.objective.head import bfloat16_products
 
 BLOCK = 1024
 """Tokens that are held as float32 at a time: few enough for the allocator to hand out the same memory again."""

@@ -1,10 +1,12 @@
-"""The scorer: a language model whose forward pass returns log-probabilities of completions instead of logits.
+"""The scorer: a language model whose forward pass returns log-probabilities or losses instead of logits.
 
 Backbone and head sit in one module so that FSDP2 shards and gathers them as one root; prompt positions never reach the
 head, and logits exist one chunk at a time.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,21 +15,18 @@ from torch import Tensor, nn
 from dpo_ray.data.packing import PackedRow, attention_mask
 from dpo_ray.model.attention import PACKED
 from dpo_ray.model.flex import FLEX, span_mask
-from dpo_ray.objective.logps import (
-    LogitTransform,
-    PairLogps,
-    TokenScores,
-    as_pairs,
-    sequence_sums,
-    token_logps,
-    wpo_weights,
-)
+from dpo_ray.objective import head
+from dpo_ray.objective.head import Group, Head, LogitTransform, Losses, token_logps
+from dpo_ray.objective.logps import PairLogps, TokenScores, as_pairs, sequence_sums, wpo_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Scores = Callable[..., TokenScores]
-"""A Scorer, or what answers like one: (row, with_squares) -> TokenScores."""
+ReadOut = Callable[[Tensor, Head], Any]
+"""(hidden, head) -> what is wanted of a row; hidden: (N, D) before each completion token."""
+Scores = Callable[[PackedRow, ReadOut], Any]
+"""A Scorer, or what answers like one."""
+Weighting = Literal["none", "wpo"]
 
 
 class Scorer(nn.Module):
@@ -49,26 +48,16 @@ class Scorer(nn.Module):
         decoder: Any = self.model.get_decoder()
         return decoder.layers
 
-    def forward(self, row: PackedRow, with_squares: bool = False) -> TokenScores:
-        """Log-probability of every completion token, in the order of ``row.labels``.
+    def forward(self, row: PackedRow, read_out: ReadOut) -> Any:
+        """What ``read_out`` makes of the hidden states before the completion tokens, in the order of ``row.labels``.
 
-        Args:
-            row: one micro-batch.
-            with_squares: also give the sums of squared probabilities, for WPO weights.
+        The head is read out within the forward pass because only there FSDP has its weights in one piece.
         """
         hidden = self.model.get_decoder()(
             input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False, **self.attention(row)
         ).last_hidden_state  # (1, T, D)
-        head = self.model.get_output_embeddings()
-        assert head is not None
-        return token_logps(
-            hidden[0, row.source],
-            head.weight,
-            row.labels,
-            bias=getattr(head, "bias", None),
-            transform=self.transform,
-            with_squares=with_squares,
-        )
+        head: Any = self.model.get_output_embeddings()
+        return read_out(hidden[0, row.source], Head(head.weight, getattr(head, "bias", None), self.transform))
 
 
 def _masked(row: PackedRow) -> dict[str, Any]:
@@ -82,18 +71,73 @@ ATTENTION: Mapping[str, Callable[[PackedRow], dict[str, Any]]] = {
 """What each way to attend must be told of a row; any other takes a mask."""
 
 
-def pair_logps(scorer: Scores, row: PackedRow, *, weighting: Literal["none", "wpo"] = "none") -> PairLogps:
-    """Summed log-probabilities of the pairs in ``row``, and with ``wpo`` the weights of the pairs."""
-    scores = scorer(row, weighting == "wpo")
-    sums = sequence_sums(scores.logps, row.sequence, row.lengths.numel())
-    weights = wpo_weights(scores, row.sequence, row.lengths) if weighting == "wpo" else None
-    return as_pairs(sums, row.lengths, weights)
+@torch.no_grad()
+def pair_logps(scorer: Scores, row: PackedRow) -> PairLogps:
+    """Summed log-probabilities of the pairs in ``row``."""
+    scores: TokenScores = scorer(row, partial(token_logps, labels=row.labels))
+    return as_pairs(sequence_sums(scores.logps, row.sequence, row.lengths.numel()), row.lengths)
 
 
 @torch.no_grad()
 def sample_logps(scorer: Scores, row: PackedRow) -> Tensor:
     """(S,) summed log-probabilities of single completions, nats, float32."""
-    return sequence_sums(scorer(row).logps, row.sequence, row.lengths.numel())
+    scores: TokenScores = scorer(row, partial(token_logps, labels=row.labels))
+    return sequence_sums(scores.logps, row.sequence, row.lengths.numel())
+
+
+@dataclass(frozen=True, slots=True)
+class PairLosses:
+    """What a step needs to know of B pairs."""
+
+    total: Tensor
+    """() sum of the losses; the only one with history."""
+    each: Tensor
+    """(B,)"""
+    policy: PairLogps
+    """Of all pairs."""
+
+
+def pair_losses(
+    scorer: Scores,
+    row: PackedRow,
+    loss: Callable[[PairLogps, slice], Tensor],
+    *,
+    weighting: Weighting = "none",
+    chunk: int | None = None,
+) -> PairLosses:
+    """Losses of the pairs in ``row``, with gradients where those are enabled.
+
+    Args:
+        scorer: the policy.
+        row: B pairs.
+        loss: (policy, pairs) -> losses of consecutive pairs, given their log-probabilities and where they are in the
+            row. It may not look beyond them.
+        weighting: ``wpo`` gives the loss ``policy.weights``.
+        chunk: tokens whose logits exist at a time; by default what fits ``head.CHUNK_BYTES``.
+    """
+
+    def policy_of(group: Group, scores: TokenScores) -> PairLogps:
+        sequences = slice(2 * group.pairs.start, 2 * group.pairs.stop)
+        lengths, sequence = row.lengths[sequences], row.sequence[group.tokens] - sequences.start
+        weights = wpo_weights(scores, sequence, lengths) if weighting == "wpo" else None
+        return as_pairs(sequence_sums(scores.logps, sequence, lengths.numel()), lengths, weights)
+
+    def objective(group: Group, scores: TokenScores) -> Tensor:
+        return loss(policy_of(group, scores), group.pairs)
+
+    found: Losses = scorer(
+        row,
+        partial(
+            head.pair_losses,
+            labels=row.labels,
+            pair_tokens=row.pair_tokens,
+            objective=objective,
+            chunk=chunk,
+            with_squares=weighting == "wpo",
+        ),
+    )
+    whole = Group(slice(0, len(row.pair_tokens)), slice(0, row.labels.numel()))
+    return PairLosses(found.total, found.each, policy_of(whole, found.scores))
 
 
 def logit_transform(config: object) -> LogitTransform:

@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from dpo_ray.data.loader import MicroBatch, StepBatch
 from dpo_ray.model.reference import Reference
-from dpo_ray.model.scorer import pair_logps
+from dpo_ray.model.scorer import PairLosses, pair_losses
 from dpo_ray.model.shard import release_gathered, set_last_micro_batch
+from dpo_ray.objective.logps import PairLogps
 from dpo_ray.objective.metrics import PAIR_METRICS, pair_metric_sums
 from dpo_ray.train.setup import Setup
 from dpo_ray.types import Metrics
@@ -35,11 +36,11 @@ def dpo_step(t: Setup, batch: StepBatch, reference: Reference, *, lr: float) -> 
     for i, micro in enumerate(batch.micro_batches):
         last = i == len(batch.micro_batches) - 1
         set_last_micro_batch(t.policy, last, keep_gathered=not t.config.shard.reshard_after_forward)
-        losses, part = _pair_losses(t, micro, reference)
+        losses, part = _losses(t, micro, reference)
         # FSDP averages gradients over ranks; the mean is over the pairs of all ranks.
-        (losses.sum() * (t.ranks / len(batch.pairs))).backward()
+        (losses.total * (t.ranks / len(batch.pairs))).backward()
         sums += part
-        losses_of.append((micro.pairs, losses.detach()))
+        losses_of.append((micro.pairs, losses.each))
     dist.all_reduce(sums)
     grad_norm = _full(torch.nn.utils.clip_grad_norm_(t.policy.parameters(), t.config.optim.max_grad_norm))
     # Reading the numbers waits for a GPU to finish the backward pass, before a step that cannot be taken back.
@@ -71,19 +72,22 @@ def evaluate_pairs(t: Setup, batches: Iterable[StepBatch], reference: Reference)
     pairs = 0
     for batch in batches:
         for micro in batch.micro_batches:
-            sums += _pair_losses(t, micro, reference)[1]
+            sums += _losses(t, micro, reference)[1]
         pairs += len(batch.pairs)
     release_gathered(t.policy)
     dist.all_reduce(sums)
     return {f"eval/{name}": value for name, value in _means(sums, pairs).items()}
 
 
-def _pair_losses(t: Setup, micro: MicroBatch, reference: Reference) -> tuple[Tensor, Tensor]:
+def _losses(t: Setup, micro: MicroBatch, reference: Reference) -> tuple[PairLosses, Tensor]:
     micro = MicroBatch(micro.pairs, micro.row.to(t.device))
-    policy = pair_logps(t.policy, micro.row, weighting=t.config.loss.weighting)
     held = reference(micro)
-    losses = t.pair_loss(policy, held)
-    return losses, pair_metric_sums(losses, policy, held, t.config.loss.beta)
+
+    def loss(policy: PairLogps, pairs: slice) -> Tensor:
+        return t.pair_loss(policy, None if held is None else held.of(pairs))
+
+    losses = pair_losses(t.policy, micro.row, loss, weighting=t.config.loss.weighting)
+    return losses, pair_metric_sums(losses.each, losses.policy, held, t.config.loss.beta)
 
 
 def _not_finite(losses_of: Sequence[tuple[tuple[int, ...], Tensor]]) -> tuple[int, ...]:

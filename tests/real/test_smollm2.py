@@ -10,7 +10,7 @@ from dpo_ray.data.packing import Layout, build_row
 from dpo_ray.data.store import prepare_pairs
 from dpo_ray.data.tokenize import load_tokenizer
 from dpo_ray.model.load import build_model
-from dpo_ray.model.scorer import Scorer, pair_logps
+from dpo_ray.model.scorer import Scorer, pair_logps, pair_losses
 from dpo_ray.types import TokenPair
 
 pytestmark = pytest.mark.slow
@@ -29,8 +29,13 @@ def pairs(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Token
 
 def gradients(scorer: Scorer, pairs: list[TokenPair], layout: Layout) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     scorer.zero_grad()
-    logps = pair_logps(scorer, build_row(pairs, layout))
-    torch.nn.functional.logsigmoid(0.1 * (logps.chosen - logps.rejected)).mean().backward()
+    losses = pair_losses(
+        scorer,
+        build_row(pairs, layout),
+        lambda policy, _: torch.nn.functional.logsigmoid(0.1 * (policy.chosen - policy.rejected)) / len(pairs),
+    )
+    losses.total.backward()
+    logps = losses.policy
     found = {
         name: parameter.grad.clone() for name, parameter in scorer.named_parameters() if parameter.grad is not None
     }

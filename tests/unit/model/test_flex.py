@@ -13,8 +13,8 @@ from dpo_ray.config.schema import ModelConfig
 from dpo_ray.data.packing import PackedRow, Span, attention_mask, build_row
 from dpo_ray.model.flex import BLOCK, span_mask, token_limits, visible_blocks
 from dpo_ray.model.load import build_model
-from dpo_ray.model.scorer import Scorer, pair_logps
-from tests.unit.model.test_scorer import ragged_pairs
+from dpo_ray.model.scorer import Scorer, pair_logps, pair_losses
+from tests.unit.model.test_scorer import preference, ragged_pairs
 
 SPANS = st.lists(
     st.builds(Span, st.integers(1, 40), st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=6
@@ -82,4 +82,4 @@ def test_flex_attention_gives_the_logps_of_the_masked_row(tiny_model: Path, dtyp
 def test_training_with_it_on_a_cpu_is_refused_in_words(tiny_model: Path) -> None:
     scorer = Scorer(build_model(ModelConfig(path=str(tiny_model), attention="flex"), with_weights=True))
     with pytest.raises(NotImplementedError, match=r"model\.attention: flex has no gradients on a CPU"):
-        pair_logps(scorer, build_row(ragged_pairs(3), "shared"))
+        pair_losses(scorer, build_row(ragged_pairs(3), "shared"), preference)

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from dpo_ray.config.schema import ModelConfig
 from dpo_ray.data.packing import Layout, build_row
 from dpo_ray.model.load import build_model, read_model_config, weights_digest
-from dpo_ray.model.scorer import Scorer, pair_logps
+from dpo_ray.model.scorer import Scorer, pair_logps, pair_losses
+from dpo_ray.objective.logps import PairLogps
 from dpo_ray.types import TokenPair
 from tests.conftest import save_tiny_model
 
@@ -30,21 +31,30 @@ def exact_logp(model: torch.nn.Module, prompt: tuple[int, ...], completion: tupl
     return logps[len(prompt) - 1 :].sum()
 
 
+def preference(policy: PairLogps, pairs: slice) -> torch.Tensor:
+    return torch.nn.functional.logsigmoid(0.1 * (policy.chosen - policy.rejected))
+
+
 @pytest.mark.parametrize("attention", ["auto", "sdpa"])
+@pytest.mark.parametrize("chunk", [None, 60, 9], ids=["one-group", "groups", "parts"])
 @pytest.mark.parametrize("layout", ["shared", "plain"])
 def test_logps_and_gradients_are_those_of_separate_float64_forwards(
-    tiny_model: Path, layout: Layout, attention: Literal["auto", "sdpa"]
+    tiny_model: Path, layout: Layout, attention: Literal["auto", "sdpa"], chunk: int | None
 ) -> None:
     pairs = ragged_pairs(7)
     exact = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
     chosen = torch.stack([exact_logp(exact, pair.prompt, pair.chosen) for pair in pairs])
     rejected = torch.stack([exact_logp(exact, pair.prompt, pair.rejected) for pair in pairs])
-    torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).sum().backward()
+    exact_loss = torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).sum()
+    exact_loss.backward()
 
     scorer = Scorer(build_model(ModelConfig(path=str(tiny_model), attention=attention), with_weights=True))
-    found = pair_logps(scorer, build_row(pairs, layout))
-    torch.nn.functional.logsigmoid(0.1 * (found.chosen - found.rejected)).sum().backward()
+    losses = pair_losses(scorer, build_row(pairs, layout), preference, chunk=chunk)
+    losses.total.backward()
+    found = losses.policy
 
+    assert losses.total.item() == pytest.approx(exact_loss.item(), rel=1e-5)
+    assert losses.each.sum().item() == pytest.approx(exact_loss.item(), rel=1e-5)
     assert (found.chosen - chosen).abs().max() < 1e-4
     assert (found.rejected - rejected).abs().max() < 1e-4
     assert found.chosen_tokens.tolist() == [len(pair.chosen) for pair in pairs]
@@ -55,9 +65,12 @@ def test_logps_and_gradients_are_those_of_separate_float64_forwards(
 
 def test_an_empty_micro_batch_scores_nothing_and_still_runs(tiny_model: Path) -> None:
     scorer = Scorer(build_model(ModelConfig(path=str(tiny_model)), with_weights=True))
-    logps = pair_logps(scorer, build_row([], "shared"))
-    (logps.chosen.sum() + logps.rejected.sum()).backward()
-    assert logps.chosen.shape == (0,)
+    row = build_row([], "shared")
+    assert pair_logps(scorer, row).chosen.shape == (0,)
+    losses = pair_losses(scorer, row, preference)
+    losses.total.backward()
+    assert losses.each.shape == (0,)
+    assert all(parameter.grad.abs().sum() == 0 for parameter in scorer.parameters())
 
 
 def test_the_digest_follows_the_weights_and_not_the_folder(tiny_model: Path, tmp_path: Path) -> None:

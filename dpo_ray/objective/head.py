@@ -1,0 +1,310 @@
+"""From last hidden states to log-probabilities and losses, without ever holding (tokens x vocabulary) logits.
+
+N = completion tokens, D = hidden size, V = vocabulary, B = pairs
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpo_ray.objective.logps import TokenScores
+
+CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
+"""Size of the float32 logits of one chunk, by kind of device; the only (tokens x V) memory in use at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogitTransform:
+    """What some architectures do to logits after the head: scale, then soft cap."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    """Logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, arXiv:2408.00118, section 2)."""
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def slope(self, transformed: Tensor) -> Tensor | float:
+        """Derivative of the transformed logits by the head's output."""
+        if self.softcap is None:
+            return self.scale
+        return self.scale * (1 - (transformed / self.softcap).square())
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What makes logits of hidden states."""
+
+    weight: Tensor
+    """(V, D), in the dtype of the hidden states."""
+    bias: Tensor | None = None
+    """(V,)"""
+    transform: LogitTransform = LogitTransform()
+
+    def widened(self) -> "Head":
+        """The same for products of bfloat16 numbers held as float32, where a CPU wants them so."""
+        on_cpu = self.weight.device.type == "cpu"
+        bias = None if self.bias is None else self.bias.float()
+        return Head(
+            self.weight.float() if on_cpu and self.weight.dtype == torch.bfloat16 else self.weight, bias, self.transform
+        )
+
+    @property
+    def chunk(self) -> int:
+        """Tokens whose logits fit CHUNK_BYTES."""
+        return max(1, CHUNK_BYTES.get(self.weight.device.type, 2**28) // (4 * self.weight.shape[0]))
+
+
+class Losses(NamedTuple):
+    """Losses of B pairs."""
+
+    total: Tensor
+    """() sum of the losses; the only one with history."""
+    each: Tensor
+    """(B,) float32."""
+    scores: TokenScores
+    """Of all completion tokens."""
+
+
+class Group(NamedTuple):
+    """Consecutive pairs whose losses are computed together, and their completion tokens."""
+
+    pairs: slice
+    tokens: slice
+
+
+Objective = Callable[[Group, TokenScores], Tensor]
+"""(group, scores of its tokens) -> one loss for each of its pairs."""
+
+
+@torch.no_grad()
+def token_logps(
+    hidden: Tensor, head: Head, labels: Tensor, *, chunk: int | None = None, with_squares: bool = False
+) -> TokenScores:
+    """Log-probability of each label, in float32 and without history.
+
+    Args:
+        hidden: (N, D) last hidden states, each at the position before its label.
+        head: of the model.
+        labels: (N,) token ids.
+        chunk: tokens whose logits exist at a time; by default ``head.chunk``.
+        with_squares: also give the sums of squared probabilities, for WPO weights.
+    """
+    head, scores = head.widened(), _empty_scores(labels, with_squares)
+    for part in _parts(slice(0, labels.numel()), chunk or head.chunk):
+        _softmax(hidden[part], head, labels[part]).write(scores, part)
+    return scores
+
+
+def pair_losses(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    pair_tokens: Sequence[int],
+    objective: Objective,
+    *,
+    chunk: int | None = None,
+    with_squares: bool = False,
+) -> Losses:
+    """Losses of pairs, and in the same pass over the logits their gradients.
+
+    The pairs are taken in groups whose logits fit one chunk: log-probabilities, losses and the gradients by hidden
+    states and head are computed while the logits are there, so that the backward pass only hands the gradients on. A
+    pair that is larger than a chunk has its logits computed a second time. Gradients by the head are summed in float32.
+
+    Args:
+        hidden: (N, D) last hidden states, each at the position before its label.
+        head: of the model.
+        labels: (N,) token ids.
+        pair_tokens: completion tokens of each of the B pairs, in the order of the labels; N in all.
+        objective: losses of a group's pairs.
+        chunk: tokens whose logits exist at a time; by default ``head.chunk``.
+        with_squares: also give the objective the sums of squared probabilities.
+    """
+    total, each, *scores = _PairLosses.apply(
+        hidden, head.weight, head.bias, head.transform, labels, tuple(pair_tokens), objective, chunk or head.chunk,
+        with_squares, torch.is_grad_enabled(),
+    )  # fmt: skip
+    return Losses(total, each, TokenScores(*scores))
+
+
+class _PairLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        transform: LogitTransform,
+        labels: Tensor,
+        pair_tokens: Sequence[int],
+        objective: Objective,
+        chunk: int,
+        with_squares: bool,
+        with_gradients: bool,
+    ) -> tuple[Tensor, ...]:
+        head, scores = Head(weight, bias, transform).widened(), _empty_scores(labels, with_squares)
+        each = scores.logps.new_empty(len(pair_tokens))
+        wanted = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
+        gradients = _Gradients(hidden, weight, bias, wanted)
+        for group in _groups(pair_tokens, chunk):
+            parts = list(_parts(group.tokens, chunk))
+            for part in parts:
+                softmax = _softmax(hidden[part], head, labels[part])
+                softmax.write(scores, part)
+            each[group.pairs], slopes = _slopes(objective, group, scores, with_gradients)
+            if not any(wanted):
+                continue
+            for part in parts:
+                if len(parts) > 1:  # the logits of the part before have taken their place
+                    softmax = _softmax(hidden[part], head, labels[part])
+                of_part = slice(part.start - group.tokens.start, part.stop - group.tokens.start)
+                gradients.add(softmax, hidden, head, labels, part, slopes[of_part])
+        ctx.gradients, ctx.dtypes = gradients, [None if of is None else of.dtype for of in (hidden, weight, bias)]
+        ctx.mark_non_differentiable(each, *scores)
+        return each.sum(), each, *scores
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the gradients of these losses were handed on already; compute the losses again")
+        found = (gradients.by_hidden, gradients.by_weight, gradients.by_bias)
+        scaled = [
+            None if of is None else of.mul_(grads[0]).to(dtype) for of, dtype in zip(found, ctx.dtypes, strict=True)
+        ]
+        return *scaled, *[None] * 7
+
+
+class _Softmax(NamedTuple):
+    """The distributions that n hidden states predict, as far as they are computed in one go."""
+
+    exponentials: Tensor
+    """(n, V) of the logits less the row's largest; over ``sums``, the probabilities."""
+    sums: Tensor
+    """(n,)"""
+    logps: Tensor
+    """(n,) of the labels."""
+    slope: Tensor | float
+    """Derivative of the logits by the head's output."""
+
+    def write(self, scores: TokenScores, part: slice) -> None:
+        """Enter what is wanted of it at ``part`` of the scores."""
+        scores.logps[part] = self.logps
+        if scores.log_sum_squares.numel():
+            norms = torch.linalg.vector_norm(self.exponentials, dim=-1)
+            scores.log_sum_squares[part] = 2 * (norms.log() - self.sums.log())
+
+
+def _softmax(hidden: Tensor, head: Head, labels: Tensor) -> _Softmax:
+    logits = _product(hidden, head.weight.t(), hidden.dtype)
+    if head.bias is not None:
+        logits += head.bias
+    logits = head.transform(logits)
+    slope = head.transform.slope(logits)
+    largest = logits.amax(-1, keepdim=True)
+    of_labels = logits.gather(-1, labels[:, None]) - largest
+    # In place: each pass over (n, V) costs memory bandwidth, which is also why nothing is divided by the sums.
+    exponentials = logits.sub_(largest).exp_()
+    sums = exponentials.sum(-1)
+    return _Softmax(exponentials, sums, of_labels.squeeze(-1) - sums.log(), slope)
+
+
+def _slopes(objective: Objective, group: Group, scores: TokenScores, wanted: bool) -> tuple[Tensor, Tensor]:
+    """A group's losses, and the derivative of their sum by the log-probability of each of its tokens."""
+    logps, squares = scores.logps[group.tokens], scores.log_sum_squares[group.tokens]
+    if not wanted:
+        return objective(group, TokenScores(logps, squares)), logps
+    with torch.enable_grad():
+        leaf = logps.clone().requires_grad_()
+        losses = objective(group, TokenScores(leaf, squares))
+        (slopes,) = torch.autograd.grad(losses.sum(), leaf)
+    return losses.detach(), slopes
+
+
+class _Gradients:
+    """Gradients of the losses by hidden states and head, in float32; None where not wanted."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Sequence[bool]) -> None:
+        self.by_hidden, self.by_weight, self.by_bias = (
+            torch.zeros(of.shape, dtype=torch.float32, device=of.device) if of is not None and want else None
+            for of, want in zip((hidden, weight, bias), wanted, strict=True)
+        )
+
+    def add(self, softmax: _Softmax, hidden: Tensor, head: Head, labels: Tensor, part: slice, slopes: Tensor) -> None:
+        """Add those of a part of the tokens; its exponentials are used up.
+
+        d logp[label] / d logit = [is label] - exponential / sum. The division and the slope, which are one factor a
+        token, wait until they meet something smaller than (n, V).
+        """
+        by_logits = softmax.exponentials.scatter_add_(-1, labels[part, None], -softmax.sums[:, None])
+        if isinstance(softmax.slope, Tensor) or softmax.slope != 1.0:
+            by_logits.mul_(softmax.slope)
+        factor = (-slopes / softmax.sums)[:, None]  # (n, 1)
+        if self.by_bias is not None:
+            self.by_bias += (by_logits * factor).sum(0)
+        if self.by_hidden is not None:
+            self.by_hidden[part] = _product(by_logits, head.weight, hidden.dtype) * factor
+        if self.by_weight is not None:
+            _add_product(self.by_weight, by_logits.t(), hidden[part] * factor, hidden.dtype)
+
+
+def _empty_scores(labels: Tensor, with_squares: bool) -> TokenScores:
+    logps = torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
+    return TokenScores(logps, logps.new_empty(labels.shape if with_squares else 0))
+
+
+def _parts(tokens: slice, chunk: int) -> Iterator[slice]:
+    return (slice(start, min(start + chunk, tokens.stop)) for start in range(tokens.start, tokens.stop, chunk))
+
+
+def _groups(pair_tokens: Sequence[int], chunk: int) -> Iterator[Group]:
+    """As many consecutive pairs as fit a chunk, but at least one."""
+    pair = token = 0
+    for after, tokens in enumerate(itertools.accumulate(pair_tokens), 1):
+        following = pair_tokens[after] if after < len(pair_tokens) else chunk
+        if tokens + following - token > chunk or after == len(pair_tokens):
+            yield Group(slice(pair, after), slice(token, tokens))
+            pair, token = after, tokens
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b with inputs rounded to ``dtype`` and sums in float32.
+
+    Logits rounded to bfloat16 would be off by about 0.05 nats a token (|logit| near 20 has steps of 0.125), which a
+    sequence of 100 tokens turns into half a nat of noise on the quantity that the loss is made of.
+    """
+    if dtype != torch.bfloat16:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a.to(dtype), b.to(dtype), out_dtype=torch.float32)
+    with bfloat16_products():
+        return a.float() @ b.float()
+
+
+def _add_product(to: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and a.is_cuda:
+        to += _product(a, b, dtype)
+        return
+    with bfloat16_products() if dtype == torch.bfloat16 else contextlib.nullcontext():
+        to.addmm_(a, b)
+
+
+@contextlib.contextmanager
+def bfloat16_products() -> Iterator[None]:
+    """Let float32 matrix products on a CPU round their inputs, not their sums, to bfloat16: as fast as bfloat16."""
+    mkldnn: Any = torch.backends.mkldnn  # as imported, an object with more attributes than the module declares
+    settings = mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

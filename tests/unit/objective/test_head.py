@@ -1,0 +1,147 @@
+"""The chunked head against a float64 softmax over all logits at once."""
+
+import pytest
+import torch
+
+from dpo_ray.objective.head import Group, Head, LogitTransform, Losses, pair_losses, token_logps
+from dpo_ray.objective.logps import TokenScores
+
+TOKENS, HIDDEN, VOCABULARY = 70, 32, 300
+PAIRS = (20, 7, 30, 13)
+"""Completion tokens of each pair."""
+CHUNKS = [1, 16, 28, 1000]
+"""One token and a few at a time, some pairs whole and some in parts, and all at once."""
+
+
+def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator, dtype=torch.float64).mul(2).to(dtype)
+    labels = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
+    upstream = torch.randn(TOKENS, generator=generator)
+    return hidden, weight, labels, upstream
+
+
+def oracle(hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> torch.Tensor:
+    logits = hidden @ head.weight.t() if head.bias is None else hidden @ head.weight.t() + head.bias
+    logits = logits * head.transform.scale
+    if (cap := head.transform.softcap) is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return logits.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+
+
+def losses_of(weighted: torch.Tensor, pairs: slice) -> torch.Tensor:
+    """For each pair, the square of a weighted sum of its tokens' log-probabilities, in hundreds."""
+    return torch.stack([(part.sum() / 100).square() for part in weighted.split(PAIRS[pairs])])
+
+
+def run(hidden: torch.Tensor, head: Head, labels: torch.Tensor, upstream: torch.Tensor, chunk: int) -> Losses:
+    def objective(group: Group, scores: TokenScores) -> torch.Tensor:
+        return losses_of(scores.logps * upstream[group.tokens], group.pairs)
+
+    return pair_losses(hidden, head, labels, PAIRS, objective, chunk=chunk)
+
+
+def relative(found: torch.Tensor | None, expected: torch.Tensor | None) -> float:
+    assert found is not None
+    assert expected is not None
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.5, 30.0)], ids=["plain", "scaled-and-capped"])
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize(("dtype", "gradient_error"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_losses_and_gradients_in_chunks_are_those_of_a_float64_softmax(
+    transform: LogitTransform, chunk: int, dtype: torch.dtype, gradient_error: float
+) -> None:
+    hidden, weight, labels, upstream = inputs(dtype)
+    exact_hidden, exact_weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    exact_logps = oracle(exact_hidden, Head(exact_weight, None, transform), labels)
+    exact_losses = losses_of(exact_logps * upstream, slice(0, len(PAIRS)))
+    (3 * exact_losses.sum()).backward()
+
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    found = run(hidden, Head(weight, None, transform), labels, upstream, chunk)
+    (3 * found.total).backward()
+
+    assert found.each.dtype == torch.float32
+    assert (found.scores.logps - exact_logps).abs().max() < 5e-5, "also in bfloat16: only inputs are rounded, no logits"
+    assert relative(found.each, exact_losses) < 1e-5
+    assert found.total.item() == pytest.approx(exact_losses.sum().item(), rel=1e-5)
+    assert relative(hidden.grad, exact_hidden.grad) < gradient_error
+    assert relative(weight.grad, exact_weight.grad) < gradient_error
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_log_probabilities_alone_are_the_same_and_have_no_history(chunk: int) -> None:
+    hidden, weight, labels, upstream = inputs(torch.float32)
+    head = Head(weight.requires_grad_())
+    scores = token_logps(hidden, head, labels, chunk=chunk)
+    assert (scores.logps - oracle(hidden, head, labels)).abs().max() < 5e-5
+    assert not scores.logps.requires_grad
+    assert torch.allclose(scores.logps, run(hidden, head, labels, upstream, 1000).scores.logps, atol=1e-5)
+
+
+def test_a_head_with_a_bias_gets_its_gradient() -> None:
+    hidden, weight, labels, upstream = inputs(torch.float32)
+    bias = torch.linspace(-1, 1, VOCABULARY)
+    exact = bias.double().requires_grad_()
+    losses_of(oracle(hidden.double(), Head(weight.double(), exact), labels) * upstream, slice(0, 4)).sum().backward()
+    bias = bias.requires_grad_()
+    run(hidden, Head(weight.requires_grad_(), bias), labels, upstream, 16).total.backward()
+    assert relative(bias.grad, exact.grad) < 1e-5
+
+
+def test_a_frozen_head_passes_gradients_on_and_gets_none() -> None:
+    hidden, weight, labels, upstream = inputs(torch.float32)
+    both = {}
+    for trained in (True, False):
+        leaf = hidden.clone().requires_grad_()
+        head = Head(weight.clone().requires_grad_(trained))
+        run(leaf, head, labels, upstream, 28).total.backward()
+        both[trained] = leaf.grad
+        assert (head.weight.grad is not None) == trained
+    assert torch.equal(both[True], both[False])
+
+
+def test_without_gradients_the_losses_are_the_same() -> None:
+    hidden, weight, labels, upstream = inputs(torch.float32)
+    head = Head(weight.requires_grad_())
+    with torch.no_grad():
+        found = run(hidden, head, labels, upstream, 28)
+    assert not found.total.requires_grad
+    assert torch.equal(found.each, run(hidden, head, labels, upstream, 28).each)
+
+
+def test_gradients_are_handed_on_once() -> None:
+    hidden, weight, labels, upstream = inputs(torch.float32)
+    total = run(hidden.requires_grad_(), Head(weight), labels, upstream, 28).total
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="compute the losses again"):
+        total.backward()
+
+
+def test_no_tokens_give_no_losses_and_zero_gradients() -> None:
+    hidden, weight = torch.zeros(0, HIDDEN, requires_grad=True), torch.ones(VOCABULARY, HIDDEN, requires_grad=True)
+    found = pair_losses(hidden, Head(weight), torch.zeros(0, dtype=torch.int64), (), lambda *_: torch.zeros(0))
+    found.total.backward()
+    assert found.each.shape == found.scores.logps.shape == (0,)
+    assert weight.grad is not None
+    assert weight.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_sums_of_squared_probabilities_are_those_of_a_float64_softmax(chunk: int) -> None:
+    hidden, weight, labels, _ = inputs(torch.float32)
+    scores = token_logps(hidden, Head(weight), labels, chunk=chunk, with_squares=True)
+    expected = (hidden.double() @ weight.double().t()).softmax(-1).square().sum(-1).log()
+    assert (scores.log_sum_squares - expected).abs().max() < 5e-5
+    assert token_logps(hidden, Head(weight), labels).log_sum_squares.numel() == 0, "only computed when asked for"
+    seen = []
+
+    def objective(group: Group, scores: TokenScores) -> torch.Tensor:
+        seen.append(scores.log_sum_squares)
+        return scores.logps.new_zeros(len(PAIRS[group.pairs])) + scores.logps.sum()
+
+    pair_losses(hidden, Head(weight), labels, PAIRS, objective, chunk=chunk, with_squares=True)
+    assert torch.equal(torch.cat(seen), scores.log_sum_squares)
