@@ -16,7 +16,7 @@ from dpo_ray.data.packing import PackedRow, attention_mask
 from dpo_ray.model.attention import PACKED
 from dpo_ray.model.flex import FLEX, span_mask
 from dpo_ray.objective import head
-from dpo_ray.objective.head import Group, Head, LogitTransform, Losses, token_logps
+from dpo_ray.objective.head import Group, Head, LogitTransform, Losses
 from dpo_ray.objective.logps import PairLogps, TokenScores, as_pairs, sequence_sums, wpo_weights
 
 if TYPE_CHECKING:
@@ -72,17 +72,20 @@ ATTENTION: Mapping[str, Callable[[PackedRow], dict[str, Any]]] = {
 
 
 @torch.no_grad()
+def token_logps(scorer: Scores, row: PackedRow) -> Tensor:
+    """(N,) log-probability of each completion token in ``row``, nats, float32."""
+    scores: TokenScores = scorer(row, partial(head.token_logps, labels=row.labels))
+    return scores.logps
+
+
+def sequence_logps(scorer: Scores, row: PackedRow) -> Tensor:
+    """(S,) log-probability of each completion in ``row``, summed over its tokens, nats, float32."""
+    return sequence_sums(token_logps(scorer, row), row.sequence, row.lengths.numel())
+
+
 def pair_logps(scorer: Scores, row: PackedRow) -> PairLogps:
     """Summed log-probabilities of the pairs in ``row``."""
-    scores: TokenScores = scorer(row, partial(token_logps, labels=row.labels))
-    return as_pairs(sequence_sums(scores.logps, row.sequence, row.lengths.numel()), row.lengths)
-
-
-@torch.no_grad()
-def sample_logps(scorer: Scores, row: PackedRow) -> Tensor:
-    """(S,) summed log-probabilities of single completions, nats, float32."""
-    scores: TokenScores = scorer(row, partial(token_logps, labels=row.labels))
-    return sequence_sums(scores.logps, row.sequence, row.lengths.numel())
+    return as_pairs(sequence_logps(scorer, row), row.lengths)
 
 
 @dataclass(frozen=True, slots=True)

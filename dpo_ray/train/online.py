@@ -20,7 +20,7 @@ from dpo_ray.data.packing import build_sample_row
 from dpo_ray.model.adapters import WithoutAdapters
 from dpo_ray.model.export import export_policy, named_weights
 from dpo_ray.model.reference import Reference, cached_reference, live_reference, no_reference
-from dpo_ray.model.scorer import Scores
+from dpo_ray.model.scorer import Scores, token_logps
 from dpo_ray.model.shard import DTYPES, release_gathered
 from dpo_ray.sync.base import WeightSync
 from dpo_ray.train.checkpoint import Checkpointer
@@ -184,7 +184,6 @@ def _probe(t: Setup) -> tuple[list[int], list[float]]:
     """A fixed text's tokens, and their log-probabilities after the first under the policy, nats."""
     tokens = t.tokenizer(PROBE_TEXT)["input_ids"][: t.config.max_model_len - 1]
     row = build_sample_row([TokenSample(tuple(tokens[:1]), tuple(tokens[1:]))]).to(t.device)
-    with torch.no_grad():
-        logps = t.policy(row).logps.tolist()
+    logps = token_logps(t.policy, row).tolist()
     release_gathered(t.policy)
     return tokens, logps

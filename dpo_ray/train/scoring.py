@@ -22,7 +22,7 @@ from dpo_ray.model.adapters import WithoutAdapters
 from dpo_ray.model.load import model_digest
 from dpo_ray.model.reference import Reference, cached_reference, live_reference, no_reference
 from dpo_ray.model.reference_store import ReferenceStore, entry_keys, store_digest
-from dpo_ray.model.scorer import Scores, pair_logps, sample_logps
+from dpo_ray.model.scorer import Scores, pair_logps, sequence_logps
 from dpo_ray.model.shard import release_gathered
 from dpo_ray.storage import folder_at
 from dpo_ray.train.setup import Setup, frozen_copy
@@ -105,7 +105,7 @@ def score_samples(t: Setup, scorer: Scores, samples: Sequence[TokenSample]) -> n
     costs = tokens + t.batch_shape.attention_cost * tokens**2 / 2
     dealt = deal(tokens, costs, ranks=t.ranks, tokens_per_micro_batch=t.config.optim.tokens_per_micro_batch)
     for batch in dealt.shares[t.rank]:
-        scored = sample_logps(scorer, build_sample_row([samples[i] for i in batch]).to(t.device))
+        scored = sequence_logps(scorer, build_sample_row([samples[i] for i in batch]).to(t.device))
         logps[list(batch)] = scored.double().cpu()
     release_gathered(t.policy)
     shared = logps.to(t.device)
