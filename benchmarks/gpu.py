@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dpo_ray.data.packing import Layout, attended, build_row, deal, row_tokens
+from benchmarks.flops import Shape, step_flops
+from dpo_ray.data.packing import Layout, build_row, deal, row_tokens
 from dpo_ray.model.attention import use_packed_attention
 from dpo_ray.model.flex import use_flex_attention
 from dpo_ray.model.scorer import PairLosses, Scorer, pair_losses
@@ -37,13 +38,14 @@ from dpo_ray.objective.losses import sigmoid
 from dpo_ray.types import TokenPair
 
 SHAPES = {
-    "tiny": (64, 2, 4, 2, 128, 512, True),
-    "0.5b": (896, 24, 14, 2, 4864, 151936, True),
-    "1b": (2048, 16, 32, 8, 8192, 128256, True),
-    "3b": (3072, 28, 24, 8, 8192, 128256, True),
-    "8b": (4096, 32, 32, 8, 14336, 128256, False),
+    "tiny": Shape(64, 2, 4, 2, 128, 512),
+    "0.5b": Shape(896, 24, 14, 2, 4864, 151936),
+    "1b": Shape(2048, 16, 32, 8, 8192, 128256),
+    "3b": Shape(3072, 28, 24, 8, 8192, 128256),
+    "8b": Shape(4096, 32, 32, 8, 14336, 128256),
 }
-"""Hidden size, layers, heads, key heads, intermediate size, vocabulary, whether the head is the embedding."""
+TIED = {"tiny", "0.5b", "1b", "3b"}
+"""Shapes whose head is the embedding."""
 KINDS = {
     "chat": ((5.0, 0.9), (5.6, 0.6)),
     "summary": ((7.0, 0.4), (4.3, 0.4)),
@@ -141,10 +143,11 @@ def made_tokens(kind: str, count: int, vocabulary: int, longest: int, seed: int 
 
 def build(shape: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:
     """A Llama of ``shape`` with random weights."""
-    hidden, layers, heads, key_heads, between, vocabulary, tied = SHAPES[shape]
+    hidden, layers, heads, key_heads, between, vocabulary = SHAPES[shape]
     config = LlamaConfig(
         hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=key_heads,
-        intermediate_size=between, vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=16384,
+        intermediate_size=between, vocab_size=vocabulary, tie_word_embeddings=shape in TIED,
+        max_position_embeddings=16384,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, attn_implementation="sdpa",
     )  # fmt: skip
     torch.manual_seed(seed)
@@ -183,7 +186,7 @@ def check(arguments: argparse.Namespace, device: torch.device) -> dict[str, floa
     apart = {}
     for name, dtype, bound in (("float32", torch.float32, FLOAT32_TOLERANCE), ("bfloat16", torch.bfloat16, None)):
         model = build("tiny", device, dtype)
-        pairs = made_tokens("chat", 6, SHAPES["tiny"][5], 150)
+        pairs = made_tokens("chat", 6, SHAPES["tiny"].vocabulary, 150)
         found = {label: gradients(model, side, pairs, arguments) for label, side in sides(device).items()}
         oracle_logps, oracle_grad = found.pop("padded, best")
         for label, (logps, grad) in found.items():
@@ -203,24 +206,6 @@ def use(model: Any, side: Side) -> None:
     else:
         model.gradient_checkpointing_disable()
     model.train()
-
-
-def flops(shape: str, lengths: np.ndarray) -> tuple[float, float]:
-    """Of one step on pairs: what must be done, and the same with each prompt counted twice as peers count.
-
-    A multiplication and an addition for each weight and token, thrice for forward and backward; the head at completion
-    tokens, by peers' count at all; attention at the pairs of tokens that see each other.
-    """
-    hidden, layers, heads, key_heads, between, vocabulary, _ = SHAPES[shape]
-    size = hidden // heads
-    weights = layers * (2 * hidden * hidden + 2 * hidden * key_heads * size + 3 * hidden * between)
-    prompt, chosen, rejected = lengths.astype(float).T
-    once, twice = (prompt + chosen + rejected).sum(), (2 * prompt + chosen + rejected).sum()
-    of_attention = 4 * hidden * layers
-    useful = 2 * weights * once + 2 * hidden * vocabulary * (chosen + rejected).sum()
-    counted = 2 * (weights + hidden * vocabulary) * twice
-    whole = sum(((prompt + c) ** 2 / 2).sum() for c in (chosen, rejected))
-    return 3 * (useful + of_attention * attended(lengths).sum()), 3 * (counted + of_attention * whole)
 
 
 class Stopwatch:
@@ -283,7 +268,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
         for layer in model.get_decoder().layers:
             layer.compile(dynamic=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-    pairs = made_tokens(arguments.kind, arguments.pairs, SHAPES[arguments.shape][5], arguments.longest)
+    pairs = made_tokens(arguments.kind, arguments.pairs, SHAPES[arguments.shape].vocabulary, arguments.longest)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides(device)}
     split: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
@@ -326,7 +311,7 @@ def table(result: dict[str, Any]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     lengths = np.array(result["lengths"])
-    useful, counted = flops(result["shape"], lengths)
+    useful, counted = step_flops(SHAPES[result["shape"]], lengths)
     peak = 1e12 * result["peak_tflops"]
     ours = [run["step"] for run in result["runs"]["dpo_ray"]]
     for name, found in result["runs"].items():

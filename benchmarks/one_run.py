@@ -1,14 +1,21 @@
 """One run of one side of the comparison, in a process of its own: ``python -m benchmarks.one_run SIDE TASK FOLDER``."""
 
+import contextlib
 import json
 import os
 import resource
+import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from transformers import AutoConfig
+
+from benchmarks.flops import Shape, step_flops
+from dpo_ray.objective.head import bfloat16_products
 
 
 def ours(task: dict[str, Any], folder: Path) -> dict[str, float]:
@@ -23,7 +30,7 @@ def ours(task: dict[str, Any], folder: Path) -> dict[str, float]:
     config = Config.model_validate(
         {
             "run": {"dir": str(folder), "save_every": None, "export": False},
-            "model": {"path": task["model"]},
+            "model": {"path": task["model"], "dtype": task["dtype"]},
             "reference": {"cache_dir": str(folder / "cache")},
             "data": {"train": task["file"], "shuffle": False, "max_prompt_tokens": None, "max_completion_tokens": None},
             "optim": {
@@ -94,6 +101,7 @@ def trl(task: dict[str, Any], folder: Path) -> dict[str, float]:
             learning_rate=1e-6,
             warmup_steps=0,
             use_cpu=True,
+            bf16=task["dtype"] == "bfloat16",
             train_sampling_strategy="sequential",
             logging_steps=1,
             save_strategy="no",
@@ -112,40 +120,31 @@ def trl(task: dict[str, Any], folder: Path) -> dict[str, float]:
     return {"reference_s": trainer.reference_s, "train_s": seconds, "loss": loss}
 
 
-def matmul_gflops(size: int = 2048, repeats: int = 20) -> float:
-    """What a bfloat16 matrix product reaches on this process's threads."""
-    a, b = torch.randn(size, size).bfloat16(), torch.randn(size, size).bfloat16()
-    a @ b
+def matmul_gflops(dtype: str, size: int = 2048, repeats: int = 20) -> float:
+    """What matrix products that round their inputs to ``dtype`` reach on this process's threads."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
     seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / sorted(seconds)[repeats // 2] / 1e9
+    with bfloat16_products() if dtype == "bfloat16" else contextlib.nullcontext():
+        for _ in range(repeats + 1):
+            started = time.perf_counter()
+            a @ b
+            seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / statistics.median(seconds[1:]) / 1e9
 
 
 def main() -> None:
     """Run one side and write its figures."""
     side, task, folder = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(task["threads"])
-    peak_gflops = matmul_gflops()
+    peak_gflops = matmul_gflops(task["dtype"])
     found = {"ours": ours, "trl": trl}[side](task, folder)
-    with (Path(task["model"]) / "model.safetensors").open("rb") as weights:
-        header = json.loads(weights.read(int.from_bytes(weights.read(8), "little")))
-    parameters = sum(_numel(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    useful, _ = step_flops(Shape.of(AutoConfig.from_pretrained(task["model"])), np.array(task["lengths"]))
     found |= {
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "peak_gflops": peak_gflops,
-        "model_gflops": 6 * parameters * task["tokens"] / found["train_s"] / 1e9,
+        "useful_gflops": useful / found["train_s"] / 1e9,
     }
     (folder / "result.json").write_text(json.dumps(found))
-
-
-def _numel(shape: list[int]) -> int:
-    size = 1
-    for dimension in shape:
-        size *= dimension
-    return size
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.gpu import SHAPES, flops
+from benchmarks.flops import step_flops
+from benchmarks.gpu import SHAPES
 
 RUN = """
 import runpy, sys
@@ -35,10 +36,10 @@ def test_the_dry_run_checks_times_and_writes_all_sides_with_torch_and_transforme
 
 
 def test_useful_work_is_counted_by_hand_for_one_pair() -> None:
-    hidden, layers, _, key_heads, between, vocabulary, _ = SHAPES["tiny"]
+    hidden, layers, _, key_heads, between, vocabulary = SHAPES["tiny"]
     weights = layers * (2 * hidden * hidden + 2 * hidden * key_heads * 16 + 3 * hidden * between)
     seen = 10 * 10 / 2 + 4 * 12 + 6 * 13  # prompt by itself; 4 and 6 tokens by the prompt and half of themselves
-    useful, counted = flops("tiny", np.array([[10, 4, 6]]))
+    useful, counted = step_flops(SHAPES["tiny"], np.array([[10, 4, 6]]))
     forward = 2 * weights * 20 + 2 * hidden * vocabulary * 10 + 4 * hidden * layers * seen
     assert useful == pytest.approx(3 * forward)
     twice = 2 * (weights + hidden * vocabulary) * 30 + 4 * hidden * layers * (14**2 / 2 + 16**2 / 2)
