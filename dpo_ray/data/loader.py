@@ -92,8 +92,9 @@ class StepBatch:
 class BatchShape:
     """How a step is cut for one rank."""
 
-    rank: int
-    ranks: int
+    share: int
+    """Which share of the pairs is this rank's."""
+    shares: int
     tokens_per_micro_batch: int
     attention_cost: float
     """Time of one attended pair of tokens over that of one token's matrix products."""
@@ -109,10 +110,10 @@ def micro_batches(
     dealt = deal(
         tokens,
         tokens + shape.attention_cost * attended(lengths),
-        ranks=shape.ranks,
+        ranks=shape.shares,
         tokens_per_micro_batch=shape.tokens_per_micro_batch,
     )
-    mine = (tuple(pairs[i] for i in batch) for batch in dealt.shares[shape.rank])
+    mine = (tuple(pairs[i] for i in batch) for batch in dealt.shares[shape.share])
     batches = tuple(MicroBatch(batch, build_row([source[i] for i in batch], shape.layout)) for batch in mine)
     return batches, lengths, dealt.idle
 

@@ -27,6 +27,14 @@ def build_mesh(shard: ShardConfig, device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
+def build_work_mesh(shard: ShardConfig, device: torch.device) -> DeviceMesh:
+    """Who computes what: ranks along ``data`` have different pairs.
+
+    The ranks are in the order of ``build_mesh``.
+    """
+    return init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("data",))
+
+
 def load_sharded(
     model: ModelConfig, shard: ShardConfig, mesh: DeviceMesh, device: torch.device, *, trainable: bool
 ) -> Scorer:

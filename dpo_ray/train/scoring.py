@@ -90,11 +90,11 @@ def score(t: Setup, source: PairSource, pairs: Sequence[int], progress: Progress
                 scored = pair_logps(t.policy, batch.row.to(t.device))
             at = [position[pair] for pair in batch.pairs]
             logps[at] = torch.stack((scored.chosen, scored.rejected), 1).double().cpu()
-            done = min(len(pairs), done + t.ranks * len(batch.pairs))
+            done = min(len(pairs), done + t.shares * len(batch.pairs))
             progress(done, len(pairs))
     release_gathered(t.policy)
     shared = logps.to(t.device)
-    dist.all_reduce(shared)
+    dist.all_reduce(shared, group=t.data_group)
     return shared.cpu().numpy()
 
 
@@ -103,13 +103,13 @@ def score_samples(t: Setup, scorer: Scores, samples: Sequence[TokenSample]) -> n
     logps = torch.zeros(len(samples), dtype=torch.float64)
     tokens = np.array([len(s.prompt) + len(s.completion) for s in samples], np.int64)
     costs = tokens + t.batch_shape.attention_cost * tokens**2 / 2
-    dealt = deal(tokens, costs, ranks=t.ranks, tokens_per_micro_batch=t.config.optim.tokens_per_micro_batch)
-    for batch in dealt.shares[t.rank]:
+    dealt = deal(tokens, costs, ranks=t.shares, tokens_per_micro_batch=t.config.optim.tokens_per_micro_batch)
+    for batch in dealt.shares[t.share]:
         scored = sequence_logps(scorer, build_sample_row([samples[i] for i in batch]).to(t.device))
         logps[list(batch)] = scored.double().cpu()
     release_gathered(t.policy)
     shared = logps.to(t.device)
-    dist.all_reduce(shared)
+    dist.all_reduce(shared, group=t.data_group)
     return shared.cpu().numpy()
 
 
@@ -160,9 +160,9 @@ def _find_or_build(t: Setup, store: ReferenceStore, source: PairStore, progress:
 
 def _build(t: Setup, store: ReferenceStore, source: PairStore, progress: Progress) -> tuple[Path, int]:
     """Look up a slice of the pairs on every rank, score what the store lacks, keep all in the order of the pairs."""
-    mine = range(*(len(source) * r // t.ranks for r in (t.rank, t.rank + 1)))
-    slices: list[Any] = [None] * t.ranks
-    dist.all_gather_object(slices, store.lookup(entry_keys(source, mine)))
+    mine = range(*(len(source) * n // t.shares for n in (t.share, t.share + 1)))
+    slices: list[Any] = [None] * t.shares
+    dist.all_gather_object(slices, store.lookup(entry_keys(source, mine)), group=t.data_group)
     known = np.concatenate(slices)
     missing = np.flatnonzero(np.isnan(known).any(1)).tolist()
 

@@ -11,7 +11,7 @@ from dpo_ray.config.schema import Config
 from dpo_ray.data.loader import BatchShape
 from dpo_ray.data.tokenize import load_tokenizer
 from dpo_ray.model.scorer import Scorer
-from dpo_ray.model.shard import build_mesh, load_sharded
+from dpo_ray.model.shard import build_mesh, build_work_mesh, load_sharded
 from dpo_ray.objective.losses import PairLoss, build_loss
 from dpo_ray.train.optim import build_optimizer
 
@@ -26,9 +26,27 @@ class Setup:
     pair_loss: PairLoss
     optimizer: torch.optim.Optimizer
     mesh: DeviceMesh
+    """How the weights are laid over the ranks."""
+    work: DeviceMesh
+    """Who computes what; see ``build_work_mesh``."""
     device: torch.device
     rank: int
     ranks: int
+
+    @property
+    def shares(self) -> int:
+        """Into how many parts the pairs of a step are dealt."""
+        return self.work["data"].size()
+
+    @property
+    def share(self) -> int:
+        """Which of them is this rank's."""
+        return self.work.get_local_rank("data")
+
+    @property
+    def data_group(self) -> dist.ProcessGroup:
+        """The ranks that together have all pairs of a step, each once."""
+        return self.work.get_group("data")
 
     @property
     def batch_shape(self) -> BatchShape:
@@ -36,7 +54,7 @@ class Setup:
         optim = self.config.optim
         # A token meets about 24 h^2 multiplications and additions a layer in matrix products, an attended pair 4 h.
         attention_cost = 1 / (6 * self.policy.model.config.hidden_size)
-        return BatchShape(self.rank, self.ranks, optim.tokens_per_micro_batch, attention_cost, optim.layout)
+        return BatchShape(self.share, self.shares, optim.tokens_per_micro_batch, attention_cost, optim.layout)
 
 
 def set_up(config: Config, device: torch.device) -> Setup:
@@ -51,6 +69,7 @@ def set_up(config: Config, device: torch.device) -> Setup:
         build_loss(config.loss),
         build_optimizer(policy, config.optim),
         mesh,
+        build_work_mesh(config.shard, device),
         device,
         dist.get_rank(),
         dist.get_world_size(),

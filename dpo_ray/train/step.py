@@ -37,11 +37,11 @@ def dpo_step(t: Setup, batch: StepBatch, reference: Reference, *, lr: float) -> 
         last = i == len(batch.micro_batches) - 1
         set_last_micro_batch(t.policy, last, keep_gathered=not t.config.shard.reshard_after_forward)
         losses, part = _losses(t, micro, reference)
-        # FSDP averages gradients over ranks; the mean is over the pairs of all ranks.
-        (losses.total * (t.ranks / len(batch.pairs))).backward()
+        # FSDP averages gradients over ranks; the mean is over the pairs of all shares.
+        (losses.total * (t.shares / len(batch.pairs))).backward()
         sums += part
         losses_of.append((micro.pairs, losses.each))
-    dist.all_reduce(sums)
+    dist.all_reduce(sums, group=t.data_group)
     grad_norm = _full(torch.nn.utils.clip_grad_norm_(t.policy.parameters(), t.config.optim.max_grad_norm))
     # Reading the numbers waits for a GPU to finish the backward pass, before a step that cannot be taken back.
     means, norm = _means(sums, len(batch.pairs)), grad_norm.item()
@@ -62,7 +62,7 @@ def dpo_step(t: Setup, batch: StepBatch, reference: Reference, *, lr: float) -> 
         "perf/step_s": seconds,
         "perf/idle": batch.idle,
     }
-    return metrics, () if finite else _not_finite(losses_of) or batch.pairs
+    return metrics, () if finite else _not_finite(t, losses_of) or batch.pairs
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def evaluate_pairs(t: Setup, batches: Iterable[StepBatch], reference: Reference)
             sums += _losses(t, micro, reference)[1]
         pairs += len(batch.pairs)
     release_gathered(t.policy)
-    dist.all_reduce(sums)
+    dist.all_reduce(sums, group=t.data_group)
     return {f"eval/{name}": value for name, value in _means(sums, pairs).items()}
 
 
@@ -90,16 +90,16 @@ def _losses(t: Setup, micro: MicroBatch, reference: Reference) -> tuple[PairLoss
     return losses, pair_metric_sums(losses.each, losses.policy, held, t.config.loss.beta)
 
 
-def _not_finite(losses_of: Sequence[tuple[tuple[int, ...], Tensor]]) -> tuple[int, ...]:
-    """The pairs of all ranks whose loss is NaN or infinite."""
+def _not_finite(t: Setup, losses_of: Sequence[tuple[tuple[int, ...], Tensor]]) -> tuple[int, ...]:
+    """The pairs of all shares whose loss is NaN or infinite."""
     mine = [
         pair
         for pairs, losses in losses_of
         for pair, is_finite in zip(pairs, losses.isfinite().tolist(), strict=True)
         if not is_finite
     ]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
+    found: list[Any] = [None] * t.shares
+    dist.all_gather_object(found, mine, group=t.data_group)
     return tuple(pair for part in found for pair in part)
 
 

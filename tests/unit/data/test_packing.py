@@ -146,7 +146,7 @@ def test_a_mixture_without_shuffling_takes_the_sources_in_order():
 
 def test_a_loader_of_a_mixture_steps_through_its_epochs():
     pairs = PairList([TokenPair((1,), (2,), (3,))] * 6)
-    shape = BatchShape(rank=0, ranks=1, tokens_per_micro_batch=64, attention_cost=0.0)
+    shape = BatchShape(share=0, shares=1, tokens_per_micro_batch=64, attention_cost=0.0)
     loader = PairLoader(pairs, shape, pairs_per_step=4, seed=0, shuffle=False, mixture=Mixture((4, 2), (1.0, 1.5)))
     assert loader.steps_per_epoch == 2
     assert [next(loader).pairs for _ in range(4)] == [(0, 1, 2, 3), (4, 5, 4), (0, 1, 2, 3), (5, 4, 5)]
