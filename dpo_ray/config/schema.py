@@ -276,7 +276,8 @@ class OptimConfig(Section):
     pairs_per_step: int = Field(32, ge=1)
     """Pairs in one optimizer step over all workers."""
     tokens_per_micro_batch: int = Field(4096, ge=1)
-    """Most tokens one worker runs at a time; a longer single pair runs alone."""
+    """Most tokens one worker runs at a time; a longer single pair runs alone. A row that shard.context_parallel workers
+    share has room for as many from each."""
     layout: Literal["shared", "plain"] = "shared"
     """shared: the prompt of a pair runs once. plain: it runs for chosen and rejected each; slower, to compare with."""
 
@@ -286,6 +287,9 @@ class ShardConfig(Section):
 
     replicate: int = Field(1, ge=1)
     """Replicas of the sharded model (HSDP); must divide cluster.train_workers."""
+    context_parallel: int = Field(1, ge=1)
+    """Neighbouring workers that share the tokens of each row, so that the activations of a long pair are spread over
+    them; shard.replicate * shard.context_parallel must divide cluster.train_workers."""
     tensor_parallel: Literal[1] = 1
     """Tensor parallelism; only 1 is available yet."""
     reshard_after_forward: bool = True
@@ -435,6 +439,16 @@ class Config(Section):
             raise ValueError(
                 f"shard.replicate ({self.shard.replicate}) must divide "
                 f"cluster.train_workers ({self.cluster.train_workers})"
+            )
+        if self.cluster.train_workers % (self.shard.replicate * self.shard.context_parallel):
+            raise ValueError(
+                f"shard.replicate ({self.shard.replicate}) * shard.context_parallel ({self.shard.context_parallel}) "
+                f"must divide cluster.train_workers ({self.cluster.train_workers})"
+            )
+        if self.shard.context_parallel > 1 and self.model.attention == "sdpa":
+            raise ValueError(
+                "model.attention: sdpa masks a whole row, which no worker has with shard.context_parallel "
+                f"({self.shard.context_parallel}) > 1; set model.attention: auto or flex"
             )
         if self.online is not None and self.run.remote:
             raise ValueError(

@@ -103,25 +103,18 @@ def _lay_out(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Se
     spans: list[Span] = []
     tokens: list[Sequence[int]] = []
     positions: list[np.ndarray] = []
-    source: list[np.ndarray] = []
     labels: list[Sequence[int]] = []
     lengths: list[int] = []
-    start = 0
     for prompt, both in zip(prompts, completions, strict=True):
         tokens.append(prompt)
         positions.append(np.arange(len(prompt)))
-        prompt_end = at = start + len(prompt)
         for completion in both:
             count = len(completion)
             tokens.append(completion)
             positions.append(np.arange(len(prompt), len(prompt) + count))
-            # The last prompt token predicts the first token of both completions.
-            source.append(np.concatenate(([prompt_end - 1], np.arange(at, at + count - 1))))
             labels.append(completion)
             lengths.append(count)
-            at += count
         spans.append(Span(len(prompt), len(both[0]), len(both[1]) if len(both) > 1 else 0))
-        start = at
     if not spans:
         spans.append(Span(1, 0, 0))
         tokens.append((0,))
@@ -133,8 +126,117 @@ def _lay_out(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Se
     sequence = np.repeat(np.arange(len(lengths)), lengths) if lengths else np.zeros(0, np.int64)
     return PackedRow(
         flat(tokens)[None], flat(positions)[None], tuple(spans),
-        flat(source), flat(labels), torch.from_numpy(sequence), torch.tensor(lengths, dtype=torch.int64),
+        torch.from_numpy(label_sources(spans)), flat(labels), torch.from_numpy(sequence),
+        torch.tensor(lengths, dtype=torch.int64),
     )  # fmt: skip
+
+
+def label_sources(spans: Sequence[Span]) -> np.ndarray:
+    """(N,) position in a row of ``spans`` that predicts each label: the last prompt token the first of completions."""
+    sources, start = [np.zeros(0, np.int64)], 0
+    for span in spans:
+        prompt_end = at = start + span.prompt
+        for count in (span.first, span.second):
+            if count:
+                sources += [np.array([prompt_end - 1]), np.arange(at, at + count - 1)]
+                at += count
+        start = at
+    return np.concatenate(sources)
+
+
+class Limits(NamedTuple):
+    """What tokens see of the tokens up to themselves: from ``span`` to ``prompt_end``, and from ``part`` on."""
+
+    here: np.ndarray
+    """(T,) where in the row the token is."""
+    span: np.ndarray
+    """(T,) first token of its span."""
+    prompt_end: np.ndarray
+    """(T,) first token behind its span's prompt."""
+    part: np.ndarray
+    """(T,) first token of its own prompt or completion."""
+
+    def of(self, tokens: np.ndarray) -> "Limits":
+        """Those of some of the tokens."""
+        return Limits(*(limit[tokens] for limit in self))
+
+    @property
+    def seen(self) -> np.ndarray:
+        """(T,) tokens that each attends to, itself among them."""
+        return np.where(self.part > self.span, self.prompt_end - self.span, 0) + self.here + 1 - self.part
+
+
+def token_limits(spans: Sequence[Span]) -> Limits:
+    """Who attends to whom in a row of ``spans``, as four numbers a token."""
+    lengths = np.array(spans, np.int64).reshape(-1, 3)  # (S, 3)
+    ends = lengths.cumsum().reshape(-1, 3)
+    starts = ends - lengths
+    tokens = lengths.sum(1)
+    return Limits(
+        np.arange(tokens.sum()),
+        starts[:, 0].repeat(tokens),
+        ends[:, 0].repeat(tokens),
+        starts.ravel().repeat(lengths.ravel()),
+    )
+
+
+PIECES = 4
+"""Pieces of a row that each of its ranks gets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A row cut into pieces of equal length, and the ranks that have them.
+
+    The row is lengthened at its end by a span of ``padding`` tokens that see only themselves and predict nothing.
+    """
+
+    spans: tuple[Span, ...]
+    """Of the lengthened row."""
+    padding: int
+    piece: int
+    """Tokens of a piece."""
+    pieces: tuple[tuple[int, ...], ...]
+    """For each rank the numbers of its pieces, ascending; equally many for all."""
+
+    def stretches(self, rank: int) -> tuple[slice, ...]:
+        """A rank's pieces, as slices of the row; neighbours are one slice."""
+        found: list[slice] = []
+        for number in self.pieces[rank]:
+            start, stop = number * self.piece, (number + 1) * self.piece
+            if found and found[-1].stop == start:
+                start = found.pop().start
+            found.append(slice(start, stop))
+        return tuple(found)
+
+    def tokens(self, rank: int) -> np.ndarray:
+        """(T / ranks,) positions in the row of a rank's tokens, ascending."""
+        return (np.array(self.pieces[rank])[:, None] * self.piece + np.arange(self.piece)).ravel()
+
+    @property
+    def sources(self) -> np.ndarray:
+        """(N,) position in the row that predicts each label."""
+        return label_sources(self.spans)
+
+    def labels(self, rank: int) -> np.ndarray:
+        """(n,) which of the row's labels a rank predicts: those whose source it has, in the order of the row."""
+        return np.flatnonzero(np.isin(self.sources // self.piece, self.pieces[rank]))
+
+
+def cut_row(spans: Sequence[Span], ranks: int) -> Cut:
+    """Share the tokens of one row out to ranks, equally many each, and about as much attention.
+
+    Pieces go out largest first, forwards and backwards in turn. So one causal stretch is cut as is usual, early pieces
+    to the ranks that have late ones (arXiv:2407.21783, section 3.3.2), and in any row two ranks differ by less than one
+    piece has.
+    """
+    padding = -sum(map(sum, spans)) % (PIECES * ranks)
+    padded = (*spans, Span(padding, 0, 0)) if padding else tuple(spans)
+    costs = token_limits(padded).seen.reshape(PIECES * ranks, -1).sum(1)
+    turns = np.argsort(-costs, kind="stable").reshape(PIECES, ranks)
+    turns[1::2] = turns[1::2, ::-1]
+    piece = sum(map(sum, padded)) // costs.size
+    return Cut(padded, padding, piece, tuple(tuple(sorted(of_rank)) for of_rank in turns.T.tolist()))
 
 
 def row_tokens(lengths: np.ndarray, layout: Layout) -> np.ndarray:

@@ -7,7 +7,7 @@ T = tokens of the row, H = query heads, K = key heads, D = size of a head
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,8 @@ from dpo_ray.objective.head import bfloat16_products
 
 PACKED = "dpo_ray_packed"
 """The name of ``packed_attention`` in transformers' table of attention functions."""
+Gather = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Keys and values, (1, K, t, D), of some tokens of a row -> (1, K, T, D) of all, where other ranks have the rest."""
 BLOCK = 128
 """Queries whose probabilities exist at a time in the backward pass on a CPU."""
 
@@ -39,6 +41,8 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     spans: Sequence[Span] | None = None,
+    pieces: Sequence[slice] | None = None,
+    gather: Gather | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
@@ -50,7 +54,9 @@ def packed_attention(
         query: (1, H, T, D).
         key, value: (1, K, T, D).
         attention_mask: not used; the spans say who attends to whom.
-        spans: of the row; T tokens in all.
+        spans: of the row; T tokens in all, unless ranks share it.
+        pieces: where ranks share the row, which of its tokens these T are.
+        gather: where ranks share the row, what makes keys and values of the row of those of T of its tokens.
         scaling: of the logits; by default 1 / sqrt(D).
         dropout: not used; dropout is off in preference training.
         kwargs: what else the architecture passes.
@@ -67,19 +73,25 @@ def packed_attention(
             f"{type(module).__name__} cannot run on packed rows without a mask; set model.attention: sdpa"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if gather is not None:
+        key, value = gather(key, value)
+    found = tuple(stretches(spans, pieces))
     if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
-        out = _SpanAttention.apply(query[0], key[0], value[0], tuple(spans), scale)[None]
+        out = _SpanAttention.apply(query[0], key[0], value[0], found, scale)[None]
     else:
-        out = torch.cat([_attend(query, key, value, stretch, scale) for stretch in stretches(spans)], 2)
+        out = torch.cat([_attend(query, key, value, stretch, scale) for stretch in found], 2)
     return out.transpose(1, 2), None
 
 
 class Stretch(NamedTuple):
-    """Tokens that attend causally to themselves, and to a prompt before them."""
+    """Tokens that attend causally to themselves and to tokens before them."""
 
     prompt: slice
-    """Empty where the prompt is part of the stretch."""
+    """Of the row; empty where the prompt is part of what follows."""
     own: slice
+    """Of the row."""
+    queries: slice
+    """Which queries are the last of ``own``; all of it where the queries are those of the row."""
 
     def keys(self, of: Tensor) -> Tensor:
         """(..., tokens of the prompt + tokens of its own, D) of a tensor over the row, (..., T, D)."""
@@ -87,19 +99,35 @@ class Stretch(NamedTuple):
         return own if self.prompt.start == self.prompt.stop else torch.cat((of[..., self.prompt, :], own), -2)
 
 
-def stretches(spans: Sequence[Span]) -> Iterator[Stretch]:
-    """The stretches of a row, from the left; together they cover its tokens."""
+def stretches(spans: Sequence[Span], pieces: Sequence[slice] | None = None) -> Iterator[Stretch]:
+    """The stretches of a row, in the order of its queries; together they cover them.
+
+    Args:
+        spans: of the row.
+        pieces: which tokens of the row the queries are, one piece after another; by default all.
+    """
+    before = 0
+    for piece in pieces or [slice(0, sum(map(sum, spans)))]:
+        for prompt, own in _causal(spans):
+            start, stop = max(own.start, piece.start), min(own.stop, piece.stop)
+            if start < stop:
+                at = before + start - piece.start
+                yield Stretch(prompt, slice(own.start, stop), slice(at, at + stop - start))
+        before += piece.stop - piece.start
+
+
+def _causal(spans: Sequence[Span]) -> Iterator[tuple[slice, slice]]:
+    """A prompt and what attends to it and causally to itself; the prompt is empty where it is part of the latter."""
     start = 0
     for span in spans:
         first, end = start + span.prompt + span.first, start + sum(span)
-        yield Stretch(slice(start, start), slice(start, first))
-        if span.second:
-            yield Stretch(slice(start, start + span.prompt), slice(first, end))
+        yield slice(start, start), slice(start, first)
+        yield slice(start, start + span.prompt), slice(first, end)
         start = end
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scale: float) -> Tensor:
-    q, k, v = query[:, :, stretch.own], stretch.keys(key), stretch.keys(value)
+    q, k, v = query[:, :, stretch.queries], stretch.keys(key), stretch.keys(value)
     mask = _after_prompt(q, k)
     grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(
@@ -108,7 +136,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scale: 
 
 
 def _after_prompt(query: Tensor, key: Tensor) -> Tensor | None:
-    """(queries, keys) additive: all of the prompt, and earlier tokens of the completion; None where that is causal."""
+    """(queries, keys) additive, where the last keys are the queries' own: they and all before; None where square."""
     queries, keys = query.shape[-2], key.shape[-2]
     if queries == keys:
         return None
@@ -123,20 +151,20 @@ class _SpanAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, spans: tuple[Span, ...], scale: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, found: Sequence[Stretch], scale: float) -> Tensor:
         out = torch.empty_like(query)  # (H, T, D)
         normalizers = query.new_empty(query.shape[:2], dtype=torch.float32)  # (H, T) log-sum-exp of the scores
         groups = query.shape[0] // key.shape[0]
-        for stretch in stretches(spans):
-            q = query[:, stretch.own]
+        for stretch in found:
+            q = query[:, stretch.queries]
             k, v = (stretch.keys(of).repeat_interleave(groups, 0) for of in (key, value))
             mask = _after_prompt(q, k)
             attended, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 q[None], k[None], v[None], 0.0, mask is None, attn_mask=mask, scale=scale
             )
-            out[:, stretch.own], normalizers[:, stretch.own] = attended[0], sums[0]
+            out[:, stretch.queries], normalizers[:, stretch.queries] = attended[0], sums[0]
         ctx.save_for_backward(query, key, value, out, normalizers)
-        ctx.spans, ctx.scale = spans, scale
+        ctx.found, ctx.scale = found, scale
         return out
 
     @staticmethod
@@ -147,9 +175,9 @@ class _SpanAttention(torch.autograd.Function):
         grad_query, grad_key, grad_value = (torch.zeros_like(of) for of in (query, key, value))
         shift = (grad_out * out).sum(-1)  # (H, T)
         with bfloat16_products() if dtype == torch.bfloat16 else contextlib.nullcontext():
-            for stretch in stretches(ctx.spans):
-                q, upstream, sums, shifts = (of[:, stretch.own] for of in (query, grad_out, normalizers, shift))
-                grad_query[:, stretch.own], *of_keys = _stretch_gradients(
+            for stretch in ctx.found:
+                q, upstream, sums, shifts = (of[:, stretch.queries] for of in (query, grad_out, normalizers, shift))
+                grad_query[:, stretch.queries], *of_keys = _stretch_gradients(
                     q, upstream, sums, shifts, stretch.keys(key), stretch.keys(value), ctx.scale
                 )
                 for whole, part in zip((grad_key, grad_value), of_keys, strict=True):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from dpo_ray.data.packing import Span
+from dpo_ray.data.packing import Limits, Span, token_limits
+from dpo_ray.model.attention import Gather
 
 FLEX = "dpo_ray_flex"
 """The name of ``flex_packed_attention`` in transformers' table of attention functions."""
@@ -21,7 +22,7 @@ BLOCK = 128
 
 
 class Blocks(NamedTuple):
-    """Which blocks of keys each block of queries looks at; Q = K = blocks of the row."""
+    """Which blocks of keys each block of queries looks at; Q = blocks of queries, K = of the row."""
 
     partial: np.ndarray
     """(Q, K) bool: some of the block's pairs are seen, and the mask decides which."""
@@ -29,63 +30,49 @@ class Blocks(NamedTuple):
     """(Q, K) bool: all of them are; no mask is needed."""
 
 
-class Limits(NamedTuple):
-    """What token i of a row sees of the tokens up to itself: from ``span`` to ``prompt_end``, and from ``part`` on."""
-
-    span: np.ndarray
-    """(T,) first token of its span."""
-    prompt_end: np.ndarray
-    """(T,) first token behind its span's prompt."""
-    part: np.ndarray
-    """(T,) first token of its own prompt or completion."""
-
-
-def token_limits(spans: Sequence[Span]) -> Limits:
-    """Who attends to whom in a row of ``spans``, as three numbers a token."""
-    lengths = np.array(spans, np.int64).reshape(-1, 3)  # (S, 3)
-    ends = lengths.cumsum().reshape(-1, 3)
-    starts = ends - lengths
-    tokens = lengths.sum(1)
-    return Limits(starts[:, 0].repeat(tokens), ends[:, 0].repeat(tokens), starts.ravel().repeat(lengths.ravel()))
-
-
-def visible_blocks(limits: Limits, block: int = BLOCK) -> Blocks:
+def visible_blocks(limits: Limits, keys: int, block: int = BLOCK) -> Blocks:
     """The blocks of a row that hold something to see.
 
     Args:
-        limits: of the row's T tokens; the last block may be short.
-        block: tokens of a block.
+        limits: of the T tokens that look.
+        keys: tokens of the row, which they look at.
+        block: tokens of a block; the last one on either side may be short.
     """
-    span, prompt_end, part = (limit[:, None] for limit in limits)  # (T, 1)
-    tokens = len(limits.span)
-    blocks = -(-tokens // block)
-    here = np.arange(1, tokens + 1)[:, None]  # a token sees itself
-    begin = np.arange(blocks) * block  # (K,)
+    here, span, prompt_end, part = (limit[:, None] for limit in limits)  # (T, 1)
+    begin = np.arange(0, keys, block)  # (K,)
     end = begin + block
-    prompt_seen = np.minimum(prompt_end, here)
-    seen = ((begin < prompt_seen) & (end > span)) | ((begin < here) & (end > part))  # (T, K)
+    behind = here + 1  # a token sees itself
+    prompt_seen = np.minimum(prompt_end, behind)
+    seen = ((begin < prompt_seen) & (end > span)) | ((begin < behind) & (end > part))  # (T, K)
     # A first completion follows its prompt: what it sees is one stretch.
-    from_span = np.where(part <= prompt_end, here, prompt_seen)
-    whole = ((begin >= span) & (end <= from_span)) | ((begin >= part) & (end <= here))
-    first_of_block = np.arange(0, tokens, block)
+    from_span = np.where(part <= prompt_end, behind, prompt_seen)
+    whole = ((begin >= span) & (end <= from_span)) | ((begin >= part) & (end <= behind))
+    first_of_block = np.arange(0, len(here), block)
     some = np.logical_or.reduceat(seen, first_of_block)
     full = np.logical_and.reduceat(whole, first_of_block)
     return Blocks(some & ~full, full)
 
 
-def span_mask(spans: Sequence[Span], device: torch.device) -> BlockMask:
-    """The mask of a row of ``spans`` for flex_attention."""
+def span_mask(spans: Sequence[Span], device: torch.device, queries: np.ndarray | None = None) -> BlockMask:
+    """The mask of a row of ``spans`` for flex_attention.
+
+    Args:
+        spans: of the row.
+        device: where it is wanted.
+        queries: positions of the tokens that look, if not all of the row do.
+    """
     limits = token_limits(spans)
-    partial, full = visible_blocks(limits)
-    span, prompt_end, part = (torch.from_numpy(limit.astype(np.int32)).to(device) for limit in limits)
+    keys = len(limits.here)
+    limits = limits if queries is None else limits.of(queries)
+    partial, full = visible_blocks(limits, keys)
+    here, span, prompt_end, part = (torch.from_numpy(limit.astype(np.int32)).to(device) for limit in limits)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         of_prompt = (key >= span[query]) & (key < prompt_end[query])
-        return (key <= query) & (of_prompt | (key >= part[query]))
+        return (key <= here[query]) & (of_prompt | (key >= part[query]))
 
-    tokens = len(limits.span)
     return BlockMask.from_kv_blocks(
-        *_listed(partial, device), *_listed(full, device), BLOCK, visible, seq_lengths=(tokens, tokens)
+        *_listed(partial, device), *_listed(full, device), BLOCK, visible, seq_lengths=(len(limits.here), keys)
     )
 
 
@@ -112,6 +99,7 @@ def flex_packed_attention(
     attention_mask: Tensor | None,
     *,
     spans: BlockMask | None = None,
+    gather: Gather | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
@@ -124,6 +112,7 @@ def flex_packed_attention(
         key, value: (1, H / groups, T, D).
         attention_mask: not used.
         spans: ``span_mask`` of the row.
+        gather: where ranks share the row, what makes keys and values of the row of those of T of its tokens.
         scaling: of the logits; by default 1 / sqrt(D).
         dropout: not used; dropout is off in preference training.
         kwargs: what else the architecture passes.
@@ -143,6 +132,8 @@ def flex_packed_attention(
         raise NotImplementedError(
             "model.attention: flex has no gradients on a CPU; set model.attention: auto (or sdpa)"
         )
+    if gather is not None:
+        key, value = gather(key, value)
     attend = flex_attention if query.device.type == "cpu" else _compiled()
     grouped = query.shape[1] != key.shape[1]
     out = attend(query, key, value, block_mask=spans, scale=scaling, enable_gqa=grouped)

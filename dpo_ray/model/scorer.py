@@ -4,9 +4,9 @@ Backbone and head sit in one module so that FSDP2 shards and gathers them as one
 head, and logits exist one chunk at a time.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dpo_ray.data.packing import PackedRow, attention_mask
 from dpo_ray.model.attention import PACKED
+from dpo_ray.model.context_parallel import ALONE, Context, Part
 from dpo_ray.model.flex import FLEX, span_mask
 from dpo_ray.objective import head
 from dpo_ray.objective.head import Group, Head, LogitTransform, Losses
@@ -22,8 +23,9 @@ from dpo_ray.objective.logps import PairLogps, TokenScores, as_pairs, sequence_s
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ReadOut = Callable[[Tensor, Head], Any]
-"""(hidden, head) -> what is wanted of a row; hidden: (N, D) before each completion token."""
+ReadOut = Callable[[Tensor, Head, Part], Any]
+"""(hidden, head, part) -> what is wanted of a row; hidden: (n, D) before each of the completion tokens in
+``part.row.labels``."""
 Scores = Callable[[PackedRow, ReadOut], Any]
 """A Scorer, or what answers like one."""
 Weighting = Literal["none", "wpo"]
@@ -34,11 +36,13 @@ class Scorer(nn.Module):
 
     Args:
         model: a transformers causal language model; its names are kept below ``model.``.
+        context: the ranks that share each row; all of them call with the same rows.
     """
 
-    def __init__(self, model: "PreTrainedModel") -> None:
+    def __init__(self, model: "PreTrainedModel", context: Context = ALONE) -> None:
         super().__init__()
         self.model = model
+        self.context = context
         self.transform = logit_transform(model.config)
         self.attention = ATTENTION.get(model.config._attn_implementation or "", _masked)
 
@@ -49,24 +53,32 @@ class Scorer(nn.Module):
         return decoder.layers
 
     def forward(self, row: PackedRow, read_out: ReadOut) -> Any:
-        """What ``read_out`` makes of the hidden states before the completion tokens, in the order of ``row.labels``.
+        """What ``read_out`` makes of the hidden states before the completion tokens.
 
         The head is read out within the forward pass because only there FSDP has its weights in one piece.
         """
+        part = self.context.part(row)
         hidden = self.model.get_decoder()(
-            input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False, **self.attention(row)
-        ).last_hidden_state  # (1, T, D)
+            input_ids=part.row.input_ids, position_ids=part.row.position_ids, use_cache=False, **self.attention(part)
+        ).last_hidden_state  # (1, t, D)
         head: Any = self.model.get_output_embeddings()
-        return read_out(hidden[0, row.source], Head(head.weight, getattr(head, "bias", None), self.transform))
+        return read_out(
+            hidden[0, part.row.source], Head(head.weight, getattr(head, "bias", None), self.transform), part
+        )
 
 
-def _masked(row: PackedRow) -> dict[str, Any]:
-    return {"attention_mask": attention_mask(row)}
+def _masked(part: Part) -> dict[str, Any]:
+    if part.shared:
+        raise NotImplementedError("rows that ranks share need model.attention: auto or flex")
+    return {"attention_mask": attention_mask(part.row)}
 
 
-ATTENTION: Mapping[str, Callable[[PackedRow], dict[str, Any]]] = {
-    PACKED: lambda row: {"spans": row.spans},
-    FLEX: lambda row: {"spans": span_mask(row.spans, row.input_ids.device)},
+ATTENTION: Mapping[str, Callable[[Part], dict[str, Any]]] = {
+    PACKED: lambda part: {"spans": part.row.spans, "pieces": part.pieces, "gather": part.gather},
+    FLEX: lambda part: {
+        "spans": span_mask(part.row.spans, part.row.input_ids.device, part.tokens),
+        "gather": part.gather,
+    },
 }
 """What each way to attend must be told of a row; any other takes a mask."""
 
@@ -74,8 +86,11 @@ ATTENTION: Mapping[str, Callable[[PackedRow], dict[str, Any]]] = {
 @torch.no_grad()
 def token_logps(scorer: Scores, row: PackedRow) -> Tensor:
     """(N,) log-probability of each completion token in ``row``, nats, float32."""
-    scores: TokenScores = scorer(row, partial(head.token_logps, labels=row.labels))
-    return scores.logps
+
+    def read_out(hidden: Tensor, of_model: Head, part: Part) -> Tensor:
+        return part.complete(head.token_logps(hidden, of_model, part.row.labels).logps)
+
+    return scorer(row, read_out)
 
 
 def sequence_logps(scorer: Scores, row: PackedRow) -> Tensor:
@@ -119,28 +134,37 @@ def pair_losses(
         chunk: tokens whose logits exist at a time; by default what fits ``head.CHUNK_BYTES``.
     """
 
-    def policy_of(group: Group, scores: TokenScores) -> PairLogps:
-        sequences = slice(2 * group.pairs.start, 2 * group.pairs.stop)
-        lengths, sequence = row.lengths[sequences], row.sequence[group.tokens] - sequences.start
-        weights = wpo_weights(scores, sequence, lengths) if weighting == "wpo" else None
+    with_squares = weighting == "wpo"
+    ends = (0, *itertools.accumulate(row.pair_tokens))
+
+    def policy_of(pairs: slice, scores: TokenScores) -> PairLogps:
+        sequences, tokens = slice(2 * pairs.start, 2 * pairs.stop), slice(ends[pairs.start], ends[pairs.stop])
+        lengths, sequence = row.lengths[sequences], row.sequence[tokens] - sequences.start
+        weights = wpo_weights(scores, sequence, lengths) if with_squares else None
         return as_pairs(sequence_sums(scores.logps, sequence, lengths.numel()), lengths, weights)
 
-    def objective(group: Group, scores: TokenScores) -> Tensor:
-        return loss(policy_of(group, scores), group.pairs)
+    def read_out(hidden: Tensor, of_model: Head, part: Part) -> Losses:
+        def complete(scores: TokenScores) -> TokenScores:
+            squares = part.complete(scores.log_sum_squares) if with_squares else scores.log_sum_squares
+            return TokenScores(part.complete(scores.logps), squares)
 
-    found: Losses = scorer(
-        row,
-        partial(
-            head.pair_losses,
-            labels=row.labels,
-            pair_tokens=row.pair_tokens,
-            objective=objective,
+        def objective(group: Group, scores: TokenScores) -> Tensor:
+            return loss(policy_of(group.pairs, complete(scores)), group.pairs)
+
+        found = head.pair_losses(
+            hidden,
+            of_model,
+            part.row.labels,
+            row.pair_tokens,
+            objective,
             chunk=chunk,
-            with_squares=weighting == "wpo",
-        ),
-    )
-    whole = Group(slice(0, len(row.pair_tokens)), slice(0, row.labels.numel()))
-    return PairLosses(found.total, found.each, policy_of(whole, found.scores))
+            with_squares=with_squares,
+            together=part.shared,
+        )
+        return Losses(found.total, found.each, complete(found.scores))
+
+    found: Losses = scorer(row, read_out)
+    return PairLosses(found.total, found.each, policy_of(slice(0, len(row.pair_tokens)), found.scores))
 
 
 def logit_transform(config: object) -> LogitTransform:

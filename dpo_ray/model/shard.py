@@ -11,6 +11,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from dpo_ray.config.schema import ModelConfig, ShardConfig
 from dpo_ray.model.adapters import add_adapters
+from dpo_ray.model.context_parallel import Context
 from dpo_ray.model.linear import use_float32_products
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer
@@ -28,15 +29,27 @@ def build_mesh(shard: ShardConfig, device: torch.device) -> DeviceMesh:
 
 
 def build_work_mesh(shard: ShardConfig, device: torch.device) -> DeviceMesh:
-    """Who computes what: ranks along ``data`` have different pairs.
+    """Who computes what: ranks along ``data`` have different pairs, those along ``context`` different tokens of them.
 
     The ranks are in the order of ``build_mesh``.
     """
-    return init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("data",))
+    shape = (dist.get_world_size() // shard.context_parallel, shard.context_parallel)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("data", "context"))
+
+
+def build_context(work: DeviceMesh) -> Context:
+    """The ranks that share rows with this one."""
+    return Context(work.get_local_rank("context"), work["context"].size(), work.get_group("context"))
 
 
 def load_sharded(
-    model: ModelConfig, shard: ShardConfig, mesh: DeviceMesh, device: torch.device, *, trainable: bool
+    model: ModelConfig,
+    shard: ShardConfig,
+    mesh: DeviceMesh,
+    device: torch.device,
+    *,
+    context: Context,
+    trainable: bool,
 ) -> Scorer:
     """A scorer with its weights spread over the mesh.
 
@@ -52,7 +65,7 @@ def load_sharded(
     if device.type == "cpu" and compute == torch.bfloat16:
         use_float32_products(built)
     weights = {f"model.{name}": tensor for name, tensor in built.state_dict().items()} if first else {}
-    scorer = Scorer(built)
+    scorer = Scorer(built, context)
     if not trainable:
         scorer.requires_grad_(False)
     if trainable and shard.activation_checkpointing:

@@ -112,6 +112,7 @@ def pair_losses(
     *,
     chunk: int | None = None,
     with_squares: bool = False,
+    together: bool = False,
 ) -> Losses:
     """Losses of pairs, and in the same pass over the logits their gradients.
 
@@ -123,14 +124,17 @@ def pair_losses(
         hidden: (N, D) last hidden states, each at the position before its label.
         head: of the model.
         labels: (N,) token ids.
-        pair_tokens: completion tokens of each of the B pairs, in the order of the labels; N in all.
+        pair_tokens: completion tokens of each of the B pairs, in the order of the labels; N in all, unless other ranks
+            have some of them.
         objective: losses of a group's pairs.
         chunk: tokens whose logits exist at a time; by default ``head.chunk``.
         with_squares: also give the objective the sums of squared probabilities.
+        together: take all pairs as one group, as an objective must have it that is a collective of ranks with different
+            tokens of the same pairs.
     """
     total, each, *scores = _PairLosses.apply(
         hidden, head.weight, head.bias, head.transform, labels, tuple(pair_tokens), objective, chunk or head.chunk,
-        with_squares, torch.is_grad_enabled(),
+        with_squares, together, torch.is_grad_enabled(),
     )  # fmt: skip
     return Losses(total, each, TokenScores(*scores))
 
@@ -148,13 +152,15 @@ class _PairLosses(torch.autograd.Function):
         objective: Objective,
         chunk: int,
         with_squares: bool,
+        together: bool,
         with_gradients: bool,
     ) -> tuple[Tensor, ...]:
         head, scores = Head(weight, bias, transform).widened(), _empty_scores(labels, with_squares)
         each = scores.logps.new_empty(len(pair_tokens))
         wanted = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
         gradients = _Gradients(hidden, weight, bias, wanted)
-        for group in _groups(pair_tokens, chunk):
+        whole = Group(slice(0, len(pair_tokens)), slice(0, labels.numel()))
+        for group in [whole] if together else _groups(pair_tokens, chunk):
             parts = list(_parts(group.tokens, chunk))
             for part in parts:
                 softmax = _softmax(hidden[part], head, labels[part])
@@ -180,7 +186,7 @@ class _PairLosses(torch.autograd.Function):
         scaled = [
             None if of is None else of.mul_(grads[0]).to(dtype) for of, dtype in zip(found, ctx.dtypes, strict=True)
         ]
-        return *scaled, *[None] * 7
+        return *scaled, *[None] * 8
 
 
 class _Softmax(NamedTuple):

@@ -103,7 +103,7 @@ def score_samples(t: Setup, scorer: Scores, samples: Sequence[TokenSample]) -> n
     logps = torch.zeros(len(samples), dtype=torch.float64)
     tokens = np.array([len(s.prompt) + len(s.completion) for s in samples], np.int64)
     costs = tokens + t.batch_shape.attention_cost * tokens**2 / 2
-    dealt = deal(tokens, costs, ranks=t.shares, tokens_per_micro_batch=t.config.optim.tokens_per_micro_batch)
+    dealt = deal(tokens, costs, ranks=t.shares, tokens_per_micro_batch=t.batch_shape.tokens_per_micro_batch)
     for batch in dealt.shares[t.share]:
         scored = sequence_logps(scorer, build_sample_row([samples[i] for i in batch]).to(t.device))
         logps[list(batch)] = scored.double().cpu()

@@ -11,7 +11,7 @@ from dpo_ray.config.schema import Config
 from dpo_ray.data.loader import BatchShape
 from dpo_ray.data.tokenize import load_tokenizer
 from dpo_ray.model.scorer import Scorer
-from dpo_ray.model.shard import build_mesh, build_work_mesh, load_sharded
+from dpo_ray.model.shard import build_context, build_mesh, build_work_mesh, load_sharded
 from dpo_ray.objective.losses import PairLoss, build_loss
 from dpo_ray.train.optim import build_optimizer
 
@@ -49,19 +49,25 @@ class Setup:
         return self.work.get_group("data")
 
     @property
+    def averaged(self) -> int:
+        """Ranks over which FSDP takes the mean of gradients, of which each has those of its own pairs and tokens."""
+        return self.shares * self.policy.context.ranks
+
+    @property
     def batch_shape(self) -> BatchShape:
         """How steps are cut for this rank."""
         optim = self.config.optim
         # A token meets about 24 h^2 multiplications and additions a layer in matrix products, an attended pair 4 h.
         attention_cost = 1 / (6 * self.policy.model.config.hidden_size)
-        return BatchShape(self.share, self.shares, optim.tokens_per_micro_batch, attention_cost, optim.layout)
+        tokens = optim.tokens_per_micro_batch * self.policy.context.ranks
+        return BatchShape(self.share, self.shares, tokens, attention_cost, optim.layout)
 
 
 def set_up(config: Config, device: torch.device) -> Setup:
     """Build the parts. Every rank calls it; torch.distributed is initialised."""
     torch.manual_seed(config.run.seed)
-    mesh = build_mesh(config.shard, device)
-    policy = load_sharded(config.model, config.shard, mesh, device, trainable=True)
+    mesh, work = build_mesh(config.shard, device), build_work_mesh(config.shard, device)
+    policy = load_sharded(config.model, config.shard, mesh, device, context=build_context(work), trainable=True)
     return Setup(
         config,
         load_tokenizer(config.model.path, config.model.chat_template),
@@ -69,7 +75,7 @@ def set_up(config: Config, device: torch.device) -> Setup:
         build_loss(config.loss),
         build_optimizer(policy, config.optim),
         mesh,
-        build_work_mesh(config.shard, device),
+        work,
         device,
         dist.get_rank(),
         dist.get_world_size(),
@@ -78,7 +84,7 @@ def set_up(config: Config, device: torch.device) -> Setup:
 
 def frozen_copy(t: Setup) -> Scorer:
     """The untrained policy, sharded like the policy and kept in the compute dtype."""
-    return load_sharded(t.config.model, t.config.shard, t.mesh, t.device, trainable=False)
+    return load_sharded(t.config.model, t.config.shard, t.mesh, t.device, context=t.policy.context, trainable=False)
 
 
 def agreed(flag: bool) -> bool:

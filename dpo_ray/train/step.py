@@ -38,7 +38,7 @@ def dpo_step(t: Setup, batch: StepBatch, reference: Reference, *, lr: float) -> 
         set_last_micro_batch(t.policy, last, keep_gathered=not t.config.shard.reshard_after_forward)
         losses, part = _losses(t, micro, reference)
         # FSDP averages gradients over ranks; the mean is over the pairs of all shares.
-        (losses.total * (t.shares / len(batch.pairs))).backward()
+        (losses.total * (t.averaged / len(batch.pairs))).backward()
         sums += part
         losses_of.append((micro.pairs, losses.each))
     dist.all_reduce(sums, group=t.data_group)

@@ -5,9 +5,23 @@ import time
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dpo_ray.data.loader import BatchShape, Mixture, PairList, PairLoader, epoch_order
-from dpo_ray.data.packing import attended, attention_mask, build_row, build_sample_row, deal, row_tokens
+from dpo_ray.data.packing import (
+    PIECES,
+    Span,
+    attended,
+    attention_mask,
+    build_row,
+    build_sample_row,
+    cut_row,
+    deal,
+    label_sources,
+    row_tokens,
+    token_limits,
+)
 from dpo_ray.types import TokenPair, TokenSample
 
 PAIR = TokenPair(prompt=(1, 2), chosen=(3, 4), rejected=(5,))
@@ -169,3 +183,54 @@ def test_both_layouts_carry_the_same_labels() -> None:
     shared, plain = (build_row([PAIR, TokenPair((9,), (8, 7), (6, 5, 4))], layout) for layout in ("shared", "plain"))
     assert torch.equal(shared.labels, plain.labels)
     assert torch.equal(shared.sequence, plain.sequence)
+
+
+SPANS = st.lists(
+    st.builds(Span, st.integers(1, 90), st.integers(0, 60), st.integers(0, 60)), min_size=1, max_size=5
+)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(SPANS, st.integers(1, 5))
+def test_a_cut_row_has_each_token_once_and_each_label_where_its_source_is(spans: list[Span], ranks: int) -> None:
+    cut = cut_row(spans, ranks)
+    row = np.arange(sum(map(sum, cut.spans)))
+    parts = [cut.tokens(rank) for rank in range(ranks)]
+    assert {len(part) for part in parts} == {len(row) // ranks}
+    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), row)
+    for rank, part in enumerate(parts):
+        np.testing.assert_array_equal(np.concatenate([row[piece] for piece in cut.stretches(rank)]), part)
+        assert set(label_sources(spans)[cut.labels(rank)]) <= set(part.tolist())
+    labels = np.concatenate([cut.labels(rank) for rank in range(ranks)])
+    np.testing.assert_array_equal(np.sort(labels), np.arange(sum(first + second for _, first, second in spans)))
+    assert 0 <= cut.padding < PIECES * ranks
+    assert cut.spans[: len(spans)] == tuple(spans)
+
+
+@settings(max_examples=200, deadline=None)
+@given(SPANS, st.integers(1, 5))
+def test_what_ranks_attend_to_differs_by_less_than_one_piece_has(spans: list[Span], ranks: int) -> None:
+    cut = cut_row(spans, ranks)
+    seen = token_limits(cut.spans).seen
+    of_ranks = [seen[cut.tokens(rank)].sum() for rank in range(ranks)]
+    assert max(of_ranks) - min(of_ranks) < seen.reshape(-1, cut.piece).sum(1).max() or ranks == 1
+
+
+def test_a_causal_stretch_is_cut_evenly() -> None:
+    # Eight pieces of 100 tokens, the n-th with 100 * 100 n + 5050 pairs of tokens: 7 + 4 + 3 + 0 and 6 + 5 + 2 + 1.
+    cut = cut_row([Span(800, 0, 0)], 2)
+    assert cut.pieces == ((0, 3, 4, 7), (1, 2, 5, 6))
+    assert cut.stretches(0) == (slice(0, 100), slice(300, 500), slice(700, 800))
+    assert [token_limits(cut.spans).seen[cut.tokens(rank)].sum() for rank in range(2)] == [160_200, 160_200]
+
+
+def test_what_tokens_see_counts_the_row_of_the_mask() -> None:
+    row = build_row([PAIR, TokenPair((6,), (7,), (8, 9))], "shared")
+    assert token_limits(row.spans).seen.tolist() == attention_mask(row)[0, 0].sum(1).tolist()
+
+
+def test_the_row_of_a_rank_without_pairs_can_be_cut() -> None:
+    cut = cut_row(build_row([], "shared").spans, 2)
+    assert cut.spans == ((1, 0, 0), (7, 0, 0))
+    assert [len(cut.tokens(rank)) for rank in range(2)] == [4, 4]
+    assert [len(cut.labels(rank)) for rank in range(2)] == [0, 0]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dpo_ray.data.packing import Span
+from dpo_ray.data.packing import Span, cut_row
 from dpo_ray.model.attention import BLOCK, _attend, packed_attention, stretches
 
 LENGTH = st.integers(0, 2 * BLOCK + 3)
@@ -72,6 +72,26 @@ def test_values_and_gradients_are_those_of_a_float64_softmax_over_the_masked_row
     made = inputs(spans, *heads, torch.float32)
     exact = value_and_gradients(by_mask, made, spans, torch.float64)
     assert max(off_by(value_and_gradients(packed, made, spans, torch.float32), exact)) < 1e-5
+
+
+@settings(max_examples=20, deadline=None)
+@given(SPANS, st.sampled_from([1, 2, 3]))
+def test_ranks_that_share_a_row_have_together_the_values_and_gradients_of_the_row(
+    spans: list[Span], ranks: int
+) -> None:
+    cut = cut_row(spans, ranks)
+    made = inputs(list(cut.spans), 4, 2, torch.float32)
+    exact = value_and_gradients(by_mask, made, list(cut.spans), torch.float64)
+
+    def shared(q: Tensor, k: Tensor, v: Tensor, spans: list[Span]) -> Tensor:
+        out = torch.zeros_like(q).transpose(1, 2)
+        for rank in range(ranks):
+            tokens, pieces = torch.from_numpy(cut.tokens(rank)), cut.stretches(rank)
+            found, _ = packed_attention(nn.Identity(), q[:, :, tokens], k, v, None, spans=spans, pieces=pieces)
+            out = out.index_copy(1, tokens, found)
+        return out
+
+    assert max(off_by(value_and_gradients(shared, made, list(cut.spans), torch.float32), exact)) < 1e-5
 
 
 @pytest.mark.parametrize("spans", [[Span(40, 300, 200)], [Span(300, 20, 30)] * 3])

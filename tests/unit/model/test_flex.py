@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
 from dpo_ray.config.schema import ModelConfig
-from dpo_ray.data.packing import PackedRow, Span, attention_mask, build_row
+from dpo_ray.data.packing import PackedRow, Span, attention_mask, build_row, cut_row
 from dpo_ray.model.flex import BLOCK, span_mask, token_limits, visible_blocks
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer, pair_logps, pair_losses
@@ -39,7 +39,7 @@ def test_blocks_are_those_of_the_dense_mask(spans: list[Span], block: int) -> No
     # Rows behind the end of a short last block do not exist, so that they cannot keep a block from being full.
     padded[len(mask) :] = True
     full = padded.reshape(blocks, block, blocks, block).swapaxes(1, 2).all((2, 3)) & some
-    found = visible_blocks(token_limits(spans), block)
+    found = visible_blocks(token_limits(spans), len(mask), block)
     np.testing.assert_array_equal(found.full, full)
     np.testing.assert_array_equal(found.partial, some & ~full)
 
@@ -54,6 +54,39 @@ def test_the_mask_is_the_one_that_torch_makes_of_every_pair_of_tokens() -> None:
     query, key = torch.arange(tokens)[:, None], torch.arange(tokens)[None]
     seen = mask.mask_mod(torch.tensor(0), torch.tensor(0), query.expand(tokens, tokens), key.expand(tokens, tokens))
     np.testing.assert_array_equal(seen.numpy(), dense_mask(spans))
+
+
+@settings(max_examples=100, deadline=None)
+@given(SPANS, st.sampled_from([1, 2, 3]), st.sampled_from([4, 16]))
+def test_blocks_of_some_of_the_tokens_are_those_of_their_rows_of_the_dense_mask(
+    spans: list[Span], ranks: int, block: int
+) -> None:
+    cut = cut_row(spans, ranks)
+    mask = dense_mask(cut.spans)
+    for rank in range(ranks):
+        queries = cut.tokens(rank)
+        rows = mask[queries]
+        blocks = visible_blocks(token_limits(cut.spans).of(queries), len(mask), block)
+        for q in range(-(-len(queries) // block)):
+            for k in range(-(-len(mask) // block)):
+                tile = rows[q * block : (q + 1) * block, k * block : (k + 1) * block]
+                full = tile.all() and tile.shape[1] == block
+                assert (blocks.partial[q, k], blocks.full[q, k]) == (tile.any() and not full, full)
+
+
+def test_the_mask_of_a_ranks_tokens_is_those_rows_of_the_dense_mask() -> None:
+    cut = cut_row([Span(200, 90, 150), Span(300, 0, 0), Span(3, 401, 260)], 2)
+    dense = dense_mask(cut.spans)
+    for rank in range(2):
+        queries = cut.tokens(rank)
+        mask = span_mask(cut.spans, torch.device("cpu"), queries)
+        shape = (len(queries), len(dense))
+        assert mask.mask_mod is not None
+        evaluated = create_block_mask(mask.mask_mod, 1, None, *shape, device="cpu", BLOCK_SIZE=BLOCK)
+        assert torch.equal(mask.to_dense(), evaluated.to_dense())
+        query, key = torch.arange(shape[0])[:, None].expand(shape), torch.arange(shape[1])[None].expand(shape)
+        seen = mask.mask_mod(torch.tensor(0), torch.tensor(0), query, key)
+        np.testing.assert_array_equal(seen.numpy(), dense[queries])
 
 
 def test_most_blocks_of_a_row_of_many_pairs_are_skipped() -> None:
