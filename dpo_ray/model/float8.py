@@ -1,13 +1,17 @@
 """Linear layers that multiply in eight-bit floating point (arXiv:2209.05433), by torchao.
 
-Weights, gradients and what is saved stay as they are; the factors of each product are scaled and rounded on its way.
+Weights, gradients and what is saved stay as they are; the factors of each product are scaled and rounded on its way,
+each token and each output by a scale of its own. One scale a tensor would be faster and could gather weights in eight
+bits, but it makes a completion's log-probability depend on the pairs in its row, and the reference is scored in others.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-CAPABILITY = (8, 9)
-"""The first CUDA GPUs that multiply eight-bit floats: Ada and Hopper."""
+CAPABILITY = (9, 0)
+"""The first CUDA GPUs with kernels for a scale a row: Hopper."""
 MULTIPLE = 16
 """The kernels take matrices whose sides are multiples of this."""
 
@@ -19,13 +23,13 @@ def refuse_without_float8(device: torch.device) -> None:
     found = torch.cuda.get_device_capability(device)
     if torch.version.hip is None and found < CAPABILITY:
         raise ValueError(
-            f"model.fp8: {torch.cuda.get_device_name(device)} (compute capability {found[0]}.{found[1]}) does not "
-            f"multiply eight-bit floats, GPUs from {CAPABILITY[0]}.{CAPABILITY[1]} on do; set model.fp8: false"
+            f"model.fp8: {torch.cuda.get_device_name(device)} has compute capability {found[0]}.{found[1]}; eight-bit "
+            f"products by rows need {CAPABILITY[0]}.{CAPABILITY[1]}; set model.fp8: false"
         )
 
 
 def use_float8(layers: nn.Module, *, emulate: bool = False) -> None:
-    """Let the linear layers in ``layers`` multiply in eight bits, with one scale a tensor, in all three products.
+    """Let the linear layers in ``layers`` multiply in eight bits, in all three products.
 
     Args:
         layers: the decoder layers: the head is not among them.
@@ -34,7 +38,7 @@ def use_float8(layers: nn.Module, *, emulate: bool = False) -> None:
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     # Rows have any length, which is the inner side of the products that give the gradients of weights.
-    config = Float8LinearConfig(pad_inner_dim=True, emulate=emulate)
+    config = replace(Float8LinearConfig.from_recipe_name("rowwise"), pad_inner_dim=True, emulate=emulate)
     convert_to_float8_training(layers, config=config, module_filter_fn=_fits)
 
 

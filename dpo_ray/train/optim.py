@@ -32,6 +32,19 @@ def adamw_8bit(
         block_size: parameters that share a scale.
     """
     from torchao.optim import AdamW8bit
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    # What an asynchronous checkpoint copies with, and torchao leaves out.
+    @OptimState8bit.implements(torch.ops.aten.clone.default)
+    def clone(func: Any, types: Any, args: Any, kwargs: Any) -> OptimState8bit:
+        (held,) = args
+        return OptimState8bit(held.codes.clone(), held.scale.clone(), held.qmap, held.signed, dtype=held.dtype)
+
+    @OptimState8bit.implements(torch.ops.aten.zeros_like.default)
+    def zeros_like(func: Any, types: Any, args: Any, kwargs: Any) -> OptimState8bit:
+        (held,) = args
+        device = (kwargs or {}).get("device", held.device)
+        return OptimState8bit.zeros(held.shape, held.signed, held.block_size, device, dtype=held.dtype)
 
     return AdamW8bit(groups, lr=lr, betas=betas, eps=eps, block_size=block_size)
 

@@ -76,6 +76,12 @@ def offline_counting_graphs(rank: int, config: dict[str, Any]) -> tuple[list[Met
     return lines, counters["stats"]["unique_graphs"]
 
 
+def offline_uncompiled(rank: int, config: dict[str, Any]) -> list[Metrics]:
+    """``offline`` without compiling what a library compiles for itself."""
+    with torch.compiler.set_stance("force_eager"):
+        return offline(rank, config)
+
+
 def offline_emulating_float8(rank: int, config: dict[str, Any]) -> list[Metrics]:
     """``offline`` with products of eight-bit floats that this machine multiplies as others."""
     emulated = partial(float8.use_float8, emulate=True)
@@ -84,7 +90,7 @@ def offline_emulating_float8(rank: int, config: dict[str, Any]) -> list[Metrics]
 
 
 def gathered_ahead(rank: int, model: dict[str, Any], sharding: dict[str, Any]) -> dict[str, list[Any]]:
-    """For each pass, in order, the layers that each of the root ("") and the layers asks to be gathered."""
+    """For each pass, in order, the layers that are asked for ahead, by the root and by other layers."""
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
     settings, device = ShardConfig.model_validate(sharding), torch.device("cpu")

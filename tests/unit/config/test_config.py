@@ -305,6 +305,12 @@ def test_checkpointing_is_a_kind_or_a_truth_value(offline, value, meaning):
     assert load(offline, f"shard.activation_checkpointing={value}").shard.activation_checkpointing == meaning
 
 
+def test_recomputing_compiled_layers_wants_attention_that_is_compiled_with_them(offline):
+    with pytest.raises(ConfigError, match=r"model\.attention: auto; set model\.attention: flex"):
+        load(offline, "shard.compile=true", "shard.activation_checkpointing=full")
+    assert load(offline, "shard.compile=true", "shard.activation_checkpointing=full", "model.attention=flex")
+
+
 @pytest.mark.parametrize("beside", ["model.lora={rank: 4}", "model.dtype=float32"])
 def test_products_in_eight_bits_are_refused_beside_what_they_do_not_go_with(offline, beside):
     with pytest.raises(ConfigError, match=r"model\.fp8"):
