@@ -93,6 +93,7 @@ FIXED_KEYS = (
     "data.max_prompt_tokens",
     "data.max_completion_tokens",
     "run.seed",
+    "optim.use",
     "loss.use",
     "loss.weights",
     "loss.weighting",
@@ -103,7 +104,7 @@ FIXED_KEYS = (
     "online.judge",
     "online.select",
 )
-"""Keys that decide which pairs a run trains on and against what; a run that resumes must share them."""
+"""Keys that decide what a run trains on, against what, and what its optimizer keeps; a resuming run shares them."""
 
 
 def first_difference(written: Mapping[str, Any], config: Config) -> str | None:
@@ -131,6 +132,9 @@ def refuse_uninstalled(config: Config) -> None:
             f"model.lora.quantize: {lora.quantize} needs bitsandbytes, which is not installed: "
             "pip install 'dpo-ray[qlora]'"
         )
+    low_bit = "optim.use: adamw_8bit" if config.optim.use == "adamw_8bit" else "model.fp8" if config.model.fp8 else None
+    if low_bit is not None and find_spec("torchao") is None:
+        raise ValueError(f"{low_bit} needs torchao, which is not installed: pip install 'dpo-ray[low_bit]'")
 
 
 def config_from_argv(usage: str, argv: Sequence[str] | None = None) -> Config:

@@ -37,6 +37,7 @@ REFERENCE_FREE_LOSSES = ("simpo", "orpo", "nll")
 JUDGES = ("length", "sentiment")
 SELECTORS = ("best_vs_worst", "random_pair")
 TRANSPORTS = ("object_store",)
+OPTIMIZERS = ("adamw", "adamw_8bit")
 # Names of built-in parts stand here besides in the parts' own dictionaries (a test holds them equal), so that a wrong
 # one is refused before torch is imported.
 
@@ -138,10 +139,21 @@ class ModelConfig(Section):
     attention: Literal["auto", "flex", "sdpa"] = "auto"
     """auto: torch's flash kernel on each pair of a packed row. flex: flex_attention with a block mask over the row, on
     GPUs only. sdpa: the same by a mask over the whole row; slow."""
+    fp8: bool = False
+    """Multiply in the decoder layers in eight-bit floating point, on GPUs that can (needs torchao: pip install
+    'dpo-ray[low_bit]'); weights are kept and gathered as without it. Saves time in large models, with shard.compile."""
     chat_template: str | None = None
     """Path of a Jinja chat template that replaces the tokenizer's own; needed for models without one."""
     lora: LoraConfig | None = None
     """Absent: all weights are trained."""
+
+    @model_validator(mode="after")
+    def _fp8_fits(self) -> Self:
+        if self.fp8 and self.lora is not None:
+            raise ValueError("model.fp8 is for training all weights; leave out model.fp8 or model.lora")
+        if self.fp8 and self.dtype == "float32":
+            raise ValueError("model.fp8 computes with less than model.dtype: float32 asks for; set bfloat16")
+        return self
 
 
 class ReferenceConfig(Section):
@@ -258,7 +270,7 @@ class OptimConfig(Section):
     """Optimizer, schedule and batch."""
 
     lr: float = Field(1e-6, gt=0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate after the warm-up."""
     warmup_steps: int = Field(0, ge=0)
@@ -269,6 +281,12 @@ class OptimConfig(Section):
     """AdamW's averaging constants."""
     eps: float = Field(1e-8, gt=0)
     """AdamW's denominator offset."""
+    use: Annotated[str, _one_of("optimizer", OPTIMIZERS)] = "adamw"
+    """adamw. adamw_8bit: its state in a quarter of the memory (needs torchao: pip install 'dpo-ray[low_bit]'); resumes
+    on the same number of workers. Or an import path: called with parameter groups, and lr, betas and eps where it takes
+    arguments of these names."""
+    args: dict[str, Any] = {}
+    """Further keyword arguments of the optimizer."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this global norm."""
     max_skipped_steps: int = Field(3, ge=0)
@@ -280,6 +298,10 @@ class OptimConfig(Section):
     share has room for as many from each."""
     layout: Literal["shared", "plain"] = "shared"
     """shared: the prompt of a pair runs once. plain: it runs for chosen and rejected each; slower, to compare with."""
+
+
+def _recomputing(value: Any) -> Any:
+    return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
 
 
 class ShardConfig(Section):
@@ -294,8 +316,14 @@ class ShardConfig(Section):
     """Tensor parallelism; only 1 is available yet."""
     reshard_after_forward: bool = True
     """Free a layer's gathered weights after its forward; false keeps them until the step ends: faster, more memory."""
-    activation_checkpointing: bool = False
-    """Recompute each layer in the backward pass instead of storing its activations."""
+    prefetch: int = Field(1, ge=1)
+    """Layers whose weights are gathered ahead of the one that computes; each takes the memory of its weights."""
+    activation_checkpointing: Annotated[Literal["none", "full", "selective"], BeforeValidator(_recomputing)] = "none"
+    """What of each layer is recomputed in the backward pass instead of stored. selective: all but matrix products and
+    attention, for little time. full: everything, for a third more time and the least memory. Either goes with
+    shard.compile under model.attention: flex or sdpa."""
+    activation_offload: bool = False
+    """Keep what is stored for the backward pass in host memory; GPUs only. Of selective, the inputs of layers."""
     cpu_offload: bool = False
     """Keep shards and optimizer state in host memory; GPUs only."""
     compile: bool = False
@@ -449,6 +477,11 @@ class Config(Section):
             raise ValueError(
                 "model.attention: sdpa masks a whole row, which no worker has with shard.context_parallel "
                 f"({self.shard.context_parallel}) > 1; set model.attention: auto or flex"
+            )
+        if self.shard.compile and self.shard.activation_checkpointing != "none" and self.model.attention == "auto":
+            raise ValueError(
+                "shard.compile compiles nothing of a layer that is recomputed around model.attention: auto; set "
+                "model.attention: flex (on a CPU sdpa), or shard.activation_checkpointing: none"
             )
         if self.online is not None and self.run.remote:
             raise ValueError(

@@ -18,6 +18,7 @@ from dpo_ray.launch.workers import train_on_workers
 from dpo_ray.model.load import read_model_config
 from dpo_ray.objective.losses import build_loss
 from dpo_ray.train.offline import train_offline
+from dpo_ray.train.optim import bind_optimizer
 from dpo_ray.types import Ending, Metrics
 
 LOOP = f"{__name__}:loop"
@@ -49,6 +50,7 @@ def refuse_unusable(config: Config) -> None:
     if not config.data.train:
         raise ValueError("data.train is empty: give files of preference pairs, or a hub dataset")
     build_loss(config.loss)
+    bind_optimizer(config.optim)
     read_model_config(config.model.path)
     storage.refuse_unusable(storage.folder_at(config.run.dir), "run.dir")
     if config.reference.object_store:

@@ -28,6 +28,7 @@ from dpo_ray.rollout.selectors import build_selector
 from dpo_ray.sync import TRANSPORTS
 from dpo_ray.sync.base import WeightSync
 from dpo_ray.train.online import train_online
+from dpo_ray.train.optim import bind_optimizer
 from dpo_ray.types import Ending, Prompt, RoundData, TokenSample
 
 LOOP = f"{__name__}:loop"
@@ -89,6 +90,7 @@ def refuse_unusable(config: Config) -> None:
     if config.online is None:
         raise ValueError("online: this command needs an online section (prompts, rounds, judge, ...)")
     build_loss(config.loss)
+    bind_optimizer(config.optim)
     build_judge(config.online.judge)
     build_selector(config.online.select)
     _transport(config)

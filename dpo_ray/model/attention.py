@@ -33,6 +33,7 @@ def use_packed_attention() -> str:
     return PACKED
 
 
+@torch.compiler.disable(reason="each row has spans of its own, and each would be compiled")
 def packed_attention(
     module: nn.Module,
     query: Tensor,

@@ -143,4 +143,5 @@ def flex_packed_attention(
 @functools.cache
 def _compiled() -> Any:
     """flex_attention compiled once for rows of any length; uncompiled it would make all T x T scores."""
-    return torch.compile(flex_attention, dynamic=True)
+    # Selective recomputation keeps only results that it sees.
+    return torch.compile(flex_attention, dynamic=True, options={"wrap_inductor_compiled_regions": True})

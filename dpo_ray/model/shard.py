@@ -10,8 +10,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from dpo_ray.config.schema import ModelConfig, ShardConfig
+from dpo_ray.model.activations import offload, recompute
 from dpo_ray.model.adapters import add_adapters
 from dpo_ray.model.context_parallel import Context
+from dpo_ray.model.float8 import refuse_without_float8, use_float8
 from dpo_ray.model.linear import use_float32_products
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer
@@ -56,20 +58,27 @@ def load_sharded(
     Trainable weights are float32 masters that compute in ``model.dtype`` with gradients reduced in float32; frozen
     ones, and with ``model.lora`` all but the adapters, are kept in the compute dtype.
     """
+    if model.fp8:
+        refuse_without_float8(device)
     compute = DTYPES[model.dtype]
     first = dist.get_rank() == 0
     masters = trainable and model.lora is None
     built = build_model(model, with_weights=first, dtype=torch.float32 if masters else compute)
     if trainable and model.lora is not None:
         add_adapters(built, model.lora)
+    if model.fp8:
+        use_float8(built.get_decoder().layers)
     if device.type == "cpu" and compute == torch.bfloat16:
         use_float32_products(built)
     weights = {f"model.{name}": tensor for name, tensor in built.state_dict().items()} if first else {}
     scorer = Scorer(built, context)
     if not trainable:
         scorer.requires_grad_(False)
-    if trainable and shard.activation_checkpointing:
-        built.gradient_checkpointing_enable({"use_reentrant": False})
+    if trainable:
+        for layer in scorer.layers:
+            recompute(layer, shard.activation_checkpointing)
+        if shard.activation_offload:
+            offload(built.get_decoder(), device)
     scorer.train(trainable)
     _apply_fsdp(scorer, shard, mesh, compute, device)
     if dist.get_world_size() > 1:
@@ -81,18 +90,28 @@ def _apply_fsdp(
     scorer: Scorer, shard: ShardConfig, mesh: DeviceMesh, compute: torch.dtype, device: torch.device
 ) -> None:
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-    offload = CPUOffloadPolicy() if shard.cpu_offload and device.type != "cpu" else OffloadPolicy()
+    offloading = CPUOffloadPolicy() if shard.cpu_offload and device.type != "cpu" else OffloadPolicy()
     for layer in scorer.layers:
         if shard.compile:
-            layer.compile()
+            layer.compile(dynamic=True)  # rows have any length
         fully_shard(
             layer,
             mesh=mesh,
             mp_policy=precision,
-            offload_policy=offload,
+            offload_policy=offloading,
             reshard_after_forward=shard.reshard_after_forward,
         )
-    fully_shard(scorer, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=False)
+    fully_shard(scorer, mesh=mesh, mp_policy=precision, offload_policy=offloading, reshard_after_forward=False)
+    _prefetch(scorer, shard.prefetch)
+
+
+def _prefetch(scorer: Scorer, ahead: int) -> None:
+    """Gather the weights of the ``ahead`` next layers while one computes, in both passes."""
+    forth: list[Any] = [scorer, *scorer.layers]
+    back = [scorer, *reversed(scorer.layers)]  # the head is the root's
+    for i in range(len(forth)):
+        forth[i].set_modules_to_forward_prefetch(forth[i + 1 : i + 1 + ahead])
+        back[i].set_modules_to_backward_prefetch(back[i + 1 : i + 1 + ahead])
 
 
 def _fill(scorer: Scorer, weights: dict[str, Any], parameters: torch.device, device: torch.device) -> None:

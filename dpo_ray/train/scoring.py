@@ -126,6 +126,8 @@ def cached_logps(t: Setup, source: PairStore, progress: Progress) -> tuple[np.nd
     numerics = f"{t.config.model.dtype}-{t.device.type}-{t.policy.model.config._attn_implementation}"
     if t.config.model.lora is not None and t.config.model.lora.quantize:
         numerics += f"-{t.config.model.lora.quantize}-{t.config.model.lora.targets}"
+    if t.config.model.fp8:
+        numerics += "-fp8"
     name = store_digest(digest, numerics)
     shared = t.config.reference.object_store
     store = ReferenceStore(

@@ -16,6 +16,7 @@ from dpo_ray.model.scorer import PairLosses, pair_losses
 from dpo_ray.model.shard import release_gathered, set_last_micro_batch
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.objective.metrics import PAIR_METRICS, pair_metric_sums
+from dpo_ray.train.optim import set_learning_rate
 from dpo_ray.train.setup import Setup
 from dpo_ray.types import Metrics
 
@@ -47,8 +48,7 @@ def dpo_step(t: Setup, batch: StepBatch, reference: Reference, *, lr: float) -> 
     means, norm = _means(sums, len(batch.pairs)), grad_norm.item()
     finite = math.isfinite(means["loss"]) and math.isfinite(norm)
     if finite:
-        for group in t.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(t.optimizer, lr)
         t.optimizer.step()
     t.optimizer.zero_grad()
     seconds = time.perf_counter() - started

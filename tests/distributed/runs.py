@@ -1,17 +1,22 @@
 """What the processes of the distributed tests run: real training on a tiny model, reported to a list."""
 
 import os
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 
-from dpo_ray.config.schema import Config
+from dpo_ray.config.schema import Config, ModelConfig, ShardConfig
+from dpo_ray.data.packing import build_row
 from dpo_ray.data.store import prepare_pairs
 from dpo_ray.data.tokenize import load_tokenizer
+from dpo_ray.model import float8, shard
+from dpo_ray.model.scorer import pair_losses
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.objective.losses import sigmoid
 from dpo_ray.train.offline import train_offline
-from dpo_ray.types import Metrics
+from dpo_ray.types import Metrics, TokenPair
 
 NAN_TOKENS = 20
 
@@ -61,6 +66,47 @@ def offline(rank: int, config: dict[str, Any], stop_after: int | None = None) ->
     reporter = ListReporter(stop_after if rank == 0 else None)
     train_offline(parsed, pairs=pairs, held_out=held_out, device=torch.device("cpu"), reporter=reporter)
     return reporter.lines
+
+
+def offline_counting_graphs(rank: int, config: dict[str, Any]) -> tuple[list[Metrics], int]:
+    """``offline``, and how many graphs torch.compile made for it."""
+    from torch._dynamo.utils import counters
+
+    lines = offline(rank, config)
+    return lines, counters["stats"]["unique_graphs"]
+
+
+def offline_uncompiled(rank: int, config: dict[str, Any]) -> list[Metrics]:
+    """``offline`` without compiling what a library compiles for itself."""
+    with torch.compiler.set_stance("force_eager"):
+        return offline(rank, config)
+
+
+def offline_emulating_float8(rank: int, config: dict[str, Any]) -> list[Metrics]:
+    """``offline`` with products of eight-bit floats that this machine multiplies as others."""
+    emulated = partial(float8.use_float8, emulate=True)
+    with mock.patch.multiple(shard, refuse_without_float8=lambda device: None, use_float8=emulated):
+        return offline(rank, config)
+
+
+def gathered_ahead(rank: int, model: dict[str, Any], sharding: dict[str, Any]) -> dict[str, list[Any]]:
+    """For each pass, in order, the layers that are asked for ahead, by the root and by other layers."""
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
+    settings, device = ShardConfig.model_validate(sharding), torch.device("cpu")
+    mesh = shard.build_mesh(settings, device)
+    policy = shard.load_sharded(ModelConfig.model_validate(model), settings, mesh, device, trainable=True)
+    asked: dict[str, list[Any]] = {"forward": [], "backward": []}
+    prefetch = FSDPParamGroup._prefetch_unshard
+
+    def noted(group: Any, kind: str) -> None:
+        asked[kind].append(group._module_fqn)
+        prefetch(group, kind)
+
+    with mock.patch.object(FSDPParamGroup, "_prefetch_unshard", staticmethod(noted)):
+        row = build_row([TokenPair((1, 2), (3, 4), (5,))], "shared")
+        pair_losses(policy, row, lambda logps, pairs: logps.chosen - logps.rejected).total.backward()
+    return asked
 
 
 def offline_in_store(

@@ -13,9 +13,15 @@ from safetensors.torch import load_file
 from dpo_ray.model.reference_store import ReferenceStore
 from dpo_ray.train.checkpoint import damaged_files
 from dpo_ray.train.export import export_checkpoint, find_checkpoint
-from tests.conftest import ragged_texts
+from tests.conftest import ragged_texts, save_tiny_model
 from tests.distributed.processes import run_ranks
-from tests.distributed.runs import offline
+from tests.distributed.runs import (
+    gathered_ahead,
+    offline,
+    offline_counting_graphs,
+    offline_emulating_float8,
+    offline_uncompiled,
+)
 
 WritePairs = Callable[[Sequence[tuple[str, str, str]]], Path]
 
@@ -87,11 +93,82 @@ def test_a_live_reference_gives_the_steps_of_a_cached_one(config: dict[str, Any]
     assert_same(cached, live, absolute=1e-5)
 
 
-def test_activation_checkpointing_and_resharding_change_nothing(config: dict[str, Any]) -> None:
+LEAN = (
+    {"activation_checkpointing": "full", "reshard_after_forward": False},
+    {"activation_checkpointing": "selective", "activation_offload": True, "prefetch": 2},
+)
+
+
+def test_recomputing_resharding_and_prefetching_change_nothing(config: dict[str, Any]) -> None:
     (lines,) = run_ranks(1, offline, config)
-    shard = {"activation_checkpointing": True, "reshard_after_forward": False}
-    (lean,) = run_ranks(1, offline, config | {"shard": shard})
-    assert_same(lines, lean, absolute=1e-5)
+    for shard in LEAN:
+        lean, _ = run_ranks(2, offline, config | {"shard": shard, "cluster": {"train_workers": 2}})
+        assert_same(lines, lean, absolute=1e-4)
+
+
+def test_layers_are_gathered_ahead_in_both_passes_as_many_as_asked(config: dict[str, Any], tmp_path: Path) -> None:
+    config["model"]["path"] = str(save_tiny_model(tmp_path / "deep", num_hidden_layers=4))
+    of_two, _ = run_ranks(2, gathered_ahead, config["model"], {"prefetch": 2})
+    # The root asks for two, then each layer for the two behind it.
+    assert of_two["forward"] == [f"model.model.layers.{i}" for i in (0, 1, 1, 2, 2, 3, 3)]
+    assert of_two["backward"] == [f"model.model.layers.{i}" for i in (3, 2, 2, 1, 1, 0, 0)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recomputing", "attention"), [("none", "auto"), ("selective", "sdpa")])
+def test_compiled_layers_give_the_steps_of_others_and_are_not_compiled_for_each_row(
+    config: dict[str, Any], recomputing: str, attention: str
+) -> None:
+    config["model"]["attention"] = attention
+    (lines,) = run_ranks(1, offline, config)
+    shard = {"compile": True, "activation_checkpointing": recomputing}
+    ((compiled, graphs),) = run_ranks(1, offline_counting_graphs, config | {"shard": shard})
+    assert_same(lines, compiled, absolute=1e-4)
+    print(graphs)
+    # Before and behind attention, with gradients and (scoring the reference) without.
+    assert 0 < graphs <= 8, "rows of twelve micro-batches and two layers share them"
+
+
+def test_eight_bit_averages_learn_and_resume_exactly(config: dict[str, Any]) -> None:
+    pytest.importorskip("torchao")
+    two = config | {"cluster": {"train_workers": 2}}
+    full, _ = run_ranks(2, offline, two)
+    low = two | {"optim": config["optim"] | {"use": "adamw_8bit"}}
+    undisturbed, _ = run_ranks(2, offline_uncompiled, low)
+    assert undisturbed[0]["loss"] == full[0]["loss"]
+    assert undisturbed[-1]["loss"] == pytest.approx(full[-1]["loss"], abs=0.05)
+    assert undisturbed[-1]["loss"] != full[-1]["loss"]
+    saving = config["run"] | {"name": "stopped", "save_every": 2}
+    run_ranks(2, offline_uncompiled, low | {"run": saving | {"steps": 4}})
+    resumed, _ = run_ranks(2, offline_uncompiled, low | {"run": saving})
+    assert [line["step"] for line in resumed] == [5, 6]
+    assert [line["loss"] for line in resumed] == [line["loss"] for line in undisturbed[4:]]
+
+
+def test_an_optimizer_of_ones_own_is_resumed(config: dict[str, Any]) -> None:
+    two = config | {"cluster": {"train_workers": 2}}
+    two["optim"] |= {"use": "torch.optim:Adagrad", "args": {"initial_accumulator_value": 0.1}}
+    undisturbed, _ = run_ranks(2, offline, two)
+    assert undisturbed[-1]["loss"] < 0.69
+    saving = config["run"] | {"name": "stopped", "save_every": 2}
+    run_ranks(2, offline, two | {"run": saving | {"steps": 4}})
+    resumed, _ = run_ranks(2, offline, two | {"run": saving})
+    assert_same(undisturbed[4:], resumed, absolute=1e-6)
+
+
+def test_products_in_eight_bits_learn_alike_on_one_and_two_workers(config: dict[str, Any]) -> None:
+    pytest.importorskip("torchao")
+    config["model"] |= {"dtype": "bfloat16"}
+    (full,) = run_ranks(1, offline, config)
+    config["model"] |= {"fp8": True}
+    with pytest.raises(Exception, match=r"model\.fp8: a cpu does not multiply eight-bit floats"):
+        run_ranks(1, offline, config)
+    (alone,) = run_ranks(1, offline_emulating_float8, config)
+    first, _ = run_ranks(2, offline_emulating_float8, config | {"cluster": {"train_workers": 2}})
+    assert alone[0]["loss"] == pytest.approx(0.693147, abs=1e-5), "the reference has the same products"
+    assert alone[0]["logps/chosen"] != full[0]["logps/chosen"]
+    assert alone[-1]["loss"] == pytest.approx(full[-1]["loss"], abs=0.1)
+    assert_same(alone[:1], first[:1], absolute=0.5)
 
 
 @pytest.mark.parametrize("then", [1, 2])

@@ -289,6 +289,34 @@ def test_four_bits_without_the_package_for_them_end_the_command_with_what_to_ins
     assert "model.lora.quantize: nf4 needs bitsandbytes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("setting", ["optim.use=adamw_8bit", "model.fp8=true"])
+def test_low_bits_without_the_package_for_them_end_the_command_with_what_to_install(
+    offline, capsys, monkeypatch, setting
+):
+    monkeypatch.setattr(load_module, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as end:
+        config_from_argv("DPO.", [str(offline), setting])
+    assert end.value.code == 2
+    assert "needs torchao, which is not installed: pip install 'dpo-ray[low_bit]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("value", "meaning"), [("true", "full"), ("false", "none"), ("selective", "selective")])
+def test_checkpointing_is_a_kind_or_a_truth_value(offline, value, meaning):
+    assert load(offline, f"shard.activation_checkpointing={value}").shard.activation_checkpointing == meaning
+
+
+def test_recomputing_compiled_layers_wants_attention_that_is_compiled_with_them(offline):
+    with pytest.raises(ConfigError, match=r"model\.attention: auto; set model\.attention: flex"):
+        load(offline, "shard.compile=true", "shard.activation_checkpointing=full")
+    assert load(offline, "shard.compile=true", "shard.activation_checkpointing=full", "model.attention=flex")
+
+
+@pytest.mark.parametrize("beside", ["model.lora={rank: 4}", "model.dtype=float32"])
+def test_products_in_eight_bits_are_refused_beside_what_they_do_not_go_with(offline, beside):
+    with pytest.raises(ConfigError, match=r"model\.fp8"):
+        load(offline, "model.fp8=true", beside)
+
+
 def test_a_live_reference_beside_four_bits_is_refused(offline):
     with pytest.raises(ConfigError, match=r"reference\.kind: live would keep a second model, in full precision"):
         load(offline, "model.lora={quantize: nf4}", "reference.kind=live")

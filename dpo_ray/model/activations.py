@@ -1,0 +1,121 @@
+"""What a decoder layer keeps of its forward pass for its backward pass, and where.
+
+All of it, only what is dear to compute, or only its input (``shard.activation_checkpointing``); on the GPU or in host
+memory (``shard.activation_offload``). Names of parameters and modules stay as they are.
+"""
+
+import functools
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._higher_order_ops import flex_attention, inductor_compiled_code
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+aten = torch.ops.aten
+DEAR = [
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten._scaled_mm.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    flex_attention,
+    # flex_attention compiled by itself, in a layer that is not.
+    inductor_compiled_code,
+]
+"""Operations whose results ``selective`` keeps: matrix products and attention, nearly all of a layer's arithmetic."""
+SMALLEST = 1 << 16
+"""Bytes below which a tensor is not worth a copy to host memory."""
+
+
+def recompute(layer: nn.Module, kind: Literal["none", "full", "selective"]) -> None:
+    """Compute what ``layer`` does not keep of its forward pass again in its backward pass (arXiv:1604.06174).
+
+    The layer's forward is replaced, below its hooks: FSDP's gathering is not repeated.
+
+    Args:
+        layer: its forward must be deterministic.
+        kind: ``full`` keeps the input alone; ``selective`` also the results of DEAR operations.
+    """
+    if kind != "none":
+        # A method, so that all layers share one code object: torch.compile compiles it once.
+        layer.forward = MethodType({"full": _keep_input, "selective": _keep_dear}[kind], layer)
+
+
+def _keep_input(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    forward: Any = MethodType(type(layer).forward, layer)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def _keep_dear(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    forward: Any = MethodType(type(layer).forward, layer)
+    context_fn = functools.partial(create_selective_checkpoint_contexts, DEAR)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn, **kwargs)
+
+
+def offload(decoder: nn.Module, device: torch.device) -> None:
+    """Hold what ``decoder`` saves for its backward pass in host memory; without effect on a CPU.
+
+    Args:
+        decoder: all layers; its forward is replaced.
+        device: where it computes.
+    """
+    if device.type != "cpu":
+        host = HostMemory(device)
+        decoder.forward = functools.partial(_with_hooks, decoder.forward, host.store, host.fetch)
+
+
+def _with_hooks(
+    forward: Callable[..., Any],
+    store: Callable[[Tensor], Tensor],
+    fetch: Callable[[Tensor], Tensor],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """``forward``, where activations of SMALLEST bytes and more are saved as what ``store`` makes of them.
+
+    Weights are not stored: FSDP frees and gathers them itself.
+    """
+
+    def pack(saved: Tensor) -> Tensor | tuple[Tensor]:
+        activation = type(saved) is Tensor and not isinstance(saved._base, nn.Parameter)
+        return (store(saved),) if activation and saved.nbytes >= SMALLEST else saved
+
+    def unpack(packed: Tensor | tuple[Tensor]) -> Tensor:
+        return fetch(packed[0]) if isinstance(packed, tuple) else packed
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return forward(*args, **kwargs)
+
+
+class HostMemory:
+    """Pinned host memory, reached over a stream of its own: copies run beside the GPU's work in both passes.
+
+    torch's ``save_on_cpu`` copies on the stream that computes, which waits for each copy.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream = device, torch.Stream(device)
+
+    def store(self, tensor: Tensor) -> Tensor:
+        """A copy in host memory; ``tensor`` may be freed at once."""
+        self.stream.wait_stream(torch.accelerator.current_stream(self.device))
+        with self.stream:
+            held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            held.copy_(tensor, non_blocking=True)
+        tensor.record_stream(self.stream)
+        return held
+
+    def fetch(self, held: Tensor) -> Tensor:
+        """The tensor back on the device. The host runs ahead of the GPU: copies begin before they are needed."""
+        current = torch.accelerator.current_stream(self.device)
+        with self.stream:
+            tensor = held.to(self.device, non_blocking=True)
+        current.wait_stream(self.stream)
+        tensor.record_stream(current)
+        return tensor
