@@ -268,8 +268,8 @@ class RolloutPool:
         engine = self.engines[index] = self._start_engine(index)
         self._await_ready(index, engine)
         self.lost.discard(index)
-        if self.weights is not None and self.weights[1] is not None:
-            version, buckets, digest = self.weights
+        version, buckets, digest = self.weights or (None, None, None)
+        if buckets is not None:
             timeout = self.config.online.sync_timeout_s if self.config.online else None
             calls = [
                 engine.start_update.remote(),

@@ -207,7 +207,7 @@ def side_by_side(ask: Callable[[], Any], act: Callable[[], Any], *, timeout_s: f
     for call in done:
         call.result()
     if waiting:
-        raise TimeoutError(f"{doing} did not end in {timeout_s:.0f} s (online.sync_timeout_s)")
+        raise TimeoutError(f"{doing} did not end in {timeout_s:g} s (online.sync_timeout_s)")
     return calls[0].result(), calls[1].result()
 
 
