@@ -36,7 +36,7 @@ LOSSES = (
 REFERENCE_FREE_LOSSES = ("simpo", "orpo", "nll")
 JUDGES = ("length", "sentiment")
 SELECTORS = ("best_vs_worst", "random_pair")
-TRANSPORTS = ("object_store",)
+TRANSPORTS = ("object_store", "nccl", "ipc")
 OPTIMIZERS = ("adamw", "adamw_8bit")
 # Names of built-in parts stand here besides in the parts' own dictionaries (a test holds them equal), so that a wrong
 # one is refused before torch is imported.
@@ -343,6 +343,10 @@ class ClusterConfig(Section):
     """Tensor-parallel GPUs of one engine; ignored on a cluster without GPUs."""
     cpus_per_engine: int = Field(1, ge=1)
     """CPUs of one engine; its threads on a CPU cluster."""
+    share_gpus: bool = False
+    """Engines run on the GPUs of training workers and take turns with them: they sleep while training runs, their
+    weights in host memory. Needs online.max_lag 0, and online.engine.gpu_memory_utilization that leaves room for the
+    training state (or shard.cpu_offload). Without GPUs nothing is shared but the turns are the same."""
     max_restarts: int = Field(3, ge=0)
     """How often failed training workers are restarted from the last checkpoint before the run fails."""
     start_timeout_s: float = Field(300.0, gt=0)
@@ -398,8 +402,10 @@ class SelectConfig(Component):
 class SyncConfig(Component):
     """What moves weights to the engines."""
 
-    use: Annotated[str, _one_of("transport", TRANSPORTS)] = "object_store"
-    """object_store, or import path."""
+    use: Annotated[str, _one_of("transport", ("auto", *TRANSPORTS))] = "auto"
+    """object_store: through Ray's object store, on CPUs and GPUs. nccl: a broadcast between GPUs, where engines have
+    their own. ipc: CUDA IPC on the card itself, with cluster.share_gpus. auto: object_store without GPUs, else nccl or
+    ipc. Or import path."""
 
 
 class OnlineConfig(Section):
@@ -488,6 +494,8 @@ class Config(Section):
                 f"run.dir is {self.run.dir!r}: an online run writes rounds that several processes read; object stores "
                 "are for offline runs, give a path that all nodes mount"
             )
+        if self.online is not None:
+            self._refuse_unfit_sharing(self.online)
         if self.run.best_metric is not None and (self.online is not None or not self.data.eval):
             raise ValueError("run.best_metric needs evaluations to compare; it is for offline runs with data.eval")
         if self.reference.refresh == "round" and self.online is None:
@@ -519,6 +527,30 @@ class Config(Section):
                 "set reference.kind: live (or auto), or reference.refresh: round"
             )
         return self
+
+    def _refuse_unfit_sharing(self, online: OnlineConfig) -> None:
+        use, size = online.sync.use, self.cluster
+        if use == "ipc" and not size.share_gpus:
+            raise ValueError(
+                "online.sync.use: ipc hands weights over on the card that engine and trainer share; set "
+                "cluster.share_gpus: true, or online.sync.use: nccl for engines with GPUs of their own"
+            )
+        if not size.share_gpus:
+            return
+        if online.max_lag > 0:
+            raise ValueError(
+                f"online.max_lag is {online.max_lag}: with cluster.share_gpus engines and training take turns on a "
+                "card, so that generation cannot run ahead; set online.max_lag: 0"
+            )
+        if use == "nccl":
+            raise ValueError(
+                "online.sync.use: nccl cannot serve cluster.share_gpus, NCCL refuses two ranks on one GPU; set auto"
+            )
+        if (needed := size.rollout_engines * size.gpus_per_engine) > size.train_workers:
+            raise ValueError(
+                f"cluster.share_gpus: cluster.rollout_engines x cluster.gpus_per_engine is {needed}, but "
+                f"cluster.train_workers brings {size.train_workers} GPUs to share"
+            )
 
     @property
     def max_model_len(self) -> int:

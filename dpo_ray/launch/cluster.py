@@ -43,14 +43,17 @@ class Cluster:
 
 
 def cpus_needed(config: ClusterConfig, engines: int, *, runs: int = 1, on_gpus: bool = False) -> int:
-    """CPUs that ``runs`` runs with ``engines`` engines each ask for; a tensor-parallel rank takes one more."""
-    per_engine = config.cpus_per_engine + (config.gpus_per_engine - 1 if on_gpus else 0)
+    """CPUs that ``runs`` runs with ``engines`` engines each ask for.
+
+    Engines on the GPUs of training workers ask for none: the workers wait while they write.
+    """
+    per_engine = 0 if on_gpus and config.share_gpus else config.cpus_per_engine
     return runs * (config.train_workers * config.cpus_per_worker + engines * per_engine)
 
 
 def gpus_needed(config: ClusterConfig, engines: int) -> int:
     """GPUs that a run on a cluster with GPUs asks for."""
-    return config.train_workers + engines * config.gpus_per_engine
+    return config.train_workers + (0 if config.share_gpus else engines * config.gpus_per_engine)
 
 
 @contextlib.contextmanager

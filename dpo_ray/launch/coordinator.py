@@ -20,7 +20,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from dpo_ray.config import Config
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.reporting import log_to_run
-from dpo_ray.launch.rollout_pool import RolloutPool
+from dpo_ray.launch.rollout_pool import EngineFailed, RolloutPool, Seat, own_place, shared_places
 from dpo_ray.launch.workers import GivenUp
 from dpo_ray.rollout.collect import prompts_of_round, seed_of, select_pairs
 from dpo_ray.rollout.judges import build_judge, check_scores
@@ -95,12 +95,19 @@ class Coordinator:
         self.evaluation_lock = threading.Lock()
         self.judge_actor: Any = None
         self.started: Future[None] = Future()
+        self.seats: Sequence[Seat] = ()
+        self.seating = threading.Lock()
 
     def start(self) -> None:
-        """Start the judge and the engines; those who ask for engines wait until they are up."""
+        """Start the judge and the engines; those who ask for engines wait until they are up.
+
+        Engines on the training workers' GPUs start when those are known; see ``seat``.
+        """
+        size = self.config.cluster
         try:
             self._start_judge()
-            self.pool.start()
+            if not (size.share_gpus and self.pool.cluster.on_gpus):
+                self.pool.start([own_place(size, on_gpus=self.pool.cluster.on_gpus)] * size.rollout_engines)
         except BaseException as error:
             self.started.set_exception(error)
         else:
@@ -113,6 +120,27 @@ class Coordinator:
             ray.kill(self.judge_actor)
 
     # ------------------------------------------------------------------------------------ asked by the training workers
+
+    def seat(self, seats: Sequence[Seat]) -> None:
+        """Start the engines on the training workers' GPUs, or move them to where the workers have started again.
+
+        Every rank asks, with the GPUs of all, before it takes memory: the engines measure what is free as they start,
+        and sleep from then on.
+        """
+        with self.seating:
+            if seats == self.seats:
+                with self.pool_state:  # of the workers before these
+                    self.pool_state.wait_for(lambda: not self.generating, timeout=self.online.generate_timeout_s)
+                self.pool.sleep()
+                return
+            self.pool.close()
+            self.seats = ()
+            try:
+                self.pool.start(shared_places(self.config.cluster, seats))
+            except ValueError as error:
+                raise EngineFailed(str(error)) from None
+            self.pool.sleep()
+            self.seats = seats
 
     def take(self, round: int) -> RoundData:
         """The pairs of a round; blocks until they are there."""
@@ -169,8 +197,12 @@ class Coordinator:
         """A fresh engine in the place of one that a trainer found dead or half loaded while it pushes."""
         return self.pool.replace(index)
 
-    def pushed(self, version: int, buckets: list[list[Any]], digest: str) -> None:
-        """Note that the engines hold ``version``, and the references it can be given from to an engine that joins."""
+    def pushed(self, version: int, buckets: list[list[Any] | None], digest: str) -> None:
+        """Note that the engines hold ``version``, and the references it can be given from to an engine that joins.
+
+        Args:
+            buckets: one list of references; None in its place when the push cannot be given again.
+        """
         self.pool.weights = version, buckets[0], digest
         with self.pool_state:
             self.pushing = False
@@ -227,13 +259,18 @@ class Coordinator:
                 raise TimeoutError(f"waited {timeout:.0f} s for a push of weights to end (online.sync_timeout_s)")
             self.generating = True
         try:
-            return self.pool.generate(
+            if self.config.cluster.share_gpus:
+                self.pool.wake()
+            groups = self.pool.generate(
                 prompts,
                 seeds,
                 candidates=candidates,
                 timeout_s=self.online.generate_timeout_s,
                 progress=lambda done, total: self.board.phase.remote(phase, done, total),
             )
+            if self.config.cluster.share_gpus:
+                self.pool.sleep()
+            return groups
         finally:
             with self.pool_state:
                 self.generating = False

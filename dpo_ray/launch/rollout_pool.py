@@ -1,18 +1,20 @@
-"""The pool of vLLM engines: Ray actors, one an engine, in placement groups apart from the training workers."""
+"""The pool of vLLM engines: Ray actors, one an engine, in placement groups of their own or on the trainers' GPUs."""
 
 import contextlib
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from dpo_ray.config import Config
+from dpo_ray.config.schema import ClusterConfig
 from dpo_ray.data.tokenize import load_tokenizer, render_prompt
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.reporting import log_to_run
@@ -34,10 +36,92 @@ class EngineFailed(GivenUp):
     """An engine could not be started, or the same work killed two engines."""
 
 
+class EnginesLost(RuntimeError):
+    """No engine is left that holds the policy's weights; the training workers start again and push them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """The GPU of one training worker."""
+
+    node: str
+    """Ray's id of the node."""
+    gpu: str
+    """Ray's id of the GPU on that node."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What one engine asks of Ray."""
+
+    bundles: tuple[dict[str, float], ...] = ()
+    """Of a placement group of its own, whose first bundle holds the actor; none for an engine on trainers' GPUs."""
+    node: str | None = None
+    """Where an engine on trainers' GPUs runs."""
+    num_cpus: int = 0
+    num_gpus: int = 0
+    """GPUs of the actor itself. Of a tensor-parallel engine Ray gives them to the workers that vLLM starts."""
+    environment: dict[str, str] = field(default_factory=dict)
+    executor: str = "ray"
+    """See ``VLLMEngine``."""
+
+
+KEEP_VISIBLE = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+"""Ray hides all GPUs from an actor that asks for none; with this it leaves the variable as it is."""
+
+
+def own_place(size: ClusterConfig, *, on_gpus: bool) -> Place:
+    """The place of an engine with CPUs and GPUs of its own."""
+    cpus = {"CPU": float(size.cpus_per_engine)}
+    if not on_gpus:
+        return Place(bundles=(cpus,), num_cpus=size.cpus_per_engine)
+    if size.gpus_per_engine == 1:
+        return Place(bundles=(cpus | {"GPU": 1.0},), num_cpus=size.cpus_per_engine, num_gpus=1)
+    # vLLM's workers take no CPU and one whole GPU each, one a bundle; that of the first bundle sits beside the actor.
+    bundles = (cpus | {"GPU": 1.0}, *({"GPU": 1.0} for _ in range(size.gpus_per_engine - 1)))
+    return Place(bundles=bundles, num_cpus=size.cpus_per_engine, environment=KEEP_VISIBLE)
+
+
+def shared_places(size: ClusterConfig, seats: Sequence[Seat]) -> list[Place]:
+    """The places of all engines on the GPUs of training workers.
+
+    An engine gets neighbouring ranks of one node, and sees their GPUs only. It asks Ray for nothing: what it uses is
+    its trainers', who wait meanwhile.
+
+    Args:
+        seats: of all ranks, in order.
+
+    Raises:
+        ValueError: the workers are spread so that not every engine finds enough GPUs on one node.
+    """
+    of_node: dict[str, list[str]] = defaultdict(list)
+    for seat in seats:
+        of_node[seat.node].append(seat.gpu)
+    width = size.gpus_per_engine
+    places = [
+        Place(
+            node=node,
+            environment=KEEP_VISIBLE | {"CUDA_VISIBLE_DEVICES": ",".join(gpus[start : start + width])},
+            executor="mp",
+        )
+        for node, gpus in of_node.items()
+        for start in range(0, len(gpus) - width + 1, width)
+    ]
+    if len(places) < size.rollout_engines:
+        raise ValueError(
+            f"cluster.rollout_engines={size.rollout_engines} with cluster.gpus_per_engine={width} on shared GPUs: the "
+            f"training workers' nodes have {', '.join(str(len(gpus)) for gpus in of_node.values())} of their GPUs, "
+            f"which seats {len(places)} engines"
+        )
+    return places[: size.rollout_engines]
+
+
 class EngineActor:
     """One engine in a process of its own. Calls run one at a time, in order."""
 
-    def __init__(self, config: dict[str, Any], index: int, *, on_cpu: bool, worker_extension: str) -> None:
+    def __init__(
+        self, config: dict[str, Any], index: int, *, on_cpu: bool, executor: str, worker_extension: str
+    ) -> None:
         self.config = Config.model_validate(config)
         log_to_run(self.config.run.path, f"engine-{index}")
 
@@ -51,6 +135,8 @@ class EngineActor:
             engine=online.engine,
             max_model_len=self.config.max_model_len,
             tensor_parallel=1 if on_cpu else self.config.cluster.gpus_per_engine,
+            executor=executor,
+            sleeps=self.config.cluster.share_gpus,
             worker_extension=worker_extension,
             on_cpu=on_cpu,
             seed=self.config.run.seed,
@@ -68,6 +154,18 @@ class EngineActor:
     def token_logps(self, token_ids: list[int]) -> list[float]:
         """Log-probability of each token after the first, nats."""
         return self.engine.token_logps(token_ids)
+
+    def sleep(self) -> None:
+        """Give the GPU up."""
+        self.engine.sleep()
+
+    def wake(self) -> None:
+        """Take the GPU again."""
+        self.engine.wake()
+
+    def init_transfer(self, info: dict[str, Any]) -> None:
+        """What the transport's receiving ends need to know."""
+        self.engine.init_transfer(info)
 
     def start_update(self) -> None:
         """Open a weight update."""
@@ -91,25 +189,27 @@ class RolloutPool:
 
     def __init__(self, config: Config, cluster: Cluster, worker_extension: str) -> None:
         self.config, self.cluster, self.worker_extension = config, cluster, worker_extension
+        self.places: list[Place] = []
         self.groups: list[Any] = []
         self.engines: list[Any] = []
-        self.weights: tuple[int, list[Any], str] | None = None
-        """Version, bucket references and digest of the last push, for engines that join later."""
+        self.lost: set[int] = set()
+        """Engines that died and cannot be given the weights before the next push."""
+        self.weights: tuple[int, list[Any] | None, str] | None = None
+        """Version, bucket references and digest of the last push; no references where it cannot be given again."""
 
-    def start(self) -> None:
-        """Start all engines and wait for them.
+    def start(self, places: Sequence[Place]) -> None:
+        """Start an engine in each place and wait for all.
 
         Raises:
             EngineFailed: one did not come up in ``cluster.start_timeout_s``.
         """
         size = self.config.cluster
-        for index in range(size.rollout_engines):
-            bundle = {"CPU": float(size.cpus_per_engine)}
-            bundles = [bundle | ({"GPU": 1.0} if self.cluster.on_gpus else {})]
-            if self.cluster.on_gpus and size.gpus_per_engine > 1:
-                # vLLM takes one GPU a bundle; bundle 0 also holds this actor's CPUs.
-                bundles += [{"GPU": 1.0, "CPU": 1.0}] * (size.gpus_per_engine - 1)
-            self.groups.append(placement_group(bundles, strategy="PACK", name=f"dpo_ray-engine-{index}"))
+        self.places = list(places)
+        self.groups = [
+            placement_group([dict(b) for b in place.bundles], strategy="PACK", name=f"dpo_ray-engine-{index}")
+            for index, place in enumerate(places)
+            if place.bundles
+        ]
         waited_for = [group.ready() for group in self.groups]
         _, missing = ray.wait(waited_for, num_returns=len(waited_for), timeout=size.start_timeout_s)
         if missing:
@@ -117,26 +217,31 @@ class RolloutPool:
                 f"{len(missing)} of {len(waited_for)} engines got no place in {size.start_timeout_s:.0f} s "
                 "(cluster.start_timeout_s): other work holds the cluster's CPUs or GPUs"
             )
-        self.engines = [self._start_engine(index) for index in range(size.rollout_engines)]
+        self.engines = [self._start_engine(index) for index in range(len(places))]
         for index, engine in enumerate(self.engines):
             self._await_ready(index, engine)
 
     def _start_engine(self, index: int) -> Any:
-        size, online = self.config.cluster, self.config.online
+        size, online, place = self.config.cluster, self.config.online, self.places[index]
         assert online is not None
         on_cpu = not self.cluster.on_gpus
-        single_gpu = self.cluster.on_gpus and size.gpus_per_engine == 1
-        strategy = PlacementGroupSchedulingStrategy(
-            self.groups[index], placement_group_bundle_index=0, placement_group_capture_child_tasks=True
-        )
+        environment = engine_environment(online.engine, on_cpu=on_cpu, threads=size.cpus_per_engine)
         actor = ray.remote(EngineActor).options(
-            num_cpus=size.cpus_per_engine,
-            num_gpus=1 if single_gpu else 0,
-            scheduling_strategy=strategy,
-            runtime_env={"env_vars": engine_environment(online.engine, on_cpu=on_cpu, threads=size.cpus_per_engine)},
+            num_cpus=place.num_cpus,
+            num_gpus=place.num_gpus,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                self.groups[index], placement_group_bundle_index=0, placement_group_capture_child_tasks=True
+            )
+            if place.node is None
+            else NodeAffinitySchedulingStrategy(place.node, soft=False),
+            runtime_env={"env_vars": environment | place.environment},
         )
         return actor.remote(
-            self.config.model_dump(mode="json"), index, on_cpu=on_cpu, worker_extension=self.worker_extension
+            self.config.model_dump(mode="json"),
+            index,
+            on_cpu=on_cpu,
+            executor=place.executor,
+            worker_extension=self.worker_extension,
         )
 
     def _await_ready(self, index: int, engine: Any) -> None:
@@ -152,7 +257,7 @@ class RolloutPool:
             raise EngineFailed(f"engine {index} failed to start: {_last_line(error)}; see {logs}") from None
 
     def replace(self, index: int) -> Any:
-        """A new engine in the place of a dead one, holding the weights of the last push.
+        """A new engine in the place of a dead one, holding the weights of the last push if they can be given again.
 
         Raises:
             EngineFailed: it did not come up, or received something else than was pushed.
@@ -162,8 +267,9 @@ class RolloutPool:
             ray.kill(self.engines[index])
         engine = self.engines[index] = self._start_engine(index)
         self._await_ready(index, engine)
-        if self.weights is not None:
-            version, buckets, digest = self.weights
+        self.lost.discard(index)
+        version, buckets, digest = self.weights or (None, None, None)
+        if buckets is not None:
             timeout = self.config.online.sync_timeout_s if self.config.online else None
             calls = [
                 engine.start_update.remote(),
@@ -185,7 +291,8 @@ class RolloutPool:
     ) -> list[CompletionGroup]:
         """One group a prompt, in order, the prompts shared by all engines.
 
-        A dead engine is replaced and its prompts are queued again, once.
+        The prompts of a dead engine are queued again, once. It is replaced if the new one can be given the weights, and
+        is done without until the next push otherwise.
 
         Args:
             progress: (prompts done, prompts in all).
@@ -193,6 +300,7 @@ class RolloutPool:
         Raises:
             TimeoutError: not all prompts were done in ``timeout_s``.
             EngineFailed: the same prompts killed two engines.
+            EnginesLost: no engine is left.
         """
         deadline = time.monotonic() + timeout_s
         results: list[list[CompletionGroup] | None] = []
@@ -200,8 +308,10 @@ class RolloutPool:
         for number, part in enumerate(_chunks(len(prompts), len(self.engines), candidates)):
             queue.append((number, part, 1))
             results.append(None)
-        idle, running = list(range(len(self.engines))), {}
+        idle, running = [index for index in range(len(self.engines)) if index not in self.lost], {}
         while queue or running:
+            if not idle and not running:
+                raise EnginesLost(f"all {len(self.engines)} engines died before they had written all candidates")
             while queue and idle:
                 number, part, attempt = queue.popleft()
                 engine = idle.pop()
@@ -223,10 +333,36 @@ class RolloutPool:
                         f"prompts {part.start} to {part.stop} killed two engines: {_last_line(error)}"
                     ) from None
                 queue.appendleft((number, part, attempt + 1))
+                if self.weights is not None and self.weights[1] is None:
+                    logger.warning("engine %d died; the next push of weights starts another in its place", engine)
+                    self.lost.add(engine)
+                    continue
                 self.replace(engine)
             idle.append(engine)
             progress(sum(len(r) for r in results if r), len(prompts))
         return [group for part in results if part for group in part]
+
+    def sleep(self) -> None:
+        """Let every engine give its GPUs up."""
+        self._each("falling asleep", lambda engine: engine.sleep.remote())
+
+    def wake(self) -> None:
+        """Let every engine take its GPUs again."""
+        self._each("waking up", lambda engine: engine.wake.remote())
+
+    def _each(self, doing: str, call: Callable[[Any], Any]) -> None:
+        """Wait for all engines to do something; a dead one is found when it is next given work."""
+        assert self.config.online is not None
+        timeout = self.config.online.sync_timeout_s
+        for index, answer in enumerate([call(engine) for engine in self.engines]):
+            try:
+                ray.get(answer, timeout=timeout)
+            except GetTimeoutError:
+                raise TimeoutError(
+                    f"{doing}: engine {index} did not answer in {timeout:.0f} s (online.sync_timeout_s)"
+                ) from None
+            except RayActorError:
+                continue
 
     def close(self) -> None:
         """Take the engines down and free their places."""
@@ -236,7 +372,7 @@ class RolloutPool:
         for group in self.groups:
             with contextlib.suppress(Exception):
                 remove_placement_group(group)
-        self.engines, self.groups = [], []
+        self.engines, self.groups, self.places, self.lost = [], [], [], set()
 
 
 def _chunks(prompts: int, engines: int, candidates: int) -> Iterator[slice]:
@@ -253,27 +389,30 @@ def _last_line(error: BaseException) -> str:
 class PoolReceiver:
     """The engines as one receiver of weights: the EngineGroup of rank 0, straight from trainer to engines.
 
-    A bucket is put into the object store once and fetched once a node; neither driver nor coordinator sees a tensor.
-    The references of a push are kept until the next one: an engine that dies, also during the push, is replaced by one
-    that is given the same buckets.
+    Neither driver nor coordinator sees a tensor. Of a transport that replays, a message is put into the object store
+    once and fetched once a node, and the references of a push are kept until the next one: an engine that dies, also
+    during the push, is replaced by one that is given the same messages.
 
     Args:
         coordinator: knows the engines and replaces dead ones.
         timeout_s: longest wait for one call.
+        workers_per_engine: GPUs of one engine.
+        replays: see ``WeightSync.replays``.
     """
 
-    def __init__(self, coordinator: Any, timeout_s: float) -> None:
-        self.coordinator, self.timeout_s = coordinator, timeout_s
+    def __init__(self, coordinator: Any, timeout_s: float, *, workers_per_engine: int, replays: bool) -> None:
+        self.coordinator, self.timeout_s, self.replays = coordinator, timeout_s, replays
+        self.host, self.workers_per_engine = ray.util.get_node_ip_address(), workers_per_engine
         self.engines: dict[int, Any] = {}
         self.dead: list[int] = []
-        self.buckets: list[Any] = []
+        self.messages: list[Any] = []
 
-    def start_update(self) -> None:
-        """Open an update on every engine that the pool has.
+    def start_update(self) -> Sequence[Hashable]:
+        """Open an update on every engine that the pool has; returns their handles.
 
         An engine that is dead, or that an interrupted push left half loaded, is replaced first.
         """
-        self.buckets, self.dead = [], []
+        self.messages, self.dead = [], []
         self.engines = dict(enumerate(ray.get(self.coordinator.begin_push.remote())))
         for index, engine in list(self.engines.items()):
             try:
@@ -281,18 +420,29 @@ class PoolReceiver:
             except RayError:
                 self.engines[index] = ray.get(self.coordinator.replace.remote(index))
                 ray.get(self.engines[index].start_update.remote(), timeout=self.timeout_s)
+        return list(self.engines.values())
+
+    def init_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
+        """Tell each engine's receiving ends what they need to know."""
+        of_engine = dict(zip(self.engines.values(), infos, strict=True))
+        self._call_each(
+            "preparing a transfer of weights", lambda engine: engine.init_transfer.remote(of_engine[engine])
+        )
 
     def load(self, bucket: Any) -> None:
-        """Send a bucket to every engine."""
-        reference = ray.put(bucket)
-        self.buckets.append(reference)
-        self._call_each("loading weights", lambda engine: engine.load.remote(reference))
+        """Send a message to every engine."""
+        message = bucket
+        if self.replays:
+            message = ray.put(bucket)
+            self.messages.append(message)
+        self._call_each("loading weights", lambda engine: engine.load.remote(message))
 
     def finish_update(self, version: int) -> list[str]:
         """Put the weights to use and give them to the replacements of engines that died; returns every digest."""
         digests = self._call_each("finishing a weight update", lambda engine: engine.finish_update.remote(version))
         # The list wraps the references, so that they travel as references and not as what they stand for.
-        ray.get(self.coordinator.pushed.remote(version, [self.buckets], digests[0]), timeout=self.timeout_s)
+        kept = [self.messages if self.replays else None]
+        ray.get(self.coordinator.pushed.remote(version, kept, digests[0]), timeout=self.timeout_s)
         for index in self.dead:
             self.engines[index] = ray.get(self.coordinator.replace.remote(index))
         return digests
@@ -302,14 +452,14 @@ class PoolReceiver:
         return self._call_each("scoring the probe text", lambda engine: engine.token_logps.remote(list(token_ids)))
 
     def _call_each(self, doing: str, call: Callable[[Any], Any]) -> list[Any]:
-        """The answers of all engines; an engine found dead is left out from here on.
+        """The answers of all engines; an engine found dead is left out from here on, if the push can do without it.
 
         Raises:
             TimeoutError: an engine did not answer in time.
-            RayActorError: no engine is left.
+            RayActorError: no engine is left, or one has died that the others wait for.
         """
         pending = {index: call(engine) for index, engine in self.engines.items()}
-        _, missing = ray.wait(list(pending.values()), num_returns=len(pending), timeout=self.timeout_s)
+        missing = self._unanswered(list(pending.values()))
         if missing:
             raise TimeoutError(
                 f"{doing}: {len(missing)} of {len(pending)} engines did not answer in {self.timeout_s:.0f} s "
@@ -322,6 +472,17 @@ class PoolReceiver:
             except RayActorError:
                 del self.engines[index]
                 self.dead.append(index)
-                if not self.engines:
+                if not self.engines or not self.replays:
                     raise
         return answers
+
+    def _unanswered(self, waiting: list[Any]) -> list[Any]:
+        """What has not answered in time. A failure ends the wait where the other engines wait for the failed one."""
+        deadline = time.monotonic() + self.timeout_s
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            if not done:
+                break
+            if not self.replays:
+                ray.get(done)
+        return waiting

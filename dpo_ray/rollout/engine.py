@@ -50,7 +50,7 @@ class Engine(Protocol):
 
         Raises:
             ValueError: a prompt leaves no room for ``sampling.max_tokens``; names its index.
-            RuntimeError: a weight update was started and not finished.
+            RuntimeError: a weight update was started and not finished, or the engine sleeps.
         """
         ...
 
@@ -61,8 +61,22 @@ class Engine(Protocol):
         """
         ...
 
+    def sleep(self) -> None:
+        """Give the GPU up to whoever shares it: weights go to host memory, keys and values are forgotten."""
+        ...
+
+    def wake(self) -> None:
+        """Take the GPU again, with the weights that the engine fell asleep with. An engine that is awake stays so."""
+        ...
+
+    def init_transfer(self, info: dict[str, Any]) -> None:
+        """Hand the transport's receiving ends, unread, what they need to know before the first message."""
+        ...
+
     def start_update(self) -> None:
         """Open a weight update. Until it is finished the engine refuses to generate.
+
+        An engine that sleeps wakes for it: its weights when the update is opened, its cache when it is finished.
 
         Raises:
             RuntimeError: an update is open already. Its layers are half loaded, so the engine has to be replaced.

@@ -31,8 +31,10 @@ class VLLMEngine:
         dtype: compute dtype, ``bfloat16`` or ``float32``.
         engine: vLLM's settings; ``engine.args`` goes to ``vllm.LLM`` last and overrides everything here.
         max_model_len: longest prompt plus completion, in tokens.
-        tensor_parallel: GPUs of this engine. Above 1 vLLM starts Ray workers in the placement group that this process
-            belongs to. Always 1 on a CPU.
+        tensor_parallel: GPUs of this engine. Always 1 on a CPU.
+        executor: who runs the workers of several GPUs. ``ray``: Ray, in the placement group that this process belongs
+            to. ``mp``: processes on the GPUs that this process sees.
+        sleeps: whether the engine takes turns on its GPUs with another process: then it can ``sleep``.
         worker_extension: ``WeightSync.worker_extension``, the dotted import path of the transport's class in vLLM's
             workers; None for an engine that never gets new weights. Importing the class registers the transport's
             receiving end with vLLM under the same path, and its ``received_digest()`` is the digest of what arrived.
@@ -49,6 +51,8 @@ class VLLMEngine:
         engine: EngineConfig,
         max_model_len: int,
         tensor_parallel: int = 1,
+        executor: str = "ray",
+        sleeps: bool = False,
         worker_extension: str | None = None,
         on_cpu: bool,
         seed: int = 0,
@@ -56,7 +60,7 @@ class VLLMEngine:
         from vllm import LLM
 
         self._render = render
-        self._update_open = False
+        self._update_open = self._asleep = False
         arguments: dict[str, Any] = {
             "model": model_path,
             "dtype": dtype,
@@ -77,8 +81,9 @@ class VLLMEngine:
         else:
             arguments["gpu_memory_utilization"] = engine.gpu_memory_utilization
             arguments["tensor_parallel_size"] = tensor_parallel
+            arguments["enable_sleep_mode"] = sleeps
             if tensor_parallel > 1:
-                arguments["distributed_executor_backend"] = "ray"
+                arguments["distributed_executor_backend"] = executor
         if worker_extension is not None:
             arguments["worker_extension_cls"] = worker_extension
             arguments["weight_transfer_config"] = {"backend": worker_extension}
@@ -97,7 +102,7 @@ class VLLMEngine:
         self, prompts: Sequence[Prompt], *, sampling: SamplingConfig, candidates: int, seeds: Sequence[int]
     ) -> list[CompletionGroup]:
         """Completions of each prompt; see ``Engine.generate``."""
-        self._refuse_half_updated()
+        self._refuse_unready()
         if sampling.temperature == 0 and candidates > 1:
             raise ValueError(
                 f"temperature 0 would write the same completion {candidates} times; "
@@ -125,7 +130,7 @@ class VLLMEngine:
         """Log-probability in nats of each token after the first; see ``Engine.token_logps``."""
         from vllm import SamplingParams
 
-        self._refuse_half_updated()
+        self._refuse_unready()
         (output,) = self._llm.generate(
             [{"prompt_token_ids": list(token_ids)}],
             SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
@@ -135,10 +140,30 @@ class VLLMEngine:
         after_the_first = zip(token_ids[1:], prompt_logprobs[1:], strict=True)
         return [logprobs[token].logprob for token, logprobs in after_the_first]
 
+    def sleep(self) -> None:
+        """Give the GPU up; see ``Engine.sleep``."""
+        if not self._asleep:
+            # Level 2 would drop the weights, and an engine that wakes without a push would write gibberish.
+            self._llm.sleep(level=1)
+            self._asleep = True
+
+    def wake(self) -> None:
+        """Take the GPU again; see ``Engine.wake``."""
+        self._refuse_half_updated()
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
+
+    def init_transfer(self, info: dict[str, Any]) -> None:
+        """Hand ``info`` to the transport's receiving end in every worker."""
+        self._llm.init_weight_transfer_engine({"init_info": info})
+
     def start_update(self) -> None:
         """Open a weight update; see ``Engine.start_update``."""
         self._refuse_half_updated()
         self._update_open = True
+        if self._asleep:
+            self._llm.wake_up(tags=["weights"])
         self._llm.start_weight_update()
 
     def load(self, bucket: Any) -> None:
@@ -151,6 +176,10 @@ class VLLMEngine:
         digests = set(self._llm.collective_rpc("received_digest"))
         if len(digests) != 1:
             raise RuntimeError(f"the workers of one engine received different weights: digests {sorted(digests)}")
+        if self._asleep:
+            # Only now: while weights travel, the sender's buckets need the room.
+            self._llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
         # vLLM keeps its cache over an update: prompts it has seen would go on with keys and values of the old weights.
         if not self._llm.reset_prefix_cache():
             raise RuntimeError(f"vLLM did not drop its prefix cache after the push of version {version}")
@@ -161,6 +190,11 @@ class VLLMEngine:
         """Shut vLLM down."""
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
+
+    def _refuse_unready(self) -> None:
+        self._refuse_half_updated()
+        if self._asleep:
+            raise RuntimeError("this engine sleeps: it has neither weights nor a cache on its GPU until it is woken")
 
     def _refuse_half_updated(self) -> None:
         if self._update_open:

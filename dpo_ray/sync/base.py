@@ -7,13 +7,20 @@ Knows nothing of Ray, of vLLM, or of how the weights of a policy are gathered: i
 import hashlib
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Item = TypeVar("Item")
+
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers that a tensor's elements are read as, by size in bytes."""
+CHECKSUM_BLOCK = 2**24
+"""Elements summed at a time: torch widens each to eight bytes for it."""
 
 
 class SyncMismatch(RuntimeError):
@@ -77,6 +84,60 @@ class Digest:
         return self._hash.hexdigest()
 
 
+class Checksum:
+    """Running digest of tensors that is computed where they are: bytes of GPUs need not come to the host.
+
+    The elements are summed as integers, weighted by row and by column, so that a changed, swapped or shifted one shows.
+    It guards against faults, not against forgery; it is the same on every device and for every split into buckets.
+    """
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._sums: list[Tensor] = []
+
+    def update(self, name: str, tensor: Tensor) -> None:
+        """Take in one tensor."""
+        self._hash.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        self._sums.append(_weighted_sum(tensor))
+
+    def hexdigest(self) -> str:
+        """Digest of everything taken in so far; waits for the devices."""
+        sums = [int(value) for value in self._sums]
+        return hashlib.sha256(f"{self._hash.hexdigest()} {sums}".encode()).hexdigest()
+
+
+def _weighted_sum(tensor: Tensor) -> Tensor:
+    words = tensor.detach().contiguous().view(WORDS[tensor.element_size()])
+    table = words.reshape(-1, words.shape[-1] if words.dim() else 1)
+    rows, width = table.shape
+    total = torch.zeros((), dtype=torch.int64, device=table.device)
+    columns = torch.zeros(width, dtype=torch.int64, device=table.device)
+    step = max(1, CHECKSUM_BLOCK // max(1, width))
+    for start in range(0, rows, step):
+        block = table[start : start + step].to(torch.int64)
+        total += (block.sum(1) * torch.arange(start + 1, start + 1 + len(block), device=table.device)).sum()
+        columns += block.sum(0)
+    return total * 31 + (columns * torch.arange(1, width + 1, device=table.device)).sum()
+
+
+def in_buckets(items: Iterable[Item], nbytes: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
+    """The items in order, in lists of at most ``limit`` bytes; a larger item comes alone.
+
+    Takes from ``items`` only as far as the next bucket needs, so that one bucket is in memory at a time.
+    """
+    bucket: list[Item] = []
+    size = 0
+    for item in items:
+        more = nbytes(item)
+        if bucket and size + more > limit:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(item)
+        size += more
+    if bucket:
+        yield bucket
+
+
 class EngineGroup(Protocol):
     """All engines of the pool as one receiver.
 
@@ -84,12 +145,27 @@ class EngineGroup(Protocol):
     for, runs out.
     """
 
-    def start_update(self) -> None:
-        """Open a weight update on every engine."""
+    host: str
+    """Address by which engines reach this process."""
+    workers_per_engine: int
+    """GPUs, and so receiving ends, of one engine."""
+    timeout_s: float
+    """Longest wait for one call."""
+
+    def start_update(self) -> Sequence[Hashable]:
+        """Wait until the engines are idle, and open a weight update on each.
+
+        Returns:
+            Who the engines are, in order: another one in a place is not equal to the one before.
+        """
         ...
 
-    def load(self, bucket: Bucket) -> None:
-        """Give the bucket to every engine. The sender leaves its memory as it is until the update is finished."""
+    def init_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
+        """Give each engine's receiving ends what they need to know before the first message, one entry an engine."""
+        ...
+
+    def load(self, bucket: Any) -> None:
+        """Give a message to every engine. The sender leaves its memory as it is until the update is finished."""
         ...
 
     def finish_update(self, version: int) -> list[str]:
@@ -118,6 +194,9 @@ class WeightSync(Protocol):
 
     worker_extension: str
     """Import path (dotted) of the class that vLLM loads in its workers: the receiving end."""
+    replays: bool
+    """Whether what was pushed can be given once more, to an engine that joins later. If not, a dead engine stays out
+    until the next push, and one that dies in a push ends it."""
 
     def connect(self, engines: EngineGroup | None) -> None:
         """Set where pushes go; None on every rank but rank 0."""
@@ -158,6 +237,52 @@ class WeightSync(Protocol):
     def close(self) -> None:
         """Let go of the engines and of whatever the transport holds."""
         ...
+
+
+class Sender:
+    """What all transports here do alike: everything but the push."""
+
+    def __init__(self) -> None:
+        self.engines: EngineGroup | None = None
+        self._connected = False
+
+    def connect(self, engines: EngineGroup | None) -> None:
+        """Set where pushes go; None on every rank but rank 0."""
+        self.engines, self._connected = engines, True
+
+    def verify(self, token_ids: Sequence[int], trainer: Sequence[float], *, tolerance: float) -> float:
+        """Compare the engines with the trainer on a probe text; see ``WeightSync.verify``."""
+        if self.engines is None:
+            return 0.0
+        return check_probe(trainer, self.engines.token_logps(token_ids), tolerance)
+
+    def close(self) -> None:
+        """Let go of the engines."""
+        self.engines, self._connected = None, False
+
+    def refuse_unconnected(self) -> None:
+        """Raise a RuntimeError before ``connect``."""
+        if not self._connected:
+            raise RuntimeError("push before connect: the weights would go nowhere")
+
+
+def bytes_of(bucket_mib: int) -> int:
+    """A transport's argument ``bucket_mib`` in bytes; refuses what is no size."""
+    if bucket_mib < 1:
+        raise ValueError(f"bucket_mib is {bucket_mib}; it must be at least 1 (online.sync.args.bucket_mib)")
+    return bucket_mib * 2**20
+
+
+def check_received(received: Sequence[str], sent: str, version: int) -> str:
+    """Hold the engines' digests against that of what was sent, which is returned.
+
+    Raises:
+        SyncMismatch: an engine received something else.
+    """
+    for index, digest in enumerate(received):
+        if digest != sent:
+            raise SyncMismatch(f"engine {index} received weights with digest {digest}; version {version} has {sent}")
+    return sent
 
 
 def check_probe(trainer: Sequence[float], engines: Sequence[Sequence[float]], tolerance: float) -> float:

@@ -6,37 +6,25 @@ receiving end runs in vLLM's workers, so that half of the file imports vLLM, and
 
 import functools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpo_ray.sync.base import Bucket, Digest, EngineGroup, SyncMismatch, WireTensor, check_probe
+from dpo_ray.sync.base import Bucket, Digest, Sender, WireTensor, bytes_of, check_received, in_buckets
 
 logger = logging.getLogger(__name__)
 
 
 def pack(weights: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype, bucket_bytes: int) -> Iterator[Bucket]:
-    """Buckets of whole tensors, in order, none larger than ``bucket_bytes`` unless a single tensor is.
-
-    Takes from ``weights`` only as far as the next bucket needs, so that one bucket is in memory at a time.
-    """
-    tensors: list[WireTensor] = []
-    size = 0
-    for name, weight in weights:
-        tensor = WireTensor.of(name, weight, dtype)
-        if tensors and size + tensor.array.nbytes > bucket_bytes:
-            yield Bucket(tuple(tensors))
-            tensors, size = [], 0
-        tensors.append(tensor)
-        size += tensor.array.nbytes
-    if tensors:
-        yield Bucket(tuple(tensors))
+    """Buckets of whole tensors, in order, none larger than ``bucket_bytes`` unless a single tensor is."""
+    wired = (WireTensor.of(name, weight, dtype) for name, weight in weights)
+    return (Bucket(tuple(tensors)) for tensors in in_buckets(wired, lambda t: t.array.nbytes, bucket_bytes))
 
 
-class ObjectStoreSync:
+class ObjectStoreSync(Sender):
     """The sending end: see ``WeightSync``.
 
     Args:
@@ -45,52 +33,27 @@ class ObjectStoreSync:
     """
 
     worker_extension = f"{__name__}.ObjectStoreWorker"
+    replays = True
 
     def __init__(self, bucket_mib: int = 256, dtype: str = "bfloat16") -> None:
-        if bucket_mib < 1:
-            raise ValueError(f"bucket_mib is {bucket_mib}; it must be at least 1 (online.sync.args.bucket_mib)")
-        self._bucket_bytes = bucket_mib * 2**20
+        super().__init__()
+        self._bucket_bytes = bytes_of(bucket_mib)
         self._dtype: torch.dtype = getattr(torch, dtype)
-        self._engines: EngineGroup | None = None
-        self._connected = False
-
-    def connect(self, engines: EngineGroup | None) -> None:
-        """Set where pushes go; None on every rank but rank 0."""
-        self._engines = engines
-        self._connected = True
 
     def push(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> str:
         """Send all weights and put them to use as ``version``; see ``WeightSync.push``."""
-        if not self._connected:
-            raise RuntimeError("push before connect: the weights would go nowhere")
-        if self._engines is None:
+        self.refuse_unconnected()
+        if self.engines is None:
             for _ in weights:  # a collective that rank 0 takes part in
                 pass
             return ""
         sent = Digest()
-        self._engines.start_update()
+        self.engines.start_update()
         for bucket in pack(weights, dtype=self._dtype, bucket_bytes=self._bucket_bytes):
-            self._engines.load(bucket)
+            self.engines.load(bucket)
             sent.update(bucket)
             logger.debug("version %d: sent %d tensors, %.1f MiB", version, len(bucket.tensors), bucket.nbytes / 2**20)
-        received = self._engines.finish_update(version)
-        for index, digest in enumerate(received):
-            if digest != sent.hexdigest():
-                raise SyncMismatch(
-                    f"engine {index} received weights with digest {digest}; version {version} has {sent.hexdigest()}"
-                )
-        return sent.hexdigest()
-
-    def verify(self, token_ids: Sequence[int], trainer: Sequence[float], *, tolerance: float) -> float:
-        """Compare the engines with the trainer on a probe text; see ``WeightSync.verify``."""
-        if self._engines is None:
-            return 0.0
-        return check_probe(trainer, self._engines.token_logps(token_ids), tolerance)
-
-    def close(self) -> None:
-        """Let go of the engines."""
-        self._engines = None
-        self._connected = False
+        return check_received(self.engines.finish_update(version), sent.hexdigest(), version)
 
 
 @functools.cache

@@ -247,6 +247,52 @@ def test_completions_are_stamped_with_the_version_of_the_push(engine: "VLLMEngin
     assert engine.version == group.policy_version == 17
 
 
+def test_an_engine_that_sleeps_writes_nothing_and_what_it_wrote_before_when_woken(
+    engine: "VLLMEngine", policy_a: Policy
+):
+    """On a CPU vLLM keeps the memory; what it does with its scheduler and its caches is the same."""
+    push(engine, policy_a, version=0)
+    before = greedy(engine)
+    engine.sleep()
+    engine.sleep()
+    with pytest.raises(RuntimeError, match="sleeps"):
+        greedy(engine)
+    with pytest.raises(RuntimeError, match="sleeps"):
+        engine.token_logps([1, 2, 3])
+    engine.wake()
+    engine.wake()
+    assert greedy(engine) == before
+
+
+def test_a_push_wakes_the_weights_first_and_the_cache_when_all_have_arrived(
+    engine: "VLLMEngine",
+    policy_b: Policy,
+    written_by_a_fresh_engine_of_b: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    calls: list[str] = []
+    for name in ("wake_up", "start_weight_update", "update_weights", "finish_weight_update", "reset_prefix_cache"):
+        real = getattr(engine._llm, name)
+
+        def noted(*args: object, _real=real, _name=name, **kwargs: object):
+            calls.append(" ".join([_name, *kwargs.get("tags", ())]))
+            return _real(*args, **kwargs)
+
+        monkeypatch.setattr(engine._llm, name, noted)
+    engine.sleep()
+    buckets = push(engine, policy_b, version=11).buckets
+    assert calls == [
+        "wake_up weights",
+        "start_weight_update",
+        *["update_weights"] * buckets,
+        "finish_weight_update",
+        "wake_up kv_cache",
+        "reset_prefix_cache",
+    ]
+    assert engine.version == 11
+    assert greedy(engine) == written_by_a_fresh_engine_of_b
+
+
 def test_token_logps_are_those_of_the_pushed_weights(engine: "VLLMEngine", policy_a: Policy, policy_b: Policy):
     token_ids = render(({"role": "user", "content": words(range(0, 900, 3))},))
     assert len(token_ids) > 256

@@ -191,6 +191,14 @@ def test_a_bad_value_is_answered_with_the_key_what_was_found_and_what_is_accepte
         (OFFLINE, ["reference.refresh=round"], "reference.refresh: round needs rounds"),
         (ONLINE, ["reference.refresh=round", "reference.kind=live"], "set reference.kind to auto or cached"),
         (ONLINE, ["reference.kind=cached"], "reference.kind: cached cannot score fresh pairs"),
+        (
+            ONLINE,
+            ["online.sync.use=ipc"],
+            "online.sync.use: ipc hands weights over on the card that engine and trainer",
+        ),
+        (ONLINE, ["cluster.share_gpus=true", "online.max_lag=1"], "online.max_lag is 1: with cluster.share_gpus"),
+        (ONLINE, ["cluster.share_gpus=true", "online.sync.use=nccl"], "NCCL refuses two ranks on one GPU"),
+        (ONLINE, ["cluster.share_gpus=true", "cluster.rollout_engines=2"], "train_workers brings 1 GPUs to share"),
     ],
 )
 def test_sections_that_do_not_go_together_are_refused(tmp_path, text, arguments, message):

@@ -1,0 +1,162 @@
+"""Weights between processes on real GPUs: ``pytest -m gpu tests/gpu``. One GPU runs the IPC test, two run both.
+
+The engine runs in a process of its own, as it does in a run: CUDA opens no handle in the process that made it.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dpo_ray.config.schema import EngineConfig
+from dpo_ray.sync.base import WeightSync
+from dpo_ray.sync.ipc import IPCSync
+from dpo_ray.sync.nccl import NCCLSync
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
+
+ENGINE = EngineConfig(gpu_memory_utilization=0.3)
+PROBE = list(range(4, 104))
+START_S, CALL_S = 300, 60
+
+
+def serve(calls: Any, path: str, worker_extension: str) -> None:
+    """The engine's process: answers (method, arguments) until told to close."""
+    from dpo_ray.rollout.vllm_engine import VLLMEngine
+    from tests.rollout_vllm.test_weight_push import MAX_MODEL_LEN, render
+
+    engine = VLLMEngine(
+        path,
+        render=render,
+        dtype="bfloat16",
+        engine=ENGINE,
+        max_model_len=MAX_MODEL_LEN,
+        sleeps=True,
+        worker_extension=worker_extension,
+        on_cpu=False,
+    )
+    calls.send(("answer", "ready"))
+    while True:
+        method, arguments = calls.recv()
+        if method == "close":
+            engine.close()
+            return
+        try:
+            found = getattr(engine, method)
+            calls.send(("answer", found(*arguments) if callable(found) else found))
+        except Exception as error:
+            calls.send(("error", repr(error)))
+
+
+class OneProcess:
+    """An ``EngineGroup`` of one engine in another process."""
+
+    host, workers_per_engine, timeout_s = "127.0.0.1", 1, float(CALL_S)
+
+    def __init__(self, calls: Any) -> None:
+        self.calls = calls
+        self.buckets = 0
+
+    def answer(self, seconds: float = CALL_S) -> Any:
+        assert self.calls.poll(seconds), f"the engine did not answer in {seconds} s"
+        kind, value = self.calls.recv()
+        assert kind == "answer", value
+        return value
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        self.calls.send((method, arguments))
+        return self.answer()
+
+    def start_update(self) -> list[str]:
+        self.buckets = 0
+        self.ask("start_update")
+        return ["it"]
+
+    def init_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
+        self.ask("init_transfer", infos[0])
+
+    def load(self, message: dict[str, Any]) -> None:
+        self.buckets += 1
+        self.ask("load", message)
+
+    def finish_update(self, version: int) -> list[str]:
+        return [self.ask("finish_update", version)]
+
+    def token_logps(self, token_ids: Sequence[int]) -> list[list[float]]:
+        return [self.ask("token_logps", list(token_ids))]
+
+
+@contextmanager
+def engine_on(gpu: int, path: Path, worker_extension: str) -> Iterator[OneProcess]:
+    from dpo_ray.rollout.vllm_engine import engine_environment
+
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=serve, args=(theirs, str(path), worker_extension))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    here = visible[gpu] if len(visible) > gpu and visible[0] else str(gpu)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in engine_environment(ENGINE, on_cpu=False, threads=2).items():
+            patch.setenv(name, value)
+        patch.setenv("CUDA_VISIBLE_DEVICES", here)
+        process.start()
+    try:
+        engines = OneProcess(ours)
+        engines.answer(START_S)
+        yield engines
+    finally:
+        ours.send(("close", ()))
+        process.join(30)
+        process.kill()
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    torch.cuda.init()  # before an engine's process gets an environment of its own
+    torch.cuda.set_device(0)
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def check_pushes(sync: WeightSync, engines: OneProcess, path: Path) -> None:
+    """Two different policies, the second pushed to an engine that sleeps."""
+    from tests.rollout_vllm.test_weight_push import saved_policy
+
+    sync.connect(engines)
+    for version, seed in ((3, 2), (4, 5)):
+        policy = saved_policy(seed, path / f"policy-{seed}")
+        expected = policy.token_logps(PROBE)  # by transformers, in float32
+        if version == 4:
+            engines.ask("sleep")
+        digest = sync.push([(n, w.to("cuda:0", torch.bfloat16)) for n, w in policy.weights()], version=version)
+        assert len(digest) == 64
+        assert engines.buckets > 1
+        assert engines.ask("version") == version
+        assert sync.verify(PROBE, expected, tolerance=0.1) > 0
+    sync.close()
+
+
+def test_an_engine_on_the_same_card_computes_with_the_weights_that_ipc_pushed(tmp_path: Path, one_rank: None) -> None:
+    from tests.rollout_vllm.test_weight_push import saved_policy
+
+    started = saved_policy(1, tmp_path / "start")
+    with engine_on(0, started.path, IPCSync.worker_extension) as engines:
+        check_pushes(IPCSync(bucket_mib=1), engines, tmp_path)
+    assert torch.cuda.memory_allocated() < 64 * 2**20, "buckets do not stay behind"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each end")
+def test_an_engine_on_another_card_computes_with_the_weights_that_nccl_pushed(tmp_path: Path, one_rank: None) -> None:
+    from tests.rollout_vllm.test_weight_push import saved_policy
+
+    started = saved_policy(1, tmp_path / "start")
+    with engine_on(1, started.path, NCCLSync.worker_extension) as engines:
+        check_pushes(NCCLSync(bucket_mib=1), engines, tmp_path)

@@ -1,0 +1,188 @@
+"""What the transports between GPUs build on: vLLM's own classes and functions, real as far as a CPU goes."""
+
+import inspect
+import queue
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpo_ray.sync import ipc, nccl
+from dpo_ray.sync.nccl import NCCLSync
+from tests.rollout_vllm.test_weight_push import Policy, environment, policy_a, policy_b, start_engine
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+__all__ = ["environment", "policy_a", "policy_b"]  # fixtures
+
+BUCKET = [("a", torch.zeros(2, 3, dtype=torch.bfloat16)), ("b", torch.zeros(4))]
+
+
+def accepts(function: Any, *args: Any, **kwargs: Any) -> None:
+    inspect.signature(function).bind(*args, **kwargs)
+
+
+def test_nccl_messages_are_records_of_vllm(environment: None):
+    from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, trainer_init
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferUpdateInfo
+    from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
+
+    first, second = (NCCLWeightTransferInitInfo(**info) for info in nccl.init_infos("10.0.0.7", 4000, 2, 2, 64))
+    assert (first.rank_offset, second.rank_offset, first.world_size, first.packed) == (1, 3, 5, True)
+    told = NCCLWeightTransferUpdateInfo(**nccl.message_of(BUCKET))
+    assert (told.names, told.dtype_names, told.shapes) == (["a", "b"], ["bfloat16", "float32"], [[2, 3], [4]])
+    accepts(trainer_init, {"master_address": "", "master_port": 0, "world_size": 2})
+    accepts(
+        packed_nccl_broadcast_producer,
+        iter(BUCKET),
+        None,
+        src=0,
+        post_iter_func=max,
+        buffer_size_bytes=1,
+        num_buffers=1,
+    )
+
+
+def test_a_bucket_is_one_broadcast_at_either_end_also_when_its_tensor_is_larger_than_the_limit(
+    environment: None, monkeypatch: pytest.MonkeyPatch
+):
+    """Both loops of vLLM with the streams taken out: what one sends, the other expects, number by number."""
+    import contextlib
+
+    from vllm.distributed.weight_transfer import packed_tensor
+
+    class Stream:
+        def synchronize(self) -> None: ...
+
+    class Group:
+        device = torch.device("cpu", 0)
+
+        def __init__(self) -> None:
+            self.sent: list[Tensor] = []
+
+        def broadcast(self, tensor: Tensor, src: int) -> None:
+            self.sent.append(tensor.clone())
+
+    class Listening(Group):
+        def broadcast(self, tensor: Tensor, src: int) -> None:
+            tensor.copy_(air.pop(0))
+
+    monkeypatch.setattr(packed_tensor, "_get_streams", lambda device, count: (Stream(),) * count)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.accelerator, "device_index", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    for bucket in (BUCKET, [("large", torch.randn(50))]):
+        group = Group()
+        nccl.Link(group, 40).broadcast(bucket)
+        assert len(group.sent) == 1
+        air, told, loaded = group.sent, nccl.message_of(bucket), []
+        dtypes = [getattr(torch, name) for name in told["dtype_names"]]
+        packed_tensor.packed_nccl_broadcast_consumer(
+            iter(zip(told["names"], zip(told["shapes"], dtypes, strict=True), strict=True)),
+            Listening(),
+            src=0,
+            post_unpack_func=loaded.extend,
+            buffer_size_bytes=40,
+            num_buffers=1,
+            device="cpu",
+        )
+        assert not air
+        assert [name for name, _ in loaded] == told["names"]
+        assert all(torch.equal(got, sent) for (_, got), (_, sent) in zip(loaded, bucket, strict=True))
+
+
+def test_ipc_messages_are_records_of_vllm(environment: None):
+    from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferInitInfo, IPCWeightTransferUpdateInfo
+    from vllm.distributed.weight_transfer.packed_tensor import PackedIpcChunk, packed_ipc_producer
+
+    assert IPCWeightTransferInitInfo(packed=True).packed
+    chunk = PackedIpcChunk(["a"], [[2, 3]], ["bfloat16"], [12], {"GPU-x": (1, 2)})
+    told = IPCWeightTransferUpdateInfo(**ipc.message_of(chunk, ipc.merged_handles([chunk.ipc_handle, {"GPU-y": (3,)}])))
+    assert told.ipc_handles == {"GPU-x": (1, 2), "GPU-y": (3,)}
+    assert told.tensor_sizes == [12]
+    accepts(packed_ipc_producer, iter(BUCKET), gpu_uuid="", post_iter_func=max, buffer_size_bytes=1)
+
+
+def test_both_receiving_ends_can_be_named_to_vllm(environment: None):
+    from vllm.distributed.weight_transfer.base import WeightTransferEngine
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    for transport in (NCCLSync, ipc.IPCSync):
+        assert hasattr(resolve_obj_by_qualname(transport.worker_extension), "received_digest")
+        receiver = WeightTransferEngineFactory._registry[transport.worker_extension]()
+        assert issubclass(receiver, WeightTransferEngine) and not receiver.__abstractmethods__
+
+
+def test_a_push_over_nccl_loads_a_real_engine_with_only_the_broadcast_replaced(
+    policy_a: Policy, policy_b: Policy, environment: None, monkeypatch: pytest.MonkeyPatch
+):
+    from vllm.distributed.weight_transfer import nccl_engine
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    # vLLM mixes the extension into this class for good, which engines of other transports in this process would meet.
+    monkeypatch.setattr(CPUWorker, "__bases__", CPUWorker.__bases__)
+    air: queue.Queue[list[tuple[str, Tensor]]] = queue.Queue()
+
+    class Group:
+        available, disabled = True, False
+
+        def destroy(self) -> None: ...
+
+    def join(init_info: Any, parallel_config: Any) -> Group:
+        assert (init_info.rank_offset, parallel_config.rank, init_info.world_size) == (1, 0, 2)
+        return Group()
+
+    def consumer(iterator: Iterator[Any], group: Any, post_unpack_func: Any, **geometry: Any) -> None:
+        told, bucket = list(iterator), air.get(timeout=10)
+        assert [(name, list(shape)) for name, (shape, _) in told] == [(n, list(t.shape)) for n, t in bucket]
+        post_unpack_func(bucket)
+
+    class Sender:
+        def on_wire(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+            return tensor.detach().to(dtype)
+
+        def broadcast(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
+            air.put(list(bucket))
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(nccl_engine, "worker_init_process_group", join)
+    monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_consumer", consumer)
+    monkeypatch.setattr(nccl, "open_link", lambda *where: Sender())
+    engine = start_engine(policy_a, worker_extension=NCCLSync.worker_extension)
+
+    class One:
+        host, workers_per_engine, timeout_s = "127.0.0.1", 1, 30.0
+
+        def start_update(self) -> list[str]:
+            engine.start_update()
+            return ["it"]
+
+        def init_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
+            engine.init_transfer(infos[0])
+
+        def load(self, message: dict[str, Any]) -> None:
+            engine.load(message)
+
+        def finish_update(self, version: int) -> list[str]:
+            return [engine.finish_update(version)]
+
+    try:
+        sync = NCCLSync(bucket_mib=1)
+        sync.connect(One())
+        assert sync.push(policy_b.weights(), version=5)
+        assert engine.version == 5
+        (norm,) = engine._llm.collective_rpc(lambda worker: worker.model_runner.model.model.norm.weight.detach())
+        assert torch.equal(norm, policy_b.model.model.norm.weight)
+        (embedding,) = engine._llm.collective_rpc(
+            lambda worker: worker.model_runner.model.model.embed_tokens.weight.detach().clone()
+        )
+        assert torch.equal(embedding[: policy_b.model.config.vocab_size], policy_b.model.model.embed_tokens.weight)
+        sync.close()
+    finally:
+        engine.close()

@@ -1,0 +1,382 @@
+"""Transports between GPUs, with everything but the GPU: plans, messages, order of calls, and waits that end."""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dpo_ray.sync import ipc, nccl
+from dpo_ray.sync.base import Checksum, SyncMismatch, in_buckets
+from dpo_ray.sync.receiving import Noting, NotingModel
+
+SIZES = (10, 20, 30, 5, 5)
+
+
+def weights() -> list[tuple[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [(f"layers.{i}.weight", torch.randn(size, generator=generator)) for i, size in enumerate(SIZES)]
+
+
+def digest_of(tensors: Sequence[tuple[str, Tensor]]) -> str:
+    checksum = Checksum()
+    for name, tensor in tensors:
+        checksum.update(name, tensor)
+    return checksum.hexdigest()
+
+
+WIRED = [(name, tensor.bfloat16()) for name, tensor in weights()]
+
+
+class Engines:
+    """Two engines of two workers that take part in each broadcast, or stop doing so."""
+
+    host, workers_per_engine = "10.0.0.7", 2
+
+    def __init__(self, timeout_s: float = 20.0) -> None:
+        self.timeout_s = timeout_s
+        self.calls: list[Any] = []
+        self.who = ["first", "second"]
+        self.air: list[Any] = []
+        self.sent, self.arrived = threading.Semaphore(0), threading.Semaphore(0)
+        self.fails: BaseException | None = None
+        self.silent = threading.Event()
+        self.received: list[tuple[str, Tensor]] = []
+
+    def start_update(self) -> list[str]:
+        self.calls.append("start")
+        self.received = []
+        return list(self.who)
+
+    def init_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
+        self.calls.append("init")
+        self.infos = list(infos)
+
+    def load(self, message: dict[str, Any]) -> None:
+        self.calls.append([name.split(".")[1] for name in message["names"]])
+        if self.fails:
+            raise self.fails
+        if self.silent.is_set():
+            time.sleep(30)
+        self.arrived.release()  # the sender may only now send: a broadcast needs both
+        assert self.sent.acquire(timeout=5)
+        bucket = self.air.pop()
+        assert message["names"] == [name for name, _ in bucket]
+        assert message["shapes"] == [list(tensor.shape) for _, tensor in bucket]
+        assert message["dtype_names"] == ["bfloat16"] * len(bucket)
+        self.received += bucket
+
+    def finish_update(self, version: int) -> list[str]:
+        self.calls.append(f"finish {version}")
+        return [digest_of(self.received)] * 2
+
+    def token_logps(self, token_ids: Sequence[int]) -> list[list[float]]:
+        return [[-1.0] * (len(token_ids) - 1)] * 2
+
+
+@dataclass
+class Air:
+    """The link of the sender to ``Engines``."""
+
+    engines: Engines
+    closed: bool = False
+
+    def on_wire(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        return tensor.to(dtype)
+
+    def broadcast(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
+        while not self.engines.arrived.acquire(timeout=0.01):
+            if self.closed:
+                return
+        self.engines.air.append(list(bucket))
+        self.engines.sent.release()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def sync(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[nccl.NCCLSync, Engines, list[Air]]]:
+    engines, links = Engines(), []
+
+    def open_link(host: str, port: int, world: int, device: int, bucket_bytes: int) -> Air:
+        assert (host, world) == ("10.0.0.7", 5)
+        links.append(Air(engines))
+        return links[-1]
+
+    monkeypatch.setattr(nccl, "open_link", open_link)
+    sync = nccl.NCCLSync()
+    sync._bucket_bytes = 60  # 20, 40, 60, 10 and 10 bytes in bfloat16
+    sync.connect(engines)
+    yield sync, engines, links
+    sync.close()
+
+
+def test_a_changed_a_swapped_and_a_renamed_element_each_change_the_checksum():
+    tensor = torch.arange(12, dtype=torch.float32).reshape(3, 4)
+    changed, rows, columns = tensor.clone(), tensor[[1, 0, 2]], tensor[:, [0, 2, 1, 3]]
+    changed[2, 3] += 1
+    of = [digest_of([("w", t)]) for t in (tensor, changed, rows, columns, tensor.reshape(4, 3), tensor.bfloat16())]
+    assert len({*of, digest_of([("v", tensor)])}) == 7
+    assert digest_of([("w", tensor.T.contiguous().T)]) == of[0], "the layout in memory plays no part"
+
+
+def test_the_checksum_is_the_weighted_sum_that_it_says_and_does_not_depend_on_its_blocks(monkeypatch):
+    from dpo_ray.sync import base
+
+    words = torch.tensor([[1, -2], [3, 2**31 - 1], [5, 6]], dtype=torch.int32)
+    table = words.tolist()
+    by_row = sum((i + 1) * sum(row) for i, row in enumerate(table))
+    by_column = sum((j + 1) * row[j] for row in table for j in range(2))
+    assert base._weighted_sum(words).item() == 31 * by_row + by_column
+    monkeypatch.setattr(base, "CHECKSUM_BLOCK", 2)
+    assert base._weighted_sum(words).item() == 31 * by_row + by_column
+
+
+def test_buckets_keep_their_order_and_their_limit():
+    assert list(in_buckets([20, 40, 60, 10, 10], lambda size: size, 60)) == [[20, 40], [60], [10, 10]]
+    assert list(in_buckets([1, 100, 1], lambda size: size, 60)) == [[1], [100], [1]]
+    assert list(in_buckets([], lambda size: size, 60)) == []
+
+
+def test_workers_of_all_engines_follow_the_sender_in_one_group():
+    infos = nccl.init_infos("10.0.0.7", 4000, engines=3, workers_per_engine=4, bucket_bytes=60)
+    ranks = [info["rank_offset"] + worker for info in infos for worker in range(4)]
+    assert ranks == list(range(1, 13)), "rank 0 is the sender; each worker adds its own rank to the offset"
+    assert {info["world_size"] for info in infos} == {13}
+    assert {(info["packed_buffer_size_bytes"], info["packed"]) for info in infos} == {(60, True)}
+
+
+def test_a_push_over_nccl_makes_one_call_a_bucket_and_builds_the_group_once(sync):
+    sender, engines, links = sync
+    digest = sender.push(weights(), version=3)
+    assert engines.calls == ["start", "init", ["0", "1"], ["2"], ["3", "4"], "finish 3"]
+    assert [info["rank_offset"] for info in engines.infos] == [1, 3]
+    assert digest == digest_of(WIRED)
+    engines.calls.clear()
+    sender.push(weights(), version=4)
+    assert engines.calls == ["start", ["0", "1"], ["2"], ["3", "4"], "finish 4"]
+    assert len(links) == 1
+
+
+def test_the_group_is_built_again_when_an_engine_was_replaced(sync):
+    sender, engines, links = sync
+    sender.push(weights(), version=0)
+    engines.who[1] = "its replacement"
+    sender.push(weights(), version=1)
+    assert [link.closed for link in links] == [True, False]
+    assert engines.calls.count("init") == 2
+
+
+def test_an_engine_that_never_answers_ends_the_push_in_time_and_the_group(sync, monkeypatch):
+    sender, engines, links = sync
+    monkeypatch.setattr(nccl, "GRACE_S", 0.0)
+    sender.push(weights(), version=0)
+    engines.timeout_s = 0.3
+    engines.silent.set()
+    began = time.monotonic()
+    with pytest.raises(
+        TimeoutError, match=r"broadcasting 2 tensors of version 1 to 2 engines did not end in 0\.3 s .*sync_timeout_s"
+    ):
+        sender.push(weights(), version=1)
+    assert time.monotonic() - began < 5
+    assert links[0].closed, "what still waits for NCCL is aborted"
+    engines.silent.clear()
+    engines.timeout_s = 20
+    sender.push(weights(), version=2)
+    assert len(links) == 2
+
+
+def test_an_engine_that_fails_ends_the_push_with_its_own_words_and_at_once(sync):
+    sender, engines, links = sync
+    engines.fails = RuntimeError("engine 1 is dead")
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="engine 1 is dead"):
+        sender.push(weights(), version=0)
+    assert time.monotonic() - began < 5, "the broadcast, which waits for the dead one, is not waited for"
+    assert links[0].closed
+
+
+def test_an_engine_with_other_bytes_is_a_mismatch(sync, monkeypatch):
+    sender, engines, _ = sync
+    monkeypatch.setattr(engines, "finish_update", lambda version: [digest_of(WIRED), digest_of(WIRED[1:])])
+    with pytest.raises(SyncMismatch, match="engine 1 received weights with digest"):
+        sender.push(weights(), version=0)
+
+
+@pytest.mark.parametrize("transport", [nccl.NCCLSync, ipc.IPCSync])
+def test_a_bucket_without_size_and_a_push_before_connect_are_refused(transport):
+    with pytest.raises(ValueError, match=r"online\.sync\.args\.bucket_mib"):
+        transport(bucket_mib=0)
+    with pytest.raises(RuntimeError, match="before connect"):
+        transport().push(weights(), version=0)
+
+
+def test_a_communicator_without_nccl_is_refused():
+    @dataclass
+    class Group:
+        available: bool = False
+        disabled: bool = True
+
+    with pytest.raises(RuntimeError, match="no NCCL library"):
+        nccl.refuse_unavailable(Group())
+
+
+# ------------------------------------------------------------------------------------------------------------------ IPC
+
+
+def test_handles_of_all_ranks_are_kept_by_gpu_and_two_ranks_on_one_gpu_are_refused():
+    assert ipc.merged_handles([{"GPU-a": (1,)}, {"GPU-b": (2,)}]) == {"GPU-a": (1,), "GPU-b": (2,)}
+    with pytest.raises(ValueError, match="two training workers are on GPU GPU-a"):
+        ipc.merged_handles([{"GPU-a": (1,)}, {"GPU-a": (2,)}])
+
+
+@dataclass
+class Chunk:
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+    tensor_sizes: list[int]
+    ipc_handle: dict[str, tuple[Any, ...]]
+
+
+class Card:
+    """Stands in for the GPU of a rank: what it exports, and what it has freed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.memory: dict[int, list[tuple[str, Tensor]]] = {}
+        self.log: list[str] = []
+        monkeypatch.setattr(ipc, "on_wire", lambda tensor, dtype: tensor.to(dtype))
+        monkeypatch.setattr(ipc, "release_unused", lambda: self.log.append("released"))
+        monkeypatch.setattr(ipc, "export", self.export)
+
+    def export(self, bucket: Sequence[tuple[str, Tensor]]) -> Iterator[Chunk]:
+        address = len(self.log)
+        self.memory[address] = list(bucket)
+        self.log.append("exported")
+        names = [name for name, _ in bucket]
+        shapes, sizes = [list(t.shape) for _, t in bucket], [t.nbytes for _, t in bucket]
+        yield Chunk(names, ["bfloat16"] * len(names), shapes, sizes, {"GPU-a": (address,)})
+        del self.memory[address]
+        self.log.append("freed")
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_push_over_ipc_frees_each_bucket_after_the_engines_have_read_it(monkeypatch, one_rank):
+    card, received = Card(monkeypatch), []
+
+    class Readers(Engines):
+        def load(self, message: dict[str, Any]) -> None:
+            assert message["tensor_sizes"] == [2 * shape[0] for shape in message["shapes"]]
+            card.log.append("read")
+            received.extend(card.memory[message["ipc_handles"]["GPU-a"][0]])
+
+        def finish_update(self, version: int) -> list[str]:
+            card.log.append(f"finish {version}")
+            return [digest_of(received)]
+
+    engines, sender = Readers(), ipc.IPCSync()
+    sender._bucket_bytes = 60
+    sender.connect(engines)
+    digest = sender.push(weights(), version=7)
+    bucket = ["exported", "read", "freed"]
+    assert card.log == ["released", *bucket, *bucket, *bucket, "released", "finish 7"]
+    assert digest == digest_of(WIRED)
+    assert engines.infos == [{"packed": True}] * 2
+    assert not card.memory
+    received.clear()
+    sender.push(weights(), version=8)
+    assert engines.calls == ["start", "init", "start"], "who was told once is not told again"
+
+
+def test_a_rank_without_engines_exports_its_buckets_too(monkeypatch, one_rank):
+    card, sender = Card(monkeypatch), ipc.IPCSync()
+    sender._bucket_bytes = 60
+    sender.connect(None)
+    assert sender.push(weights(), version=1) == ""
+    assert card.log.count("exported") == card.log.count("freed") == 3
+
+
+# ------------------------------------------------------------------------------------------------------- receiving end
+
+
+class Model:
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+
+    def named_parameters(self) -> list[tuple[str, None]]:
+        return [("qkv", None), ("head", None)]
+
+    def load_weights(self, tensors: list[tuple[str, Tensor]]) -> set[str]:
+        self.loaded += [name for name, _ in tensors]
+        return {"qkv" if name in "qkv" else name for name, _ in tensors}
+
+
+class EngineOfVLLM:
+    """The part of vLLM's WeightTransferEngine that the mixin stands on."""
+
+    def __init__(self) -> None:
+        self.model, self.model_config, self.calls = Model(), "config", []
+        self._default = self.model
+
+    def parse_update_info(self, update_dict: dict[str, Any]) -> Any:
+        return update_dict["names"]
+
+    def start_weight_update(self) -> None:
+        assert isinstance(self.model, Model)
+        self.calls.append("start")
+
+    def finish_weight_update(self) -> None:
+        assert isinstance(self.model, Model), "vLLM finishes on its own model"
+        self.calls.append("finish")
+
+    def set_weight_update_target(self, model: Any, model_config: Any) -> None:
+        self.model = model
+
+    def reset_weight_update_target(self) -> None:
+        self.model = self._default
+
+
+class Receiver(Noting, EngineOfVLLM):
+    pass
+
+
+def test_a_receiver_notes_what_vllm_loads_and_gives_vllm_its_model_back():
+    receiver, tensors = Receiver(), [(name, torch.ones(2)) for name in ("q", "k", "v", "head")]
+    assert receiver.parse_update_info({"bucket": {"names": ["q"]}}) == ["q"]
+    receiver.start_weight_update()
+    assert isinstance(receiver.model, NotingModel)
+    receiver.model.load_weights(iter(tensors[:2]))
+    receiver.model.load_weights(iter(tensors[2:]))
+    receiver.finish_weight_update()
+    assert receiver.digest == digest_of(tensors)
+    assert receiver.calls == ["start", "finish"]
+    assert receiver.model.loaded == ["q", "k", "v", "head"]
+
+
+def test_a_receiver_refuses_to_finish_with_a_parameter_left_out():
+    receiver = Receiver()
+    receiver.start_weight_update()
+    receiver.model.load_weights([("q", torch.ones(2))])
+    with pytest.raises(ValueError, match=r"left out 1 parameters .* first 'head'"):
+        receiver.finish_weight_update()
+    assert receiver.calls == ["start"]
+
+
+def test_calls_that_need_each_other_run_at_the_same_time():
+    with ThreadPoolExecutor(1):
+        meeting = threading.Barrier(2, timeout=5)
+        first, second = nccl.side_by_side(meeting.wait, meeting.wait, timeout_s=10, doing="meeting")
+    assert {first, second} == {0, 1}
