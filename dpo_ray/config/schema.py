@@ -320,8 +320,8 @@ class ShardConfig(Section):
     """Layers whose weights are gathered ahead of the one that computes; each takes the memory of its weights."""
     activation_checkpointing: Annotated[Literal["none", "full", "selective"], BeforeValidator(_recomputing)] = "none"
     """What of each layer is recomputed in the backward pass instead of stored. selective: all but matrix products and
-    attention, for little time. full: everything, for a third more time and the least memory. Either goes with
-    shard.compile under model.attention: flex or sdpa."""
+    attention, for little time. full: everything, for a third more time and the least memory. Neither goes
+    with shard.compile."""
     activation_offload: bool = False
     """Keep what is stored for the backward pass in host memory; GPUs only. Of selective, the inputs of layers."""
     cpu_offload: bool = False
@@ -484,10 +484,10 @@ class Config(Section):
                 "model.attention: sdpa masks a whole row, which no worker has with shard.context_parallel "
                 f"({self.shard.context_parallel}) > 1; set model.attention: auto or flex"
             )
-        if self.shard.compile and self.shard.activation_checkpointing != "none" and self.model.attention == "auto":
+        if self.shard.compile and self.shard.activation_checkpointing != "none":
             raise ValueError(
-                "shard.compile compiles nothing of a layer that is recomputed around model.attention: auto; set "
-                "model.attention: flex (on a CPU sdpa), or shard.activation_checkpointing: none"
+                "shard.compile would compile nothing of a layer that is recomputed; set "
+                "shard.activation_checkpointing: none, or shard.compile: false"
             )
         if self.online is not None and self.run.remote:
             raise ValueError(
