@@ -125,7 +125,7 @@ def test_a_push_over_nccl_loads_a_real_engine_with_only_the_broadcast_replaced(
     from vllm.v1.worker.cpu_worker import CPUWorker
 
     # vLLM mixes the extension into this class for good, which engines of other transports in this process would meet.
-    monkeypatch.setattr(CPUWorker, "__bases__", CPUWorker.__bases__)
+    bases = CPUWorker.__bases__
     air: queue.Queue[list[tuple[str, Tensor]]] = queue.Queue()
 
     class Group:
@@ -186,3 +186,4 @@ def test_a_push_over_nccl_loads_a_real_engine_with_only_the_broadcast_replaced(
         sync.close()
     finally:
         engine.close()
+        CPUWorker.__bases__ = bases

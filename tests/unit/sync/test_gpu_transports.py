@@ -94,6 +94,9 @@ class Air:
         while not self.engines.arrived.acquire(timeout=0.01):
             if self.closed:
                 return
+        if self.closed:  # aborted: what arrived is for the next link
+            self.engines.arrived.release()
+            return
         self.engines.air.append(list(bucket))
         self.engines.sent.release()
 
