@@ -1,4 +1,4 @@
-"""Ranks that share the tokens of each row, over gloo: every number is that of a run on one rank."""
+"""Ranks that share the tokens of each row, over gloo: every number is that of one rank with the whole row."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,17 +6,20 @@ from typing import Any
 
 import pytest
 
+from dpo_ray.config.schema import Config
+from dpo_ray.types import Metrics
 from tests.conftest import ragged_texts
 from tests.distributed.processes import run_ranks
-from tests.distributed.runs import offline
+from tests.distributed.runs import off_by_sharing_rows, offline
 
 COMPARED = ("loss", "rewards/margins", "logps/chosen", "logps/rejected", "optim/grad_norm")
+STEPS = 3
 
 
 @pytest.fixture
 def config(tmp_path: Path, tiny_model: Path, write_pairs: Callable[[Sequence[tuple[str, str, str]]], Path]) -> Any:
-    """Three steps of three pairs, of which one is much longer than the others, on float32."""
-    texts = ragged_texts(8)
+    """Steps of three pairs, one of which is much longer than the others, in float32."""
+    texts = ragged_texts(STEPS * 3)
     texts[4] = (texts[4][0] * 9, texts[4][1] * 3, texts[4][2])
     return {
         "run": {"dir": str(tmp_path), "name": "run", "save_every": None, "export": False},
@@ -28,28 +31,55 @@ def config(tmp_path: Path, tiny_model: Path, write_pairs: Callable[[Sequence[tup
     }
 
 
-def assert_steps_of_one_rank(config: dict[str, Any], ranks: int, shard: dict[str, Any]) -> None:
-    (alone,) = run_ranks(1, offline, config)
-    shared = run_ranks(ranks, offline, config | {"shard": shard, "cluster": {"train_workers": ranks}})
-    assert [line["step"] for line in alone] == [1, 2, 3]
-    for rank in shared:
-        for expected, found in zip(alone, rank, strict=True):
-            for key in COMPARED:
-                assert found[key] == pytest.approx(expected[key], abs=1e-4, rel=1e-4), (expected["step"], key)
+def on(ranks: int, config: dict[str, Any], **shard: Any) -> list[list[Metrics]]:
+    changed = config | {"shard": shard, "cluster": {"train_workers": ranks}}
+    Config.model_validate(changed)
+    return run_ranks(ranks, offline, changed)
 
 
-def test_two_ranks_that_share_rows_report_the_steps_of_one(config: dict[str, Any]) -> None:
-    assert_steps_of_one_rank(config, 2, {"context_parallel": 2})
+def assert_same(expected: Sequence[Metrics], found: Sequence[Metrics]) -> None:
+    assert [line["step"] for line in expected] == [line["step"] for line in found]
+    for one, other in zip(expected, found, strict=True):
+        for key in COMPARED:
+            assert other[key] == pytest.approx(one[key], abs=1e-4, rel=1e-4), (one["step"], key)
 
 
-def test_two_times_two_ranks_report_the_steps_of_one_with_a_cached_reference(config: dict[str, Any]) -> None:
-    # A step of three pairs in two shares, one pair at a time: some micro-batches are empty.
+@pytest.mark.parametrize(("ranks", "weighting"), [(2, "none"), (3, "wpo")])
+def test_shared_rows_have_the_logps_of_every_token_and_the_gradient_of_every_weight(
+    tiny_model: Path, ranks: int, weighting: str
+) -> None:
+    for off_by in run_ranks(ranks, off_by_sharing_rows, str(tiny_model), weighting):
+        assert off_by["losses"] < 1e-5
+        assert off_by["logps"] < 1e-4, "nats a token"
+        assert off_by["policy"] < 1e-4, "nats a token"
+        assert off_by["gradients"] < 1e-4, "of the norm of each weight's gradient"
+
+
+def test_two_ranks_that_share_rows_report_the_steps_of_one_and_one_goes_on_from_their_checkpoint(
+    config: dict[str, Any],
+) -> None:
+    cached = config | {"reference": config["reference"] | {"kind": "cached"}}
+    saving = cached | {"run": config["run"] | {"save_every": 2}}
+    (alone,) = on(1, config)
+    first, second = on(2, saving | {"run": saving["run"] | {"steps": 2}}, context_parallel=2)
+    (resumed,) = on(1, saving)
+    assert len(alone) == STEPS
+    assert [line["loss"] for line in first] == [line["loss"] for line in second], "to the last digit"
+    assert_same(alone, first + resumed)
+
+
+def test_two_shares_of_two_ranks_report_the_steps_of_one(config: dict[str, Any]) -> None:
+    # Three pairs in two shares, one at a time: some rows are empty.
+    alone = on(1, config)[0]
     config["optim"]["tokens_per_micro_batch"] = 1
-    config["reference"]["kind"] = "cached"
-    shard = {"context_parallel": 2, "reshard_after_forward": False}
-    (alone,) = run_ranks(1, offline, config | {"reference": config["reference"] | {"kind": "live"}})
-    shared = run_ranks(4, offline, config | {"shard": shard, "cluster": {"train_workers": 4}})
-    for rank in shared:
-        for expected, found in zip(alone, rank, strict=True):
-            for key in COMPARED:
-                assert found[key] == pytest.approx(expected[key], abs=1e-4, rel=1e-4), (expected["step"], key)
+    for found in on(4, config, context_parallel=2, replicate=2, activation_checkpointing=True):
+        assert_same(alone, found)
+
+
+def test_adapters_that_share_rows_learn_as_on_one_rank(config: dict[str, Any]) -> None:
+    config["model"]["lora"] = {"rank": 4, "alpha": 8}
+    config["reference"]["kind"] = "adapters_off"
+    (alone,) = on(1, config)
+    first, _ = on(2, config, context_parallel=2)
+    assert alone[-1]["loss"] < alone[0]["loss"]
+    assert_same(alone, first)

@@ -188,6 +188,16 @@ def test_a_bad_value_is_answered_with_the_key_what_was_found_and_what_is_accepte
             ["shard.replicate=2", "cluster.train_workers=3"],
             "shard.replicate (2) must divide cluster.train_workers (3)",
         ),
+        (
+            OFFLINE,
+            ["shard.replicate=2", "shard.context_parallel=3", "cluster.train_workers=4"],
+            "shard.replicate (2) * shard.context_parallel (3) must divide cluster.train_workers (4)",
+        ),
+        (
+            OFFLINE,
+            ["model.attention=sdpa", "shard.context_parallel=2", "cluster.train_workers=2"],
+            "set model.attention: auto or flex",
+        ),
         (OFFLINE, ["reference.refresh=round"], "reference.refresh: round needs rounds"),
         (ONLINE, ["reference.refresh=round", "reference.kind=live"], "set reference.kind to auto or cached"),
         (ONLINE, ["reference.kind=cached"], "reference.kind: cached cannot score fresh pairs"),
