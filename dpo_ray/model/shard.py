@@ -67,7 +67,8 @@ def load_sharded(
     if trainable and model.lora is not None:
         add_adapters(built, model.lora)
     if model.fp8:
-        use_float8(built.get_decoder().layers)
+        decoder: Any = built.get_decoder()
+        use_float8(decoder.layers)
     if device.type == "cpu" and compute == torch.bfloat16:
         use_float32_products(built)
     weights = {f"model.{name}": tensor for name, tensor in built.state_dict().items()} if first else {}
@@ -108,7 +109,7 @@ def _apply_fsdp(
 def _prefetch(scorer: Scorer, ahead: int) -> None:
     """Gather the weights of the ``ahead`` next layers while one computes, in both passes."""
     forth: list[Any] = [scorer, *scorer.layers]
-    back = [scorer, *reversed(scorer.layers)]  # the head is the root's
+    back: list[Any] = [scorer, *reversed(scorer.layers)]  # the head is the root's
     for i in range(len(forth)):
         forth[i].set_modules_to_forward_prefetch(forth[i + 1 : i + 1 + ahead])
         back[i].set_modules_to_backward_prefetch(back[i + 1 : i + 1 + ahead])
