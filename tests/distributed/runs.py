@@ -99,7 +99,9 @@ def gathered_ahead(rank: int, model: dict[str, Any], sharding: dict[str, Any]) -
 
     settings, device = ShardConfig.model_validate(sharding), torch.device("cpu")
     mesh = shard.build_mesh(settings, device)
-    policy = shard.load_sharded(ModelConfig.model_validate(model), settings, mesh, device, trainable=True)
+    policy = shard.load_sharded(
+        ModelConfig.model_validate(model), settings, mesh, device, trainable=True, context=ALONE
+    )
     asked: dict[str, list[Any]] = {"forward": [], "backward": []}
     prefetch = FSDPParamGroup._prefetch_unshard
 
