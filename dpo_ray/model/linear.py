@@ -40,7 +40,7 @@ class _Float32Product(torch.autograd.Function):
         with bfloat16_products():
             for part in _blocks(tokens):
                 product = tokens[part].float() @ transposed
-                out[part] = product if bias is None else product.add_(bias)
+                out[part] = product if bias is None else product + bias
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
