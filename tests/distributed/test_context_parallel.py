@@ -69,9 +69,10 @@ def test_two_ranks_that_share_rows_report_the_steps_of_one_and_one_goes_on_from_
 
 
 def test_two_shares_of_two_ranks_report_the_steps_of_one(config: dict[str, Any]) -> None:
-    # Three pairs in two shares, one at a time: some rows are empty.
+    # Three pairs in two shares, in rows with room for one or two of the short ones: some rows are empty.
+    config["run"]["steps"] = 2
     alone = on(1, config)[0]
-    config["optim"]["tokens_per_micro_batch"] = 1
+    config["optim"]["tokens_per_micro_batch"] = 64
     for found in on(4, config, context_parallel=2, replicate=2, activation_checkpointing=True):
         assert_same(alone, found)
 
