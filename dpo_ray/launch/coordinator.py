@@ -19,8 +19,9 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from dpo_ray.config import Config
 from dpo_ray.launch.cluster import Cluster
+from dpo_ray.launch.places import Seat, own_place, shared_places
 from dpo_ray.launch.reporting import log_to_run
-from dpo_ray.launch.rollout_pool import EngineFailed, RolloutPool, Seat, own_place, shared_places
+from dpo_ray.launch.rollout_pool import EngineFailed, RolloutPool
 from dpo_ray.launch.workers import GivenUp
 from dpo_ray.rollout.collect import prompts_of_round, seed_of, select_pairs
 from dpo_ray.rollout.judges import build_judge, check_scores

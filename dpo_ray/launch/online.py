@@ -18,8 +18,9 @@ from dpo_ray.launch.cluster import joined
 from dpo_ray.launch.coordinator import THREADS, Coordinator
 from dpo_ray.launch.display import shown
 from dpo_ray.launch.ending import tell_end
+from dpo_ray.launch.places import Seat
 from dpo_ray.launch.reporting import RunReporter, StatusBoard
-from dpo_ray.launch.rollout_pool import PoolReceiver, Seat
+from dpo_ray.launch.rollout_pool import PoolReceiver
 from dpo_ray.launch.workers import make_run_dir, train_on_workers
 from dpo_ray.model.load import read_model_config
 from dpo_ray.objective.losses import build_loss

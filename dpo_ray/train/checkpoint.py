@@ -267,8 +267,15 @@ def read_weights(path: Path, weights: dict[str, Tensor]) -> None:
 
 def refuse_mismatch(path: Path, config: Config) -> None:
     """Raise CheckpointMismatch, naming the first key in which ``config`` differs from the checkpoint's."""
-    if difference := first_difference(read_marker(path)["config"], config):
+    written, workers = read_marker(path)["config"], config.cluster.train_workers
+    if difference := first_difference(written, config):
         raise CheckpointMismatch(f"{path.parent.parent} was begun with {difference}")
+    if config.optim.use == "adamw_8bit" and written["cluster"]["train_workers"] != workers:
+        # The parameters that share a scale would lie on two workers.
+        raise CheckpointMismatch(
+            f"{path.parent.parent} was written by {written['cluster']['train_workers']} workers and "
+            f"cluster.train_workers is {workers}; optim.use: adamw_8bit resumes on as many as it began with"
+        )
 
 
 def _then(marked: "Future[None]", finish: Callable[[], None], written: "Future[Any]") -> None:

@@ -37,7 +37,14 @@ def run_command(job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def start_command(job: str, *arguments: str, stderr: int | None = None) -> subprocess.Popen[bytes]:
     """``python -m jobs.JOB ...``, left running."""
     command = [sys.executable, "-m", f"jobs.{job}", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=stderr)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=stderr, preexec_fn=heed_ctrl_c
+    )
+
+
+def heed_ctrl_c() -> None:
+    """Undo what a shell does to what it runs in the background: there Ctrl-C is ignored, and so it is by children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
