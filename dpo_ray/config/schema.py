@@ -286,8 +286,9 @@ class ShardConfig(Section):
 
     replicate: int = Field(1, ge=1)
     """Replicas of the sharded model (HSDP); must divide cluster.train_workers."""
-    tensor_parallel: Literal[1] = 1
-    """Tensor parallelism; only 1 is available yet."""
+    tensor_parallel: int = Field(1, ge=1)
+    """Neighbouring workers that split the matrices of each layer and the vocabulary, and work on the same pairs; must
+    divide the model's attention heads and key-value heads, and with shard.replicate cluster.train_workers."""
     reshard_after_forward: bool = True
     """Free a layer's gathered weights after its forward; false keeps them until the step ends: faster, more memory."""
     activation_checkpointing: bool = False
@@ -435,6 +436,16 @@ class Config(Section):
             raise ValueError(
                 f"shard.replicate ({self.shard.replicate}) must divide "
                 f"cluster.train_workers ({self.cluster.train_workers})"
+            )
+        if self.cluster.train_workers % (self.shard.replicate * self.shard.tensor_parallel):
+            raise ValueError(
+                f"shard.replicate ({self.shard.replicate}) times shard.tensor_parallel ({self.shard.tensor_parallel}) "
+                f"must divide cluster.train_workers ({self.cluster.train_workers})"
+            )
+        if self.shard.tensor_parallel > 1 and self.model.lora is not None:
+            raise ValueError(
+                f"shard.tensor_parallel is {self.shard.tensor_parallel}: adapters are not split; leave model.lora out, "
+                "or set shard.tensor_parallel: 1"
             )
         if self.online is not None and self.run.remote:
             raise ValueError(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dpo_ray.data.packing import PackedRow, attention_mask
 from dpo_ray.model.attention import PACKED
 from dpo_ray.model.flex import FLEX, span_mask
+from dpo_ray.model.tensor_parallel import local_head
 from dpo_ray.objective import head
 from dpo_ray.objective.head import Group, Head, LogitTransform, Losses
 from dpo_ray.objective.logps import PairLogps, TokenScores, as_pairs, sequence_sums, wpo_weights
@@ -56,8 +57,7 @@ class Scorer(nn.Module):
         hidden = self.model.get_decoder()(
             input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False, **self.attention(row)
         ).last_hidden_state  # (1, T, D)
-        head: Any = self.model.get_output_embeddings()
-        return read_out(hidden[0, row.source], Head(head.weight, getattr(head, "bias", None), self.transform))
+        return read_out(hidden[0, row.source], local_head(self.model, self.transform))
 
 
 def _masked(row: PackedRow) -> dict[str, Any]:

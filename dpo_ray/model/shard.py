@@ -1,5 +1,6 @@
 """Sharding: FSDP2 over each decoder layer and the root, as a function over a plain model."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,25 +15,34 @@ from dpo_ray.model.adapters import add_adapters
 from dpo_ray.model.linear import use_float32_products
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer
+from dpo_ray.model.tensor_parallel import split_over
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def build_mesh(shard: ShardConfig, device: torch.device) -> DeviceMesh:
-    """One dimension to shard over, and one to replicate over when ``shard.replicate`` > 1 (HSDP)."""
-    ranks = dist.get_world_size()
-    if shard.replicate == 1:
-        return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
-    shape = (shard.replicate, ranks // shard.replicate)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    """How weights are laid over the ranks.
+
+    One dimension to shard over, one before it to replicate over when ``shard.replicate`` > 1 (HSDP), and one of
+    neighbours that split each layer when ``shard.tensor_parallel`` > 1.
+    """
+    over = dist.get_world_size() // (shard.replicate * shard.tensor_parallel)
+    return _mesh(device, {"replicate": shard.replicate, "shard": over, "tensor": shard.tensor_parallel}, "shard")
 
 
 def build_work_mesh(shard: ShardConfig, device: torch.device) -> DeviceMesh:
-    """Who computes what: ranks along ``data`` have different pairs.
+    """Who computes what: ranks along ``data`` have different pairs, ranks along ``tensor`` parts of each layer.
 
     The ranks are in the order of ``build_mesh``.
     """
-    return init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("data",))
+    shares = dist.get_world_size() // shard.tensor_parallel
+    return _mesh(device, {"data": shares, "tensor": shard.tensor_parallel}, "data")
+
+
+def _mesh(device: torch.device, sizes: Mapping[str, int], always: str) -> DeviceMesh:
+    """A mesh without the dimensions of size 1, but for the one that is there ``always``."""
+    kept = {name: size for name, size in sizes.items() if size > 1 or name == always}
+    return init_device_mesh(device.type, tuple(kept.values()), mesh_dim_names=tuple(kept))
 
 
 def load_sharded(
@@ -52,13 +62,17 @@ def load_sharded(
     if device.type == "cpu" and compute == torch.bfloat16:
         use_float32_products(built)
     weights = {f"model.{name}": tensor for name, tensor in built.state_dict().items()} if first else {}
+    if shard.tensor_parallel > 1:
+        split_over(built, mesh["tensor"])
     scorer = Scorer(built)
     if not trainable:
         scorer.requires_grad_(False)
     if trainable and shard.activation_checkpointing:
         built.gradient_checkpointing_enable({"use_reentrant": False})
     scorer.train(trainable)
-    _apply_fsdp(scorer, shard, mesh, compute, device)
+    # FSDP adds the tensor dimension by itself to parameters that are split.
+    names = tuple(name for name in mesh.mesh_dim_names or () if name != "tensor")
+    _apply_fsdp(scorer, shard, mesh[names], compute, device)
     if dist.get_world_size() > 1:
         _fill(scorer, weights, torch.device("cpu") if shard.cpu_offload else device, device)
     return scorer
@@ -89,7 +103,7 @@ def _fill(scorer: Scorer, weights: dict[str, Any], parameters: torch.device, dev
         parameters: where the shards live; the CPU when they are offloaded.
         device: where the model computes.
     """
-    if dist.get_rank() != 0:
+    if any(parameter.is_meta for parameter in scorer.parameters()):
         buffers = {name: buffer.clone() for name, buffer in scorer.named_buffers()}
         scorer.to_empty(device=parameters)
         for name, buffer in scorer.named_buffers():
