@@ -439,13 +439,18 @@ class Config(Section):
             )
         if self.cluster.train_workers % (self.shard.replicate * self.shard.tensor_parallel):
             raise ValueError(
-                f"shard.replicate ({self.shard.replicate}) times shard.tensor_parallel ({self.shard.tensor_parallel}) "
+                f"shard.replicate ({self.shard.replicate}) * shard.tensor_parallel ({self.shard.tensor_parallel}) "
                 f"must divide cluster.train_workers ({self.cluster.train_workers})"
             )
         if self.shard.tensor_parallel > 1 and self.model.lora is not None:
             raise ValueError(
                 f"shard.tensor_parallel is {self.shard.tensor_parallel}: adapters are not split; leave model.lora out, "
                 "or set shard.tensor_parallel: 1"
+            )
+        if self.shard.tensor_parallel > 1 and self.shard.compile:
+            raise ValueError(
+                f"shard.compile: layers that shard.tensor_parallel ({self.shard.tensor_parallel}) splits are not "
+                "compiled; set shard.compile: false, or shard.tensor_parallel: 1"
             )
         if self.online is not None and self.run.remote:
             raise ValueError(

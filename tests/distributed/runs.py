@@ -1,16 +1,24 @@
 """What the processes of the distributed tests run: real training on a tiny model, reported to a list."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from dpo_ray.config.schema import Config
+from dpo_ray.data.loader import PairLoader
 from dpo_ray.data.store import prepare_pairs
 from dpo_ray.data.tokenize import load_tokenizer
-from dpo_ray.objective.logps import PairLogps
+from dpo_ray.model.scorer import pair_losses
+from dpo_ray.objective import head
+from dpo_ray.objective.head import Group, Head, LogitTransform
+from dpo_ray.objective.logps import PairLogps, TokenScores
 from dpo_ray.objective.losses import sigmoid
 from dpo_ray.train.offline import train_offline
+from dpo_ray.train.setup import set_up
 from dpo_ray.types import Metrics
 
 NAN_TOKENS = 20
@@ -70,3 +78,44 @@ def offline_in_store(
     # Ranks are forked from a server that began with another environment.
     os.environ.update(environment)
     return offline(rank, config, stop_after)
+
+
+def gradients(rank: int, config: dict[str, Any]) -> dict[str, Tensor]:
+    """The full gradients, by name, of the sum of log-probability margins of the first step's pairs."""
+    parsed = Config.model_validate(config)
+    tokenizer, folder = load_tokenizer(parsed.model.path), parsed.reference.cache_path / f"data-{rank}"
+    pairs = prepare_pairs(parsed.data.train, tokenizer, parsed.data, folder=folder)
+    t = set_up(parsed, torch.device("cpu"))
+    batch = next(PairLoader(pairs, t.batch_shape, pairs_per_step=5, seed=0, shuffle=False))
+    for micro in batch.micro_batches:
+        losses = pair_losses(t.policy, micro.row, lambda policy, _: policy.chosen - policy.rejected, weighting="none")
+        losses.total.backward()
+    return {name: p.grad.full_tensor() for name, p in t.policy.named_parameters()}
+
+
+def shared_head(
+    rank: int,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    pair_tokens: Sequence[int],
+    transform: LogitTransform,
+) -> dict[str, Tensor]:
+    """Log-probabilities, losses and gradients of a head whose rows are dealt to the ranks.
+
+    The loss of a pair is the square of a hundredth of its tokens' summed log-probabilities.
+    """
+    rows = weight.shape[0] // dist.get_world_size()
+    mine = slice(rank * rows, (rank + 1) * rows)
+    hidden, weight, bias = (of.clone().requires_grad_() for of in (hidden, weight[mine], bias[mine]))
+    part = Head(weight, bias, transform, dist.group.WORLD, mine.start)
+
+    def objective(group: Group, scores: TokenScores) -> Tensor:
+        return torch.stack([(of.sum() / 100).square() for of in scores.logps.split(pair_tokens[group.pairs])])
+
+    scores = head.token_logps(hidden, part, labels, chunk=16, with_squares=True)
+    losses = head.pair_losses(hidden, part, labels, pair_tokens, objective, chunk=28)
+    losses.total.backward()
+    found = {"logps": scores.logps, "squares": scores.log_sum_squares, "each": losses.each}
+    return found | {"hidden": hidden.grad, "weight": weight.grad, "bias": bias.grad}

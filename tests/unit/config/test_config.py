@@ -188,6 +188,21 @@ def test_a_bad_value_is_answered_with_the_key_what_was_found_and_what_is_accepte
             ["shard.replicate=2", "cluster.train_workers=3"],
             "shard.replicate (2) must divide cluster.train_workers (3)",
         ),
+        (
+            OFFLINE,
+            ["shard.replicate=2", "shard.tensor_parallel=2", "cluster.train_workers=6"],
+            "shard.replicate (2) * shard.tensor_parallel (2) must divide cluster.train_workers (6)",
+        ),
+        (
+            OFFLINE,
+            ["shard.tensor_parallel=2", "cluster.train_workers=2", "model.lora.rank=4"],
+            "shard.tensor_parallel is 2: adapters are not split",
+        ),
+        (
+            OFFLINE,
+            ["shard.tensor_parallel=2", "cluster.train_workers=2", "shard.compile=true"],
+            "shard.compile: layers that shard.tensor_parallel (2) splits are not compiled",
+        ),
         (OFFLINE, ["reference.refresh=round"], "reference.refresh: round needs rounds"),
         (ONLINE, ["reference.refresh=round", "reference.kind=live"], "set reference.kind to auto or cached"),
         (ONLINE, ["reference.kind=cached"], "reference.kind: cached cannot score fresh pairs"),
