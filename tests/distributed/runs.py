@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -80,7 +81,7 @@ def offline_in_store(
     return offline(rank, config, stop_after)
 
 
-def gradients(rank: int, config: dict[str, Any]) -> dict[str, Tensor]:
+def gradients(rank: int, config: dict[str, Any]) -> dict[str, np.ndarray]:
     """The full gradients, by name, of the sum of log-probability margins of the first step's pairs."""
     parsed = Config.model_validate(config)
     tokenizer, folder = load_tokenizer(parsed.model.path), parsed.reference.cache_path / f"data-{rank}"
@@ -90,7 +91,7 @@ def gradients(rank: int, config: dict[str, Any]) -> dict[str, Tensor]:
     for micro in batch.micro_batches:
         losses = pair_losses(t.policy, micro.row, lambda policy, _: policy.chosen - policy.rejected, weighting="none")
         losses.total.backward()
-    return {name: p.grad.full_tensor() for name, p in t.policy.named_parameters()}
+    return {name: p.grad.full_tensor().numpy() for name, p in t.policy.named_parameters()}
 
 
 def shared_head(
@@ -101,7 +102,7 @@ def shared_head(
     labels: Tensor,
     pair_tokens: Sequence[int],
     transform: LogitTransform,
-) -> dict[str, Tensor]:
+) -> dict[str, np.ndarray]:
     """Log-probabilities, losses and gradients of a head whose rows are dealt to the ranks.
 
     The loss of a pair is the square of a hundredth of its tokens' summed log-probabilities.
@@ -118,4 +119,5 @@ def shared_head(
     losses = head.pair_losses(hidden, part, labels, pair_tokens, objective, chunk=28)
     losses.total.backward()
     found = {"logps": scores.logps, "squares": scores.log_sum_squares, "each": losses.each}
-    return found | {"hidden": hidden.grad, "weight": weight.grad, "bias": bias.grad}
+    found |= {"hidden": hidden.grad, "weight": weight.grad, "bias": bias.grad}
+    return {name: tensor.numpy() for name, tensor in found.items()}

@@ -144,4 +144,4 @@ def test_sums_of_squared_probabilities_are_those_of_a_float64_softmax(chunk: int
         return scores.logps.new_zeros(len(PAIRS[group.pairs])) + scores.logps.sum()
 
     pair_losses(hidden, Head(weight), labels, PAIRS, objective, chunk=chunk, with_squares=True)
-    assert torch.equal(torch.cat(seen), scores.log_sum_squares)
+    assert (torch.cat(seen) - expected).abs().max() < 5e-5
