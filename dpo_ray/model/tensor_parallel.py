@@ -6,7 +6,7 @@ local parts as plain tensors. Between layers each rank has all hidden states (Me
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,9 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from dpo_ray.objective.head import Head, LogitTransform
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from transformers import PreTrainedModel
 
+Forward = Callable[..., Any]
 STYLES = ("colwise", "rowwise", "replicated_with_grad_allreduce")
 """What a plan may ask for: a linear layer's outputs split, its inputs split, or a module whose parameters are whole on
 each rank while what it works on is split."""
@@ -40,7 +39,7 @@ def split_over(model: "PreTrainedModel", mesh: DeviceMesh) -> None:
     """
     plan = _plan(model)
     _refuse_uneven(model, plan, mesh.size())
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends: tuple[Any, Any] = (model.get_input_embeddings(), model.get_output_embeddings())
     even_rows = all(end.weight.shape[0] % mesh.size() == 0 for end in ends)
     group, placed = mesh.get_group(), {}
     shared = {name.rpartition(".")[0]: _Shared() for name, style in plan.items() if style == "colwise"}
@@ -52,7 +51,7 @@ def split_over(model: "PreTrainedModel", mesh: DeviceMesh) -> None:
                 placed[parameter] = _placed(parameter, mesh, _placement(style, key))
             module.register_parameter(key, placed[parameter])
         if style == "vocabulary" and module is ends[0]:
-            module.forward = partial(_embedding, module, module.forward, mesh)
+            module.forward = partial(_embedding, ends[0], module.forward, mesh)
         elif style == "colwise":
             module.forward = partial(_colwise, module, module.forward, shared[name.rpartition(".")[0]], group)
         elif style == "rowwise":
@@ -140,7 +139,7 @@ def _placed(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> 
 
 
 @contextmanager
-def _local_parameters(module: nn.Module, gradients: Placement | None = None) -> "Iterator[dict[str, Any]]":
+def _local_parameters(module: nn.Module, gradients: Placement | None = None) -> Iterator[dict[str, Any]]:
     """The module with this rank's parts for parameters, which it hands out as well.
 
     Args:
@@ -157,9 +156,6 @@ def _local_parameters(module: nn.Module, gradients: Placement | None = None) -> 
         yield local
     finally:
         module._parameters.update(held)
-
-
-Forward = Callable[..., Any]
 
 
 def _replicated(module: nn.Module, forward: Forward, on_a_part: bool, *args: Any, **kwargs: Any) -> Any:

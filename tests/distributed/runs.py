@@ -91,7 +91,8 @@ def gradients(rank: int, config: dict[str, Any]) -> dict[str, np.ndarray]:
     for micro in batch.micro_batches:
         losses = pair_losses(t.policy, micro.row, lambda policy, _: policy.chosen - policy.rejected, weighting="none")
         losses.total.backward()
-    return {name: p.grad.full_tensor().numpy() for name, p in t.policy.named_parameters()}
+    grads: dict[str, Any] = {name: parameter.grad for name, parameter in t.policy.named_parameters()}
+    return {name: grad.full_tensor().numpy() for name, grad in grads.items()}
 
 
 def shared_head(
@@ -118,6 +119,6 @@ def shared_head(
     scores = head.token_logps(hidden, part, labels, chunk=16, with_squares=True)
     losses = head.pair_losses(hidden, part, labels, pair_tokens, objective, chunk=28)
     losses.total.backward()
-    found = {"logps": scores.logps, "squares": scores.log_sum_squares, "each": losses.each}
+    found: dict[str, Any] = {"logps": scores.logps, "squares": scores.log_sum_squares, "each": losses.each}
     found |= {"hidden": hidden.grad, "weight": weight.grad, "bias": bias.grad}
     return {name: tensor.numpy() for name, tensor in found.items()}

@@ -144,7 +144,7 @@ def test_a_head_that_two_ranks_share_gives_the_gradients_of_a_float64_softmax(tr
     bias = torch.linspace(-1, 1, vocabulary)
     labels = torch.randint(vocabulary, (tokens,), generator=generator)
 
-    exact = [of.double().requires_grad_() for of in (hidden, weight, bias)]
+    exact: list[Any] = [of.double().requires_grad_() for of in (hidden, weight, bias)]
     logits = (exact[0] @ exact[1].t() + exact[2]) * transform.scale
     if transform.softcap is not None:
         logits = transform.softcap * torch.tanh(logits / transform.softcap)
