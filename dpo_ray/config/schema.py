@@ -3,6 +3,7 @@
 Defaults exist only here. The text under a field is its documentation: ``--help`` prints it.
 """
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -311,9 +312,11 @@ class ShardConfig(Section):
     """Replicas of the sharded model (HSDP); must divide cluster.train_workers."""
     context_parallel: int = Field(1, ge=1)
     """Neighbouring workers that share the tokens of each row, so that the activations of a long pair are spread over
-    them; shard.replicate * shard.context_parallel must divide cluster.train_workers."""
-    tensor_parallel: Literal[1] = 1
-    """Tensor parallelism; only 1 is available yet."""
+    them."""
+    tensor_parallel: int = Field(1, ge=1)
+    """Neighbouring workers that split the matrices of each layer and the vocabulary, and work on the same tokens; must
+    divide the model's attention heads and key-value heads. replicate * context_parallel * tensor_parallel must divide
+    cluster.train_workers. Goes neither with model.lora, model.fp8 nor shard.compile."""
     reshard_after_forward: bool = True
     """Free a layer's gathered weights after its forward; false keeps them until the step ends: faster, more memory."""
     prefetch: int = Field(1, ge=1)
@@ -469,21 +472,27 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        if self.cluster.train_workers % self.shard.replicate:
-            raise ValueError(
-                f"shard.replicate ({self.shard.replicate}) must divide "
-                f"cluster.train_workers ({self.cluster.train_workers})"
-            )
-        if self.cluster.train_workers % (self.shard.replicate * self.shard.context_parallel):
-            raise ValueError(
-                f"shard.replicate ({self.shard.replicate}) * shard.context_parallel ({self.shard.context_parallel}) "
-                f"must divide cluster.train_workers ({self.cluster.train_workers})"
-            )
+        shapes = {name: getattr(self.shard, name) for name in ("replicate", "context_parallel", "tensor_parallel")}
+        if self.cluster.train_workers % math.prod(shapes.values()):
+            written = " * ".join(f"shard.{name} ({size})" for name, size in shapes.items() if size > 1)
+            raise ValueError(f"{written} must divide cluster.train_workers ({self.cluster.train_workers})")
         if self.shard.context_parallel > 1 and self.model.attention == "sdpa":
             raise ValueError(
                 "model.attention: sdpa masks a whole row, which no worker has with shard.context_parallel "
                 f"({self.shard.context_parallel}) > 1; set model.attention: auto or flex"
             )
+        if self.shard.tensor_parallel > 1:
+            without = {
+                "model.lora": self.model.lora is not None,
+                "model.fp8": self.model.fp8,
+                "shard.compile": self.shard.compile,
+                "optim.use: adamw_8bit": self.optim.use == "adamw_8bit",
+            }
+            if found := [name for name, is_set in without.items() if is_set]:
+                raise ValueError(
+                    f"{found[0]} does not go with layers that workers split; leave it out, or set "
+                    f"shard.tensor_parallel ({self.shard.tensor_parallel}) to 1"
+                )
         if self.shard.compile and self.shard.activation_checkpointing != "none":
             raise ValueError(
                 "shard.compile would compile nothing of a layer that is recomputed; set "

@@ -16,6 +16,7 @@ from dpo_ray.data.packing import PackedRow, attention_mask
 from dpo_ray.model.attention import PACKED
 from dpo_ray.model.context_parallel import ALONE, Context, Part
 from dpo_ray.model.flex import FLEX, span_mask
+from dpo_ray.model.tensor_parallel import local_head
 from dpo_ray.objective import head
 from dpo_ray.objective.head import Group, Head, LogitTransform, Losses
 from dpo_ray.objective.logps import PairLogps, TokenScores, as_pairs, sequence_sums, wpo_weights
@@ -61,10 +62,7 @@ class Scorer(nn.Module):
         hidden = self.model.get_decoder()(
             input_ids=part.row.input_ids, position_ids=part.row.position_ids, use_cache=False, **self.attention(part)
         ).last_hidden_state  # (1, t, D)
-        head: Any = self.model.get_output_embeddings()
-        return read_out(
-            hidden[0, part.row.source], Head(head.weight, getattr(head, "bias", None), self.transform), part
-        )
+        return read_out(hidden[0, part.row.source], local_head(self.model, self.transform), part)
 
 
 def _masked(part: Part) -> dict[str, Any]:

@@ -17,26 +17,32 @@ from dpo_ray.model.float8 import refuse_without_float8, use_float8
 from dpo_ray.model.linear import use_float32_products
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer
+from dpo_ray.model.tensor_parallel import split_over
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def build_mesh(shard: ShardConfig, device: torch.device) -> DeviceMesh:
-    """One dimension to shard over, and one to replicate over when ``shard.replicate`` > 1 (HSDP)."""
-    ranks = dist.get_world_size()
-    if shard.replicate == 1:
-        return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
-    shape = (shard.replicate, ranks // shard.replicate)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    """How weights are laid over the ranks.
+
+    One dimension to shard over, one before it to replicate over when ``shard.replicate`` > 1 (HSDP), and one of
+    neighbours that split each layer when ``shard.tensor_parallel`` > 1.
+    """
+    over = dist.get_world_size() // (shard.replicate * shard.tensor_parallel)
+    sizes = {"replicate": shard.replicate, "shard": over, "tensor": shard.tensor_parallel}
+    kept = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
+    return init_device_mesh(device.type, tuple(kept.values()), mesh_dim_names=tuple(kept))
 
 
 def build_work_mesh(shard: ShardConfig, device: torch.device) -> DeviceMesh:
-    """Who computes what: ranks along ``data`` have different pairs, those along ``context`` different tokens of them.
+    """Who computes what: ranks along ``data`` have different pairs, those along ``context`` different tokens of them,
+    and those along ``tensor`` parts of each layer.
 
     The ranks are in the order of ``build_mesh``.
     """
-    shape = (dist.get_world_size() // shard.context_parallel, shard.context_parallel)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("data", "context"))
+    shared = shard.context_parallel * shard.tensor_parallel
+    shape = (dist.get_world_size() // shared, shard.context_parallel, shard.tensor_parallel)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("data", "context", "tensor"))
 
 
 def build_context(work: DeviceMesh) -> Context:
@@ -72,6 +78,8 @@ def load_sharded(
     if device.type == "cpu" and compute == torch.bfloat16:
         use_float32_products(built)
     weights = {f"model.{name}": tensor for name, tensor in built.state_dict().items()} if first else {}
+    if shard.tensor_parallel > 1:
+        split_over(built, mesh["tensor"])
     scorer = Scorer(built, context)
     if not trainable:
         scorer.requires_grad_(False)
@@ -81,7 +89,9 @@ def load_sharded(
         if shard.activation_offload:
             offload(built.get_decoder(), device)
     scorer.train(trainable)
-    _apply_fsdp(scorer, shard, mesh, compute, device)
+    # FSDP adds the tensor dimension by itself to parameters that are split.
+    names = tuple(name for name in mesh.mesh_dim_names or () if name != "tensor")
+    _apply_fsdp(scorer, shard, mesh[names], compute, device)
     if dist.get_world_size() > 1:
         _fill(scorer, weights, torch.device("cpu") if shard.cpu_offload else device, device)
     return scorer
@@ -122,7 +132,7 @@ def _fill(scorer: Scorer, weights: dict[str, Any], parameters: torch.device, dev
         parameters: where the shards live; the CPU when they are offloaded.
         device: where the model computes.
     """
-    if dist.get_rank() != 0:
+    if any(parameter.is_meta for parameter in scorer.parameters()):
         buffers = {name: buffer.clone() for name, buffer in scorer.named_buffers()}
         scorer.to_empty(device=parameters)
         for name, buffer in scorer.named_buffers():

@@ -1,15 +1,16 @@
 """From last hidden states to log-probabilities and losses, without ever holding (tokens x vocabulary) logits.
 
-N = completion tokens, D = hidden size, V = vocabulary, B = pairs
+N = completion tokens, D = hidden size, V = vocabulary (of a head that ranks share, the part of this rank), B = pairs
 """
 
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dpo_ray.objective.logps import TokenScores
@@ -47,19 +48,36 @@ class Head:
     bias: Tensor | None = None
     """(V,)"""
     transform: LogitTransform = LogitTransform()
+    group: dist.ProcessGroup | None = None
+    """The ranks that have the rows between them and are given the same tokens; None: all rows are here."""
+    first: int = 0
+    """The token id of the first row that is here."""
 
     def widened(self) -> "Head":
         """The same for products of bfloat16 numbers held as float32, where a CPU wants them so."""
         on_cpu = self.weight.device.type == "cpu"
         bias = None if self.bias is None else self.bias.float()
-        return Head(
-            self.weight.float() if on_cpu and self.weight.dtype == torch.bfloat16 else self.weight, bias, self.transform
-        )
+        weight = self.weight.float() if on_cpu and self.weight.dtype == torch.bfloat16 else self.weight
+        return replace(self, weight=weight, bias=bias)
 
     @property
     def chunk(self) -> int:
         """Tokens whose logits fit CHUNK_BYTES."""
         return max(1, CHUNK_BYTES.get(self.weight.device.type, 2**28) // (4 * self.weight.shape[0]))
+
+    def over_ranks(self, values: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """Reduce, in place, what each rank has found in its rows."""
+        if self.group is not None:
+            dist.all_reduce(values, op, group=self.group)
+        return values
+
+    def rows_of(self, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(n, 1) row of each label, and (n, 1) whether it is here; any row where not, and None if all are here."""
+        rows = labels[:, None] - self.first
+        if self.group is None:
+            return rows, None
+        here = (rows >= 0) & (rows < self.weight.shape[0])
+        return torch.where(here, rows, 0), here
 
 
 class Losses(NamedTuple):
@@ -99,7 +117,7 @@ def token_logps(
     """
     head, scores = head.widened(), _empty_scores(labels, with_squares)
     for part in _parts(slice(0, labels.numel()), chunk or head.chunk):
-        _softmax(hidden[part], head, labels[part]).write(scores, part)
+        _softmax(hidden[part], head, labels[part]).write(scores, part, head)
     return scores
 
 
@@ -119,6 +137,7 @@ def pair_losses(
     The pairs are taken in groups whose logits fit one chunk: log-probabilities, losses and the gradients by hidden
     states and head are computed while the logits are there, so that the backward pass only hands the gradients on. A
     pair that is larger than a chunk has its logits computed a second time. Gradients by the head are summed in float32.
+    Of a head that ranks share, each rank gets the losses, the gradients by hidden states, and those by its own rows.
 
     Args:
         hidden: (N, D) last hidden states, each at the position before its label.
@@ -133,7 +152,7 @@ def pair_losses(
             tokens of the same pairs.
     """
     total, each, *scores = _PairLosses.apply(
-        hidden, head.weight, head.bias, head.transform, labels, tuple(pair_tokens), objective, chunk or head.chunk,
+        hidden, head.weight, head.bias, head, labels, tuple(pair_tokens), objective, chunk or head.chunk,
         with_squares, together, torch.is_grad_enabled(),
     )  # fmt: skip
     return Losses(total, each, TokenScores(*scores))
@@ -146,7 +165,7 @@ class _PairLosses(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        transform: LogitTransform,
+        head: Head,
         labels: Tensor,
         pair_tokens: Sequence[int],
         objective: Objective,
@@ -155,7 +174,7 @@ class _PairLosses(torch.autograd.Function):
         together: bool,
         with_gradients: bool,
     ) -> tuple[Tensor, ...]:
-        head, scores = Head(weight, bias, transform).widened(), _empty_scores(labels, with_squares)
+        head, scores = replace(head, weight=weight, bias=bias).widened(), _empty_scores(labels, with_squares)
         each = scores.logps.new_empty(len(pair_tokens))
         wanted = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
         gradients = _Gradients(hidden, weight, bias, wanted)
@@ -164,7 +183,7 @@ class _PairLosses(torch.autograd.Function):
             parts = list(_parts(group.tokens, chunk))
             for part in parts:
                 softmax = _softmax(hidden[part], head, labels[part])
-                softmax.write(scores, part)
+                softmax.write(scores, part, head)
             each[group.pairs], slopes = _slopes(objective, group, scores, with_gradients)
             if not any(wanted):
                 continue
@@ -173,6 +192,8 @@ class _PairLosses(torch.autograd.Function):
                     softmax = _softmax(hidden[part], head, labels[part])
                 of_part = slice(part.start - group.tokens.start, part.stop - group.tokens.start)
                 gradients.add(softmax, hidden, head, labels, part, slopes[of_part])
+        if gradients.by_hidden is not None:
+            head.over_ranks(gradients.by_hidden)
         ctx.gradients, ctx.dtypes = gradients, [None if of is None else of.dtype for of in (hidden, weight, bias)]
         ctx.mark_non_differentiable(each, *scores)
         return each.sum(), each, *scores
@@ -195,18 +216,18 @@ class _Softmax(NamedTuple):
     exponentials: Tensor
     """(n, V) of the logits less the row's largest; over ``sums``, the probabilities."""
     sums: Tensor
-    """(n,)"""
+    """(n,) over all rows, wherever they are."""
     logps: Tensor
     """(n,) of the labels."""
     slope: Tensor | float
     """Derivative of the logits by the head's output."""
 
-    def write(self, scores: TokenScores, part: slice) -> None:
+    def write(self, scores: TokenScores, part: slice, head: Head) -> None:
         """Enter what is wanted of it at ``part`` of the scores."""
         scores.logps[part] = self.logps
         if scores.log_sum_squares.numel():
-            norms = torch.linalg.vector_norm(self.exponentials, dim=-1)
-            scores.log_sum_squares[part] = 2 * (norms.log() - self.sums.log())
+            squares = head.over_ranks(torch.linalg.vector_norm(self.exponentials, dim=-1).square())
+            scores.log_sum_squares[part] = squares.log() - 2 * self.sums.log()
 
 
 def _softmax(hidden: Tensor, head: Head, labels: Tensor) -> _Softmax:
@@ -215,12 +236,15 @@ def _softmax(hidden: Tensor, head: Head, labels: Tensor) -> _Softmax:
         logits += head.bias
     logits = head.transform(logits)
     slope = head.transform.slope(logits)
-    largest = logits.amax(-1, keepdim=True)
-    of_labels = logits.gather(-1, labels[:, None]) - largest
+    largest = head.over_ranks(logits.amax(-1, keepdim=True), dist.ReduceOp.MAX)
+    rows, here = head.rows_of(labels)
+    of_labels = logits.gather(-1, rows) - largest
+    if here is not None:
+        of_labels.masked_fill_(~here, 0.0)
     # In place: each pass over (n, V) costs memory bandwidth, which is also why nothing is divided by the sums.
     exponentials = logits.sub_(largest).exp_()
-    sums = exponentials.sum(-1)
-    return _Softmax(exponentials, sums, of_labels.squeeze(-1) - sums.log(), slope)
+    sums, of_labels = head.over_ranks(torch.stack((exponentials.sum(-1), of_labels.squeeze(-1))))
+    return _Softmax(exponentials, sums, of_labels - sums.log(), slope)
 
 
 def _slopes(objective: Objective, group: Group, scores: TokenScores, wanted: bool) -> tuple[Tensor, Tensor]:
@@ -250,7 +274,9 @@ class _Gradients:
         d logp[label] / d logit = [is label] - exponential / sum. The division and the slope, which are one factor a
         token, wait until they meet something smaller than (n, V).
         """
-        by_logits = softmax.exponentials.scatter_add_(-1, labels[part, None], -softmax.sums[:, None])
+        rows, here = head.rows_of(labels[part])
+        own = softmax.sums[:, None] if here is None else torch.where(here, softmax.sums[:, None], 0.0)
+        by_logits = softmax.exponentials.scatter_add_(-1, rows, -own)
         if isinstance(softmax.slope, Tensor) or softmax.slope != 1.0:
             by_logits.mul_(softmax.slope)
         factor = (-slopes / softmax.sums)[:, None]  # (n, 1)

@@ -5,18 +5,15 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
-import torch.distributed as dist
 
 from dpo_ray.config.schema import Config, ModelConfig, ShardConfig
 from dpo_ray.data.packing import build_row
 from dpo_ray.data.store import prepare_pairs
 from dpo_ray.data.tokenize import load_tokenizer
 from dpo_ray.model import float8, shard
-from dpo_ray.model.context_parallel import ALONE, Context
-from dpo_ray.model.load import build_model
-from dpo_ray.model.scorer import Scorer, Weighting, pair_losses, token_logps
+from dpo_ray.model.context_parallel import ALONE
+from dpo_ray.model.scorer import pair_losses
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.objective.losses import sigmoid
 from dpo_ray.train.offline import train_offline
@@ -122,35 +119,3 @@ def offline_in_store(
     # Ranks are forked from a server that began with another environment.
     os.environ.update(environment)
     return offline(rank, config, stop_after)
-
-
-def off_by_sharing_rows(rank: int, model: str, weighting: Weighting) -> dict[str, float]:
-    """Largest differences between the ranks' parts of rows, put together, and each rank's own pass over whole rows.
-
-    The rows: five pairs of uneven lengths; one pair whose prompt is most of the row; none.
-    """
-    draw = np.random.default_rng(0)
-    pair = lambda *lengths: TokenPair(*(tuple(draw.integers(0, 256, n).tolist()) for n in lengths))  # noqa: E731
-    pairs = [pair(*draw.integers(1, 40, 3)) for _ in range(5)]
-    rows = [build_row(some, "shared") for some in (pairs, [pair(201, 37, 56)], [])]
-
-    def loss(policy: PairLogps, pairs: slice) -> torch.Tensor:
-        weights = 1.0 if policy.weights is None else policy.weights
-        return -torch.nn.functional.logsigmoid(0.1 * (policy.chosen - policy.rejected)) * weights
-
-    found = []
-    for context in (ALONE, Context(rank, dist.get_world_size(), dist.group.WORLD)):
-        scorer = Scorer(build_model(ModelConfig(path=model), with_weights=True), context)
-        logps = torch.cat([token_logps(scorer, row) for row in rows])
-        losses = [pair_losses(scorer, row, loss, weighting=weighting) for row in rows]
-        torch.stack([of_row.total for of_row in losses]).sum().backward()
-        gradients = [parameter.grad for parameter in scorer.parameters()]
-        if context is not ALONE:
-            for gradient in gradients:
-                dist.all_reduce(gradient)
-        policy = torch.cat([of / n for x in losses for of, n in ((x.policy.chosen, x.policy.chosen_tokens),)])
-        found.append((torch.cat([of_row.each for of_row in losses]), logps, policy, gradients))
-    (*whole, by_weight), (*shared, by_weight_shared) = found
-    off_by = [float((one - other).abs().max()) for one, other in zip(whole, shared, strict=True)]
-    gradients = max(float((a - b).norm() / a.norm()) for a, b in zip(by_weight, by_weight_shared, strict=True))
-    return dict(zip(("losses", "logps", "policy"), off_by, strict=True), gradients=gradients)

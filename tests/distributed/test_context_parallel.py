@@ -9,8 +9,9 @@ import pytest
 from dpo_ray.config.schema import Config
 from dpo_ray.types import Metrics
 from tests.conftest import ragged_texts
+from tests.distributed.parts import off_by_sharing_rows
 from tests.distributed.processes import run_ranks
-from tests.distributed.runs import off_by_sharing_rows, offline
+from tests.distributed.runs import offline
 
 COMPARED = ("loss", "rewards/margins", "logps/chosen", "logps/rejected", "optim/grad_norm")
 STEPS = 3

@@ -195,8 +195,26 @@ def test_a_bad_value_is_answered_with_the_key_what_was_found_and_what_is_accepte
         ),
         (
             OFFLINE,
+            ["shard.replicate=2", "shard.tensor_parallel=2", "cluster.train_workers=6"],
+            "shard.replicate (2) * shard.tensor_parallel (2) must divide cluster.train_workers (6)",
+        ),
+        (
+            OFFLINE,
             ["model.attention=sdpa", "shard.context_parallel=2", "cluster.train_workers=2"],
             "set model.attention: auto or flex",
+        ),
+        *(
+            (
+                OFFLINE,
+                ["shard.tensor_parallel=2", "cluster.train_workers=2", setting],
+                f"{named} does not go with layers that workers split",
+            )
+            for setting, named in (
+                ("model.lora.rank=4", "model.lora"),
+                ("model.fp8=true", "model.fp8"),
+                ("shard.compile=true", "shard.compile"),
+                ("optim.use=adamw_8bit", "optim.use: adamw_8bit"),
+            )
         ),
         (OFFLINE, ["reference.refresh=round"], "reference.refresh: round needs rounds"),
         (ONLINE, ["reference.refresh=round", "reference.kind=live"], "set reference.kind to auto or cached"),

@@ -1,0 +1,168 @@
+"""Tensor parallelism over gloo: the numbers of one rank, alone and with FSDP and HSDP, and what comes out of a run."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dpo_ray.objective.head import LogitTransform
+from dpo_ray.train.export import export_checkpoint, find_checkpoint
+from tests.conftest import ragged_texts, save_tiny_model, save_tokenizer
+from tests.distributed.parts import gradients, shared_head
+from tests.distributed.processes import run_ranks
+from tests.distributed.runs import offline
+from tests.distributed.test_offline import assert_same
+
+WritePairs = Callable[[Sequence[tuple[str, str, str]]], Path]
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_model: Path, write_pairs: WritePairs) -> dict[str, Any]:
+    """Three steps of five pairs, a short one last, in float32."""
+    return {
+        "run": {"dir": str(tmp_path), "name": "run", "epochs": 1, "save_every": None, "export": False},
+        "model": {"path": str(tiny_model), "dtype": "float32"},
+        "reference": {"cache_dir": str(tmp_path / "cache")},
+        "data": {"train": str(write_pairs(ragged_texts(13)))},
+        "optim": {"lr": 1e-3, "pairs_per_step": 5, "tokens_per_micro_batch": 256, "schedule": "constant"},
+        "cluster": {"train_workers": 1},
+    }
+
+
+def over(ranks: int, config: dict[str, Any], **shard: Any) -> dict[str, Any]:
+    return config | {"shard": shard, "cluster": {"train_workers": ranks}}
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def save_tiny_qwen3(folder: Path) -> Path:
+    """A two-layer Qwen3: norms of queries and keys by head, biases of projections, an odd vocabulary and a head of its
+    own."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=261, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, attention_bias=True, tie_word_embeddings=False, initializer_range=0.1,
+        bos_token_id=None, eos_token_id=256, pad_token_id=258,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "norm.weight")):
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def test_ranks_that_split_layers_report_the_steps_of_one_rank_also_in_replicas_and_where_others_share_rows(
+    config: dict[str, Any],
+) -> None:
+    (alone,) = run_ranks(1, offline, config)
+    shared_rows = {"context_parallel": 2, "activation_checkpointing": "selective"}
+    for ranks, shard in ((2, {}), (4, {"replicate": 2}), (4, shared_rows)):
+        found = run_ranks(ranks, offline, over(ranks, config, tensor_parallel=2, **shard))
+        for lines in found:
+            assert_same(alone, lines, absolute=1e-4)
+            assert [line["loss"] for line in lines] == [line["loss"] for line in found[0]]
+
+
+def test_a_head_of_its_own_whose_131_rows_a_rank_two_shards_divide_unevenly_reports_the_steps_of_one_rank(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    model = save_tiny_model(tmp_path / "untied", tied=False, vocab_size=262)
+    config |= {"model": config["model"] | {"path": str(model)}, "loss": {"weighting": "wpo"}}
+    (alone,) = run_ranks(1, offline, config)
+    split, *_ = run_ranks(4, offline, over(4, config, tensor_parallel=2))
+    assert_same(alone, split, absolute=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_every_gradient_is_that_of_one_rank(config: dict[str, Any], tmp_path: Path, architecture: str) -> None:
+    if architecture == "qwen3":
+        config["model"]["path"] = str(save_tiny_qwen3(tmp_path / "qwen3"))
+    (alone,) = run_ranks(1, gradients, config)
+    for of_rank in run_ranks(2, gradients, over(2, config, tensor_parallel=2)):
+        assert of_rank.keys() == alone.keys()
+        for name, gradient in alone.items():
+            assert relative(of_rank[name], gradient) < 2e-5, name
+
+
+def test_bfloat16_checkpointed_layers_and_a_live_reference_report_the_steps_of_one_rank(
+    config: dict[str, Any],
+) -> None:
+    config["model"]["dtype"] = "bfloat16"
+    config["optim"]["lr"] = 1e-5
+    (alone,) = run_ranks(1, offline, config)
+    config["reference"]["kind"] = "live"
+    split, _ = run_ranks(2, offline, over(2, config, tensor_parallel=2, activation_checkpointing="full"))
+    for one, other in zip(alone, split, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=0.05)
+        assert one["logps/chosen"] == pytest.approx(other["logps/chosen"], rel=0.01)
+        assert one["optim/grad_norm"] == pytest.approx(other["optim/grad_norm"], rel=0.05)
+
+
+def test_a_run_goes_on_with_another_split(config: dict[str, Any]) -> None:
+    (undisturbed,) = run_ranks(1, offline, config)
+    for first, then in ((2, 1), (1, 2)):
+        saving = config | {"run": config["run"] | {"name": f"stopped-{first}", "save_every": 2}}
+        run_ranks(first, offline, over(first, saving, tensor_parallel=first), 2)
+        resumed, *_ = run_ranks(then, offline, over(then, saving, tensor_parallel=then))
+        assert [line["step"] for line in resumed] == [3]
+        assert_same(undisturbed[2:], resumed, absolute=1e-4)
+
+
+def test_a_split_run_exports_the_weights_of_its_checkpoint(config: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config["run"] |= {"export": True, "save_every": 3}
+    run_ranks(4, offline, over(4, config, tensor_parallel=2))
+    run = tmp_path / "run"
+    export_checkpoint(find_checkpoint(run), tmp_path / "exported")
+    expected = AutoModelForCausalLM.from_pretrained(run / "policy").state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").state_dict()
+    untrained = AutoModelForCausalLM.from_pretrained(config["model"]["path"]).state_dict()
+    assert expected.keys() == found.keys()
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+        # AdamW moves each weight by about the learning rate a step: three steps of 1e-3.
+        assert 0 < (weight - untrained[name]).abs().max() < 4e-3, name
+
+
+def test_a_model_whose_key_heads_do_not_divide_is_refused_naming_the_key(config: dict[str, Any]) -> None:
+    with pytest.raises(Exception, match=r"shard\.tensor_parallel is 4, .* num_key_value_heads 2"):
+        run_ranks(4, offline, over(4, config, tensor_parallel=4))
+
+
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.5, 30.0)], ids=["plain", "scaled-and-capped"])
+def test_a_head_that_two_ranks_share_gives_the_gradients_of_a_float64_softmax(transform: LogitTransform) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens, width, vocabulary, pair_tokens = 70, 32, 300, (20, 7, 30, 13)
+    hidden = torch.randn(tokens, width, generator=generator)
+    weight = 2 * torch.randn(vocabulary, width, generator=generator)
+    bias = torch.linspace(-1, 1, vocabulary)
+    labels = torch.randint(vocabulary, (tokens,), generator=generator)
+
+    exact: list[Any] = [of.double().requires_grad_() for of in (hidden, weight, bias)]
+    logits = (exact[0] @ exact[1].t() + exact[2]) * transform.scale
+    if transform.softcap is not None:
+        logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    logps = logits.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    each = torch.stack([(part.sum() / 100).square() for part in logps.split(pair_tokens)])
+    each.sum().backward()
+    squares = logits.softmax(-1).square().sum(-1).log()
+    by_hidden, by_weight, by_bias = (of.grad.numpy() for of in exact)
+
+    found = run_ranks(2, shared_head, hidden, weight, bias, labels, pair_tokens, transform)
+    for rank in found:
+        assert np.abs(rank["logps"] - logps.detach().numpy()).max() < 5e-5
+        assert np.abs(rank["squares"] - squares.detach().numpy()).max() < 5e-5
+        assert relative(rank["each"], each.detach().numpy()) < 1e-5
+        assert relative(rank["hidden"], by_hidden) < 1e-5
+    assert relative(np.concatenate([rank["weight"] for rank in found]), by_weight) < 1e-5
+    assert relative(np.concatenate([rank["bias"] for rank in found]), by_bias) < 1e-5
