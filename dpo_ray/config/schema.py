@@ -316,15 +316,16 @@ class ShardConfig(Section):
     tensor_parallel: int = Field(1, ge=1)
     """Neighbouring workers that split the matrices of each layer and the vocabulary, and work on the same tokens; must
     divide the model's attention heads and key-value heads. replicate * context_parallel * tensor_parallel must divide
-    cluster.train_workers. Goes neither with model.lora, model.fp8 nor shard.compile."""
+    cluster.train_workers. Does not go with model.lora, model.fp8, optim.use: adamw_8bit, shard.compile or
+    shard.activation_offload."""
     reshard_after_forward: bool = True
     """Free a layer's gathered weights after its forward; false keeps them until the step ends: faster, more memory."""
     prefetch: int = Field(1, ge=1)
     """Layers whose weights are gathered ahead of the one that computes; each takes the memory of its weights."""
     activation_checkpointing: Annotated[Literal["none", "full", "selective"], BeforeValidator(_recomputing)] = "none"
     """What of each layer is recomputed in the backward pass instead of stored. selective: all but matrix products and
-    attention, for little time. full: everything, for a third more time and the least memory. Neither goes
-    with shard.compile."""
+    attention, for little time; not with shard.compile, which itself keeps little else. full: everything, for a third
+    more time and the least memory."""
     activation_offload: bool = False
     """Keep what is stored for the backward pass in host memory; GPUs only. Of selective, the inputs of layers."""
     cpu_offload: bool = False
@@ -485,6 +486,7 @@ class Config(Section):
             without = {
                 "model.lora": self.model.lora is not None,
                 "model.fp8": self.model.fp8,
+                "shard.activation_offload": self.shard.activation_offload,
                 "shard.compile": self.shard.compile,
                 "optim.use: adamw_8bit": self.optim.use == "adamw_8bit",
             }
@@ -493,10 +495,10 @@ class Config(Section):
                     f"{found[0]} does not go with layers that workers split; leave it out, or set "
                     f"shard.tensor_parallel ({self.shard.tensor_parallel}) to 1"
                 )
-        if self.shard.compile and self.shard.activation_checkpointing != "none":
+        if self.shard.compile and self.shard.activation_checkpointing == "selective":
             raise ValueError(
-                "shard.compile would compile nothing of a layer that is recomputed; set "
-                "shard.activation_checkpointing: none, or shard.compile: false"
+                "shard.compile would compile nothing of a layer of which some is recomputed; what it compiles keeps no "
+                "cheap results anyway: set shard.activation_checkpointing: none, or full"
             )
         if self.online is not None and self.run.remote:
             raise ValueError(

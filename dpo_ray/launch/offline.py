@@ -15,7 +15,7 @@ from dpo_ray.launch.ending import tell_end
 from dpo_ray.launch.preparation import open_pairs, tell_data
 from dpo_ray.launch.reporting import RunReporter, StatusBoard
 from dpo_ray.launch.workers import train_on_workers
-from dpo_ray.model.load import read_model_config
+from dpo_ray.model.load import refuse_unusable_model
 from dpo_ray.objective.losses import build_loss
 from dpo_ray.train.offline import train_offline
 from dpo_ray.train.optim import bind_optimizer
@@ -51,7 +51,7 @@ def refuse_unusable(config: Config) -> None:
         raise ValueError("data.train is empty: give files of preference pairs, or a hub dataset")
     build_loss(config.loss)
     bind_optimizer(config.optim)
-    read_model_config(config.model.path)
+    refuse_unusable_model(config.model, tensor_parallel=config.shard.tensor_parallel)
     storage.refuse_unusable(storage.folder_at(config.run.dir), "run.dir")
     if config.reference.object_store:
         storage.refuse_unusable(storage.folder_at(config.reference.object_store), "reference.object_store")

@@ -22,7 +22,7 @@ from dpo_ray.launch.places import Seat
 from dpo_ray.launch.reporting import RunReporter, StatusBoard
 from dpo_ray.launch.rollout_pool import PoolReceiver
 from dpo_ray.launch.workers import make_run_dir, train_on_workers
-from dpo_ray.model.load import read_model_config
+from dpo_ray.model.load import refuse_unusable_model
 from dpo_ray.objective.losses import build_loss
 from dpo_ray.plugins import build
 from dpo_ray.rollout.judges import build_judge
@@ -100,7 +100,7 @@ def refuse_unusable(config: Config) -> None:
     build_judge(config.online.judge)
     build_selector(config.online.select)
     build_transport(config, on_gpus=config.online.sync.use in BETWEEN_GPUS)
-    read_model_config(config.model.path)
+    refuse_unusable_model(config.model, tensor_parallel=config.shard.tensor_parallel)
 
 
 def build_transport(config: Config, *, on_gpus: bool) -> WeightSync:

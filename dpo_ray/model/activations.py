@@ -6,7 +6,6 @@ memory (``shard.activation_offload``). Names of parameters and modules stay as t
 
 import functools
 from collections.abc import Callable
-from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -36,26 +35,18 @@ SMALLEST = 1 << 16
 def recompute(layer: nn.Module, kind: Literal["none", "full", "selective"]) -> None:
     """Compute what ``layer`` does not keep of its forward pass again in its backward pass (arXiv:1604.06174).
 
-    The layer's forward is replaced, below its hooks: FSDP's gathering is not repeated.
+    The layer's forward is replaced, below its hooks: FSDP's gathering is not repeated. One that is compiled stays so;
+    torch compiles nothing of what runs within ``selective``.
 
     Args:
         layer: its forward must be deterministic.
         kind: ``full`` keeps the input alone; ``selective`` also the results of DEAR operations.
     """
+    keep = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    if kind == "selective":
+        keep = functools.partial(keep, context_fn=functools.partial(create_selective_checkpoint_contexts, DEAR))
     if kind != "none":
-        # A method, so that all layers share one code object: torch.compile compiles it once.
-        layer.forward = MethodType({"full": _keep_input, "selective": _keep_dear}[kind], layer)
-
-
-def _keep_input(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    forward: Any = MethodType(type(layer).forward, layer)
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-
-def _keep_dear(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    forward: Any = MethodType(type(layer).forward, layer)
-    context_fn = functools.partial(create_selective_checkpoint_contexts, DEAR)
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn, **kwargs)
+        layer.forward = keep
 
 
 def offload(decoder: nn.Module, device: torch.device) -> None:

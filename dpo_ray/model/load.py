@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.utils import cached_file
 
 from dpo_ray.config.schema import ModelConfig
 from dpo_ray.model.attention import use_packed_attention
 from dpo_ray.model.flex import use_flex_attention
+from dpo_ray.model.tensor_parallel import plan_split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -48,6 +49,7 @@ def build_model(model: ModelConfig, *, with_weights: bool, dtype: torch.dtype = 
         ValueError: the model cannot be read, or attends in a way that packed rows cannot express.
     """
     config = read_model_config(model.path)
+    _refuse_fixed_attention(model, config)
     for name, value in vars(config).items():
         if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
             setattr(config, name, 0.0)
@@ -70,7 +72,7 @@ def read_model_config(path: str) -> "PreTrainedConfig":
     """The architecture's configuration.
 
     Raises:
-        ValueError: nothing usable is at ``path``, or the attention is not full causal attention.
+        ValueError: nothing usable is at ``path``, or not all layers have full causal attention and nothing else.
     """
     try:
         config = AutoConfig.from_pretrained(path)
@@ -86,7 +88,33 @@ def read_model_config(path: str) -> "PreTrainedConfig":
             f"model.path: {path!r} has layers of {', '.join(sorted(kinds))}; "
             "only full_attention can be trained in packed rows"
         )
+    if getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_is_stateful", False):
+        raise ValueError(
+            f"model.path: {path!r} is a {config.model_type}, whose layers carry a state from token to token; "
+            "only attention keeps the sequences of a packed row apart"
+        )
     return config
+
+
+def refuse_unusable_model(model: ModelConfig, *, tensor_parallel: int) -> None:
+    """Check what the configuration of a model decides, before its weights are read.
+
+    Raises:
+        ValueError: see ``read_model_config`` and ``plan_split``; or the attention cannot be exchanged.
+    """
+    _refuse_fixed_attention(model, read_model_config(model.path))
+    if tensor_parallel > 1:
+        plan_split(build_model(model, with_weights=False), tensor_parallel)
+
+
+def _refuse_fixed_attention(model: ModelConfig, config: "PreTrainedConfig") -> None:
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model.attention != "sdpa" and not getattr(architecture, "_supports_attention_backend", True):
+        masked = getattr(architecture, "_supports_sdpa", False)
+        raise ValueError(
+            f"model.path: {model.path!r} is a {config.model_type}, whose attention cannot be exchanged for that of "
+            f"packed rows; {'set model.attention: sdpa' if masked else 'such models cannot be trained'}"
+        )
 
 
 def model_digest(path: str) -> str:

@@ -168,6 +168,7 @@ def pair_losses(
 def logit_transform(config: object) -> LogitTransform:
     """The scale and soft cap that an architecture's configuration asks for."""
     scale = getattr(config, "logit_scale", None) or 1.0
-    if divisor := getattr(config, "logits_scaling", None):
-        scale /= divisor
+    if scaling := getattr(config, "logits_scaling", None):
+        # By one name, Granite divides and HyperCLOVA X multiplies.
+        scale *= scaling if getattr(config, "model_type", "").startswith("hyperclovax") else 1 / scaling
     return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))

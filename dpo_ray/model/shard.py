@@ -83,11 +83,14 @@ def load_sharded(
     scorer = Scorer(built, context)
     if not trainable:
         scorer.requires_grad_(False)
-    if trainable:
-        for layer in scorer.layers:
+    for layer in scorer.layers:
+        if shard.compile:
+            # Without the hooks of FSDP, which are not compiled. Rows have any length.
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        if trainable:
             recompute(layer, shard.activation_checkpointing)
-        if shard.activation_offload:
-            offload(built.get_decoder(), device)
+    if trainable and shard.activation_offload:
+        offload(built.get_decoder(), device)
     scorer.train(trainable)
     # FSDP adds the tensor dimension by itself to parameters that are split.
     names = tuple(name for name in mesh.mesh_dim_names or () if name != "tensor")
@@ -103,8 +106,6 @@ def _apply_fsdp(
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     offloading = CPUOffloadPolicy() if shard.cpu_offload and device.type != "cpu" else OffloadPolicy()
     for layer in scorer.layers:
-        if shard.compile:
-            layer.compile(dynamic=True)  # rows have any length
         fully_shard(
             layer,
             mesh=mesh,

@@ -5,6 +5,7 @@ tensor ranks, so that FSDP, checkpoints and gradient norms know which part of it
 local parts as plain tensors. Between layers each rank has all hidden states (Megatron-LM, arXiv:1909.08053, section 3).
 """
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,8 +23,11 @@ from dpo_ray.objective.head import Head, LogitTransform
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+logger = logging.getLogger(__name__)
+
 Forward = Callable[..., Any]
-STYLES = ("colwise", "rowwise", "replicated_with_grad_allreduce")
+WHOLE = ("replicated_with_grad_allreduce",)
+STYLES = ("colwise", "rowwise", *WHOLE)
 """What a plan may ask for: a linear layer's outputs split, its inputs split, or a module whose parameters are whole on
 each rank while what it works on is split."""
 
@@ -31,16 +35,20 @@ each rank while what it works on is split."""
 def split_over(model: "PreTrainedModel", mesh: DeviceMesh) -> None:
     """Split ``model`` over the ranks of a mesh of one dimension, in place.
 
-    Parameters are left on the meta device: the weights are given to their parts later, when they are sharded. A
-    vocabulary that the ranks do not divide stays whole on each of them.
+    Parameters are left on the meta device: weights are given to the parts when FSDP has cut them further. A vocabulary
+    that the ranks do not divide stays whole on each of them.
 
     Raises:
-        ValueError: the architecture has no plan that is known here, or the ranks do not divide its heads.
+        ValueError: see ``plan_split``.
     """
-    plan = _plan(model)
-    _refuse_uneven(model, plan, mesh.size())
+    plan = plan_split(model, mesh.size())
     ends: tuple[Any, Any] = (model.get_input_embeddings(), model.get_output_embeddings())
     even_rows = all(end.weight.shape[0] % mesh.size() == 0 for end in ends)
+    if not even_rows and dist.get_rank() == 0:
+        logger.warning(
+            "shard.tensor_parallel: %d does not divide the vocabulary, %d; each worker has all of embedding and head",
+            mesh.size(), ends[1].weight.shape[0],
+        )  # fmt: skip
     group, placed = mesh.get_group(), {}
     shared = {name.rpartition(".")[0]: _Shared() for name, style in plan.items() if style == "colwise"}
     for name, module in list(model.named_modules()):
@@ -57,7 +65,7 @@ def split_over(model: "PreTrainedModel", mesh: DeviceMesh) -> None:
         elif style == "rowwise":
             module.forward = partial(_rowwise, module, module.forward, group)
         elif module._parameters:
-            module.forward = partial(_replicated, module, module.forward, style is not None)
+            module.forward = partial(_replicated, module, module.forward, style in WHOLE)
         if name in shared:
             module.forward = partial(_forgetting, shared[name], module.forward)
 
@@ -75,11 +83,12 @@ def local_head(model: "PreTrainedModel", transform: LogitTransform) -> Head:
     return Head(local, bias, transform, mesh.get_group(), mesh.get_local_rank() * local.shape[0])
 
 
-def _plan(model: "PreTrainedModel") -> dict[str, str]:
+def plan_split(model: "PreTrainedModel", ranks: int) -> dict[str, str]:
     """The style of each module that is split, by the module's name; embedding and head are not among them.
 
     Raises:
-        ValueError: there is none, or it is not known here.
+        ValueError: the architecture has no plan, or one that is not known here or leaves most of the layers whole; or
+            the ranks do not divide what it splits.
     """
     by_pattern: Mapping[str, str] = model.tp_plan
     modules = dict(model.named_modules())
@@ -97,13 +106,23 @@ def _plan(model: "PreTrainedModel") -> dict[str, str]:
             f"{architecture} asks for tensor parallelism by {', '.join(unknown)}; {', '.join(STYLES)} can be done: "
             f"{remedy}"
         )
-    holders = {name.rpartition(".")[0] for name, style in plan.items() if style == "colwise"}
+    holders = tuple(name.rpartition(".")[0] + "." for name, style in plan.items() if style == "colwise")
     for name, module in modules.items():
-        inside = name in holders or name.rpartition(".")[0] in holders
-        if inside and name not in plan and any(True for _ in module.parameters(recurse=False)):
+        if f"{name}.".startswith(holders) and name not in plan and any(True for _ in module.parameters(recurse=False)):
             # It would work on a part of the heads without its gradient being summed over the parts.
             raise ValueError(f"{architecture} has {name}, which its plan of tensor parallelism leaves out; {remedy}")
+    split = sum(_size(modules[name]) for name, style in plan.items() if style not in WHOLE)
+    if 2 * split < (whole := _size(model) - sum(map(_size, {*ends}))):
+        raise ValueError(
+            f"{architecture} has a plan of tensor parallelism that splits {split / whole:.0%} of its layers' weights, "
+            f"which leaves most of the work undivided; {remedy}"
+        )
+    _refuse_uneven(model, plan, ranks)
     return plan
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _refuse_uneven(model: "PreTrainedModel", plan: Mapping[str, str], ranks: int) -> None:
@@ -116,11 +135,12 @@ def _refuse_uneven(model: "PreTrainedModel", plan: Mapping[str, str], ranks: int
     for name, style in plan.items():
         if style in ("colwise", "rowwise"):
             layer: Any = model.get_submodule(name)
-            counts[f"{name}'s size"] = layer.out_features if style == "colwise" else layer.in_features
+            side = "out_features" if style == "colwise" else "in_features"
+            counts[f"{name}.{side}"] = getattr(layer, side)
     for name, count in counts.items():
         if count % ranks:
             raise ValueError(
-                f"shard.tensor_parallel is {ranks}, which must divide what it splits, and the model has {name} {count}"
+                f"shard.tensor_parallel is {ranks}, which must divide what it splits; the model has {name} {count}"
             )
 
 

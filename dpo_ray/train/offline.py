@@ -15,7 +15,7 @@ from dpo_ray.data.store import PairStore
 from dpo_ray.model.export import export_policy
 from dpo_ray.train.checkpoint import Checkpointer
 from dpo_ray.train.optim import learning_rate
-from dpo_ray.train.scoring import fixed_reference
+from dpo_ray.train.scoring import fixed_references
 from dpo_ray.train.setup import Setup, agreed, set_up
 from dpo_ray.train.state import TrainState
 from dpo_ray.train.step import dpo_step, evaluate_pairs
@@ -56,11 +56,11 @@ def train_offline(
     total_steps = config.run.steps or math.ceil(config.run.epochs * loader.steps_per_epoch)
 
     # The policy scores the reference while it still is the reference: before a checkpoint is restored.
-    reference, line = fixed_reference(t, pairs, lambda done, total: reporter.phase("scoring", done, total))
-    reporter.note(line)
-    if held_out is not None:
-        held_reference, line = fixed_reference(t, held_out, lambda done, total: reporter.phase("scoring", done, total))
-        reporter.note(f"held-out {line}")
+    sources = [pairs] if held_out is None else [pairs, held_out]
+    references = fixed_references(t, sources, lambda done, total: reporter.phase("scoring", done, total))
+    for whose, (_, line) in zip(("", "held-out "), references, strict=False):
+        reporter.note(whose + line)
+    reference, held_reference = references[0][0], references[-1][0]
 
     state, checkpoints = TrainState(t), Checkpointer(config.run.path / "checkpoints", config)
     if checkpoints.resume(state):

@@ -17,7 +17,6 @@ import torch
 from dpo_ray.config.schema import Config
 from dpo_ray.data.loader import PairList, PairLoader
 from dpo_ray.data.packing import build_sample_row
-from dpo_ray.model.adapters import WithoutAdapters
 from dpo_ray.model.export import export_policy, named_weights
 from dpo_ray.model.reference import Reference, cached_reference, live_reference, no_reference
 from dpo_ray.model.scorer import Scores, token_logps
@@ -26,8 +25,8 @@ from dpo_ray.sync.base import WeightSync
 from dpo_ray.train.checkpoint import Checkpointer
 from dpo_ray.train.offline import Reporter
 from dpo_ray.train.optim import learning_rate
-from dpo_ray.train.scoring import score, score_samples
-from dpo_ray.train.setup import Setup, agreed, frozen_copy, set_up
+from dpo_ray.train.scoring import frozen_reference, score, score_samples
+from dpo_ray.train.setup import Setup, agreed, set_up
 from dpo_ray.train.state import TrainState
 from dpo_ray.train.step import dpo_step
 from dpo_ray.types import Ending, Metrics, RoundData, TokenSample
@@ -62,7 +61,7 @@ def train_online(
     online = config.online
     reporter.phase("loading")
     t = set_up(config, device)
-    frozen = _frozen_reference(t)
+    frozen = frozen_reference(t)
     state, checkpoints = TrainState(t), Checkpointer(config.run.path / "checkpoints", config)
     if checkpoints.resume(state):
         reporter.note(f"resuming after round {state.round} of {online.rounds}")
@@ -121,15 +120,6 @@ def train_online(
         reporter.phase("exporting")
         export_policy(t.policy, config.model, t.tokenizer, config.run.path)
     return Ending(metrics)
-
-
-def _frozen_reference(t: Setup) -> Scores | None:
-    match t.config.reference_kind:
-        case "live":
-            return frozen_copy(t)
-        case "adapters_off":
-            return WithoutAdapters(t.policy)
-    return None
 
 
 def _train_on(t: Setup, data: RoundData, frozen: Scores | None, state: TrainState, reporter: Reporter) -> Metrics:

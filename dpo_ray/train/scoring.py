@@ -25,7 +25,7 @@ from dpo_ray.model.reference_store import ReferenceStore, entry_keys, store_dige
 from dpo_ray.model.scorer import Scores, pair_logps, sequence_logps
 from dpo_ray.model.shard import release_gathered
 from dpo_ray.storage import folder_at
-from dpo_ray.train.setup import Setup, frozen_copy
+from dpo_ray.train.setup import Setup, agreed, frozen_copy
 from dpo_ray.types import TokenSample
 
 logger = logging.getLogger(__name__)
@@ -49,21 +49,27 @@ Progress = Callable[[int, int], None]
 """(done, total) of a long pass."""
 
 
-def fixed_reference(t: Setup, source: PairStore, progress: Progress) -> tuple[Reference, str]:
-    """The reference for a fixed set of pairs, and one line saying what was found and what was scored.
+def fixed_references(t: Setup, sources: Sequence[PairStore], progress: Progress) -> list[tuple[Reference, str]]:
+    """The reference for each fixed set of pairs, and one line saying what was found and what was scored.
 
     Must run before a checkpoint is restored: the policy is the reference only while it is untrained.
     """
+    if t.config.reference_kind == "none":
+        return [(no_reference, "reference: none")] * len(sources)
+    if (frozen := frozen_reference(t)) is not None:
+        return [(live_reference(frozen), f"reference: {t.config.reference_kind}, scored with each step")] * len(sources)
+    found = [cached_logps(t, source, progress) for source in sources]
+    return [(cached_reference(logps), line) for logps, line in found]
+
+
+def frozen_reference(t: Setup) -> Scores | None:
+    """What scores a reference that is there beside the policy for the whole run; None where there is none."""
     match t.config.reference_kind:
-        case "none":
-            return no_reference, "reference: none"
-        case "adapters_off":
-            return live_reference(WithoutAdapters(t.policy)), "reference: the policy without adapters, with each step"
         case "live":
-            return live_reference(frozen_copy(t)), "reference: a frozen copy, scored with each step"
-        case "cached":
-            logps, line = cached_logps(t, source, progress)
-            return cached_reference(logps), line
+            return frozen_copy(t)
+        case "adapters_off":
+            return WithoutAdapters(t.policy)
+    return None
 
 
 def no_progress(done: int, total: int) -> None:
@@ -162,9 +168,10 @@ def _find_or_build(t: Setup, store: ReferenceStore, source: PairStore, progress:
 
 def _build(t: Setup, store: ReferenceStore, source: PairStore, progress: Progress) -> tuple[Path, int]:
     """Look up a slice of the pairs on every rank, score what the store lacks, keep all in the order of the pairs."""
-    mine = range(*(len(source) * n // t.shares for n in (t.share, t.share + 1)))
-    slices: list[Any] = [None] * t.shares
-    dist.all_gather_object(slices, store.lookup(entry_keys(source, mine)), group=t.data_group)
+    # What one rank found, all take: with other gaps they would score other pairs, and wait for each other for ever.
+    mine = range(*(len(source) * n // t.ranks for n in (t.rank, t.rank + 1)))
+    slices: list[Any] = [None] * t.ranks
+    dist.all_gather_object(slices, store.lookup(entry_keys(source, mine)))
     known = np.concatenate(slices)
     missing = np.flatnonzero(np.isnan(known).any(1)).tolist()
 
@@ -193,7 +200,7 @@ def _spot_check(t: Setup, source: PairStore, view: Path) -> bool:
     pairs = spread[shortest].tolist()
     again, found = score(t, source, pairs), np.load(view, mmap_mode="r")[pairs]
     tokens = int(source.lengths[pairs, 1:].sum())
-    return bool(np.abs(again - found).sum() <= SPOT_TOLERANCE * tokens + SPOT_FLOOR)
+    return not agreed(bool(np.abs(again - found).sum() > SPOT_TOLERANCE * tokens + SPOT_FLOOR))
 
 
 @contextlib.contextmanager

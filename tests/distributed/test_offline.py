@@ -116,9 +116,11 @@ def test_layers_are_gathered_ahead_in_both_passes_as_many_as_asked(config: dict[
 
 
 @pytest.mark.slow
-def test_compiled_layers_give_the_steps_of_others(config: dict[str, Any]) -> None:
+@pytest.mark.parametrize("recomputed", ["none", "full"])
+def test_compiled_layers_give_the_steps_of_others(config: dict[str, Any], recomputed: str) -> None:
     (lines,) = run_ranks(1, offline, config)
-    ((compiled, graphs),) = run_ranks(1, offline_counting_graphs, config | {"shard": {"compile": True}})
+    shard = {"compile": True, "activation_checkpointing": recomputed}
+    ((compiled, graphs),) = run_ranks(1, offline_counting_graphs, config | {"shard": shard})
     assert_same(lines, compiled, absolute=1e-4)
     assert 0 < graphs <= 12, "layers share their graphs, and rows of other lengths add few"
 

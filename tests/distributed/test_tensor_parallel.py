@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
+from dpo_ray.config.schema import ModelConfig
+from dpo_ray.model.load import refuse_unusable_model
 from dpo_ray.objective.head import LogitTransform
 from dpo_ray.train.export import export_checkpoint, find_checkpoint
 from tests.conftest import ragged_texts, save_tiny_model, save_tokenizer
@@ -120,6 +123,8 @@ def test_a_run_goes_on_with_another_split(config: dict[str, Any]) -> None:
 def test_a_split_run_exports_the_weights_of_its_checkpoint(config: dict[str, Any], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
+    # 131 rows of embedding and head on each of two tensor ranks, which two shards divide unevenly.
+    config["model"]["path"] = str(save_tiny_model(tmp_path / "untied", tied=False, vocab_size=262))
     config["run"] |= {"export": True, "save_every": 3}
     run_ranks(4, offline, over(4, config, tensor_parallel=2))
     run = tmp_path / "run"
@@ -134,9 +139,18 @@ def test_a_split_run_exports_the_weights_of_its_checkpoint(config: dict[str, Any
         assert 0 < (weight - untrained[name]).abs().max() < 4e-3, name
 
 
-def test_a_model_whose_key_heads_do_not_divide_is_refused_naming_the_key(config: dict[str, Any]) -> None:
-    with pytest.raises(Exception, match=r"shard\.tensor_parallel is 4, .* num_key_value_heads 2"):
-        run_ranks(4, offline, over(4, config, tensor_parallel=4))
+def test_models_that_cannot_be_split_are_refused_without_their_weights(tiny_model: Path, tmp_path: Path) -> None:
+    AutoConfig.from_pretrained(tiny_model).save_pretrained(tmp_path / "no_weights")
+    model = ModelConfig(path=str(tmp_path / "no_weights"))
+    refuse_unusable_model(model, tensor_parallel=2)
+    with pytest.raises(ValueError, match=r"shard\.tensor_parallel is 4, .* num_key_value_heads 2"):
+        refuse_unusable_model(model, tensor_parallel=4)
+    for architecture, words in (("olmo2", "asks for tensor parallelism by"), ("qwen2_moe", "splits .* of its layers")):
+        folder = tmp_path / architecture
+        small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+        AutoConfig.for_model(architecture, **small, num_key_value_heads=2).save_pretrained(folder)
+        with pytest.raises(ValueError, match=words):
+            refuse_unusable_model(ModelConfig(path=str(folder)), tensor_parallel=2)
 
 
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.5, 30.0)], ids=["plain", "scaled-and-capped"])

@@ -2,16 +2,16 @@
 
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_ray.config.schema import ModelConfig
 from dpo_ray.data.packing import Layout, build_row
-from dpo_ray.model.load import build_model, read_model_config, weights_digest
+from dpo_ray.model.load import build_model, read_model_config, refuse_unusable_model, weights_digest
 from dpo_ray.model.scorer import Scorer, pair_logps, pair_losses
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.types import TokenPair
@@ -78,6 +78,59 @@ def test_the_digest_follows_the_weights_and_not_the_folder(tiny_model: Path, tmp
     other = save_tiny_model(tmp_path / "other", seed=1)
     assert weights_digest(str(tmp_path / "copy")) == weights_digest(str(tiny_model))
     assert weights_digest(str(other)) != weights_digest(str(tiny_model))
+
+
+SMALL = {
+    "vocab_size": 261, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "initializer_range": 0.2, "pad_token_id": 258, "bos_token_id": None, "eos_token_id": 256,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("qwen3", {"head_dim": 16}),
+        ("mistral", {"sliding_window": None}),
+        ("gemma", {"head_dim": 16}),
+        ("olmo2", {}),
+        ("gpt2", {}),
+        ("gpt_neox", {}),
+        ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+        ("cohere", {"logit_scale": 0.25}),
+        ("granite", {"logits_scaling": 4.0}),
+        ("hyperclovax", {"logits_scaling": 4.0}),
+    ],
+)
+def test_logps_of_packed_rows_are_those_of_separate_forwards_whatever_the_architecture(
+    tmp_path: Path, architecture: str, settings: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **SMALL | settings)).save_pretrained(tmp_path)
+    pairs = ragged_pairs(5)
+    exact = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    with torch.no_grad():
+        rejected = torch.stack([exact_logp(exact, pair.prompt, pair.rejected) for pair in pairs])
+    found = pair_logps(
+        Scorer(build_model(ModelConfig(path=str(tmp_path)), with_weights=True)), build_row(pairs, "shared")
+    )
+    assert rejected.abs().max() > 20, "differences would show"
+    assert (found.rejected - rejected).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("architecture", "words"),
+    [
+        ("rwkv", "is a rwkv, whose layers carry a state"),
+        ("bloom", "is a bloom, whose attention cannot be exchanged .* such models cannot be trained"),
+        ("falcon", "is a falcon, whose attention cannot be exchanged .* set model.attention: sdpa"),
+    ],
+)
+def test_models_that_would_mix_the_sequences_of_a_row_are_refused(
+    tmp_path: Path, architecture: str, words: str
+) -> None:
+    AutoConfig.for_model(architecture).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        refuse_unusable_model(ModelConfig(path=str(tmp_path)), tensor_parallel=1)
 
 
 def test_a_missing_model_is_a_clear_error_naming_the_key(tmp_path: Path) -> None:

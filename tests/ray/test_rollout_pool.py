@@ -1,0 +1,86 @@
+"""The pool's dealing of work when engines die, on real actors that write numbers instead of text."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from dpo_ray.config import Config
+from dpo_ray.launch.cluster import Cluster
+from dpo_ray.launch.rollout_pool import EnginesLost, RolloutPool
+from dpo_ray.types import Completion, CompletionGroup, Prompt
+
+PROMPTS = [Prompt(index, ({"role": "user", "content": str(index)},)) for index in range(600)]
+NOT_AGAIN: tuple[int, None, str] = (3, None, "digest")
+"""The weights of a push that cannot be given to an engine that joins, as with nccl and ipc."""
+
+
+class Engine:
+    """Writes what seed it was given; dies over some prompts."""
+
+    def __init__(self, index: int, deadly: tuple[int, ...]) -> None:
+        self.index, self.deadly = index, deadly
+
+    def generate(self, prompts: list[Prompt], seeds: list[int], candidates: int) -> list[CompletionGroup]:
+        """A completion of one token, the engine's index."""
+        if any(prompt.index in self.deadly for prompt in prompts):
+            os._exit(1)
+        completion = Completion(str(self.index), (self.index,), finished=True)
+        return [
+            CompletionGroup(prompt, (0,), (completion,) * candidates, 3, seed)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    yield
+    ray.shutdown()
+
+
+def pool_of(*deadly: tuple[int, ...]) -> RolloutPool:
+    """As many engines as are given, each with the prompts that kill it; none can be given the weights again."""
+    config = {"model": {"path": "tiny"}, "cluster": {"rollout_engines": len(deadly)}, "online": {"prompts": "p.jsonl"}}
+    pool = RolloutPool(Config.model_validate(config), Cluster(gpus=0, cpus=8, nodes=1), "none")
+    pool.engines = [ray.remote(num_cpus=0)(Engine).remote(index, of) for index, of in enumerate(deadly)]
+    pool.weights = NOT_AGAIN
+    return pool
+
+
+def generate(pool: RolloutPool, timeout_s: float = 60) -> tuple[list[CompletionGroup], list[tuple[int, int]]]:
+    said: list[tuple[int, int]] = []
+    seeds = [7 * prompt.index for prompt in PROMPTS]
+
+    def progress(done: int, total: int) -> None:
+        said.append((done, total))
+
+    return pool.generate(PROMPTS, seeds, candidates=2, timeout_s=timeout_s, progress=progress), said
+
+
+def test_others_write_what_a_dead_engine_had_and_it_is_left_out_until_a_push() -> None:
+    pool = pool_of((), tuple(range(600)), ())
+    groups, said = generate(pool)
+    assert [(group.prompt.index, group.seed) for group in groups] == [(index, 7 * index) for index in range(600)]
+    assert {group.completions[0].token_ids for group in groups} <= {(0,), (2,)}
+    assert pool.lost == {1}
+    assert said == sorted(said) and said[-1] == (600, 600)
+    generate(pool)  # does not ask the dead one: it would be the second death of its prompts
+    assert pool.lost == {1}
+    pool.close()
+    assert pool.lost == set()
+
+
+def test_prompts_that_kill_two_engines_end_the_run_naming_them() -> None:
+    pool = pool_of((599,), (599,), (599,))
+    with pytest.raises(Exception, match=r"prompts \d+ to 600 killed two engines"):
+        generate(pool)
+    pool.close()
+
+
+def test_without_an_engine_left_the_collection_ends_at_once() -> None:
+    pool = pool_of(tuple(range(600)))
+    with pytest.raises(EnginesLost, match="all 1 engines died before they had written all candidates"):
+        generate(pool)
+    pool.close()
