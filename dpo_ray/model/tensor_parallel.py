@@ -95,7 +95,7 @@ def plan_split(model: "PreTrainedModel", ranks: int) -> dict[str, str]:
     plan = {
         name: by_pattern[found] for name in modules if (found := re.sub(r"\.\d+(?=\.|$)", ".*", name)) in by_pattern
     }
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends: tuple[Any, Any] = (model.get_input_embeddings(), model.get_output_embeddings())
     plan = {name: style for name, style in plan.items() if modules[name] not in ends}
     architecture = f"model.path: {type(model).__name__}"
     remedy = "set shard.tensor_parallel: 1"
@@ -111,18 +111,16 @@ def plan_split(model: "PreTrainedModel", ranks: int) -> dict[str, str]:
         if f"{name}.".startswith(holders) and name not in plan and any(True for _ in module.parameters(recurse=False)):
             # It would work on a part of the heads without its gradient being summed over the parts.
             raise ValueError(f"{architecture} has {name}, which its plan of tensor parallelism leaves out; {remedy}")
-    split = sum(_size(modules[name]) for name, style in plan.items() if style not in WHOLE)
-    if 2 * split < (whole := _size(model) - sum(map(_size, {*ends}))):
+    split = sum(p.numel() for name, style in plan.items() if style not in WHOLE for p in modules[name].parameters())
+    of_ends = {parameter for end in ends for parameter in end.parameters()}
+    whole = sum(parameter.numel() for parameter in model.parameters() if parameter not in of_ends)
+    if 2 * split < whole:
         raise ValueError(
             f"{architecture} has a plan of tensor parallelism that splits {split / whole:.0%} of its layers' weights, "
             f"which leaves most of the work undivided; {remedy}"
         )
     _refuse_uneven(model, plan, ranks)
     return plan
-
-
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _refuse_uneven(model: "PreTrainedModel", plan: Mapping[str, str], ranks: int) -> None:
