@@ -1,4 +1,4 @@
-"""Records that cross package boundaries: prompts, completions, judged groups and preference pairs.
+"""What crosses package boundaries: prompts, completions, judged groups and preference pairs; the kind of a failure.
 
 Text-level and plain: no torch, no Ray, nothing outside the standard library, so that every package and every process
 can hold them.
@@ -113,3 +113,7 @@ class Ending:
     """The last evaluation, or the last step."""
     stopped_at: str | None = None
     """Where it stopped because it was asked to, such as ``step 12 of 40``; None at the end of the run."""
+
+
+class Permanent(RuntimeError):
+    """A failure that would come again: starting the training workers again does not help."""

@@ -9,7 +9,6 @@ from dpo_ray.config import config_from_argv
 if __name__ == "__main__":
     config = config_from_argv(__doc__)
 
-    from dpo_ray.launch.command import run_command
-    from dpo_ray.launch.offline import run_offline
+    from dpo_ray.launch.command import run_command, run_on_cluster
 
-    run_command(run_offline, config)
+    run_command(run_on_cluster, "dpo_ray.launch.offline:run_offline", config)

@@ -9,7 +9,6 @@ from dpo_ray.config import config_from_argv
 if __name__ == "__main__":
     config = config_from_argv(__doc__)
 
-    from dpo_ray.launch.command import run_command
-    from dpo_ray.launch.online import run_online
+    from dpo_ray.launch.command import run_command, run_on_cluster
 
-    run_command(run_online, config)
+    run_command(run_on_cluster, "dpo_ray.launch.online:run_online", config, engines=config.cluster.rollout_engines)

@@ -15,7 +15,9 @@ if __name__ == "__main__":
     space, *overrides = rest or ["--help"]
     config = config_from_argv(__doc__, [path, *overrides] if space[:1] != "-" else [space])
 
-    from dpo_ray.launch.command import run_command
-    from dpo_ray.launch.sweep import load_sweep, run_sweep
+    from dpo_ray.launch.cluster import runs_that_fit
+    from dpo_ray.launch.command import run_command, run_on_cluster
 
-    run_command(lambda: run_sweep(config, load_sweep(space)))
+    run_command(
+        run_on_cluster, "dpo_ray.launch.sweep:run_sweep", config, space, local_runs=runs_that_fit(config.cluster)
+    )

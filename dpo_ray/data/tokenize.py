@@ -12,6 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transformers import AutoTokenizer
+
 from dpo_ray.data.records import PairRecord, Problem
 from dpo_ray.types import Messages, TokenPair
 
@@ -120,8 +122,6 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> "PreTrainedTo
     is_folder = Path(path).is_dir()
     if not is_folder and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise ValueError(f"model.path: {path}: no such directory; accepted is a model directory or a hub id, org/name")
-
-    from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=is_folder)

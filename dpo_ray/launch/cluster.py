@@ -51,9 +51,21 @@ def cpus_needed(config: ClusterConfig, engines: int, *, runs: int = 1, on_gpus: 
     return runs * (config.train_workers * config.cpus_per_worker + engines * per_engine)
 
 
+def runs_that_fit(config: ClusterConfig) -> int:
+    """Offline runs that this machine's cores hold at a time; one at least."""
+    return max(1, (os.cpu_count() or 1) // cpus_needed(config, 0))
+
+
 def gpus_needed(config: ClusterConfig, engines: int) -> int:
     """GPUs that a run on a cluster with GPUs asks for."""
     return config.train_workers + (0 if config.share_gpus else engines * config.gpus_per_engine)
+
+
+def set_environment(config: ClusterConfig) -> None:
+    """Set what Ray reads from the environment, some of it as it is imported, where nobody else has."""
+    waits = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{config.start_timeout_s:g}"}
+    for name, value in {**ENVIRONMENT, **waits}.items():
+        os.environ.setdefault(name, value)
 
 
 @contextlib.contextmanager
@@ -70,9 +82,7 @@ def joined(config: ClusterConfig, *, engines: int, local_runs: int = 1) -> Itera
     Raises:
         ValueError: the cluster is too small for the run; says what is asked and what there is.
     """
-    waits = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{config.start_timeout_s:g}"}
-    for name, value in {**ENVIRONMENT, **waits}.items():
-        os.environ.setdefault(name, value)
+    set_environment(config)
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -80,6 +90,8 @@ def joined(config: ClusterConfig, *, engines: int, local_runs: int = 1) -> Itera
     try:
         # The dashboard serves the State API, without which Ray Train cannot see and free what a killed run held.
         ray.init(num_cpus=cpus, include_dashboard=True, **quiet)
+        # An actor that waits for nodes to be taken away, while the workers need the cores to start.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     except ValueError:
         # There is a cluster to join, which has its own CPUs. Not address="auto": it joins any cluster on this machine,
         # also the one that another run started for itself.

@@ -1,23 +1,34 @@
-"""How a command ends: with an exit code and one clear message, whatever happened."""
+"""How a command begins and ends: on a cluster, with an exit code and one clear message, whatever happened."""
 
 import sys
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from dpo_ray.launch.workers import Stopped, TrainingFailed
+from dpo_ray.config import Config
+from dpo_ray.launch.cluster import joined, set_environment
+from dpo_ray.plugins import resolve
 from dpo_ray.storage import StorageFailed
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 
-def run_command(command: Callable[..., Any], *arguments: Any) -> None:
+class TrainingFailed(RuntimeError):
+    """The run cannot go on: its workers failed for good, or more often than ``cluster.max_restarts`` allows."""
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop and did, where it can go on from."""
+
+
+def run_command(command: Callable[..., Any], *arguments: Any, **named: Any) -> None:
     """Call ``command``; bad input exits with 2, a failed run with 1, an interrupted one with 130.
 
     Ray Train turns Ctrl-C into ``sys.exit(0)``, which must not pass for success.
     """
     try:
-        command(*arguments)
+        command(*arguments, **named)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(BAD_INPUT) from None
@@ -33,3 +44,17 @@ def run_command(command: Callable[..., Any], *arguments: Any) -> None:
     except Exception:
         traceback.print_exc()
         raise SystemExit(FAILED) from None
+
+
+def run_on_cluster(command: str, config: Config, *arguments: Any, engines: int = 0, local_runs: int = 1) -> None:
+    """Call a function of (config, cluster, ...) on the cluster that the run joins or starts.
+
+    Args:
+        command: import path. It is imported while the cluster starts, since either takes seconds.
+        engines, local_runs: see ``joined``.
+    """
+    set_environment(config.cluster)
+    with ThreadPoolExecutor(1, "import") as beside:
+        imported = beside.submit(resolve, command, {}, "command")
+        with joined(config.cluster, engines=engines, local_runs=local_runs) as cluster:
+            imported.result()(config, cluster, *arguments)

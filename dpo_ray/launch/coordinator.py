@@ -22,13 +22,12 @@ from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.places import Seat, own_place, shared_places
 from dpo_ray.launch.reporting import log_to_run
 from dpo_ray.launch.rollout_pool import EngineFailed, RolloutPool
-from dpo_ray.launch.workers import GivenUp
 from dpo_ray.rollout.collect import prompts_of_round, seed_of, select_pairs
 from dpo_ray.rollout.judges import build_judge, check_scores
 from dpo_ray.rollout.records import RoundStore
 from dpo_ray.rollout.selectors import build_selector
 from dpo_ray.rollout.stream import RoundStream
-from dpo_ray.types import CompletionGroup, Prompt, RoundData, TokenSample
+from dpo_ray.types import CompletionGroup, Permanent, Prompt, RoundData, TokenSample
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ THREADS = 64
 JUDGE_ATTEMPTS = 2
 
 
-class JudgeFailed(GivenUp):
+class JudgeFailed(Permanent):
     """The judge hung, died or raised."""
 
 

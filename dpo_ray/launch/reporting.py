@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.train
 
 from dpo_ray.storage import growing
 from dpo_ray.types import Metrics
@@ -139,6 +138,8 @@ class RunReporter:
         """A line of held-out metrics; every rank reports it to Ray Train, whose report is a barrier."""
         self.step(metrics)
         if self.to_train:
+            import ray.train  # with what it imports, more than the status board's actor takes to start
+
             ray.train.report(metrics)
 
     def stop_asked(self) -> bool:

@@ -17,9 +17,8 @@ from dpo_ray.data.tokenize import load_tokenizer, render_prompt
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.places import Place
 from dpo_ray.launch.reporting import log_to_run
-from dpo_ray.launch.workers import GivenUp
 from dpo_ray.rollout.vllm_engine import VLLMEngine, engine_environment
-from dpo_ray.types import CompletionGroup, Prompt
+from dpo_ray.types import CompletionGroup, Permanent, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ ENGINE_ATTEMPTS = 2
 """How often a piece of work is tried: a second engine dying over the same prompts is not the engine's fault."""
 
 
-class EngineFailed(GivenUp):
+class EngineFailed(Permanent):
     """An engine could not be started, or the same work killed two engines."""
 
 

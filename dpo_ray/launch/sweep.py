@@ -5,7 +5,6 @@ The reference is scored once for all trials: its cache knows nothing of what a s
 
 import csv
 import importlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,13 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_ray.config import Config, override, with_absolute_paths, write_config
-from dpo_ray.launch.cluster import SPARE_CPUS, Cluster, joined
+from dpo_ray.launch.cluster import SPARE_CPUS, Cluster
+from dpo_ray.launch.command import TrainingFailed
 from dpo_ray.launch.display import shown
 from dpo_ray.launch.offline import refuse_unusable, train
 from dpo_ray.launch.preparation import tell_data
 from dpo_ray.launch.reporting import Status, StatusBoard
-from dpo_ray.launch.workers import TrainingFailed, make_run_dir
+from dpo_ray.launch.workers import make_run_dir
 
 TRIAL_CPUS = 0.01
 """A trial's own process only waits for its workers; Tune refuses to place a trial that asks for nothing."""
@@ -85,14 +85,14 @@ def load_sweep(name: str) -> Sweep:
     raise ValueError(f"no search space is called {name!r}; tune_spaces has: {', '.join(known) or 'none here'}")
 
 
-def run_sweep(config: Config, sweep: Sweep) -> None:
+def run_sweep(config: Config, cluster: Cluster, space: str) -> None:
     """Run all trials; leaves sweep.csv, best.yaml and report.html in the run directory.
 
     Raises:
         ValueError: the configuration, the space or the data cannot be used.
         TrainingFailed: no trial succeeded.
     """
-    console = Console()
+    console, sweep = Console(), load_sweep(space)
     config = with_absolute_paths(config)
     if config.run.remote:
         raise ValueError(f"run.dir is {config.run.dir!r}: a sweep needs a path that all nodes mount")
@@ -103,16 +103,14 @@ def run_sweep(config: Config, sweep: Sweep) -> None:
         raise ValueError(f"data.eval is empty: a sweep compares trials by {sweep.metric} on held-out pairs")
     run_dir = make_run_dir(config)
     samples = config.sweep.samples or sweep.samples
-    per_trial = config.cluster.train_workers * config.cluster.cpus_per_worker
-    with joined(config.cluster, engines=0, local_runs=max(1, (os.cpu_count() or 1) // per_trial)) as cluster:
-        tell_data(config, cluster, console)
-        concurrent = min(samples, config.sweep.concurrent or _trials_at_a_time(config, cluster))
-        console.print(f"{samples} trials, {concurrent} at a time", highlight=False)
-        progress = _Progress(samples)
-        with shown(
-            lambda: progress.status, title=f"{config.run.name}: sweep of {samples} trials", rounds=None, console=console
-        ):
-            results = _fit(config, sweep, samples, concurrent, run_dir, progress, cluster)
+    tell_data(config, cluster, console)
+    concurrent = min(samples, config.sweep.concurrent or _trials_at_a_time(config, cluster))
+    console.print(f"{samples} trials, {concurrent} at a time", highlight=False)
+    progress = _Progress(samples)
+    with shown(
+        lambda: progress.status, title=f"{config.run.name}: sweep of {samples} trials", rounds=None, console=console
+    ):
+        results = _fit(config, sweep, samples, concurrent, run_dir, progress, cluster)
     trials = [_outcome(result, sweep) for result in results]
     _tell(config, sweep, trials, run_dir, console)
 

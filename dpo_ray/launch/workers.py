@@ -21,13 +21,11 @@ import yaml
 
 from dpo_ray.config import Config, first_difference, write_config
 from dpo_ray.launch.cluster import Cluster
+from dpo_ray.launch.command import Stopped, TrainingFailed
 from dpo_ray.launch.reporting import RunReporter, log_to_run
 from dpo_ray.plugins import resolve
-from dpo_ray.rollout.stream import StalePairs
 from dpo_ray.storage import StorageFailed, reaching, upload_growing
-from dpo_ray.sync.base import SyncMismatch
-from dpo_ray.train.checkpoint import CheckpointFailed
-from dpo_ray.types import Metrics
+from dpo_ray.types import Metrics, Permanent
 
 START_FAILURES = 3
 """How often a worker group may fail to start before the run fails; Ray's own default retries for ever."""
@@ -37,21 +35,8 @@ WORK = ("rounds/*/manifest.json", "checkpoints/*/complete.json", "evaluations/*.
 """What a run leaves that a later one of the same name goes on from."""
 
 
-class TrainingFailed(RuntimeError):
-    """The run cannot go on: its workers failed for good, or more often than ``cluster.max_restarts`` allows."""
-
-
-class GivenUp(RuntimeError):
-    """Something that the run depends on failed for good; starting the workers again would not help."""
-
-
-class Stopped(KeyboardInterrupt):
-    """The run was asked to stop and did, where it can go on from."""
-
-
 FATAL = (
-    ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError,
-    SyncMismatch, StalePairs, GivenUp, CheckpointFailed, StorageFailed,
+    ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError, StorageFailed, Permanent,
 )  # fmt: skip
 """Errors that would come again: workers are restarted for dead processes and broken connections, not for these."""
 STORAGE_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_ray.types import Permanent
+
 Item = TypeVar("Item")
 
 WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -23,7 +25,7 @@ CHECKSUM_BLOCK = 2**24
 """Elements summed at a time: torch widens each to eight bytes for it."""
 
 
-class SyncMismatch(RuntimeError):
+class SyncMismatch(Permanent):
     """The engines do not hold the weights that the trainer sent."""
 
 

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint._fsspec_filesystem import FileSystem, FsspecRe
 from dpo_ray.config import Config, first_difference
 from dpo_ray.storage import is_remote, reaching, reason, remove_folder, upload_growing, write_atomically
 from dpo_ray.train.state import TrainState
-from dpo_ray.types import Metrics
+from dpo_ray.types import Metrics, Permanent
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class CheckpointDamaged(ValueError):
     """No finished checkpoint of a run is intact."""
 
 
-class CheckpointFailed(RuntimeError):
+class CheckpointFailed(Permanent):
     """A checkpoint could not be written; those before it are as they were."""
 
 

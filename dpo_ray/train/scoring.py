@@ -19,7 +19,7 @@ from dpo_ray.data.loader import PairSource, micro_batches
 from dpo_ray.data.packing import build_sample_row, deal
 from dpo_ray.data.store import PairStore
 from dpo_ray.model.adapters import WithoutAdapters
-from dpo_ray.model.load import model_digest
+from dpo_ray.model.architecture import model_digest
 from dpo_ray.model.reference import Reference, cached_reference, live_reference, no_reference
 from dpo_ray.model.reference_store import ReferenceStore, entry_keys, store_digest
 from dpo_ray.model.scorer import Scores, pair_logps, sequence_logps
@@ -38,7 +38,9 @@ CACHE_WAIT_S = 6 * 3600.0
 """Longest wait for another run that scores the same reference."""
 CACHE_POLL_S = 0.5
 SPOT_CHECKS = 4
-"""Entries found in the cache that are scored again."""
+"""Entries found in the cache that are scored again, at most."""
+SPOT_TOKENS = 1024
+"""Tokens of these, unless one alone has more: a check should not be felt."""
 SPOT_TOLERANCE = 0.05
 """Largest mean difference of a found entry from one scored again, in nats a token: far above what the composition of a
 micro-batch changes in bfloat16, far below what another model gives."""
@@ -196,11 +198,13 @@ def _build(t: Setup, store: ReferenceStore, source: PairStore, progress: Progres
 def _spot_check(t: Setup, source: PairStore, view: Path) -> bool:
     """Whether a few entries of a view are what the policy gives; short ones, to be quick."""
     spread = np.linspace(0, len(source) - 1, min(len(source), 16 * SPOT_CHECKS), dtype=np.int64)
-    shortest = np.argsort(source.lengths[spread].sum(1), kind="stable")[:SPOT_CHECKS]
-    pairs = spread[shortest].tolist()
+    tokens = source.lengths[spread].sum(1)
+    shortest = np.argsort(tokens, kind="stable")[:SPOT_CHECKS]
+    within = np.count_nonzero(np.cumsum(tokens[shortest]) <= SPOT_TOKENS)
+    pairs = spread[shortest[: max(1, within)]].tolist()
     again, found = score(t, source, pairs), np.load(view, mmap_mode="r")[pairs]
-    tokens = int(source.lengths[pairs, 1:].sum())
-    return not agreed(bool(np.abs(again - found).sum() > SPOT_TOLERANCE * tokens + SPOT_FLOOR))
+    scored = int(source.lengths[pairs, 1:].sum())
+    return not agreed(bool(np.abs(again - found).sum() > SPOT_TOLERANCE * scored + SPOT_FLOOR))
 
 
 @contextlib.contextmanager

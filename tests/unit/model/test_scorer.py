@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_ray.config.schema import ModelConfig
 from dpo_ray.data.packing import Layout, build_row
-from dpo_ray.model.load import build_model, read_model_config, refuse_unusable_model, weights_digest
+from dpo_ray.model.architecture import read_model_config, weights_digest
+from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer, pair_logps, pair_losses
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.types import TokenPair
@@ -130,7 +131,7 @@ def test_models_that_would_mix_the_sequences_of_a_row_are_refused(
 ) -> None:
     AutoConfig.for_model(architecture).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=words):
-        refuse_unusable_model(ModelConfig(path=str(tmp_path)), tensor_parallel=1)
+        build_model(ModelConfig(path=str(tmp_path)), with_weights=True)
 
 
 def test_a_missing_model_is_a_clear_error_naming_the_key(tmp_path: Path) -> None:

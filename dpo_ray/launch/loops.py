@@ -1,0 +1,89 @@
+"""What one rank of a run does, in terms of Ray. Only training workers import it, and with it all that trains."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+
+from dpo_ray.config import Config
+from dpo_ray.launch.places import Seat, build_transport
+from dpo_ray.launch.preparation import open_pairs
+from dpo_ray.launch.reporting import RunReporter
+from dpo_ray.launch.rollout_pool import PoolReceiver
+from dpo_ray.sync.ipc import release_unused
+from dpo_ray.train.offline import train_offline
+from dpo_ray.train.online import train_online
+from dpo_ray.types import Ending, RoundData, TokenSample
+
+
+def offline(config: Config, device: torch.device, reporter: RunReporter, handles: dict[str, Any]) -> Ending:
+    """A fixed preference set, tokenised before."""
+    pairs, held_out = open_pairs(config)
+    return train_offline(config, pairs=pairs, held_out=held_out, device=device, reporter=reporter)
+
+
+class CoordinatorRounds:
+    """The Rounds of one training rank, asked of the coordinator.
+
+    Args:
+        shared: whether engines use this rank's GPU while it waits for them.
+    """
+
+    def __init__(self, coordinator: Any, rank: int, *, shared: bool) -> None:
+        self.coordinator, self.rank, self.shared = coordinator, rank, shared
+
+    def take(self, round: int) -> RoundData:
+        """The pairs of a round."""
+        self._make_room()
+        return ray.get(self.coordinator.take.remote(round))
+
+    def held_out(self, version: int) -> Sequence[TokenSample]:
+        """Completions of the held-out prompts."""
+        self._make_room()
+        return ray.get(self.coordinator.held_out.remote(version))
+
+    def scored(self, version: int, policy: np.ndarray, reference: np.ndarray | None) -> None:
+        """Hand the log-probabilities over, once."""
+        if self.rank == 0:
+            ray.get(self.coordinator.scored.remote(version, policy, reference))
+
+    def _make_room(self) -> None:
+        if self.shared:
+            release_unused()
+            dist.barrier()
+
+
+def online(config: Config, device: torch.device, reporter: RunReporter, handles: dict[str, Any]) -> Ending:
+    """Rounds, whose pairs come from the coordinator."""
+    assert config.online is not None
+    coordinator, rank = handles["coordinator"], ray.train.get_context().get_world_rank()
+    on_gpus = device.type == "cuda"
+    shared = on_gpus and config.cluster.share_gpus
+    sync = build_transport(config, on_gpus=on_gpus)
+    if shared:
+        ray.get(coordinator.seat.remote(_seats()))
+    receiver = PoolReceiver(
+        coordinator,
+        config.online.sync_timeout_s,
+        workers_per_engine=config.cluster.gpus_per_engine if on_gpus else 1,
+        replays=sync.replays,
+    )
+    sync.connect(receiver if rank == 0 else None)
+    rounds = CoordinatorRounds(coordinator, rank, shared=shared)
+    try:
+        return train_online(config, rounds=rounds, sync=sync, device=device, reporter=reporter)
+    finally:
+        sync.close()
+
+
+def _seats() -> list[Seat]:
+    """The GPUs of all ranks. A collective."""
+    here = ray.get_runtime_context()
+    (gpu,) = here.get_accelerator_ids()["GPU"]
+    seats: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seats, Seat(here.get_node_id(), str(gpu)))
+    return seats
