@@ -5,15 +5,18 @@ A folder without it was not finished; one whose files have other digests is dama
 it is used.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import logging
 import math
+import os
 import shutil
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +25,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import xxhash
 from torch import Tensor
-from torch.distributed.checkpoint._fsspec_filesystem import FileSystem, FsspecReader, FsspecWriter
+from torch.distributed._state_dict_utils import CompanionMismatch, _copy_state_dict, _create_cpu_state_dict
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from dpo_ray.config import Config, first_difference
 from dpo_ray.storage import is_remote, reaching, reason, remove_folder, upload_growing, write_atomically
@@ -33,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
 INDEX = ".metadata"
+NICENESS = 10
+"""Of the thread that writes. Not the most: it may hold the interpreter's lock when it is not given a core."""
 
 
 class CheckpointMismatch(ValueError):
@@ -59,6 +66,7 @@ class Checkpointer:
         self.folder, self.config = folder, config
         # The save thread's collectives must not interleave with those of training.
         self.group = cast("dist.ProcessGroup", dist.new_group(backend="gloo"))  # every rank is a member
+        self.stager = _KeptCopy()
         self.pending: Future[Any] | None = None
         self.writing = folder
         self.last: Path | None = None
@@ -79,13 +87,16 @@ class Checkpointer:
             if not is_remote(path):
                 self.folder.mkdir(parents=True, exist_ok=True)
         dist.barrier(self.group)
-        writer = _RemoteWriter(path) if is_remote(path) else dcp.FileSystemWriter(path)
+        writer, digests = _build_writer(path)
         # A response other than a future is for stagers that copy asynchronously.
         written = cast(
-            "Future[Any]", dcp.async_save(state.state_dict(), storage_writer=writer, process_group=self.group)
+            "Future[Any]",
+            dcp.async_save(
+                state.state_dict(), storage_writer=writer, process_group=self.group, async_stager=self.stager
+            ),
         )
         self.pending = Future()
-        finish = functools.partial(self._finish, path, writer, dict(metrics or {}))
+        finish = functools.partial(self._finish, path, digests, dict(metrics or {}))
         written.add_done_callback(functools.partial(_then, self.pending, finish))
 
     def wait(self) -> None:
@@ -115,14 +126,10 @@ class Checkpointer:
         except Exception as error:
             logger.warning("%s is not removed: %s", self.writing, reason(error))
 
-    def _finish(self, path: Path, writer: Any, metrics: Metrics) -> None:
+    def _finish(self, path: Path, digests: Mapping[str, str], metrics: Metrics) -> None:
         """Mark a checkpoint complete and delete those that are too old; runs in the save thread of every rank."""
-        # DCP answers on every rank when all of them have written: each can read its own shards back.
         rank = dist.get_rank()
-        digests = self._together(
-            lambda: writer.digests if is_remote(path) else {s.name: _digest(s) for s in path.glob(f"__{rank}_*.distcp")}
-        )
-        files = {name: digest for part in digests for name, digest in part.items()}
+        files = {name: digest for part in self._together(lambda: digests) for name, digest in part.items()}
         self._together(lambda: self._mark(path, files, metrics) if rank == 0 else None)
         self.last = path
         if rank == 0:
@@ -289,32 +296,48 @@ def _then(marked: "Future[None]", finish: Callable[[], None], written: "Future[A
         marked.set_result(None)
 
 
-class _RemoteWriter(FsspecWriter):
-    """DCP's writer to object stores, which notes the digest of each file on its way: none is read back."""
+class _KeptCopy(BlockingAsyncStager):
+    """Copies the state into memory that is kept for the next save: to take as much anew takes longer than the copy."""
 
-    def __init__(self, path: Path) -> None:
-        options = cast("Any", path).storage_options
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A copy in host memory, which the next call overwrites."""
+        with contextlib.suppress(CompanionMismatch):  # an optimizer may hold more than at the last save
+            if self.state_dict_cache is not None:
+                return _copy_state_dict(state_dict, self.state_dict_cache, type_check=False)
+        # torch's own would always pin it, which needs a GPU.
+        self.state_dict_cache = _create_cpu_state_dict(state_dict, pin_memory=torch.cuda.is_available())
+        return _copy_state_dict(state_dict, self.state_dict_cache, type_check=False)
+
+
+def _build_writer(path: Path) -> tuple[dcp.FileSystemWriter, dict[str, str]]:
+    """DCP's writer for where ``path`` lies, and the digests of the files it has written: none is read back."""
+    if is_remote(path):
         # To sync a stream that is no file, DCP would sync every disk of the machine.
-        super().__init__(str(path), sync_files=False, **options)
-        self.digests: dict[str, str] = {}
-        self.fs: Any = _HashingFileSystem(self.digests)
-        self.fs.init_path(str(path), **options)
+        writer: Any = FsspecWriter(str(path), sync_files=False, **cast("Any", path).storage_options)
+    else:
+        writer = dcp.FileSystemWriter(path, per_thread_copy_ahead=0)
+    digests: dict[str, str] = {}
+    writer.fs.create_stream = functools.partial(_hashed_stream, writer.fs.create_stream, digests)
+    return writer, digests
 
 
-class _HashingFileSystem(FileSystem):
-    def __init__(self, digests: dict[str, str]) -> None:
-        super().__init__()
-        self.digests = digests
+@contextlib.contextmanager
+def _hashed_stream(create: Callable[..., Any], digests: dict[str, str], path: Any, mode: str) -> Iterator[Any]:
+    """A stream whose content is digested as it is written, by a thread that lets others go first."""
+    _give_way()
+    with create(path, mode) as stream:
+        hashed = _HashedStream(stream)
+        yield hashed
+    name = str(path).rpartition("/")[2]
+    if name.endswith(".distcp"):
+        digests[name] = hashed.hash.hexdigest()
 
-    @contextmanager
-    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
-        """A stream whose content is digested when it is written."""
-        with super().create_stream(path, mode) as stream:
-            hashed = _HashedStream(stream)
-            yield hashed
-        name = str(path).rpartition("/")[2]
-        if name.endswith(".distcp"):
-            self.digests[name] = hashed.hash.hexdigest()
+
+def _give_way() -> None:
+    """Lower the priority of this thread, where threads have one: where cores are short, training needs them more."""
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
 class _HashedStream:
