@@ -125,6 +125,7 @@ def test_ctrl_c_leaves_no_process_and_a_failing_judge_ends_the_run_with_its_word
     config: dict[str, Any], tmp_path: Path
 ) -> None:
     before = ray_processes()
+    config["cluster"] = {"train_workers": 1, "rollout_engines": 1}
     config["online"]["judge"] = {"use": "tests.ray.test_online_job:refuses"}
     file = str(write_yaml(tmp_path / "run.yaml", config))
     done = run_command("online", file)
