@@ -1,0 +1,50 @@
+"""How a checkpoint is copied and written beside training."""
+
+import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import xxhash
+
+from dpo_ray.train.checkpoint import NICENESS, _build_writer, _KeptCopy
+
+
+def priority() -> int:
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no priority of their own")
+def test_files_are_digested_as_they_are_written_by_a_thread_that_gives_way(tmp_path: Path) -> None:
+    writer, digests = _build_writer(tmp_path)
+
+    def write() -> int:
+        for name in ("__0_0.distcp", ".metadata"):
+            with writer.fs.create_stream(tmp_path / name, "wb") as stream:
+                stream.write(b"begin")
+                stream.write(bytes(2**20))
+        return priority()
+
+    before = priority()
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(write).result() == max(NICENESS, before)
+    assert priority() == before
+    written = b"begin" + bytes(2**20)
+    assert (tmp_path / "__0_0.distcp").read_bytes() == written
+    assert digests == {"__0_0.distcp": xxhash.xxh3_128(written).hexdigest()}
+
+
+def test_the_next_copy_takes_the_memory_of_the_last_and_more_if_there_is_more_to_copy() -> None:
+    stager, weight = _KeptCopy(), torch.arange(6.0)
+    first = stager.stage({"model": {"weight": weight}, "step": 1})
+    weight += 1
+    assert first["model"]["weight"].tolist() == [0, 1, 2, 3, 4, 5]
+    place = first["model"]["weight"].data_ptr()
+    second = stager.stage({"model": {"weight": weight}, "step": 2})
+    assert (second["model"]["weight"].data_ptr(), second["step"]) == (place, 2)
+    assert second["model"]["weight"].tolist() == [1, 2, 3, 4, 5, 6]
+    third = stager.stage({"model": {"weight": weight, "bias": torch.ones(2)}, "step": 3})
+    assert third["model"]["bias"].tolist() == [1, 1]
