@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--pairs", help="a file of pairs instead of made ones")
     parser.add_argument("--limit", type=int, default=24, help="pairs that are trained on, once")
     parser.add_argument("--pairs-per-step", type=int, default=8)
-    parser.add_argument("--tokens-per-micro-batch", type=int, default=4096, help="ours")
+    parser.add_argument("--tokens-per-micro-batch", type=int, default=1024, help="ours")
     parser.add_argument("--trl", choices=sorted(TRL), nargs="+", default=["defaults", "best"], help="TRL's settings")
     parser.add_argument(
         "--trl-micro-batch", type=int, help="per_device_train_batch_size of TRL's defaults; else the step"
