@@ -1,5 +1,6 @@
 """How a command begins and ends: on a cluster, with an exit code and one clear message, whatever happened."""
 
+import importlib
 import sys
 import traceback
 from collections.abc import Callable
@@ -8,7 +9,6 @@ from typing import Any
 
 from dpo_ray.config import Config
 from dpo_ray.launch.cluster import joined, set_environment
-from dpo_ray.plugins import resolve
 from dpo_ray.storage import StorageFailed
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
@@ -55,6 +55,7 @@ def run_on_cluster(command: str, config: Config, *arguments: Any, engines: int =
     """
     set_environment(config.cluster)
     with ThreadPoolExecutor(1, "import") as beside:
-        imported = beside.submit(resolve, command, {}, "command")
+        module, _, name = command.partition(":")
+        imported = beside.submit(importlib.import_module, module)
         with joined(config.cluster, engines=engines, local_runs=local_runs) as cluster:
-            imported.result()(config, cluster, *arguments)
+            getattr(imported.result(), name)(config, cluster, *arguments)

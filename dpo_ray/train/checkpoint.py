@@ -25,9 +25,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import xxhash
 from torch import Tensor
-from torch.distributed._state_dict_utils import CompanionMismatch, _copy_state_dict, _create_cpu_state_dict
+from torch.distributed._state_dict_utils import _copy_state_dict, _create_cpu_state_dict
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.utils._pytree import tree_flatten
 
 from dpo_ray.config import Config, first_difference
 from dpo_ray.storage import is_remote, reaching, reason, remove_folder, upload_growing, write_atomically
@@ -299,13 +300,16 @@ def _then(marked: "Future[None]", finish: Callable[[], None], written: "Future[A
 class _KeptCopy(BlockingAsyncStager):
     """Copies the state into memory that is kept for the next save: to take as much anew takes longer than the copy."""
 
+    shape: Any = None
+
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A copy in host memory, which the next call overwrites."""
-        with contextlib.suppress(CompanionMismatch):  # an optimizer may hold more than at the last save
-            if self.state_dict_cache is not None:
-                return _copy_state_dict(state_dict, self.state_dict_cache, type_check=False)
-        # torch's own would always pin it, which needs a GPU.
-        self.state_dict_cache = _create_cpu_state_dict(state_dict, pin_memory=torch.cuda.is_available())
+        leaves, structure = tree_flatten(state_dict)
+        shape = structure, [(type(x), getattr(x, "shape", None), getattr(x, "dtype", None)) for x in leaves]
+        if self.state_dict_cache is None or shape != self.shape:  # an optimizer may hold more than at the last save
+            # torch's own would always pin it, which needs a GPU.
+            self.state_dict_cache = _create_cpu_state_dict(state_dict, pin_memory=torch.cuda.is_available())
+            self.shape = shape
         return _copy_state_dict(state_dict, self.state_dict_cache, type_check=False)
 
 
@@ -313,7 +317,9 @@ def _build_writer(path: Path) -> tuple[dcp.FileSystemWriter, dict[str, str]]:
     """DCP's writer for where ``path`` lies, and the digests of the files it has written: none is read back."""
     if is_remote(path):
         # To sync a stream that is no file, DCP would sync every disk of the machine.
-        writer: Any = FsspecWriter(str(path), sync_files=False, **cast("Any", path).storage_options)
+        writer: Any = FsspecWriter(
+            str(path), sync_files=False, per_thread_copy_ahead=0, **cast("Any", path).storage_options
+        )
     else:
         writer = dcp.FileSystemWriter(path, per_thread_copy_ahead=0)
     digests: dict[str, str] = {}
@@ -337,7 +343,8 @@ def _give_way() -> None:
     """Lower the priority of this thread, where threads have one: where cores are short, training needs them more."""
     if sys.platform == "linux":
         thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))
+        with contextlib.suppress(OSError):  # where the system does not let it
+            os.setpriority(os.PRIO_PROCESS, thread, max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
 class _HashedStream:

@@ -48,3 +48,5 @@ def test_the_next_copy_takes_the_memory_of_the_last_and_more_if_there_is_more_to
     assert second["model"]["weight"].tolist() == [1, 2, 3, 4, 5, 6]
     third = stager.stage({"model": {"weight": weight, "bias": torch.ones(2)}, "step": 3})
     assert third["model"]["bias"].tolist() == [1, 1]
+    fourth = stager.stage({"model": {"weight": weight.double(), "bias": None}, "step": 4})
+    assert fourth["model"]["weight"].dtype == torch.float64
