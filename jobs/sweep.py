@@ -13,11 +13,16 @@ from dpo_ray.config import config_from_argv
 if __name__ == "__main__":
     path, *rest = sys.argv[1:] or ["--help"]
     space, *overrides = rest or ["--help"]
-    config = config_from_argv(__doc__, [path, *overrides] if space[:1] != "-" else [space])
+    arguments = [path, *overrides] if space[:1] != "-" else [space]
+    config = config_from_argv(__doc__, arguments, needs=["data.train", "data.eval"])
 
     from dpo_ray.launch.cluster import runs_that_fit
     from dpo_ray.launch.command import run_command, run_on_cluster
+    from dpo_ray.launch.spaces import find_space
 
-    run_command(
-        run_on_cluster, "dpo_ray.launch.sweep:run_sweep", config, space, local_runs=runs_that_fit(config.cluster)
-    )
+    def sweep() -> None:
+        find_space(space)
+        fitting = runs_that_fit(config.cluster)
+        run_on_cluster("dpo_ray.launch.sweep:run_sweep", config, space, local_runs=fitting)
+
+    run_command(sweep)

@@ -1,12 +1,18 @@
 """The files and folders that a configuration names: made absolute, and missed before anything is started."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from dpo_ray.config.schema import Config
 from dpo_ray.storage import folder_at
 
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
+NEEDED = {
+    "data.train": "give files of preference pairs, or a hub dataset",
+    "data.eval": "a sweep compares trials on held-out pairs",
+    "online": "this command needs an online section (prompts, rounds, judge, ...)",
+}
+"""What to do where a command needs a key."""
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -23,6 +29,14 @@ def with_absolute_paths(config: Config) -> Config:
         absolute = [_absolute(path) for path in paths]
         tree[section][key] = absolute if isinstance(tree[section][key], list) else absolute[0]
     return Config.model_validate(tree)
+
+
+def refuse_empty(config: Config, needs: Sequence[str]) -> None:
+    """Raise a ValueError for the first of the keys that is not given."""
+    given = {"data.train": config.data.train, "data.eval": config.data.eval, "online": config.online}
+    for key in needs:
+        if not given[key]:
+            raise ValueError(f"{key} is empty: {NEEDED[key]}")
 
 
 def refuse_missing(config: Config) -> None:

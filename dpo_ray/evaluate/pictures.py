@@ -362,7 +362,7 @@ def _panels(labels: Sequence[str], x_label: str, heights: Sequence[float] | None
         axes.set_title(label, loc="left", fontsize=TEXT_PT, color=_light("ink"), pad=9, parse_math=False)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10]))
         axes.yaxis.set_major_formatter(FuncFormatter(_tick))
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
         axes.xaxis.set_major_formatter(FuncFormatter(_tick))
     rows[-1].set_xlabel(x_label, fontsize=TEXT_PT, color=_light("ink"), loc="right", parse_math=False)
     return figure, list(rows)

@@ -218,7 +218,7 @@ def _tiles(record: RunRecord) -> tuple[Tile, ...]:
         tiles.append(Tile("Done", counted(figures.rounds, "round"), steps))
     elif figures.steps:
         epoch = number(record.steps[-1].get("epoch"))
-        tiles.append(Tile("Done", f"{figures.steps:,} steps", f"{epoch:.3g} epochs" if epoch is not None else ""))
+        tiles.append(Tile("Done", counted(figures.steps, "step"), f"{epoch:.3g} epochs" if epoch is not None else ""))
     if figures.wall_s is not None:
         tiles.append(Tile("Time", _duration(figures.wall_s), "without start-up and evaluation"))
     return tuple(tiles)

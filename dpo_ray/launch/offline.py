@@ -42,8 +42,6 @@ def run_offline(config: Config, cluster: Cluster) -> None:
 
 def refuse_unusable(config: Config) -> None:
     """Check what can be checked before anything is loaded or started."""
-    if not config.data.train:
-        raise ValueError("data.train is empty: give files of preference pairs, or a hub dataset")
     refuse_untrainable(config)
     storage.refuse_unusable(storage.folder_at(config.run.dir), "run.dir")
     if config.reference.object_store:

@@ -78,8 +78,7 @@ def refuse_unusable(config: Config) -> None:
     Raises:
         ValueError: names the key.
     """
-    if config.online is None:
-        raise ValueError("online: this command needs an online section (prompts, rounds, judge, ...)")
+    assert config.online is not None
     refuse_untrainable(config)
     build_judge(config.online.judge)
     build_selector(config.online.select)

@@ -23,6 +23,7 @@ from dpo_ray.launch.display import shown
 from dpo_ray.launch.offline import refuse_unusable, train
 from dpo_ray.launch.preparation import tell_data
 from dpo_ray.launch.reporting import Status, StatusBoard
+from dpo_ray.launch.spaces import find_space
 from dpo_ray.launch.workers import make_run_dir
 
 TRIAL_CPUS = 0.01
@@ -71,18 +72,10 @@ def load_sweep(name: str) -> Sweep:
     Raises:
         ValueError: there is no such module, or it holds no SWEEP.
     """
-    for module_name in (f"tune_spaces.{name}", name):
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name not in (module_name, module_name.partition(".")[0]):
-                raise ValueError(f"space {name!r}: {error}") from error
-            continue
-        if not isinstance(sweep := getattr(module, "SWEEP", None), Sweep):
-            raise ValueError(f"space {name!r}: module {module_name} has no SWEEP = Sweep(...)")
-        return sweep
-    known = sorted(path.stem for path in Path("tune_spaces").glob("*.py") if path.stem != "__init__")
-    raise ValueError(f"no search space is called {name!r}; tune_spaces has: {', '.join(known) or 'none here'}")
+    module = importlib.import_module(find_space(name))
+    if not isinstance(sweep := getattr(module, "SWEEP", None), Sweep):
+        raise ValueError(f"space {name!r}: module {module.__name__} has no SWEEP = Sweep(...)")
+    return sweep
 
 
 def run_sweep(config: Config, cluster: Cluster, space: str) -> None:
@@ -99,8 +92,6 @@ def run_sweep(config: Config, cluster: Cluster, space: str) -> None:
     refuse_unusable(config)
     for key in sweep.space:
         _refuse_unknown(config, key)
-    if not config.data.eval:
-        raise ValueError(f"data.eval is empty: a sweep compares trials by {sweep.metric} on held-out pairs")
     run_dir = make_run_dir(config)
     samples = config.sweep.samples or sweep.samples
     tell_data(config, cluster, console)

@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 
-from dpo_ray.config.schema import Config
 from dpo_ray.types import Metrics
 from tests.conftest import ragged_texts
+from tests.distributed.conftest import assert_same, over
 from tests.distributed.parts import off_by_sharing_rows
 from tests.distributed.processes import run_ranks
 from tests.distributed.runs import offline
 
-COMPARED = ("loss", "rewards/margins", "logps/chosen", "logps/rejected", "optim/grad_norm")
 STEPS = 3
 
 
@@ -33,16 +32,7 @@ def config(tmp_path: Path, tiny_model: Path, write_pairs: Callable[[Sequence[tup
 
 
 def on(ranks: int, config: dict[str, Any], **shard: Any) -> list[list[Metrics]]:
-    changed = config | {"shard": shard, "cluster": {"train_workers": ranks}}
-    Config.model_validate(changed)
-    return run_ranks(ranks, offline, changed)
-
-
-def assert_same(expected: Sequence[Metrics], found: Sequence[Metrics]) -> None:
-    assert [line["step"] for line in expected] == [line["step"] for line in found]
-    for one, other in zip(expected, found, strict=True):
-        for key in COMPARED:
-            assert other[key] == pytest.approx(one[key], abs=1e-4, rel=1e-4), (one["step"], key)
+    return run_ranks(ranks, offline, over(ranks, config, **shard))
 
 
 @pytest.mark.parametrize(("ranks", "weighting"), [(2, "none"), (3, "wpo")])
@@ -66,7 +56,7 @@ def test_two_ranks_that_share_rows_report_the_steps_of_one_and_one_goes_on_from_
     (resumed,) = on(1, saving)
     assert len(alone) == STEPS
     assert [line["loss"] for line in first] == [line["loss"] for line in second], "to the last digit"
-    assert_same(alone, first + resumed)
+    assert_same(alone, first + resumed, absolute=1e-4)
 
 
 def test_two_shares_of_two_ranks_report_the_steps_of_one(config: dict[str, Any]) -> None:
@@ -75,7 +65,7 @@ def test_two_shares_of_two_ranks_report_the_steps_of_one(config: dict[str, Any])
     alone = on(1, config)[0]
     config["optim"]["tokens_per_micro_batch"] = 64
     for found in on(4, config, context_parallel=2, replicate=2, activation_checkpointing=True):
-        assert_same(alone, found)
+        assert_same(alone, found, absolute=1e-4)
 
 
 def test_adapters_that_share_rows_learn_as_on_one_rank(config: dict[str, Any]) -> None:
@@ -84,4 +74,4 @@ def test_adapters_that_share_rows_learn_as_on_one_rank(config: dict[str, Any]) -
     (alone,) = on(1, config)
     first, _ = on(2, config, context_parallel=2)
     assert alone[-1]["loss"] < alone[0]["loss"]
-    assert_same(alone, first)
+    assert_same(alone, first, absolute=1e-4)

@@ -19,9 +19,9 @@ from dpo_ray.storage import folder_at
 from dpo_ray.train.checkpoint import MARKER, damaged_files
 from dpo_ray.train.export import export_checkpoint, find_checkpoint
 from tests.conftest import ragged_texts
+from tests.distributed.conftest import COMPARED
 from tests.distributed.processes import run_ranks
 from tests.distributed.runs import offline, offline_in_store
-from tests.distributed.test_offline import COMPARED
 from tests.object_store import BUCKET, environment, free_port, served
 
 WritePairs = Callable[[Sequence[tuple[str, str, str]]], Path]

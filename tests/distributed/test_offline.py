@@ -14,6 +14,7 @@ from dpo_ray.model.reference_store import ReferenceStore
 from dpo_ray.train.checkpoint import damaged_files
 from dpo_ray.train.export import export_checkpoint, find_checkpoint
 from tests.conftest import ragged_texts, save_tiny_model
+from tests.distributed.conftest import COMPARED, assert_same
 from tests.distributed.processes import run_ranks
 from tests.distributed.runs import (
     gathered_ahead,
@@ -24,28 +25,6 @@ from tests.distributed.runs import (
 )
 
 WritePairs = Callable[[Sequence[tuple[str, str, str]]], Path]
-
-COMPARED = ("loss", "rewards/margins", "logps/chosen", "logps/rejected", "optim/grad_norm")
-
-
-@pytest.fixture
-def config(tmp_path: Path, tiny_model: Path, write_pairs: WritePairs) -> dict[str, Any]:
-    """Six steps of five pairs, two epochs and a short last step in each, in float32."""
-    return {
-        "run": {"dir": str(tmp_path), "name": "run", "epochs": 2, "save_every": None, "export": False},
-        "model": {"path": str(tiny_model), "dtype": "float32"},
-        "reference": {"cache_dir": str(tmp_path / "cache")},
-        "data": {"train": str(write_pairs(ragged_texts(13)))},
-        "optim": {"lr": 1e-3, "pairs_per_step": 5, "tokens_per_micro_batch": 256, "schedule": "constant"},
-        "cluster": {"train_workers": 1},
-    }
-
-
-def assert_same(first: list[dict[str, Any]], second: list[dict[str, Any]], *, absolute: float) -> None:
-    assert [line["step"] for line in first] == [line["step"] for line in second]
-    for one, other in zip(first, second, strict=True):
-        for key in COMPARED:
-            assert one[key] == pytest.approx(other[key], abs=absolute, rel=1e-4), (one["step"], key)
 
 
 def test_one_and_two_workers_report_the_same_steps(config: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """Tensor parallelism over gloo: the numbers of one rank, alone and with FSDP and HSDP, and what comes out of a run."""
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +12,17 @@ from dpo_ray.config.schema import ModelConfig
 from dpo_ray.model.load import refuse_unsplittable
 from dpo_ray.objective.head import LogitTransform
 from dpo_ray.train.export import export_checkpoint, find_checkpoint
-from tests.conftest import ragged_texts, save_tiny_model, save_tokenizer
+from tests.conftest import save_tiny_model, save_tokenizer
+from tests.distributed.conftest import assert_same, over
 from tests.distributed.parts import gradients, shared_head
 from tests.distributed.processes import run_ranks
 from tests.distributed.runs import offline
-from tests.distributed.test_offline import assert_same
-
-WritePairs = Callable[[Sequence[tuple[str, str, str]]], Path]
 
 
 @pytest.fixture
-def config(tmp_path: Path, tiny_model: Path, write_pairs: WritePairs) -> dict[str, Any]:
+def config(config: dict[str, Any]) -> dict[str, Any]:
     """Three steps of five pairs, a short one last, in float32."""
-    return {
-        "run": {"dir": str(tmp_path), "name": "run", "epochs": 1, "save_every": None, "export": False},
-        "model": {"path": str(tiny_model), "dtype": "float32"},
-        "reference": {"cache_dir": str(tmp_path / "cache")},
-        "data": {"train": str(write_pairs(ragged_texts(13)))},
-        "optim": {"lr": 1e-3, "pairs_per_step": 5, "tokens_per_micro_batch": 256, "schedule": "constant"},
-        "cluster": {"train_workers": 1},
-    }
-
-
-def over(ranks: int, config: dict[str, Any], **shard: Any) -> dict[str, Any]:
-    return config | {"shard": shard, "cluster": {"train_workers": ranks}}
+    return config | {"run": config["run"] | {"epochs": 1}}
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:

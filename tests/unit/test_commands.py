@@ -31,6 +31,8 @@ def command(job: str, *arguments: str) -> tuple[subprocess.CompletedProcess[str]
         ("offline", "data.train=pairs.jsonl", ["data.train", "pairs.jsonl", "no such file"]),
         ("online", "online.prompts=./prompts", ["online.prompts", "./prompts", "no such file"]),
         ("offline", "model.path=../nowhere", ["model.path", "../nowhere", "hub id"]),
+        ("offline", "data.train=[]", ["data.train is empty", "preference pairs"]),
+        ("online", "online=null", ["online is empty", "needs an online section"]),
     ],
 )
 def test_a_wrong_key_or_value_ends_the_command_in_under_three_seconds(job: str, override: str, said: list[str]) -> None:
@@ -54,3 +56,10 @@ def test_help_lists_every_key_with_type_default_and_meaning(job: str) -> None:
     assert "loss.beta: float (> 0) = 0.1" in done.stdout
     assert "online.prompts_per_round" in done.stdout
     assert f"python -m jobs.{job}" in done.stdout
+
+
+def test_a_misspelt_search_space_is_answered_as_fast_with_those_there_are() -> None:
+    done, seconds = command("sweep", "jobs/offline_demo.yaml", "beta_rl")
+    assert done.returncode == 2
+    assert "no search space is called 'beta_rl'; tune_spaces has: beta_lr" in done.stderr, done.stderr
+    assert seconds < WITHIN_S
