@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 WITHIN_S = 3.0
+CONFIGS = {"online": "jobs/demo.yaml", "offline": "jobs/offline_demo.yaml"}
 
 
 def command(job: str, *arguments: str) -> tuple[subprocess.CompletedProcess[str], float]:
@@ -36,7 +37,7 @@ def command(job: str, *arguments: str) -> tuple[subprocess.CompletedProcess[str]
     ],
 )
 def test_a_wrong_key_or_value_ends_the_command_in_under_three_seconds(job: str, override: str, said: list[str]) -> None:
-    done, seconds = command(job, "jobs/demo.yaml", override)
+    done, seconds = command(job, CONFIGS[job], override)
     assert done.returncode == 2
     assert all(words in done.stderr for words in said), done.stderr
     assert "Traceback" not in done.stderr
