@@ -55,7 +55,7 @@ class ListReporter:
 
     def stop_asked(self) -> bool:
         """After the step that was given."""
-        return self.lines[-1]["step"] == self.stop_after
+        return bool(self.lines) and self.lines[-1]["step"] == self.stop_after
 
 
 def offline(rank: int, config: dict[str, Any], stop_after: int | None = None) -> list[Metrics]:

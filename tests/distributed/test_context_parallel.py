@@ -68,10 +68,29 @@ def test_two_shares_of_two_ranks_report_the_steps_of_one(config: dict[str, Any])
         assert_same(alone, found, absolute=1e-4)
 
 
-def test_adapters_that_share_rows_learn_as_on_one_rank(config: dict[str, Any]) -> None:
-    config["model"]["lora"] = {"rank": 4, "alpha": 8}
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_adapters_that_share_rows_learn_as_on_one_rank(config: dict[str, Any], quantize: str | None) -> None:
+    config["model"]["lora"] = {"rank": 4, "alpha": 8, "quantize": quantize}
     config["reference"]["kind"] = "adapters_off"
     (alone,) = on(1, config)
     first, _ = on(2, config, context_parallel=2)
     assert alone[-1]["loss"] < alone[0]["loss"]
+    assert_same(alone, first, absolute=1e-4)
+
+
+def test_rows_that_are_shared_in_bfloat16_report_the_steps_of_one_rank(config: dict[str, Any]) -> None:
+    config["model"]["dtype"] = "bfloat16"
+    config["optim"]["lr"] = 1e-5
+    (alone,) = on(1, config)
+    first, _ = on(2, config, context_parallel=2, activation_checkpointing="full")
+    for one, other in zip(alone, first, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=0.05)
+        assert one["logps/chosen"] == pytest.approx(other["logps/chosen"], rel=0.01)
+        assert one["optim/grad_norm"] == pytest.approx(other["optim/grad_norm"], rel=0.05)
+
+
+@pytest.mark.slow
+def test_compiled_layers_whose_rows_are_shared_report_the_steps_of_others(config: dict[str, Any]) -> None:
+    (alone,) = on(1, config)
+    first, _ = on(2, config, context_parallel=2, compile=True)
     assert_same(alone, first, absolute=1e-4)

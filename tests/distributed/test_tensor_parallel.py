@@ -54,8 +54,11 @@ def test_ranks_that_split_layers_report_the_steps_of_one_rank_also_in_replicas_a
 ) -> None:
     (alone,) = run_ranks(1, offline, config)
     shared_rows = {"context_parallel": 2, "activation_checkpointing": "selective"}
-    for ranks, shard in ((2, {}), (4, {"replicate": 2}), (4, shared_rows)):
-        found = run_ranks(ranks, offline, over(ranks, config, tensor_parallel=2, **shard))
+    for ranks, attention, shard in (
+        (2, "auto", {}), (2, "sdpa", {}), (4, "auto", {"replicate": 2}), (4, "auto", shared_rows),
+    ):  # fmt: skip
+        laid_over = config | {"model": config["model"] | {"attention": attention}}
+        found = run_ranks(ranks, offline, over(ranks, laid_over, tensor_parallel=2, **shard))
         for lines in found:
             assert_same(alone, lines, absolute=1e-4)
             assert [line["loss"] for line in lines] == [line["loss"] for line in found[0]]
@@ -98,10 +101,12 @@ def test_bfloat16_checkpointed_layers_and_a_live_reference_report_the_steps_of_o
 
 def test_a_run_goes_on_with_another_split(config: dict[str, Any]) -> None:
     (undisturbed,) = run_ranks(1, offline, config)
-    for first, then in ((2, 1), (1, 2)):
-        saving = config | {"run": config["run"] | {"name": f"stopped-{first}", "save_every": 2}}
-        run_ranks(first, offline, over(first, saving, tensor_parallel=first), 2)
-        resumed, *_ = run_ranks(then, offline, over(then, saving, tensor_parallel=then))
+    one, two = (1, {}), (2, {"tensor_parallel": 2})
+    replicas = (4, {"tensor_parallel": 2, "replicate": 2})
+    for (ranks, shard), (then, other) in ((two, one), (one, two), (replicas, two)):
+        saving = config | {"run": config["run"] | {"name": f"stopped-{ranks}", "save_every": 2}}
+        run_ranks(ranks, offline, over(ranks, saving, **shard), 2)
+        resumed, *_ = run_ranks(then, offline, over(then, saving, **other))
         assert [line["step"] for line in resumed] == [3]
         assert_same(undisturbed[2:], resumed, absolute=1e-4)
 

@@ -1,0 +1,108 @@
+"""The online loop over gloo: the rounds of one rank, whatever the ranks share, with a fresh model for an engine."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dpo_ray.config.schema import Config
+from dpo_ray.sync.base import WeightSync, check_probe
+from dpo_ray.train.online import train_online
+from dpo_ray.types import Metrics, RoundData, TokenPair, TokenSample
+from tests.distributed.conftest import assert_same, over
+from tests.distributed.processes import run_ranks
+from tests.distributed.runs import ListReporter
+
+ROUNDS, PAIRS = 3, 4
+
+
+class DrawnRounds:
+    """Rounds of random tokens, the same for every policy; keeps what is scored."""
+
+    def __init__(self) -> None:
+        draw = np.random.default_rng(0)
+        part = lambda: tuple(draw.integers(0, 256, draw.integers(2, 30)).tolist())  # noqa: E731
+        self.pairs = [TokenPair(part(), part(), part()) for _ in range(ROUNDS * PAIRS)]
+        self.scores: list[Any] = []
+
+    def take(self, round: int) -> RoundData:
+        """Four pairs, and their chosen completions as samples."""
+        pairs = self.pairs[round * PAIRS : (round + 1) * PAIRS]
+        return RoundData(round, tuple(pairs), tuple(TokenSample(of.prompt, of.chosen) for of in pairs), round)
+
+    def held_out(self, version: int) -> Sequence[TokenSample]:
+        """The rejected completions of the last round."""
+        return [TokenSample(of.prompt, of.rejected) for of in self.pairs[-PAIRS:]]
+
+    def scored(self, version: int, policy: np.ndarray, reference: np.ndarray | None) -> None:
+        """Keep the policy's and the reference's log-probabilities."""
+        self.scores.append((version, policy, reference))
+
+
+class FreshModel:
+    """A weight transport to a model of transformers that it makes anew for each push, in the place of an engine."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def push(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> str:
+        """Load all that comes into a model that has had other weights."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.path))
+        lacking, unknown = self.model.load_state_dict({name: of.clone() for name, of in weights}, strict=False)
+        assert (lacking, unknown) == (["lm_head.weight"], []), "the head is the embedding"
+        return str(version)
+
+    def verify(self, token_ids: Sequence[int], trainer: Sequence[float], *, tolerance: float) -> float:
+        """Hold the model's log-probabilities against the trainer's."""
+        tokens = torch.tensor([token_ids])
+        with torch.no_grad():
+            logps = self.model(tokens).logits[0, :-1].log_softmax(-1)
+        return check_probe(trainer, [logps.gather(-1, tokens[0, 1:, None]).squeeze(-1).tolist()], tolerance)
+
+
+def online(rank: int, config: dict[str, Any]) -> tuple[list[Metrics], list[Any]]:
+    """Train through the rounds with an engine on every rank; returns the lines of metrics and what was scored."""
+    parsed = Config.model_validate(config)
+    rounds, reporter, sync = DrawnRounds(), ListReporter(), cast(WeightSync, FreshModel(parsed.model.path))
+    train_online(parsed, rounds=rounds, sync=sync, device=torch.device("cpu"), reporter=reporter)
+    return reporter.lines, rounds.scores
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_model: Path) -> dict[str, Any]:
+    """Three rounds of four pairs, two steps in each, in float32."""
+    return {
+        "run": {"dir": str(tmp_path), "name": "run", "save_every": None, "export": False, "eval_every": None},
+        "model": {"path": str(tiny_model), "dtype": "float32"},
+        "reference": {"cache_dir": str(tmp_path / "cache")},
+        "optim": {"lr": 1e-3, "pairs_per_step": 2, "tokens_per_micro_batch": 128, "schedule": "constant"},
+        "cluster": {"train_workers": 1},
+        "online": {"prompts": str(tmp_path), "rounds": ROUNDS, "prompts_per_round": PAIRS, "probe_tolerance": 1e-4},
+    }
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [{}, {"context_parallel": 2}, {"tensor_parallel": 2}],
+    ids=["weights", "rows", "layers"],
+)
+def test_two_ranks_that_share_weights_rows_or_layers_report_the_rounds_of_one(
+    config: dict[str, Any], shard: dict[str, int]
+) -> None:
+    ((alone, scored_alone),) = run_ranks(1, online, config)
+    assert [line["round"] for line in alone if "round" in line] == [0, 1, 2]
+    assert abs(alone[-1]["kl"]) > 0.1, "the policy must have left the reference"
+    for lines, scored in run_ranks(2, online, over(2, config, **shard)):
+        assert_same(alone, lines, absolute=1e-3)
+        for one, other in zip(alone, lines, strict=True):
+            assert one.get("kl") == pytest.approx(other.get("kl"), abs=1e-3)
+        for (version, policy, reference), found in zip(scored_alone, scored, strict=True):
+            assert found[0] == version
+            assert np.abs(found[1] - policy).max() < 1e-3, "nats a completion"
+            assert np.abs(found[2] - reference).max() < 1e-3
