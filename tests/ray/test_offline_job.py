@@ -120,90 +120,71 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
 
 
 def slow_run(folder: Path, model: Path) -> Path:
-    """Twelve steps of half a second, and no evaluation."""
+    """Twenty steps of half a second, and no evaluation."""
     config = short_run(folder, model)
-    config["run"] |= {"epochs": 3, "export": False, "save_every": 3}
+    config["run"] |= {"epochs": 5, "export": False, "save_every": 3}
     config["data"] |= {"eval": []}
     config["loss"] = {"use": "tests.ray.test_offline_job:slow_sigmoid"}
     return write_yaml(folder / "slow.yaml", config)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> list[dict[str, Any]]:
+@pytest.fixture
+def undisturbed(tmp_path: Path, tiny_model: Path) -> list[dict[str, Any]]:
     """The steps of the slow run when nothing happens to it."""
-    folder = tmp_path_factory.mktemp("undisturbed")
+    folder = tmp_path / "undisturbed"
+    folder.mkdir()
     done = run_command("offline", str(slow_run(folder, tiny_model)))
     assert done.returncode == 0, done.stdout + done.stderr
     return steps_of(folder / "runs/first")
 
 
-@pytest.fixture
-def slow(tmp_path: Path, tiny_model: Path) -> Path:
-    """The slow run in the test's own folder."""
-    return slow_run(tmp_path, tiny_model)
-
-
-def send_in_step_4(slow: Path, number: int, run: Path) -> str:
-    """Start the run, send it a signal, see it stop after a checkpoint; returns what it said."""
-    before = ray_processes()
-    with start_command("offline", str(slow), "run.save_every=100", stderr=subprocess.PIPE) as process:
-        wait_until(lambda: (run / "metrics.jsonl").exists() and len(steps_of(run)) >= 3, process)
-        os.kill(process.pid, number)
-        said = process.communicate(timeout=60)[1].decode()
-    assert process.returncode == 130
-    assert not left_over(before)
-    return said
-
-
-def test_sigterm_writes_a_checkpoint_first_and_the_same_command_goes_on(
-    slow: Path, tmp_path: Path, undisturbed: list[dict[str, Any]]
+def test_a_run_stopped_killed_and_robbed_of_a_worker_has_the_metrics_of_an_undisturbed_one(
+    tmp_path: Path, tiny_model: Path, undisturbed: list[dict[str, Any]]
 ) -> None:
-    run = tmp_path / "runs/first"
-    said = send_in_step_4(slow, signal.SIGTERM, run)
-    stopped = len(steps_of(run))
-    assert 3 <= stopped < 12
-    assert f"stopped after step {stopped} of 12; the same command goes on from there" in said, said
-    again = run_command("offline", str(slow), "run.save_every=100")
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert steps_of(run) == undisturbed, "to the last digit"
+    slow, run, before = str(slow_run(tmp_path, tiny_model)), tmp_path / "runs/first", ray_processes()
 
+    def steps_done() -> int:
+        return len(steps_of(run)) if (run / "metrics.jsonl").exists() else 0
 
-def test_ctrl_c_writes_a_checkpoint_first(slow: Path, tmp_path: Path) -> None:
-    run = tmp_path / "runs/first"
-    send_in_step_4(slow, signal.SIGINT, run)
-    (checkpoint,) = (run / "checkpoints").iterdir()
-    assert int(checkpoint.name) == len(steps_of(run))
-    assert not damaged_files(checkpoint)
+    def stop(number: int, step: int) -> int:
+        """Send a signal after ``step``: a checkpoint is written first and the end is told; returns the last step."""
+        with start_command("offline", slow, "run.save_every=100", stderr=subprocess.PIPE) as process:
+            wait_until(lambda: steps_done() >= step, process)
+            os.kill(process.pid, number)
+            said = process.communicate(timeout=60)[1].decode()
+        assert process.returncode == 130
+        stopped = steps_done()
+        assert f"stopped after step {stopped} of 20; the same command goes on from there" in said, said
+        newest = max((run / "checkpoints").iterdir())
+        assert int(newest.name) == stopped
+        assert not damaged_files(newest)
+        assert not left_over(before)
+        return stopped
 
+    stopped = stop(signal.SIGINT, 2)
 
-def test_a_killed_worker_is_replaced_and_the_metrics_are_those_of_an_undisturbed_run(
-    slow: Path, tmp_path: Path, undisturbed: list[dict[str, Any]]
-) -> None:
-    before = ray_processes()
-    run = tmp_path / "runs/first"
-    with start_command("offline", str(slow)) as process:
-        wait_until(lambda: (run / "metrics.jsonl").exists() and len(steps_of(run)) >= 5, process)
+    at = random.randrange(stopped + 1, stopped + 7)
+    kill_when("offline", slow, ready=lambda: steps_done() >= at)
+    survived = steps_done()
+
+    stopped = stop(signal.SIGTERM, survived + 1)
+    # The checkpoint being written when everything was killed may have come to its end; the one before it has.
+    assert resumed_after(run) in range(max(2, survived - 5), survived + 1), (survived, resumed_after(run))
+
+    with start_command("offline", slow) as process:
+        wait_until(lambda: steps_done() >= stopped + 2, process)
         pid = int(re.findall(r"pid (\d+)", (run / "logs/worker-1.log").read_text())[-1])
+        starts = len(re.findall(r"pid \d+", (run / "logs/worker-0.log").read_text()))
         os.kill(pid, signal.SIGKILL)
         assert process.wait(timeout=120) == 0
-    assert len(re.findall(r"pid \d+", (run / "logs/worker-0.log").read_text())) == 2, "the workers were started twice"
+    assert len(re.findall(r"pid \d+", (run / "logs/worker-0.log").read_text())) == starts + 1, "started once more"
     assert not left_over(before)
-    assert steps_of(run) == undisturbed, "to the last digit"
+    assert steps_of(run) == undisturbed, f"to the last digit; everything was killed in step {survived + 1}"
 
 
-def test_a_run_of_which_everything_is_killed_at_a_random_step_goes_on_with_the_metrics_of_an_undisturbed_one(
-    slow: Path, tmp_path: Path, undisturbed: list[dict[str, Any]]
-) -> None:
-    run, step = tmp_path / "runs/first", random.randrange(1, 11)
-    kill_when("offline", str(slow), ready=lambda: (run / "metrics.jsonl").exists() and len(steps_of(run)) >= step)
-    survived = len(steps_of(run))
-    assert survived < 12
-    again = run_command("offline", str(slow))
-    assert again.returncode == 0, again.stdout + again.stderr
-    # Whether the checkpoint being written when it was killed had come to its end is up to chance, the one before not.
-    resumed = re.search(r"resuming after step (\d+) of 12", again.stdout)
-    assert (int(resumed[1]) if resumed else 0) in range(max(0, survived - 6), survived + 1), (survived, again.stdout)
-    assert steps_of(run) == undisturbed, f"to the last digit, killed in step {step + 1}"
+def resumed_after(run: Path) -> int:
+    """The step that the workers last went on from."""
+    return int(re.findall(r"resuming after step (\d+) of 20", (run / "logs/worker-0.log").read_text())[-1])
 
 
 def test_a_sweep_scores_the_reference_once_and_its_best_runs_as_it_is(config: dict[str, Any], tmp_path: Path) -> None:
