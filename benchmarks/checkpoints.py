@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from benchmarks.offline import fast_dtype
 from benchmarks.pairs import made_pairs
 from dpo_ray.config import Config
 from dpo_ray.data.store import prepare_pairs
@@ -100,7 +101,7 @@ def main() -> None:
         (Path(folder) / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
         tree = {
             "run": {"dir": folder, "name": "run", "steps": arguments.steps, "save_every": 2, "export": False},
-            "model": {"path": arguments.model},
+            "model": {"path": arguments.model, "dtype": fast_dtype()},
             "reference": {"cache_dir": f"{folder}/cache"},
             "data": {"train": f"{folder}/pairs.jsonl", "shuffle": False},
             "optim": {
@@ -110,8 +111,9 @@ def main() -> None:
         }
         results = mp.get_context("spawn").SimpleQueue()
         context = mp.start_processes(run, (tree, arguments.threads, results), 1, join=False, start_method="spawn")
+        while not context.join(timeout=5):  # raises what the run raised
+            pass
         steps, blocked, taken = results.get()
-        context.join()
     # Saves follow steps 2, 4, ...: step 3 runs beside the first. Time i is that of step i + 2.
     beside, alone = steps[WARM_UP + 1 :: 2], steps[WARM_UP::2]
     say = lambda seconds: ", ".join(f"{one:.2f}" for one in seconds)  # noqa: E731

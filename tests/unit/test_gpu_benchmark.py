@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.flops import step_flops
-from benchmarks.gpu import SHAPES
+from benchmarks.gpu import SHAPES, attempt, main
 
 RUN = """
 import runpy, sys
@@ -28,11 +30,44 @@ def test_the_dry_run_checks_times_and_writes_all_sides_with_torch_and_transforme
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
-    assert [len(runs) for runs in result["runs"].values()] == [2, 2, 2, 2]
+    assert [len(runs) for runs in result["runs"].values()] == [2, 2, 2, 2, 2]
+    assert not result["failed"]
     losses = [run["loss"] for runs in result["runs"].values() for run in runs]
     assert max(losses) - min(losses) < 0.01, "every side takes the same step; bfloat16"
     assert max(off for name, off in result["apart"].items() if "float32" in name) < 1e-4
     assert "| dpo_ray |" in done.stdout
+
+
+def test_a_side_without_memory_halves_its_micro_batch_and_one_that_fails_says_why() -> None:
+    tried: list[int] = []
+
+    def step(size: int) -> dict[str, Any]:
+        tried.append(size)
+        if size > fits:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+        return {"size": size}
+
+    fits = 3000
+    assert attempt(step, 16384, 512) == {"size": 2048}
+    assert tried == [16384, 8192, 4096, 2048]
+    fits = 100
+    assert attempt(step, 1024, 512) == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
+
+    def breaks(size: int) -> dict[str, Any]:
+        raise NotImplementedError("no such kernel")
+
+    assert attempt(breaks, 4, 1) == "NotImplementedError: no such kernel"
+
+
+def test_nothing_is_begun_that_would_end_too_late_and_what_there_is_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", "--seconds", "0", "--out", str(out)])
+    main()
+    result = json.loads(out.read_text())
+    assert result["matmul_tflops"] > 0
+    assert result["stopped"] == "after 0 of 4 turns: --seconds 0.0"
 
 
 def test_useful_work_is_counted_by_hand_for_one_pair() -> None:
