@@ -59,8 +59,13 @@ class PackedRow:
     def to(self, device: torch.device) -> "PackedRow":
         """The same row on ``device``."""
         tensors = (getattr(self, name) for name in self.__slots__ if name != "spans")
-        input_ids, position_ids, *rest = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        input_ids, position_ids, *rest = (sent(tensor, device) for tensor in tensors)
         return PackedRow(input_ids, position_ids, self.spans, *rest)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on ``device``; to a GPU from pinned memory, so that the host need not wait for its work."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def attention_mask(row: PackedRow) -> Tensor:

@@ -5,6 +5,7 @@ memory (``shard.activation_offload``). Names of parameters and modules stay as t
 """
 
 import functools
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -28,6 +29,8 @@ DEAR = [
     inductor_compiled_code,
 ]
 """Operations whose results ``selective`` keeps: matrix products and attention, nearly all of a layer's arithmetic."""
+IN_FLIGHT = 32
+"""Tensors, those of about two layers, that are copied to host memory at a time: the host would let all layers' wait."""
 SMALLEST = 1 << 16
 """Bytes below which a tensor is not worth a copy to host memory."""
 
@@ -92,14 +95,18 @@ class HostMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, torch.Stream(device)
+        self.copying: deque[tuple[Tensor, torch.Event]] = deque()
 
     def store(self, tensor: Tensor) -> Tensor:
-        """A copy in host memory; ``tensor`` may be freed at once."""
-        self.stream.wait_stream(torch.accelerator.current_stream(self.device))
+        """A copy in host memory; ``tensor`` is held until it is made, and computing waits where many are."""
+        current = torch.accelerator.current_stream(self.device)
+        self.stream.wait_stream(current)
         with self.stream:
-            held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            held = torch.empty_like(tensor, device="cpu", pin_memory=True)
             held.copy_(tensor, non_blocking=True)
-        tensor.record_stream(self.stream)
+        self.copying.append((tensor, self.stream.record_event()))
+        if len(self.copying) > IN_FLIGHT:
+            current.wait_event(self.copying.popleft()[1])
         return held
 
     def fetch(self, held: Tensor) -> Tensor:
@@ -108,5 +115,6 @@ class HostMemory:
         with self.stream:
             tensor = held.to(self.device, non_blocking=True)
         current.wait_stream(self.stream)
+        self.copying.clear()
         tensor.record_stream(current)
         return tensor

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from dpo_ray.data.packing import Limits, Span, token_limits
+from dpo_ray.data.packing import Limits, Span, sent, token_limits
 from dpo_ray.model.attention import Gather
 
 FLEX = "dpo_ray_flex"
 """The name of ``flex_packed_attention`` in transformers' table of attention functions."""
 BLOCK = 128
 """Tokens of a block on both sides, flex_attention's own choice."""
+# Rows below 128 tokens would go to the kernel for decoding, which has no configuration for some groups of query heads.
+KERNEL_OPTIONS: Any = {"FORCE_USE_FLEX_ATTENTION": True}
 
 
 class Blocks(NamedTuple):
@@ -65,7 +67,7 @@ def span_mask(spans: Sequence[Span], device: torch.device, queries: np.ndarray |
     keys = len(limits.here)
     limits = limits if queries is None else limits.of(queries)
     partial, full = visible_blocks(limits, keys)
-    here, span, prompt_end, part = (torch.from_numpy(limit.astype(np.int32)).to(device) for limit in limits)
+    here, span, prompt_end, part = (sent(torch.from_numpy(limit.astype(np.int32)), device) for limit in limits)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         of_prompt = (key >= span[query]) & (key < prompt_end[query])
@@ -80,7 +82,7 @@ def _listed(blocks: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """(1, 1, Q) how many blocks of keys, and (1, 1, Q, K) which, those that count first."""
     which = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)
     counts = blocks.sum(1).astype(np.int32)
-    return torch.from_numpy(counts)[None, None].to(device), torch.from_numpy(which)[None, None].to(device)
+    return sent(torch.from_numpy(counts), device)[None, None], sent(torch.from_numpy(which), device)[None, None]
 
 
 def use_flex_attention() -> str:
@@ -136,7 +138,7 @@ def flex_packed_attention(
         key, value = gather(key, value)
     attend = flex_attention if query.device.type == "cpu" else _compiled()
     grouped = query.shape[1] != key.shape[1]
-    out = attend(query, key, value, block_mask=spans, scale=scaling, enable_gqa=grouped)
+    out = attend(query, key, value, block_mask=spans, scale=scaling, enable_gqa=grouped, kernel_options=KERNEL_OPTIONS)
     return out.transpose(1, 2), None
 
 

@@ -20,19 +20,32 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 ATTENTION: Mapping[str, Callable[[], str]] = {
-    "auto": use_packed_attention,
+    "packed": use_packed_attention,
     "flex": use_flex_attention,
     "sdpa": lambda: "sdpa",
 }
-"""Settings of ``model.attention``, and what gives transformers' name for each."""
+"""How packed rows attend, and what gives transformers' name for each."""
 
 
-def build_model(model: ModelConfig, *, with_weights: bool, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
-    """The causal language model at ``model.path``, with dropout off.
+def attention_on(device_type: str, setting: str) -> str:
+    """``model.attention`` with auto decided: flex where it has gradients, else torch's kernels on each span."""
+    auto = "flex" if device_type == "cuda" else "packed"
+    return auto if setting == "auto" else setting
+
+
+def build_model(
+    model: ModelConfig,
+    *,
+    with_weights: bool,
+    dtype: torch.dtype = torch.float32,
+    device_type: str = "cpu",
+) -> "PreTrainedModel":
+    """The causal language model at ``model.path`` on the CPU, with dropout off.
 
     Args:
         with_weights: False gives the architecture on the meta device, its buffers computed.
         dtype: of the parameters.
+        device_type: of the device that it will compute on, which decides how it attends.
 
     Raises:
         ValueError: the model cannot be read, or attends in a way that packed rows cannot express.
@@ -42,7 +55,7 @@ def build_model(model: ModelConfig, *, with_weights: bool, dtype: torch.dtype = 
     for name, value in vars(config).items():
         if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
             setattr(config, name, 0.0)
-    attention = ATTENTION[model.attention]()
+    attention = ATTENTION[attention_on(device_type, model.attention)]()
     if with_weights:
         built = AutoModelForCausalLM.from_pretrained(
             model.path, config=config, dtype=dtype, attn_implementation=attention

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from dpo_ray.data.loader import MicroBatch
+from dpo_ray.data.packing import sent
 from dpo_ray.model.scorer import Scores, pair_logps
 from dpo_ray.objective.logps import PairLogps
 
@@ -22,7 +23,7 @@ def cached_reference(logps: np.ndarray) -> Reference:
 
     def reference(batch: MicroBatch) -> PairLogps:
         lengths = batch.row.lengths
-        held = torch.from_numpy(logps[list(batch.pairs)].astype(np.float32)).to(lengths.device)  # (B, 2)
+        held = sent(torch.from_numpy(logps[list(batch.pairs)].astype(np.float32)), lengths.device)  # (B, 2)
         return PairLogps(held[:, 0], held[:, 1], lengths[0::2], lengths[1::2])
 
     return reference

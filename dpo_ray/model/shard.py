@@ -69,7 +69,7 @@ def load_sharded(
     compute = DTYPES[model.dtype]
     first = dist.get_rank() == 0
     masters = trainable and model.lora is None
-    built = build_model(model, with_weights=first, dtype=torch.float32 if masters else compute)
+    built = build_model(model, with_weights=first, dtype=torch.float32 if masters else compute, device_type=device.type)
     if trainable and model.lora is not None:
         add_adapters(built, model.lora)
     if model.fp8:
@@ -145,13 +145,16 @@ def _fill(scorer: Scorer, weights: dict[str, Any], parameters: torch.device, dev
 
 
 def set_last_micro_batch(policy: nn.Module, last: bool, *, keep_gathered: bool) -> None:
-    """Reduce gradients only in the backward pass of a step's last micro-batch.
+    """Gather weights and reduce gradients as often in a step as its memory asks for.
 
     Args:
-        keep_gathered: gather the weights once a step, not once a micro-batch; takes the memory of the whole model.
+        last: whether the backward pass of the step's last micro-batch follows.
+        keep_gathered: hold the weights and the gradients of the whole model on every rank until then, and exchange
+            them once a step. Otherwise every micro-batch gathers and reduces, over replicas only the last.
     """
     assert isinstance(policy, FSDPModule)
-    policy.set_requires_gradient_sync(last)
+    policy.set_requires_gradient_sync(last or not keep_gathered)
+    policy.set_requires_all_reduce(last)
     policy.set_is_last_backward(last)
     policy.set_reshard_after_backward(last or not keep_gathered)
 

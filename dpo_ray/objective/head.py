@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dpo_ray.objective.logps import TokenScores
 
-CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
+CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}
 """Size of the float32 logits of one chunk, by kind of device; the only (tokens x V) memory in use at a time."""
 
 
@@ -323,7 +323,7 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _add_product(to: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16 and a.is_cuda:
-        to += _product(a, b, dtype)
+        torch.addmm(to, a.to(dtype), b.to(dtype), out_dtype=torch.float32, out=to)
         return
     with bfloat16_products() if dtype == torch.bfloat16 else contextlib.nullcontext():
         to.addmm_(a, b)

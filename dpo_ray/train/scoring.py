@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dpo_ray.data.loader import PairSource, micro_batches
 from dpo_ray.data.packing import build_sample_row, deal
@@ -93,13 +94,17 @@ def score(t: Setup, source: PairSource, pairs: Sequence[int], progress: Progress
     progress(0, len(pairs))
     for start in range(0, len(pairs), BLOCK):
         batches, *_ = micro_batches(source, pairs[start : start + BLOCK], t.batch_shape)
+        found: list[Tensor] = []
         for batch in batches:
             with torch.no_grad():
                 scored = pair_logps(t.policy, batch.row.to(t.device))
-            at = [position[pair] for pair in batch.pairs]
-            logps[at] = torch.stack((scored.chosen, scored.rejected), 1).double().cpu()
+            found.append(torch.stack((scored.chosen, scored.rejected), 1))
             done = min(len(pairs), done + t.shares * len(batch.pairs))
             progress(done, len(pairs))
+        if found:
+            # Read once a block: each reading waits for a GPU to come to its end.
+            at = [position[pair] for batch in batches for pair in batch.pairs]
+            logps[at] = torch.cat(found).double().cpu()
     release_gathered(t.policy)
     shared = logps.to(t.device)
     dist.all_reduce(shared, group=t.data_group)
@@ -112,9 +117,12 @@ def score_samples(t: Setup, scorer: Scores, samples: Sequence[TokenSample]) -> n
     tokens = np.array([len(s.prompt) + len(s.completion) for s in samples], np.int64)
     costs = tokens + t.batch_shape.attention_cost * tokens**2 / 2
     dealt = deal(tokens, costs, ranks=t.shares, tokens_per_micro_batch=t.batch_shape.tokens_per_micro_batch)
-    for batch in dealt.shares[t.share]:
-        scored = sequence_logps(scorer, build_sample_row([samples[i] for i in batch]).to(t.device))
-        logps[list(batch)] = scored.double().cpu()
+    mine = dealt.shares[t.share]
+    found = [
+        sequence_logps(scorer, build_sample_row([samples[i] for i in batch]).to(t.device)).double() for batch in mine
+    ]
+    if found:
+        logps[[i for batch in mine for i in batch]] = torch.cat(found).cpu()
     release_gathered(t.policy)
     shared = logps.to(t.device)
     dist.all_reduce(shared, group=t.data_group)

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from dpo_ray.config.schema import ModelConfig
 from dpo_ray.data.packing import PackedRow, Span, attention_mask, build_row, cut_row
 from dpo_ray.model.flex import BLOCK, span_mask, token_limits, visible_blocks
-from dpo_ray.model.load import build_model
+from dpo_ray.model.load import attention_on, build_model
 from dpo_ray.model.scorer import Scorer, pair_logps, pair_losses
 from tests.unit.model.test_scorer import preference, ragged_pairs
 
@@ -116,3 +116,8 @@ def test_training_with_it_on_a_cpu_is_refused_in_words(tiny_model: Path) -> None
     scorer = Scorer(build_model(ModelConfig(path=str(tiny_model), attention="flex"), with_weights=True))
     with pytest.raises(NotImplementedError, match=r"model\.attention: flex has no gradients on a CPU"):
         pair_losses(scorer, build_row(ragged_pairs(3), "shared"), preference)
+
+
+def test_auto_is_flex_on_gpus_and_torchs_kernels_elsewhere() -> None:
+    assert [attention_on(device, "auto") for device in ("cuda", "cpu")] == ["flex", "packed"]
+    assert attention_on("cuda", "sdpa") == "sdpa"
