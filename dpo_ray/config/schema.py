@@ -80,9 +80,11 @@ class RunConfig(Section):
     epochs: float = Field(1.0, gt=0)
     """Passes over the training pairs."""
     save_every: int | None = Field(100, ge=1)
-    """Steps between checkpoints offline, rounds online; null saves only when the run is asked to stop."""
+    """Steps between checkpoints offline, rounds online (there 1 unless set); null saves only when the run is asked to
+    stop."""
     eval_every: int | None = Field(50, ge=1)
-    """Steps between evaluations offline, rounds online; null evaluates at the start and the end only."""
+    """Steps between evaluations offline, rounds online (there 1 unless set); null evaluates at the start and the end
+    only."""
     keep_checkpoints: int = Field(2, ge=1)
     """How many of the newest checkpoints stay on disk."""
     best_metric: str | None = None
@@ -138,8 +140,8 @@ class ModelConfig(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype. Master weights, gradient reduction and log-probabilities are float32 always."""
     attention: Literal["auto", "flex", "sdpa"] = "auto"
-    """auto: torch's flash kernel on each pair of a packed row. flex: flex_attention with a block mask over the row, on
-    GPUs only. sdpa: the same by a mask over the whole row; slow."""
+    """flex: flex_attention with a block mask over a packed row, on GPUs only. sdpa: the same by a mask over the whole
+    row; slow. auto: flex on GPUs, on CPUs torch's flash kernel on each pair of the row."""
     fp8: bool = False
     """Multiply in the decoder layers in eight-bit floating point, on GPUs that can (needs torchao: pip install
     'dpo-ray[low_bit]'); weights are kept and gathered as without it. Saves time in large models, with shard.compile."""
@@ -383,8 +385,8 @@ class EngineConfig(Section):
     """Key-value cache of one engine on a CPU, in GiB."""
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
     """Share of each GPU that vLLM takes."""
-    enforce_eager: bool = True
-    """Run without compilation and CUDA graphs: starts sooner, generates slower."""
+    enforce_eager: bool | None = None
+    """Run without compilation and CUDA graphs: starts sooner, generates slower on GPUs; null does so on CPUs only."""
     args: dict[str, Any] = {}
     """Further arguments of vllm.LLM."""
 
@@ -470,6 +472,14 @@ class Config(Section):
     online: OnlineConfig | None = None
     """Absent: training on a fixed preference set."""
     sweep: SweepConfig = SweepConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_rounds(cls, tree: Any) -> Any:
+        """A run of rounds saves and evaluates after each unless told otherwise."""
+        if isinstance(tree, dict) and tree.get("online") and isinstance(run := tree.get("run", {}), dict):
+            return {**tree, "run": {"save_every": 1, "eval_every": 1, **run}}
+        return tree
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

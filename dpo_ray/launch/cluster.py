@@ -113,6 +113,14 @@ def joined(config: ClusterConfig, *, engines: int, local_runs: int = 1) -> Itera
         ray.shutdown()
 
 
+def here() -> Any:
+    """The scheduling strategy that keeps an actor on this process's node."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
 def refuse_too_small(cluster: Cluster, config: ClusterConfig, engines: int) -> None:
     """Raise a ValueError when the run could never be placed: waiting would be forever."""
     asked = f"cluster.train_workers={config.train_workers}" + (

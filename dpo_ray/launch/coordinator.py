@@ -31,10 +31,14 @@ from dpo_ray.types import CompletionGroup, Permanent, Prompt, RoundData, TokenSa
 
 logger = logging.getLogger(__name__)
 
+
+def threads_for(train_workers: int) -> int:
+    """Calls that the coordinator must hold at a time: every training worker waits in one, others come and go."""
+    return train_workers + 8
+
+
 HELD_OUT_ROUND = 2**20
 """Stands in for the round where the seeds of held-out completions are drawn: the same at every evaluation."""
-THREADS = 64
-"""Calls that may wait in the coordinator at a time; every training worker waits in at most one."""
 JUDGE_ATTEMPTS = 2
 
 
@@ -57,7 +61,7 @@ class JudgeActor:
 
 
 class Coordinator:
-    """See the module. Runs with THREADS threads; only the collecting thread touches the pool's work.
+    """See the module. Runs with ``threads_for`` threads; only the collecting thread touches the pool's work.
 
     Args:
         prompts: the training prompts.
@@ -144,7 +148,12 @@ class Coordinator:
 
     def take(self, round: int) -> RoundData:
         """The pairs of a round; blocks until they are there."""
-        return self.stream.take(round)
+        data = self.stream.take(round)
+        if self.config.cluster.share_gpus:
+            # Of a round that was on disk nothing was written, and the engines are awake since the push.
+            with self.seating:
+                self.pool.sleep()
+        return data
 
     def held_out(self, version: int) -> list[TokenSample]:
         """Judged completions of the held-out prompts by the engines' current weights; none when they are on record."""
@@ -194,16 +203,18 @@ class Coordinator:
         return list(self.pool.engines)
 
     def replace(self, index: int) -> Any:
-        """A fresh engine in the place of one that a trainer found dead or half loaded while it pushes."""
+        """A fresh engine in the place of one that a push finds dead or half loaded."""
         return self.pool.replace(index)
 
-    def pushed(self, version: int, buckets: list[list[Any] | None], digest: str) -> None:
+    def pushed(self, version: int, buckets: list[list[Any] | None], digest: str, without: Sequence[int]) -> None:
         """Note that the engines hold ``version``, and the references it can be given from to an engine that joins.
 
         Args:
             buckets: one list of references; None in its place when the push cannot be given again.
+            without: engines that the push did without.
         """
         self.pool.weights = version, buckets[0], digest
+        self.pool.lost = set(without)
         with self.pool_state:
             self.pushing = False
             self.pool_state.notify_all()
@@ -254,9 +265,13 @@ class Coordinator:
         seeds = [seed_of(self.config.run.seed, round, prompt.index) for prompt in prompts]
         self.board.phase.remote(phase, 0, len(prompts))
         with self.pool_state:
-            timeout = self.online.sync_timeout_s
+            # A push may itself wait for a collection.
+            timeout = self.online.sync_timeout_s + self.online.generate_timeout_s
             if not self.pool_state.wait_for(lambda: not self.pushing and not self.generating, timeout=timeout):
-                raise TimeoutError(f"waited {timeout:.0f} s for a push of weights to end (online.sync_timeout_s)")
+                raise TimeoutError(
+                    f"waited {timeout:.0f} s for a push of weights or a collection to end "
+                    "(online.sync_timeout_s + online.generate_timeout_s)"
+                )
             self.generating = True
         try:
             if self.config.cluster.share_gpus:

@@ -35,11 +35,18 @@ class CoordinatorRounds:
 
     def __init__(self, coordinator: Any, rank: int, *, shared: bool) -> None:
         self.coordinator, self.rank, self.shared = coordinator, rank, shared
+        self.asked: Any = None
 
-    def take(self, round: int) -> RoundData:
-        """The pairs of a round."""
-        self._make_room()
-        return ray.get(self.coordinator.take.remote(round))
+    def take(self, round: int, *, wait_s: float) -> RoundData | None:
+        """The pairs of a round; None where they are not there after ``wait_s`` seconds, to be asked for again."""
+        if self.asked is None:
+            self._make_room()
+            self.asked = self.coordinator.take.remote(round)
+        ready, _ = ray.wait([self.asked], timeout=wait_s)
+        if not ready:
+            return None
+        self.asked = None
+        return ray.get(ready[0])
 
     def held_out(self, version: int) -> Sequence[TokenSample]:
         """Completions of the held-out prompts."""

@@ -12,7 +12,7 @@ from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.display import shown
 from dpo_ray.launch.ending import tell_end
 from dpo_ray.launch.preparation import tell_data
-from dpo_ray.launch.reporting import StatusBoard
+from dpo_ray.launch.reporting import start_board
 from dpo_ray.launch.workers import train_on_workers
 from dpo_ray.model.architecture import read_model_config
 from dpo_ray.objective.losses import build_loss
@@ -34,7 +34,7 @@ def run_offline(config: Config, cluster: Cluster) -> None:
     refuse_unusable(config)
     started = time.monotonic()
     tell_data(config, cluster, console)
-    board: Any = ray.remote(num_cpus=0)(StatusBoard).remote()
+    board = start_board()
     with shown(lambda: ray.get(board.read.remote(), timeout=5), title=config.run.name, rounds=None, console=console):
         train(config, cluster, board)
     tell_end(config, console, seconds=time.monotonic() - started)

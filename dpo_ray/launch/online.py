@@ -1,5 +1,6 @@
 """``jobs.online``: engines, judge and training workers on one cluster, round after round."""
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -10,19 +11,22 @@ from rich.console import Console
 from dpo_ray.config import Config, with_absolute_paths
 from dpo_ray.data.records import Problem, read_prompts
 from dpo_ray.data.tokenize import load_tokenizer, render_prompt
-from dpo_ray.launch.cluster import Cluster
-from dpo_ray.launch.coordinator import THREADS, Coordinator
+from dpo_ray.launch.cluster import Cluster, here
+from dpo_ray.launch.coordinator import Coordinator, threads_for
 from dpo_ray.launch.display import shown
 from dpo_ray.launch.ending import tell_end
 from dpo_ray.launch.offline import refuse_untrainable
 from dpo_ray.launch.places import BETWEEN_GPUS, build_transport
-from dpo_ray.launch.reporting import StatusBoard
+from dpo_ray.launch.reporting import start_board
 from dpo_ray.launch.workers import make_run_dir, train_on_workers
 from dpo_ray.rollout.judges import build_judge
 from dpo_ray.rollout.selectors import build_selector
 from dpo_ray.types import Prompt
 
+logger = logging.getLogger(__name__)
+
 LOOP = "dpo_ray.launch.loops:online"
+CLOSE_TIMEOUT_S = 60.0
 
 
 def run_online(config: Config, cluster: Cluster) -> None:
@@ -46,14 +50,14 @@ def run_online(config: Config, cluster: Cluster) -> None:
     make_run_dir(config)
     started = time.monotonic()
     transport = build_transport(config, on_gpus=cluster.on_gpus)
-    board: Any = ray.remote(num_cpus=0)(StatusBoard).remote()
+    board = start_board()
     title = f"{config.run.name}: {config.online.rounds} rounds of {config.online.prompts_per_round} prompts"
     with shown(
         lambda: ray.get(board.read.remote(), timeout=5), title=title, rounds=config.online.rounds, console=console
     ):
         coordinator: Any = (
             ray.remote(Coordinator)
-            .options(num_cpus=0, max_concurrency=THREADS)
+            .options(num_cpus=0, max_concurrency=threads_for(config.cluster.train_workers), scheduling_strategy=here())
             .remote(
                 config.model_dump(mode="json"),
                 cluster,
@@ -68,8 +72,16 @@ def run_online(config: Config, cluster: Cluster) -> None:
             coordinator.start.remote()
             train_on_workers(config, cluster, LOOP, board=board, handles={"coordinator": coordinator})
         finally:
-            ray.get(coordinator.close.remote(), timeout=60)
+            _close(coordinator)
     tell_end(config, console, seconds=time.monotonic() - started)
+
+
+def _close(coordinator: Any) -> None:
+    """Take engines and judge down. What comes of that must not hide how the run ended."""
+    try:
+        ray.get(coordinator.close.remote(), timeout=CLOSE_TIMEOUT_S)
+    except Exception as error:
+        logger.warning("the engines could not be asked to end: %s", error)
 
 
 def refuse_unusable(config: Config) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from dpo_ray.launch.cluster import here
 from dpo_ray.storage import growing
 from dpo_ray.types import Metrics
 
@@ -87,6 +88,11 @@ class StatusBoard:
         return self.stopping
 
 
+def start_board() -> Any:
+    """A StatusBoard actor on this process's node: no other node's end takes it away."""
+    return ray.remote(num_cpus=0)(StatusBoard).options(scheduling_strategy=here()).remote()
+
+
 class RunReporter:
     """The Reporter of the training loops, over the run directory, the status board and Ray Train.
 
@@ -151,8 +157,11 @@ class RunReporter:
         ready, _ = ray.wait([self.question], timeout=0)
         if not ready:
             return False
-        answer, self.question = ray.get(ready[0]), None
-        return answer
+        self.question = None
+        try:
+            return ray.get(ready[0])
+        except ray.exceptions.RayActorError:
+            return False  # the board is gone, and with it whoever could ask
 
 
 def _finite(value: Any) -> Any:

@@ -115,7 +115,7 @@ class RolloutPool:
         self.groups: list[Any] = []
         self.engines: list[Any] = []
         self.lost: set[int] = set()
-        """Engines that died and cannot be given the weights before the next push."""
+        """Engines that died since the last push, or that it did without; the next one starts others in their place."""
         self.weights: tuple[int, list[Any] | None, str] | None = None
         """Version, bucket references and digest of the last push; no references where it cannot be given again."""
 
@@ -181,15 +181,17 @@ class RolloutPool:
     def replace(self, index: int) -> Any:
         """A new engine in the place of a dead one, holding the weights of the last push if they can be given again.
 
+        It counts as lost until then.
+
         Raises:
             EngineFailed: it did not come up, or received something else than was pushed.
         """
         logger.warning("engine %d died; starting another in its place", index)
+        self.lost.add(index)
         with contextlib.suppress(Exception):
             ray.kill(self.engines[index])
         engine = self.engines[index] = self._start_engine(index)
         self._await_ready(index, engine)
-        self.lost.discard(index)
         version, buckets, digest = self.weights or (None, None, None)
         if buckets is not None:
             timeout = self.config.online.sync_timeout_s if self.config.online else None
@@ -200,6 +202,7 @@ class RolloutPool:
             ]
             if (found := ray.get(calls, timeout=timeout)[-1]) != digest:
                 raise EngineFailed(f"engine {index} received weights of digest {found}; version {version} has {digest}")
+        self.lost.discard(index)
         return engine
 
     def generate(
@@ -213,8 +216,8 @@ class RolloutPool:
     ) -> list[CompletionGroup]:
         """One group a prompt, in order, the prompts shared by all engines.
 
-        The prompts of a dead engine are queued again, once. It is replaced if the new one can be given the weights, and
-        is done without until the next push otherwise.
+        The prompts of a dead engine are queued again, once, for the others: the next push of weights starts another in
+        its place. Where none is left, one is started at once, if it can be given the weights.
 
         Args:
             progress: (prompts done, prompts in all).
@@ -222,7 +225,7 @@ class RolloutPool:
         Raises:
             TimeoutError: not all prompts were done in ``timeout_s``.
             EngineFailed: the same prompts killed two engines.
-            EnginesLost: no engine is left.
+            EnginesLost: no engine is left, and none can be given the weights.
         """
         deadline = time.monotonic() + timeout_s
         results: list[list[CompletionGroup] | None] = []
@@ -233,7 +236,10 @@ class RolloutPool:
         idle, running = [index for index in range(len(self.engines)) if index not in self.lost], {}
         while queue or running:
             if not idle and not running:
-                raise EnginesLost(f"all {len(self.engines)} engines died before they had written all candidates")
+                if self.weights is None or self.weights[1] is None:
+                    raise EnginesLost(f"all {len(self.engines)} engines died before they had written all candidates")
+                self.replace(first := min(self.lost))
+                idle.append(first)
             while queue and idle:
                 number, part, attempt = queue.popleft()
                 engine = idle.pop()
@@ -255,11 +261,9 @@ class RolloutPool:
                         f"prompts {part.start} to {part.stop} killed two engines: {_last_line(error)}"
                     ) from None
                 queue.appendleft((number, part, attempt + 1))
-                if self.weights is not None and self.weights[1] is None:
-                    logger.warning("engine %d died; the next push of weights starts another in its place", engine)
-                    self.lost.add(engine)
-                    continue
-                self.replace(engine)
+                logger.warning("engine %d died; the others go on, the next push of weights starts another", engine)
+                self.lost.add(engine)
+                continue
             idle.append(engine)
             progress(sum(len(r) for r in results if r), len(prompts))
         return [group for part in results if part for group in part]
@@ -312,8 +316,8 @@ class PoolReceiver:
     """The engines as one receiver of weights: the EngineGroup of rank 0, straight from trainer to engines.
 
     Neither driver nor coordinator sees a tensor. Of a transport that replays, a message is put into the object store
-    once and fetched once a node, and the references of a push are kept until the next one: an engine that dies, also
-    during the push, is replaced by one that is given the same messages.
+    once and fetched once a node, and the references of a push are kept until the next one, for an engine that joins. An
+    engine that dies during the push is left out until the next.
 
     Args:
         coordinator: knows the engines and replaces dead ones.
@@ -332,17 +336,32 @@ class PoolReceiver:
     def start_update(self) -> Sequence[Hashable]:
         """Open an update on every engine that the pool has; returns their handles.
 
-        An engine that is dead, or that an interrupted push left half loaded, is replaced first.
+        An engine that is dead, or that an interrupted push left half loaded, is replaced; one that cannot be is left
+        out until the next push.
+
+        Raises:
+            EngineFailed: none is left.
         """
         self.messages, self.dead = [], []
         self.engines = dict(enumerate(ray.get(self.coordinator.begin_push.remote())))
-        for index, engine in list(self.engines.items()):
+        opened = {index: engine.start_update.remote() for index, engine in self.engines.items()}
+        for index, answer in opened.items():
             try:
-                ray.get(engine.start_update.remote(), timeout=self.timeout_s)
+                ray.get(answer, timeout=self.timeout_s)
             except RayError:
-                self.engines[index] = ray.get(self.coordinator.replace.remote(index))
-                ray.get(self.engines[index].start_update.remote(), timeout=self.timeout_s)
+                self._replace(index)
         return list(self.engines.values())
+
+    def _replace(self, index: int) -> None:
+        try:
+            engine = self.engines[index] = ray.get(self.coordinator.replace.remote(index))
+            ray.get(engine.start_update.remote(), timeout=self.timeout_s)
+        except RayError as error:
+            del self.engines[index]
+            self.dead.append(index)
+            if not self.engines:
+                raise
+            logger.warning("no engine could be started in the place of engine %d: %s", index, _last_line(error))
 
     def init_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
         """Tell each engine's receiving ends what they need to know."""
@@ -360,13 +379,11 @@ class PoolReceiver:
         self._call_each("loading weights", lambda engine: engine.load.remote(message))
 
     def finish_update(self, version: int) -> list[str]:
-        """Put the weights to use and give them to the replacements of engines that died; returns every digest."""
+        """Put the weights to use; returns every digest."""
         digests = self._call_each("finishing a weight update", lambda engine: engine.finish_update.remote(version))
         # The list wraps the references, so that they travel as references and not as what they stand for.
         kept = [self.messages if self.replays else None]
-        ray.get(self.coordinator.pushed.remote(version, kept, digests[0]), timeout=self.timeout_s)
-        for index in self.dead:
-            self.engines[index] = ray.get(self.coordinator.replace.remote(index))
+        ray.get(self.coordinator.pushed.remote(version, kept, digests[0], self.dead), timeout=self.timeout_s)
         return digests
 
     def token_logps(self, token_ids: Sequence[int]) -> list[list[float]]:

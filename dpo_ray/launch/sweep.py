@@ -22,7 +22,7 @@ from dpo_ray.launch.command import TrainingFailed
 from dpo_ray.launch.display import shown
 from dpo_ray.launch.offline import refuse_unusable, train
 from dpo_ray.launch.preparation import tell_data
-from dpo_ray.launch.reporting import Status, StatusBoard
+from dpo_ray.launch.reporting import Status, start_board
 from dpo_ray.launch.spaces import find_space
 from dpo_ray.launch.workers import make_run_dir
 
@@ -112,7 +112,7 @@ def _fit(
     def trial(sample: dict[str, Any]) -> None:
         chosen = _of_trial(config, sample, run_dir, ray.tune.get_context().get_trial_id())
         make_run_dir(chosen)
-        board = ray.remote(num_cpus=0)(StatusBoard).options(scheduling_strategy="DEFAULT").remote()
+        board = start_board()
         train(chosen, cluster, board, callbacks=[TuneReportCallback()])
 
     tuner = ray.tune.Tuner(

@@ -39,6 +39,9 @@ FATAL = (
     ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError, StorageFailed, Permanent,
 )  # fmt: skip
 """Errors that would come again: workers are restarted for dead processes and broken connections, not for these."""
+BOARD_TIMEOUT_S = 30.0
+SHORTEST_COLLECTIVE_S = 1800
+"""As long as Ray Train's own limit."""
 STORAGE_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 """Errors of the operating system that would come again as well."""
 
@@ -77,10 +80,13 @@ def train_on_workers(
             "config": config.model_dump(mode="json"),
             "loop": loop,
             "board": board,
+            "on_gpus": cluster.on_gpus,
             "to_train": bool(callbacks),
             "handles": handles,
         },
-        torch_config=train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if cluster.on_gpus else "gloo"),
+        torch_config=train.torch.TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if cluster.on_gpus else "gloo", timeout_s=collective_timeout_s(config)
+        ),
         scaling_config=train.ScalingConfig(
             num_workers=size.train_workers,
             use_gpu=cluster.on_gpus,
@@ -99,7 +105,9 @@ def train_on_workers(
     try:
         returned = _fit(trainer, board, size.stop_timeout_s).return_value or {}
     except ray.train.TrainingFailedError as error:
-        returned = {"failed": _cause(error)}
+        # What one worker gave up over, rather than what its end did to the others.
+        fatal = ray.get(board.fatal.remote(), timeout=BOARD_TIMEOUT_S)
+        returned = {"failed": fatal or _cause(error)}
     finally:
         if config.run.remote:
             shutil.rmtree(notes, ignore_errors=True)
@@ -142,6 +150,18 @@ def _fit(trainer: Any, board: Any, stop_timeout_s: float) -> Any:
     return result.result()
 
 
+def collective_timeout_s(config: Config) -> int:
+    """Longest time that a worker may wait for another in a collective.
+
+    All wait while one waits for engines and judge, whose own limits should be the first to be reached: they say what is
+    the matter.
+    """
+    waits = 0.0
+    if (online := config.online) is not None:
+        waits = 2 * online.generate_timeout_s + 2 * online.judge_timeout_s + online.sync_timeout_s
+    return max(SHORTEST_COLLECTIVE_S, int(waits + config.cluster.start_timeout_s) + 300)
+
+
 def cpu_environment(threads: int) -> dict[str, str]:
     """Environment variables of a training worker on a CPU.
 
@@ -159,6 +179,13 @@ def cpu_environment(threads: int) -> dict[str, str]:
 def _on_each_rank(given: dict[str, Any]) -> Metrics:
     config = Config.model_validate(given["config"])
     rank, board = ray.train.get_context().get_world_rank(), given["board"]
+    if not config.run.remote and not (config.run.path / "config.yaml").exists():
+        problem = (
+            f"run.dir: {config.run.path} is not there on node {ray.util.get_node_ip_address()}; it must be a folder "
+            "that all nodes mount, or for an offline run an object store"
+        )
+        ray.get(board.give_up.remote(problem))
+        raise ValueError(problem)
     log_to_run(config.run.path, f"worker-{rank}")
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     if failed := ray.get(board.fatal.remote()):
@@ -166,14 +193,15 @@ def _on_each_rank(given: dict[str, Any]) -> Metrics:
 
     import torch
 
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if given["on_gpus"] else torch.device("cpu")
     try:
         reporter = RunReporter(config.run.path, board, rank, to_train=given["to_train"])
         ending = resolve(given["loop"], {}, "loop")(config, device, reporter, given["handles"])
         upload_growing()
         return asdict(ending)
     except Exception as error:
-        if not (isinstance(error, FATAL) or (isinstance(error, OSError) and error.errno in STORAGE_FULL)):
+        again = (*FATAL, torch.OutOfMemoryError)
+        if not (isinstance(error, again) or (isinstance(error, OSError) and error.errno in STORAGE_FULL)):
             raise
         # The other ranks wait in a collective and can only be ended by ending all; the next start reads this and stops.
         cause = getattr(error, "cause", None) or error

@@ -67,7 +67,7 @@ class VLLMEngine:
             "dtype": _fast_dtype(dtype) if on_cpu else dtype,
             "max_model_len": max_model_len,
             "seed": seed,
-            "enforce_eager": engine.enforce_eager,
+            "enforce_eager": is_eager(engine, on_cpu=on_cpu),
             "enable_prefix_caching": True,
             # "vllm" leaves the model's own temperature and nucleus out; its end-of-turn tokens still count.
             "generation_config": "vllm",
@@ -223,10 +223,15 @@ def engine_environment(engine: EngineConfig, *, on_cpu: bool, threads: int) -> d
     if on_cpu:
         # Left to itself, every engine of a node binds its threads to the same cores.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        if engine.enforce_eager:
+        if is_eager(engine, on_cpu=on_cpu):
             # vLLM compiles small functions even so; the first probe would wait 20 s for a C++ compiler.
             environment["TORCH_COMPILE_DISABLE"] = "1"
     return environment
+
+
+def is_eager(engine: EngineConfig, *, on_cpu: bool) -> bool:
+    """``online.engine.enforce_eager`` with null decided."""
+    return on_cpu if engine.enforce_eager is None else engine.enforce_eager
 
 
 def _fast_dtype(dtype: str) -> str:

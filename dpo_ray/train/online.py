@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 class Rounds(Protocol):
     """Where rounds come from. Every rank calls every method with the same arguments and gets the same answer."""
 
-    def take(self, round: int) -> RoundData:
-        """The pairs of a round, written by a policy at most ``max_lag`` rounds old."""
+    def take(self, round: int, *, wait_s: float) -> RoundData | None:
+        """The pairs of a round, written by a policy at most ``max_lag`` rounds old; None while they are not there."""
 
     def held_out(self, version: int) -> Sequence[TokenSample]:
         """Completions of the held-out prompts by the engines' current weights; empty with nothing to evaluate."""
@@ -47,6 +47,8 @@ class Rounds(Protocol):
         """Log-probabilities of the held-out completions, to be kept beside their judge scores."""
 
 
+STOP_POLL_S = 1.0
+"""Between two looks at whether the run should end, while its candidates are written."""
 PROBE_TEXT = (
     "Weights that travel between processes can arrive late, cut or mixed up, so after each push the trainer and every "
     "engine read this sentence and compare what they think of it, token by token."
@@ -88,10 +90,9 @@ def train_online(
     saved = state.round
     while state.round < online.rounds and not agreed(reporter.stop_asked()):
         started = time.perf_counter()
-        data = rounds.take(state.round)
+        if (data := _await_round(rounds, state.round, reporter)) is None:
+            break
         waited = time.perf_counter() - started
-        if agreed(reporter.stop_asked()):
-            break  # the collected round is on disk
 
         reporter.phase("training")
         started = time.perf_counter()
@@ -120,6 +121,18 @@ def train_online(
         reporter.phase("exporting")
         export_policy(t.policy, config.model, t.tokenizer, config.run.path)
     return Ending(metrics)
+
+
+def _await_round(rounds: Rounds, round: int, reporter: Reporter) -> RoundData | None:
+    """The pairs of a round, or None when the run is asked to stop before it trains on them: they stay on disk."""
+    data = None
+    while True:
+        if data is None:
+            data = rounds.take(round, wait_s=STOP_POLL_S)
+        if agreed(reporter.stop_asked()):
+            return None
+        if not agreed(data is None):
+            return data
 
 
 def _train_on(t: Setup, data: RoundData, frozen: Scores | None, state: TrainState, reporter: Reporter) -> Metrics:

@@ -29,7 +29,7 @@ class DrawnRounds:
         self.pairs = [TokenPair(part(), part(), part()) for _ in range(ROUNDS * PAIRS)]
         self.scores: list[Any] = []
 
-    def take(self, round: int) -> RoundData:
+    def take(self, round: int, *, wait_s: float) -> RoundData | None:
         """Four pairs, and their chosen completions as samples."""
         pairs = self.pairs[round * PAIRS : (round + 1) * PAIRS]
         return RoundData(round, tuple(pairs), tuple(TokenSample(of.prompt, of.chosen) for of in pairs), round)

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import ray
 
 from dpo_ray.config import Config
 from dpo_ray.launch.cluster import Cluster
-from dpo_ray.launch.rollout_pool import EnginesLost, RolloutPool
+from dpo_ray.launch.rollout_pool import EngineFailed, EnginesLost, PoolReceiver, RolloutPool
 from dpo_ray.types import Completion, CompletionGroup, Prompt
 
 PROMPTS = [Prompt(index, ({"role": "user", "content": str(index)},)) for index in range(600)]
@@ -31,6 +32,42 @@ class Engine:
             CompletionGroup(prompt, (0,), (completion,) * candidates, 3, seed)
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
+
+    def start_update(self) -> None:
+        """An engine with anything deadly does not survive it."""
+        if self.deadly:
+            os._exit(1)
+
+    def load(self, bucket: str) -> None:
+        """Take weights, which are a text."""
+        self.loaded = bucket
+
+    def finish_update(self, version: int) -> str:
+        """The text is its own digest."""
+        return self.loaded
+
+
+class Pushing:
+    """A coordinator that has engines and can start no others."""
+
+    def __init__(self, engines: list[Any]) -> None:
+        self.engines, self.told = engines, ()
+
+    def begin_push(self) -> list[Any]:
+        """All engines, dead or not."""
+        return self.engines
+
+    def replace(self, index: int) -> Any:
+        """There is no place for another."""
+        raise EngineFailed("no place")
+
+    def pushed(self, *told: Any) -> None:
+        """Keep what the push came to."""
+        self.told = told
+
+    def outcome(self) -> Any:
+        """What ``pushed`` was told."""
+        return self.told
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,3 +121,36 @@ def test_without_an_engine_left_the_collection_ends_at_once() -> None:
     with pytest.raises(EnginesLost, match="all 1 engines died before they had written all candidates"):
         generate(pool)
     pool.close()
+
+
+def test_the_last_engine_is_replaced_at_once_where_it_can_be_given_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = pool_of((599,), (599,))
+    pool.weights = (3, ["buckets"], "digest")
+    started: list[int] = []
+
+    def replace(index: int) -> None:
+        started.append(index)
+        pool.engines[index] = ray.remote(num_cpus=0)(Engine).remote(7, ())
+        pool.lost.discard(index)
+
+    monkeypatch.setattr(pool, "replace", replace)
+    monkeypatch.setattr("dpo_ray.launch.rollout_pool.ENGINE_ATTEMPTS", 3)
+    groups, _ = generate(pool)
+    assert [group.prompt.index for group in groups] == list(range(600))
+    assert started == [0], "one, and only when both were gone"
+    assert pool.lost == {1}
+    pool.close()
+
+
+def test_a_push_goes_on_without_an_engine_that_is_dead_and_cannot_be_replaced_and_not_without_any() -> None:
+    engines = [ray.remote(num_cpus=0)(Engine).remote(0, (1,)), ray.remote(num_cpus=0)(Engine).remote(1, ())]
+    coordinator: Any = ray.remote(num_cpus=0)(Pushing).remote(engines)
+    push = PoolReceiver(coordinator, 30, workers_per_engine=1, replays=True)
+    assert push.start_update() == engines[1:]
+    push.load("all weights")
+    assert push.finish_update(5) == ["all weights"]
+    version, _, digest, without = ray.get(coordinator.outcome.remote())
+    assert (version, digest, without) == (5, "all weights", [0])
+    none: Any = ray.remote(num_cpus=0)(Pushing).remote(engines[:1])
+    with pytest.raises(EngineFailed, match="no place"):
+        PoolReceiver(none, 30, workers_per_engine=1, replays=True).start_update()

@@ -78,6 +78,13 @@ def test_arguments_alone_keep_the_default_component(online):
     assert (judge.use, judge.args) == ("length", {"target_words": 30})
 
 
+def test_rounds_are_saved_and_evaluated_each_and_steps_by_the_hundred_unless_told_otherwise(online, offline):
+    every = [(config.run.save_every, config.run.eval_every) for config in (load(online), load(offline))]
+    assert every == [(1, 1), (100, 50)]
+    chosen = load(online, "run.save_every=4", "run.eval_every=null")
+    assert (chosen.run.save_every, chosen.run.eval_every) == (4, None)
+
+
 def test_one_path_is_a_list_of_one(offline):
     assert load(offline).data.train == ("pairs.jsonl",)
 

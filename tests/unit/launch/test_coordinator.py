@@ -1,0 +1,82 @@
+"""The coordinator's dealings with engines on the training workers' GPUs, on a pool that notes what it is told."""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from dpo_ray.config import Config
+from dpo_ray.launch.coordinator import Coordinator
+from dpo_ray.launch.places import Place, Seat
+from dpo_ray.launch.rollout_pool import EngineFailed
+from dpo_ray.rollout.stream import RoundStream
+from dpo_ray.types import RoundData
+
+SEATS = [Seat("node a", "0"), Seat("node a", "1")]
+
+
+class Pool:
+    """Notes its calls; starts nothing where ``full``."""
+
+    def __init__(self, *, full: bool = False) -> None:
+        self.calls: list[str] = []
+        self.full = full
+
+    def start(self, places: Sequence[Place]) -> None:
+        """Note where."""
+        if self.full:
+            raise ValueError("no room")
+        self.calls.append(f"start on {', '.join(str(place.node) for place in places)}")
+
+    def sleep(self) -> None:
+        """Note it."""
+        self.calls.append("sleep")
+
+    def close(self) -> None:
+        """Note it."""
+        self.calls.append("close")
+
+
+def coordinator(pool: Any, *, share_gpus: bool) -> Coordinator:
+    """One without actors, log files or prompts."""
+    made = Coordinator.__new__(Coordinator)
+    made.config = Config.model_validate(
+        {
+            "model": {"path": "tiny"},
+            "cluster": {"train_workers": 2, "rollout_engines": 2, "share_gpus": share_gpus},
+            "online": {"prompts": "p.jsonl"},
+        }
+    )
+    assert made.config.online is not None
+    made.online, made.pool, made.seats, made.seating = made.config.online, pool, (), threading.Lock()
+    made.pool_state, made.generating = threading.Condition(), False
+    read = lambda round: RoundData(round, (), (), round)  # noqa: E731
+    stream: Any = RoundStream(read, lambda data: data, max_lag=0, rounds=3)  # as of rounds that are on disk
+    made.stream = stream
+    return made
+
+
+@pytest.mark.parametrize("share_gpus", [True, False])
+def test_engines_on_the_trainers_cards_sleep_before_a_round_that_was_on_disk_is_trained(share_gpus: bool) -> None:
+    pool = Pool()
+    assert coordinator(pool, share_gpus=share_gpus).take(0).index == 0
+    assert pool.calls == (["sleep"] if share_gpus else [])
+
+
+def test_engines_start_on_the_workers_cards_once_and_again_where_the_workers_have_moved() -> None:
+    pool = Pool()
+    made = coordinator(pool, share_gpus=True)
+    made.seat(SEATS)
+    made.seat(SEATS)  # the other rank
+    assert pool.calls == ["close", "start on node a, node a", "sleep", "sleep"]
+    pool.calls.clear()
+    made.seat([Seat("node b", "0"), Seat("node b", "1")])
+    assert pool.calls == ["close", "start on node b, node b", "sleep"]
+
+
+def test_cards_that_hold_no_engine_end_the_run_and_are_not_taken_for_seated() -> None:
+    made = coordinator(Pool(full=True), share_gpus=True)
+    for _ in range(2):
+        with pytest.raises(EngineFailed, match="no room"):
+            made.seat(SEATS)
