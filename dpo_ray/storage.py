@@ -13,7 +13,8 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -114,6 +115,27 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
+
+
+def noted(version: str, folder: Path, find: Callable[[], str]) -> str:
+    """``find()``, noted in a folder under ``version`` so that it is found only once.
+
+    Args:
+        version: what changes whenever the answer may; see ``file_version``.
+    """
+    note = folder / sha256(version.encode()).hexdigest()[:32]
+    if note.exists() and (answer := note.read_text(encoding="utf-8")):
+        return answer
+    answer = find()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(note, answer)
+    return answer
+
+
+def file_version(file: Path) -> str:
+    """What changes whenever a local file is written: its place, size and times."""
+    status = file.stat()
+    return f"{file.absolute()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
 def remove_folder(folder: Path) -> None:

@@ -7,7 +7,7 @@ python -m jobs.offline jobs/offline_demo.yaml optim.lr=1e-6 loss.beta=0.05
 from dpo_ray.config import config_from_argv
 
 if __name__ == "__main__":
-    config = config_from_argv(__doc__, needs=["data.train"])
+    config = config_from_argv(__doc__, needs=["data.train"], without=["online"])
 
     from dpo_ray.launch.command import run_command, run_on_cluster
 

@@ -11,10 +11,10 @@ import sys
 from dpo_ray.config import config_from_argv
 
 if __name__ == "__main__":
-    path, *rest = sys.argv[1:] or ["--help"]
-    space, *overrides = rest or ["--help"]
-    arguments = [path, *overrides] if space[:1] != "-" else [space]
-    config = config_from_argv(__doc__, arguments, needs=["data.train", "data.eval"])
+    given = sys.argv[1:]
+    space = given[1] if len(given) > 1 else ""
+    arguments = given if {"-h", "--help"} & set(given) else given[:1] + given[2:]
+    config = config_from_argv(__doc__, arguments, needs=["data.train", "data.eval"], without=["online"])
 
     from dpo_ray.launch.cluster import runs_that_fit
     from dpo_ray.launch.command import run_command, run_on_cluster

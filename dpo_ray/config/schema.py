@@ -364,8 +364,8 @@ class ClusterConfig(Section):
 class SamplingConfig(Section):
     """How engines write candidates."""
 
-    temperature: float = Field(1.0, ge=0)
-    """Sampling temperature; 0 is greedy."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature. Greedy candidates would be the same, and equal ones make no pair."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus mass."""
     top_k: int = Field(0, ge=0)

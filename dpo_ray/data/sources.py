@@ -14,6 +14,8 @@ from typing import Any
 
 import xxhash
 
+from dpo_ray.storage import file_version
+
 SOURCES_ACCEPTED = (
     "accepted are .json (a list of records), .jsonl, .parquet and .arrow files, folders written by "
     "datasets.save_to_disk, and hub datasets as org/name or org/name:split"
@@ -123,8 +125,7 @@ def source_version(source: str) -> str | None:
     located = _locate(source)
     if isinstance(located, _DatasetSource):
         return None
-    status = located.path.stat()
-    return f"{located.path.absolute()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+    return file_version(located.path)
 
 
 def show(value: Any) -> str:

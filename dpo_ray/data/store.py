@@ -22,6 +22,7 @@ from dpo_ray.data.records import Problem, read_pairs
 from dpo_ray.data.report import DataReport, DataReportBuilder
 from dpo_ray.data.sources import Part, Unreadable, cut, source_digest, source_version
 from dpo_ray.data.tokenize import tokenize_pair, tokenizer_digest
+from dpo_ray.storage import noted
 from dpo_ray.types import TokenPair
 
 if TYPE_CHECKING:
@@ -168,17 +169,7 @@ def prepare_pairs(
 def _digest_once(source: str, folder: Path) -> str:
     """The digest of a source, noted so that a file is read through only once as long as it does not change."""
     version = source_version(source)
-    if version is None:
-        return source_digest(source)
-    note = folder / sha256(version.encode()).hexdigest()[:32]
-    if note.exists() and (noted := note.read_text()):
-        return noted
-    digest = source_digest(source)
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f".{uuid4().hex}"
-    draft.write_text(digest)
-    draft.rename(note)
-    return digest
+    return source_digest(source) if version is None else noted(version, folder, lambda: source_digest(source))
 
 
 def _prepare_part(

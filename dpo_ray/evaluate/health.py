@@ -106,7 +106,8 @@ def values_are_finite(record: RunRecord) -> Finding | None:
 def first_loss_is_ln2(record: RunRecord) -> Finding | None:
     """Before the first update the sigmoid loss is ln 2 exactly, whatever the data."""
     steps, loss = record.over_steps("loss")
-    if record.setting("loss.use") != "sigmoid" or len(steps) == 0 or steps[0] > 1:
+    weighted = record.setting("loss.weights") or record.setting("loss.weighting") == "wpo"
+    if record.setting("loss.use") != "sigmoid" or weighted or len(steps) == 0 or steps[0] > 1:
         return None
     first = float(loss[0])
     if abs(first - math.log(2)) <= FIRST_LOSS_TOLERANCE:

@@ -227,17 +227,17 @@ def read_run(run_dir: str | Path) -> RunRecord:
 
 def _read_metrics(path: Path) -> tuple[tuple[Metrics, ...], tuple[Metrics, ...]]:
     """Training lines and evaluation lines, each by step."""
-    steps: dict[int, Metrics] = {}
+    steps: dict[tuple[int, int], Metrics] = {}  # a round without pairs ends at the step of the one before it
     evals: dict[int, Metrics] = {}
     for line in _read_jsonl(path):
         if not isinstance(line.get("step"), int):
             continue
         training = {key: value for key, value in line.items() if not key.startswith("eval/")}
         if len(training) > 1:
-            steps[line["step"]] = training
+            steps[line["step"], line.get("round", -1)] = training
         if len(training) < len(line):
             evals[line["step"]] = {"step": line["step"], **{k: v for k, v in line.items() if k.startswith("eval/")}}
-    return tuple(steps[step] for step in sorted(steps)), tuple(evals[step] for step in sorted(evals))
+    return tuple(steps[key] for key in sorted(steps)), tuple(evals[step] for step in sorted(evals))
 
 
 def _rounds(steps: Iterable[Metrics], folder: Path) -> tuple[Metrics, ...]:

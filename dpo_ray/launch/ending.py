@@ -1,5 +1,6 @@
 """The end of a run: its report, a short table, completions side by side, and where everything lies."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +14,19 @@ from dpo_ray.storage import is_remote
 if TYPE_CHECKING:
     from dpo_ray.evaluate.figures import Comparison, Summary
 
+logger = logging.getLogger(__name__)
+
 
 def tell_end(config: Config, console: Console, *, seconds: float) -> None:
-    """Write report.html and print what a person wants to know first."""
+    """Write report.html and print what a person wants to know first; failing at it does not make the run fail."""
+    try:
+        _tell(config, console, seconds)
+    except Exception:
+        logger.exception("the run is done, but not all could be told of it")
+        console.print(f"run directory: {config.run.path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _tell(config: Config, console: Console, seconds: float) -> None:
     # Imported late: matplotlib has no place in the workers, which import this package's siblings.
     from dpo_ray.evaluate.figures import comparisons, summary
     from dpo_ray.evaluate.health import diagnose

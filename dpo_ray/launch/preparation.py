@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,7 +19,7 @@ from dpo_ray.data.tokenize import load_tokenizer
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.display import shown
 from dpo_ray.launch.reporting import StatusBoard
-from dpo_ray.launch.workers import make_run_dir
+from dpo_ray.launch.workers import has_work, make_run_dir
 from dpo_ray.storage import reaching
 
 PART_TIMEOUT_S = 1800.0
@@ -42,12 +43,25 @@ def tell_data(config: Config, cluster: Cluster, console: Console) -> None:
             config, run_parts=partial(run_on_cluster, cluster), on_progress=partial(board.phase, "tokenising")
         )
     run_dir = make_run_dir(config)
-    reports = {"data.train": pairs.report} | ({"data.eval": held_out.report} if held_out else {})
-    for name, report in reports.items():
-        console.print(report.text(name), highlight=False, markup=False, soft_wrap=True)
-    told = {name: report.to_dict() for name, report in reports.items()}
+    stores = {"data.train": pairs} | ({"data.eval": held_out} if held_out else {})
+    for name, store in stores.items():
+        console.print(store.report.text(name), highlight=False, markup=False, soft_wrap=True)
+    told = {name: {**store.report.to_dict(), "digest": store.digest} for name, store in stores.items()}
+    file = run_dir / "data.json"
     with reaching(run_dir):
-        (run_dir / "data.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
+        _refuse_changed(file, pairs)
+        file.write_text(json.dumps(told, indent=1), encoding="utf-8")
+
+
+def _refuse_changed(file: Path, pairs: PairStore) -> None:
+    """Raise a ValueError where the run was begun with other training pairs from the same places."""
+    begun = json.loads(file.read_text(encoding="utf-8")) if file.exists() and has_work(file.parent) else {}
+    before = begun.get("data.train", {}).get("digest", pairs.digest)
+    if before != pairs.digest:
+        raise ValueError(
+            f"data.train: {', '.join(pairs.sources)} no longer gives the pairs that {file.parent} was begun with: a "
+            "source or the tokenizer has changed; give the run another run.name, or remove its directory to begin again"
+        )
 
 
 def open_pairs(

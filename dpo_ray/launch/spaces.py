@@ -11,9 +11,10 @@ def find_space(name: str) -> str:
     Raises:
         ValueError: there is no such module; lists those there are.
     """
-    for module in (f"tune_spaces.{name}", name):
+    for module in (f"tune_spaces.{name}", name) if name else ():
         with contextlib.suppress(ModuleNotFoundError):  # of the package that it would be in
             if find_spec(module) is not None:
                 return module
     known = sorted(path.stem for path in Path("tune_spaces").glob("*.py") if path.stem != "__init__")
-    raise ValueError(f"no search space is called {name!r}; tune_spaces has: {', '.join(known) or 'none here'}")
+    problem = f"no search space is called {name!r}" if name else "name a search space behind the configuration"
+    raise ValueError(f"{problem}; tune_spaces has: {', '.join(known) or 'none here'}")

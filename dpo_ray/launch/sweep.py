@@ -151,9 +151,10 @@ def _refuse_unknown(config: Config, key: str) -> None:
 
 def _trials_at_a_time(config: Config, cluster: Cluster) -> int:
     size = config.cluster
+    fit = (cluster.cpus - SPARE_CPUS) // (size.train_workers * size.cpus_per_worker)
     if cluster.on_gpus:
-        return max(1, cluster.gpus // size.train_workers)
-    return max(1, (cluster.cpus - SPARE_CPUS) // (size.train_workers * size.cpus_per_worker))
+        fit = min(fit, cluster.gpus // size.train_workers)
+    return max(1, fit)
 
 
 class _Progress(ray.tune.Callback):

@@ -223,6 +223,11 @@ def _cause(error: BaseException) -> str:
     return f"training failed: {error}"
 
 
+def has_work(run_dir: Path) -> bool:
+    """Whether a run directory holds what a later run of the same name goes on from."""
+    return any(next(iter(run_dir.glob(work)), None) for work in WORK)
+
+
 def make_run_dir(config: Config) -> Path:
     """Create the run directory and write the resolved configuration to it.
 
@@ -232,7 +237,7 @@ def make_run_dir(config: Config) -> Path:
     run_dir = config.run.path
     file = run_dir / "config.yaml"
     with reaching(run_dir):
-        if file.exists() and any(next(iter(run_dir.glob(work)), None) for work in WORK):
+        if file.exists() and has_work(run_dir):
             written = yaml.safe_load(file.read_text(encoding="utf-8"))
             if difference := first_difference(written, config):
                 raise ValueError(f"{run_dir} was begun with {difference}")

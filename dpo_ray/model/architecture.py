@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
+from dpo_ray.storage import file_version, noted
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -42,16 +44,20 @@ def read_model_config(path: str) -> "PreTrainedConfig":
     return config
 
 
-def model_digest(path: str) -> str:
-    """A digest of all that decides a model's log-probabilities: weights and architecture."""
+def model_digest(path: str, notes: Path) -> str:
+    """A digest of all that decides a model's log-probabilities: weights and architecture.
+
+    Args:
+        notes: a folder where the digests of files are noted, so that each is read through once.
+    """
     config = read_model_config(path).to_dict()
     for name in ("_name_or_path", "transformers_version", "dtype", "architectures"):
         config.pop(name, None)
     written = json.dumps(config, sort_keys=True, default=str)
-    return hashlib.blake2b(f"{weights_digest(path)}|{written}".encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(f"{weights_digest(path, notes)}|{written}".encode(), digest_size=16).hexdigest()
 
 
-def weights_digest(path: str) -> str:
+def weights_digest(path: str, notes: Path) -> str:
     """A digest of the weights' content, whatever the folder is called.
 
     Files of the hub's cache are links to blobs named by their hash; other files are read.
@@ -59,7 +65,7 @@ def weights_digest(path: str) -> str:
     files = _weight_files(path)
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
-        digest.update(f"{file.name}:{_file_digest(file)}\n".encode())
+        digest.update(f"{file.name}:{_file_digest(file, notes)}\n".encode())
     return digest.hexdigest()
 
 
@@ -75,8 +81,12 @@ def _weight_files(path: str) -> list[Path]:
     raise ValueError(f"model.path: no weights ({', '.join(WEIGHT_INDEX_FILES)}) in {path!r}")
 
 
-def _file_digest(file: Path) -> str:
+def _file_digest(file: Path, notes: Path) -> str:
     if file.is_symlink() and file.resolve().parent.name == "blobs":
         return file.resolve().name
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+    def read_through() -> str:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+    return noted(file_version(file), notes, read_through)

@@ -134,12 +134,9 @@ class Checkpointer:
         self._together(lambda: self._mark(path, files, metrics) if rank == 0 else None)
         self.last = path
         if rank == 0:
-            kept = finished_checkpoints(self.folder)
-            best = best_checkpoint(kept, self.config)
-            for old in kept[: -self.config.run.keep_checkpoints]:
-                if old != best:
-                    # The new checkpoint is good whether or not the old one can be removed.
-                    remove_folder(old)
+            for old in superseded(path, self.config):
+                # The new checkpoint is good whether or not the old one can be removed.
+                remove_folder(old)
 
     def _mark(self, path: Path, files: Mapping[str, str], metrics: Metrics) -> None:
         marker = {
@@ -244,6 +241,16 @@ def best_checkpoint(finished: list[Path], config: Config) -> Path | None:
     if not known:
         return None
     return (max if config.run.best_mode == "max" else min)(known, key=lambda path: known[path])
+
+
+def superseded(newest: Path, config: Config) -> list[Path]:
+    """Checkpoints that need not be kept beside one just written: neither recent nor the best.
+
+    One that is further on counts for nothing: it is damaged, or the run would have gone on from there.
+    """
+    finished = [path for path in finished_checkpoints(newest.parent) if path <= newest]
+    best = best_checkpoint(finished, config)
+    return [path for path in finished[: -config.run.keep_checkpoints] if path != best]
 
 
 def damaged_files(path: Path, *, part: int = 0, parts: int = 1) -> list[str]:

@@ -138,7 +138,7 @@ def cached_logps(t: Setup, source: PairStore, progress: Progress) -> tuple[np.nd
     Raises:
         TimeoutError: another run has been scoring for CACHE_WAIT_S.
     """
-    digest = _from_first(t, lambda: model_digest(t.config.model.path))
+    digest = _from_first(t, lambda: model_digest(t.config.model.path, t.config.reference.cache_path / "models"))
     numerics = f"{t.config.model.dtype}-{t.device.type}-{t.policy.model.config._attn_implementation}"
     if t.config.model.lora is not None and t.config.model.lora.quantize:
         numerics += f"-{t.config.model.lora.quantize}-{t.config.model.lora.targets}"

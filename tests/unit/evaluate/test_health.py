@@ -80,6 +80,12 @@ def test_the_first_loss_of_other_losses_is_not_judged():
     assert first_loss_is_ln2(record_of_steps({"loss": {"use": "ipo"}}, loss=[25.0])) is None
 
 
+@pytest.mark.parametrize("weighted", [{"weighting": "wpo"}, {"weights": [0.5]}])
+def test_the_first_loss_is_not_judged_where_the_losses_are_weighted(weighted):
+    config = {"loss": {"use": "sigmoid", "beta": 0.1, **weighted}}
+    assert first_loss_is_ln2(record_of_steps(config, loss=[0.3, 0.2])) is None
+
+
 def test_chosen_falling_30_nats_while_the_margin_grows_is_a_warning():
     fall = record_of_steps(rewards__chosen=[0.0, -3.0], rewards__margins=[0.0, 2.0])
     assert level(chosen_holds(fall)) == "warning"

@@ -138,6 +138,14 @@ def test_the_later_line_of_a_repeated_step_counts(tmp_path):
     assert loss.tolist() == [1.0, 0.5, 0.5, 0.5]
 
 
+def test_a_round_without_pairs_leaves_the_line_of_the_round_before_it(tmp_path):
+    lines = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6, "round": 0}, {"step": 2, "round": 1}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    record = read_run(tmp_path)
+    assert [line["round"] for line in record.rounds] == [0, 1]
+    assert record.over_steps("loss")[1].tolist() == [0.7, 0.6]
+
+
 def test_evaluations_are_read_from_lines_of_their_own_and_from_step_lines(tmp_path):
     lines = [{"step": 0, "eval/loss": 0.69}, step_line(1), step_line(2) | {"eval/loss": 0.6}]
     record = read_run(offline_run(tmp_path, lines))

@@ -76,9 +76,13 @@ def test_an_empty_micro_batch_scores_nothing_and_still_runs(tiny_model: Path) ->
 
 def test_the_digest_follows_the_weights_and_not_the_folder(tiny_model: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model, tmp_path / "copy")
-    other = save_tiny_model(tmp_path / "other", seed=1)
-    assert weights_digest(str(tmp_path / "copy")) == weights_digest(str(tiny_model))
-    assert weights_digest(str(other)) != weights_digest(str(tiny_model))
+    other, notes = save_tiny_model(tmp_path / "other", seed=1), tmp_path / "notes"
+    assert weights_digest(str(tmp_path / "copy"), notes) == weights_digest(str(tiny_model), notes)
+    of_other = weights_digest(str(other), notes)
+    assert of_other != weights_digest(str(tiny_model), notes)
+    assert len(list(notes.iterdir())) == 3, "each file is read once"
+    (tmp_path / "copy/model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
+    assert weights_digest(str(tmp_path / "copy"), notes) == of_other, "a file written anew is read anew"
 
 
 SMALL = {

@@ -1,5 +1,6 @@
 """How a checkpoint is copied and written beside training."""
 
+import json
 import os
 import sys
 import threading
@@ -10,7 +11,8 @@ import pytest
 import torch
 import xxhash
 
-from dpo_ray.train.checkpoint import NICENESS, _build_writer, _KeptCopy
+from dpo_ray.config import Config
+from dpo_ray.train.checkpoint import MARKER, NICENESS, _build_writer, _KeptCopy, superseded
 
 
 def priority() -> int:
@@ -50,3 +52,24 @@ def test_the_next_copy_takes_the_memory_of_the_last_and_more_if_there_is_more_to
     assert third["model"]["bias"].tolist() == [1, 1]
     fourth = stager.stage({"model": {"weight": weight.double(), "bias": None}, "step": 4})
     assert fourth["model"]["weight"].dtype == torch.float64
+
+
+@pytest.mark.parametrize(("keep", "old"), [(1, ["000010"]), (2, []), (3, [])])
+def test_a_checkpoint_ahead_of_the_one_just_written_takes_no_place_among_those_kept(
+    tmp_path: Path, keep: int, old: list[str]
+) -> None:
+    for name in ("000010", "000012", "000020"):  # the run went on from 10, since 20 was damaged
+        (tmp_path / name).mkdir()
+        (tmp_path / name / MARKER).write_text(json.dumps({"files": {}, "metrics": {}, "config": {}}))
+    config = Config.model_validate({"model": {"path": "tiny"}, "run": {"keep_checkpoints": keep}})
+    assert [path.name for path in superseded(tmp_path / "000012", config)] == old
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    for step, loss in ((1, 0.5), (2, 0.3), (3, 0.4), (4, 0.6)):
+        (tmp_path / f"{step:06d}").mkdir()
+        marker = {"files": {}, "metrics": {"eval/loss": loss}, "config": {}}
+        (tmp_path / f"{step:06d}" / MARKER).write_text(json.dumps(marker))
+    run = {"keep_checkpoints": 1, "best_metric": "eval/loss", "best_mode": "min"}
+    config = Config.model_validate({"model": {"path": "tiny"}, "data": {"eval": "e.jsonl"}, "run": run})
+    assert [path.name for path in superseded(tmp_path / "000004", config)] == ["000001", "000003"]
