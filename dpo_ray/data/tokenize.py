@@ -94,18 +94,23 @@ def tokenize_pair(
     return TokenizedPair(pair, tuple(note for note, applies in notes.items() if applies))
 
 
+class ConversationRefused(ValueError):
+    """A chat template does not take a conversation."""
+
+
 def render_prompt(messages: Messages, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     """Token ids of a conversation that the model is to continue: chat template and generation prompt.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or the template is not valid or refuses the conversation.
+        ConversationRefused: by the chat template.
+        ValueError: the tokenizer has no chat template, or the template is not valid.
     """
     from jinja2 import TemplateError
 
     try:
         return tuple(_render(messages, tokenizer, generation_prompt=True))
     except TemplateError as error:
-        raise ValueError(f"model.chat_template: the chat template refuses the conversation: {error}") from None
+        raise ConversationRefused(f"the chat template says: {error}") from None
 
 
 def load_tokenizer(path: str, chat_template: str | None = None) -> "PreTrainedTokenizerBase":

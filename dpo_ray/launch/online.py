@@ -10,7 +10,7 @@ from rich.console import Console
 
 from dpo_ray.config import Config, with_absolute_paths
 from dpo_ray.data.records import Problem, read_prompts
-from dpo_ray.data.tokenize import load_tokenizer, render_prompt
+from dpo_ray.data.tokenize import ConversationRefused, load_tokenizer, render_prompt
 from dpo_ray.launch.cluster import Cluster, here
 from dpo_ray.launch.coordinator import Coordinator, threads_for
 from dpo_ray.launch.display import shown
@@ -106,16 +106,24 @@ def open_prompts(config: Config, sources: Sequence[str], key: str, console: Cons
     if not sources:
         return []
     tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
-    limit = config.data.max_prompt_tokens
+    assert config.online is not None
+    limit = config.max_model_len - config.online.sampling.max_tokens
+    says = "online.engine.max_model_len less online.sampling.max_tokens"
+    if config.data.max_prompt_tokens is not None and config.data.max_prompt_tokens <= limit:
+        limit, says = config.data.max_prompt_tokens, "data.max_prompt_tokens"
     kept: list[Prompt] = []
     problems: list[Problem] = []
     for record in read_prompts(sources):
         if isinstance(record, Problem):
             problems.append(record)
             continue
-        tokens = len(render_prompt(record.messages, tokenizer))
-        if limit is not None and tokens > limit:
-            detail = f"{tokens} tokens; data.max_prompt_tokens is {limit}"
+        try:
+            tokens = len(render_prompt(record.messages, tokenizer))
+        except ConversationRefused as error:
+            problems.append(Problem("template_refused", record.source, record.number, str(error)))
+            continue
+        if tokens > limit:
+            detail = f"{tokens} tokens; {says} is {limit}"
             problems.append(Problem("prompt_too_long", record.source, record.number, detail))
         else:
             kept.append(Prompt(len(kept), record.messages))

@@ -153,7 +153,7 @@ def test_a_conversation_that_the_template_refuses_is_dropped_with_its_words(toke
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     problem = tokenized(answers("blue", "green"), tokenizer)
     assert (problem.reason, problem.detail) == ("template_refused", "the chat template says: roles must alternate")
-    with pytest.raises(ValueError, match=r"model\.chat_template: .* roles must alternate"):
+    with pytest.raises(ValueError, match="the chat template says: roles must alternate"):
         render_prompt((USER,), tokenizer)
 
 
