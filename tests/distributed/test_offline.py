@@ -14,7 +14,7 @@ from dpo_ray.model.reference_store import ReferenceStore
 from dpo_ray.train.checkpoint import damaged_files
 from dpo_ray.train.export import export_checkpoint, find_checkpoint
 from tests.conftest import ragged_texts, save_tiny_model
-from tests.distributed.conftest import COMPARED, assert_same
+from tests.distributed.conftest import COMPARED, assert_same, over
 from tests.distributed.processes import run_ranks
 from tests.distributed.runs import (
     gathered_ahead,
@@ -47,6 +47,15 @@ def test_neither_micro_batches_nor_the_layout_change_the_steps(config: dict[str,
     (plain,) = run_ranks(1, offline, config | {"optim": config["optim"] | {"layout": "plain"}})
     assert_same(lines, one_at_a_time, absolute=1e-4)
     assert_same(lines, plain, absolute=1e-4)
+
+
+def test_gradients_of_micro_batches_add_up_over_shards_and_replicas(config: dict[str, Any]) -> None:
+    config["run"]["epochs"] = 1
+    (alone,) = run_ranks(1, offline, config)
+    config["optim"]["tokens_per_micro_batch"] = 1  # a pair each, and five pairs on four ranks
+    for reshard in (True, False):  # reduced with each micro-batch, and once a step
+        for lines in run_ranks(4, offline, over(4, config, replicate=2, reshard_after_forward=reshard)):
+            assert_same(alone, lines, absolute=1e-4)
 
 
 def test_a_weighted_sum_of_losses_is_the_same_on_two_workers_in_plain_rows(config: dict[str, Any]) -> None:

@@ -230,7 +230,7 @@ def test_more_workers_than_the_cluster_can_hold_are_refused_and_not_waited_for(
         refuse_too_small(Cluster(gpus=0, cpus=5, nodes=1), ClusterConfig(train_workers=4), engines=2)
 
 
-def test_a_run_in_an_object_store_leaves_everything_there_and_goes_on(
+def test_a_run_in_an_object_store_leaves_everything_there_and_says_when_the_store_is_gone(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = free_port()
@@ -241,19 +241,16 @@ def test_a_run_in_an_object_store_leaves_everything_there_and_goes_on(
     with served(port):
         done = run_command("offline", file)
         assert done.returncode == 0, done.stdout + done.stderr
-        again = run_command("offline", file, "run.steps=4")
-        assert again.returncode == 0, again.stdout + again.stderr
-        assert "resuming after step 2 of 4" in again.stdout
         run = folder_at(BUCKET) / "runs/first"
         told = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        assert pick([line for line in told if "loss" in line], "step") == [1, 2, 3, 4]
+        assert pick([line for line in told if "loss" in line], "step") == [1, 2]
         for left in (
             "config.yaml",
             "data.json",
             "report.html",
             "logs/worker-1.log",
             "policy/config.json",
-            "checkpoints/000004/complete.json",
+            "checkpoints/000002/complete.json",
         ):
             assert (run / left).exists(), left
     gone = run_command("offline", file, "run.steps=6")
