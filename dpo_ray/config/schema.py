@@ -364,8 +364,8 @@ class ClusterConfig(Section):
 class SamplingConfig(Section):
     """How engines write candidates."""
 
-    temperature: float = Field(1.0, gt=0)
-    """Sampling temperature. Greedy candidates would be the same, and equal ones make no pair."""
+    temperature: float = Field(1.0, ge=0)
+    """Sampling temperature; rounds need one above 0, since greedy candidates would be the same."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus mass."""
     top_k: int = Field(0, ge=0)
@@ -447,6 +447,15 @@ class OnlineConfig(Section):
     probe_tolerance: float = Field(0.1, gt=0)
     """Largest mean absolute difference, in nats a token, between trainer and engine log-probabilities of a probe text
     after a push. Two bfloat16 implementations of the same weights differ by 0.03 to 0.06."""
+
+    @model_validator(mode="after")
+    def _candidates_differ(self) -> Self:
+        if self.sampling.temperature == 0:
+            raise ValueError(
+                f"online.sampling.temperature is 0: all {self.candidates} candidates (online.candidates) would be the "
+                "same text, and equal ones make no pair; set it above 0"
+            )
+        return self
 
 
 class SweepConfig(Section):

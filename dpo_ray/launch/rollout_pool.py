@@ -179,31 +179,56 @@ class RolloutPool:
             raise EngineFailed(f"engine {index} failed to start: {_last_line(error)}; see {logs}") from None
 
     def replace(self, index: int) -> Any:
-        """A new engine in the place of a dead one, holding the weights of the last push if they can be given again.
-
-        It counts as lost until then.
+        """A new engine in the place of a dead one, for a push that is about to give it weights.
 
         Raises:
-            EngineFailed: it did not come up, or received something else than was pushed.
+            EngineFailed: it did not come up.
         """
+        engine = self._start_another(index)
+        self._await_ready(index, engine)
+        self.lost.discard(index)
+        return engine
+
+    def _start_another(self, index: int) -> Any:
+        """A new engine in the place of a dead one. It comes up by itself, and counts as lost until it has weights."""
         logger.warning("engine %d died; starting another in its place", index)
         self.lost.add(index)
         with contextlib.suppress(Exception):
             ray.kill(self.engines[index])
         engine = self.engines[index] = self._start_engine(index)
-        self._await_ready(index, engine)
-        version, buckets, digest = self.weights or (None, None, None)
-        if buckets is not None:
-            timeout = self.config.online.sync_timeout_s if self.config.online else None
-            calls = [
-                engine.start_update.remote(),
-                *(engine.load.remote(b) for b in buckets),
-                engine.finish_update.remote(version),
-            ]
-            if (found := ray.get(calls, timeout=timeout)[-1]) != digest:
-                raise EngineFailed(f"engine {index} received weights of digest {found}; version {version} has {digest}")
-        self.lost.discard(index)
         return engine
+
+    def _rejoin(self, index: int) -> Any:
+        """A new engine in the place of a dead one, given the weights of the last push.
+
+        Returns:
+            What will be the digest of the weights that it has.
+        """
+        assert self.weights is not None
+        version, buckets, _ = self.weights
+        engine = self._start_another(index)
+        engine.start_update.remote()
+        for bucket in buckets or ():
+            engine.load.remote(bucket)
+        return engine.finish_update.remote(version)
+
+    def _rejoined(self, index: int, digest: Any) -> bool:
+        """Whether a new engine is up with the right weights.
+
+        Raises:
+            EngineFailed: it received something else than was pushed.
+        """
+        assert self.weights is not None
+        try:
+            found = ray.get(digest)
+        except RayError as error:
+            logger.warning("no engine could be started in the place of engine %d: %s", index, _last_line(error))
+            return False
+        version, _, pushed = self.weights
+        if found != pushed:
+            raise EngineFailed(f"engine {index} received weights of digest {found}; version {version} has {pushed}")
+        self.lost.discard(index)
+        return True
 
     def generate(
         self,
@@ -216,8 +241,8 @@ class RolloutPool:
     ) -> list[CompletionGroup]:
         """One group a prompt, in order, the prompts shared by all engines.
 
-        The prompts of a dead engine are queued again, once, for the others: the next push of weights starts another in
-        its place. Where none is left, one is started at once, if it can be given the weights.
+        The prompts of a dead engine are queued again, once. Another is started in its place and joins in as soon as it
+        has the weights, if these can be given again; otherwise the next push starts one.
 
         Args:
             progress: (prompts done, prompts in all).
@@ -225,7 +250,7 @@ class RolloutPool:
         Raises:
             TimeoutError: not all prompts were done in ``timeout_s``.
             EngineFailed: the same prompts killed two engines.
-            EnginesLost: no engine is left, and none can be given the weights.
+            EnginesLost: no engine is left, and none is about to join.
         """
         deadline = time.monotonic() + timeout_s
         results: list[list[CompletionGroup] | None] = []
@@ -234,24 +259,27 @@ class RolloutPool:
             queue.append((number, part, 1))
             results.append(None)
         idle, running = [index for index in range(len(self.engines)) if index not in self.lost], {}
+        joining: dict[Any, int] = {}
         while queue or running:
-            if not idle and not running:
-                if self.weights is None or self.weights[1] is None:
-                    raise EnginesLost(f"all {len(self.engines)} engines died before they had written all candidates")
-                self.replace(first := min(self.lost))
-                idle.append(first)
+            if not idle and not running and not joining:
+                raise EnginesLost(f"all {len(self.engines)} engines died before they had written all candidates")
             while queue and idle:
                 number, part, attempt = queue.popleft()
                 engine = idle.pop()
                 call = self.engines[engine].generate.remote(list(prompts[part]), list(seeds[part]), candidates)
                 running[call] = (engine, number, part, attempt)
-            done, _ = ray.wait(list(running), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            waited_for = [*running, *joining]
+            done, _ = ray.wait(waited_for, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
             if not done:
                 finished = sum(len(r) for r in results if r)
                 raise TimeoutError(
                     f"the engines wrote candidates for {finished} of {len(prompts)} prompts in {timeout_s:.0f} s "
                     "(online.generate_timeout_s)"
                 )
+            if done[0] in joining:
+                if self._rejoined(engine := joining.pop(done[0]), done[0]):
+                    idle.append(engine)
+                continue
             engine, number, part, attempt = running.pop(done[0])
             try:
                 results[number] = ray.get(done[0])
@@ -261,8 +289,11 @@ class RolloutPool:
                         f"prompts {part.start} to {part.stop} killed two engines: {_last_line(error)}"
                     ) from None
                 queue.appendleft((number, part, attempt + 1))
-                logger.warning("engine %d died; the others go on, the next push of weights starts another", engine)
                 self.lost.add(engine)
+                if self.weights is not None and self.weights[1] is not None:
+                    joining[self._rejoin(engine)] = engine
+                else:
+                    logger.warning("engine %d died; the next push of weights starts another in its place", engine)
                 continue
             idle.append(engine)
             progress(sum(len(r) for r in results if r), len(prompts))

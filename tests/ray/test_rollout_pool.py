@@ -123,22 +123,35 @@ def test_without_an_engine_left_the_collection_ends_at_once() -> None:
     pool.close()
 
 
-def test_the_last_engine_is_replaced_at_once_where_it_can_be_given_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = pool_of((599,), (599,))
-    pool.weights = (3, ["buckets"], "digest")
-    started: list[int] = []
-
-    def replace(index: int) -> None:
-        started.append(index)
-        pool.engines[index] = ray.remote(num_cpus=0)(Engine).remote(7, ())
-        pool.lost.discard(index)
-
-    monkeypatch.setattr(pool, "replace", replace)
-    monkeypatch.setattr("dpo_ray.launch.rollout_pool.ENGINE_ATTEMPTS", 3)
-    groups, _ = generate(pool)
+@pytest.mark.parametrize("others", [0, 1])
+def test_an_engine_that_can_be_given_the_weights_joins_in_where_one_died(
+    monkeypatch: pytest.MonkeyPatch, others: int
+) -> None:
+    pool = pool_of((599,), *[()] * others)
+    pool.weights = (3, ["all ", "weights"], "weights")
+    monkeypatch.setattr(pool, "_start_engine", lambda index: ray.remote(num_cpus=0)(Engine).remote(7, ()))
+    groups, said = generate(pool)
     assert [group.prompt.index for group in groups] == list(range(600))
-    assert started == [0], "one, and only when both were gone"
-    assert pool.lost == {1}
+    assert said[-1] == (600, 600)
+    if not others:
+        assert groups[-1].completions[0].token_ids == (7,)
+        assert pool.lost == set()
+    pool.close()
+
+
+@pytest.mark.parametrize(
+    ("digest", "error", "said"),
+    [("other", EngineFailed, "received weights of digest weights; version 3 has other"), (None, EnginesLost, "all 1 ")],
+)
+def test_one_that_has_other_weights_ends_the_run_and_one_that_does_not_come_up_is_lost(
+    monkeypatch: pytest.MonkeyPatch, digest: str | None, error: type[Exception], said: str
+) -> None:
+    pool = pool_of((599,))
+    pool.weights = (3, ["weights"], digest or "weights")
+    deadly = () if digest else (1,)  # dies as an update begins
+    monkeypatch.setattr(pool, "_start_engine", lambda index: ray.remote(num_cpus=0)(Engine).remote(7, deadly))
+    with pytest.raises(error, match=said):
+        generate(pool)
     pool.close()
 
 

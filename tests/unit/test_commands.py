@@ -36,7 +36,11 @@ def command(job: str, *arguments: str) -> tuple[subprocess.CompletedProcess[str]
         ("online", "online=null", ["online is empty", "needs an online section"]),
         ("online", "run.epochs=3", ["run.epochs: found 3.0, which would be ignored", "online.epochs_per_round"]),
         ("offline", "online.prompts=jobs/data/demo_prompts.jsonl", ["online: found a section", "jobs.online"]),
-        ("online", "online.sampling.temperature=0", ["online.sampling.temperature", "greater than 0"]),
+        (
+            "online",
+            "online.sampling.temperature=0",
+            ["online.sampling.temperature is 0", "online.candidates", "above 0"],
+        ),
     ],
 )
 def test_a_wrong_key_or_value_ends_the_command_in_under_three_seconds(job: str, override: str, said: list[str]) -> None:
