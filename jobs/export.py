@@ -18,6 +18,9 @@ if __name__ == "__main__":
     parser.add_argument("--merge", action="store_true", help="add adapters to the model")
     arguments = parser.parse_args()
 
+    from dpo_ray.quiet import quieten
+
+    quieten()
     from dpo_ray.launch.command import run_command
     from dpo_ray.storage import folder_at, reaching
     from dpo_ray.train.export import export_checkpoint, find_checkpoint

