@@ -4,10 +4,10 @@ python -m jobs.offline CONFIG.yaml [key=value ...]
 python -m jobs.offline jobs/offline_demo.yaml optim.lr=1e-6 loss.beta=0.05
 """
 
-from dpo_ray.config import config_from_argv
+from dpo_ray.config import OFFLINE, config_from_argv
 
 if __name__ == "__main__":
-    config = config_from_argv(__doc__, needs=["data.train"], without=["online"])
+    config = config_from_argv(__doc__, OFFLINE)
 
     from dpo_ray.launch.command import run_command, run_on_cluster
 

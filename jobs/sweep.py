@@ -8,13 +8,13 @@ SPACE is a module of tune_spaces.
 
 import sys
 
-from dpo_ray.config import config_from_argv
+from dpo_ray.config import SWEEP, config_from_argv
 
 if __name__ == "__main__":
     given = sys.argv[1:]
     space = given[1] if len(given) > 1 else ""
     arguments = given if {"-h", "--help"} & set(given) else given[:1] + given[2:]
-    config = config_from_argv(__doc__, arguments, needs=["data.train", "data.eval"], without=["online"])
+    config = config_from_argv(__doc__, SWEEP, arguments)
 
     from dpo_ray.launch.cluster import runs_that_fit
     from dpo_ray.launch.command import run_command, run_on_cluster

@@ -1,5 +1,6 @@
 """The configuration tree and how it is read. Imports neither torch nor Ray: a typo is answered within a second."""
 
+from dpo_ray.config.commands import OFFLINE, ONLINE, SWEEP
 from dpo_ray.config.load import (
     config_from_argv,
     first_difference,
@@ -12,6 +13,9 @@ from dpo_ray.config.paths import with_absolute_paths
 from dpo_ray.config.schema import Component, Config
 
 __all__ = [
+    "OFFLINE",
+    "ONLINE",
+    "SWEEP",
     "Component",
     "Config",
     "config_from_argv",

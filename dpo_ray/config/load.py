@@ -19,7 +19,8 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
-from dpo_ray.config.paths import refuse_empty, refuse_ignored, refuse_missing
+from dpo_ray.config.commands import Command, refuse_unfit
+from dpo_ray.config.paths import refuse_missing
 from dpo_ray.config.schema import Config, Section
 from dpo_ray.storage import StorageFailed, folder_at, reaching
 
@@ -137,9 +138,7 @@ def refuse_uninstalled(config: Config) -> None:
         raise ValueError(f"{low_bit} needs torchao, which is not installed: pip install 'dpo-ray[low_bit]'")
 
 
-def config_from_argv(
-    usage: str, argv: Sequence[str] | None = None, *, needs: Sequence[str] = (), without: Sequence[str] = ()
-) -> Config:
+def config_from_argv(usage: str, command: Command, argv: Sequence[str] | None = None) -> Config:
     """The configuration a command line describes: ``CONFIG.yaml [key=value ...]``.
 
     Prints every key for ``--help``. Ends the process with exit code 2 and a message when the configuration cannot be
@@ -147,8 +146,8 @@ def config_from_argv(
 
     Args:
         usage: the command's own description, printed above the keys.
-        needs: keys that the command cannot do without; see ``refuse_empty``.
-        without: keys that mean nothing to it; see ``refuse_ignored``.
+        command: what it needs and would ignore.
+        argv: the arguments; by default those of the process.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or any(a in ("-h", "--help") for a in arguments):
@@ -157,8 +156,7 @@ def config_from_argv(
     try:
         config = load_config(arguments[0], parse_overrides(arguments[1:]))
         refuse_uninstalled(config)
-        refuse_empty(config, needs)
-        refuse_ignored(config, without)
+        refuse_unfit(config, command)
         refuse_missing(config)
         return config
     except ValueError as error:

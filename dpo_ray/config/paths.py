@@ -1,27 +1,12 @@
 """The files and folders that a configuration names: made absolute, and missed before anything is started."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dpo_ray.config.schema import Config
 from dpo_ray.storage import folder_at
 
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
-NEEDED = {
-    "data.train": "give files of preference pairs, or a hub dataset",
-    "data.eval": "a sweep compares trials on held-out pairs",
-    "online": "this command needs an online section (prompts, rounds, judge, ...)",
-}
-"""What to do where a command needs a key."""
-ROUNDS_INSTEAD = "an online run trains on what its engines write, for online.rounds"
-IGNORED = {
-    "online": "this command trains on a fixed preference set; rounds are run by python -m jobs.online",
-    "data.train": ROUNDS_INSTEAD,
-    "data.eval": "an online run is evaluated on online.eval_prompts",
-    "run.steps": ROUNDS_INSTEAD,
-    "run.epochs": f"{ROUNDS_INSTEAD}, each online.epochs_per_round times",
-}
-"""Why a command would ignore a key."""
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -38,26 +23,6 @@ def with_absolute_paths(config: Config) -> Config:
         absolute = [_absolute(path) for path in paths]
         tree[section][key] = absolute if isinstance(tree[section][key], list) else absolute[0]
     return Config.model_validate(tree)
-
-
-def refuse_empty(config: Config, needs: Sequence[str]) -> None:
-    """Raise a ValueError for the first of the keys that is not given."""
-    given = {"data.train": config.data.train, "data.eval": config.data.eval, "online": config.online}
-    for key in needs:
-        if not given[key]:
-            raise ValueError(f"{key} is empty: {NEEDED[key]}")
-
-
-def refuse_ignored(config: Config, without: Sequence[str]) -> None:
-    """Raise a ValueError for the first of the keys that says something: the command would silently ignore it."""
-    defaults: dict[str, object] = {"run.epochs": 1.0}
-    for key in without:
-        found: object = config
-        for name in key.split("."):
-            found = getattr(found, name)
-        if found not in (None, (), defaults.get(key)):
-            what = "a section" if key == "online" else repr(found)
-            raise ValueError(f"{key}: found {what}, which would be ignored: {IGNORED[key]}; leave {key} out")
 
 
 def refuse_missing(config: Config) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import dpo_ray.config.load as load_module
-from dpo_ray.config import Config, config_from_argv, load_config, override, parse_overrides, write_config
+from dpo_ray.config import Config, commands, config_from_argv, load_config, override, parse_overrides, write_config
 from dpo_ray.config.load import ConfigError, help_text
 
 ROOT = Path(__file__).parents[3]
@@ -290,7 +290,7 @@ def leaves(section, prefix=""):
 
 def test_help_lists_every_key_with_type_default_and_meaning(online, capsys):
     with pytest.raises(SystemExit) as end:
-        config_from_argv("DPO on fresh pairs.", ["--help"])
+        config_from_argv("DPO on fresh pairs.", commands.ONLINE, ["--help"])
     assert end.value.code == 0
     printed = capsys.readouterr().out
     assert printed.startswith("DPO on fresh pairs.")
@@ -320,7 +320,7 @@ def test_help_shows_types_bounds_and_defaults(line):
 
 def test_without_arguments_the_command_prints_its_help_and_fails(capsys):
     with pytest.raises(SystemExit) as end:
-        config_from_argv("DPO.", [])
+        config_from_argv("DPO.", commands.OFFLINE, [])
     assert end.value.code == 2
     assert "loss.beta" in capsys.readouterr().out
 
@@ -328,7 +328,7 @@ def test_without_arguments_the_command_prints_its_help_and_fails(capsys):
 def test_four_bits_without_the_package_for_them_end_the_command_with_what_to_install(offline, capsys, monkeypatch):
     monkeypatch.setattr(load_module, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as end:
-        config_from_argv("DPO.", [str(offline), "model.lora={quantize: nf4}"])
+        config_from_argv("DPO.", commands.OFFLINE, [str(offline), "model.lora={quantize: nf4}"])
     assert end.value.code == 2
     assert "model.lora.quantize: nf4 needs bitsandbytes" in capsys.readouterr().err
 
@@ -339,7 +339,7 @@ def test_low_bits_without_the_package_for_them_end_the_command_with_what_to_inst
 ):
     monkeypatch.setattr(load_module, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as end:
-        config_from_argv("DPO.", [str(offline), setting])
+        config_from_argv("DPO.", commands.OFFLINE, [str(offline), setting])
     assert end.value.code == 2
     assert "needs torchao, which is not installed: pip install 'dpo-ray[low_bit]'" in capsys.readouterr().err
 
@@ -367,7 +367,7 @@ def test_a_live_reference_beside_four_bits_is_refused(offline):
 
 def test_a_config_that_cannot_be_used_ends_the_command_with_exit_code_2(offline, capsys):
     with pytest.raises(SystemExit) as end:
-        config_from_argv("DPO.", [str(offline), "optim.lrr=1"])
+        config_from_argv("DPO.", commands.OFFLINE, [str(offline), "optim.lrr=1"])
     assert end.value.code == 2
     assert "optim.lrr: no such key" in capsys.readouterr().err
 
