@@ -31,14 +31,10 @@ from dpo_ray.types import CompletionGroup, Permanent, Prompt, RoundData, TokenSa
 
 logger = logging.getLogger(__name__)
 
-
-def threads_for(train_workers: int) -> int:
-    """Calls that the coordinator must hold at a time: every training worker waits in one, others come and go."""
-    return train_workers + 8
-
-
 HELD_OUT_ROUND = 2**20
 """Stands in for the round where the seeds of held-out completions are drawn: the same at every evaluation."""
+SPARE_THREADS = 8
+"""Calls that the coordinator holds beside those in which the training workers wait, one each."""
 JUDGE_ATTEMPTS = 2
 
 
@@ -61,7 +57,9 @@ class JudgeActor:
 
 
 class Coordinator:
-    """See the module. Runs with ``threads_for`` threads; only the collecting thread touches the pool's work.
+    """See the module. Runs with a thread for each training worker and SPARE_THREADS.
+
+    Only the collecting thread touches the pool's work.
 
     Args:
         prompts: the training prompts.

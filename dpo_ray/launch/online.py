@@ -12,7 +12,7 @@ from dpo_ray.config import Config, with_absolute_paths
 from dpo_ray.data.records import Problem, read_prompts
 from dpo_ray.data.tokenize import ConversationRefused, load_tokenizer, render_prompt
 from dpo_ray.launch.cluster import Cluster, here
-from dpo_ray.launch.coordinator import Coordinator, threads_for
+from dpo_ray.launch.coordinator import SPARE_THREADS, Coordinator
 from dpo_ray.launch.display import shown
 from dpo_ray.launch.ending import tell_end
 from dpo_ray.launch.offline import refuse_untrainable
@@ -57,7 +57,11 @@ def run_online(config: Config, cluster: Cluster) -> None:
     ):
         coordinator: Any = (
             ray.remote(Coordinator)
-            .options(num_cpus=0, max_concurrency=threads_for(config.cluster.train_workers), scheduling_strategy=here())
+            .options(
+                num_cpus=0,
+                max_concurrency=config.cluster.train_workers + SPARE_THREADS,
+                scheduling_strategy=here(),
+            )
             .remote(
                 config.model_dump(mode="json"),
                 cluster,

@@ -164,6 +164,12 @@ class RunReporter:
             return False  # the board is gone, and with it whoever could ask
 
 
+def last_line(error: BaseException) -> str:
+    """What an error of Ray comes to."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
 def _finite(value: Any) -> Any:
     """``value`` as JSON can hold it: NaN and infinity are null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -13,11 +13,11 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from dpo_ray.config import Config
-from dpo_ray.data.tokenize import load_tokenizer, render_prompt
 from dpo_ray.launch.cluster import Cluster
+from dpo_ray.launch.engine_actor import EngineActor
 from dpo_ray.launch.places import Place
-from dpo_ray.launch.reporting import log_to_run
-from dpo_ray.rollout.vllm_engine import VLLMEngine, engine_environment
+from dpo_ray.launch.reporting import last_line
+from dpo_ray.rollout.vllm_engine import engine_environment
 from dpo_ray.types import CompletionGroup, Permanent, Prompt
 
 logger = logging.getLogger(__name__)
@@ -36,70 +36,6 @@ class EngineFailed(Permanent):
 
 class EnginesLost(RuntimeError):
     """No engine is left that holds the policy's weights; the training workers start again and push them."""
-
-
-class EngineActor:
-    """One engine in a process of its own. Calls run one at a time, in order."""
-
-    def __init__(
-        self, config: dict[str, Any], index: int, *, on_cpu: bool, executor: str, worker_extension: str
-    ) -> None:
-        self.config = Config.model_validate(config)
-        log_to_run(self.config.run.path, f"engine-{index}")
-
-        online = self.config.online
-        assert online is not None
-        tokenizer = load_tokenizer(self.config.model.path, self.config.model.chat_template)
-        self.engine = VLLMEngine(
-            self.config.model.path,
-            render=lambda messages: list(render_prompt(messages, tokenizer)),
-            dtype=self.config.model.dtype,
-            engine=online.engine,
-            max_model_len=self.config.max_model_len,
-            tensor_parallel=1 if on_cpu else self.config.cluster.gpus_per_engine,
-            executor=executor,
-            sleeps=self.config.cluster.share_gpus,
-            worker_extension=worker_extension,
-            on_cpu=on_cpu,
-            seed=self.config.run.seed,
-        )
-
-    def ready(self) -> None:
-        """Answers once the engine is up."""
-
-    def generate(self, prompts: list[Prompt], seeds: list[int], candidates: int) -> list[CompletionGroup]:
-        """One group a prompt, in order."""
-        online = self.config.online
-        assert online is not None
-        return self.engine.generate(prompts, sampling=online.sampling, candidates=candidates, seeds=seeds)
-
-    def token_logps(self, token_ids: list[int]) -> list[float]:
-        """Log-probability of each token after the first, nats."""
-        return self.engine.token_logps(token_ids)
-
-    def sleep(self) -> None:
-        """Give the GPU up."""
-        self.engine.sleep()
-
-    def wake(self) -> None:
-        """Take the GPU again."""
-        self.engine.wake()
-
-    def init_transfer(self, info: dict[str, Any]) -> None:
-        """What the transport's receiving ends need to know."""
-        self.engine.init_transfer(info)
-
-    def start_update(self) -> None:
-        """Open a weight update."""
-        self.engine.start_update()
-
-    def load(self, bucket: Any) -> None:
-        """Take one bucket."""
-        self.engine.load(bucket)
-
-    def finish_update(self, version: int) -> str:
-        """Use the received weights; returns their digest."""
-        return self.engine.finish_update(version)
 
 
 class RolloutPool:
@@ -176,7 +112,7 @@ class RolloutPool:
                 f"engine {index} was not up after {timeout:.0f} s (cluster.start_timeout_s); see {logs}"
             ) from None
         except RayActorError as error:
-            raise EngineFailed(f"engine {index} failed to start: {_last_line(error)}; see {logs}") from None
+            raise EngineFailed(f"engine {index} failed to start: {last_line(error)}; see {logs}") from None
 
     def replace(self, index: int) -> Any:
         """A new engine in the place of a dead one, for a push that is about to give it weights.
@@ -222,7 +158,7 @@ class RolloutPool:
         try:
             found = ray.get(digest)
         except RayError as error:
-            logger.warning("no engine could be started in the place of engine %d: %s", index, _last_line(error))
+            logger.warning("no engine could be started in the place of engine %d: %s", index, last_line(error))
             return False
         version, _, pushed = self.weights
         if found != pushed:
@@ -286,7 +222,7 @@ class RolloutPool:
             except RayActorError as error:
                 if attempt == ENGINE_ATTEMPTS:
                     raise EngineFailed(
-                        f"prompts {part.start} to {part.stop} killed two engines: {_last_line(error)}"
+                        f"prompts {part.start} to {part.stop} killed two engines: {last_line(error)}"
                     ) from None
                 queue.appendleft((number, part, attempt + 1))
                 self.lost.add(engine)
@@ -336,123 +272,3 @@ def _chunks(prompts: int, engines: int, candidates: int) -> Iterator[slice]:
     fair = -(-prompts // engines)
     size = min(fair, max(-(-MIN_CHUNK_COMPLETIONS // candidates), -(-prompts // (engines * CHUNKS_PER_ENGINE))))
     return (slice(start, min(start + size, prompts)) for start in range(0, prompts, size))
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
-
-
-class PoolReceiver:
-    """The engines as one receiver of weights: the EngineGroup of rank 0, straight from trainer to engines.
-
-    Neither driver nor coordinator sees a tensor. Of a transport that replays, a message is put into the object store
-    once and fetched once a node, and the references of a push are kept until the next one, for an engine that joins. An
-    engine that dies during the push is left out until the next.
-
-    Args:
-        coordinator: knows the engines and replaces dead ones.
-        timeout_s: longest wait for one call.
-        workers_per_engine: GPUs of one engine.
-        replays: see ``WeightSync.replays``.
-    """
-
-    def __init__(self, coordinator: Any, timeout_s: float, *, workers_per_engine: int, replays: bool) -> None:
-        self.coordinator, self.timeout_s, self.replays = coordinator, timeout_s, replays
-        self.host, self.workers_per_engine = ray.util.get_node_ip_address(), workers_per_engine
-        self.engines: dict[int, Any] = {}
-        self.dead: list[int] = []
-        self.messages: list[Any] = []
-
-    def start_update(self) -> Sequence[Hashable]:
-        """Open an update on every engine that the pool has; returns their handles.
-
-        An engine that is dead, or that an interrupted push left half loaded, is replaced; one that cannot be is left
-        out until the next push.
-
-        Raises:
-            EngineFailed: none is left.
-        """
-        self.messages, self.dead = [], []
-        self.engines = dict(enumerate(ray.get(self.coordinator.begin_push.remote())))
-        opened = {index: engine.start_update.remote() for index, engine in self.engines.items()}
-        for index, answer in opened.items():
-            try:
-                ray.get(answer, timeout=self.timeout_s)
-            except RayError:
-                self._replace(index)
-        return list(self.engines.values())
-
-    def _replace(self, index: int) -> None:
-        try:
-            engine = self.engines[index] = ray.get(self.coordinator.replace.remote(index))
-            ray.get(engine.start_update.remote(), timeout=self.timeout_s)
-        except RayError as error:
-            del self.engines[index]
-            self.dead.append(index)
-            if not self.engines:
-                raise
-            logger.warning("no engine could be started in the place of engine %d: %s", index, _last_line(error))
-
-    def init_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
-        """Tell each engine's receiving ends what they need to know."""
-        of_engine = dict(zip(self.engines.values(), infos, strict=True))
-        self._call_each(
-            "preparing a transfer of weights", lambda engine: engine.init_transfer.remote(of_engine[engine])
-        )
-
-    def load(self, bucket: Any) -> None:
-        """Send a message to every engine."""
-        message = bucket
-        if self.replays:
-            message = ray.put(bucket)
-            self.messages.append(message)
-        self._call_each("loading weights", lambda engine: engine.load.remote(message))
-
-    def finish_update(self, version: int) -> list[str]:
-        """Put the weights to use; returns every digest."""
-        digests = self._call_each("finishing a weight update", lambda engine: engine.finish_update.remote(version))
-        # The list wraps the references, so that they travel as references and not as what they stand for.
-        kept = [self.messages if self.replays else None]
-        ray.get(self.coordinator.pushed.remote(version, kept, digests[0], self.dead), timeout=self.timeout_s)
-        return digests
-
-    def token_logps(self, token_ids: Sequence[int]) -> list[list[float]]:
-        """Every engine's log-probabilities of a text."""
-        return self._call_each("scoring the probe text", lambda engine: engine.token_logps.remote(list(token_ids)))
-
-    def _call_each(self, doing: str, call: Callable[[Any], Any]) -> list[Any]:
-        """The answers of all engines; an engine found dead is left out from here on, if the push can do without it.
-
-        Raises:
-            TimeoutError: an engine did not answer in time.
-            RayActorError: no engine is left, or one has died that the others wait for.
-        """
-        pending = {index: call(engine) for index, engine in self.engines.items()}
-        missing = self._unanswered(list(pending.values()))
-        if missing:
-            raise TimeoutError(
-                f"{doing}: {len(missing)} of {len(pending)} engines did not answer in {self.timeout_s:.0f} s "
-                "(online.sync_timeout_s)"
-            )
-        answers = []
-        for index, answer in pending.items():
-            try:
-                answers.append(ray.get(answer))
-            except RayActorError:
-                del self.engines[index]
-                self.dead.append(index)
-                if not self.engines or not self.replays:
-                    raise
-        return answers
-
-    def _unanswered(self, waiting: list[Any]) -> list[Any]:
-        """What has not answered in time. A failure ends the wait where the other engines wait for the failed one."""
-        deadline = time.monotonic() + self.timeout_s
-        while waiting:
-            done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
-            if not done:
-                break
-            if not self.replays:
-                ray.get(done)
-        return waiting

@@ -179,29 +179,24 @@ def cpu_environment(threads: int) -> dict[str, str]:
 def _on_each_rank(given: dict[str, Any]) -> Metrics:
     config = Config.model_validate(given["config"])
     rank, board = ray.train.get_context().get_world_rank(), given["board"]
-    if not config.run.remote and not (config.run.path / "config.yaml").exists():
-        problem = (
-            f"run.dir: {config.run.path} is not there on node {ray.util.get_node_ip_address()}; it must be a folder "
-            "that all nodes mount, or for an offline run an object store"
-        )
-        ray.get(board.give_up.remote(problem))
-        raise ValueError(problem)
-    log_to_run(config.run.path, f"worker-{rank}")
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
     if failed := ray.get(board.fatal.remote()):
         return {"failed": failed}
 
-    import torch
-
-    device = torch.device("cuda", torch.cuda.current_device()) if given["on_gpus"] else torch.device("cpu")
     try:
+        if not config.run.remote:
+            _refuse_unseen(config.run.path)
+        log_to_run(config.run.path, f"worker-{rank}")
+        logging.getLogger("ray.train").setLevel(logging.WARNING)
+
+        import torch  # once what it says goes to the log
+
+        device = torch.device("cuda", torch.cuda.current_device()) if given["on_gpus"] else torch.device("cpu")
         reporter = RunReporter(config.run.path, board, rank, to_train=given["to_train"])
         ending = resolve(given["loop"], {}, "loop")(config, device, reporter, given["handles"])
         upload_growing()
         return asdict(ending)
     except Exception as error:
-        again = (*FATAL, torch.OutOfMemoryError)
-        if not (isinstance(error, again) or (isinstance(error, OSError) and error.errno in STORAGE_FULL)):
+        if not _would_come_again(error):
             raise
         # The other ranks wait in a collective and can only be ended by ending all; the next start reads this and stops.
         cause = getattr(error, "cause", None) or error
@@ -211,6 +206,23 @@ def _on_each_rank(given: dict[str, Any]) -> Metrics:
         # Of a run that failed, what it said of it: as far as the storage takes it.
         with contextlib.suppress(StorageFailed):
             upload_growing()
+
+
+def _refuse_unseen(run_dir: Path) -> None:
+    """Raise a ValueError where this process does not see what the driver wrote to the run directory."""
+    if not (run_dir / "config.yaml").exists():
+        raise ValueError(
+            f"run.dir: {run_dir} is not there on node {ray.util.get_node_ip_address()}; it must be a folder that all "
+            "nodes mount, or for an offline run an object store"
+        )
+
+
+def _would_come_again(error: Exception) -> bool:
+    """Whether restarted workers would end with the same error."""
+    import torch
+
+    storage_full = isinstance(error, OSError) and error.errno in STORAGE_FULL
+    return storage_full or isinstance(error, (*FATAL, torch.OutOfMemoryError))
 
 
 def _cause(error: BaseException) -> str:

@@ -9,7 +9,8 @@ import ray
 
 from dpo_ray.config import Config
 from dpo_ray.launch.cluster import Cluster
-from dpo_ray.launch.rollout_pool import EngineFailed, EnginesLost, PoolReceiver, RolloutPool
+from dpo_ray.launch.push import PoolReceiver
+from dpo_ray.launch.rollout_pool import EngineFailed, EnginesLost, RolloutPool
 from dpo_ray.types import Completion, CompletionGroup, Prompt
 
 PROMPTS = [Prompt(index, ({"role": "user", "content": str(index)},)) for index in range(600)]
