@@ -130,12 +130,12 @@ def _causal(spans: Sequence[Span]) -> Iterator[tuple[slice, slice]]:
 def _attend(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scale: float) -> Tensor:
     q, k, v = query[:, :, stretch.queries], stretch.keys(key), stretch.keys(value)
     mask = _after_prompt(q, k)
-    groups = query.shape[1] // key.shape[1]
-    if mask is not None and groups > 1:
+    if mask is not None:
         # With a mask no fused kernel takes grouped heads: all scores would be made.
-        k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
+        k, v = (of.repeat_interleave(q.shape[1] // of.shape[1], 1) for of in (k, v))
+    grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=groups > 1
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )
 
 

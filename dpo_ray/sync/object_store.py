@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dpo_ray.sync.base import Bucket, Digest, Sender, WireTensor, bytes_of, check_received, in_buckets
+from dpo_ray.sync.receiving import DigestOfWorker, refuse_missing
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,46 @@ class ObjectStoreSync(Sender):
         return check_received(self.engines.finish_update(version), sent.hexdigest(), version)
 
 
+class LayerByLayer:
+    """Mixed in before vLLM's receiver: loads buckets into the model as a layer's tensors come together.
+
+    Tensors of one fused layer (query, key, value) may lie in different buckets: vLLM keeps them until the layer is
+    complete.
+    """
+
+    model: Any  # a model of vLLM, with its load_weights and config
+    model_config: Any
+    device: torch.device
+    digest = ""
+    """Of the last finished update."""
+
+    def start_weight_update(self) -> None:
+        """Open an update."""
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        self._received = Digest()
+        self._missing = {name for name, _ in self.model.named_parameters()}
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: Any) -> None:
+        """Load a bucket."""
+        bucket: Bucket = update_info.bucket
+        self._missing -= self.model.load_weights((tensor.name, tensor.tensor()) for tensor in bucket.tensors)
+        self._received.update(bucket)
+
+    def finish_weight_update(self) -> None:
+        """Put the weights to use, if nothing is missing."""
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        refuse_missing(self._missing)
+        finalize_layerwise_reload(self.model, self.model_config)
+        head = getattr(self.model, "lm_head", None)
+        if self.device.type == "cpu" and head is not None and self.model.config.tie_word_embeddings:
+            # On CPUs a tied head multiplies with a packed copy, which the reload of the embedding leaves as it was.
+            head.quant_method.process_weights_after_loading(head)
+        self.digest = self._received.hexdigest()
+
+
 @functools.cache
 def _receiving_end() -> type:
     """Define the classes that run in vLLM's workers, and register the receiver with vLLM."""
@@ -65,7 +106,6 @@ def _receiving_end() -> type:
         WeightTransferUpdateInfo,
     )
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     @dataclass
     class InitInfo(WeightTransferInitInfo):
@@ -77,54 +117,20 @@ def _receiving_end() -> type:
 
         bucket: Bucket
 
-    class ObjectStoreReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
-        """Loads buckets into the model layer by layer, as a layer's tensors come together.
-
-        Tensors of one fused layer (query, key, value) may lie in different buckets: vLLM keeps them until the layer is
-        complete.
-        """
+    class ObjectStoreReceiver(LayerByLayer, WeightTransferEngine[InitInfo, UpdateInfo]):
+        """Holds nothing between updates."""
 
         init_info_cls = InitInfo
         update_info_cls = UpdateInfo
-        model: Any  # a model of vLLM, with its load_weights and config; the base class says nn.Module
-        digest = Digest()
 
         def init_transfer_engine(self, init_info: InitInfo) -> None:
             pass
 
-        def start_weight_update(self) -> None:
-            self.digest = Digest()
-            self._missing = {name for name, _ in self.model.named_parameters()}
-            initialize_layerwise_reload(self.model)
-
-        def receive_weights(self, update_info: UpdateInfo) -> None:
-            bucket = update_info.bucket
-            self._missing -= self.model.load_weights((tensor.name, tensor.tensor()) for tensor in bucket.tensors)
-            self.digest.update(bucket)
-
-        def finish_weight_update(self) -> None:
-            if self._missing:
-                raise ValueError(
-                    f"the push left out {len(self._missing)} parameters of the engine's model, "
-                    f"first {min(self._missing)!r}; a layer would keep old or undefined weights"
-                )
-            finalize_layerwise_reload(self.model, self.model_config)
-            head = getattr(self.model, "lm_head", None)
-            if self.device.type == "cpu" and head is not None and self.model.config.tie_word_embeddings:
-                # On CPUs a tied head multiplies with a packed copy, which the reload of the embedding leaves as it was.
-                head.quant_method.process_weights_after_loading(head)
-
         def shutdown(self) -> None:
             pass
 
-    class ObjectStoreWorker:
+    class ObjectStoreWorker(DigestOfWorker):
         """Mixed into vLLM's worker."""
-
-        weight_transfer_engine: Any  # the worker's; set by vLLM
-
-        def received_digest(self) -> str:
-            """Digest of the last update."""
-            return self.weight_transfer_engine.digest.hexdigest()
 
     WeightTransferEngineFactory.register_engine(ObjectStoreSync.worker_extension, ObjectStoreReceiver)
     return ObjectStoreWorker

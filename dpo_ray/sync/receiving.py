@@ -1,9 +1,10 @@
-"""What the receiving ends over vLLM's own weight-transfer engines share: they note what arrives, and what does not.
+"""What receiving ends share: they note what arrives, and what does not.
 
-Knows the methods of those engines and no more: which engine it is put in front of, a transport decides.
+``Noting`` knows the methods of vLLM's own weight-transfer engines and no more: which it is put in front of, a transport
+decides.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -28,13 +29,14 @@ class NotingModel:
         self.missing -= loaded
         return loaded
 
-    def refuse_missing(self) -> None:
-        """Raise a ValueError when a parameter was left out: its layer would keep old or undefined weights."""
-        if self.missing:
-            raise ValueError(
-                f"the push left out {len(self.missing)} parameters of the engine's model, "
-                f"first {min(self.missing)!r}; a layer would keep old or undefined weights"
-            )
+
+def refuse_missing(missing: Collection[str]) -> None:
+    """Raise a ValueError when an update left parameters out: their layers would keep old or undefined weights."""
+    if missing:
+        raise ValueError(
+            f"the push left out {len(missing)} parameters of the engine's model, "
+            f"first {min(missing)!r}; a layer would keep old or undefined weights"
+        )
 
 
 class Noting:
@@ -61,7 +63,7 @@ class Noting:
     def finish_weight_update(self) -> None:
         """Finish the update, if nothing is missing."""
         noting: NotingModel = self.model
-        noting.refuse_missing()
+        refuse_missing(noting.missing)
         self.digest = noting.digest.hexdigest()
         self.reset_weight_update_target()  # pyrefly: ignore
         super().finish_weight_update()  # pyrefly: ignore
