@@ -286,7 +286,8 @@ def deal(tokens: np.ndarray, costs: np.ndarray, *, ranks: int, tokens_per_micro_
         tokens_per_micro_batch: most tokens of one micro-batch; a longer item runs alone.
     """
     largest_first = np.argsort(-costs, kind="stable").tolist()
-    turns = max(1, -(-int(tokens.sum()) // (ranks * tokens_per_micro_batch)))
+    # An item that runs alone fills one micro-batch, however long it is.
+    turns = max(1, -(-int(np.minimum(tokens, tokens_per_micro_batch).sum()) // (ranks * tokens_per_micro_batch)))
     while (filled := _fill(largest_first, tokens, costs, turns * ranks, tokens_per_micro_batch)) is None:
         turns += 1
     filled.sort(key=lambda batch: -batch[0])

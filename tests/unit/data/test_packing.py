@@ -105,6 +105,14 @@ def test_micro_batches_are_filled_to_the_token_limit() -> None:
     assert len(share) == -(-tokens.sum() // 4096), "as few as all of the tokens need"
 
 
+@pytest.mark.parametrize(("ranks", "turns"), [(1, 5), (2, 3)])
+def test_items_longer_than_a_micro_batch_run_alone_and_none_is_empty_for_their_sake(ranks: int, turns: int) -> None:
+    tokens = np.array([3000, 1025, 9000, 2000, 1500])
+    shares = deal(tokens, tokens, ranks=ranks, tokens_per_micro_batch=1024).shares
+    assert [len(share) for share in shares] == [turns] * ranks
+    assert [len(batch) for share in shares for batch in share].count(0) == ranks * turns - 5
+
+
 def test_a_large_step_is_dealt_in_milliseconds() -> None:
     tokens = np.random.default_rng(0).integers(50, 4000, 4096)
     started = time.perf_counter()
