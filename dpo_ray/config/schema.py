@@ -3,13 +3,13 @@
 Defaults exist only here. The text under a field is its documentation: ``--help`` prints it.
 """
 
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from dpo_ray.config.agreement import refuse_disagreement
 from dpo_ray.plugins import refuse_unknown
 from dpo_ray.storage import folder_at, is_remote
 
@@ -252,6 +252,11 @@ class LossConfig(Section):
         """Whether no loss in use looks at a reference."""
         return all(name in REFERENCE_FREE_LOSSES for name in self.names)
 
+    @property
+    def needing_reference(self) -> list[str]:
+        """The built-in losses in use that look at a reference."""
+        return [name for name in self.names if name in LOSSES and name not in REFERENCE_FREE_LOSSES]
+
     @model_validator(mode="after")
     def _terms_agree(self) -> Self:
         names = self.names
@@ -492,95 +497,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        shapes = {name: getattr(self.shard, name) for name in ("replicate", "context_parallel", "tensor_parallel")}
-        if self.cluster.train_workers % math.prod(shapes.values()):
-            written = " * ".join(f"shard.{name} ({size})" for name, size in shapes.items() if size > 1)
-            raise ValueError(f"{written} must divide cluster.train_workers ({self.cluster.train_workers})")
-        if self.shard.context_parallel > 1 and self.model.attention == "sdpa":
-            raise ValueError(
-                "model.attention: sdpa masks a whole row, which no worker has with shard.context_parallel "
-                f"({self.shard.context_parallel}) > 1; set model.attention: auto or flex"
-            )
-        if self.shard.tensor_parallel > 1:
-            without = {
-                "model.lora": self.model.lora is not None,
-                "model.fp8": self.model.fp8,
-                "shard.activation_offload": self.shard.activation_offload,
-                "shard.compile": self.shard.compile,
-                "optim.use: adamw_8bit": self.optim.use == "adamw_8bit",
-            }
-            if found := [name for name, is_set in without.items() if is_set]:
-                raise ValueError(
-                    f"{found[0]} does not go with layers that workers split; leave it out, or set "
-                    f"shard.tensor_parallel ({self.shard.tensor_parallel}) to 1"
-                )
-        if self.shard.compile and self.shard.activation_checkpointing == "selective":
-            raise ValueError(
-                "shard.compile would compile nothing of a layer of which some is recomputed; what it compiles keeps no "
-                "cheap results anyway: set shard.activation_checkpointing: none, or full"
-            )
-        if self.online is not None and self.run.remote:
-            raise ValueError(
-                f"run.dir is {self.run.dir!r}: an online run writes rounds that several processes read; object stores "
-                "are for offline runs, give a path that all nodes mount"
-            )
-        if self.online is not None:
-            self._refuse_unfit_sharing(self.online)
-        if self.run.best_metric is not None and (self.online is not None or not self.data.eval):
-            raise ValueError("run.best_metric needs evaluations to compare; it is for offline runs with data.eval")
-        if self.reference.refresh == "round" and self.online is None:
-            raise ValueError("reference.refresh: round needs rounds; it is for online runs (give an online section)")
-        if self.reference.refresh == "round" and self.reference.kind == "live":
-            raise ValueError(
-                "reference.refresh: round scores with the policy itself; set reference.kind to auto or cached"
-            )
-        if self.reference.kind == "adapters_off" and self.model.lora is None:
-            raise ValueError("reference.kind: adapters_off is for a policy with adapters; give model.lora, or set auto")
-        if self.reference.kind == "live" and self.model.lora is not None and self.model.lora.quantize is not None:
-            raise ValueError(
-                "reference.kind: live would keep a second model, in full precision, beside the one that "
-                "model.lora.quantize holds in four bits; set reference.kind: adapters_off, or auto"
-            )
-        if self.reference.refresh == "round" and self.reference.kind == "adapters_off":
-            raise ValueError(
-                "reference.refresh: round needs reference.kind: auto or cached; adapters_off never changes"
-            )
-        needing = [name for name in self.loss.names if name in LOSSES and name not in REFERENCE_FREE_LOSSES]
-        if self.reference.kind == "none" and needing:
-            raise ValueError(
-                f"reference.kind: none leaves loss {needing[0]!r} without the reference it needs; set reference.kind: "
-                f"auto, or take one of {', '.join(REFERENCE_FREE_LOSSES)}"
-            )
-        if self.online is not None and self.reference.refresh == "never" and self.reference.kind == "cached":
-            raise ValueError(
-                "reference.kind: cached cannot score fresh pairs with the untrained policy once it has been trained; "
-                "set reference.kind: live (or auto), or reference.refresh: round"
-            )
+        refuse_disagreement(self)
         return self
-
-    def _refuse_unfit_sharing(self, online: OnlineConfig) -> None:
-        use, size = online.sync.use, self.cluster
-        if use == "ipc" and not size.share_gpus:
-            raise ValueError(
-                "online.sync.use: ipc hands weights over on the card that engine and trainer share; set "
-                "cluster.share_gpus: true, or online.sync.use: nccl for engines with GPUs of their own"
-            )
-        if not size.share_gpus:
-            return
-        if online.max_lag > 0:
-            raise ValueError(
-                f"online.max_lag is {online.max_lag}: with cluster.share_gpus engines and training take turns on a "
-                "card, so that generation cannot run ahead; set online.max_lag: 0"
-            )
-        if use == "nccl":
-            raise ValueError(
-                "online.sync.use: nccl cannot serve cluster.share_gpus, NCCL refuses two ranks on one GPU; set auto"
-            )
-        if (needed := size.rollout_engines * size.gpus_per_engine) > size.train_workers:
-            raise ValueError(
-                f"cluster.share_gpus: cluster.rollout_engines x cluster.gpus_per_engine is {needed}, but "
-                f"cluster.train_workers brings {size.train_workers} GPUs to share"
-            )
 
     @property
     def max_model_len(self) -> int:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from benchmarks.flops import step_flops
-from benchmarks.gpu import SHAPES, attempt, main
+from benchmarks.gpu import attempt, main
+from benchmarks.gpu_sides import SHAPES
 
 RUN = """
 import runpy, sys
