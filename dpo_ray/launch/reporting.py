@@ -45,6 +45,7 @@ class StatusBoard:
         self.status = Status()
         self.problem: str | None = None
         self.stopping = False
+        self.stepped = False
 
     def give_up(self, problem: str) -> None:
         """Note an error after which the run must not be restarted; the first one counts."""
@@ -63,6 +64,17 @@ class StatusBoard:
         if text not in self.status.notes:
             self.status = replace(self.status, notes=(*self.status.notes, text), changed=self.status.changed + 1)
 
+    def step(self, metrics: Metrics) -> None:
+        """Add a line of metrics of a step that was taken."""
+        self.stepped = True
+        self.metrics(metrics)
+
+    def resumed(self, metrics: Metrics) -> None:
+        """Take over the metrics of the run until where it goes on; all that was taken of it is saved."""
+        self.stepped = False
+        if metrics:
+            self.metrics(metrics)
+
     def metrics(self, metrics: Metrics) -> None:
         """Add a line of metrics."""
         merged = self.status.metrics | metrics
@@ -79,9 +91,10 @@ class StatusBoard:
         """The latest Status."""
         return self.status
 
-    def ask_to_stop(self) -> None:
-        """End the run at the next place where it can go on from."""
+    def ask_to_stop(self) -> bool:
+        """End the run at the next place where it can go on from; whether a step was taken since the workers started."""
         self.stopping = True
+        return self.stepped
 
     def stop_asked(self) -> bool:
         """Whether the run should end early."""
@@ -122,23 +135,23 @@ class RunReporter:
 
     def resumed(self, step: int, rounds: int | None = None) -> None:
         """Drop lines after ``step`` or of rounds not among the first ``rounds``: they will be written again."""
-        if self.rank != 0 or not self.file.exists():
+        if self.rank != 0:
             return
-        kept = [line for line in _whole_lines(self.file) if line["step"] <= step]
+        kept = [line for line in _whole_lines(self.file) if line["step"] <= step] if self.file.exists() else []
         if rounds is not None:
             kept = [line for line in kept if line.get("round", -1) < rounds]
-        unfinished = self.file.with_suffix(".unfinished")
-        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        unfinished.replace(self.file)
-        if kept:
-            self.board.metrics.remote({key: value for line in kept for key, value in line.items()})
+        if self.file.exists():
+            unfinished = self.file.with_suffix(".unfinished")
+            unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            unfinished.replace(self.file)
+        self.board.resumed.remote({key: value for line in kept for key, value in line.items()})
 
     def step(self, metrics: Metrics) -> None:
         """Append a line and post it."""
         if self.rank == 0:
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({key: _finite(value) for key, value in metrics.items()}) + "\n")
-            self.board.metrics.remote(metrics)
+            self.board.step.remote(metrics)
 
     def evaluation(self, metrics: Metrics) -> None:
         """A line of held-out metrics; every rank reports it to Ray Train, whose report is a barrier."""

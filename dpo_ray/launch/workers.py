@@ -121,7 +121,8 @@ def train_on_workers(
 def _fit(trainer: Any, board: Any, stop_timeout_s: float) -> Any:
     """``trainer.fit()``, which the first Ctrl-C or SIGTERM asks to stop and the second ends at once.
 
-    Ray Train takes over Ctrl-C in the main thread, and kills the workers in the middle of a step.
+    The first does too where no step has been taken yet: nothing would be saved, and loading may take minutes. Ray Train
+    takes over Ctrl-C in the main thread, and kills the workers in the middle of a step.
     """
     if threading.current_thread() is not threading.main_thread():
         return trainer.fit()
@@ -143,7 +144,8 @@ def _fit(trainer: Any, board: Any, stop_timeout_s: float) -> Any:
             if deadline < float("inf"):
                 raise
             deadline = time.monotonic() + stop_timeout_s
-            board.ask_to_stop.remote()
+            if not ray.get(board.ask_to_stop.remote(), timeout=BOARD_TIMEOUT_S):
+                raise
             print("stopping where the run can go on from (again to end at once)", file=sys.stderr)
         if time.monotonic() > deadline:
             raise KeyboardInterrupt

@@ -56,8 +56,12 @@ def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes]) -> N
         time.sleep(0.1)
 
 
-def kill_when(job: str, *arguments: str, ready: Callable[[], bool], signal_number: int = signal.SIGKILL) -> None:
-    """Start a command, wait until ``ready``, and send a signal to it; SIGKILL goes to its whole tree at once."""
+def kill_when(job: str, *arguments: str, ready: Callable[[], bool], signal_number: int = signal.SIGKILL) -> int:
+    """Start a command, wait until ``ready``, and send a signal to it; SIGKILL goes to its whole tree at once.
+
+    Returns:
+        The exit status.
+    """
     with start_command(job, *arguments) as process:
         wait_until(ready, process)
         tree = [process.pid]
@@ -66,7 +70,7 @@ def kill_when(job: str, *arguments: str, ready: Callable[[], bool], signal_numbe
         for pid in tree:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal_number)
-        process.wait(timeout=90)
+        return process.wait(timeout=90)
 
 
 def ray_processes() -> set[int]:

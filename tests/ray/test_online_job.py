@@ -122,5 +122,6 @@ def test_ctrl_c_leaves_no_process_and_a_failing_judge_ends_the_run_with_its_word
     assert "logs" in done.stderr
     assert not left_over(before)
     logs = tmp_path / "runs/again/logs/engine-0.log"
-    kill_when("online", file, "run.name=again", ready=logs.exists, signal_number=signal.SIGINT)
+    status = kill_when("online", file, "run.name=again", ready=logs.exists, signal_number=signal.SIGINT)
+    assert status == 130, "nothing was trained yet, so that it need not wait for engines and judge"
     assert not left_over(before)

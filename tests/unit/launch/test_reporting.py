@@ -59,6 +59,18 @@ def test_the_board_counts_finished_rounds_and_keeps_the_latest_figures() -> None
     assert status.metrics["judge/mean_score"] == 0.5
 
 
+def test_a_run_asked_to_stop_has_something_to_save_once_it_has_taken_a_step(tmp_path: Path) -> None:
+    told, board = reporter(tmp_path)
+    told.resumed(-1)
+    assert not board.ask_to_stop()
+    told.step({"step": 1, "loss": 0.5})
+    assert board.ask_to_stop()
+    told.resumed(1)
+    assert board.read().step == 1
+    assert not board.ask_to_stop(), "workers that were started again have not gone beyond what is saved"
+    assert board.stop_asked()
+
+
 def test_the_first_fatal_error_counts() -> None:
     board = StatusBoard()
     assert board.fatal() is None
