@@ -208,7 +208,7 @@ def check(device: torch.device) -> tuple[dict[str, float], dict[str, str]]:
     wrong: dict[str, str] = {}
     for name, dtype, bound in (("float32", torch.float32, FLOAT32_TOLERANCE), ("bfloat16", torch.bfloat16, None)):
         model = build("tiny", device, dtype)
-        pairs = made_tokens("chat", 6, SHAPES["tiny"].vocabulary, 150)
+        pairs = made_tokens("chat", 6, SHAPES["tiny"].vocabulary, 60)
         oracle_logps, oracle_grad = gradients(model, sides(device)[ORACLE], pairs)
         for label, side in sides(device).items():
             try:

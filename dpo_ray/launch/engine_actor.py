@@ -1,9 +1,8 @@
-"""One vLLM engine as a Ray actor."""
+"""One vLLM engine as a Ray actor. The pool imports this too, and should not wait for what an engine needs."""
 
 from typing import Any
 
 from dpo_ray.config import Config
-from dpo_ray.data.tokenize import load_tokenizer, render_prompt
 from dpo_ray.launch.reporting import log_to_run
 from dpo_ray.rollout.vllm_engine import VLLMEngine
 from dpo_ray.types import CompletionGroup, Prompt
@@ -17,6 +16,7 @@ class EngineActor:
     ) -> None:
         self.config = Config.model_validate(config)
         log_to_run(self.config.run.path, f"engine-{index}")
+        from dpo_ray.data.tokenize import load_tokenizer, render_prompt
 
         online = self.config.online
         assert online is not None

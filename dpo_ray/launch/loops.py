@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from dpo_ray.config import Config
-from dpo_ray.launch.places import Seat, build_transport
+from dpo_ray.launch.places import Seat
 from dpo_ray.launch.preparation import open_pairs
-from dpo_ray.launch.push import PoolReceiver
+from dpo_ray.launch.push import PoolReceiver, build_transport
 from dpo_ray.launch.reporting import RunReporter
 from dpo_ray.sync.ipc import release_unused
 from dpo_ray.train.offline import train_offline

@@ -16,9 +16,10 @@ from dpo_ray.launch.coordinator import SPARE_THREADS, Coordinator
 from dpo_ray.launch.display import shown
 from dpo_ray.launch.ending import tell_end
 from dpo_ray.launch.offline import refuse_untrainable
-from dpo_ray.launch.places import BETWEEN_GPUS, build_transport
+from dpo_ray.launch.push import BETWEEN_GPUS, build_transport
 from dpo_ray.launch.reporting import start_board
-from dpo_ray.launch.workers import make_run_dir, train_on_workers
+from dpo_ray.launch.run_dir import make_run_dir
+from dpo_ray.launch.workers import train_on_workers
 from dpo_ray.rollout.judges import build_judge
 from dpo_ray.rollout.selectors import build_selector
 from dpo_ray.types import Prompt

@@ -1,13 +1,10 @@
-"""Where engines run, on CPUs and GPUs of their own or on the GPUs of training workers, and how weights get there."""
+"""Where engines run, on CPUs and GPUs of their own or on the GPUs of training workers."""
 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from dpo_ray.config.schema import ClusterConfig, Config
-from dpo_ray.plugins import build
-from dpo_ray.sync import TRANSPORTS
-from dpo_ray.sync.base import WeightSync
+from dpo_ray.config.schema import ClusterConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +33,6 @@ class Place:
     """See ``VLLMEngine``."""
 
 
-BETWEEN_GPUS = ("nccl", "ipc")
-"""Transports that are nothing without GPUs."""
 KEEP_VISIBLE = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 """Ray hides all GPUs from an actor that asks for none; with this it leaves the variable as it is."""
 
@@ -86,22 +81,3 @@ def shared_places(size: ClusterConfig, seats: Sequence[Seat]) -> list[Place]:
             f"which seats {len(places)} engines"
         )
     return places[: size.rollout_engines]
-
-
-def build_transport(config: Config, *, on_gpus: bool) -> WeightSync:
-    """The configured transport; ``auto`` decided by what the cluster has.
-
-    Raises:
-        ValueError: it needs GPUs that are not there or not shared, or its arguments are wrong.
-    """
-    assert config.online is not None
-    sync, shared = config.online.sync, config.cluster.share_gpus
-    if sync.use in BETWEEN_GPUS and not on_gpus:
-        raise ValueError(
-            f"online.sync.use: {sync.use} moves weights between GPUs and the cluster has none; set auto or object_store"
-        )
-    if sync.use == "object_store" and shared and on_gpus:
-        raise ValueError("online.sync.use: object_store is not for cluster.share_gpus on GPUs; set auto or ipc")
-    on_cards = "ipc" if shared else "nccl"
-    use = (on_cards if on_gpus else "object_store") if sync.use == "auto" else sync.use
-    return build(use, sync.args, TRANSPORTS, "sync", dtype=config.model.dtype)

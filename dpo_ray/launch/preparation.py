@@ -19,7 +19,7 @@ from dpo_ray.data.tokenize import load_tokenizer
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.display import shown
 from dpo_ray.launch.reporting import StatusBoard
-from dpo_ray.launch.workers import has_work, make_run_dir
+from dpo_ray.launch.run_dir import has_work, make_run_dir
 from dpo_ray.storage import reaching
 
 PART_TIMEOUT_S = 1800.0

@@ -1,4 +1,4 @@
-"""A push of weights as the pool's engines receive it, asked for by the training worker that sends."""
+"""How weights get to the engines: the transport, and a push as the pool receives it from the worker that sends."""
 
 import logging
 import time
@@ -8,9 +8,35 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
+from dpo_ray.config import Config
 from dpo_ray.launch.reporting import last_line
+from dpo_ray.plugins import build
+from dpo_ray.sync import TRANSPORTS
+from dpo_ray.sync.base import WeightSync
 
 logger = logging.getLogger(__name__)
+
+BETWEEN_GPUS = ("nccl", "ipc")
+"""Transports that are nothing without GPUs."""
+
+
+def build_transport(config: Config, *, on_gpus: bool) -> WeightSync:
+    """The configured transport; ``auto`` decided by what the cluster has.
+
+    Raises:
+        ValueError: it needs GPUs that are not there or not shared, or its arguments are wrong.
+    """
+    assert config.online is not None
+    sync, shared = config.online.sync, config.cluster.share_gpus
+    if sync.use in BETWEEN_GPUS and not on_gpus:
+        raise ValueError(
+            f"online.sync.use: {sync.use} moves weights between GPUs and the cluster has none; set auto or object_store"
+        )
+    if sync.use == "object_store" and shared and on_gpus:
+        raise ValueError("online.sync.use: object_store is not for cluster.share_gpus on GPUs; set auto or ipc")
+    on_cards = "ipc" if shared else "nccl"
+    use = (on_cards if on_gpus else "object_store") if sync.use == "auto" else sync.use
+    return build(use, sync.args, TRANSPORTS, "sync", dtype=config.model.dtype)
 
 
 class PoolReceiver:

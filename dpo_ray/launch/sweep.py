@@ -23,8 +23,8 @@ from dpo_ray.launch.display import shown
 from dpo_ray.launch.offline import refuse_unusable, train
 from dpo_ray.launch.preparation import tell_data
 from dpo_ray.launch.reporting import Status, start_board
+from dpo_ray.launch.run_dir import make_run_dir
 from dpo_ray.launch.spaces import find_space
-from dpo_ray.launch.workers import make_run_dir
 
 TRIAL_CPUS = 0.01
 """A trial's own process only waits for its workers; Tune refuses to place a trial that asks for nothing."""

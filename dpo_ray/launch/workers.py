@@ -17,22 +17,17 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
-import yaml
 
-from dpo_ray.config import Config, first_difference, write_config
+from dpo_ray.config import Config
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.command import Stopped, TrainingFailed
 from dpo_ray.launch.reporting import RunReporter, log_to_run
 from dpo_ray.plugins import resolve
-from dpo_ray.storage import StorageFailed, reaching, upload_growing
+from dpo_ray.storage import StorageFailed, upload_growing
 from dpo_ray.types import Metrics, Permanent
 
 START_FAILURES = 3
 """How often a worker group may fail to start before the run fails; Ray's own default retries for ever."""
-
-
-WORK = ("rounds/*/manifest.json", "checkpoints/*/complete.json", "evaluations/*.jsonl")
-"""What a run leaves that a later one of the same name goes on from."""
 
 
 FATAL = (
@@ -235,26 +230,3 @@ def _cause(error: BaseException) -> str:
         inner = getattr(failure, "cause", None) or failure
         return f"training worker {rank} failed: {type(inner).__name__}: {inner}"
     return f"training failed: {error}"
-
-
-def has_work(run_dir: Path) -> bool:
-    """Whether a run directory holds what a later run of the same name goes on from."""
-    return any(next(iter(run_dir.glob(work)), None) for work in WORK)
-
-
-def make_run_dir(config: Config) -> Path:
-    """Create the run directory and write the resolved configuration to it.
-
-    Raises:
-        ValueError: it holds the work of a run with another model, reference, data or judge.
-    """
-    run_dir = config.run.path
-    file = run_dir / "config.yaml"
-    with reaching(run_dir):
-        if file.exists() and has_work(run_dir):
-            written = yaml.safe_load(file.read_text(encoding="utf-8"))
-            if difference := first_difference(written, config):
-                raise ValueError(f"{run_dir} was begun with {difference}")
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_config(config, file)
-    return run_dir

@@ -1,6 +1,5 @@
 """The pool's dealing of work when engines die, on real actors that write numbers instead of text."""
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,64 +10,12 @@ from dpo_ray.config import Config
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.push import PoolReceiver
 from dpo_ray.launch.rollout_pool import EngineFailed, EnginesLost, RolloutPool
-from dpo_ray.types import Completion, CompletionGroup, Prompt
+from dpo_ray.types import CompletionGroup, Prompt
+from tests.ray.pretended import Engine, Pushing
 
 PROMPTS = [Prompt(index, ({"role": "user", "content": str(index)},)) for index in range(600)]
 NOT_AGAIN: tuple[int, None, str] = (3, None, "digest")
 """The weights of a push that cannot be given to an engine that joins, as with nccl and ipc."""
-
-
-class Engine:
-    """Writes what seed it was given; dies over some prompts."""
-
-    def __init__(self, index: int, deadly: tuple[int, ...]) -> None:
-        self.index, self.deadly = index, deadly
-
-    def generate(self, prompts: list[Prompt], seeds: list[int], candidates: int) -> list[CompletionGroup]:
-        """A completion of one token, the engine's index."""
-        if any(prompt.index in self.deadly for prompt in prompts):
-            os._exit(1)
-        completion = Completion(str(self.index), (self.index,), finished=True)
-        return [
-            CompletionGroup(prompt, (0,), (completion,) * candidates, 3, seed)
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
-
-    def start_update(self) -> None:
-        """An engine with anything deadly does not survive it."""
-        if self.deadly:
-            os._exit(1)
-
-    def load(self, bucket: str) -> None:
-        """Take weights, which are a text."""
-        self.loaded = bucket
-
-    def finish_update(self, version: int) -> str:
-        """The text is its own digest."""
-        return self.loaded
-
-
-class Pushing:
-    """A coordinator that has engines and can start no others."""
-
-    def __init__(self, engines: list[Any]) -> None:
-        self.engines, self.told = engines, ()
-
-    def begin_push(self) -> list[Any]:
-        """All engines, dead or not."""
-        return self.engines
-
-    def replace(self, index: int) -> Any:
-        """There is no place for another."""
-        raise EngineFailed("no place")
-
-    def pushed(self, *told: Any) -> None:
-        """Keep what the push came to."""
-        self.told = told
-
-    def outcome(self) -> Any:
-        """What ``pushed`` was told."""
-        return self.told
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,7 +7,8 @@ import pytest
 from dpo_ray.config import Config
 from dpo_ray.config.schema import ClusterConfig
 from dpo_ray.launch.cluster import Cluster, refuse_too_small
-from dpo_ray.launch.places import Place, Seat, build_transport, own_place, shared_places
+from dpo_ray.launch.places import Place, Seat, own_place, shared_places
+from dpo_ray.launch.push import build_transport
 from dpo_ray.sync import TRANSPORTS
 
 SHOWS_ALL = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
