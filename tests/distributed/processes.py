@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# Ranks are forked from a server that has imported torch and transformers once, which takes longer than most tests.
-multiprocessing.set_forkserver_preload(["tests.distributed.runs"])
+# Ranks are forked from a server that has imported once what all of them need, which takes longer than most tests.
+multiprocessing.set_forkserver_preload(["tests.distributed.runs", "transformers.models.llama.modeling_llama", "peft"])
 
 
 def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
