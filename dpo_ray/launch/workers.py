@@ -139,12 +139,20 @@ def _fit(trainer: Any, board: Any, stop_timeout_s: float) -> Any:
             if deadline < float("inf"):
                 raise
             deadline = time.monotonic() + stop_timeout_s
-            if not ray.get(board.ask_to_stop.remote(), timeout=BOARD_TIMEOUT_S):
+            if not _asked_with_work_to_save(board):
                 raise
             print("stopping where the run can go on from (again to end at once)", file=sys.stderr)
         if time.monotonic() > deadline:
             raise KeyboardInterrupt
     return result.result()
+
+
+def _asked_with_work_to_save(board: Any) -> bool:
+    """Ask the workers to stop; whether that saves anything. Where the board is gone, nobody can ask them."""
+    try:
+        return ray.get(board.ask_to_stop.remote(), timeout=BOARD_TIMEOUT_S)
+    except ray.exceptions.RayError:
+        return False
 
 
 def collective_timeout_s(config: Config) -> int:
