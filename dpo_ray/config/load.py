@@ -8,7 +8,7 @@ mean what they say.
 import contextlib
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,12 +49,12 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds a {type(tree).__name__}; a configuration is a mapping of sections")
-    return _validate(_merge(tree, overrides or {}), source=str(path))
+    return _validate(_merge(tree, overrides or {}), source=str(path), overrides=overrides or {})
 
 
 def override(config: Config, overrides: Mapping[str, Any]) -> Config:
     """``config`` with dotted overrides applied, validated again in full."""
-    return _validate(_merge(config.model_dump(mode="json"), overrides), source="overrides")
+    return _validate(_merge(config.model_dump(mode="json"), overrides), source="overrides", overrides=())
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
@@ -212,12 +212,22 @@ def _copy(tree: Any) -> Any:
     return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
 
 
-def _validate(tree: Mapping[str, Any], source: str) -> Config:
+def _validate(tree: Mapping[str, Any], *, source: str, overrides: Collection[str]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(e) for e in error.errors()]
-        raise ConfigError(f"{source}: " + f"\n       {source}: ".join(problems)) from None
+        problems = [f"{_origin(e, source, overrides)}: {_explain(e)}" for e in error.errors()]
+        raise ConfigError("\n       ".join(problems)) from None
+
+
+def _origin(error: Any, source: str, overrides: Collection[str]) -> str:
+    """The override that gave what an error is about, else the source."""
+    about = ".".join(map(str, error["loc"]))
+    for key in overrides:
+        made_up = error["type"] == "extra_forbidden" and key.startswith(f"{about}.")
+        if made_up or f"{about}.".startswith(f"{key}."):
+            return f"override {key}"
+    return source
 
 
 def _explain(error: Any) -> str:

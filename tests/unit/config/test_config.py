@@ -243,6 +243,17 @@ def test_sections_that_do_not_go_together_are_refused(tmp_path, text, arguments,
     assert message in str(error.value)
 
 
+def test_a_problem_is_laid_to_the_override_that_brought_it_or_to_the_file(tmp_path):
+    file = write(tmp_path / "c.yaml", OFFLINE + "loss: {beta: -1}\n")
+    with pytest.raises(ConfigError) as error:
+        load(file, "optm.lr=1", "optim.lr=-1")
+    assert set(str(error.value).replace("\n       ", "\n").splitlines()) == {
+        f"{file}: loss.beta: found -1; input should be greater than 0",
+        "override optim.lr: optim.lr: found -1; input should be greater than 0",
+        "override optm.lr: optm: no such key; did you mean optim?",
+    }
+
+
 def test_all_problems_are_reported_at_once(offline):
     with pytest.raises(ConfigError) as error:
         load(offline, "loss.beta=-1", "optim.lrr=1")
