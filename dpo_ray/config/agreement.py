@@ -11,6 +11,7 @@ def refuse_disagreement(config: "Config") -> None:
     """Raise a ValueError where two sections contradict each other."""
     _workers_fill_the_mesh(config)
     _layers_can_be_split(config)
+    _layers_can_be_compiled(config)
     _reference_can_be_had(config)
     _run_can_be_kept(config)
     _engines_can_share(config)
@@ -42,6 +43,9 @@ def _layers_can_be_split(config: "Config") -> None:
                 f"{found[0]} does not go with layers that workers split; leave it out, or set "
                 f"shard.tensor_parallel ({config.shard.tensor_parallel}) to 1"
             )
+
+
+def _layers_can_be_compiled(config: "Config") -> None:
     if config.shard.compile and config.shard.activation_checkpointing == "selective":
         raise ValueError(
             "shard.compile would compile nothing of a layer of which some is recomputed; what it compiles keeps no "

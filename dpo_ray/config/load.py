@@ -54,7 +54,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 def override(config: Config, overrides: Mapping[str, Any]) -> Config:
     """``config`` with dotted overrides applied, validated again in full."""
-    return _validate(_merge(config.model_dump(mode="json"), overrides), source="overrides", overrides=())
+    return _validate(_merge(config.model_dump(mode="json"), overrides), source="override")
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
@@ -212,22 +212,19 @@ def _copy(tree: Any) -> Any:
     return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
 
 
-def _validate(tree: Mapping[str, Any], *, source: str, overrides: Collection[str]) -> Config:
+def _validate(tree: Mapping[str, Any], *, source: str, overrides: Collection[str] = ()) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        problems = [f"{_origin(e, source, overrides)}: {_explain(e)}" for e in error.errors()]
+        problems = [f"{'override' if _came_with(overrides, e) else source}: {_explain(e)}" for e in error.errors()]
         raise ConfigError("\n       ".join(problems)) from None
 
 
-def _origin(error: Any, source: str, overrides: Collection[str]) -> str:
-    """The override that gave what an error is about, else the source."""
+def _came_with(overrides: Collection[str], error: Any) -> bool:
+    """Whether an override gave what an error is about."""
     about = ".".join(map(str, error["loc"]))
-    for key in overrides:
-        made_up = error["type"] == "extra_forbidden" and key.startswith(f"{about}.")
-        if made_up or f"{about}.".startswith(f"{key}."):
-            return f"override {key}"
-    return source
+    made_up = error["type"] == "extra_forbidden"  # also a section of which only a key below was given
+    return any(f"{about}.".startswith(f"{key}.") or (made_up and key.startswith(f"{about}.")) for key in overrides)
 
 
 def _explain(error: Any) -> str:

@@ -135,16 +135,18 @@ class RunReporter:
 
     def resumed(self, step: int, rounds: int | None = None) -> None:
         """Drop lines after ``step`` or of rounds not among the first ``rounds``: they will be written again."""
-        if self.rank != 0:
-            return
-        kept = [line for line in _whole_lines(self.file) if line["step"] <= step] if self.file.exists() else []
+        if self.rank == 0:
+            kept = self._cut(step, rounds) if self.file.exists() else []
+            self.board.resumed.remote({key: value for line in kept for key, value in line.items()})
+
+    def _cut(self, step: int, rounds: int | None) -> list[Metrics]:
+        kept = [line for line in _whole_lines(self.file) if line["step"] <= step]
         if rounds is not None:
             kept = [line for line in kept if line.get("round", -1) < rounds]
-        if self.file.exists():
-            unfinished = self.file.with_suffix(".unfinished")
-            unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            unfinished.replace(self.file)
-        self.board.resumed.remote({key: value for line in kept for key, value in line.items()})
+        unfinished = self.file.with_suffix(".unfinished")
+        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        unfinished.replace(self.file)
+        return kept
 
     def step(self, metrics: Metrics) -> None:
         """Append a line and post it."""

@@ -116,9 +116,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iter
 def test_damaged_records_are_named_and_counted_and_the_rest_is_trained_on(finished: Finished) -> None:
     named, reason = {}, ""
     for line in finished.said.splitlines():
-        reason = next(
-            (known for known in DAMAGED if known in line), reason
-        )  # it stands before the first of its records
+        # A reason stands before the first of its records.
+        reason = next((known for known in DAMAGED if known in line), reason)
         if record := re.search(r"train\.jsonl:(\d+)", line):
             named[int(record[1])] = reason
     assert named == dict(enumerate(DAMAGED, 17)), finished.said
@@ -205,13 +204,12 @@ def test_a_run_stopped_killed_and_robbed_of_a_worker_has_the_metrics_of_an_undis
     def steps_done() -> int:
         return len(steps_of(run)) if (run / "metrics.jsonl").exists() else 0
 
-    def starts() -> list[str]:
-        return re.findall(r"pid (\d+)", (run / "logs/worker-1.log").read_text())
-
-    def stop(process: subprocess.Popen[bytes], number: int) -> int:
-        """Send a signal: a checkpoint is written first and the end is told; returns the last step."""
-        os.kill(process.pid, number)
-        said = process.communicate(timeout=60)[1].decode()
+    def stop(number: int, step: int) -> int:
+        """Send a signal after ``step``: a checkpoint is written first and the end is told; returns the last step."""
+        with start_command("offline", slow, "run.save_every=100", stderr=subprocess.PIPE) as process:
+            wait_until(lambda: steps_done() >= step, process)
+            os.kill(process.pid, number)
+            said = process.communicate(timeout=60)[1].decode()
         assert process.returncode == 130
         stopped = steps_done()
         assert f"stopped after step {stopped} of 20; the same command goes on from there" in said, said
@@ -221,25 +219,25 @@ def test_a_run_stopped_killed_and_robbed_of_a_worker_has_the_metrics_of_an_undis
         assert not left_over(before)
         return stopped
 
-    with start_command("offline", slow, "run.save_every=100", stderr=subprocess.PIPE) as process:
-        wait_until(lambda: steps_done() >= 2, process)
-        stopped = stop(process, signal.SIGINT)
+    stopped = stop(signal.SIGINT, 2)
 
-    at = random.randrange(stopped + 1, stopped + 6)
+    at = random.randrange(stopped + 1, stopped + 7)
     kill_when("offline", slow, ready=lambda: steps_done() >= at)
     survived = steps_done()
 
-    with start_command("offline", slow, stderr=subprocess.PIPE) as process:
-        wait_until(lambda: steps_done() >= survived + 1, process)
-        # The checkpoint being written when everything was killed may have come to its end; the one before it has.
-        assert resumed_after(run) in range(max(2, survived - 5), survived + 1), (survived, resumed_after(run))
-        begun = starts()
-        os.kill(int(begun[-1]), signal.SIGKILL)
-        wait_until(lambda: len(starts()) == len(begun) + 1 and resumed_after(run) > 0, process)
-        wait_until(lambda: steps_done() >= survived + 3, process)
-        stopped = stop(process, signal.SIGTERM)
-    assert len(starts()) == len(begun) + 1, "started once more"
-    assert steps_of(run) == undisturbed[:stopped], f"to the last digit; everything was killed in step {survived + 1}"
+    stopped = stop(signal.SIGTERM, survived + 1)
+    # The checkpoint being written when everything was killed may have come to its end; the one before it has.
+    assert resumed_after(run) in range(max(2, survived - 5), survived + 1), (survived, resumed_after(run))
+
+    with start_command("offline", slow) as process:
+        wait_until(lambda: steps_done() >= stopped + 2, process)
+        pid = int(re.findall(r"pid (\d+)", (run / "logs/worker-1.log").read_text())[-1])
+        starts = len(re.findall(r"pid \d+", (run / "logs/worker-0.log").read_text()))
+        os.kill(pid, signal.SIGKILL)
+        assert process.wait(timeout=120) == 0
+    assert len(re.findall(r"pid \d+", (run / "logs/worker-0.log").read_text())) == starts + 1, "started once more"
+    assert not left_over(before)
+    assert steps_of(run) == undisturbed, f"to the last digit; everything was killed in step {survived + 1}"
 
 
 def resumed_after(run: Path) -> int:

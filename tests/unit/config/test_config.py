@@ -249,8 +249,8 @@ def test_a_problem_is_laid_to_the_override_that_brought_it_or_to_the_file(tmp_pa
         load(file, "optm.lr=1", "optim.lr=-1")
     assert set(str(error.value).replace("\n       ", "\n").splitlines()) == {
         f"{file}: loss.beta: found -1; input should be greater than 0",
-        "override optim.lr: optim.lr: found -1; input should be greater than 0",
-        "override optm.lr: optm: no such key; did you mean optim?",
+        "override: optim.lr: found -1; input should be greater than 0",
+        "override: optm: no such key; did you mean optim?",
     }
 
 
