@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo_ray.evaluate.health import Finding, alike, counted
+from dpo_ray.evaluate.health import Finding
 from dpo_ray.evaluate.record import Lines, RunRecord, number
+from dpo_ray.evaluate.words import alike, counted
 
 
 @dataclass(frozen=True, slots=True)

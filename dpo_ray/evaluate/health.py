@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from dpo_ray.evaluate.record import SCORE_NOISE_SE, RunRecord
+from dpo_ray.evaluate.words import alike, counted
 
 Level = Literal["ok", "note", "warning"]
 
@@ -392,19 +393,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def alike(*values: float, digits: int = 3) -> list[str]:
-    """Figures to be compared, all with the decimals that give the largest of them ``digits`` digits."""
-    largest = max((abs(value) for value in values), default=0.0)
-    decimals = max(0, digits - 1 - math.floor(math.log10(largest))) if largest > 0 else 0
-    return [f"{round(value, decimals) + 0.0:,.{decimals}f}" for value in values]
-
-
 def _ends(values: np.ndarray) -> tuple[float, float]:
     """Mean of the first and of the last tenth of a series (at least one value each)."""
     tenth = max(1, len(values) // 10)
     return float(values[:tenth].mean()), float(values[-tenth:].mean())
-
-
-def counted(number: int, noun: str) -> str:
-    """``3 steps``."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")

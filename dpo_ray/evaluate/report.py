@@ -13,10 +13,12 @@ import yaml
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
+from dpo_ray.evaluate.drawing import PALETTE
 from dpo_ray.evaluate.figures import comparisons, prompt_text, summary, verdict
-from dpo_ray.evaluate.health import Finding, alike, counted, diagnose
-from dpo_ray.evaluate.pictures import PALETTE, Picture, run_pictures, sweep_picture
+from dpo_ray.evaluate.health import Finding, diagnose
+from dpo_ray.evaluate.pictures import Picture, run_pictures, sweep_picture
 from dpo_ray.evaluate.record import RunRecord, number, read_run
+from dpo_ray.evaluate.words import alike, counted
 from dpo_ray.storage import write_atomically
 
 logger = logging.getLogger(__name__)
