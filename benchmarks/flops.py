@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_ray.data.packing import attended
+from dpo_ray.data.assignment import attended
 
 
 class Shape(NamedTuple):

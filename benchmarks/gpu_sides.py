@@ -17,16 +17,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.flops import Shape
-from dpo_ray.data.packing import Layout, PackedRow, build_row, deal, row_tokens
-from dpo_ray.model.activations import recompute
-from dpo_ray.model.attention import use_packed_attention
-from dpo_ray.model.context_parallel import ALONE
-from dpo_ray.model.flex import use_flex_attention
-from dpo_ray.model.scorer import PairLosses, ReadOut, Scorer, Scores, pair_losses
-from dpo_ray.model.tensor_parallel import local_head
+from dpo_ray.data.assignment import balance_micro_batches
+from dpo_ray.data.packing import Layout, PackedRow, build_row, row_tokens
+from dpo_ray.model.scorer import LogpsModel, PairLosses, ReadOut, Scorer, pair_losses
 from dpo_ray.objective.head import LogitTransform
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.objective.losses import sigmoid
+from dpo_ray.ops.attention import use_packed_attention
+from dpo_ray.ops.flex import use_flex_attention
+from dpo_ray.parallel.activations import apply_activation_checkpointing
+from dpo_ray.parallel.context import ALONE
+from dpo_ray.parallel.tensor import local_head
 from dpo_ray.types import TokenPair
 
 SHAPES = {
@@ -79,7 +80,7 @@ def packed(layout: Layout) -> MicroBatches:
 
     def micro_batches(model: Any, pairs: Sequence[TokenPair], size: int) -> Iterator[Any]:
         scorer, tokens = Scorer(model), row_tokens(lengths_of(pairs), layout)
-        (share,) = deal(tokens, tokens.astype(float), ranks=1, tokens_per_micro_batch=size).shares
+        (share,) = balance_micro_batches(tokens, tokens.astype(float), ranks=1, tokens_per_micro_batch=size).shares
         for items in share:
             row = build_row([pairs[i] for i in items], layout).to(model.device)
             yield items, pair_losses(scorer, row, lambda policy, _: losses_of(policy))
@@ -112,9 +113,9 @@ def with_head_at_completions(model: Any, row: PackedRow) -> PairLosses:
 
     def scores(row: PackedRow, read_out: ReadOut) -> Any:
         hidden, seen = hidden_of_rectangle(model, row)
-        return read_out(hidden[seen][row.source], local_head(model, LogitTransform()), ALONE.part(row))
+        return read_out(hidden[seen][row.source], local_head(model, LogitTransform()), ALONE.shard(row))
 
-    rectangle: Scores = scores
+    rectangle: LogpsModel = scores
     return pair_losses(rectangle, row, lambda policy, _: losses_of(policy))
 
 
@@ -235,5 +236,5 @@ def use(model: Any, side: Side, recomputed: Recompute) -> None:
     model.set_attn_implementation(side.attention)
     for layer in model.get_decoder().layers:
         layer.forward = layer.plain
-        recompute(layer, side.recompute or recomputed)
+        apply_activation_checkpointing(layer, side.recompute or recomputed)
     model.train()

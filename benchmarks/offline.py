@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.pairs import KINDS, made_pairs
-from dpo_ray.launch.workers import cpu_environment
+from dpo_ray.ops.cpu import cpu_environment
 
 OURS = "dpo_ray"
 FIGURES = (

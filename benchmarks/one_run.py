@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig
 
 from benchmarks.flops import Shape, step_flops
-from dpo_ray.objective.head import bfloat16_products
+from dpo_ray.objective.precision import bfloat16_products
 
 
 def ours(task: dict[str, Any], folder: Path) -> dict[str, float]:

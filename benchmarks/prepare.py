@@ -20,8 +20,8 @@ from dpo_ray.config.schema import ClusterConfig, DataConfig
 from dpo_ray.data.loader import BatchShape, PairLoader
 from dpo_ray.data.store import prepare_pairs
 from dpo_ray.data.tokenize import load_tokenizer
-from dpo_ray.launch.cluster import joined
-from dpo_ray.launch.preparation import run_on_cluster
+from dpo_ray.launch.cluster import ray_cluster
+from dpo_ray.launch.preparation import tokenize_on_cluster
 
 
 class MemoryWatch(threading.Thread):
@@ -83,10 +83,10 @@ def main() -> None:
             watch.share = done / total
             print(f"\r{done:,} of {total:,}", end="", flush=True)
 
-        with joined(ClusterConfig(cpus_per_worker=max(1, arguments.cpus - 2)), engines=0) as cluster:
+        with ray_cluster(ClusterConfig(cpus_per_worker=max(1, arguments.cpus - 2)), engines=0) as cluster:
             watch.start()
             begin = time.perf_counter()
-            prepare(run_parts=partial(run_on_cluster, cluster), on_progress=progress)
+            prepare(run_parts=partial(tokenize_on_cluster, cluster), on_progress=progress)
             seconds = time.perf_counter() - begin
             watch.ended.set()
         print(f"\rprepared in {seconds:.0f} s: {arguments.pairs / seconds:,.0f} pairs/s on {cluster.cpus} logical CPUs")

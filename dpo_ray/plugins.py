@@ -25,7 +25,7 @@ def resolve(use: str, registry: Mapping[str, Any], kind: str) -> Any:
     """
     if use in registry:
         return registry[use]
-    refuse_unknown(use, registry, kind)
+    validate_name(use, registry, kind)
     module_name, _, attribute = use.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -37,7 +37,7 @@ def resolve(use: str, registry: Mapping[str, Any], kind: str) -> Any:
         raise ValueError(f"{kind} {use!r}: module {module_name!r} has no attribute {attribute!r}") from None
 
 
-def refuse_unknown(use: str, names: Iterable[str], kind: str) -> None:
+def validate_name(use: str, names: Iterable[str], kind: str) -> None:
     """Raise a ValueError when ``use`` is neither one of ``names`` nor an import path."""
     names = sorted(names)
     if use in names or ":" in use:

@@ -73,7 +73,7 @@ def is_remote(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def reaching(path: Path) -> Iterator[None]:
+def storage_errors(path: Path) -> Iterator[None]:
     """Turn what the client of an object store raises into StorageFailed, which names ``path``; local errors travel."""
     try:
         yield
@@ -82,16 +82,16 @@ def reaching(path: Path) -> Iterator[None]:
     except Exception as error:
         if not is_remote(path):
             raise
-        raise StorageFailed(f"{path} cannot be used: {reason(error)}") from error
+        raise StorageFailed(f"{path} cannot be used: {error_summary(error)}") from error
 
 
-def reason(error: BaseException) -> str:
+def error_summary(error: BaseException) -> str:
     """What an object store said, on one line, with the class of error it was."""
     said = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
 
 
-def refuse_unusable(folder: Path, key: str) -> None:
+def validate_writable(folder: Path, key: str) -> None:
     """Raise a ValueError naming ``key`` unless a remote folder can be written to and read back; it is tried."""
     if not is_remote(folder):
         return
@@ -101,7 +101,7 @@ def refuse_unusable(folder: Path, key: str) -> None:
         probe.read_text()
         probe.unlink()
     except Exception as error:
-        raise ValueError(f"{key}: {folder} cannot be used: {reason(error)}") from error
+        raise ValueError(f"{key}: {folder} cannot be used: {error_summary(error)}") from error
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -117,7 +117,7 @@ def write_atomically(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
-def noted(version: str, folder: Path, find: Callable[[], str]) -> str:
+def cached_text(version: str, folder: Path, find: Callable[[], str]) -> str:
     """``find()``, noted in a folder under ``version`` so that it is found only once.
 
     Args:
@@ -146,7 +146,7 @@ def remove_folder(folder: Path) -> None:
         except FileNotFoundError:
             pass
         except Exception as error:
-            logger.warning("%s is not removed: %s", folder, reason(error))
+            logger.warning("%s is not removed: %s", folder, error_summary(error))
     elif folder.exists():
         shutil.rmtree(folder, onerror=lambda _, name, error: logger.warning("%s: %s", name, error[1]))
 
@@ -163,10 +163,10 @@ def upload_folder(source: Path, folder: Path, *, last: tuple[str, ...]) -> None:
         store.put_file(str(file), cast("Any", folder / file.relative_to(source).as_posix()).path)
 
 
-def growing(path: Path) -> Path:
+def open_appendable(path: Path) -> Path:
     """A local file to append to, for ``path``: itself, or a copy whose growth is uploaded now and then.
 
-    Object stores cannot append. The copy begins with what ``path`` holds; ``upload_growing`` brings it up to date.
+    Object stores cannot append. The copy begins with what ``path`` holds; ``upload_appendable`` brings it up to date.
     """
     if not is_remote(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def growing(path: Path) -> Path:
     return _uploader().copy_of(path)
 
 
-def upload_growing() -> None:
+def upload_appendable() -> None:
     """Upload what this process has added to its growing files.
 
     Raises:
@@ -197,7 +197,7 @@ class _Uploader:
         threading.Thread(target=self._keep_uploading, name="uploads", daemon=True).start()
 
     def copy_of(self, path: Path) -> Path:
-        with self.lock, reaching(path):
+        with self.lock, storage_errors(path):
             if path not in self.files:
                 copy = self.folder / f"{len(self.files)}-{path.name}"
                 with contextlib.suppress(FileNotFoundError):
@@ -210,7 +210,7 @@ class _Uploader:
         with self.lock:
             for path, copy in self.files.items():
                 if copy.exists() and self.sent.get(path) != (version := _version(copy)):
-                    with reaching(path):
+                    with storage_errors(path):
                         path.write_bytes(copy.read_bytes())
                     self.sent[path] = version
 

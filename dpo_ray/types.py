@@ -106,7 +106,7 @@ Metrics = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class TrainResult:
     """How a training loop ended."""
 
     metrics: Metrics
@@ -115,5 +115,5 @@ class Ending:
     """Where it stopped because it was asked to, such as ``step 12 of 40``; None at the end of the run."""
 
 
-class Permanent(RuntimeError):
+class NonRetryableError(RuntimeError):
     """A failure that would come again: starting the training workers again does not help."""

@@ -18,16 +18,16 @@ if __name__ == "__main__":
     parser.add_argument("--merge", action="store_true", help="add adapters to the model")
     arguments = parser.parse_args()
 
-    from dpo_ray.quiet import quieten
+    from dpo_ray.warnings_filter import filter_import_warnings
 
-    quieten()
+    filter_import_warnings()
     from dpo_ray.launch.command import run_command
-    from dpo_ray.storage import folder_at, reaching
+    from dpo_ray.storage import folder_at, storage_errors
     from dpo_ray.train.export import export_checkpoint, find_checkpoint
 
     def export() -> None:
         source, folder = folder_at(arguments.source), folder_at(arguments.folder)
-        with reaching(source):
+        with storage_errors(source):
             checkpoint = find_checkpoint(source, best=arguments.best)
             export_checkpoint(checkpoint, folder, merge=arguments.merge)
         print(f"{checkpoint} is written to {arguments.folder}")

@@ -3,13 +3,13 @@
 from dpo_ray.config.commands import OFFLINE, ONLINE, SWEEP
 from dpo_ray.config.load import (
     config_from_argv,
-    first_difference,
     load_config,
     override,
     parse_overrides,
     write_config,
 )
 from dpo_ray.config.paths import with_absolute_paths
+from dpo_ray.config.resume import first_difference
 from dpo_ray.config.schema import Component, Config
 
 __all__ = [

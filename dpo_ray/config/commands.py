@@ -34,7 +34,7 @@ ONLINE = Command(
 )
 
 
-def refuse_unfit(config: Config, command: Command) -> None:
+def validate_command(config: Config, command: Command) -> None:
     """Raise a ValueError for the first key that the command needs and has not, or has and would ignore."""
     for key, advice in command.needs.items():
         if not _value(config, key):

@@ -5,7 +5,6 @@ line is read as YAML, so ``optim.lr=1e-6``, ``data.eval=[a.jsonl,b.jsonl]`` and 
 mean what they say.
 """
 
-import contextlib
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,10 +18,10 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
-from dpo_ray.config.commands import Command, refuse_unfit
-from dpo_ray.config.paths import refuse_missing
+from dpo_ray.config.commands import Command, validate_command
+from dpo_ray.config.paths import validate_paths
 from dpo_ray.config.schema import Config, Section
-from dpo_ray.storage import StorageFailed, folder_at, reaching
+from dpo_ray.storage import StorageFailed, folder_at, storage_errors
 
 
 class ConfigError(ValueError):
@@ -37,7 +36,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """
     path = folder_at(path) if isinstance(path, str) else path
     try:
-        with reaching(path):
+        with storage_errors(path):
             text = path.read_text(encoding="utf-8")
     except StorageFailed as error:
         raise ConfigError(str(error)) from None
@@ -81,51 +80,7 @@ def write_config(config: Config, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-FIXED_KEYS = (
-    "model.path",
-    "model.chat_template",
-    "model.lora",
-    "reference.kind",
-    "reference.refresh",
-    "data.train",
-    "data.weights",
-    "data.limit",
-    "data.shuffle",
-    "data.max_prompt_tokens",
-    "data.max_completion_tokens",
-    "run.seed",
-    "optim.use",
-    "loss.use",
-    "loss.weights",
-    "loss.weighting",
-    "online.prompts",
-    "online.prompts_per_round",
-    "online.candidates",
-    "online.sampling",
-    "online.judge",
-    "online.select",
-)
-"""Keys that decide what a run trains on, against what, and what its optimizer keeps; a resuming run shares them."""
-
-
-def first_difference(written: Mapping[str, Any], config: Config) -> str | None:
-    """The first of FIXED_KEYS in which ``config`` differs from the tree of an earlier run, as a clause of a message."""
-    current = config.model_dump(mode="json")
-    with contextlib.suppress(ValidationError):
-        # A tree written before a key existed has its default.
-        written = Config.model_validate(written).model_dump(mode="json")
-    for dotted in FIXED_KEYS:
-        section, key = dotted.split(".")
-        before, after = ((tree.get(section) or {}).get(key) for tree in (written, current))
-        if before != after:
-            return (
-                f"{dotted}: {before!r}, this run has {after!r}; give the run another run.name, "
-                "or remove its directory to begin again"
-            )
-    return None
-
-
-def refuse_uninstalled(config: Config) -> None:
+def validate_extras(config: Config) -> None:
     """Raise a ValueError for a setting that needs an optional package that is not here."""
     lora = config.model.lora
     if lora is not None and lora.quantize is not None and find_spec("bitsandbytes") is None:
@@ -155,9 +110,9 @@ def config_from_argv(usage: str, command: Command, argv: Sequence[str] | None = 
         raise SystemExit(0 if arguments else 2)
     try:
         config = load_config(arguments[0], parse_overrides(arguments[1:]))
-        refuse_uninstalled(config)
-        refuse_unfit(config, command)
-        refuse_missing(config)
+        validate_extras(config)
+        validate_command(config, command)
+        validate_paths(config)
         return config
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

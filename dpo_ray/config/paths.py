@@ -25,7 +25,7 @@ def with_absolute_paths(config: Config) -> Config:
     return Config.model_validate(tree)
 
 
-def refuse_missing(config: Config) -> None:
+def validate_paths(config: Config) -> None:
     """Raise a ValueError for a path that can only be local and leads nowhere.
 
     A name like ``org/name`` may be of a model or dataset on the hub; what it is shows when it is opened.

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from dpo_ray.config.agreement import refuse_disagreement
-from dpo_ray.plugins import refuse_unknown
+from dpo_ray.config.cross_checks import validate_sections
+from dpo_ray.plugins import validate_name
 from dpo_ray.storage import folder_at, is_remote
 
 
@@ -47,7 +47,7 @@ def _one_of(kind: str, names: tuple[str, ...]) -> Any:
     def known(use: str | tuple[str, ...]) -> str | tuple[str, ...]:
         try:
             for name in (use,) if isinstance(use, str) else use:
-                refuse_unknown(name, names, kind)
+                validate_name(name, names, kind)
         except ValueError as error:
             raise PydanticCustomError("unknown_component", "{problem}", {"problem": str(error)}) from None
         return use
@@ -354,7 +354,7 @@ class ClusterConfig(Section):
     """Tensor-parallel GPUs of one engine; ignored on a cluster without GPUs."""
     cpus_per_engine: int = Field(1, ge=1)
     """CPUs of one engine; its threads on a CPU cluster."""
-    share_gpus: bool = False
+    colocate: bool = False
     """Engines run on the GPUs of training workers and take turns with them: they sleep while training runs, their
     weights in host memory. Needs online.max_lag 0, and online.engine.gpu_memory_utilization that leaves room for the
     training state (or shard.cpu_offload). Without GPUs nothing is shared but the turns are the same."""
@@ -415,7 +415,7 @@ class SyncConfig(Component):
 
     use: Annotated[str, _one_of("transport", ("auto", *TRANSPORTS))] = "auto"
     """object_store: through Ray's object store, on CPUs and GPUs. nccl: a broadcast between GPUs, where engines have
-    their own. ipc: CUDA IPC on the card itself, with cluster.share_gpus. auto: object_store without GPUs, else nccl or
+    their own. ipc: CUDA IPC on the card itself, with cluster.colocate. auto: object_store without GPUs, else nccl or
     ipc. Or import path."""
 
 
@@ -497,7 +497,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        refuse_disagreement(self)
+        validate_sections(self)
         return self
 
     @property

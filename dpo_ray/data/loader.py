@@ -11,7 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
-from dpo_ray.data.packing import Layout, PackedRow, attended, build_row, deal, row_tokens
+from dpo_ray.data.assignment import attended, balance_micro_batches
+from dpo_ray.data.packing import Layout, PackedRow, build_row, row_tokens
 from dpo_ray.types import TokenPair
 
 
@@ -107,7 +108,7 @@ def micro_batches(
     """This rank's micro-batches of ``pairs``, the lengths of all of them (as in PairSource), and the idle share."""
     lengths = np.asarray(source.lengths[list(pairs)])
     tokens = row_tokens(lengths, shape.layout)
-    dealt = deal(
+    dealt = balance_micro_batches(
         tokens,
         tokens + shape.attention_cost * attended(lengths),
         ranks=shape.shares,

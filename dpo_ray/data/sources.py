@@ -74,7 +74,7 @@ def read_rows(part: Part) -> Iterator[Row]:
     return islice(kind.rows(source, part), part.rows)
 
 
-def cut(sources: Sequence[str], *, rows_per_part: int, limit: int | None = None) -> list[Part]:
+def split_sources(sources: Sequence[str], *, rows_per_part: int, limit: int | None = None) -> list[Part]:
     """Parts of at most ``rows_per_part`` rows that together hold the first ``limit`` rows of ``sources``, in order.
 
     Raises:

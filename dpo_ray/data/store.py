@@ -20,9 +20,9 @@ import numpy as np
 from dpo_ray.config.schema import DataConfig
 from dpo_ray.data.records import Problem, read_pairs
 from dpo_ray.data.report import DataReport, DataReportBuilder
-from dpo_ray.data.sources import Part, Unreadable, cut, source_digest, source_version
+from dpo_ray.data.sources import Part, Unreadable, source_digest, source_version, split_sources
 from dpo_ray.data.tokenize import tokenize_pair, tokenizer_digest
-from dpo_ray.storage import noted
+from dpo_ray.storage import cached_text
 from dpo_ray.types import TokenPair
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def prepare_pairs(
             building = folder / f".building-{uuid4().hex}"
             building.mkdir(parents=True)
             try:
-                parts = cut(sources, rows_per_part=PART_RECORDS, limit=limit)
+                parts = split_sources(sources, rows_per_part=PART_RECORDS, limit=limit)
                 prepare = partial(
                     _prepare_part, folder=building, sources=sources, tokenizer=tokenizer, data_config=data_config
                 )
@@ -169,7 +169,7 @@ def prepare_pairs(
 def _digest_once(source: str, folder: Path) -> str:
     """The digest of a source, noted so that a file is read through only once as long as it does not change."""
     version = source_version(source)
-    return source_digest(source) if version is None else noted(version, folder, lambda: source_digest(source))
+    return source_digest(source) if version is None else cached_text(version, folder, lambda: source_digest(source))
 
 
 def _prepare_part(

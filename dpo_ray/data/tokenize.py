@@ -94,7 +94,7 @@ def tokenize_pair(
     return TokenizedPair(pair, tuple(note for note, applies in notes.items() if applies))
 
 
-class ConversationRefused(ValueError):
+class ChatTemplateError(ValueError):
     """A chat template does not take a conversation."""
 
 
@@ -102,7 +102,7 @@ def render_prompt(messages: Messages, tokenizer: "PreTrainedTokenizerBase") -> t
     """Token ids of a conversation that the model is to continue: chat template and generation prompt.
 
     Raises:
-        ConversationRefused: by the chat template.
+        ChatTemplateError: the chat template rejects the conversation.
         ValueError: the tokenizer has no chat template, or the template is not valid.
     """
     from jinja2 import TemplateError
@@ -110,7 +110,7 @@ def render_prompt(messages: Messages, tokenizer: "PreTrainedTokenizerBase") -> t
     try:
         return tuple(_render(messages, tokenizer, generation_prompt=True))
     except TemplateError as error:
-        raise ConversationRefused(f"the chat template says: {error}") from None
+        raise ChatTemplateError(f"the chat template says: {error}") from None
 
 
 def load_tokenizer(path: str, chat_template: str | None = None) -> "PreTrainedTokenizerBase":

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_ray.config.schema import ClusterConfig
-from dpo_ray.quiet import quieten
+from dpo_ray.warnings_filter import filter_import_warnings
 
 ENVIRONMENT = {
     # Ray Train drains what workers report at this interval; at the default of 2 s each report costs 2 s.
@@ -48,7 +48,7 @@ def cpus_needed(config: ClusterConfig, engines: int, *, runs: int = 1, on_gpus: 
 
     Engines on the GPUs of training workers ask for none: the workers wait while they write.
     """
-    per_engine = 0 if on_gpus and config.share_gpus else config.cpus_per_engine
+    per_engine = 0 if on_gpus and config.colocate else config.cpus_per_engine
     return runs * (config.train_workers * config.cpus_per_worker + engines * per_engine)
 
 
@@ -59,19 +59,19 @@ def runs_that_fit(config: ClusterConfig) -> int:
 
 def gpus_needed(config: ClusterConfig, engines: int) -> int:
     """GPUs that a run on a cluster with GPUs asks for."""
-    return config.train_workers + (0 if config.share_gpus else engines * config.gpus_per_engine)
+    return config.train_workers + (0 if config.colocate else engines * config.gpus_per_engine)
 
 
 def set_environment(config: ClusterConfig) -> None:
     """Set what Ray reads from the environment, some of it as it is imported, where nobody else has."""
-    quieten()
+    filter_import_warnings()
     waits = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{config.start_timeout_s:g}"}
     for name, value in {**ENVIRONMENT, **waits}.items():
         os.environ.setdefault(name, value)
 
 
 @contextlib.contextmanager
-def joined(config: ClusterConfig, *, engines: int, local_runs: int = 1) -> Iterator[Cluster]:
+def ray_cluster(config: ClusterConfig, *, engines: int, local_runs: int = 1) -> Iterator[Cluster]:
     """Join a running cluster (``RAY_ADDRESS``, a submitted job, ``ray start``) or start one here; leave it at the end.
 
     A cluster started here counts logical CPUs, as many as the run needs: a laptop's two cores hold two workers and an
@@ -103,13 +103,13 @@ def joined(config: ClusterConfig, *, engines: int, local_runs: int = 1) -> Itera
             resources = ray.cluster_resources()
             nodes = [node for node in ray.nodes() if node["Alive"]]
             cluster = Cluster(int(resources.get("GPU", 0)), int(resources.get("CPU", 0)), len(nodes))
-            refuse_too_small(cluster, config, engines)
+            validate_capacity(cluster, config, engines)
             yield cluster
     finally:
         ray.shutdown()
 
 
-def here() -> Any:
+def same_node() -> Any:
     """The scheduling strategy that keeps an actor on this process's node."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -117,7 +117,7 @@ def here() -> Any:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def refuse_too_small(cluster: Cluster, config: ClusterConfig, engines: int) -> None:
+def validate_capacity(cluster: Cluster, config: ClusterConfig, engines: int) -> None:
     """Raise a ValueError when the run could never be placed: waiting would be forever."""
     asked = f"cluster.train_workers={config.train_workers}" + (
         f" and cluster.rollout_engines={engines}" if engines else ""

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from dpo_ray.config import Config
-from dpo_ray.launch.cluster import joined, set_environment
+from dpo_ray.launch.cluster import ray_cluster, set_environment
 from dpo_ray.storage import StorageFailed
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
@@ -51,11 +51,11 @@ def run_on_cluster(command: str, config: Config, *arguments: Any, engines: int =
 
     Args:
         command: import path. It is imported while the cluster starts, since either takes seconds.
-        engines, local_runs: see ``joined``.
+        engines, local_runs: see ``ray_cluster``.
     """
     set_environment(config.cluster)
     with ThreadPoolExecutor(1, "import") as beside:
         module, _, name = command.partition(":")
         imported = beside.submit(importlib.import_module, module)
-        with joined(config.cluster, engines=engines, local_runs=local_runs) as cluster:
+        with ray_cluster(config.cluster, engines=engines, local_runs=local_runs) as cluster:
             getattr(imported.result(), name)(config, cluster, *arguments)

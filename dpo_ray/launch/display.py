@@ -12,7 +12,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from dpo_ray.launch.reporting import Status
+from dpo_ray.launch.status import Status
 
 PHASES = {
     "starting": "starting workers",
@@ -43,7 +43,7 @@ FIGURES = (
 
 
 @contextlib.contextmanager
-def shown(read: Callable[[], Status], *, title: str, rounds: int | None, console: Console) -> Iterator[None]:
+def live_display(read: Callable[[], Status], *, title: str, rounds: int | None, console: Console) -> Iterator[None]:
     """Show the status until the block ends.
 
     Args:
@@ -136,7 +136,7 @@ class _Terminal:
 class _Plain:
     def __init__(self, title: str, rounds: int | None, console: Console) -> None:
         self.title, self.rounds, self.console, self.clock = title, rounds, console, _Clock(rounds)
-        self.shown: tuple[str, int | None] | None = None
+        self.live_display: tuple[str, int | None] | None = None
         self.at = 0.0
 
     def __enter__(self) -> "_Plain":
@@ -147,10 +147,10 @@ class _Plain:
 
     def show(self, status: Status) -> None:
         left = self.clock.left(self.clock.share(status))
-        news = self.shown != (status.phase, status.round)
+        news = self.live_display != (status.phase, status.round)
         if not news and time.monotonic() - self.at < PLAIN_EVERY_S:
             return
-        self.shown, self.at = (status.phase, status.round), time.monotonic()
+        self.live_display, self.at = (status.phase, status.round), time.monotonic()
         figures = _figures(status)
         parts = [
             f"[{self.clock.elapsed()}]",

@@ -10,17 +10,17 @@ import torch
 import torch.distributed as dist
 
 from dpo_ray.config import Config
-from dpo_ray.launch.places import Seat
 from dpo_ray.launch.preparation import open_pairs
-from dpo_ray.launch.push import PoolReceiver, build_transport
-from dpo_ray.launch.reporting import RunReporter
-from dpo_ray.sync.ipc import release_unused
+from dpo_ray.launch.rollouts.placement import GpuSlot
+from dpo_ray.launch.rollouts.push import PoolReceiver, build_transport
+from dpo_ray.launch.status import RunReporter
+from dpo_ray.sync.ipc import free_cuda_cache
 from dpo_ray.train.offline import train_offline
 from dpo_ray.train.online import train_online
-from dpo_ray.types import Ending, RoundData, TokenSample
+from dpo_ray.types import RoundData, TokenSample, TrainResult
 
 
-def offline(config: Config, device: torch.device, reporter: RunReporter, handles: dict[str, Any]) -> Ending:
+def offline(config: Config, device: torch.device, reporter: RunReporter, handles: dict[str, Any]) -> TrainResult:
     """A fixed preference set, tokenised before."""
     pairs, held_out = open_pairs(config)
     return train_offline(config, pairs=pairs, held_out=held_out, device=device, reporter=reporter)
@@ -60,19 +60,19 @@ class CoordinatorRounds:
 
     def _make_room(self) -> None:
         if self.shared:
-            release_unused()
+            free_cuda_cache()
             dist.barrier()
 
 
-def online(config: Config, device: torch.device, reporter: RunReporter, handles: dict[str, Any]) -> Ending:
+def online(config: Config, device: torch.device, reporter: RunReporter, handles: dict[str, Any]) -> TrainResult:
     """Rounds, whose pairs come from the coordinator."""
     assert config.online is not None
     coordinator, rank = handles["coordinator"], ray.train.get_context().get_world_rank()
     on_gpus = device.type == "cuda"
-    shared = on_gpus and config.cluster.share_gpus
+    shared = on_gpus and config.cluster.colocate
     sync = build_transport(config, on_gpus=on_gpus)
     if shared:
-        ray.get(coordinator.seat.remote(_seats()))
+        ray.get(coordinator.seat.remote(_gpu_slots()))
     receiver = PoolReceiver(
         coordinator,
         config.online.sync_timeout_s,
@@ -87,10 +87,10 @@ def online(config: Config, device: torch.device, reporter: RunReporter, handles:
         sync.close()
 
 
-def _seats() -> list[Seat]:
+def _gpu_slots() -> list[GpuSlot]:
     """The GPUs of all ranks. A collective."""
     here = ray.get_runtime_context()
     (gpu,) = here.get_accelerator_ids()["GPU"]
     seats: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(seats, Seat(here.get_node_id(), str(gpu)))
+    dist.all_gather_object(seats, GpuSlot(here.get_node_id(), str(gpu)))
     return seats

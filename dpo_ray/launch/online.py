@@ -10,15 +10,15 @@ from rich.console import Console
 
 from dpo_ray.config import Config, with_absolute_paths
 from dpo_ray.data.records import Problem, read_prompts
-from dpo_ray.data.tokenize import ConversationRefused, load_tokenizer, render_prompt
-from dpo_ray.launch.cluster import Cluster, here
-from dpo_ray.launch.coordinator import SPARE_THREADS, Coordinator
-from dpo_ray.launch.display import shown
-from dpo_ray.launch.ending import tell_end
-from dpo_ray.launch.offline import refuse_untrainable
-from dpo_ray.launch.push import BETWEEN_GPUS, build_transport
-from dpo_ray.launch.reporting import start_board
+from dpo_ray.data.tokenize import ChatTemplateError, load_tokenizer, render_prompt
+from dpo_ray.launch.cluster import Cluster, same_node
+from dpo_ray.launch.display import live_display
+from dpo_ray.launch.offline import validate_training
+from dpo_ray.launch.rollouts.coordinator import SPARE_THREADS, Coordinator
+from dpo_ray.launch.rollouts.push import BETWEEN_GPUS, build_transport
 from dpo_ray.launch.run_dir import make_run_dir
+from dpo_ray.launch.status import start_status_actor
+from dpo_ray.launch.summary import print_summary
 from dpo_ray.launch.workers import train_on_workers
 from dpo_ray.rollout.judges import build_judge
 from dpo_ray.rollout.selectors import build_selector
@@ -39,7 +39,7 @@ def run_online(config: Config, cluster: Cluster) -> None:
     """
     console = Console()
     config = with_absolute_paths(config)
-    refuse_unusable(config)
+    validate_online(config)
     assert config.online is not None
     prompts = open_prompts(config, config.online.prompts, "online.prompts", console)
     held_out = open_prompts(config, config.online.eval_prompts, "online.eval_prompts", console)
@@ -51,34 +51,37 @@ def run_online(config: Config, cluster: Cluster) -> None:
     make_run_dir(config)
     started = time.monotonic()
     transport = build_transport(config, on_gpus=cluster.on_gpus)
-    board = start_board()
+    status_actor = start_status_actor()
     title = f"{config.run.name}: {config.online.rounds} rounds of {config.online.prompts_per_round} prompts"
-    with shown(
-        lambda: ray.get(board.read.remote(), timeout=5), title=title, rounds=config.online.rounds, console=console
+    with live_display(
+        lambda: ray.get(status_actor.read.remote(), timeout=5),
+        title=title,
+        rounds=config.online.rounds,
+        console=console,
     ):
         coordinator: Any = (
             ray.remote(Coordinator)
             .options(
                 num_cpus=0,
                 max_concurrency=config.cluster.train_workers + SPARE_THREADS,
-                scheduling_strategy=here(),
+                scheduling_strategy=same_node(),
             )
             .remote(
                 config.model_dump(mode="json"),
                 cluster,
                 prompts,
                 held_out,
-                board,
+                status_actor,
                 transport.worker_extension,
             )
         )
         try:
             # Engines and training workers start side by side; the first push of weights waits for the engines.
             coordinator.start.remote()
-            train_on_workers(config, cluster, LOOP, board=board, handles={"coordinator": coordinator})
+            train_on_workers(config, cluster, LOOP, status_actor=status_actor, handles={"coordinator": coordinator})
         finally:
             _close(coordinator)
-    tell_end(config, console, seconds=time.monotonic() - started)
+    print_summary(config, console, seconds=time.monotonic() - started)
 
 
 def _close(coordinator: Any) -> None:
@@ -89,14 +92,14 @@ def _close(coordinator: Any) -> None:
         logger.warning("the engines could not be asked to end: %s", error)
 
 
-def refuse_unusable(config: Config) -> None:
+def validate_online(config: Config) -> None:
     """Check what can be checked before anything is loaded or started.
 
     Raises:
         ValueError: names the key.
     """
     assert config.online is not None
-    refuse_untrainable(config)
+    validate_training(config)
     build_judge(config.online.judge)
     build_selector(config.online.select)
     build_transport(config, on_gpus=config.online.sync.use in BETWEEN_GPUS)
@@ -124,7 +127,7 @@ def open_prompts(config: Config, sources: Sequence[str], key: str, console: Cons
             continue
         try:
             tokens = len(render_prompt(record.messages, tokenizer))
-        except ConversationRefused as error:
+        except ChatTemplateError as error:
             problems.append(Problem("template_refused", record.source, record.number, str(error)))
             continue
         if tokens > limit:

@@ -17,10 +17,10 @@ from dpo_ray.data.sources import Part
 from dpo_ray.data.store import PairStore, Prepare, RunParts, prepare_pairs
 from dpo_ray.data.tokenize import load_tokenizer
 from dpo_ray.launch.cluster import Cluster
-from dpo_ray.launch.display import shown
-from dpo_ray.launch.reporting import StatusBoard
+from dpo_ray.launch.display import live_display
 from dpo_ray.launch.run_dir import has_work, make_run_dir
-from dpo_ray.storage import reaching
+from dpo_ray.launch.status import StatusActor
+from dpo_ray.storage import storage_errors
 
 PART_TIMEOUT_S = 1800.0
 """Longest wait for the next part of the data, the wait for a free CPU included."""
@@ -29,18 +29,18 @@ AHEAD = 2
 """Parts handed to the cluster for each of its CPUs, so that none waits for the driver."""
 
 
-def tell_data(config: Config, cluster: Cluster, console: Console) -> None:
+def prepare_data(config: Config, cluster: Cluster, console: Console) -> None:
     """Prepare the data on the cluster, print the report and keep it in the run directory.
 
     Raises:
         ValueError: the data cannot be used.
         TimeoutError: the cluster does not get on with it.
     """
-    board = StatusBoard()
-    board.phase("tokenising", 0, 0)
-    with shown(board.read, title=config.run.name, rounds=None, console=console):
+    status = StatusActor()
+    status.phase("tokenising", 0, 0)
+    with live_display(status.read, title=config.run.name, rounds=None, console=console):
         pairs, held_out = open_pairs(
-            config, run_parts=partial(run_on_cluster, cluster), on_progress=partial(board.phase, "tokenising")
+            config, run_parts=partial(tokenize_on_cluster, cluster), on_progress=partial(status.phase, "tokenising")
         )
     run_dir = make_run_dir(config)
     stores = {"data.train": pairs} | ({"data.eval": held_out} if held_out else {})
@@ -48,12 +48,12 @@ def tell_data(config: Config, cluster: Cluster, console: Console) -> None:
         console.print(store.report.text(name), highlight=False, markup=False, soft_wrap=True)
     told = {name: {**store.report.to_dict(), "digest": store.digest} for name, store in stores.items()}
     file = run_dir / "data.json"
-    with reaching(run_dir):
-        _refuse_changed(file, pairs)
+    with storage_errors(run_dir):
+        _validate_same_pairs(file, pairs)
         file.write_text(json.dumps(told, indent=1), encoding="utf-8")
 
 
-def _refuse_changed(file: Path, pairs: PairStore) -> None:
+def _validate_same_pairs(file: Path, pairs: PairStore) -> None:
     """Raise a ValueError where the run was begun with other training pairs from the same places."""
     begun = json.loads(file.read_text(encoding="utf-8")) if file.exists() and has_work(file.parent) else {}
     before = begun.get("data.train", {}).get("digest", pairs.digest)
@@ -84,7 +84,7 @@ def open_pairs(
     return pairs, prepare(config.data.eval, kind="eval") if config.data.eval else None
 
 
-def run_on_cluster(
+def tokenize_on_cluster(
     cluster: Cluster, prepare: Prepare, parts: Sequence[tuple[int, Part]]
 ) -> Iterator[DataReportBuilder]:
     """Apply ``prepare`` to every part as tasks of the cluster; a single part is not worth a process and runs here."""

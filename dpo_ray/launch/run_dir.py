@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 
 from dpo_ray.config import Config, first_difference, write_config
-from dpo_ray.storage import reaching
+from dpo_ray.storage import storage_errors
 
 WORK = ("rounds/*/manifest.json", "checkpoints/*/complete.json", "evaluations/*.jsonl")
 """What a run leaves that a later one of the same name goes on from."""
@@ -24,7 +24,7 @@ def make_run_dir(config: Config) -> Path:
     """
     run_dir = config.run.path
     file = run_dir / "config.yaml"
-    with reaching(run_dir):
+    with storage_errors(run_dir):
         if file.exists() and has_work(run_dir):
             written = yaml.safe_load(file.read_text(encoding="utf-8"))
             if difference := first_difference(written, config):

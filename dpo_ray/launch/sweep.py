@@ -19,12 +19,12 @@ from rich.table import Table
 from dpo_ray.config import Config, override, with_absolute_paths, write_config
 from dpo_ray.launch.cluster import SPARE_CPUS, Cluster
 from dpo_ray.launch.command import TrainingFailed
-from dpo_ray.launch.display import shown
-from dpo_ray.launch.offline import refuse_unusable, train
-from dpo_ray.launch.preparation import tell_data
-from dpo_ray.launch.reporting import Status, start_board
+from dpo_ray.launch.display import live_display
+from dpo_ray.launch.offline import train, validate_offline
+from dpo_ray.launch.preparation import prepare_data
 from dpo_ray.launch.run_dir import make_run_dir
 from dpo_ray.launch.spaces import find_space
+from dpo_ray.launch.status import Status, start_status_actor
 
 TRIAL_CPUS = 0.01
 """A trial's own process only waits for its workers; Tune refuses to place a trial that asks for nothing."""
@@ -89,16 +89,16 @@ def run_sweep(config: Config, cluster: Cluster, space: str) -> None:
     config = with_absolute_paths(config)
     if config.run.remote:
         raise ValueError(f"run.dir is {config.run.dir!r}: a sweep needs a path that all nodes mount")
-    refuse_unusable(config)
+    validate_offline(config)
     for key in sweep.space:
-        _refuse_unknown(config, key)
+        _validate_key(config, key)
     run_dir = make_run_dir(config)
     samples = config.sweep.samples or sweep.samples
-    tell_data(config, cluster, console)
+    prepare_data(config, cluster, console)
     concurrent = min(samples, config.sweep.concurrent or _trials_at_a_time(config, cluster))
     console.print(f"{samples} trials, {concurrent} at a time", highlight=False)
     progress = _Progress(samples)
-    with shown(
+    with live_display(
         lambda: progress.status, title=f"{config.run.name}: sweep of {samples} trials", rounds=None, console=console
     ):
         results = _fit(config, sweep, samples, concurrent, run_dir, progress, cluster)
@@ -112,8 +112,8 @@ def _fit(
     def trial(sample: dict[str, Any]) -> None:
         chosen = _of_trial(config, sample, run_dir, ray.tune.get_context().get_trial_id())
         make_run_dir(chosen)
-        board = start_board()
-        train(chosen, cluster, board, callbacks=[TuneReportCallback()])
+        status_actor = start_status_actor()
+        train(chosen, cluster, status_actor, callbacks=[TuneReportCallback()])
 
     tuner = ray.tune.Tuner(
         ray.tune.with_resources(trial, {"CPU": TRIAL_CPUS}),
@@ -140,7 +140,7 @@ def _of_trial(config: Config, sample: Mapping[str, Any], run_dir: Path, name: st
     )
 
 
-def _refuse_unknown(config: Config, key: str) -> None:
+def _validate_key(config: Config, key: str) -> None:
     section, _, name = key.rpartition(".")
     known = config
     for part in section.split(".") if section else []:
@@ -208,7 +208,7 @@ def rank(trials: Sequence[Trial], sweep: Sweep) -> list[Trial]:
 
 
 def _tell(config: Config, sweep: Sweep, trials: Sequence[Trial], run_dir: Path, console: Console) -> None:
-    from dpo_ray.evaluate.report import write_sweep_report
+    from dpo_ray.report.page import write_sweep_report
 
     ranked = rank(trials, sweep)
     failed = [trial for trial in trials if trial not in ranked]

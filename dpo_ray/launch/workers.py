@@ -21,17 +21,19 @@ import ray.train.torch
 from dpo_ray.config import Config
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.command import Stopped, TrainingFailed
-from dpo_ray.launch.reporting import RunReporter, log_to_run
+from dpo_ray.launch.status import RunReporter, log_to_run
+from dpo_ray.ops.cpu import cpu_environment
 from dpo_ray.plugins import resolve
-from dpo_ray.storage import StorageFailed, upload_growing
-from dpo_ray.types import Metrics, Permanent
+from dpo_ray.storage import StorageFailed, upload_appendable
+from dpo_ray.types import Metrics, NonRetryableError
 
 START_FAILURES = 3
 """How often a worker group may fail to start before the run fails; Ray's own default retries for ever."""
 
 
 FATAL = (
-    ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError, StorageFailed, Permanent,
+    ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError,
+    StorageFailed, NonRetryableError,
 )  # fmt: skip
 """Errors that would come again: workers are restarted for dead processes and broken connections, not for these."""
 BOARD_TIMEOUT_S = 30.0
@@ -46,7 +48,7 @@ def train_on_workers(
     cluster: Cluster,
     loop: str,
     *,
-    board: Any,
+    status_actor: Any,
     handles: dict[str, Any],
     callbacks: list[Any] | None = None,
 ) -> Metrics:
@@ -74,7 +76,7 @@ def train_on_workers(
         train_loop_config={
             "config": config.model_dump(mode="json"),
             "loop": loop,
-            "board": board,
+            "board": status_actor,
             "on_gpus": cluster.on_gpus,
             "to_train": bool(callbacks),
             "handles": handles,
@@ -98,11 +100,11 @@ def train_on_workers(
     )
     returned: dict[str, Any]
     try:
-        returned = _fit(trainer, board, size.stop_timeout_s).return_value or {}
+        returned = _fit(trainer, status_actor, size.stop_timeout_s).return_value or {}
     except ray.train.TrainingFailedError as error:
         # What one worker gave up over, rather than what its end did to the others.
-        fatal = ray.get(board.fatal.remote(), timeout=BOARD_TIMEOUT_S)
-        returned = {"failed": fatal or _cause(error)}
+        fatal_error = ray.get(status_actor.fatal_error.remote(), timeout=BOARD_TIMEOUT_S)
+        returned = {"failed": fatal_error or _cause(error)}
     finally:
         if config.run.remote:
             shutil.rmtree(notes, ignore_errors=True)
@@ -113,7 +115,7 @@ def train_on_workers(
     return returned.get("metrics", {})
 
 
-def _fit(trainer: Any, board: Any, stop_timeout_s: float) -> Any:
+def _fit(trainer: Any, status_actor: Any, stop_timeout_s: float) -> Any:
     """``trainer.fit()``, which the first Ctrl-C or SIGTERM asks to stop and the second ends at once.
 
     The first does too where no step has been taken yet: nothing would be saved, and loading may take minutes. Ray Train
@@ -139,7 +141,7 @@ def _fit(trainer: Any, board: Any, stop_timeout_s: float) -> Any:
             if deadline < float("inf"):
                 raise
             deadline = time.monotonic() + stop_timeout_s
-            if not _asked_with_work_to_save(board):
+            if not _asked_with_work_to_save(status_actor):
                 raise
             print("stopping where the run can go on from (again to end at once)", file=sys.stderr)
         if time.monotonic() > deadline:
@@ -147,10 +149,10 @@ def _fit(trainer: Any, board: Any, stop_timeout_s: float) -> Any:
     return result.result()
 
 
-def _asked_with_work_to_save(board: Any) -> bool:
+def _asked_with_work_to_save(status_actor: Any) -> bool:
     """Ask the workers to stop; whether that saves anything. Where the board is gone, nobody can ask them."""
     try:
-        return ray.get(board.ask_to_stop.remote(), timeout=BOARD_TIMEOUT_S)
+        return ray.get(status_actor.ask_to_stop.remote(), timeout=BOARD_TIMEOUT_S)
     except ray.exceptions.RayError:
         return False
 
@@ -167,53 +169,39 @@ def collective_timeout_s(config: Config) -> int:
     return max(SHORTEST_COLLECTIVE_S, int(waits + config.cluster.start_timeout_s) + 300)
 
 
-def cpu_environment(threads: int) -> dict[str, str]:
-    """Environment variables of a training worker on a CPU.
-
-    Large tensors come and go in every layer. glibc would return each to the system and fault it in again, page by page,
-    which takes a fifth of a step; above these sizes in bytes it would still.
-    """
-    return {
-        "OMP_NUM_THREADS": str(threads),
-        "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
-        "MALLOC_TRIM_THRESHOLD_": str(8 * 2**30),
-        "MALLOC_TOP_PAD_": str(64 * 2**20),
-    }
-
-
 def _on_each_rank(given: dict[str, Any]) -> Metrics:
     config = Config.model_validate(given["config"])
-    rank, board = ray.train.get_context().get_world_rank(), given["board"]
-    if failed := ray.get(board.fatal.remote()):
+    rank, status_actor = ray.train.get_context().get_world_rank(), given["board"]
+    if failed := ray.get(status_actor.fatal_error.remote()):
         return {"failed": failed}
 
     try:
         if not config.run.remote:
-            _refuse_unseen(config.run.path)
+            _validate_run_dir_visible(config.run.path)
         log_to_run(config.run.path, f"worker-{rank}")
         logging.getLogger("ray.train").setLevel(logging.WARNING)
 
         import torch  # once what it says goes to the log
 
         device = torch.device("cuda", torch.cuda.current_device()) if given["on_gpus"] else torch.device("cpu")
-        reporter = RunReporter(config.run.path, board, rank, to_train=given["to_train"])
+        reporter = RunReporter(config.run.path, status_actor, rank, to_train=given["to_train"])
         ending = resolve(given["loop"], {}, "loop")(config, device, reporter, given["handles"])
-        upload_growing()
+        upload_appendable()
         return asdict(ending)
     except Exception as error:
         if not _would_come_again(error):
             raise
         # The other ranks wait in a collective and can only be ended by ending all; the next start reads this and stops.
         cause = getattr(error, "cause", None) or error
-        ray.get(board.give_up.remote(f"{type(cause).__name__}: {cause}"))
+        ray.get(status_actor.report_fatal.remote(f"{type(cause).__name__}: {cause}"))
         raise
     finally:
         # Of a run that failed, what it said of it: as far as the storage takes it.
         with contextlib.suppress(StorageFailed):
-            upload_growing()
+            upload_appendable()
 
 
-def _refuse_unseen(run_dir: Path) -> None:
+def _validate_run_dir_visible(run_dir: Path) -> None:
     """Raise a ValueError where this process does not see what the driver wrote to the run directory."""
     if not (run_dir / "config.yaml").exists():
         raise ValueError(

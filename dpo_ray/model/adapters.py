@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from dpo_ray.config.schema import LoraConfig, ModelConfig
-from dpo_ray.model.load import build_model
+from dpo_ray.config.schema import LoraConfig
 from dpo_ray.model.quantized import quantize_base
 
 if TYPE_CHECKING:
@@ -90,20 +89,22 @@ def adapter_product(layer: Any, gather: Any) -> Tensor:
     return layer.scaling[ADAPTER] * (b @ a)
 
 
-def save_adapter(weights: dict[str, Tensor], model: ModelConfig, folder: Path) -> None:
+def save_adapter(
+    weights: dict[str, Tensor], base: "PreTrainedModel", base_path: str, lora: LoraConfig, folder: Path
+) -> None:
     """Write adapters as a peft directory.
 
     Args:
-        weights: full adapter weights under the names they have in the model.
-        model: what they belong to.
-        folder: made anew.
+        weights: full adapter weights under the names that they have in the model.
+        base: the model's architecture, without weights.
+        base_path: hub id or directory of the base model, written to the adapter's configuration.
+        folder: created.
     """
     from peft import get_peft_model
 
-    assert model.lora is not None
-    config = _peft_config(model.lora)
-    config.base_model_name_or_path = model.path
-    empty = get_peft_model(build_model(model, with_weights=False), config, adapter_name=ADAPTER)
+    config = _peft_config(lora)
+    config.base_model_name_or_path = base_path
+    empty = get_peft_model(base, config, adapter_name=ADAPTER)
     empty.save_pretrained(str(folder), state_dict={f"base_model.model.{name}": w for name, w in weights.items()})
 
 

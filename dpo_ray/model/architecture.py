@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
-from dpo_ray.storage import file_version, noted
+from dpo_ray.storage import cached_text, file_version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -89,4 +89,4 @@ def _file_digest(file: Path, notes: Path) -> str:
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
-    return noted(file_version(file), notes, read_through)
+    return cached_text(file_version(file), notes, read_through)

@@ -4,6 +4,7 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from dpo_ray.model.adapters import adapter_product, save_adapter
 from dpo_ray.model.load import build_model
 from dpo_ray.model.quantized import NF4Linear
 from dpo_ray.model.scorer import Scorer
-from dpo_ray.model.shard import DTYPES
-from dpo_ray.storage import is_remote, reaching, upload_folder
+from dpo_ray.objective.precision import DTYPES
+from dpo_ray.storage import is_remote, storage_errors, upload_folder
 
 BASE = ".base_layer."
 """What peft puts into the name of a weight that has adapters."""
@@ -58,7 +59,7 @@ def export_policy(policy: Scorer, model: ModelConfig, tokenizer: PreTrainedToken
         adapters = ((name, p) for name, p in policy.model.named_parameters() if ".lora_" in name)
         weights = _kept_on_first((name, _gathered(p.detach())) for name, p in adapters)
         if dist.get_rank() == 0:
-            write_whole(run_dir / "adapter", lambda folder: save_adapter(weights, model, folder), tokenizer)
+            write_whole(run_dir / "adapter", partial(write_adapter, weights, model), tokenizer)
     if model.lora is None or model.lora.merge:
         merged = _kept_on_first(named_weights(policy, DTYPES[model.dtype]))
         kept = policy.model.state_dict().keys()
@@ -66,6 +67,12 @@ def export_policy(policy: Scorer, model: ModelConfig, tokenizer: PreTrainedToken
         if dist.get_rank() == 0:
             write_whole(run_dir / "policy", lambda folder: save_policy(merged, model, folder), tokenizer)
     dist.barrier()
+
+
+def write_adapter(weights: dict[str, Tensor], model: ModelConfig, folder: Path) -> None:
+    """Write full adapter weights as a peft directory."""
+    assert model.lora is not None
+    save_adapter(weights, build_model(model, with_weights=False), model.path, model.lora, folder)
 
 
 def save_policy(weights: Mapping[str, Tensor], model: ModelConfig, folder: Path) -> None:
@@ -107,7 +114,7 @@ def write_whole(folder: Path, write: Callable[[Path], None], tokenizer: PreTrain
     if is_remote(folder):
         with tempfile.TemporaryDirectory(prefix="dpo_ray-") as local:
             write_whole(Path(local) / folder.name, write, tokenizer)
-            with reaching(folder):
+            with storage_errors(folder):
                 upload_folder(Path(local) / folder.name, folder, last=CONFIGURATIONS)
         return
     unfinished = folder.with_name(folder.name + ".unfinished")

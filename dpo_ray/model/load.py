@@ -5,16 +5,26 @@ full copy.
 """
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-from dpo_ray.config.schema import ModelConfig
+from dpo_ray.config.schema import ModelConfig, ShardConfig
+from dpo_ray.model.adapters import add_adapters
 from dpo_ray.model.architecture import read_model_config
-from dpo_ray.model.attention import use_packed_attention
-from dpo_ray.model.flex import use_flex_attention
-from dpo_ray.model.tensor_parallel import plan_split
+from dpo_ray.model.scorer import Scorer
+from dpo_ray.objective.precision import DTYPES
+from dpo_ray.ops.attention import use_packed_attention
+from dpo_ray.ops.flex import use_flex_attention
+from dpo_ray.ops.float8 import use_float8, validate_float8_device
+from dpo_ray.ops.linear import use_float32_products
+from dpo_ray.parallel.activations import apply_activation_checkpointing, offload_activations
+from dpo_ray.parallel.context import Context
+from dpo_ray.parallel.fsdp import apply_fsdp, load_full_state
+from dpo_ray.parallel.tensor import apply_tensor_parallel, plan_split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -51,7 +61,7 @@ def build_model(
         ValueError: the model cannot be read, or attends in a way that packed rows cannot express.
     """
     config = read_model_config(model.path)
-    _refuse_mixing(model, config)
+    _validate_attention(model, config)
     for name, value in vars(config).items():
         if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
             setattr(config, name, 0.0)
@@ -70,7 +80,55 @@ def build_model(
     return built
 
 
-def refuse_unsplittable(model: ModelConfig, ranks: int) -> None:
+def load_sharded(
+    model: ModelConfig,
+    shard: ShardConfig,
+    mesh: DeviceMesh,
+    device: torch.device,
+    *,
+    context: Context,
+    trainable: bool,
+) -> Scorer:
+    """A scorer with its weights spread over the mesh.
+
+    Trainable weights are float32 masters that compute in ``model.dtype`` with gradients reduced in float32; frozen
+    ones, and with ``model.lora`` all but the adapters, are kept in the compute dtype.
+    """
+    if model.fp8:
+        validate_float8_device(device)
+    compute = DTYPES[model.dtype]
+    first = dist.get_rank() == 0
+    masters = trainable and model.lora is None
+    built = build_model(model, with_weights=first, dtype=torch.float32 if masters else compute, device_type=device.type)
+    if trainable and model.lora is not None:
+        add_adapters(built, model.lora)
+    if model.fp8:
+        decoder: Any = built.get_decoder()
+        use_float8(decoder.layers)
+    if device.type == "cpu" and compute == torch.bfloat16:
+        use_float32_products(built)
+    weights = {f"model.{name}": tensor for name, tensor in built.state_dict().items()} if first else {}
+    if shard.tensor_parallel > 1:
+        apply_tensor_parallel(built, mesh["tensor"])
+    scorer = Scorer(built, context)
+    if not trainable:
+        scorer.requires_grad_(False)
+    for layer in scorer.layers:
+        if shard.compile:
+            # Without the hooks of FSDP, which are not compiled. Rows have any length.
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        if trainable:
+            apply_activation_checkpointing(layer, shard.activation_checkpointing)
+    if trainable and shard.activation_offload:
+        offload_activations(built.get_decoder(), device)
+    scorer.train(trainable)
+    apply_fsdp(scorer, scorer.layers, shard, mesh, compute, device)
+    if dist.get_world_size() > 1:
+        load_full_state(scorer, weights, torch.device("cpu") if shard.cpu_offload else device, device)
+    return scorer
+
+
+def validate_tensor_parallel(model: ModelConfig, ranks: int) -> None:
     """Check, without its weights, that the layers of a model can be split over ``ranks``.
 
     Raises:
@@ -79,7 +137,7 @@ def refuse_unsplittable(model: ModelConfig, ranks: int) -> None:
     plan_split(build_model(model, with_weights=False), ranks)
 
 
-def _refuse_mixing(model: ModelConfig, config: "PreTrainedConfig") -> None:
+def _validate_attention(model: ModelConfig, config: "PreTrainedConfig") -> None:
     """Only attention that is told of them keeps the sequences of a packed row apart."""
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     what = f"model.path: {model.path!r} is a {config.model_type}"

@@ -13,21 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from dpo_ray.data.packing import PackedRow, attention_mask
-from dpo_ray.model.attention import PACKED
-from dpo_ray.model.context_parallel import ALONE, Context, Part
-from dpo_ray.model.flex import FLEX, span_mask
-from dpo_ray.model.tensor_parallel import local_head
 from dpo_ray.objective import head
-from dpo_ray.objective.head import Group, Head, LogitTransform, Losses
-from dpo_ray.objective.logps import PairLogps, TokenScores, as_pairs, sequence_sums, wpo_weights
+from dpo_ray.objective.head import ChunkedLosses, Group, Head, LogitTransform
+from dpo_ray.objective.logps import PairLogps, TokenLogps, as_pairs, sequence_sums, wpo_weights
+from dpo_ray.ops.attention import PACKED
+from dpo_ray.ops.flex import FLEX, span_mask
+from dpo_ray.parallel.context import ALONE, Context, RowShard
+from dpo_ray.parallel.tensor import local_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ReadOut = Callable[[Tensor, Head, Part], Any]
+ReadOut = Callable[[Tensor, Head, RowShard], Any]
 """(hidden, head, part) -> what is wanted of a row; hidden: (n, D) before each of the completion tokens in
 ``part.row.labels``."""
-Scores = Callable[[PackedRow, ReadOut], Any]
+LogpsModel = Callable[[PackedRow, ReadOut], Any]
 """A Scorer, or what answers like one."""
 Weighting = Literal["none", "wpo"]
 
@@ -58,20 +58,20 @@ class Scorer(nn.Module):
 
         The head is read out within the forward pass because only there FSDP has its weights in one piece.
         """
-        part = self.context.part(row)
+        part = self.context.shard(row)
         hidden = self.model.get_decoder()(
             input_ids=part.row.input_ids, position_ids=part.row.position_ids, use_cache=False, **self.attention(part)
         ).last_hidden_state  # (1, t, D)
         return read_out(hidden[0, part.row.source], local_head(self.model, self.transform), part)
 
 
-def _masked(part: Part) -> dict[str, Any]:
+def _masked(part: RowShard) -> dict[str, Any]:
     if part.shared:
         raise NotImplementedError("rows that ranks share need model.attention: auto or flex")
     return {"attention_mask": attention_mask(part.row)}
 
 
-ATTENTION: Mapping[str, Callable[[Part], dict[str, Any]]] = {
+ATTENTION: Mapping[str, Callable[[RowShard], dict[str, Any]]] = {
     PACKED: lambda part: {"spans": part.row.spans, "pieces": part.pieces, "gather": part.gather},
     FLEX: lambda part: {
         "spans": span_mask(part.row.spans, part.row.input_ids.device, part.tokens),
@@ -82,21 +82,21 @@ ATTENTION: Mapping[str, Callable[[Part], dict[str, Any]]] = {
 
 
 @torch.no_grad()
-def token_logps(scorer: Scores, row: PackedRow) -> Tensor:
+def token_logps(scorer: LogpsModel, row: PackedRow) -> Tensor:
     """(N,) log-probability of each completion token in ``row``, nats, float32."""
 
-    def read_out(hidden: Tensor, of_model: Head, part: Part) -> Tensor:
+    def read_out(hidden: Tensor, of_model: Head, part: RowShard) -> Tensor:
         return part.complete(head.token_logps(hidden, of_model, part.row.labels).logps)
 
     return scorer(row, read_out)
 
 
-def sequence_logps(scorer: Scores, row: PackedRow) -> Tensor:
+def sequence_logps(scorer: LogpsModel, row: PackedRow) -> Tensor:
     """(S,) log-probability of each completion in ``row``, summed over its tokens, nats, float32."""
     return sequence_sums(token_logps(scorer, row), row.sequence, row.lengths.numel())
 
 
-def pair_logps(scorer: Scores, row: PackedRow) -> PairLogps:
+def pair_logps(scorer: LogpsModel, row: PackedRow) -> PairLogps:
     """Summed log-probabilities of the pairs in ``row``."""
     return as_pairs(sequence_logps(scorer, row), row.lengths)
 
@@ -114,7 +114,7 @@ class PairLosses:
 
 
 def pair_losses(
-    scorer: Scores,
+    scorer: LogpsModel,
     row: PackedRow,
     loss: Callable[[PairLogps, slice], Tensor],
     *,
@@ -135,21 +135,21 @@ def pair_losses(
     with_squares = weighting == "wpo"
     ends = (0, *itertools.accumulate(row.pair_tokens))
 
-    def policy_of(pairs: slice, scores: TokenScores) -> PairLogps:
+    def policy_of(pairs: slice, scores: TokenLogps) -> PairLogps:
         sequences, tokens = slice(2 * pairs.start, 2 * pairs.stop), slice(ends[pairs.start], ends[pairs.stop])
         lengths, sequence = row.lengths[sequences], row.sequence[tokens] - sequences.start
         weights = wpo_weights(scores, sequence, lengths) if with_squares else None
         return as_pairs(sequence_sums(scores.logps, sequence, lengths.numel()), lengths, weights)
 
-    def read_out(hidden: Tensor, of_model: Head, part: Part) -> Losses:
-        def complete(scores: TokenScores) -> TokenScores:
+    def read_out(hidden: Tensor, of_model: Head, part: RowShard) -> ChunkedLosses:
+        def complete(scores: TokenLogps) -> TokenLogps:
             squares = part.complete(scores.log_sum_squares) if with_squares else scores.log_sum_squares
-            return TokenScores(part.complete(scores.logps), squares)
+            return TokenLogps(part.complete(scores.logps), squares)
 
-        def objective(group: Group, scores: TokenScores) -> Tensor:
+        def objective(group: Group, scores: TokenLogps) -> Tensor:
             return loss(policy_of(group.pairs, complete(scores)), group.pairs)
 
-        found = head.pair_losses(
+        found = head.chunked_pair_losses(
             hidden,
             of_model,
             part.row.labels,
@@ -159,9 +159,9 @@ def pair_losses(
             with_squares=with_squares,
             together=part.shared,
         )
-        return Losses(found.total, found.each, complete(found.scores))
+        return ChunkedLosses(found.total, found.each, complete(found.scores))
 
-    found: Losses = scorer(row, read_out)
+    found: ChunkedLosses = scorer(row, read_out)
     return PairLosses(found.total, found.each, policy_of(slice(0, len(row.pair_tokens)), found.scores))
 
 

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo_ray.objective.logps import TokenScores
+from dpo_ray.objective.logps import TokenLogps
+from dpo_ray.objective.precision import bfloat16_products
 
 CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}
 """Size of the float32 logits of one chunk, by kind of device; the only (tokens x V) memory in use at a time."""
@@ -80,14 +81,14 @@ class Head:
         return torch.where(here, rows, 0), here
 
 
-class Losses(NamedTuple):
+class ChunkedLosses(NamedTuple):
     """Losses of B pairs."""
 
     total: Tensor
     """() sum of the losses; the only one with history."""
     each: Tensor
     """(B,) float32."""
-    scores: TokenScores
+    scores: TokenLogps
     """Of all completion tokens."""
 
 
@@ -98,14 +99,14 @@ class Group(NamedTuple):
     tokens: slice
 
 
-Objective = Callable[[Group, TokenScores], Tensor]
+Objective = Callable[[Group, TokenLogps], Tensor]
 """(group, scores of its tokens) -> one loss for each of its pairs."""
 
 
 @torch.no_grad()
 def token_logps(
     hidden: Tensor, head: Head, labels: Tensor, *, chunk: int | None = None, with_squares: bool = False
-) -> TokenScores:
+) -> TokenLogps:
     """Log-probability of each label, in float32 and without history.
 
     Args:
@@ -121,7 +122,7 @@ def token_logps(
     return scores
 
 
-def pair_losses(
+def chunked_pair_losses(
     hidden: Tensor,
     head: Head,
     labels: Tensor,
@@ -131,7 +132,7 @@ def pair_losses(
     chunk: int | None = None,
     with_squares: bool = False,
     together: bool = False,
-) -> Losses:
+) -> ChunkedLosses:
     """Losses of pairs, and in the same pass over the logits their gradients.
 
     The pairs are taken in groups whose logits fit one chunk: log-probabilities, losses and the gradients by hidden
@@ -155,7 +156,7 @@ def pair_losses(
         hidden, head.weight, head.bias, head, labels, tuple(pair_tokens), objective, chunk or head.chunk,
         with_squares, together, torch.is_grad_enabled(),
     )  # fmt: skip
-    return Losses(total, each, TokenScores(*scores))
+    return ChunkedLosses(total, each, TokenLogps(*scores))
 
 
 class _PairLosses(torch.autograd.Function):
@@ -222,7 +223,7 @@ class _Softmax(NamedTuple):
     slope: Tensor | float
     """Derivative of the logits by the head's output."""
 
-    def write(self, scores: TokenScores, part: slice, head: Head) -> None:
+    def write(self, scores: TokenLogps, part: slice, head: Head) -> None:
         """Enter what is wanted of it at ``part`` of the scores."""
         scores.logps[part] = self.logps
         if scores.log_sum_squares.numel():
@@ -247,14 +248,14 @@ def _softmax(hidden: Tensor, head: Head, labels: Tensor) -> _Softmax:
     return _Softmax(exponentials, sums, of_labels - sums.log(), slope)
 
 
-def _slopes(objective: Objective, group: Group, scores: TokenScores, wanted: bool) -> tuple[Tensor, Tensor]:
+def _slopes(objective: Objective, group: Group, scores: TokenLogps, wanted: bool) -> tuple[Tensor, Tensor]:
     """A group's losses, and the derivative of their sum by the log-probability of each of its tokens."""
     logps, squares = scores.logps[group.tokens], scores.log_sum_squares[group.tokens]
     if not wanted:
-        return objective(group, TokenScores(logps, squares)), logps
+        return objective(group, TokenLogps(logps, squares)), logps
     with torch.enable_grad():
         leaf = logps.clone().requires_grad_()
-        losses = objective(group, TokenScores(leaf, squares))
+        losses = objective(group, TokenLogps(leaf, squares))
         (slopes,) = torch.autograd.grad(losses.sum(), leaf)
     return losses.detach(), slopes
 
@@ -288,9 +289,9 @@ class _Gradients:
             _add_product(self.by_weight, by_logits.t(), hidden[part] * factor, hidden.dtype)
 
 
-def _empty_scores(labels: Tensor, with_squares: bool) -> TokenScores:
+def _empty_scores(labels: Tensor, with_squares: bool) -> TokenLogps:
     logps = torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
-    return TokenScores(logps, logps.new_empty(labels.shape if with_squares else 0))
+    return TokenLogps(logps, logps.new_empty(labels.shape if with_squares else 0))
 
 
 def _parts(tokens: slice, chunk: int) -> Iterator[slice]:
@@ -327,16 +328,3 @@ def _add_product(to: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
         return
     with bfloat16_products() if dtype == torch.bfloat16 else contextlib.nullcontext():
         to.addmm_(a, b)
-
-
-@contextlib.contextmanager
-def bfloat16_products() -> Iterator[None]:
-    """Let float32 matrix products on a CPU round their inputs, not their sums, to bfloat16: as fast as bfloat16."""
-    mkldnn: Any = torch.backends.mkldnn  # as imported, an object with more attributes than the module declares
-    settings = mkldnn.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before

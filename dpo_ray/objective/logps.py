@@ -32,7 +32,7 @@ class PairLogps:
         )
 
 
-class TokenScores(NamedTuple):
+class TokenLogps(NamedTuple):
     """What a head says of N labels. A tuple, so that FSDP finds the tensors in what a module returns."""
 
     logps: Tensor
@@ -61,7 +61,7 @@ def as_pairs(logps: Tensor, tokens: Tensor, weights: Tensor | None = None) -> Pa
     return PairLogps(logps[0::2], logps[1::2], tokens[0::2], tokens[1::2], product)
 
 
-def wpo_weights(scores: TokenScores, sequence: Tensor, tokens: Tensor) -> Tensor:
+def wpo_weights(scores: TokenLogps, sequence: Tensor, tokens: Tensor) -> Tensor:
     """How likely the policy is to write each sequence: the weights of WPO.
 
     The geometric mean, over the sequence's tokens, of the label's probability over what a token drawn from the policy

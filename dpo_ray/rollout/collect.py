@@ -39,10 +39,10 @@ def seed_of(run_seed: int, round: int, prompt_index: int) -> int:
 
     Hashed, so that neighbouring prompts do not share seeds when the i-th candidate uses ``seed + i``.
     """
-    return spread(run_seed, round, prompt_index) % SEEDS
+    return stable_hash(run_seed, round, prompt_index) % SEEDS
 
 
-def spread(*key: int) -> int:
+def stable_hash(*key: int) -> int:
     """A 64-bit number that depends on every part of ``key`` and looks random; the same in every process."""
     digest = hashlib.blake2b("/".join(str(int(part)) for part in key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")

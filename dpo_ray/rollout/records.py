@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dpo_ray.rollout.collect import spread
+from dpo_ray.rollout.collect import stable_hash
 from dpo_ray.types import CompletionGroup, Dropped, RoundData, ScoredPair, TokenPair, TokenSample
 
 Line = dict[str, Any]
@@ -206,7 +206,7 @@ def _token_sample(line: Line) -> TokenSample | None:
     written = [candidate for candidate in line["candidates"] if candidate["token_ids"]]
     if not written:
         return None
-    picked = written[spread(line["seed"], line["prompt_index"]) % len(written)]
+    picked = written[stable_hash(line["seed"], line["prompt_index"]) % len(written)]
     return TokenSample(prompt=tuple(line["prompt_token_ids"]), completion=tuple(picked["token_ids"]))
 
 

@@ -31,15 +31,15 @@ def build_selector(component: Component) -> Selector:
 
 
 def best_vs_worst(
-    group: CompletionGroup, scores: Sequence[float], *, min_gap: float = 0.0, choose_cut: bool = True
+    group: CompletionGroup, scores: Sequence[float], *, min_gap: float = 0.0, choose_truncated: bool = True
 ) -> ScoredPair | Dropped:
     """The highest against the lowest score; the earlier candidate where scores are equal.
 
     Args:
         scores: one a completion; NaN where the judge has none.
         min_gap: smallest difference of the two scores, in the judge's unit.
-        choose_cut: whether a completion that the token limit cut may be chosen. False keeps a judge that likes long
-            answers from teaching the policy never to end.
+        choose_truncated: True allows a completion that hit the token limit as chosen. False keeps a judge that likes
+            long answers from teaching the policy never to end.
 
     Returns:
         The pair, or why there is none: ``bad_score``, ``empty`` or ``duplicates`` (fewer than two candidates left after
@@ -47,7 +47,9 @@ def best_vs_worst(
         completions beat the others), ``small_gap``.
     """
     candidates = usable_candidates(group, scores)
-    return candidates if isinstance(candidates, Dropped) else _prefer(group, scores, candidates, min_gap, choose_cut)
+    return (
+        candidates if isinstance(candidates, Dropped) else _prefer(group, scores, candidates, min_gap, choose_truncated)
+    )
 
 
 def random_pair(group: CompletionGroup, scores: Sequence[float], *, min_gap: float = 0.0) -> ScoredPair | Dropped:
@@ -81,13 +83,13 @@ def _prefer(
     scores: Sequence[float],
     candidates: Sequence[int],
     min_gap: float,
-    choose_cut: bool = True,
+    choose_truncated: bool = True,
 ) -> ScoredPair | Dropped:
     worst = min(candidates, key=lambda i: scores[i])
     if max(scores[i] for i in candidates) == scores[worst]:
         return Dropped("tie")
     not_empty = [i for i in candidates if group.completions[i].text.strip()]
-    choosable = [i for i in not_empty if choose_cut or group.completions[i].finished]
+    choosable = [i for i in not_empty if choose_truncated or group.completions[i].finished]
     if not choosable:
         return Dropped("cut" if not_empty else "empty")
     best = max(choosable, key=lambda i: scores[i])

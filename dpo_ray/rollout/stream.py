@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from dpo_ray.types import Permanent, RoundData
+from dpo_ray.types import NonRetryableError, RoundData
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ KEPT_ROUNDS = 2
 """Rounds whose data stays in memory for ranks that ask later: the one taken last and the one before it."""
 
 
-class StalePairs(Permanent):
+class StalePairs(NonRetryableError):
     """A round's pairs were written by a policy more than ``max_lag`` rounds old."""
 
 

@@ -103,7 +103,7 @@ class VLLMEngine:
         self, prompts: Sequence[Prompt], *, sampling: SamplingConfig, candidates: int, seeds: Sequence[int]
     ) -> list[CompletionGroup]:
         """Completions of each prompt; see ``Engine.generate``."""
-        self._refuse_unready()
+        self._require_ready()
         if sampling.temperature == 0 and candidates > 1:
             raise ValueError(
                 f"temperature 0 would write the same completion {candidates} times; "
@@ -131,7 +131,7 @@ class VLLMEngine:
         """Log-probability in nats of each token after the first; see ``Engine.token_logps``."""
         from vllm import SamplingParams
 
-        self._refuse_unready()
+        self._require_ready()
         (output,) = self._llm.generate(
             [{"prompt_token_ids": list(token_ids)}],
             SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
@@ -150,7 +150,7 @@ class VLLMEngine:
 
     def wake(self) -> None:
         """Take the GPU again; see ``Engine.wake``."""
-        self._refuse_half_updated()
+        self._require_whole_update()
         if self._asleep:
             self._llm.wake_up()
             self._asleep = False
@@ -161,7 +161,7 @@ class VLLMEngine:
 
     def start_update(self) -> None:
         """Open a weight update; see ``Engine.start_update``."""
-        self._refuse_half_updated()
+        self._require_whole_update()
         self._update_open = True
         if self._asleep:
             self._llm.wake_up(tags=["weights"])
@@ -192,12 +192,12 @@ class VLLMEngine:
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
 
-    def _refuse_unready(self) -> None:
-        self._refuse_half_updated()
+    def _require_ready(self) -> None:
+        self._require_whole_update()
         if self._asleep:
             raise RuntimeError("this engine sleeps: it has neither weights nor a cache on its GPU until it is woken")
 
-    def _refuse_half_updated(self) -> None:
+    def _require_whole_update(self) -> None:
         if self._update_open:
             raise RuntimeError(
                 f"a weight update after version {self.version} was started and not finished: "

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_ray.types import Permanent
+from dpo_ray.types import NonRetryableError
 
 Item = TypeVar("Item")
 
@@ -25,7 +25,7 @@ CHECKSUM_BLOCK = 2**24
 """Elements summed at a time: torch widens each to eight bytes for it."""
 
 
-class SyncMismatch(Permanent):
+class SyncMismatch(NonRetryableError):
     """The engines do not hold the weights that the trainer sent."""
 
 
@@ -262,7 +262,7 @@ class Sender:
         """Let go of the engines."""
         self.engines, self._connected = None, False
 
-    def refuse_unconnected(self) -> None:
+    def require_connected(self) -> None:
         """Raise a RuntimeError before ``connect``."""
         if not self._connected:
             raise RuntimeError("push before connect: the weights would go nowhere")

@@ -35,8 +35,8 @@ class IPCSync(Sender):
 
     def push(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> str:
         """Send all weights and put them to use as ``version``; see ``WeightSync.push``."""
-        self.refuse_unconnected()
-        release_unused()  # the waking engines need it
+        self.require_connected()
+        free_cuda_cache()  # the waking engines need it
         dist.barrier()
         engines, sent = self.engines, Checksum()
         if engines is not None:
@@ -53,7 +53,7 @@ class IPCSync(Sender):
                     for name, tensor in bucket:
                         sent.update(name, tensor)
                 dist.barrier()  # until the engines have read, every rank leaves its buffer as it is
-        release_unused()
+        free_cuda_cache()
         dist.barrier()  # with all buffers freed, the engines take their caches
         if engines is None:
             return ""
@@ -65,7 +65,7 @@ class IPCSync(Sender):
         super().close()
 
 
-def release_unused() -> None:
+def free_cuda_cache() -> None:
     """Give memory that this process's GPU holds for nothing back to whoever shares the card."""
     torch.cuda.ipc_collect()
     torch.cuda.empty_cache()
@@ -129,9 +129,9 @@ def _receiving_end() -> type:
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 
-    from dpo_ray.sync.receiving import DigestOfWorker, Noting
+    from dpo_ray.sync.receiving import DigestMixin, DigestOfWorker
 
-    class IPCReceiver(Noting, IPCWeightTransferEngine):
+    class IPCReceiver(DigestMixin, IPCWeightTransferEngine):
         """vLLM's receiver, which notes what it loads."""
 
     class IPCWorker(DigestOfWorker):

@@ -39,7 +39,7 @@ class NCCLSync(Sender):
         super().__init__()
         self._bucket_bytes = bytes_of(bucket_mib)
         self._dtype: torch.dtype = getattr(torch, dtype)
-        self._link: Link | None = None
+        self._link: Communicator | None = None
         self._members: list[Hashable] = []
 
     def push(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> str:
@@ -48,7 +48,7 @@ class NCCLSync(Sender):
         Raises:
             TimeoutError: an engine did not take part in a broadcast in time.
         """
-        self.refuse_unconnected()
+        self.require_connected()
         if self.engines is None:
             for _ in weights:  # a collective that rank 0 takes part in
                 pass
@@ -68,12 +68,12 @@ class NCCLSync(Sender):
         members = list(engines.start_update())
         if self._link is None or members != self._members:
             self._leave()
-            self._link, self._members = meet(engines, len(members), self._bucket_bytes), members
+            self._link, self._members = init_group(engines, len(members), self._bucket_bytes), members
         link, sent = self._link, Checksum()
         wired = ((name, link.on_wire(weight, self._dtype)) for name, weight in weights)
         for bucket in in_buckets(wired, lambda item: item[1].nbytes, self._bucket_bytes):
             message = message_of(bucket)
-            side_by_side(
+            run_concurrently(
                 lambda message=message: engines.load(message),
                 lambda bucket=bucket: link.broadcast(bucket),
                 timeout_s=engines.timeout_s + GRACE_S,
@@ -89,7 +89,7 @@ class NCCLSync(Sender):
         self._link, self._members = None, []
 
 
-class Link:
+class Communicator:
     """The sender's place in the NCCL group, as rank 0.
 
     Args:
@@ -153,7 +153,7 @@ def init_infos(host: str, port: int, engines: int, workers_per_engine: int, buck
     ]
 
 
-def meet(engines: EngineGroup, count: int, bucket_bytes: int) -> Link:
+def init_group(engines: EngineGroup, count: int, bucket_bytes: int) -> Communicator:
     """Build the NCCL group of this process and all workers of ``count`` engines.
 
     Raises:
@@ -163,9 +163,9 @@ def meet(engines: EngineGroup, count: int, bucket_bytes: int) -> Link:
     infos = init_infos(engines.host, port, count, engines.workers_per_engine, bucket_bytes)
     world = infos[0]["world_size"]
     device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else 0
-    _, link = side_by_side(
+    _, link = run_concurrently(
         lambda: engines.init_transfer(infos),
-        lambda: open_link(engines.host, port, world, device, bucket_bytes),
+        lambda: open_communicator(engines.host, port, world, device, bucket_bytes),
         timeout_s=engines.timeout_s + GRACE_S,
         doing=f"building an NCCL group of {world} at {engines.host}:{port} with {count} engines",
     )
@@ -173,17 +173,17 @@ def meet(engines: EngineGroup, count: int, bucket_bytes: int) -> Link:
     return link
 
 
-def open_link(host: str, port: int, world: int, device: int, bucket_bytes: int) -> Link:
+def open_communicator(host: str, port: int, world: int, device: int, bucket_bytes: int) -> Communicator:
     """Join the group as rank 0; returns when all have joined."""
     from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
     with torch.accelerator.device_index(device):
         group = trainer_init({"master_address": host, "master_port": port, "world_size": world})
-    refuse_unavailable(group)
-    return Link(group, bucket_bytes)
+    validate_nccl(group)
+    return Communicator(group, bucket_bytes)
 
 
-def refuse_unavailable(group: Any) -> None:
+def validate_nccl(group: Any) -> None:
     """Raise a RuntimeError for a communicator that would send nothing without a word, for want of the library."""
     if not group.available or group.disabled:
         raise RuntimeError("vLLM found no NCCL library to send weights with; set online.sync.use: object_store")
@@ -196,7 +196,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def side_by_side(ask: Callable[[], Any], act: Callable[[], Any], *, timeout_s: float, doing: str) -> tuple[Any, Any]:
+def run_concurrently(
+    ask: Callable[[], Any], act: Callable[[], Any], *, timeout_s: float, doing: str
+) -> tuple[Any, Any]:
     """Both results of two calls that need each other. The first failure ends the waiting for the other.
 
     Raises:
@@ -231,15 +233,15 @@ def _receiving_end() -> type:
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
-    from dpo_ray.sync.receiving import DigestOfWorker, Noting
+    from dpo_ray.sync.receiving import DigestMixin, DigestOfWorker
 
-    class NCCLReceiver(Noting, NCCLWeightTransferEngine):
+    class NCCLReceiver(DigestMixin, NCCLWeightTransferEngine):
         """vLLM's receiver, which notes what it loads and leaves the group of a trainer that has gone."""
 
         def init_transfer_engine(self, init_info: Any) -> None:
             self.shutdown()
             super().init_transfer_engine(init_info)
-            refuse_unavailable(self.model_update_group)
+            validate_nccl(self.model_update_group)
 
     class NCCLWorker(DigestOfWorker):
         """Mixed into vLLM's worker."""

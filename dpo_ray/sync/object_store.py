@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dpo_ray.sync.base import Bucket, Digest, Sender, WireTensor, bytes_of, check_received, in_buckets
-from dpo_ray.sync.receiving import DigestOfWorker, refuse_missing
+from dpo_ray.sync.receiving import DigestOfWorker, validate_paths
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class ObjectStoreSync(Sender):
 
     def push(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> str:
         """Send all weights and put them to use as ``version``; see ``WeightSync.push``."""
-        self.refuse_unconnected()
+        self.require_connected()
         if self.engines is None:
             for _ in weights:  # a collective that rank 0 takes part in
                 pass
@@ -88,7 +88,7 @@ class LayerByLayer:
         """Put the weights to use, if nothing is missing."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
-        refuse_missing(self._missing)
+        validate_paths(self._missing)
         finalize_layerwise_reload(self.model, self.model_config)
         head = getattr(self.model, "lm_head", None)
         if self.device.type == "cpu" and head is not None and self.model.config.tie_word_embeddings:

@@ -1,7 +1,6 @@
 """What receiving ends share: they note what arrives, and what does not.
 
-``Noting`` knows the methods of vLLM's own weight-transfer engines and no more: which it is put in front of, a transport
-decides.
+``DigestMixin`` knows the methods of vLLM's own weight-transfer engines and no more; each transport chooses its engine.
 """
 
 from collections.abc import Collection, Iterable
@@ -12,7 +11,7 @@ from torch import Tensor
 from dpo_ray.sync.base import Checksum
 
 
-class NotingModel:
+class RecordingModel:
     """Stands in for a model of vLLM during an update: what is loaded goes on to the model, and is taken note of."""
 
     def __init__(self, model: Any) -> None:
@@ -30,7 +29,7 @@ class NotingModel:
         return loaded
 
 
-def refuse_missing(missing: Collection[str]) -> None:
+def validate_paths(missing: Collection[str]) -> None:
     """Raise a ValueError when an update left parameters out: their layers would keep old or undefined weights."""
     if missing:
         raise ValueError(
@@ -39,8 +38,8 @@ def refuse_missing(missing: Collection[str]) -> None:
         )
 
 
-class Noting:
-    """Mixed in before an engine of vLLM: its updates load through a ``NotingModel``.
+class DigestMixin:
+    """Mixed in before an engine of vLLM: its updates load through a ``RecordingModel``.
 
     A message comes as the value of ``bucket``, as with every transport; the engine below sees it as its own update.
     """
@@ -56,14 +55,14 @@ class Noting:
 
     def start_weight_update(self) -> None:
         """Open an update; the worker puts the model back when the update ends or fails."""
-        noting = NotingModel(self.model)  # before the engine takes the parameters' memory away
+        noting = RecordingModel(self.model)  # before the engine takes the parameters' memory away
         super().start_weight_update()  # pyrefly: ignore
         self.set_weight_update_target(noting, self.model_config)  # pyrefly: ignore
 
     def finish_weight_update(self) -> None:
         """Finish the update, if nothing is missing."""
-        noting: NotingModel = self.model
-        refuse_missing(noting.missing)
+        noting: RecordingModel = self.model
+        validate_paths(noting.missing)
         self.digest = noting.digest.hexdigest()
         self.reset_weight_update_target()  # pyrefly: ignore
         super().finish_weight_update()  # pyrefly: ignore

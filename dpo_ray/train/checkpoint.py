@@ -31,9 +31,9 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.utils._pytree import tree_flatten
 
 from dpo_ray.config import Config, first_difference
-from dpo_ray.storage import is_remote, reaching, reason, remove_folder, upload_growing, write_atomically
+from dpo_ray.storage import error_summary, is_remote, remove_folder, storage_errors, upload_appendable, write_atomically
 from dpo_ray.train.state import TrainState
-from dpo_ray.types import Metrics, Permanent
+from dpo_ray.types import Metrics, NonRetryableError
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class CheckpointDamaged(ValueError):
     """No finished checkpoint of a run is intact."""
 
 
-class CheckpointFailed(Permanent):
+class CheckpointFailed(NonRetryableError):
     """A checkpoint could not be written; those before it are as they were."""
 
 
@@ -67,7 +67,7 @@ class Checkpointer:
         self.folder, self.config = folder, config
         # The save thread's collectives must not interleave with those of training.
         self.group = cast("dist.ProcessGroup", dist.new_group(backend="gloo"))  # every rank is a member
-        self.stager = _KeptCopy()
+        self.stager = CachedStager()
         self.pending: Future[Any] | None = None
         self.writing = folder
         self.last: Path | None = None
@@ -125,13 +125,13 @@ class Checkpointer:
             if not (self.writing / MARKER).exists():
                 remove_folder(self.writing)
         except Exception as error:
-            logger.warning("%s is not removed: %s", self.writing, reason(error))
+            logger.warning("%s is not removed: %s", self.writing, error_summary(error))
 
     def _finish(self, path: Path, digests: Mapping[str, str], metrics: Metrics) -> None:
         """Mark a checkpoint complete and delete those that are too old; runs in the save thread of every rank."""
         rank = dist.get_rank()
-        files = {name: digest for part in self._together(lambda: digests) for name, digest in part.items()}
-        self._together(lambda: self._mark(path, files, metrics) if rank == 0 else None)
+        files = {name: digest for part in self.gather_or_raise(lambda: digests) for name, digest in part.items()}
+        self.gather_or_raise(lambda: self._mark(path, files, metrics) if rank == 0 else None)
         self.last = path
         if rank == 0:
             for old in superseded(path, self.config):
@@ -145,10 +145,10 @@ class Checkpointer:
             "config": self.config.model_dump(mode="json"),
         }
         # Whoever goes on from here finds the metrics up to here.
-        upload_growing()
+        upload_appendable()
         write_atomically(path / MARKER, json.dumps(marker))
 
-    def _together(self, act: Callable[[], Any]) -> list[Any]:
+    def gather_or_raise(self, act: Callable[[], Any]) -> list[Any]:
         """What ``act`` returns on each rank; raises on all of them what it raises on any."""
         answer: tuple[Any, BaseException | None]
         try:
@@ -171,12 +171,12 @@ class Checkpointer:
         """
         found: list[Any] = [None, None]
         if dist.get_rank() == 0:
-            with reaching(self.folder):
+            with storage_errors(self.folder):
                 found = [finished_checkpoints(self.folder), len(list(self.folder.glob(f"[0-9]*/{MARKER}")))]
         dist.broadcast_object_list(found, src=0)
         finished, marked = found
         for path in reversed(finished):
-            refuse_mismatch(path, self.config)
+            validate_resume(path, self.config)
             if self._intact(path):
                 self._load(path, state)
                 self.last = path
@@ -280,7 +280,7 @@ def read_weights(path: Path, weights: dict[str, Tensor]) -> None:
     dcp.load({"model": weights}, storage_reader=reader(path), no_dist=True)
 
 
-def refuse_mismatch(path: Path, config: Config) -> None:
+def validate_resume(path: Path, config: Config) -> None:
     """Raise CheckpointMismatch, naming the first key in which ``config`` differs from the checkpoint's."""
     written, workers = read_marker(path)["config"], config.cluster.train_workers
     if difference := first_difference(written, config):
@@ -304,7 +304,7 @@ def _then(marked: "Future[None]", finish: Callable[[], None], written: "Future[A
         marked.set_result(None)
 
 
-class _KeptCopy(BlockingAsyncStager):
+class CachedStager(BlockingAsyncStager):
     """Copies the state into memory that is kept for the next save: to take as much anew takes longer than the copy."""
 
     shape: Any = None
@@ -337,7 +337,7 @@ def _build_writer(path: Path) -> tuple[dcp.FileSystemWriter, dict[str, str]]:
 @contextlib.contextmanager
 def _hashed_stream(create: Callable[..., Any], digests: dict[str, str], path: Any, mode: str) -> Iterator[Any]:
     """A stream whose content is digested as it is written, by a thread that lets others go first."""
-    _give_way()
+    lower_thread_priority()
     with create(path, mode) as stream:
         hashed = _HashedStream(stream)
         yield hashed
@@ -346,7 +346,7 @@ def _hashed_stream(create: Callable[..., Any], digests: dict[str, str], path: An
         digests[name] = hashed.hash.hexdigest()
 
 
-def _give_way() -> None:
+def lower_thread_priority() -> None:
     """Lower the priority of this thread, where threads have one: where cores are short, training needs them more."""
     if sys.platform == "linux":
         thread = threading.get_native_id()
@@ -385,4 +385,4 @@ def _reason(error: BaseException) -> str:
     if failures:
         first = next(iter(failures.values()))
         error = first[0] if isinstance(first, tuple) else first
-    return reason(error)
+    return error_summary(error)

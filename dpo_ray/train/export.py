@@ -8,11 +8,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dpo_ray.config import Config
 from dpo_ray.data.tokenize import load_tokenizer
-from dpo_ray.model.adapters import add_adapters, save_adapter
-from dpo_ray.model.export import named_weights, save_policy, write_whole
+from dpo_ray.model.adapters import add_adapters
+from dpo_ray.model.export import named_weights, save_policy, write_adapter, write_whole
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer
-from dpo_ray.model.shard import DTYPES
+from dpo_ray.objective.precision import DTYPES
 from dpo_ray.train.checkpoint import (
     best_checkpoint,
     damaged_files,
@@ -86,7 +86,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) ->
             with torch.no_grad():
                 save_policy(dict(named_weights(Scorer(built), dtype)), config.model, unfinished)
         else:
-            save_adapter(weights, config.model, unfinished)
+            write_adapter(weights, config.model, unfinished)
 
     write_whole(folder, write, load_tokenizer(config.model.path, config.model.chat_template))
     return config

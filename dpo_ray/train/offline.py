@@ -14,12 +14,12 @@ from dpo_ray.data.loader import Mixture, PairLoader, PairSource
 from dpo_ray.data.store import PairStore
 from dpo_ray.model.export import export_policy
 from dpo_ray.train.checkpoint import Checkpointer
+from dpo_ray.train.logps import fixed_references
 from dpo_ray.train.optim import learning_rate
-from dpo_ray.train.scoring import fixed_references
-from dpo_ray.train.setup import Setup, agreed, set_up
 from dpo_ray.train.state import TrainState
 from dpo_ray.train.step import dpo_step, evaluate_pairs
-from dpo_ray.types import Ending, Metrics
+from dpo_ray.train.trainer import Trainer, any_rank, build_trainer
+from dpo_ray.types import Metrics, TrainResult
 
 
 class Reporter(Protocol):
@@ -47,10 +47,10 @@ class Reporter(Protocol):
 
 def train_offline(
     config: Config, *, pairs: PairStore, held_out: PairStore | None, device: torch.device, reporter: Reporter
-) -> Ending:
+) -> TrainResult:
     """Train the policy on ``pairs``, to the end or until asked to stop."""
     reporter.phase("loading")
-    t = set_up(config, device)
+    t = build_trainer(config, device)
     mixture = Mixture(pairs.sizes, config.data.weights) if config.data.weights else None
     loader = _loader(t, pairs, mixture, shuffle=config.data.shuffle)
     total_steps = config.run.steps or math.ceil(config.run.epochs * loader.steps_per_epoch)
@@ -82,12 +82,14 @@ def train_offline(
     while state.step < total_steps:
         reporter.phase("training", state.step, total_steps)
         batch = next(loader)
-        metrics, suspects = dpo_step(t, batch, reference, lr=learning_rate(config.optim, state.step, total_steps))
+        metrics, nonfinite_pairs = dpo_step(
+            t, batch, reference, lr=learning_rate(config.optim, state.step, total_steps)
+        )
         state.consumed = loader.consumed
-        state.count_step(suspects, pairs)
+        state.count_step(nonfinite_pairs, pairs)
         reporter.step({"step": state.step, "epoch": batch.epoch, **metrics})
         last = state.step == total_steps
-        stopping = agreed(reporter.stop_asked()) and not last
+        stopping = any_rank(reporter.stop_asked()) and not last
         saving = stopping or _due(state.step, config.run.save_every) or (last and config.run.save_every is not None)
         compared = saving and config.run.best_metric is not None
         if held_out is not None and (last or compared or _due(state.step, config.run.eval_every)):
@@ -96,16 +98,16 @@ def train_offline(
             checkpoints.save(state, state.step, metrics)
         if stopping:
             checkpoints.wait()
-            return Ending(metrics, f"step {state.step} of {total_steps}")
+            return TrainResult(metrics, f"step {state.step} of {total_steps}")
     checkpoints.wait()
 
     if config.run.export:
         reporter.phase("exporting")
         export_policy(t.policy, config.model, t.tokenizer, config.run.path)
-    return Ending(metrics)
+    return TrainResult(metrics)
 
 
-def _loader(t: Setup, source: PairSource, mixture: Mixture | None = None, *, shuffle: bool) -> PairLoader:
+def _loader(t: Trainer, source: PairSource, mixture: Mixture | None = None, *, shuffle: bool) -> PairLoader:
     return PairLoader(
         source,
         t.batch_shape,

@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -18,18 +19,19 @@ from dpo_ray.config.schema import Config
 from dpo_ray.data.loader import PairList, PairLoader
 from dpo_ray.data.packing import build_sample_row
 from dpo_ray.model.export import export_policy, named_weights
-from dpo_ray.model.reference import Reference, cached_reference, live_reference, no_reference
-from dpo_ray.model.scorer import Scores, token_logps
-from dpo_ray.model.shard import DTYPES, release_gathered
+from dpo_ray.model.scorer import LogpsModel, pair_logps, token_logps
+from dpo_ray.objective.precision import DTYPES
+from dpo_ray.parallel.fsdp import reshard
+from dpo_ray.reference.reference import Reference, cached_reference, live_reference, no_reference
 from dpo_ray.sync.base import WeightSync
 from dpo_ray.train.checkpoint import Checkpointer
+from dpo_ray.train.logps import compute_sample_logps, frozen_reference, score
 from dpo_ray.train.offline import Reporter
 from dpo_ray.train.optim import learning_rate
-from dpo_ray.train.scoring import frozen_reference, score, score_samples
-from dpo_ray.train.setup import Setup, agreed, set_up
 from dpo_ray.train.state import TrainState
 from dpo_ray.train.step import dpo_step
-from dpo_ray.types import Ending, Metrics, RoundData, TokenSample
+from dpo_ray.train.trainer import Trainer, any_rank, build_trainer
+from dpo_ray.types import Metrics, RoundData, TokenSample, TrainResult
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +59,12 @@ PROBE_TEXT = (
 
 def train_online(
     config: Config, *, rounds: Rounds, sync: WeightSync, device: torch.device, reporter: Reporter
-) -> Ending:
+) -> TrainResult:
     """Train through ``online.rounds`` rounds, or until asked to stop: then the round being trained is the last."""
     assert config.online is not None
     online = config.online
     reporter.phase("loading")
-    t = set_up(config, device)
+    t = build_trainer(config, device)
     frozen = frozen_reference(t)
     state, checkpoints = TrainState(t), Checkpointer(config.run.path / "checkpoints", config)
     if checkpoints.resume(state):
@@ -79,8 +81,8 @@ def train_online(
     def evaluate() -> None:
         if samples := rounds.held_out(state.round):
             reporter.phase("evaluating")
-            reference = score_samples(t, frozen, samples) if frozen else None
-            rounds.scored(state.round, score_samples(t, t.policy, samples), reference)
+            reference = compute_sample_logps(t, frozen, samples) if frozen else None
+            rounds.scored(state.round, compute_sample_logps(t, t.policy, samples), reference)
 
     metrics: Metrics = {}
     synchronise()
@@ -88,7 +90,7 @@ def train_online(
         evaluate()
 
     saved = state.round
-    while state.round < online.rounds and not agreed(reporter.stop_asked()):
+    while state.round < online.rounds and not any_rank(reporter.stop_asked()):
         started = time.perf_counter()
         if (data := _await_round(rounds, state.round, reporter)) is None:
             break
@@ -113,14 +115,14 @@ def train_online(
         if saved != state.round:
             checkpoints.save(state, state.round)
         checkpoints.wait()
-        return Ending(metrics, f"round {state.round} of {online.rounds}")
+        return TrainResult(metrics, f"round {state.round} of {online.rounds}")
     evaluate()
     checkpoints.wait()
 
     if config.run.export:
         reporter.phase("exporting")
         export_policy(t.policy, config.model, t.tokenizer, config.run.path)
-    return Ending(metrics)
+    return TrainResult(metrics)
 
 
 def _await_round(rounds: Rounds, round: int, reporter: Reporter) -> RoundData | None:
@@ -129,13 +131,13 @@ def _await_round(rounds: Rounds, round: int, reporter: Reporter) -> RoundData | 
     while True:
         if data is None:
             data = rounds.take(round, wait_s=STOP_POLL_S)
-        if agreed(reporter.stop_asked()):
+        if any_rank(reporter.stop_asked()):
             return None
-        if not agreed(data is None):
+        if not any_rank(data is None):
             return data
 
 
-def _train_on(t: Setup, data: RoundData, frozen: Scores | None, state: TrainState, reporter: Reporter) -> Metrics:
+def _train_on(t: Trainer, data: RoundData, frozen: LogpsModel | None, state: TrainState, reporter: Reporter) -> Metrics:
     """Train on a round's pairs. Reports every step but the last, whose metrics it returns for the round's own line."""
     online, pairs = t.config.online, PairList(data.pairs, f"round {data.index}")
     assert online is not None
@@ -161,32 +163,32 @@ def _train_on(t: Setup, data: RoundData, frozen: Scores | None, state: TrainStat
         reporter.phase("training", turn, turns)
         batch = next(loader)
         lr = learning_rate(t.config.optim, data.index * steps_per_round + turn, online.rounds * steps_per_round)
-        metrics, suspects = dpo_step(t, batch, reference, lr=lr)
-        state.count_step(suspects, pairs)
+        metrics, nonfinite_pairs = dpo_step(t, batch, reference, lr=lr)
+        state.count_step(nonfinite_pairs, pairs)
         metrics = {"step": state.step, "epoch": data.index + batch.epoch / online.epochs_per_round, **metrics}
     return metrics
 
 
-def _round_reference(t: Setup, pairs: PairList, frozen: Scores | None) -> Reference:
+def _round_reference(t: Trainer, pairs: PairList, frozen: LogpsModel | None) -> Reference:
     """The frozen copy where there is one; else, with ``refresh: round``, the policy as the round begins."""
     if frozen is not None:
-        return live_reference(frozen)
+        return live_reference(partial(pair_logps, frozen))
     if t.config.reference_kind == "none":
         return no_reference
     return cached_reference(score(t, pairs, range(len(pairs))))
 
 
-def _kl(t: Setup, frozen: Scores | None, samples: Sequence[TokenSample]) -> Metrics:
+def _kl(t: Trainer, frozen: LogpsModel | None, samples: Sequence[TokenSample]) -> Metrics:
     """Divergence of the policy from the frozen reference, estimated on the policy's own samples, nats a sequence."""
     if frozen is None or not samples:
         return {}
-    return {"kl": float((score_samples(t, t.policy, samples) - score_samples(t, frozen, samples)).mean())}
+    return {"kl": float((compute_sample_logps(t, t.policy, samples) - compute_sample_logps(t, frozen, samples)).mean())}
 
 
-def _probe(t: Setup) -> tuple[list[int], list[float]]:
+def _probe(t: Trainer) -> tuple[list[int], list[float]]:
     """A fixed text's tokens, and their log-probabilities after the first under the policy, nats."""
     tokens = t.tokenizer(PROBE_TEXT)["input_ids"][: t.config.max_model_len - 1]
     row = build_sample_row([TokenSample(tuple(tokens[:1]), tuple(tokens[1:]))]).to(t.device)
     logps = token_logps(t.policy, row).tolist()
-    release_gathered(t.policy)
+    reshard(t.policy)
     return tokens, logps

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from dpo_ray.data.loader import PairSource
-from dpo_ray.train.setup import Setup
+from dpo_ray.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class NotFinite(ValueError):
 class TrainState:
     """Everything that a checkpoint holds, as a DCP ``Stateful``."""
 
-    t: Setup
+    t: Trainer
     step: int = 0
     """Optimizer steps taken."""
     round: int = 0
@@ -37,7 +37,7 @@ class TrainState:
     skipped: int = 0
     """Steps skipped since the last one that was taken; not kept."""
 
-    def count_step(self, suspects: Sequence[int], pairs: PairSource) -> None:
+    def count_step(self, nonfinite_pairs: Sequence[int], pairs: PairSource) -> None:
         """Count an optimizer step.
 
         Args:
@@ -48,12 +48,12 @@ class TrainState:
             NotFinite: more steps in a row were skipped than ``optim.max_skipped_steps`` allows.
         """
         self.step += 1
-        if not suspects:
+        if not nonfinite_pairs:
             self.skipped = 0
             return
         self.skipped += 1
-        more = f" and {len(suspects) - NAMED} more" if len(suspects) > NAMED else ""
-        named = ", ".join(pairs.name_of(i) for i in suspects[:NAMED]) + more
+        more = f" and {len(nonfinite_pairs) - NAMED} more" if len(nonfinite_pairs) > NAMED else ""
+        named = ", ".join(pairs.name_of(i) for i in nonfinite_pairs[:NAMED]) + more
         most = self.t.config.optim.max_skipped_steps
         message = f"step {self.step}: loss or gradient is not finite; the step is skipped. Its pairs: {named}"
         if self.skipped > most:

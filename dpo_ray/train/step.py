@@ -11,17 +11,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dpo_ray.data.loader import MicroBatch, StepBatch
-from dpo_ray.model.reference import Reference
 from dpo_ray.model.scorer import PairLosses, pair_losses
-from dpo_ray.model.shard import release_gathered, set_last_micro_batch
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.objective.metrics import PAIR_METRICS, pair_metric_sums
+from dpo_ray.parallel.fsdp import reshard, set_last_micro_batch
+from dpo_ray.reference.reference import Reference
 from dpo_ray.train.optim import set_learning_rate
-from dpo_ray.train.setup import Setup
+from dpo_ray.train.trainer import Trainer
 from dpo_ray.types import Metrics
 
 
-def dpo_step(t: Setup, batch: StepBatch, reference: Reference, *, lr: float) -> tuple[Metrics, tuple[int, ...]]:
+def dpo_step(t: Trainer, batch: StepBatch, reference: Reference, *, lr: float) -> tuple[Metrics, tuple[int, ...]]:
     """Train on one step's pairs.
 
     The loss is the mean over the pairs of the global step, whatever the split into ranks and micro-batches. A step
@@ -66,7 +66,7 @@ def dpo_step(t: Setup, batch: StepBatch, reference: Reference, *, lr: float) -> 
 
 
 @torch.no_grad()
-def evaluate_pairs(t: Setup, batches: Iterable[StepBatch], reference: Reference) -> Metrics:
+def evaluate_pairs(t: Trainer, batches: Iterable[StepBatch], reference: Reference) -> Metrics:
     """Loss, rewards and accuracy on held-out pairs, under ``eval/``."""
     sums = torch.zeros(len(PAIR_METRICS), dtype=torch.float64, device=t.device)
     pairs = 0
@@ -74,12 +74,12 @@ def evaluate_pairs(t: Setup, batches: Iterable[StepBatch], reference: Reference)
         for micro in batch.micro_batches:
             sums += _losses(t, micro, reference)[1]
         pairs += len(batch.pairs)
-    release_gathered(t.policy)
+    reshard(t.policy)
     dist.all_reduce(sums, group=t.data_group)
     return {f"eval/{name}": value for name, value in _means(sums, pairs).items()}
 
 
-def _losses(t: Setup, micro: MicroBatch, reference: Reference) -> tuple[PairLosses, Tensor]:
+def _losses(t: Trainer, micro: MicroBatch, reference: Reference) -> tuple[PairLosses, Tensor]:
     micro = MicroBatch(micro.pairs, micro.row.to(t.device))
     held = reference(micro)
 
@@ -90,7 +90,7 @@ def _losses(t: Setup, micro: MicroBatch, reference: Reference) -> tuple[PairLoss
     return losses, pair_metric_sums(losses.each, losses.policy, held, t.config.loss.beta)
 
 
-def _not_finite(t: Setup, losses_of: Sequence[tuple[tuple[int, ...], Tensor]]) -> tuple[int, ...]:
+def _not_finite(t: Trainer, losses_of: Sequence[tuple[tuple[int, ...], Tensor]]) -> tuple[int, ...]:
     """The pairs of all shares whose loss is NaN or infinite."""
     mine = [
         pair

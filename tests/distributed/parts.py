@@ -13,13 +13,13 @@ from dpo_ray.data.loader import PairLoader
 from dpo_ray.data.packing import build_row
 from dpo_ray.data.store import prepare_pairs
 from dpo_ray.data.tokenize import load_tokenizer
-from dpo_ray.model.context_parallel import ALONE, Context
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer, Weighting, pair_losses, token_logps
 from dpo_ray.objective import head
 from dpo_ray.objective.head import Group, Head, LogitTransform
-from dpo_ray.objective.logps import PairLogps, TokenScores
-from dpo_ray.train.setup import set_up
+from dpo_ray.objective.logps import PairLogps, TokenLogps
+from dpo_ray.parallel.context import ALONE, Context
+from dpo_ray.train.trainer import build_trainer
 from dpo_ray.types import TokenPair
 
 
@@ -60,7 +60,7 @@ def gradients(rank: int, config: dict[str, Any]) -> dict[str, np.ndarray]:
     parsed = Config.model_validate(config)
     tokenizer, folder = load_tokenizer(parsed.model.path), parsed.reference.cache_path / f"data-{rank}"
     pairs = prepare_pairs(parsed.data.train, tokenizer, parsed.data, folder=folder)
-    t = set_up(parsed, torch.device("cpu"))
+    t = build_trainer(parsed, torch.device("cpu"))
     batch = next(PairLoader(pairs, t.batch_shape, pairs_per_step=5, seed=0, shuffle=False))
     for micro in batch.micro_batches:
         losses = pair_losses(t.policy, micro.row, lambda policy, _: policy.chosen - policy.rejected)
@@ -87,11 +87,11 @@ def shared_head(
     hidden, weight, bias = (of.clone().requires_grad_() for of in (hidden, weight[mine], bias[mine]))
     part = Head(weight, bias, transform, dist.group.WORLD, mine.start)
 
-    def objective(group: Group, scores: TokenScores) -> Tensor:
+    def objective(group: Group, scores: TokenLogps) -> Tensor:
         return torch.stack([(of.sum() / 100).square() for of in scores.logps.split(pair_tokens[group.pairs])])
 
     scores = head.token_logps(hidden, part, labels, chunk=16, with_squares=True)
-    losses = head.pair_losses(hidden, part, labels, pair_tokens, objective, chunk=28)
+    losses = head.chunked_pair_losses(hidden, part, labels, pair_tokens, objective, chunk=28)
     losses.total.backward()
     found: dict[str, Any] = {"logps": scores.logps, "squares": scores.log_sum_squares, "each": losses.each}
     found |= {"hidden": hidden.grad, "weight": weight.grad, "bias": bias.grad}

@@ -11,11 +11,13 @@ from dpo_ray.config.schema import Config, ModelConfig, ShardConfig
 from dpo_ray.data.packing import build_row
 from dpo_ray.data.store import prepare_pairs
 from dpo_ray.data.tokenize import load_tokenizer
-from dpo_ray.model import float8, shard
-from dpo_ray.model.context_parallel import ALONE
+from dpo_ray.model import load
 from dpo_ray.model.scorer import pair_losses
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.objective.losses import sigmoid
+from dpo_ray.ops import float8
+from dpo_ray.parallel.context import ALONE
+from dpo_ray.parallel.fsdp import build_mesh
 from dpo_ray.train.offline import train_offline
 from dpo_ray.types import Metrics, TokenPair
 
@@ -86,7 +88,7 @@ def offline_uncompiled(rank: int, config: dict[str, Any]) -> list[Metrics]:
 def offline_emulating_float8(rank: int, config: dict[str, Any]) -> list[Metrics]:
     """``offline`` with products of eight-bit floats that this machine multiplies as others."""
     emulated = partial(float8.use_float8, emulate=True)
-    with mock.patch.multiple(shard, refuse_without_float8=lambda device: None, use_float8=emulated):
+    with mock.patch.multiple(load, validate_float8_device=lambda device: None, use_float8=emulated):
         return offline(rank, config)
 
 
@@ -95,10 +97,8 @@ def gathered_ahead(rank: int, model: dict[str, Any], sharding: dict[str, Any]) -
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
     settings, device = ShardConfig.model_validate(sharding), torch.device("cpu")
-    mesh = shard.build_mesh(settings, device)
-    policy = shard.load_sharded(
-        ModelConfig.model_validate(model), settings, mesh, device, trainable=True, context=ALONE
-    )
+    mesh = build_mesh(settings, device)
+    policy = load.load_sharded(ModelConfig.model_validate(model), settings, mesh, device, trainable=True, context=ALONE)
     asked: dict[str, list[Any]] = {"forward": [], "backward": []}
     prefetch = FSDPParamGroup._prefetch_unshard
 

@@ -12,9 +12,9 @@ import torch
 from s3fs import S3FileSystem
 from safetensors.torch import load_file
 
-from dpo_ray.model import shared_entries
-from dpo_ray.model.reference_store import ReferenceStore
-from dpo_ray.model.shared_entries import SharedEntries
+from dpo_ray.reference import shared as shared_entries
+from dpo_ray.reference.shared import SharedEntries
+from dpo_ray.reference.store import ReferenceStore
 from dpo_ray.storage import folder_at
 from dpo_ray.train.checkpoint import MARKER, damaged_files
 from dpo_ray.train.export import export_checkpoint, find_checkpoint
@@ -182,7 +182,7 @@ def test_clusters_build_one_at_a_time_and_take_over_from_one_that_died(
     for _ in range(4):
         assert not second.acquire()
         time.sleep(0.2)
-        first.beat()
+        first.heartbeat()
     time.sleep(0.6)
     assert not second.acquire(), "the first look at what the last beat wrote"
     time.sleep(0.6)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpo_ray.model.reference_store import ReferenceStore
+from dpo_ray.reference.store import ReferenceStore
 from dpo_ray.train.checkpoint import damaged_files
 from dpo_ray.train.export import export_checkpoint, find_checkpoint
 from tests.conftest import ragged_texts, save_tiny_model

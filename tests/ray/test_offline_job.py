@@ -283,9 +283,9 @@ def test_more_workers_than_the_cluster_can_hold_are_refused_and_not_waited_for(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
     from dpo_ray.config.schema import ClusterConfig
-    from dpo_ray.launch.cluster import Cluster, refuse_too_small
+    from dpo_ray.launch.cluster import Cluster, validate_capacity
 
     with pytest.raises(ValueError, match=r"cluster\.train_workers=8.*need 8 GPUs; the cluster has 4"):
-        refuse_too_small(Cluster(gpus=4, cpus=64, nodes=1), ClusterConfig(train_workers=8), engines=0)
+        validate_capacity(Cluster(gpus=4, cpus=64, nodes=1), ClusterConfig(train_workers=8), engines=0)
     with pytest.raises(ValueError, match=r"rollout_engines=2.*need 6 CPUs; the cluster has 5"):
-        refuse_too_small(Cluster(gpus=0, cpus=5, nodes=1), ClusterConfig(train_workers=4), engines=2)
+        validate_capacity(Cluster(gpus=0, cpus=5, nodes=1), ClusterConfig(train_workers=4), engines=2)

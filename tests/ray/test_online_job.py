@@ -81,7 +81,7 @@ def test_a_run_killed_in_round_three_and_robbed_of_an_engine_in_round_four_repea
         return True
 
     # Taking turns on cards changes nothing but when engines sleep.
-    with start_command("online", file, "cluster.share_gpus=true") as command:
+    with start_command("online", file, "cluster.colocate=true") as command:
         wait_until(kill_an_engine, command)
         assert command.wait(timeout=TIMEOUT_S) == 0
     assert "engine 0 died; starting another" in (run / "logs/coordinator.log").read_text()

@@ -8,10 +8,10 @@ import ray
 
 from dpo_ray.config import Config
 from dpo_ray.launch.cluster import Cluster
-from dpo_ray.launch.push import PoolReceiver
-from dpo_ray.launch.rollout_pool import EngineFailed, EnginesLost, RolloutPool
+from dpo_ray.launch.rollouts.pool import EngineFailed, EnginesLost, RolloutPool
+from dpo_ray.launch.rollouts.push import PoolReceiver
 from dpo_ray.types import CompletionGroup, Prompt
-from tests.ray.pretended import Engine, Pushing
+from tests.ray.fakes import Engine, Pushing
 
 PROMPTS = [Prompt(index, ({"role": "user", "content": str(index)},)) for index in range(600)]
 NOT_AGAIN: tuple[int, None, str] = (3, None, "digest")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_ray.model.package import unpack_smollm2
+from jobs.demo_model import unpack_smollm2
 
 
 @pytest.fixture(scope="session")

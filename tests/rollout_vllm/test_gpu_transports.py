@@ -77,7 +77,7 @@ def test_a_bucket_is_one_broadcast_at_either_end_also_when_its_tensor_is_larger_
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
     for bucket in (BUCKET, [("large", torch.randn(50))]):
         group = Group()
-        nccl.Link(group, 40).broadcast(bucket)
+        nccl.Communicator(group, 40).broadcast(bucket)
         assert len(group.sent) == 1
         air, told, loaded = group.sent, nccl.message_of(bucket), []
         dtypes = [getattr(torch, name) for name in told["dtype_names"]]
@@ -153,7 +153,7 @@ def test_a_push_over_nccl_loads_a_real_engine_with_only_the_broadcast_replaced(
 
     monkeypatch.setattr(nccl_engine, "worker_init_process_group", join)
     monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_consumer", consumer)
-    monkeypatch.setattr(nccl, "open_link", lambda *where: Sender())
+    monkeypatch.setattr(nccl, "open_communicator", lambda *where: Sender())
     engine = start_engine(policy_a, worker_extension=NCCLSync.worker_extension)
 
     class One:

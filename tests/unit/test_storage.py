@@ -10,7 +10,7 @@ from s3fs import S3FileSystem
 
 from dpo_ray import storage
 from dpo_ray.config import Config, with_absolute_paths
-from dpo_ray.storage import folder_at, growing, is_remote, upload_growing
+from dpo_ray.storage import folder_at, is_remote, open_appendable, upload_appendable
 from tests.object_store import BUCKET, environment, free_port, served
 
 
@@ -62,21 +62,21 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
 def test_an_unreachable_store_is_refused_in_seconds(port: int) -> None:
     started = time.monotonic()
     with pytest.raises(ValueError, match=rf"run\.dir: {BUCKET}/first cannot be used: .*127\.0\.0\.1:{port}"):
-        storage.refuse_unusable(folder_at(BUCKET) / "first", "run.dir")
+        storage.validate_writable(folder_at(BUCKET) / "first", "run.dir")
     assert time.monotonic() - started < 30
 
 
 def test_a_missing_bucket_is_refused(port: int) -> None:
     with served(port, bucket=False), pytest.raises(ValueError, match=r"run\.dir: .*cannot be used: .*bucket"):
-        storage.refuse_unusable(folder_at(BUCKET) / "first", "run.dir")
+        storage.validate_writable(folder_at(BUCKET) / "first", "run.dir")
 
 
 def test_a_growing_file_goes_on_where_an_earlier_process_left_it(port: int) -> None:
     with served(port):
         path = folder_at(BUCKET) / "first/metrics.jsonl"
         path.write_text("one\n")
-        local = growing(path)
+        local = open_appendable(path)
         with local.open("a") as file:
             file.write("two\n")
-        upload_growing()
+        upload_appendable()
         assert path.read_text() == "one\ntwo\n"

@@ -232,9 +232,9 @@ def test_a_bad_value_is_answered_with_the_key_what_was_found_and_what_is_accepte
             ["online.sync.use=ipc"],
             "online.sync.use: ipc hands weights over on the card that engine and trainer",
         ),
-        (ONLINE, ["cluster.share_gpus=true", "online.max_lag=1"], "online.max_lag is 1: with cluster.share_gpus"),
-        (ONLINE, ["cluster.share_gpus=true", "online.sync.use=nccl"], "NCCL refuses two ranks on one GPU"),
-        (ONLINE, ["cluster.share_gpus=true", "cluster.rollout_engines=2"], "train_workers brings 1 GPUs to share"),
+        (ONLINE, ["cluster.colocate=true", "online.max_lag=1"], "online.max_lag is 1: with cluster.colocate"),
+        (ONLINE, ["cluster.colocate=true", "online.sync.use=nccl"], "NCCL refuses two ranks on one GPU"),
+        (ONLINE, ["cluster.colocate=true", "cluster.rollout_engines=2"], "train_workers brings 1 GPUs to share"),
     ],
 )
 def test_sections_that_do_not_go_together_are_refused(tmp_path, text, arguments, message):

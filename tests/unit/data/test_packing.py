@@ -8,16 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpo_ray.data.assignment import PIECES, attended, balance_micro_batches, shard_row
 from dpo_ray.data.loader import BatchShape, Mixture, PairList, PairLoader, epoch_order
 from dpo_ray.data.packing import (
-    PIECES,
     Span,
-    attended,
     attention_mask,
     build_row,
     build_sample_row,
-    cut_row,
-    deal,
     label_sources,
     row_tokens,
     token_limits,
@@ -79,7 +76,7 @@ def test_lengths_give_the_tokens_of_both_layouts_and_what_attends_to_what() -> N
 @pytest.mark.parametrize("items", [0, 1, 4, 29])
 def test_every_item_is_dealt_once_and_every_rank_gets_as_many_micro_batches(ranks: int, items: int) -> None:
     tokens = np.random.default_rng(items).integers(1, 500, items)
-    shares = deal(tokens, tokens, ranks=ranks, tokens_per_micro_batch=400).shares
+    shares = balance_micro_batches(tokens, tokens, ranks=ranks, tokens_per_micro_batch=400).shares
     assert len(shares) == ranks
     assert len({len(share) for share in shares}) == 1
     assert sorted(item for share in shares for batch in share for item in batch) == list(range(items))
@@ -92,7 +89,7 @@ def test_every_item_is_dealt_once_and_every_rank_gets_as_many_micro_batches(rank
 def test_ranks_get_near_equal_work(items: int, ranks: int) -> None:
     tokens = np.random.default_rng(0).integers(50, 800, items)
     costs = tokens + tokens.astype(float) ** 2 / 3000
-    dealt = deal(tokens, costs, ranks=ranks, tokens_per_micro_batch=4096)
+    dealt = balance_micro_batches(tokens, costs, ranks=ranks, tokens_per_micro_batch=4096)
     work = [[costs[list(batch)].sum() for batch in share] for share in dealt.shares]
     slowest = sum(max(turn) for turn in zip(*work, strict=True)) * ranks
     assert dealt.idle == pytest.approx(1 - costs.sum() / slowest)
@@ -101,14 +98,14 @@ def test_ranks_get_near_equal_work(items: int, ranks: int) -> None:
 
 def test_micro_batches_are_filled_to_the_token_limit() -> None:
     tokens = np.random.default_rng(0).integers(50, 800, 64)
-    (share,) = deal(tokens, tokens, ranks=1, tokens_per_micro_batch=4096).shares
+    (share,) = balance_micro_batches(tokens, tokens, ranks=1, tokens_per_micro_batch=4096).shares
     assert len(share) == -(-tokens.sum() // 4096), "as few as all of the tokens need"
 
 
 @pytest.mark.parametrize(("ranks", "turns"), [(1, 5), (2, 3)])
 def test_items_longer_than_a_micro_batch_run_alone_and_none_is_empty_for_their_sake(ranks: int, turns: int) -> None:
     tokens = np.array([3000, 1025, 9000, 2000, 1500])
-    shares = deal(tokens, tokens, ranks=ranks, tokens_per_micro_batch=1024).shares
+    shares = balance_micro_batches(tokens, tokens, ranks=ranks, tokens_per_micro_batch=1024).shares
     assert [len(share) for share in shares] == [turns] * ranks
     assert [len(batch) for share in shares for batch in share].count(0) == ranks * turns - 5
 
@@ -116,7 +113,7 @@ def test_items_longer_than_a_micro_batch_run_alone_and_none_is_empty_for_their_s
 def test_a_large_step_is_dealt_in_milliseconds() -> None:
     tokens = np.random.default_rng(0).integers(50, 4000, 4096)
     started = time.perf_counter()
-    deal(tokens, tokens, ranks=256, tokens_per_micro_batch=8192)
+    balance_micro_batches(tokens, tokens, ranks=256, tokens_per_micro_batch=8192)
     assert time.perf_counter() - started < 0.5
 
 
@@ -201,7 +198,7 @@ SPANS = st.lists(
 @settings(max_examples=200, deadline=None)
 @given(SPANS, st.integers(1, 5))
 def test_a_cut_row_has_each_token_once_and_each_label_where_its_source_is(spans: list[Span], ranks: int) -> None:
-    cut = cut_row(spans, ranks)
+    cut = shard_row(spans, ranks)
     row = np.arange(sum(map(sum, cut.spans)))
     parts = [cut.tokens(rank) for rank in range(ranks)]
     assert {len(part) for part in parts} == {len(row) // ranks}
@@ -218,7 +215,7 @@ def test_a_cut_row_has_each_token_once_and_each_label_where_its_source_is(spans:
 @settings(max_examples=200, deadline=None)
 @given(SPANS, st.integers(1, 5))
 def test_what_ranks_attend_to_differs_by_less_than_one_piece_has(spans: list[Span], ranks: int) -> None:
-    cut = cut_row(spans, ranks)
+    cut = shard_row(spans, ranks)
     seen = token_limits(cut.spans).seen
     of_ranks = [seen[cut.tokens(rank)].sum() for rank in range(ranks)]
     assert max(of_ranks) - min(of_ranks) < seen.reshape(-1, cut.piece).sum(1).max() or ranks == 1
@@ -226,7 +223,7 @@ def test_what_ranks_attend_to_differs_by_less_than_one_piece_has(spans: list[Spa
 
 def test_a_causal_stretch_is_cut_evenly() -> None:
     # Eight pieces of 100 tokens, the n-th with 100 * 100 n + 5050 pairs of tokens: 7 + 4 + 3 + 0 and 6 + 5 + 2 + 1.
-    cut = cut_row([Span(800, 0, 0)], 2)
+    cut = shard_row([Span(800, 0, 0)], 2)
     assert cut.pieces == ((0, 3, 4, 7), (1, 2, 5, 6))
     assert cut.stretches(0) == (slice(0, 100), slice(300, 500), slice(700, 800))
     assert [token_limits(cut.spans).seen[cut.tokens(rank)].sum() for rank in range(2)] == [160_200, 160_200]
@@ -238,7 +235,7 @@ def test_what_tokens_see_counts_the_row_of_the_mask() -> None:
 
 
 def test_the_row_of_a_rank_without_pairs_can_be_cut() -> None:
-    cut = cut_row(build_row([], "shared").spans, 2)
+    cut = shard_row(build_row([], "shared").spans, 2)
     assert cut.spans == ((1, 0, 0), (7, 0, 0))
     assert [len(cut.tokens(rank)) for rank in range(2)] == [4, 4]
     assert [len(cut.labels(rank)) for rank in range(2)] == [0, 0]

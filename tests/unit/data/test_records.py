@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dpo_ray.data.records import PairRecord, Problem, PromptRecord, read_pairs, read_prompts
-from dpo_ray.data.sources import Part, Unreadable, cut, source_digest
+from dpo_ray.data.sources import Part, Unreadable, source_digest, split_sources
 
 Write = Callable[..., str]
 
@@ -175,7 +175,7 @@ def test_parts_of_any_format_give_the_same_records_each_read_alone(
     save: Callable[[Path], str], write: Write, tmp_path: Path
 ):
     for source in (save(tmp_path), write(pairs(3), "same.jsonl")):
-        parts = cut([source], rows_per_part=2)
+        parts = split_sources([source], rows_per_part=2)
         assert [(part.start, part.rows) for part in parts] == [(0, 2), (2, 1)]
         assert list(read_pairs([parts[1]])) == list(read_pairs([Part(source)]))[2:]
         assert list(read_pairs(parts)) == list(read_pairs([Part(source)]))
@@ -187,13 +187,13 @@ def test_parts_of_a_table_begin_inside_its_row_groups(tmp_path: Path):
 
     source = str(tmp_path / "pairs.parquet")
     parquet.write_table(pa.Table.from_pylist(pairs(10)), source, row_group_size=4)
-    parts = cut([source], rows_per_part=3)
+    parts = split_sources([source], rows_per_part=3)
     assert [[r.number for r in read_pairs([part])] for part in parts] == [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10]]
 
 
 def test_parts_of_jsonl_keep_line_numbers_over_blank_lines(write: Write):
     source = write([b"\xef\xbb\xbf" + json.dumps(SKY).encode(), "", SKY, "{", "  ", SKY, ""])
-    parts = cut([source], rows_per_part=2)
+    parts = split_sources([source], rows_per_part=2)
     assert [[r.number for r in read_pairs([part])] for part in parts] == [[1, 3], [4, 6]]
 
 
@@ -265,7 +265,9 @@ def test_a_byte_order_mark_and_blank_lines_are_no_records(write: Write):
 
 def test_limit_counts_records_over_all_sources_and_unusable_ones_too(write: Write):
     sources = [write([SKY, "{"], "one.jsonl"), write([SKY, SKY], "two.jsonl")]
-    assert [Path(r.source).name + f":{r.number}" for r in read_pairs(cut(sources, rows_per_part=9, limit=3))] == [
+    assert [
+        Path(r.source).name + f":{r.number}" for r in read_pairs(split_sources(sources, rows_per_part=9, limit=3))
+    ] == [
         "one.jsonl:1",
         "one.jsonl:2",
         "two.jsonl:1",

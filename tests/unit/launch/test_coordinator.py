@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from dpo_ray.config import Config
-from dpo_ray.launch.coordinator import Coordinator
-from dpo_ray.launch.places import Place, Seat
-from dpo_ray.launch.rollout_pool import EngineFailed
+from dpo_ray.launch.rollouts.coordinator import Coordinator
+from dpo_ray.launch.rollouts.placement import EnginePlacement, GpuSlot
+from dpo_ray.launch.rollouts.pool import EngineFailed
 from dpo_ray.rollout.stream import RoundStream
 from dpo_ray.types import RoundData
 
-SEATS = [Seat("node a", "0"), Seat("node a", "1")]
+SEATS = [GpuSlot("node a", "0"), GpuSlot("node a", "1")]
 
 
 class Pool:
@@ -23,7 +23,7 @@ class Pool:
         self.calls: list[str] = []
         self.full = full
 
-    def start(self, places: Sequence[Place]) -> None:
+    def start(self, places: Sequence[EnginePlacement]) -> None:
         """Note where."""
         if self.full:
             raise ValueError("no room")
@@ -38,13 +38,13 @@ class Pool:
         self.calls.append("close")
 
 
-def coordinator(pool: Any, *, share_gpus: bool) -> Coordinator:
+def coordinator(pool: Any, *, colocate: bool) -> Coordinator:
     """One without actors, log files or prompts."""
     made = Coordinator.__new__(Coordinator)
     made.config = Config.model_validate(
         {
             "model": {"path": "tiny"},
-            "cluster": {"train_workers": 2, "rollout_engines": 2, "share_gpus": share_gpus},
+            "cluster": {"train_workers": 2, "rollout_engines": 2, "colocate": colocate},
             "online": {"prompts": "p.jsonl"},
         }
     )
@@ -57,26 +57,26 @@ def coordinator(pool: Any, *, share_gpus: bool) -> Coordinator:
     return made
 
 
-@pytest.mark.parametrize("share_gpus", [True, False])
-def test_engines_on_the_trainers_cards_sleep_before_a_round_that_was_on_disk_is_trained(share_gpus: bool) -> None:
+@pytest.mark.parametrize("colocate", [True, False])
+def test_engines_on_the_trainers_cards_sleep_before_a_round_that_was_on_disk_is_trained(colocate: bool) -> None:
     pool = Pool()
-    assert coordinator(pool, share_gpus=share_gpus).take(0).index == 0
-    assert pool.calls == (["sleep"] if share_gpus else [])
+    assert coordinator(pool, colocate=colocate).take(0).index == 0
+    assert pool.calls == (["sleep"] if colocate else [])
 
 
 def test_engines_start_on_the_workers_cards_once_and_again_where_the_workers_have_moved() -> None:
     pool = Pool()
-    made = coordinator(pool, share_gpus=True)
+    made = coordinator(pool, colocate=True)
     made.seat(SEATS)
     made.seat(SEATS)  # the other rank
     assert pool.calls == ["close", "start on node a, node a", "sleep", "sleep"]
     pool.calls.clear()
-    made.seat([Seat("node b", "0"), Seat("node b", "1")])
+    made.seat([GpuSlot("node b", "0"), GpuSlot("node b", "1")])
     assert pool.calls == ["close", "start on node b, node b", "sleep"]
 
 
 def test_cards_that_hold_no_engine_end_the_run_and_are_not_taken_for_seated() -> None:
-    made = coordinator(Pool(full=True), share_gpus=True)
+    made = coordinator(Pool(full=True), colocate=True)
     for _ in range(2):
         with pytest.raises(EngineFailed, match="no room"):
             made.seat(SEATS)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from dpo_ray.config import Config, override
 from dpo_ray.launch.cluster import Cluster
-from dpo_ray.launch.preparation import tell_data
+from dpo_ray.launch.preparation import prepare_data
 from tests.conftest import ragged_texts
 
 ALONE = Cluster(gpus=0, cpus=2, nodes=1)
@@ -28,19 +28,19 @@ def test_a_run_that_has_begun_refuses_other_pairs_under_the_same_path(
         }
     )
     said = io.StringIO()
-    tell_data(config, ALONE, Console(file=said, width=200))
+    prepare_data(config, ALONE, Console(file=said, width=200))
     assert "4 records read, 4 kept" in said.getvalue()
     data = config.run.path / "data.json"
     begun = json.loads(data.read_text())["data.train"]["digest"]
 
     write_pairs(ragged_texts(5))
-    tell_data(config, ALONE, Console(file=io.StringIO()))  # nothing was trained yet
+    prepare_data(config, ALONE, Console(file=io.StringIO()))  # nothing was trained yet
     assert json.loads(data.read_text())["data.train"]["digest"] != begun
 
     (config.run.path / "checkpoints/000001").mkdir(parents=True)
     (config.run.path / "checkpoints/000001/complete.json").write_text("{}")
     write_pairs(ragged_texts(6))
     with pytest.raises(ValueError, match=r"data\.train: .*pairs\.jsonl no longer gives the pairs .* run\.name"):
-        tell_data(config, ALONE, Console(file=io.StringIO()))
+        prepare_data(config, ALONE, Console(file=io.StringIO()))
     other = override(config, {"run.name": "other"})
-    tell_data(other, ALONE, Console(file=io.StringIO()))
+    prepare_data(other, ALONE, Console(file=io.StringIO()))

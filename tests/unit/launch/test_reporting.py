@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from dpo_ray.launch.display import shown
-from dpo_ray.launch.reporting import RunReporter, Status, StatusBoard
+from dpo_ray.launch.display import live_display
+from dpo_ray.launch.status import RunReporter, Status, StatusActor
 from dpo_ray.launch.sweep import Sweep, Trial, load_sweep, rank
 
 
@@ -24,8 +24,8 @@ class HereInProcess:
         return type("Method", (), {"remote": staticmethod(method)})
 
 
-def reporter(folder: Path, rank: int = 0) -> tuple[RunReporter, StatusBoard]:
-    board = StatusBoard()
+def reporter(folder: Path, rank: int = 0) -> tuple[RunReporter, StatusActor]:
+    board = StatusActor()
     return RunReporter(folder, HereInProcess(board), rank, to_train=False), board
 
 
@@ -51,7 +51,7 @@ def test_resuming_drops_the_lines_of_lost_work_and_a_line_that_a_kill_cut_off(tm
 
 
 def test_the_board_counts_finished_rounds_and_keeps_the_latest_figures() -> None:
-    board = StatusBoard()
+    board = StatusActor()
     board.metrics({"step": 4, "round": 1, "judge/mean_score": 0.5})
     board.metrics({"step": 5, "loss": 0.6})
     status = board.read()
@@ -72,17 +72,17 @@ def test_a_run_asked_to_stop_has_something_to_save_once_it_has_taken_a_step(tmp_
 
 
 def test_the_first_fatal_error_counts() -> None:
-    board = StatusBoard()
-    assert board.fatal() is None
-    board.give_up("ValueError: the cause")
-    board.give_up("RuntimeError: a consequence")
-    assert board.fatal() == "ValueError: the cause"
+    board = StatusActor()
+    assert board.fatal_error() is None
+    board.report_fatal("ValueError: the cause")
+    board.report_fatal("RuntimeError: a consequence")
+    assert board.fatal_error() == "ValueError: the cause"
 
 
 def test_without_a_terminal_the_view_is_plain_lines_that_name_phase_round_and_scores() -> None:
     output = io.StringIO()
     status = Status(phase="judging", round=2, metrics={"judge/mean_score": 0.41234, "loss": 0.5})
-    with shown(lambda: status, title="demo", rounds=6, console=Console(file=output, width=60)):
+    with live_display(lambda: status, title="demo", rounds=6, console=Console(file=output, width=60)):
         import time
 
         time.sleep(1.2)
@@ -96,7 +96,7 @@ def test_a_board_that_cannot_be_read_does_not_end_the_view() -> None:
     def read() -> Status:
         raise ConnectionError("the board is gone")
 
-    with shown(read, title="demo", rounds=None, console=Console(file=io.StringIO())):
+    with live_display(read, title="demo", rounds=None, console=Console(file=io.StringIO())):
         pass
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dpo_ray.objective.head import Group, Head, LogitTransform, Losses, pair_losses, token_logps
-from dpo_ray.objective.logps import TokenScores
+from dpo_ray.objective.head import ChunkedLosses, Group, Head, LogitTransform, chunked_pair_losses, token_logps
+from dpo_ray.objective.logps import TokenLogps
 
 TOKENS, HIDDEN, VOCABULARY = 70, 32, 300
 PAIRS = (20, 7, 30, 13)
@@ -35,11 +35,11 @@ def losses_of(weighted: torch.Tensor, pairs: slice) -> torch.Tensor:
     return torch.stack([(part.sum() / 100).square() for part in weighted.split(PAIRS[pairs])])
 
 
-def run(hidden: torch.Tensor, head: Head, labels: torch.Tensor, upstream: torch.Tensor, chunk: int) -> Losses:
-    def objective(group: Group, scores: TokenScores) -> torch.Tensor:
+def run(hidden: torch.Tensor, head: Head, labels: torch.Tensor, upstream: torch.Tensor, chunk: int) -> ChunkedLosses:
+    def objective(group: Group, scores: TokenLogps) -> torch.Tensor:
         return losses_of(scores.logps * upstream[group.tokens], group.pairs)
 
-    return pair_losses(hidden, head, labels, PAIRS, objective, chunk=chunk)
+    return chunked_pair_losses(hidden, head, labels, PAIRS, objective, chunk=chunk)
 
 
 def relative(found: torch.Tensor | None, expected: torch.Tensor | None) -> float:
@@ -123,7 +123,7 @@ def test_gradients_are_handed_on_once() -> None:
 
 def test_no_tokens_give_no_losses_and_zero_gradients() -> None:
     hidden, weight = torch.zeros(0, HIDDEN, requires_grad=True), torch.ones(VOCABULARY, HIDDEN, requires_grad=True)
-    found = pair_losses(hidden, Head(weight), torch.zeros(0, dtype=torch.int64), (), lambda *_: torch.zeros(0))
+    found = chunked_pair_losses(hidden, Head(weight), torch.zeros(0, dtype=torch.int64), (), lambda *_: torch.zeros(0))
     found.total.backward()
     assert found.each.shape == found.scores.logps.shape == (0,)
     assert weight.grad is not None
@@ -139,9 +139,9 @@ def test_sums_of_squared_probabilities_are_those_of_a_float64_softmax(chunk: int
     assert token_logps(hidden, Head(weight), labels).log_sum_squares.numel() == 0, "only computed when asked for"
     seen = []
 
-    def objective(group: Group, scores: TokenScores) -> torch.Tensor:
+    def objective(group: Group, scores: TokenLogps) -> torch.Tensor:
         seen.append(scores.log_sum_squares)
         return scores.logps.new_zeros(len(PAIRS[group.pairs])) + scores.logps.sum()
 
-    pair_losses(hidden, Head(weight), labels, PAIRS, objective, chunk=chunk, with_squares=True)
+    chunked_pair_losses(hidden, Head(weight), labels, PAIRS, objective, chunk=chunk, with_squares=True)
     assert (torch.cat(seen) - expected).abs().max() < 5e-5

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpo_ray.objective.logps import TokenScores, sequence_sums, wpo_weights
+from dpo_ray.objective.logps import TokenLogps, sequence_sums, wpo_weights
 
 
 def test_sequence_sums_add_tokens_to_their_sequences() -> None:
@@ -14,5 +14,5 @@ def test_sequence_sums_add_tokens_to_their_sequences() -> None:
 def test_wpo_weights_are_geometric_means_of_a_labels_probability_over_a_drawn_tokens() -> None:
     # sequence 0: probabilities 1/2 and 1/8 where a drawn token has 1/2 and 1/2: (1 * 1/4) ** 1/2 = 1/2
     logps, squares = torch.tensor([0.5, 0.125, 0.25]).log(), torch.tensor([0.5, 0.5, 1.0]).log()
-    weights = wpo_weights(TokenScores(logps, squares), torch.tensor([0, 0, 1]), torch.tensor([2, 1]))
+    weights = wpo_weights(TokenLogps(logps, squares), torch.tensor([0, 0, 1]), torch.tensor([2, 1]))
     assert weights.tolist() == pytest.approx([0.5, 0.25])

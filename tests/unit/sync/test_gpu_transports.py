@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dpo_ray.sync import ipc, nccl
 from dpo_ray.sync.base import Checksum, SyncMismatch, in_buckets
-from dpo_ray.sync.receiving import Noting, NotingModel
+from dpo_ray.sync.receiving import DigestMixin, RecordingModel
 
 SIZES = (10, 20, 30, 5, 5)
 
@@ -108,12 +108,12 @@ class Air:
 def sync(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[nccl.NCCLSync, Engines, list[Air]]]:
     engines, links = Engines(), []
 
-    def open_link(host: str, port: int, world: int, device: int, bucket_bytes: int) -> Air:
+    def open_communicator(host: str, port: int, world: int, device: int, bucket_bytes: int) -> Air:
         assert (host, world) == ("10.0.0.7", 5)
         links.append(Air(engines))
         return links[-1]
 
-    monkeypatch.setattr(nccl, "open_link", open_link)
+    monkeypatch.setattr(nccl, "open_communicator", open_communicator)
     sync = nccl.NCCLSync()
     sync._bucket_bytes = 60  # 20, 40, 60, 10 and 10 bytes in bfloat16
     sync.connect(engines)
@@ -228,7 +228,7 @@ def test_a_communicator_without_nccl_is_refused():
         disabled: bool = True
 
     with pytest.raises(RuntimeError, match="no NCCL library"):
-        nccl.refuse_unavailable(Group())
+        nccl.validate_nccl(Group())
 
 
 # ------------------------------------------------------------------------------------------------------------------ IPC
@@ -256,7 +256,7 @@ class Card:
         self.memory: dict[int, list[tuple[str, Tensor]]] = {}
         self.log: list[str] = []
         monkeypatch.setattr(ipc, "on_wire", lambda tensor, dtype: tensor.to(dtype))
-        monkeypatch.setattr(ipc, "release_unused", lambda: self.log.append("released"))
+        monkeypatch.setattr(ipc, "free_cuda_cache", lambda: self.log.append("released"))
         monkeypatch.setattr(ipc, "export", self.export)
 
     def export(self, bucket: Sequence[tuple[str, Tensor]]) -> Iterator[Chunk]:
@@ -352,7 +352,7 @@ class EngineOfVLLM:
         self.model = self._default
 
 
-class Receiver(Noting, EngineOfVLLM):
+class Receiver(DigestMixin, EngineOfVLLM):
     pass
 
 
@@ -360,7 +360,7 @@ def test_a_receiver_notes_what_vllm_loads_and_gives_vllm_its_model_back():
     receiver, tensors = Receiver(), [(name, torch.ones(2)) for name in ("q", "k", "v", "head")]
     assert receiver.parse_update_info({"bucket": {"names": ["q"]}}) == ["q"]
     receiver.start_weight_update()
-    assert isinstance(receiver.model, NotingModel)
+    assert isinstance(receiver.model, RecordingModel)
     receiver.model.load_weights(iter(tensors[:2]))
     receiver.model.load_weights(iter(tensors[2:]))
     receiver.finish_weight_update()
@@ -381,5 +381,5 @@ def test_a_receiver_refuses_to_finish_with_a_parameter_left_out():
 def test_calls_that_need_each_other_run_at_the_same_time():
     with ThreadPoolExecutor(1):
         meeting = threading.Barrier(2, timeout=5)
-        first, second = nccl.side_by_side(meeting.wait, meeting.wait, timeout_s=10, doing="meeting")
+        first, second = nccl.run_concurrently(meeting.wait, meeting.wait, timeout_s=10, doing="meeting")
     assert {first, second} == {0, 1}

@@ -12,7 +12,7 @@ import torch
 import xxhash
 
 from dpo_ray.config import Config
-from dpo_ray.train.checkpoint import MARKER, NICENESS, _build_writer, _KeptCopy, superseded
+from dpo_ray.train.checkpoint import MARKER, NICENESS, CachedStager, _build_writer, superseded
 
 
 def priority() -> int:
@@ -40,7 +40,7 @@ def test_files_are_digested_as_they_are_written_by_a_thread_that_gives_way(tmp_p
 
 
 def test_the_next_copy_takes_the_memory_of_the_last_and_more_if_there_is_more_to_copy() -> None:
-    stager, weight = _KeptCopy(), torch.arange(6.0)
+    stager, weight = CachedStager(), torch.arange(6.0)
     first = stager.stage({"model": {"weight": weight}, "step": 1})
     weight += 1
     assert first["model"]["weight"].tolist() == [0, 1, 2, 3, 4, 5]

@@ -35,7 +35,7 @@ class Stops:
 def await_round(rounds: Any, reporter: Any, monkeypatch: pytest.MonkeyPatch, *, others: list[bool]) -> Any:
     """Wait beside a rank that says ``others`` in turn: whether it is to stop, and whether it has no round yet."""
     said = iter(others)
-    monkeypatch.setattr(online, "agreed", lambda flag: flag | next(said, False))
+    monkeypatch.setattr(online, "any_rank", lambda flag: flag | next(said, False))
     return online._await_round(rounds, 4, reporter)
 
 

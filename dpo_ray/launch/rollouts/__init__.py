@@ -1,0 +1,1 @@
+"""The actors that own rollout engines, judges and weight transfer."""

@@ -1,0 +1,1 @@
+"""Kernels and matrix products: attention over packed rows, linear layers, float8."""

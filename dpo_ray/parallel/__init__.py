@@ -1,0 +1,1 @@
+"""How a model is laid over ranks: FSDP2, tensor and context parallelism, activation memory."""

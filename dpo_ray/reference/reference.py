@@ -1,0 +1,42 @@
+"""The reference as the training step sees it: a function from a micro-batch to log-probabilities."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from dpo_ray.data.loader import MicroBatch
+from dpo_ray.data.packing import PackedRow, to_device
+from dpo_ray.objective.logps import PairLogps
+
+Reference = Callable[[MicroBatch], PairLogps | None]
+"""Reference log-probabilities of a micro-batch's pairs; None where the loss needs none."""
+
+
+def cached_reference(logps: np.ndarray) -> Reference:
+    """Look reference log-probabilities up by pair index.
+
+    Args:
+        logps: (n, 2) chosen and rejected log-probabilities of all pairs, nats.
+    """
+
+    def reference(batch: MicroBatch) -> PairLogps:
+        lengths = batch.row.lengths
+        held = to_device(torch.from_numpy(logps[list(batch.pairs)].astype(np.float32)), lengths.device)  # (B, 2)
+        return PairLogps(held[:, 0], held[:, 1], lengths[0::2], lengths[1::2])
+
+    return reference
+
+
+def live_reference(frozen: Callable[[PackedRow], PairLogps]) -> Reference:
+    """Compute the reference log-probabilities of each micro-batch with a frozen model."""
+
+    @torch.no_grad()
+    def reference(batch: MicroBatch) -> PairLogps:
+        return frozen(batch.row)
+
+    return reference
+
+
+def no_reference(batch: MicroBatch) -> None:
+    """For losses that need no reference: nothing is loaded and nothing scored."""

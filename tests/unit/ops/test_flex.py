@@ -1,0 +1,124 @@
+"""The block mask of packed rows against the dense mask, and flex_attention's log-probabilities against masked ones."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
+
+from dpo_ray.config.schema import ModelConfig
+from dpo_ray.data.assignment import shard_row
+from dpo_ray.data.packing import PackedRow, Span, attention_mask, build_row
+from dpo_ray.model.load import attention_on, build_model
+from dpo_ray.model.scorer import Scorer, pair_logps, pair_losses
+from dpo_ray.ops.flex import BLOCK, span_mask, token_limits, visible_blocks
+from tests.unit.model.test_scorer import preference, ragged_pairs
+
+SPANS = st.lists(
+    st.builds(Span, st.integers(1, 40), st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=6
+)  # fmt: skip
+
+
+def dense_mask(spans: list[Span]) -> np.ndarray:
+    ids = torch.zeros(1, sum(map(sum, spans)), dtype=torch.int64)
+    none = torch.zeros(0, dtype=torch.int64)
+    return attention_mask(PackedRow(ids, ids, tuple(spans), none, none, none, none))[0, 0].numpy()
+
+
+@settings(max_examples=200, deadline=None)
+@given(SPANS, st.sampled_from([4, 8, 16]))
+def test_blocks_are_those_of_the_dense_mask(spans: list[Span], block: int) -> None:
+    mask = dense_mask(spans)
+    blocks = -(-len(mask) // block)
+    padded = np.zeros((blocks * block,) * 2, bool)
+    padded[: len(mask), : len(mask)] = mask
+    tiles = padded.reshape(blocks, block, blocks, block).swapaxes(1, 2)
+    some = tiles.any((2, 3))
+    # Rows behind the end of a short last block do not exist, so that they cannot keep a block from being full.
+    padded[len(mask) :] = True
+    full = padded.reshape(blocks, block, blocks, block).swapaxes(1, 2).all((2, 3)) & some
+    found = visible_blocks(token_limits(spans), len(mask), block)
+    np.testing.assert_array_equal(found.full, full)
+    np.testing.assert_array_equal(found.partial, some & ~full)
+
+
+def test_the_mask_is_the_one_that_torch_makes_of_every_pair_of_tokens() -> None:
+    spans = [Span(200, 90, 150), Span(300, 0, 0), Span(3, 400, 260)]
+    mask = span_mask(spans, torch.device("cpu"))
+    tokens = sum(map(sum, spans))
+    assert mask.mask_mod is not None
+    evaluated = create_block_mask(mask.mask_mod, 1, None, tokens, tokens, device="cpu", BLOCK_SIZE=BLOCK)
+    assert torch.equal(mask.to_dense(), evaluated.to_dense())
+    query, key = torch.arange(tokens)[:, None], torch.arange(tokens)[None]
+    seen = mask.mask_mod(torch.tensor(0), torch.tensor(0), query.expand(tokens, tokens), key.expand(tokens, tokens))
+    np.testing.assert_array_equal(seen.numpy(), dense_mask(spans))
+
+
+@settings(max_examples=100, deadline=None)
+@given(SPANS, st.sampled_from([1, 2, 3]), st.sampled_from([4, 16]))
+def test_blocks_of_some_of_the_tokens_are_those_of_their_rows_of_the_dense_mask(
+    spans: list[Span], ranks: int, block: int
+) -> None:
+    cut = shard_row(spans, ranks)
+    mask = dense_mask(cut.spans)
+    for rank in range(ranks):
+        queries = cut.tokens(rank)
+        rows = mask[queries]
+        blocks = visible_blocks(token_limits(cut.spans).of(queries), len(mask), block)
+        for q in range(-(-len(queries) // block)):
+            for k in range(-(-len(mask) // block)):
+                tile = rows[q * block : (q + 1) * block, k * block : (k + 1) * block]
+                full = tile.all() and tile.shape[1] == block
+                assert (blocks.partial[q, k], blocks.full[q, k]) == (tile.any() and not full, full)
+
+
+def test_the_mask_of_a_ranks_tokens_is_those_rows_of_the_dense_mask() -> None:
+    cut = shard_row([Span(200, 90, 150), Span(300, 0, 0), Span(3, 401, 260)], 2)
+    dense = dense_mask(cut.spans)
+    for rank in range(2):
+        queries = cut.tokens(rank)
+        mask = span_mask(cut.spans, torch.device("cpu"), queries)
+        shape = (len(queries), len(dense))
+        assert mask.mask_mod is not None
+        evaluated = create_block_mask(mask.mask_mod, 1, None, *shape, device="cpu", BLOCK_SIZE=BLOCK)
+        assert torch.equal(mask.to_dense(), evaluated.to_dense())
+        query, key = torch.arange(shape[0])[:, None].expand(shape), torch.arange(shape[1])[None].expand(shape)
+        seen = mask.mask_mod(torch.tensor(0), torch.tensor(0), query, key)
+        np.testing.assert_array_equal(seen.numpy(), dense[queries])
+
+
+def test_most_blocks_of_a_row_of_many_pairs_are_skipped() -> None:
+    # Eight spans of 1024 tokens in a row of 8192: 64 x 64 blocks. In a span of 8 blocks, prompt 4, completions 2 each,
+    # causal blocks are 10 of the prompt and 2 x (2 x 4 + 3) of the completions.
+    mask = span_mask([Span(512, 256, 256)] * 8, torch.device("cpu"))
+    assert mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum() == 8 * (10 + 2 * 11)
+    assert mask.kv_num_blocks.sum() == 64, "only the diagonal needs the mask"
+    assert mask.sparsity() == pytest.approx(100 * (1 - 256 / 4096))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_flex_attention_gives_the_logps_of_the_masked_row(tiny_model: Path, dtype: str) -> None:
+    row = build_row(ragged_pairs(9), "shared")
+    found = {}
+    for attention in ("flex", "sdpa"):
+        config = ModelConfig(path=str(tiny_model), attention=attention)
+        scorer = Scorer(build_model(config, with_weights=True, dtype=getattr(torch, dtype)))
+        with torch.no_grad():
+            logps = pair_logps(scorer, row)
+        found[attention] = torch.cat((logps.chosen, logps.rejected))
+    tokens = row.lengths.float().mean()
+    assert ((found["flex"] - found["sdpa"]).abs() / tokens).max() < (1e-5 if dtype == "float32" else 0.02)
+
+
+def test_training_with_it_on_a_cpu_is_refused_in_words(tiny_model: Path) -> None:
+    scorer = Scorer(build_model(ModelConfig(path=str(tiny_model), attention="flex"), with_weights=True))
+    with pytest.raises(NotImplementedError, match=r"model\.attention: flex has no gradients on a CPU"):
+        pair_losses(scorer, build_row(ragged_pairs(3), "shared"), preference)
+
+
+def test_auto_is_flex_on_gpus_and_torchs_kernels_elsewhere() -> None:
+    assert [attention_on(device, "auto") for device in ("cuda", "cpu")] == ["flex", "packed"]
+    assert attention_on("cuda", "sdpa") == "sdpa"

@@ -1,0 +1,397 @@
+"""Reading a run directory, its key figures, and the page: on small synthetic runs."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_ray.report.figures import comparisons, summary, verdict
+from dpo_ray.report.page import write_report, write_sweep_report
+from dpo_ray.report.record import read_run
+
+CONFIG = """
+run: {name: tiny}
+model: {path: some/model}
+loss: {use: sigmoid, beta: 0.1}
+optim: {max_grad_norm: 1.0}
+"""
+
+
+def step_line(step: int, **changes: Any) -> dict[str, Any]:
+    """An unremarkable optimizer step; keys of ``changes`` spell ``/`` as ``__``."""
+    line = {
+        "step": step,
+        "epoch": step / 10,
+        "loss": 0.6931 if step == 1 else 0.6,
+        "rewards/chosen": 0.1,
+        "rewards/rejected": -0.1,
+        "rewards/margins": 0.2,
+        "rewards/accuracies": 0.7,
+        "logps/chosen": -50.0,
+        "logps/rejected": -60.0,
+        "optim/grad_norm": 0.5,
+        "optim/lr": 1e-6,
+        "perf/pairs_per_s": 8.0,
+        "perf/tokens_per_s": 800.0,
+        "perf/step_s": 2.0,
+    }
+    return line | {key.replace("__", "/"): value for key, value in changes.items()}
+
+
+def round_end(index: int, **changes: Any) -> dict[str, Any]:
+    """What the step that ends a round adds, to be passed on to ``step_line``."""
+    extra = {
+        "round": index,
+        "judge__mean_score": 0.1 * index,
+        "judge__chosen_score": 0.1 * index + 0.2,
+        "judge__rejected_score": 0.1 * index - 0.2,
+        "rollout__kept": 9,
+        "rollout__dropped_tie": 1,
+        "rollout__tokens_per_s": 100.0,
+        "rollout__mean_tokens": 40.0,
+        "policy_lag": 0,
+        "kl": 1.0 * index,
+        "perf__generate_s": 5.0,
+        "perf__judge_s": 1.0,
+        "perf__train_s": 4.0,
+        "perf__sync_s": 0.5,
+        "perf__wait_s": 6.5,
+    }
+    return extra | changes
+
+
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def offline_run(path: Path, lines: Iterable[Mapping[str, Any]], config: str = CONFIG) -> Path:
+    """A run directory with these lines as metrics.jsonl."""
+    write_lines(path / "metrics.jsonl", lines)
+    (path / "config.yaml").write_text(config, encoding="utf-8")
+    return path
+
+
+def online_run(path: Path, rounds: int = 4, **changes: Any) -> Path:
+    """A run of one step a round; ``changes`` go into every round's line."""
+    config = CONFIG + "online: {prompts: p.jsonl, eval_prompts: e.jsonl}\n"
+    return offline_run(path, (step_line(r + 1, **round_end(r, **changes)) for r in range(rounds)), config)
+
+
+def write_evaluation(path: Path, version: int, scores: Sequence[float], tokens: int = 40, kl: float = 2.0) -> None:
+    """Completions of one held-out prompt for each score."""
+    write_lines(
+        path / "evaluations" / f"{version:06d}.jsonl",
+        (
+            {
+                "prompt": [{"role": "user", "content": f"prompt {i}"}],
+                "completion": f"version {version} of {i}",
+                "tokens": tokens,
+                "score": score,
+                "policy_logp": -20.0 + kl,
+                "reference_logp": -20.0,
+            }
+            for i, score in enumerate(scores)
+        ),
+    )
+
+
+def write_round(path: Path, index: int, groups: Iterable[Mapping[str, Any]]) -> None:
+    """``pairs.jsonl`` of a round."""
+    write_lines(path / "rounds" / f"{index:06d}" / "pairs.jsonl", groups)
+
+
+def group(*texts: str, scores: Sequence[float], finished: bool = True, dropped: str | None = None) -> dict[str, Any]:
+    """One judged prompt: the best candidate chosen and the worst rejected, unless it was dropped."""
+    return {
+        "prompt": [{"role": "user", "content": "say something"}],
+        "candidates": [{"text": text, "token_ids": [1, 2, 3], "finished": finished} for text in texts],
+        "scores": list(scores),
+        "chosen": None if dropped else scores.index(max(scores)),
+        "rejected": None if dropped else scores.index(min(scores)),
+        "dropped": dropped,
+        "policy_version": 0,
+        "seed": 0,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- reading
+
+
+def test_a_cut_last_line_is_skipped(tmp_path):
+    run = offline_run(tmp_path, [step_line(1), step_line(2)])
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 3, "los')
+    assert [line["step"] for line in read_run(run).steps] == [1, 2]
+
+
+def test_the_later_line_of_a_repeated_step_counts(tmp_path):
+    first, resumed = [step_line(s, loss=1.0) for s in (1, 2, 3)], [step_line(s, loss=0.5) for s in (2, 3, 4)]
+    record = read_run(offline_run(tmp_path, first + resumed))
+    steps, loss = record.over_steps("loss")
+    assert steps.tolist() == [1, 2, 3, 4]
+    assert loss.tolist() == [1.0, 0.5, 0.5, 0.5]
+
+
+def test_a_round_without_pairs_leaves_the_line_of_the_round_before_it(tmp_path):
+    lines = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6, "round": 0}, {"step": 2, "round": 1}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    record = read_run(tmp_path)
+    assert [line["round"] for line in record.rounds] == [0, 1]
+    assert record.over_steps("loss")[1].tolist() == [0.7, 0.6]
+
+
+def test_evaluations_are_read_from_lines_of_their_own_and_from_step_lines(tmp_path):
+    lines = [{"step": 0, "eval/loss": 0.69}, step_line(1), step_line(2) | {"eval/loss": 0.6}]
+    record = read_run(offline_run(tmp_path, lines))
+    assert record.over_evals("eval/loss")[0].tolist() == [0, 2]
+    assert record.over_evals("eval/loss")[1].tolist() == [0.69, 0.6]
+    assert len(record.steps) == 2
+
+
+def test_counts_missing_from_the_metrics_come_from_the_manifest(tmp_path):
+    extra = {key: value for key, value in round_end(0).items() if not key.startswith("rollout__")}
+    run = offline_run(tmp_path, [step_line(1, **extra)])
+    manifest = run / "rounds" / "000000" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text(json.dumps({"counts": {"prompts": 8, "pairs": 5, "dropped": {"tie": 3}}}), encoding="utf-8")
+    assert read_run(run).kept_and_dropped == (5.0, {"tie": 3.0})
+
+
+def test_a_directory_without_a_run_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="nothing to report"):
+        read_run(tmp_path)
+    with pytest.raises(ValueError, match="no such directory"):
+        read_run(tmp_path / "absent")
+
+
+def test_a_run_without_config_is_read(tmp_path):
+    run = offline_run(tmp_path, [step_line(1)])
+    (run / "config.yaml").unlink()
+    assert read_run(run).config == {}
+    assert write_report(run).exists()
+
+
+# ------------------------------------------------------------------------------------------------------- key figures
+
+
+def test_summary_of_an_online_run(tmp_path):
+    run = online_run(tmp_path, rounds=4)
+    write_evaluation(run, 0, [0.0, 0.2], tokens=40, kl=0.0)
+    write_evaluation(run, 2, [0.9, 0.9], tokens=90, kl=9.0)
+    write_evaluation(run, 4, [0.4, 0.6], tokens=50, kl=3.0)
+    figures = summary(read_run(run))
+    assert figures.score_before == pytest.approx(0.1)
+    assert figures.score_after == pytest.approx(0.5)
+    assert figures.kl == pytest.approx(3.0)
+    assert (figures.tokens_before, figures.tokens_after) == (40, 50)
+    assert (figures.pairs_per_s, figures.tokens_per_s, figures.generate_tokens_per_s) == (8.0, 800.0, 100.0)
+    assert (figures.rounds, figures.steps) == (4, 4)
+    assert figures.wall_s == pytest.approx(4 * (4.0 + 0.5 + 6.5))
+
+
+def test_summary_of_an_offline_run_has_no_judge_figures(tmp_path):
+    figures = summary(read_run(offline_run(tmp_path, [step_line(s) for s in (1, 2, 3)])))
+    assert (figures.score_before, figures.score_after, figures.kl, figures.generate_tokens_per_s) == (None,) * 4
+    assert (figures.rounds, figures.steps, figures.wall_s) == (0, 3, 6.0)
+
+
+def test_an_untrained_policy_alone_has_a_score_before_and_none_after(tmp_path):
+    run = online_run(tmp_path)
+    write_evaluation(run, 0, [0.5])
+    assert (summary(read_run(run)).score_before, summary(read_run(run)).score_after) == (0.5, None)
+
+
+def test_comparisons_are_the_largest_gain_the_median_and_the_largest_loss(tmp_path):
+    run = online_run(tmp_path)
+    write_evaluation(run, 0, [0.0, 0.0, 0.0, 0.0, 0.5])
+    write_evaluation(run, 4, [0.1, 0.9, 0.3, 0.2, 0.0])
+    found = comparisons(read_run(run), n=3)
+    assert [round(one.gain, 6) for one in found] == [0.9, 0.2, -0.5]
+    assert found[0] == ("prompt 1", "version 0 of 1", 0.0, "version 4 of 1", 0.9)
+
+
+def test_comparisons_of_two_prompts_are_two(tmp_path):
+    run = online_run(tmp_path)
+    write_evaluation(run, 0, [0.0, 0.0])
+    write_evaluation(run, 1, [0.2, 0.1])
+    assert len(comparisons(read_run(run), n=7)) == 2
+
+
+def test_prompts_whose_score_is_nan_are_left_out_of_the_gain(tmp_path):
+    run = online_run(tmp_path)
+    write_evaluation(run, 0, [0.0, float("nan"), 0.1])
+    write_evaluation(run, 4, [0.5, 0.9, 0.5])
+    gain = read_run(run).score_gain
+    assert gain is not None
+    assert (gain.prompts, gain.before, gain.after) == (2, 0.05, 0.5)
+
+
+def test_the_verdict_tells_a_gain_from_chance(tmp_path):
+    clear, unclear = online_run(tmp_path / "clear"), online_run(tmp_path / "unclear")
+    write_evaluation(clear, 0, [0.0, 0.1, 0.2])
+    write_evaluation(clear, 4, [0.5, 0.6, 0.8])
+    write_evaluation(unclear, 0, [0.0, 0.1, 0.2])
+    write_evaluation(unclear, 4, [0.5, 0.0, 0.0])
+    assert verdict(read_run(clear), []).startswith("The held-out judge score rose from 0.100 to 0.633 over 4 rounds")
+    assert "did not change beyond chance" in verdict(read_run(unclear), [])
+
+
+# ---------------------------------------------------------------------------------------------------------- the page
+
+
+class Elements(HTMLParser):
+    """Names and attributes of all elements, and the text of the page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def full_online_run(path: Path) -> Path:
+    run = online_run(path)
+    write_evaluation(run, 0, [0.0, 0.1, 0.2])
+    write_evaluation(run, 4, [0.5, 0.6, 0.7])
+    write_round(run, 3, [group("fine", "<script>alert(1)</script>", scores=[0.9, 0.1])])
+    return run
+
+
+def test_text_of_models_is_escaped(tmp_path):
+    html = write_report(full_online_run(tmp_path)).read_text(encoding="utf-8")
+    assert "<script" not in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+
+
+def test_the_page_loads_nothing(tmp_path):
+    page = Elements(write_report(full_online_run(tmp_path)).read_text(encoding="utf-8"))
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.names)
+    assert all(
+        value is None or value.startswith(("#", "data:"))
+        for name, value in page.attributes
+        if name in ("src", "href", "xlink:href")
+    )
+
+
+def test_ids_are_unique_over_the_pictures(tmp_path):
+    html = write_report(full_online_run(tmp_path)).read_text(encoding="utf-8")
+    clip_paths = re.findall(r'<clipPath id="([^"]+)"', html)
+    assert len(clip_paths) == len(set(clip_paths)) > 0
+    assert {name for name in re.findall(r"url\(#([^)]+)\)", html)} <= set(clip_paths)
+
+
+def test_an_online_page_shows_every_picture_and_the_samples(tmp_path):
+    text = Elements(write_report(full_online_run(tmp_path)).read_text(encoding="utf-8")).text
+    for title in (
+        "Judge score by round",
+        "KL to the reference",
+        "Reward margin and accuracy",
+        "Gradient norm and learning rate",
+        "Loss",
+        "Log-probability of chosen and rejected",
+        "Completion length",
+        "Pairs kept and dropped",
+        "Where the time goes",
+        "Held-out prompts, before and after",
+        "Candidates of round 3",
+        "version 4 of 2",
+    ):
+        assert title in text
+
+
+def test_an_offline_page_shows_held_out_pairs_and_nothing_of_rounds(tmp_path):
+    lines = [step_line(1), {"step": 1, "eval/loss": 0.69, "eval/rewards/accuracies": 0.5}, step_line(2)]
+    text = Elements(write_report(offline_run(tmp_path, lines)).read_text(encoding="utf-8")).text
+    assert "held-out pairs" in text
+    assert "Judge score by round" not in text
+    assert "Candidates of round" not in text
+
+
+def test_a_page_of_evaluations_alone_is_written(tmp_path):
+    write_evaluation(tmp_path, 0, [0.1])
+    assert "before training" in write_report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_api_keys_are_hidden_and_token_limits_are_not(tmp_path):
+    judge = "online: {prompts: p, judge: {use: length, args: {api_key: sk-123}}, sampling: {max_tokens: 77}}\n"
+    html = write_report(offline_run(tmp_path, [step_line(1)], CONFIG + judge)).read_text(encoding="utf-8")
+    assert "sk-123" not in html
+    assert "max_tokens: 77" in html
+
+
+def test_the_data_report_is_shown_whatever_its_keys(tmp_path):
+    run = offline_run(tmp_path, [step_line(1)])
+    (run / "data.json").write_text(json.dumps({"train": {"kept": 12345, "dropped": {"tie": 7}}}), encoding="utf-8")
+    text = Elements(write_report(run).read_text(encoding="utf-8")).text
+    assert "train.dropped.tie7" in text
+    assert "train.kept12,345" in text
+
+
+def test_writing_leaves_only_the_page_behind(tmp_path):
+    run = offline_run(tmp_path, [step_line(1)])
+    write_report(run)
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "metrics.jsonl", "report.html"]
+
+
+def test_a_long_run_gives_a_small_page(tmp_path):
+    html = write_report(offline_run(tmp_path, (step_line(s, loss=1 / s) for s in range(1, 5001))))
+    assert html.stat().st_size < 400_000
+
+
+# ------------------------------------------------------------------------------------------------------------- sweeps
+
+ROWS = [
+    {"trial": "a", "loss.beta": 0.1, "optim.lr": 1e-6, "eval/loss": 0.62, "time_s": 10.0},
+    {"trial": "b", "loss.beta": 0.3, "optim.lr": 5e-6, "eval/loss": 0.58, "time_s": 11.0},
+    {"trial": "c", "loss.beta": 0.1, "optim.lr": 5e-6, "eval/loss": None, "time_s": 2.0},
+]
+
+
+def rows_in_order(html: str) -> list[str]:
+    return re.findall(r"<tr[^>]*><td>([^<]*)</td>", html)
+
+
+def test_trials_are_sorted_from_best_to_worst_with_failures_last(tmp_path):
+    html = write_sweep_report(tmp_path, ROWS, "eval/loss", "min").read_text(encoding="utf-8")
+    assert rows_in_order(html) == ["b", "a", "c"]
+    assert '<tr class="best"><td>b</td>' in html
+    assert "The lowest eval/loss is 0.58, at loss.beta = 0.3, optim.lr = 5e-6" in html
+    html = write_sweep_report(tmp_path, ROWS, "eval/loss", "max").read_text(encoding="utf-8")
+    assert rows_in_order(html) == ["a", "b", "c"]
+
+
+def test_two_swept_numbers_give_a_map_one_a_curve_and_words_none(tmp_path):
+    html = write_sweep_report(tmp_path, ROWS, "eval/loss", "min").read_text(encoding="utf-8")
+    assert "eval/loss over optim.lr and loss.beta" in html
+    one = [{"trial": i, "optim.lr": 10.0**-i, "loss": 1.0 / i} for i in (4, 5, 6)]
+    assert "loss over optim.lr" in write_sweep_report(tmp_path, one, "loss", "min").read_text(encoding="utf-8")
+    words = [{"trial": i, "loss.use": name, "loss": 0.5} for i, name in enumerate(("sigmoid", "<ipo>"))]
+    html = write_sweep_report(tmp_path, words, "loss", "min").read_text(encoding="utf-8")
+    assert "<svg" not in html
+    assert "&lt;ipo&gt;" in html
+
+
+def test_a_metric_no_trial_has_is_refused_with_those_there_are(tmp_path):
+    with pytest.raises(ValueError, match=r"metric 'eval/los'.*eval/loss"):
+        write_sweep_report(tmp_path, ROWS, "eval/los", "min")
+    with pytest.raises(ValueError, match="min or max"):
+        write_sweep_report(tmp_path, ROWS, "eval/loss", "lowest")
+
+
+def test_a_sweep_without_a_finished_trial_still_has_a_page(tmp_path):
+    html = write_sweep_report(tmp_path, ROWS[2:], "eval/loss", "min").read_text(encoding="utf-8")
+    assert "No trial finished with a result." in html
