@@ -45,17 +45,20 @@ class Clock:
     def note(self, text: str) -> None:
         """Not kept."""
 
-    def resumed(self, step: int, rounds: int | None = None) -> None:
+    def start(self, step: int, round: int = 0) -> None:
         """Not kept."""
 
     def step(self, metrics: Metrics) -> None:
         """Note the time."""
         self.ends.append(time.perf_counter())
 
+    def round(self, metrics: Metrics) -> None:
+        """Not kept."""
+
     def evaluation(self, metrics: Metrics) -> None:
         """Not kept."""
 
-    def stop_asked(self) -> bool:
+    def stop_requested(self) -> bool:
         """Never."""
         return False
 

@@ -60,15 +60,17 @@ class _Clock:
 
     def note(self, text: str) -> None: ...
 
-    def resumed(self, step: int, rounds: int | None = None) -> None:
+    def start(self, step: int, round: int = 0) -> None:
         self.reference_s = time.perf_counter() - self.began["scoring"]
 
     def step(self, metrics: dict[str, Any]) -> None:
         self.train_s, self.loss = time.perf_counter() - self.began["training"], metrics["loss"]
 
+    def round(self, metrics: dict[str, Any]) -> None: ...
+
     def evaluation(self, metrics: dict[str, Any]) -> None: ...
 
-    def stop_asked(self) -> bool:
+    def stop_requested(self) -> bool:
         return False
 
 

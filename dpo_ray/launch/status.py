@@ -91,13 +91,13 @@ class StatusActor:
         """The latest Status."""
         return self.status
 
-    def ask_to_stop(self) -> bool:
+    def request_stop(self) -> bool:
         """End the run at the next place where it can go on from; whether a step was taken since the workers started."""
         self.stopping = True
         return self.stepped
 
-    def stop_asked(self) -> bool:
-        """Whether the run should end early."""
+    def stop_requested(self) -> bool:
+        """True if the run should stop early."""
         return self.stopping
 
 
@@ -133,16 +133,15 @@ class RunReporter:
             logger.info(text)
             self.status_actor.note.remote(text)
 
-    def resumed(self, step: int, rounds: int | None = None) -> None:
-        """Drop lines after ``step`` or of rounds not among the first ``rounds``: they will be written again."""
+    def start(self, step: int, round: int = 0) -> None:
+        """Drops recorded lines beyond ``step`` optimizer steps and ``round`` rounds: they will be written again."""
         if self.rank == 0:
-            kept = self._drop_after(step, rounds) if self.file.exists() else []
+            kept = self._drop_after(step, round) if self.file.exists() else []
             self.status_actor.resumed.remote({key: value for line in kept for key, value in line.items()})
 
-    def _drop_after(self, step: int, rounds: int | None) -> list[Metrics]:
-        kept = [line for line in _whole_lines(self.file) if line["step"] <= step]
-        if rounds is not None:
-            kept = [line for line in kept if line.get("round", -1) < rounds]
+    def _drop_after(self, step: int, round: int) -> list[Metrics]:
+        lines = _whole_lines(self.file) if step or round else []
+        kept = [line for line in lines if line["step"] <= step and line.get("round", -1) < round]
         unfinished = self.file.with_suffix(".unfinished")
         unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         unfinished.replace(self.file)
@@ -155,6 +154,10 @@ class RunReporter:
                 file.write(json.dumps({key: _finite(value) for key, value in metrics.items()}) + "\n")
             self.status_actor.step.remote(metrics)
 
+    def round(self, metrics: Metrics) -> None:
+        """Appends the line of a finished round and posts it."""
+        self.step(metrics)
+
     def evaluation(self, metrics: Metrics) -> None:
         """A line of held-out metrics; every rank reports it to Ray Train, whose report is a barrier."""
         self.step(metrics)
@@ -163,12 +166,12 @@ class RunReporter:
 
             ray.train.report(metrics)
 
-    def stop_asked(self) -> bool:
-        """What the board had said by now; asking it again never waits."""
+    def stop_requested(self) -> bool:
+        """The status actor's latest answer; never waits for it."""
         if self.rank != 0:
             return False
         if self.question is None:
-            self.question = self.status_actor.stop_asked.remote()
+            self.question = self.status_actor.stop_requested.remote()
         ready, _ = ray.wait([self.question], timeout=0)
         if not ready:
             return False

@@ -152,7 +152,7 @@ def _fit(trainer: Any, status_actor: Any, stop_timeout_s: float) -> Any:
 def _asked_with_work_to_save(status_actor: Any) -> bool:
     """Ask the workers to stop; whether that saves anything. Where the board is gone, nobody can ask them."""
     try:
-        return ray.get(status_actor.ask_to_stop.remote(), timeout=BOARD_TIMEOUT_S)
+        return ray.get(status_actor.request_stop.remote(), timeout=BOARD_TIMEOUT_S)
     except ray.exceptions.RayError:
         return False
 

@@ -13,13 +13,13 @@ from dpo_ray.model.export import named_weights, save_policy, write_adapter, writ
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer
 from dpo_ray.objective.precision import DTYPES
-from dpo_ray.train.checkpoint import (
+from dpo_ray.train.checkpoint_files import (
     best_checkpoint,
     damaged_files,
     finished_checkpoints,
+    load_weights,
+    open_reader,
     read_marker,
-    read_weights,
-    reader,
 )
 
 WEIGHTS = "model."
@@ -38,7 +38,7 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
             raise ValueError(f"{path}: the run has no finished checkpoint")
         if best:
             config = Config.model_validate(read_marker(finished[-1])["config"])
-            chosen = best_checkpoint(finished, config)
+            chosen = best_checkpoint(finished, config.run)
             if chosen is None:
                 raise ValueError(f"{path}: no checkpoint has run.best_metric ({config.run.best_metric})")
             path = chosen
@@ -94,11 +94,11 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) ->
 
 def _trained_weights(checkpoint: Path) -> dict[str, Tensor]:
     """The trained weights under the names they have in the model, read from all shards."""
-    written = reader(checkpoint).read_metadata().state_dict_metadata
+    written = open_reader(checkpoint).read_metadata().state_dict_metadata
     weights = {
         name.removeprefix(WEIGHTS): torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in written.items()
         if name.startswith(f"{WEIGHTS}{WEIGHTS}") and isinstance(entry, TensorStorageMetadata)
     }
-    read_weights(checkpoint, weights)
+    load_weights(checkpoint, weights)
     return {name.removeprefix(WEIGHTS): weight for name, weight in weights.items()}

@@ -1,4 +1,4 @@
-"""What a run resumes from: the weights, the optimizer, and three counters."""
+"""The state that a checkpoint holds: weights, optimizer, random state and counters."""
 
 import logging
 from collections.abc import Sequence
@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from dpo_ray.data.loader import PairSource
-from dpo_ray.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
-"""A model under adapters is not written again and again."""
-NAMED = 8
-"""Pairs of a skipped step that are named."""
+TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
+"""The frozen model under adapters is not saved."""
+PAIRS_NAMED = 8
+"""Most pairs of a skipped step that are named."""
 
 
 class NotFinite(ValueError):
@@ -25,63 +26,65 @@ class NotFinite(ValueError):
 
 @dataclass(slots=True)
 class TrainState:
-    """Everything that a checkpoint holds, as a DCP ``Stateful``."""
+    """The contents of a checkpoint, as a DCP ``Stateful``."""
 
-    t: Trainer
+    policy: nn.Module
+    optimizer: torch.optim.Optimizer
+    max_skipped_steps: int = 0
+    """Most skipped steps in a row."""
     step: int = 0
     """Optimizer steps taken."""
     round: int = 0
-    """Rounds finished; online only."""
+    """Finished rounds; online only."""
     consumed: int = 0
     """Pairs consumed over all ranks and epochs; offline only."""
     skipped: int = 0
-    """Steps skipped since the last one that was taken; not kept."""
+    """Steps skipped since the last one taken; not saved."""
 
     def count_step(self, nonfinite_pairs: Sequence[int], pairs: PairSource) -> None:
-        """Count an optimizer step.
+        """Counts an optimizer step.
 
         Args:
-            suspects: of a step that was skipped, the pairs at fault.
-            pairs: what they index.
+            nonfinite_pairs: the pairs at fault if the step was skipped.
+            pairs: the source that they index.
 
         Raises:
-            NotFinite: more steps in a row were skipped than ``optim.max_skipped_steps`` allows.
+            NotFinite: more than ``max_skipped_steps`` steps in a row were skipped.
         """
         self.step += 1
         if not nonfinite_pairs:
             self.skipped = 0
             return
         self.skipped += 1
-        more = f" and {len(nonfinite_pairs) - NAMED} more" if len(nonfinite_pairs) > NAMED else ""
-        named = ", ".join(pairs.name_of(i) for i in nonfinite_pairs[:NAMED]) + more
-        most = self.t.config.optim.max_skipped_steps
-        message = f"step {self.step}: loss or gradient is not finite; the step is skipped. Its pairs: {named}"
-        if self.skipped > most:
+        more = f" and {len(nonfinite_pairs) - PAIRS_NAMED} more" if len(nonfinite_pairs) > PAIRS_NAMED else ""
+        names = ", ".join(pairs.name_of(i) for i in nonfinite_pairs[:PAIRS_NAMED]) + more
+        message = f"step {self.step}: loss or gradient is not finite; the step is skipped. Its pairs: {names}"
+        if self.skipped > self.max_skipped_steps:
             raise NotFinite(
-                f"{message}. {self.skipped} steps in a row (optim.max_skipped_steps: {most}): look at these pairs, "
-                "lower optim.lr or lengthen optim.warmup_steps; the checkpoints on disk are from before"
+                f"{message}. {self.skipped} steps in a row (optim.max_skipped_steps: {self.max_skipped_steps}): look "
+                "at these pairs, lower optim.lr or raise optim.warmup_steps; the saved checkpoints are older"
             )
         logger.warning(message)
 
     def state_dict(self) -> dict[str, Any]:
-        """Sharded weights and optimizer, counters, and this rank's random state."""
-        model, optimizer = get_state_dict(self.t.policy, self.t.optimizer, options=TRAINED)
+        """Sharded weights and optimizer state, counters, and this rank's random state."""
+        model, optimizer = get_state_dict(self.policy, self.optimizer, options=TRAINED_ONLY)
         return {
             "model": model,
             "optimizer": optimizer,
             "counters": torch.tensor([self.step, self.round, self.consumed]),
-            f"rng_{self.t.rank}": torch.get_rng_state(),
+            f"rng_{dist.get_rank()}": torch.get_rng_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` returned."""
+        """Loads what ``state_dict`` returned."""
         set_state_dict(
-            self.t.policy,
-            self.t.optimizer,
+            self.policy,
+            self.optimizer,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
-            options=TRAINED,
+            options=TRAINED_ONLY,
         )
         self.step, self.round, self.consumed = state["counters"].tolist()
-        if (rng := state.get(f"rng_{self.t.rank}")) is not None:
+        if (rng := state.get(f"rng_{dist.get_rank()}")) is not None:
             torch.set_rng_state(rng)

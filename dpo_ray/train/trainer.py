@@ -1,4 +1,4 @@
-"""What both loops build before they start: tokenizer, policy, loss and optimizer."""
+"""The parts that both loops train with, built once per rank: tokenizer, policy, loss, optimizer and meshes."""
 
 from dataclasses import dataclass
 
@@ -25,51 +25,50 @@ class Trainer:
     config: Config
     tokenizer: PreTrainedTokenizerBase
     policy: Scorer
-    pair_loss: PairLoss
+    loss: PairLoss
     optimizer: torch.optim.Optimizer
     mesh: DeviceMesh
-    """How the weights are laid over the ranks."""
-    work: DeviceMesh
-    """Who computes what; see ``build_compute_mesh``."""
+    """Layout of the weights over the ranks."""
+    compute_mesh: DeviceMesh
+    """Layout of the work over the ranks; see ``build_compute_mesh``."""
     device: torch.device
-    rank: int
-    ranks: int
 
     @property
-    def shares(self) -> int:
-        """Into how many parts the pairs of a step are dealt."""
-        return self.work["data"].size()
+    def dp_size(self) -> int:
+        """Data-parallel ranks: the pairs of a step are split into this many parts."""
+        return self.compute_mesh["data"].size()
 
     @property
-    def share(self) -> int:
-        """Which of them is this rank's."""
-        return self.work.get_local_rank("data")
+    def dp_rank(self) -> int:
+        """This rank's part of the pairs."""
+        return self.compute_mesh.get_local_rank("data")
 
     @property
-    def data_group(self) -> dist.ProcessGroup:
-        """The ranks that together have all pairs of a step, each once."""
-        return self.work.get_group("data")
+    def dp_group(self) -> dist.ProcessGroup:
+        """The data-parallel ranks, which together hold every pair of a step once."""
+        return self.compute_mesh.get_group("data")
 
     @property
-    def averaged(self) -> int:
-        """Ranks over which FSDP takes the mean of gradients, of which each has those of its own pairs and tokens."""
-        return self.shares * self.policy.context.ranks
+    def grad_divide_factor(self) -> int:
+        """FSDP averages gradients over this many ranks; multiply the loss by it to get a sum."""
+        return self.dp_size * self.policy.context.ranks
 
     @property
     def batch_shape(self) -> BatchShape:
-        """How steps are cut for this rank."""
+        """How the pairs of a step are split into this rank's micro-batches."""
         optim = self.config.optim
-        # A token meets about 24 h^2 multiplications and additions a layer in matrix products, an attended pair 4 h.
+        # Per layer, a token costs about 24 h^2 floating-point operations in matrix products, each token that it
+        # attends to 4 h.
         attention_cost = 1 / (6 * self.policy.model.config.hidden_size)
         tokens = optim.tokens_per_micro_batch * self.policy.context.ranks
-        return BatchShape(self.share, self.shares, tokens, attention_cost, optim.layout)
+        return BatchShape(self.dp_rank, self.dp_size, tokens, attention_cost, optim.layout)
 
 
 def build_trainer(config: Config, device: torch.device) -> Trainer:
-    """Build the parts. Every rank calls it; torch.distributed is initialised."""
+    """Builds the parts of a run. A collective: torch.distributed is initialised."""
     torch.manual_seed(config.run.seed)
-    mesh, work = build_mesh(config.shard, device), build_compute_mesh(config.shard, device)
-    policy = load_sharded(config.model, config.shard, mesh, device, context=build_context(work), trainable=True)
+    mesh, compute_mesh = build_mesh(config.shard, device), build_compute_mesh(config.shard, device)
+    policy = load_sharded(config.model, config.shard, mesh, device, context=build_context(compute_mesh), trainable=True)
     return Trainer(
         config,
         load_tokenizer(config.model.path, config.model.chat_template),
@@ -77,20 +76,6 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
         build_loss(config.loss),
         build_optimizer(policy, config.optim),
         mesh,
-        work,
+        compute_mesh,
         device,
-        dist.get_rank(),
-        dist.get_world_size(),
     )
-
-
-def load_reference_model(t: Trainer) -> Scorer:
-    """The untrained policy, sharded like the policy and kept in the compute dtype."""
-    return load_sharded(t.config.model, t.config.shard, t.mesh, t.device, context=t.policy.context, trainable=False)
-
-
-def any_rank(flag: bool) -> bool:
-    """Whether any rank says so: what one rank hears, all do at the same step."""
-    said = torch.tensor(int(flag))
-    dist.all_reduce(said, op=dist.ReduceOp.MAX)
-    return bool(said)

@@ -60,12 +60,12 @@ def gradients(rank: int, config: dict[str, Any]) -> dict[str, np.ndarray]:
     parsed = Config.model_validate(config)
     tokenizer, folder = load_tokenizer(parsed.model.path), parsed.reference.cache_path / f"data-{rank}"
     pairs = prepare_pairs(parsed.data.train, tokenizer, parsed.data, folder=folder)
-    t = build_trainer(parsed, torch.device("cpu"))
-    batch = next(PairLoader(pairs, t.batch_shape, pairs_per_step=5, seed=0, shuffle=False))
+    trainer = build_trainer(parsed, torch.device("cpu"))
+    batch = next(PairLoader(pairs, trainer.batch_shape, pairs_per_step=5, seed=0, shuffle=False))
     for micro in batch.micro_batches:
-        losses = pair_losses(t.policy, micro.row, lambda policy, _: policy.chosen - policy.rejected)
+        losses = pair_losses(trainer.policy, micro.row, lambda policy, _: policy.chosen - policy.rejected)
         losses.total.backward()
-    grads: dict[str, Any] = {name: parameter.grad for name, parameter in t.policy.named_parameters()}
+    grads: dict[str, Any] = {name: parameter.grad for name, parameter in trainer.policy.named_parameters()}
     return {name: grad.full_tensor().numpy() for name, grad in grads.items()}
 
 

@@ -35,7 +35,6 @@ class ListReporter:
     def __init__(self, stop_after: int | None = None) -> None:
         self.stop_after = stop_after
         self.lines: list[Metrics] = []
-        self.resumed_at: int | None = None
 
     def phase(self, name: str, done: int = 0, total: int = 0) -> None:
         """Not kept."""
@@ -43,19 +42,22 @@ class ListReporter:
     def note(self, text: str) -> None:
         """Not kept."""
 
-    def resumed(self, step: int, rounds: int | None = None) -> None:
-        """Remember where the run went on."""
-        self.resumed_at = step
+    def start(self, step: int, round: int = 0) -> None:
+        """Not kept."""
 
     def step(self, metrics: Metrics) -> None:
         """Keep a step."""
+        self.lines.append(metrics)
+
+    def round(self, metrics: Metrics) -> None:
+        """Keep a round."""
         self.lines.append(metrics)
 
     def evaluation(self, metrics: Metrics) -> None:
         """Keep an evaluation."""
         self.lines.append(metrics)
 
-    def stop_asked(self) -> bool:
+    def stop_requested(self) -> bool:
         """After the step that was given."""
         return bool(self.lines) and self.lines[-1]["step"] == self.stop_after
 

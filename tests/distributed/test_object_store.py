@@ -16,7 +16,7 @@ from dpo_ray.reference import shared as shared_entries
 from dpo_ray.reference.shared import SharedEntries
 from dpo_ray.reference.store import ReferenceStore
 from dpo_ray.storage import folder_at
-from dpo_ray.train.checkpoint import MARKER, damaged_files
+from dpo_ray.train.checkpoint_files import MARKER, damaged_files
 from dpo_ray.train.export import export_checkpoint, find_checkpoint
 from tests.conftest import ragged_texts
 from tests.distributed.conftest import COMPARED

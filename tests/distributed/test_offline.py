@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_ray.reference.store import ReferenceStore
-from dpo_ray.train.checkpoint import damaged_files
+from dpo_ray.train.checkpoint_files import damaged_files
 from dpo_ray.train.export import export_checkpoint, find_checkpoint
 from tests.conftest import ragged_texts, save_tiny_model
 from tests.distributed.conftest import COMPARED, assert_same, over

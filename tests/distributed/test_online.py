@@ -87,6 +87,11 @@ def config(tmp_path: Path, tiny_model: Path) -> dict[str, Any]:
     }
 
 
+def steps_of(lines: list[Metrics]) -> list[Metrics]:
+    """The lines of optimizer steps."""
+    return [line for line in lines if "loss" in line]
+
+
 @pytest.mark.parametrize(
     "shard",
     [{}, {"context_parallel": 2}, {"tensor_parallel": 2}],
@@ -99,7 +104,7 @@ def test_two_ranks_that_share_weights_rows_or_layers_report_the_rounds_of_one(
     assert [line["round"] for line in alone if "round" in line] == [0, 1, 2]
     assert abs(alone[-1]["kl"]) > 0.1, "the policy must have left the reference"
     for lines, scored in run_ranks(2, online, over(2, config, **shard)):
-        assert_same(alone, lines, absolute=1e-3)
+        assert_same(steps_of(alone), steps_of(lines), absolute=1e-3)
         for one, other in zip(alone, lines, strict=True):
             assert one.get("kl") == pytest.approx(other.get("kl"), abs=1e-3)
         for (version, policy, reference), found in zip(scored_alone, scored, strict=True):

@@ -21,7 +21,7 @@ from dpo_ray.data.store import PART_RECORDS
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.objective.losses import sigmoid
 from dpo_ray.storage import folder_at
-from dpo_ray.train.checkpoint import damaged_files
+from dpo_ray.train.checkpoint_files import damaged_files
 from tests.conftest import ragged_texts
 from tests.distributed.processes import run_ranks
 from tests.distributed.runs import offline

@@ -43,7 +43,7 @@ def test_resuming_drops_the_lines_of_lost_work_and_a_line_that_a_kill_cut_off(tm
         told.step({"step": step, "loss": step / 10})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
-    told.resumed(2)
+    told.start(2)
     told.step({"step": 3, "loss": 0.25})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}, {"step": 3, "loss": 0.25}]
@@ -61,14 +61,14 @@ def test_the_board_counts_finished_rounds_and_keeps_the_latest_figures() -> None
 
 def test_a_run_asked_to_stop_has_something_to_save_once_it_has_taken_a_step(tmp_path: Path) -> None:
     told, board = reporter(tmp_path)
-    told.resumed(-1)
-    assert not board.ask_to_stop()
+    told.start(0)
+    assert not board.request_stop()
     told.step({"step": 1, "loss": 0.5})
-    assert board.ask_to_stop()
-    told.resumed(1)
+    assert board.request_stop()
+    told.start(1)
     assert board.read().step == 1
-    assert not board.ask_to_stop(), "workers that were started again have not gone beyond what is saved"
-    assert board.stop_asked()
+    assert not board.request_stop(), "workers that were started again have not gone beyond what is saved"
+    assert board.stop_requested()
 
 
 def test_the_first_fatal_error_counts() -> None:

@@ -12,7 +12,8 @@ import torch
 import xxhash
 
 from dpo_ray.config import Config
-from dpo_ray.train.checkpoint import MARKER, NICENESS, CachedStager, _build_writer, superseded
+from dpo_ray.train.checkpoint import CachedStager
+from dpo_ray.train.checkpoint_files import MARKER, NICENESS, open_writer, superseded
 
 
 def priority() -> int:
@@ -21,7 +22,7 @@ def priority() -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no priority of their own")
 def test_files_are_digested_as_they_are_written_by_a_thread_that_gives_way(tmp_path: Path) -> None:
-    writer, digests = _build_writer(tmp_path)
+    writer, digests = open_writer(tmp_path)
 
     def write() -> int:
         for name in ("__0_0.distcp", ".metadata"):
@@ -62,7 +63,7 @@ def test_a_checkpoint_ahead_of_the_one_just_written_takes_no_place_among_those_k
         (tmp_path / name).mkdir()
         (tmp_path / name / MARKER).write_text(json.dumps({"files": {}, "metrics": {}, "config": {}}))
     config = Config.model_validate({"model": {"path": "tiny"}, "run": {"keep_checkpoints": keep}})
-    assert [path.name for path in superseded(tmp_path / "000012", config)] == old
+    assert [path.name for path in superseded(tmp_path / "000012", config.run)] == old
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
@@ -72,4 +73,4 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
         (tmp_path / f"{step:06d}" / MARKER).write_text(json.dumps(marker))
     run = {"keep_checkpoints": 1, "best_metric": "eval/loss", "best_mode": "min"}
     config = Config.model_validate({"model": {"path": "tiny"}, "data": {"eval": "e.jsonl"}, "run": run})
-    assert [path.name for path in superseded(tmp_path / "000004", config)] == ["000001", "000003"]
+    assert [path.name for path in superseded(tmp_path / "000004", config.run)] == ["000001", "000003"]

@@ -26,7 +26,7 @@ class Stops:
     def __init__(self, at: int) -> None:
         self.heard, self.at = 0, at
 
-    def stop_asked(self) -> bool:
+    def stop_requested(self) -> bool:
         """From then on."""
         self.heard += 1
         return self.heard >= self.at
@@ -36,7 +36,7 @@ def await_round(rounds: Any, reporter: Any, monkeypatch: pytest.MonkeyPatch, *, 
     """Wait beside a rank that says ``others`` in turn: whether it is to stop, and whether it has no round yet."""
     said = iter(others)
     monkeypatch.setattr(online, "any_rank", lambda flag: flag | next(said, False))
-    return online._await_round(rounds, 4, reporter)
+    return online.await_round(rounds, 4, reporter)
 
 
 def test_a_round_is_asked_for_until_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

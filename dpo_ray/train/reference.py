@@ -1,0 +1,96 @@
+"""Which reference a run trains against: cached log-probabilities, a frozen model, the adapters off, or none.
+
+The untrained policy is the reference, so that the cache is filled without loading a second model. It must therefore be
+built before a checkpoint is loaded.
+"""
+
+from functools import partial
+
+import torch
+
+from dpo_ray.config.schema import Config
+from dpo_ray.data.loader import PairList
+from dpo_ray.data.store import PairStore
+from dpo_ray.model.adapters import WithoutAdapters
+from dpo_ray.model.architecture import model_digest
+from dpo_ray.model.load import load_sharded
+from dpo_ray.model.scorer import LogpsModel, pair_logps
+from dpo_ray.parallel.collectives import broadcast_from_rank0
+from dpo_ray.reference.cache import cached_logps
+from dpo_ray.reference.reference import Reference, cached_reference, live_reference, no_reference
+from dpo_ray.reference.store import ReferenceStore, store_digest
+from dpo_ray.storage import folder_at
+from dpo_ray.train.logps import compute_logps
+from dpo_ray.train.reporter import Reporter
+from dpo_ray.train.trainer import Trainer
+
+
+def load_frozen_reference(trainer: Trainer) -> LogpsModel | None:
+    """The reference model that stays beside the policy for the whole run; None if there is none."""
+    config = trainer.config
+    match config.reference_kind:
+        case "live":
+            # Sharded like the policy, in the compute dtype.
+            return load_sharded(
+                config.model,
+                config.shard,
+                trainer.mesh,
+                trainer.device,
+                context=trainer.policy.context,
+                trainable=False,
+            )
+        case "adapters_off":
+            return WithoutAdapters(trainer.policy)
+    return None
+
+
+def build_references(
+    trainer: Trainer, pairs: PairStore, held_out: PairStore | None, reporter: Reporter
+) -> tuple[Reference, Reference]:
+    """References of the training pairs and of the held-out pairs; notes how they were obtained."""
+    kind = trainer.config.reference_kind
+    if kind == "none":
+        reporter.note("reference: none")
+        return no_reference, no_reference
+    if (frozen := load_frozen_reference(trainer)) is not None:
+        reporter.note(f"reference: {kind}, computed with each step")
+        reference = live_reference(partial(pair_logps, frozen))
+        return reference, reference
+    reference = _cached_reference(trainer, pairs, "reference cache", reporter)
+    if held_out is None:
+        return reference, no_reference
+    return reference, _cached_reference(trainer, held_out, "held-out reference cache", reporter)
+
+
+def round_reference(trainer: Trainer, pairs: PairList, frozen: LogpsModel | None) -> Reference:
+    """The frozen reference model if there is one; with ``reference.refresh: round`` the policy as the round begins."""
+    if frozen is not None:
+        return live_reference(partial(pair_logps, frozen))
+    if trainer.config.reference_kind == "none":
+        return no_reference
+    return cached_reference(compute_logps(trainer, pairs, range(len(pairs))))
+
+
+def _cached_reference(trainer: Trainer, pairs: PairStore, name: str, reporter: Reporter) -> Reference:
+    logps, summary = cached_logps(
+        _open_store(trainer.config, trainer.device, trainer.policy.model.config._attn_implementation),
+        pairs,
+        partial(compute_logps, trainer, pairs),
+        partial(reporter.phase, "scoring"),
+    )
+    reporter.note(f"{name}: {summary}")
+    return cached_reference(logps)
+
+
+def _open_store(config: Config, device: torch.device, attention: str | None) -> ReferenceStore:
+    """The store of this reference model under everything that changes its log-probabilities."""
+    weights = broadcast_from_rank0(lambda: model_digest(config.model.path, config.reference.cache_path / "models"))
+    numerics = f"{config.model.dtype}-{device.type}-{attention}"
+    if config.model.lora is not None and config.model.lora.quantize:
+        numerics += f"-{config.model.lora.quantize}-{config.model.lora.targets}"
+    if config.model.fp8:
+        numerics += "-fp8"
+    name, remote = store_digest(weights, numerics), config.reference.object_store
+    return ReferenceStore(
+        config.reference.cache_path / "reference" / name, folder_at(remote) / name if remote else None
+    )
