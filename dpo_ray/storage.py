@@ -1,46 +1,50 @@
-"""Folders on this machine, a mount or an object store, behind the one interface of pathlib.
+"""Files and folders on local disks, shared mounts and object stores, behind the interface of pathlib.
 
 A local folder is a ``pathlib.Path`` and a remote one a ``upath.UPath``: joining, reading, globbing and writing whole
-files are the same on both. What an object store does not have stands here: files that grow, folders that appear whole,
-and errors that say which place could not be reached.
+files work the same on both. This module adds atomic writes, appending to remote files, and errors that name the path.
 """
 
 import atexit
 import contextlib
+import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
+from uuid import uuid4
 
 logger = logging.getLogger(__name__)
 
 UPLOAD_EVERY_S = 10.0
-"""Longest time for which a line of a growing file is on this machine only, while the file is small."""
+"""Seconds between uploads of an appendable file, while the file is small."""
 UPLOAD_BYTES_PER_S = 2**20
-"""A growing file is uploaded whole each time; large ones wait longer, to cost no more than this on average."""
+"""Upper limit of the average upload rate: each upload sends the whole file, so large files are sent less often."""
 OPTIONS: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": {"retries": {"max_attempts": 1}}}}
-"""Client settings. s3fs itself tries five times, each with at most 5 s to connect and 15 s without an answer."""
+"""Client settings by scheme. s3fs itself retries five times, with timeouts of 5 s to connect and 15 s to read."""
 EXTRAS = {"s3": "s3", "s3a": "s3"}
-"""Schemes and the extra of this package that brings their client."""
+"""Extra of this package that installs the client of a scheme."""
 PRIVATE = ("memory", "local", "data", "http", "https")
-"""Schemes that several processes cannot share or nobody can write to."""
+"""Schemes that are read-only or visible to a single process."""
+_BEFORE_LAST_LINE = re.compile(r"^\s*(Traceback |File \"|actor_id: )", re.MULTILINE)
+"""Found in messages of Ray and torch.distributed.checkpoint that end with the cause."""
 
 
 class StorageFailed(RuntimeError):
-    """A remote folder could not be reached, read or written."""
+    """A remote path could not be reached, read or written."""
 
 
 def folder_at(location: str) -> Path:
-    """The folder that a local path or a URI names.
+    """The folder at a local path or URI.
 
     Raises:
-        ValueError: the scheme is unknown or unfit, or its client is not installed.
+        ValueError: the scheme is unknown or not supported, or its client is not installed.
     """
     scheme, separator, rest = location.partition("://")
     if not separator:
@@ -50,9 +54,7 @@ def folder_at(location: str) -> Path:
     from fsspec.registry import get_filesystem_class
 
     if scheme in PRIVATE:
-        raise ValueError(
-            f"{location!r}: {scheme}:// is no place that all processes can write to; give s3://bucket/path"
-        )
+        raise ValueError(f"{location!r}: not all processes can write to {scheme}://; give s3://bucket/path")
     try:
         get_filesystem_class(scheme)
         from upath import UPath
@@ -60,21 +62,19 @@ def folder_at(location: str) -> Path:
         install = f"pip install 'dpo-ray[{EXTRAS[scheme]}]'" if scheme in EXTRAS else str(error)
         raise ValueError(f"{location!r} needs a client that is not installed: {install}") from None
     except ValueError:
-        raise ValueError(
-            f"{location!r}: no storage is called {scheme}://; give a path, or s3://, gs://, abfs://"
-        ) from None
-    # Another process may change a folder at any time: no listing is remembered.
+        raise ValueError(f"{location!r}: unknown storage {scheme}://; give a path, or s3://, gs://, abfs://") from None
+    # Listings are not cached: other processes change the folder.
     return cast("Path", UPath(location, use_listings_cache=False, **OPTIONS.get(scheme, {})))
 
 
 def is_remote(path: Path) -> bool:
-    """Whether ``path`` is in an object store."""
+    """True if ``path`` is in an object store."""
     return not isinstance(path, Path)
 
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn what the client of an object store raises into StorageFailed, which names ``path``; local errors travel."""
+    """Raise StorageFailed, which names ``path``, for any error of an object store's client; local errors pass."""
     try:
         yield
     except (StorageFailed, ValueError):
@@ -86,13 +86,19 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def error_summary(error: BaseException) -> str:
-    """What an object store said, on one line, with the class of error it was."""
-    said = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+    """An error on one line: its class and the first line of its message.
+
+    Errors that Ray or torch.distributed.checkpoint raise for another process end with the cause: their last line.
+    """
+    text, name = str(error), type(error).__name__
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if lines and _BEFORE_LAST_LINE.search(text):
+        return lines[-1]
+    return f"{name}: {lines[0]}" if lines else name
 
 
 def validate_writable(folder: Path, key: str) -> None:
-    """Raise a ValueError naming ``key`` unless a remote folder can be written to and read back; it is tried."""
+    """Write, read and delete a file in a remote folder; raise a ValueError that names ``key`` if that fails."""
     if not is_remote(folder):
         return
     probe = folder / ".probe"
@@ -104,58 +110,111 @@ def validate_writable(folder: Path, key: str) -> None:
         raise ValueError(f"{key}: {folder} cannot be used: {error_summary(error)}") from error
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file in one move: readers see nothing, or the earlier file, or all of ``text``."""
+def write_atomically(path: Path, text: str | Iterable[str]) -> None:
+    """Write a text file, given whole or in pieces: readers see no file, the earlier file or the complete new one."""
+    pieces = [text] if isinstance(text, str) else text
     if is_remote(path):
-        path.write_text(text, encoding="utf-8")  # one request, which succeeds as a whole or not at all
+        path.write_text("".join(pieces), encoding="utf-8")  # a single request, which is atomic
         return
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    draft = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
-def cached_text(version: str, folder: Path, find: Callable[[], str]) -> str:
-    """``find()``, noted in a folder under ``version`` so that it is found only once.
+@contextlib.contextmanager
+def atomic_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
+    """A new folder to write to, moved to ``folder`` on success and deleted on failure; local only.
 
     Args:
-        version: what changes whenever the answer may; see ``file_version``.
+        folder: final path.
+        replace: True replaces an existing folder and expects a single writer. False keeps a folder that another
+            process has completed in the meantime.
     """
-    note = folder / sha256(version.encode()).hexdigest()[:32]
-    if note.exists() and (answer := note.read_text(encoding="utf-8")):
-        return answer
-    answer = find()
+    draft = folder.with_name(f".{folder.name}.{'draft' if replace else uuid4().hex}")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        if replace:
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            draft.rename(folder)
+        except OSError:
+            if replace or not folder.exists():
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file; empty if there is no file.
+
+    Lines that are not JSON objects are skipped with a warning: a killed process leaves a partial last line.
+    """
+    if not path.exists():
+        return []
+    objects = []
+    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            value = json.loads(text) if text.strip() else {}
+        except json.JSONDecodeError:
+            value = None
+        if not isinstance(value, dict):
+            logger.warning("%s:%d: skipped, not a JSON object (a killed process leaves a partial line)", path, number)
+        elif value:
+            objects.append(value)
+    return objects
+
+
+def cached_text(version: str, folder: Path, compute: Callable[[], str]) -> str:
+    """Result of ``compute()``, cached in ``folder`` under a hash of ``version``.
+
+    Args:
+        version: changes whenever the result may; see ``file_version``.
+        folder: created if missing.
+        compute: called only if the cache has no entry.
+    """
+    entry = folder / sha256(version.encode()).hexdigest()[:32]
+    if entry.exists() and (text := entry.read_text(encoding="utf-8")):
+        return text
+    text = compute()
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(note, answer)
-    return answer
+    write_atomically(entry, text)
+    return text
 
 
 def file_version(file: Path) -> str:
-    """What changes whenever a local file is written: its place, size and times."""
+    """Path, size and times of a local file: a text that changes whenever the file is written."""
     status = file.stat()
     return f"{file.absolute()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder with all it holds; what cannot be removed is named in the log."""
+    """Delete a folder recursively; failures are logged as warnings."""
     if is_remote(folder):
         try:
             cast("Any", folder).fs.rm(cast("Any", folder).path, recursive=True)
         except FileNotFoundError:
             pass
         except Exception as error:
-            logger.warning("%s is not removed: %s", folder, error_summary(error))
+            logger.warning("%s was not deleted: %s", folder, error_summary(error))
     elif folder.exists():
         shutil.rmtree(folder, onerror=lambda _, name, error: logger.warning("%s: %s", name, error[1]))
 
 
 def upload_folder(source: Path, folder: Path, *, last: tuple[str, ...]) -> None:
-    """Copy a local folder of files to a remote one, replacing it.
+    """Copy a local folder to a remote one, replacing it.
 
     Args:
-        last: names of files without which readers do not take the folder for finished; copied last.
+        source: local folder.
+        folder: remote folder.
+        last: names of the files that mark the folder as complete; uploaded last.
     """
     remove_folder(folder)
     store = cast("Any", folder).fs
@@ -164,9 +223,9 @@ def upload_folder(source: Path, folder: Path, *, last: tuple[str, ...]) -> None:
 
 
 def open_appendable(path: Path) -> Path:
-    """A local file to append to, for ``path``: itself, or a copy whose growth is uploaded now and then.
+    """The local file to append to for ``path``: ``path`` itself, or a local copy of a remote file.
 
-    Object stores cannot append. The copy begins with what ``path`` holds; ``upload_appendable`` brings it up to date.
+    Object stores cannot append. A background thread uploads the copy periodically, ``upload_appendable`` at once.
     """
     if not is_remote(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,23 +234,24 @@ def open_appendable(path: Path) -> Path:
 
 
 def upload_appendable() -> None:
-    """Upload what this process has added to its growing files.
+    """Upload the remote files that this process has appended to.
 
     Raises:
-        StorageFailed: it cannot be.
+        StorageFailed: an upload failed.
     """
-    if _uploader_or_none is not None:
-        _uploader_or_none.upload()
+    if _active_uploader is not None:
+        _active_uploader.upload()
 
 
 class _Uploader:
-    """The growing files of one process, and the thread that uploads them."""
+    """Local copies of the remote files that this process appends to, and the thread that uploads them."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="dpo_ray-"))
         self.files: dict[Path, Path] = {}
-        """Local copies, by what they are copies of."""
-        self.sent: dict[Path, tuple[int, int]] = {}
+        """Local copy of each remote file."""
+        self.uploaded: dict[Path, tuple[int, int]] = {}
+        """Size and time of each local copy at its last upload."""
         self.lock = threading.Lock()
         atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
         threading.Thread(target=self._keep_uploading, name="uploads", daemon=True).start()
@@ -202,17 +262,17 @@ class _Uploader:
                 copy = self.folder / f"{len(self.files)}-{path.name}"
                 with contextlib.suppress(FileNotFoundError):
                     copy.write_bytes(path.read_bytes())
-                    self.sent[path] = _version(copy)
+                    self.uploaded[path] = _version(copy)
                 self.files[path] = copy
             return self.files[path]
 
     def upload(self) -> None:
         with self.lock:
             for path, copy in self.files.items():
-                if copy.exists() and self.sent.get(path) != (version := _version(copy)):
+                if copy.exists() and self.uploaded.get(path) != (version := _version(copy)):
                     with storage_errors(path):
                         path.write_bytes(copy.read_bytes())
-                    self.sent[path] = version
+                    self.uploaded[path] = version
 
     def _keep_uploading(self) -> None:
         while True:
@@ -221,20 +281,20 @@ class _Uploader:
             try:
                 self.upload()
             except Exception as error:
-                # A store that comes back gets everything; one that does not fails the next checkpoint.
+                # The next upload sends the whole file again; if it fails too, the next checkpoint raises.
                 logger.warning("%s", error)
 
 
-_uploader_or_none: _Uploader | None = None
+_active_uploader: _Uploader | None = None
 _uploader_lock = threading.Lock()
 
 
 def _uploader() -> _Uploader:
-    global _uploader_or_none
+    global _active_uploader
     with _uploader_lock:
-        if _uploader_or_none is None:
-            _uploader_or_none = _Uploader()
-        return _uploader_or_none
+        if _active_uploader is None:
+            _active_uploader = _Uploader()
+        return _active_uploader
 
 
 def _version(file: Path) -> tuple[int, int]:
