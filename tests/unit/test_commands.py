@@ -35,7 +35,7 @@ def command(job: str, *arguments: str) -> tuple[subprocess.CompletedProcess[str]
         ("offline", "data.train=[]", ["data.train is empty", "preference pairs"]),
         ("online", "online=null", ["online is empty", "needs an online section"]),
         ("online", "run.epochs=3", ["run.epochs: found 3.0, which would be ignored", "online.epochs_per_round"]),
-        ("offline", "online.prompts=jobs/data/demo_prompts.jsonl", ["online: found a section", "jobs.online"]),
+        ("offline", "online.prompts=jobs/data/demo_prompts.jsonl", ["online: found a section", "dpo-ray online"]),
         (
             "online",
             "online.sampling.temperature=0",
