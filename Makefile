@@ -13,9 +13,9 @@ BUILD ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/n
 # the folder of wheels that pip may have been told of.
 export UV_SYSTEM_CERTS ?= true
 export UV_FIND_LINKS ?= $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
-INSTALL := $(BIN)/python -m uv pip install --python $(BIN)/python --quiet --compile-bytecode -e '.[$(BUILD),demo,dev]'
+INSTALL := $(BIN)/python -m uv pip install --python $(BIN)/python --quiet --compile-bytecode -e '.[$(BUILD),demo,dev,docs]'
 
-.PHONY: help env demo test test-all check format clean
+.PHONY: help env demo test test-unit test-distributed test-ray test-vllm test-slow test-all check format docs wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -39,21 +39,43 @@ $(MODEL)/config.json: $(READY)
 demo: $(READY) $(MODEL)/config.json ## online DPO for real on two CPU cores, in 7 to 15 minutes
 	@$(BIN)/python -m jobs.online jobs/demo.yaml $(ARGS)
 
-test: check ## format, lint, types, import contracts, and all tests that need no GPU
+test: check ## format, lint, spelling, types, import contracts, and all tests that need no GPU
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-unit: $(READY) ## the unit tests
+	@$(BIN)/python -m pytest tests/unit $(ARGS)
+
+test-distributed: $(READY) ## several training processes on this machine, and TRL as an oracle
+	@$(BIN)/python -m pytest tests/distributed tests/oracles $(ARGS)
+
+test-ray: $(READY) ## whole runs on a local Ray cluster, and the wheel in an environment of its own
+	@$(BIN)/python -m pytest tests/ray $(ARGS)
+
+test-vllm: $(READY) ## weight transfer to real vLLM engines on the CPU
+	@$(BIN)/python -m pytest tests/rollout_vllm $(ARGS)
+
+test-slow: $(READY) $(MODEL)/config.json ## the slow tests only, on the real 135M model
+	@$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
 
 test-all: $(READY) $(MODEL)/config.json ## the tests with the slow ones, on the real 135M model
 	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
-check: $(READY) ## format, lint, types and import contracts only
+check: $(READY) ## format, lint, spelling, types and import contracts only
 	@$(BIN)/ruff format --check --quiet . || { echo "some files are not formatted: make format"; exit 1; }
 	@$(BIN)/ruff check --quiet .
-	@$(BIN)/lint-imports --config pyproject.toml > $(VENV)/lint-imports.log || { cat $(VENV)/lint-imports.log; exit 1; }
+	@$(BIN)/codespell
+	@$(BIN)/lint-imports > $(VENV)/lint-imports.log || { cat $(VENV)/lint-imports.log; exit 1; }
 	@$(BIN)/pyrefly check --summary=none
 
 format: $(READY) ## format the code
 	@$(BIN)/ruff check --quiet --fix . || true
 	@$(BIN)/ruff format --quiet .
 
+docs: $(READY) ## build the documentation to site/, with strict links
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+wheel: $(READY) ## build the wheel to dist/
+	@$(BIN)/python -m hatchling build --target wheel
+
 clean: ## remove .venv and caches; runs/ and models/ stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) dist site .pytest_cache .ruff_cache .import_linter_cache

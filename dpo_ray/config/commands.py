@@ -18,7 +18,7 @@ class Command(NamedTuple):
 
 
 _PAIRS = {"data.train": "give files of preference pairs, or a hub dataset"}
-_NO_ROUNDS = {"online": "this command trains on a fixed preference set; rounds are run by python -m jobs.online"}
+_NO_ROUNDS = {"online": "this command trains on a fixed preference set; dpo-ray online runs rounds"}
 _ROUNDS_INSTEAD = "an online run trains on what its engines write, for online.rounds"
 
 OFFLINE = Command(needs=_PAIRS, ignores=_NO_ROUNDS)

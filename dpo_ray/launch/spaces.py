@@ -1,20 +1,37 @@
-"""Search spaces by name, found without importing Ray, which takes seconds: a misspelt one is answered at once."""
+"""Search spaces by name, located without importing Ray, so that a misspelt name fails at once."""
 
 import contextlib
+import pkgutil
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
-from pathlib import Path
+
+PACKAGES = ("tune_spaces", "dpo_ray.tune_spaces")
+"""The user's own spaces or those of a checkout, and the copy that the wheel carries."""
 
 
 def find_space(name: str) -> str:
     """The import path of a space of ``tune_spaces``, or of any importable module.
 
     Raises:
-        ValueError: there is no such module; lists those there are.
+        ValueError: there is no such module; lists the spaces of ``tune_spaces``.
     """
-    for module in (f"tune_spaces.{name}", name) if name else ():
-        with contextlib.suppress(ModuleNotFoundError):  # of the package that it would be in
-            if find_spec(module) is not None:
+    if name:
+        own, built_in = (f"{package}.{name}" for package in PACKAGES)
+        for module in (own, name, built_in):
+            if _spec(module) is not None:
                 return module
-    known = sorted(path.stem for path in Path("tune_spaces").glob("*.py") if path.stem != "__init__")
-    problem = f"no search space is called {name!r}" if name else "name a search space behind the configuration"
-    raise ValueError(f"{problem}; tune_spaces has: {', '.join(known) or 'none here'}")
+    problem = f"no search space is called {name!r}" if name else "name a search space after the configuration"
+    raise ValueError(f"{problem}; tune_spaces has: {', '.join(_names()) or 'none here'}")
+
+
+def _spec(module: str) -> ModuleSpec | None:
+    with contextlib.suppress(ModuleNotFoundError):  # of the package that it would be in
+        return find_spec(module)
+    return None
+
+
+def _names() -> list[str]:
+    folders = [
+        folder for package in PACKAGES if (spec := _spec(package)) for folder in spec.submodule_search_locations or ()
+    ]
+    return sorted({module.name for module in pkgutil.iter_modules(folders)})

@@ -97,7 +97,7 @@ def _print_places(console: Console, config: Config, report: Path) -> None:
 def _print_next(console: Console, config: Config) -> None:
     """Commands to copy, each on one line."""
     online = config.online
-    command = f"python -m jobs.{'online' if online else 'offline'} {_near(config.run.path / 'config.yaml')}"
+    command = f"dpo-ray {'online' if online else 'offline'} {_near(config.run.path / 'config.yaml')}"
     name = f"run.name={config.run.name}"
     longer = f"online.rounds={2 * online.rounds}" if online else f"run.epochs={2 * config.run.epochs:g}"
     own = (

@@ -232,9 +232,7 @@ def _tell(config: Config, sweep: Sweep, trials: Sequence[Trial], run_dir: Path, 
     console.print(table)
     for trial in failed:
         console.print(f"failed: {trial.name}: {trial.error}", highlight=False, markup=False)
-    console.print(
-        f"best: {run_dir / 'best.yaml'}   train it: python -m jobs.offline {run_dir / 'best.yaml'}", soft_wrap=True
-    )
+    console.print(f"best: {run_dir / 'best.yaml'}   train it: dpo-ray offline {run_dir / 'best.yaml'}", soft_wrap=True)
     console.print(f"all:  {run_dir / 'sweep.csv'}   pictures: {report}", soft_wrap=True)
 
 

@@ -35,7 +35,7 @@ def command(job: str, *arguments: str) -> tuple[subprocess.CompletedProcess[str]
         ("offline", "data.train=[]", ["data.train is empty", "preference pairs"]),
         ("online", "online=null", ["online is empty", "needs an online section"]),
         ("online", "run.epochs=3", ["run.epochs: found 3.0, which would be ignored", "online.epochs_per_round"]),
-        ("offline", "online.prompts=jobs/data/demo_prompts.jsonl", ["online: found a section", "jobs.online"]),
+        ("offline", "online.prompts=jobs/data/demo_prompts.jsonl", ["online: found a section", "dpo-ray online"]),
         (
             "online",
             "online.sampling.temperature=0",
@@ -63,7 +63,7 @@ def test_help_lists_every_key_with_type_default_and_meaning(job: str) -> None:
     assert done.returncode == 0
     assert "loss.beta: float (> 0) = 0.1" in done.stdout
     assert "online.prompts_per_round" in done.stdout
-    assert f"python -m jobs.{job}" in done.stdout
+    assert f"dpo-ray {job} CONFIG.yaml" in done.stdout
 
 
 def test_a_misspelt_search_space_is_answered_as_fast_with_those_there_are() -> None:

@@ -1,0 +1,150 @@
+"""The ``dpo-ray`` command. In a checkout, ``python -m jobs.NAME ...`` is the same as ``dpo-ray NAME ...``.
+
+Each command is a function whose docstring is its usage. Pydantic, torch and Ray are imported inside the functions, so
+that ``dpo-ray --help`` and errors in the arguments appear at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from inspect import cleandoc
+
+BAD_INPUT = 2
+
+
+def offline(arguments: Sequence[str]) -> None:
+    """Train with DPO on a fixed preference set.
+
+    dpo-ray offline CONFIG.yaml [key=value ...]
+    dpo-ray offline jobs/offline_demo.yaml optim.lr=1e-6 loss.beta=0.05
+    """
+    from dpo_ray.config import OFFLINE, config_from_argv
+
+    config = config_from_argv(_usage(offline), OFFLINE, arguments)
+
+    from dpo_ray.launch.command import run_command, run_on_cluster
+
+    run_command(run_on_cluster, "dpo_ray.launch.offline:run_offline", config)
+
+
+def online(arguments: Sequence[str]) -> None:
+    """Train with iterative or online DPO: rounds of generate, judge, select, train.
+
+    dpo-ray online CONFIG.yaml [key=value ...]
+    dpo-ray online jobs/demo.yaml online.rounds=3 online.judge.use=my_lab.judges:helpful
+    """
+    from dpo_ray.config import ONLINE, config_from_argv
+
+    config = config_from_argv(_usage(online), ONLINE, arguments)
+
+    from dpo_ray.launch.command import run_command, run_on_cluster
+
+    run_command(run_on_cluster, "dpo_ray.launch.online:run_online", config, engines=config.cluster.rollout_engines)
+
+
+def sweep(arguments: Sequence[str]) -> None:
+    """Run many short offline trials over a search space and compare them on held-out pairs.
+
+    dpo-ray sweep CONFIG.yaml SPACE [key=value ...]
+    dpo-ray sweep jobs/offline_demo.yaml beta_lr sweep.samples=8
+
+    SPACE is a module of tune_spaces, or any importable module with a SWEEP.
+    """
+    from dpo_ray.config import SWEEP, config_from_argv
+
+    space = arguments[1] if len(arguments) > 1 else ""
+    asks_for_help = {"-h", "--help"} & set(arguments)
+    config = config_from_argv(_usage(sweep), SWEEP, arguments if asks_for_help else [*arguments[:1], *arguments[2:]])
+
+    from dpo_ray.launch.cluster import runs_that_fit
+    from dpo_ray.launch.command import run_command, run_on_cluster
+    from dpo_ray.launch.spaces import find_space
+
+    def run() -> None:
+        find_space(space)
+        run_on_cluster("dpo_ray.launch.sweep:run_sweep", config, space, local_runs=runs_that_fit(config.cluster))
+
+    run_command(run)
+
+
+def export(arguments: Sequence[str]) -> None:
+    """Export a checkpoint as a Hugging Face directory.
+
+    dpo-ray export runs/dpo exported                      the newest checkpoint of the run
+    dpo-ray export runs/dpo exported --best               the checkpoint with the best run.best_metric
+    dpo-ray export runs/dpo/checkpoints/000120 exported
+    dpo-ray export s3://bucket/runs/dpo exported          from an object store, or to one
+
+    A run with adapters exports a peft directory, or with --merge the model with the adapters merged into it.
+    """
+    parser = argparse.ArgumentParser(
+        "dpo-ray export", description=_usage(export), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help="a run directory, or a checkpoint in one")
+    parser.add_argument("folder", help="output directory; must not exist")
+    parser.add_argument("--best", action="store_true", help="export the best checkpoint of the run, not the newest")
+    parser.add_argument("--merge", action="store_true", help="merge adapters into the model")
+    options = parser.parse_args(arguments)
+
+    from dpo_ray.warnings_filter import filter_import_warnings
+
+    filter_import_warnings()
+    from dpo_ray.launch.command import run_command
+    from dpo_ray.storage import folder_at, storage_errors
+    from dpo_ray.train.export import export_checkpoint, find_checkpoint
+
+    def run() -> None:
+        source, folder = folder_at(options.source), folder_at(options.folder)
+        with storage_errors(source):
+            checkpoint = find_checkpoint(source, best=options.best)
+            export_checkpoint(checkpoint, folder, merge=options.merge)
+        print(f"exported {checkpoint} to {options.folder}")
+
+    run_command(run)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "offline": offline,
+    "online": online,
+    "sweep": sweep,
+    "export": export,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command that the arguments name; those of the process by default."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as python -m does: judges, losses and search spaces are imported from here
+    name = arguments[0] if arguments else "--help"
+    if name in COMMANDS:
+        COMMANDS[name](arguments[1:])
+    elif name in ("-h", "--help"):
+        print(_help())
+        raise SystemExit(0 if arguments else BAD_INPUT)
+    elif name == "--version":
+        from importlib.metadata import version
+
+        print(version("dpo-ray"))
+    else:
+        close = get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        print(f"error: no command is called {name!r}{hint} Commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        raise SystemExit(BAD_INPUT)
+
+
+def _usage(command: Callable[[Sequence[str]], None]) -> str:
+    return cleandoc(command.__doc__ or "")
+
+
+def _help() -> str:
+    lines = (f"  {name:10}{_usage(command).splitlines()[0]}" for name, command in COMMANDS.items())
+    return "\n".join(
+        [
+            "Preference tuning of language models on Ray.\n\nusage: dpo-ray COMMAND ...\n\ncommands:",
+            *lines,
+            "\ndpo-ray COMMAND --help describes a command and lists every configuration key.",
+        ]
+    )
