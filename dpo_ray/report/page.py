@@ -14,8 +14,8 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from dpo_ray.report.drawing import PALETTE
-from dpo_ray.report.figures import comparisons, prompt_text, summary, verdict
-from dpo_ray.report.formatting import count_noun, indistinguishable
+from dpo_ray.report.figures import Summary, comparisons, prompt_text, summary, verdict
+from dpo_ray.report.formatting import count_noun, format_duration, indistinguishable
 from dpo_ray.report.health import Finding, diagnose
 from dpo_ray.report.plots import Picture, run_pictures, sweep_picture
 from dpo_ray.report.record import RunRecord, number, read_run
@@ -202,7 +202,7 @@ def _tiles(record: RunRecord) -> tuple[Tile, ...]:
     if figures.score_after is not None or figures.score_before is not None:
         detail = f"{gain.mean:+.2g} ± {gain.error:.1g}, {count_noun(gain.prompts, 'prompt')}" if gain else ""
         tiles.append(_before_after("Held-out judge score", figures.score_before, figures.score_after, detail))
-    tiles += _eval_tiles(record)
+    tiles += _eval_tiles(record, figures)
     if figures.kl is not None:
         tiles.append(Tile("KL to the reference", f"{figures.kl:.1f}", "nats per completion"))
     if figures.tokens_after is not None and figures.tokens_before is not None:
@@ -224,22 +224,23 @@ def _tiles(record: RunRecord) -> tuple[Tile, ...]:
             Tile("Done", count_noun(figures.steps, "step"), f"{epoch:.3g} epochs" if epoch is not None else "")
         )
     if figures.wall_s is not None:
-        tiles.append(Tile("Time", _duration(figures.wall_s), "without start-up and evaluation"))
+        tiles.append(Tile("Time", format_duration(figures.wall_s), "without start-up and evaluation"))
     return tuple(tiles)
 
 
-def _eval_tiles(record: RunRecord) -> list[Tile]:
+def _eval_tiles(record: RunRecord, figures: Summary) -> list[Tile]:
     """Held-out pairs: accuracy and loss, first and last."""
     tiles = []
-    for label, key, form, detail in (
-        ("Held-out accuracy", "eval/rewards/accuracies", ".0%", "of pairs ordered right"),
-        ("Held-out loss", "eval/loss", ".3f", "mean over pairs"),
-    ):
-        values = record.over_evals(key)[1]
-        if len(values):
-            # Before the first step all margins are 0, and which side of 0 rounding puts them on says nothing.
-            known = len(values) > 1 and not (key.endswith("accuracies") and record.evals[0]["step"] == 0)
-            tiles.append(Tile(label, f"{values[-1]:{form}}", detail, f"{values[0]:{form}}" if known else ""))
+    evaluated_twice = len(record.evals) > 1
+    if figures.accuracy_after is not None:
+        tied = evaluated_twice and figures.accuracy_before is None
+        detail = "of pairs ordered right" + (" (all tie at step 0)" if tied else "")
+        before = "-" if tied else "" if figures.accuracy_before is None else f"{figures.accuracy_before:.0%}"
+        tiles.append(Tile("Held-out accuracy", f"{figures.accuracy_after:.0%}", detail, before))
+    losses = record.over_evals("eval/loss")[1]
+    if len(losses):
+        before = f"{losses[0]:.3f}" if evaluated_twice else ""
+        tiles.append(Tile("Held-out loss", f"{losses[-1]:.3f}", "mean over pairs", before))
     return tiles
 
 
@@ -379,14 +380,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
     return "–" if value is None else str(value)  # noqa: RUF001
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def _shortened(text: str, characters: int = PAGE_CHARACTERS) -> str:

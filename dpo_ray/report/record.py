@@ -24,6 +24,10 @@ Lines = tuple[np.ndarray, np.ndarray]
 SCORE_NOISE_SE = 2.0
 """Standard errors that a change must exceed to be told from chance (95 %)."""
 
+TIE_NATS = 0.1
+"""Mean log-probability ratio, in nats, up to which the policy still equals its reference. Without a reference, the
+reward is the log-probability per token, which is larger."""
+
 
 @dataclass(frozen=True, slots=True)
 class HeldOutSample:
@@ -115,6 +119,22 @@ class RunRecord:
     def over_evals(self, key: str) -> Lines:
         """A metric of held-out pairs over optimizer steps."""
         return _series(self.evals, "step", key)
+
+    @property
+    def held_out_accuracy(self) -> Lines:
+        """Share of held-out pairs with the higher reward on the chosen completion, over optimizer steps.
+
+        Without step 0 where policy and reference are equal there: every pair ties, so the metric only shows rounding.
+        """
+        steps, accuracies = self.over_evals("eval/rewards/accuracies")
+        if len(steps) and steps[0] == 0 and self._starts_at_reference:
+            return steps[1:], accuracies[1:]
+        return steps, accuracies
+
+    @property
+    def _starts_at_reference(self) -> bool:
+        reward = number(self.evals[0].get("eval/rewards/chosen")) or 0.0
+        return abs(reward) <= TIE_NATS * self.setting("loss.beta", 1.0)
 
     def over_rounds(self, key: str) -> Lines:
         """A metric over rounds."""
