@@ -95,15 +95,20 @@ class Page:
     pairs: tuple[Example, ...] = ()
     data: Table | None = None
     config: str = ""
+    running: str = ""
+    """The state of a run that is still training; the page then reloads every minute."""
 
 
-def write_report(run_dir: str | Path) -> Path:
+def write_report(run_dir: str | Path, *, running: bool = False) -> Path:
     """Write ``report.html`` of a run: one file that needs no network.
+
+    Args:
+        running: the run is still training; the page shows that and reloads every minute.
 
     Raises:
         ValueError: the directory holds no run.
     """
-    record = read_run(run_dir)
+    record = read_run(run_dir, running=running)
     findings = diagnose(record)
     name = record.setting("run.name") or record.path.resolve().name
     page = Page(
@@ -118,6 +123,7 @@ def write_report(run_dir: str | Path) -> Path:
         pairs_heading=f"Candidates of round {record.samples_round}" if record.samples else "",
         pairs=_pair_examples(record),
         data=_data_table(record.data),
+        running=_running_line(record),
         config=yaml.safe_dump(_without_secrets(dict(record.config)), sort_keys=False) if record.config else "",
     )
     return _write_page(page, record.path)
@@ -180,6 +186,13 @@ def _write_page(page: Page, folder: Path) -> Path:
     target = folder / "report.html"
     write_atomically(target, html)
     return target
+
+
+def _running_line(record: RunRecord) -> str:
+    if not record.running:
+        return ""
+    step = f"step {record.steps[-1]['step']:,}" if record.steps else "no step yet"
+    return f"Running: {step}" + (f" at {record.last_step_at:%Y-%m-%d %H:%M:%S %Z}" if record.last_step_at else "")
 
 
 def _facts(record: RunRecord) -> tuple[str, ...]:
