@@ -18,6 +18,9 @@ class Summary:
     score_before: float | None
     """Mean judge score of the held-out prompts under the untrained policy."""
     score_after: float | None
+    accuracy_before: float | None
+    """Share of held-out pairs ordered right at the first evaluation; None where all pairs tie, as at step 0."""
+    accuracy_after: float | None
     kl: float | None
     """Nats per sequence between policy and reference at the end."""
     tokens_before: float | None
@@ -53,9 +56,12 @@ class Comparison(NamedTuple):
 def summary(record: RunRecord) -> Summary:
     """The figures of a run that fit into a terminal table."""
     lengths = record.completion_tokens or (None, None)
+    accuracies = record.held_out_accuracy[1]
     return Summary(
         score_before=record.before.score if record.before else None,
         score_after=record.after.score if record.after else None,
+        accuracy_before=float(accuracies[0]) if len(accuracies) == len(record.evals) > 1 else None,
+        accuracy_after=float(accuracies[-1]) if len(accuracies) else None,
         kl=record.kl,
         tokens_before=lengths[0],
         tokens_after=lengths[1],
@@ -116,7 +122,7 @@ def _outcome(record: RunRecord) -> str:
     if len(scores) > 1:
         before, after = indistinguishable(scores[0], scores[-1])
         return f"The judge's mean score went from {before} to {after} over {len(scores)} rounds."
-    eval_steps, accuracies = record.over_evals("eval/rewards/accuracies")
+    eval_steps, accuracies = record.held_out_accuracy
     if len(accuracies) and eval_steps[-1] > 0:
         return (
             f"After {count_noun(int(eval_steps[-1]), 'step')} the policy prefers the chosen completion in "

@@ -13,3 +13,12 @@ def indistinguishable(*values: float, digits: int = 3) -> list[str]:
 def count_noun(number: int, noun: str) -> str:
     """``3 steps``."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def format_duration(seconds: float) -> str:
+    """``45 s``, ``3 min 20 s`` or ``2 h 5 min``; tenths below ten seconds."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -14,8 +14,8 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from dpo_ray.report.drawing import PALETTE
-from dpo_ray.report.figures import comparisons, prompt_text, summary, verdict
-from dpo_ray.report.formatting import count_noun, indistinguishable
+from dpo_ray.report.figures import Summary, comparisons, prompt_text, summary, verdict
+from dpo_ray.report.formatting import count_noun, format_duration, indistinguishable
 from dpo_ray.report.health import Finding, diagnose
 from dpo_ray.report.plots import Picture, run_pictures, sweep_picture
 from dpo_ray.report.record import RunRecord, number, read_run
@@ -95,15 +95,20 @@ class Page:
     pairs: tuple[Example, ...] = ()
     data: Table | None = None
     config: str = ""
+    running: str = ""
+    """The state of a run that is still training; the page then reloads every minute."""
 
 
-def write_report(run_dir: str | Path) -> Path:
+def write_report(run_dir: str | Path, *, running: bool = False) -> Path:
     """Write ``report.html`` of a run: one file that needs no network.
+
+    Args:
+        running: the run is still training; the page shows that and reloads every minute.
 
     Raises:
         ValueError: the directory holds no run.
     """
-    record = read_run(run_dir)
+    record = read_run(run_dir, running=running)
     findings = diagnose(record)
     name = record.setting("run.name") or record.path.resolve().name
     page = Page(
@@ -118,6 +123,7 @@ def write_report(run_dir: str | Path) -> Path:
         pairs_heading=f"Candidates of round {record.samples_round}" if record.samples else "",
         pairs=_pair_examples(record),
         data=_data_table(record.data),
+        running=_running_line(record),
         config=yaml.safe_dump(_without_secrets(dict(record.config)), sort_keys=False) if record.config else "",
     )
     return _write_page(page, record.path)
@@ -182,6 +188,13 @@ def _write_page(page: Page, folder: Path) -> Path:
     return target
 
 
+def _running_line(record: RunRecord) -> str:
+    if not record.running:
+        return ""
+    step = f"step {record.steps[-1]['step']:,}" if record.steps else "no step yet"
+    return f"Running: {step}" + (f" at {record.last_step_at:%Y-%m-%d %H:%M:%S %Z}" if record.last_step_at else "")
+
+
 def _facts(record: RunRecord) -> tuple[str, ...]:
     """The settings that tell runs apart."""
     settings = (
@@ -202,7 +215,7 @@ def _tiles(record: RunRecord) -> tuple[Tile, ...]:
     if figures.score_after is not None or figures.score_before is not None:
         detail = f"{gain.mean:+.2g} ± {gain.error:.1g}, {count_noun(gain.prompts, 'prompt')}" if gain else ""
         tiles.append(_before_after("Held-out judge score", figures.score_before, figures.score_after, detail))
-    tiles += _eval_tiles(record)
+    tiles += _eval_tiles(record, figures)
     if figures.kl is not None:
         tiles.append(Tile("KL to the reference", f"{figures.kl:.1f}", "nats per completion"))
     if figures.tokens_after is not None and figures.tokens_before is not None:
@@ -224,22 +237,23 @@ def _tiles(record: RunRecord) -> tuple[Tile, ...]:
             Tile("Done", count_noun(figures.steps, "step"), f"{epoch:.3g} epochs" if epoch is not None else "")
         )
     if figures.wall_s is not None:
-        tiles.append(Tile("Time", _duration(figures.wall_s), "without start-up and evaluation"))
+        tiles.append(Tile("Time", format_duration(figures.wall_s), "without start-up and evaluation"))
     return tuple(tiles)
 
 
-def _eval_tiles(record: RunRecord) -> list[Tile]:
+def _eval_tiles(record: RunRecord, figures: Summary) -> list[Tile]:
     """Held-out pairs: accuracy and loss, first and last."""
     tiles = []
-    for label, key, form, detail in (
-        ("Held-out accuracy", "eval/rewards/accuracies", ".0%", "of pairs ordered right"),
-        ("Held-out loss", "eval/loss", ".3f", "mean over pairs"),
-    ):
-        values = record.over_evals(key)[1]
-        if len(values):
-            # Before the first step all margins are 0, and which side of 0 rounding puts them on says nothing.
-            known = len(values) > 1 and not (key.endswith("accuracies") and record.evals[0]["step"] == 0)
-            tiles.append(Tile(label, f"{values[-1]:{form}}", detail, f"{values[0]:{form}}" if known else ""))
+    evaluated_twice = len(record.evals) > 1
+    if figures.accuracy_after is not None:
+        tied = evaluated_twice and figures.accuracy_before is None
+        detail = "of pairs ordered right" + (" (all tie at step 0)" if tied else "")
+        before = "-" if tied else "" if figures.accuracy_before is None else f"{figures.accuracy_before:.0%}"
+        tiles.append(Tile("Held-out accuracy", f"{figures.accuracy_after:.0%}", detail, before))
+    losses = record.over_evals("eval/loss")[1]
+    if len(losses):
+        before = f"{losses[0]:.3f}" if evaluated_twice else ""
+        tiles.append(Tile("Held-out loss", f"{losses[-1]:.3f}", "mean over pairs", before))
     return tiles
 
 
@@ -379,14 +393,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
     return "–" if value is None else str(value)  # noqa: RUF001
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def _shortened(text: str, characters: int = PAGE_CHARACTERS) -> str:

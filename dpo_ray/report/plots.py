@@ -81,12 +81,7 @@ def judge_score(record: RunRecord) -> Picture | None:
 def margin_and_accuracy(record: RunRecord) -> Picture | None:
     """Reward margin and accuracy over steps, with held-out pairs."""
     margins, accuracies = record.over_steps("rewards/margins"), record.over_steps("rewards/accuracies")
-    eval_margins, (eval_steps, accuracy) = (
-        record.over_evals("eval/rewards/margins"),
-        record.over_evals("eval/rewards/accuracies"),
-    )
-    # At step 0 all margins are 0, and which side of 0 rounding puts them on says nothing.
-    eval_accuracies = (eval_steps[eval_steps > 0], accuracy[eval_steps > 0])
+    eval_margins, eval_accuracies = record.over_evals("eval/rewards/margins"), record.held_out_accuracy
     if not has_any(margins, accuracies, eval_margins, eval_accuracies):
         return None
     figure, (upper, lower) = panels(["reward margin", "accuracy (share of pairs)"], "optimizer step")

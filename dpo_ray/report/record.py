@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -23,6 +24,10 @@ Lines = tuple[np.ndarray, np.ndarray]
 
 SCORE_NOISE_SE = 2.0
 """Standard errors that a change must exceed to be told from chance (95 %)."""
+
+TIE_NATS = 0.1
+"""Mean log-probability ratio, in nats, up to which the policy still equals its reference. Without a reference, the
+reward is the log-probability per token, which is larger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,9 @@ class RunRecord:
     samples_round: int | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
     """The data report; empty when the run left none."""
+    running: bool = False
+    last_step_at: datetime | None = None
+    """Local time of the last write to metrics.jsonl."""
 
     def setting(self, dotted: str, default: Any = None) -> Any:
         """A value of the configuration, or ``default`` where it is absent or null."""
@@ -115,6 +123,22 @@ class RunRecord:
     def over_evals(self, key: str) -> Lines:
         """A metric of held-out pairs over optimizer steps."""
         return _series(self.evals, "step", key)
+
+    @property
+    def held_out_accuracy(self) -> Lines:
+        """Share of held-out pairs with the higher reward on the chosen completion, over optimizer steps.
+
+        Without step 0 where policy and reference are equal there: every pair ties, so the metric only shows rounding.
+        """
+        steps, accuracies = self.over_evals("eval/rewards/accuracies")
+        if len(steps) and steps[0] == 0 and self._starts_at_reference:
+            return steps[1:], accuracies[1:]
+        return steps, accuracies
+
+    @property
+    def _starts_at_reference(self) -> bool:
+        reward = number(self.evals[0].get("eval/rewards/chosen")) or 0.0
+        return abs(reward) <= TIE_NATS * self.setting("loss.beta", 1.0)
 
     def over_rounds(self, key: str) -> Lines:
         """A metric over rounds."""
@@ -187,13 +211,16 @@ class RunRecord:
         return float(self.over_rounds("rollout/kept")[1].sum()), dropped
 
 
-def read_run(run_dir: str | Path) -> RunRecord:
+def read_run(run_dir: str | Path, *, running: bool = False) -> RunRecord:
     """Everything a report needs of a run directory.
 
-    Lines that a kill cut off are skipped; where a resumed run repeats a step or a round, its later line counts.
+    Incomplete lines are skipped; where a resumed run repeats a step or a round, its later line counts.
+
+    Args:
+        running: the run is still training, so that files may be missing or incomplete.
 
     Raises:
-        ValueError: the directory is missing, or holds neither metrics nor evaluations.
+        ValueError: the directory is missing, or holds neither metrics nor evaluations and the run is not running.
     """
     path = folder_at(run_dir) if isinstance(run_dir, str) else run_dir
     if not path.is_dir():
@@ -206,7 +233,7 @@ def read_run(run_dir: str | Path) -> RunRecord:
         if file.stem.isdigit()
     )
     evaluations = tuple(evaluation for evaluation in evaluations if evaluation.samples)
-    if not steps and not evals and not evaluations:
+    if not (steps or evals or evaluations or running):
         raise ValueError(
             f"{path}: nothing to report: metrics.jsonl holds no step and evaluations/ no completions; "
             "give the directory of a run that has finished at least one step"
@@ -222,6 +249,8 @@ def read_run(run_dir: str | Path) -> RunRecord:
         samples=samples,
         samples_round=samples_round,
         data=_read_json(path / "data.json"),
+        running=running,
+        last_step_at=_modified_at(path / "metrics.jsonl"),
     )
 
 
@@ -274,22 +303,30 @@ def _held_out_sample(line: Mapping[str, Any]) -> HeldOutSample:
 
 
 def _read_jsonl(path: Path) -> list[Metrics]:
-    """The objects of a JSON lines file; none where there is no file."""
-    if not path.exists():
+    """The objects of a JSON lines file, without a last line that is incomplete; none where there is no file."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    except FileNotFoundError:
         return []
     objects = []
-    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        if not text.strip():
-            continue
+    for number, text in enumerate(lines, 1):
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
             line = None
         if isinstance(line, dict):
             objects.append(line)
-        else:
-            logger.warning("%s:%d: skipped, not a JSON object (a killed run cuts its last line)", path, number)
+        elif text.strip() and text.endswith("\n"):
+            logger.warning("%s:%d: skipped, not a JSON object", path, number)
     return objects
+
+
+def _modified_at(path: Path) -> datetime | None:
+    """Local time of the last write; None where there is no file, or its store does not tell."""
+    try:
+        return datetime.fromtimestamp(path.stat().st_mtime).astimezone()
+    except (OSError, AttributeError, TypeError):
+        return None
 
 
 def _read_json(path: Path) -> Metrics:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dpo_ray.report.figures import comparisons, summary, verdict
+from dpo_ray.report.formatting import format_duration
 from dpo_ray.report.page import write_report, write_sweep_report
 from dpo_ray.report.record import read_run
 
@@ -199,6 +200,29 @@ def test_summary_of_an_offline_run_has_no_judge_figures(tmp_path):
     figures = summary(read_run(offline_run(tmp_path, [step_line(s) for s in (1, 2, 3)])))
     assert (figures.score_before, figures.score_after, figures.kl, figures.generate_tokens_per_s) == (None,) * 4
     assert (figures.rounds, figures.steps, figures.wall_s) == (0, 3, 6.0)
+
+
+def test_held_out_accuracy_is_none_at_step_0_where_policy_and_reference_are_equal(tmp_path):
+    def evaluation_line(step: int, accuracy: float, chosen: float) -> dict[str, Any]:
+        return {"step": step, "eval/rewards/accuracies": accuracy, "eval/rewards/chosen": chosen}
+
+    tied = offline_run(tmp_path / "tied", [evaluation_line(0, 0.0, 0.0), evaluation_line(9, 0.8, 0.3)])
+    assert read_run(tied).held_out_accuracy[0].tolist() == [9]
+    assert (summary(read_run(tied)).accuracy_before, summary(read_run(tied)).accuracy_after) == (None, 0.8)
+    assert "all tie at step 0" in write_report(tied).read_text(encoding="utf-8")
+    no_reference = offline_run(tmp_path / "other", [evaluation_line(0, 0.6, -0.2), evaluation_line(9, 0.8, -0.1)])
+    assert (summary(read_run(no_reference)).accuracy_before, summary(read_run(no_reference)).accuracy_after) == (
+        0.6,
+        0.8,
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.5, "0.5 s"), (9.94, "9.9 s"), (45.2, "45 s"), (59.7, "1 min 0 s"), (200, "3 min 20 s"), (7499.6, "2 h 5 min")],
+)
+def test_durations_are_rounded_to_two_units(seconds, text):
+    assert format_duration(seconds) == text
 
 
 def test_an_untrained_policy_alone_has_a_score_before_and_none_after(tmp_path):

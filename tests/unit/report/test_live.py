@@ -1,0 +1,52 @@
+"""The report of a run that is still training."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from dpo_ray.report.live import LiveReport
+from dpo_ray.report.page import write_report
+
+
+def running_run(path: Path, *, steps: int, incomplete: str = "") -> Path:
+    lines = [json.dumps({"step": step, "loss": 0.6, "rewards/margins": 0.1}) + "\n" for step in range(1, steps + 1)]
+    (path / "metrics.jsonl").write_text("".join(lines) + incomplete, encoding="utf-8")
+    return path
+
+
+def test_a_running_report_shows_the_last_complete_step_and_reloads(tmp_path, caplog):
+    html = write_report(running_run(tmp_path, steps=3, incomplete='{"step": 4, "lo'), running=True).read_text()
+    assert "Running: step 3 at 20" in html
+    assert '<meta http-equiv="refresh" content="60">' in html
+    assert not caplog.records
+
+
+def test_the_final_report_neither_shows_running_nor_reloads(tmp_path):
+    html = write_report(running_run(tmp_path, steps=3)).read_text()
+    assert "Running" not in html
+    assert "http-equiv" not in html
+
+
+def test_a_run_without_any_file_yet_has_a_running_report(tmp_path):
+    assert "Running: no step yet" in write_report(tmp_path, running=True).read_text()
+
+
+def test_a_live_report_is_written_at_most_once_per_minute(tmp_path):
+    live = LiveReport(running_run(tmp_path, steps=1))
+    assert [live.maybe_write(now) for now in (1000.0, 1059.0, 1030.0)] == [True, False, False]
+    assert live.maybe_write(2000.0)
+
+
+def test_a_live_report_that_fails_warns_once_and_tries_again(tmp_path, caplog):
+    live = LiveReport(tmp_path / "run")
+    assert not live.maybe_write(1000.0)
+    assert not live.maybe_write(2000.0)
+    assert len(caplog.records) == 1
+    (tmp_path / "run").mkdir()
+    assert live.maybe_write(3000.0)
+
+
+def test_importing_the_live_report_leaves_matplotlib_out():
+    code = "import sys, dpo_ray.report.live; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
