@@ -20,7 +20,7 @@ from dpo_ray.reference.store import ReferenceStore, entry_keys
 logger = logging.getLogger(__name__)
 
 PAIRS_PER_SHARD = 2**17
-"""Pairs whose entries are written together; a killed run keeps what it computed in whole shards."""
+"""Pairs per shard of the store; a killed run keeps the shards that it completed."""
 WAIT_S = 6 * 3600.0
 """Longest wait for another run that computes the same reference."""
 POLL_S = 0.5

@@ -1,4 +1,4 @@
-"""The reference as the training step sees it: a function from a micro-batch to log-probabilities."""
+"""The reference in a training step: a function from a micro-batch to log-probabilities."""
 
 from collections.abc import Callable
 
@@ -10,11 +10,11 @@ from dpo_ray.data.packing import PackedRow, to_device
 from dpo_ray.objective.logps import PairLogps
 
 Reference = Callable[[MicroBatch], PairLogps | None]
-"""Reference log-probabilities of a micro-batch's pairs; None where the loss needs none."""
+"""Reference log-probabilities of a micro-batch's pairs; None for losses without a reference."""
 
 
 def cached_reference(logps: np.ndarray) -> Reference:
-    """Look reference log-probabilities up by pair index.
+    """Looks up reference log-probabilities by pair index.
 
     Args:
         logps: (n, 2) chosen and rejected log-probabilities of all pairs, nats.
@@ -22,14 +22,14 @@ def cached_reference(logps: np.ndarray) -> Reference:
 
     def reference(batch: MicroBatch) -> PairLogps:
         lengths = batch.row.lengths
-        held = to_device(torch.from_numpy(logps[list(batch.pairs)].astype(np.float32)), lengths.device)  # (B, 2)
-        return PairLogps(held[:, 0], held[:, 1], lengths[0::2], lengths[1::2])
+        of_pairs = to_device(torch.from_numpy(logps[list(batch.pairs)].astype(np.float32)), lengths.device)  # (B, 2)
+        return PairLogps(of_pairs[:, 0], of_pairs[:, 1], lengths[0::2], lengths[1::2])
 
     return reference
 
 
 def live_reference(frozen: Callable[[PackedRow], PairLogps]) -> Reference:
-    """Compute the reference log-probabilities of each micro-batch with a frozen model."""
+    """Computes the reference log-probabilities of each micro-batch with a frozen model."""
 
     @torch.no_grad()
     def reference(batch: MicroBatch) -> PairLogps:
@@ -39,4 +39,4 @@ def live_reference(frozen: Callable[[PackedRow], PairLogps]) -> Reference:
 
 
 def no_reference(batch: MicroBatch) -> None:
-    """For losses that need no reference: nothing is loaded and nothing scored."""
+    """For losses without a reference: nothing is loaded or computed."""

@@ -1,7 +1,7 @@
-"""Reference log-probabilities in an object store: how clusters that mount nothing in common share one cache.
+"""Reference log-probabilities in an object store, shared by clusters without a common mount.
 
-Files of a ``ReferenceStore`` are named by their content and never change, so sharing them is copying what the other
-side lacks. A store that cannot be reached is told of once and left alone: what it would have given is scored here.
+The files of a ``ReferenceStore`` are immutable and named by their content, so sharing means copying missing files. An
+unreachable object store is logged once and not used again; its entries are computed locally instead.
 """
 
 import logging
@@ -15,20 +15,20 @@ from dpo_ray.storage import error_summary
 
 logger = logging.getLogger(__name__)
 
-LOOK_EVERY_S = 5.0
-"""Time between two looks at another cluster's lock."""
-BEAT_EVERY_S = 20.0
-"""Time between two signs of life of a builder."""
+LOCK_POLL_S = 5.0
+"""Interval between checks of another cluster's lock."""
+HEARTBEAT_S = 20.0
+"""Interval between a builder's heartbeats."""
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
-class SharedEntries:
-    """The files of one reference model in an object store, and the lock of whoever adds to them.
+class RemoteEntries:
+    """The files of one reference model in an object store, and the builder's lock.
 
     Args:
         folder: remote.
-        stale_s: a lock that has not changed for so long belongs to a builder that died.
+        stale_s: a lock unchanged for this long belongs to a dead builder.
     """
 
     def __init__(self, folder: Path, *, stale_s: float) -> None:
@@ -37,47 +37,47 @@ class SharedEntries:
         self.beats = 0
         self.due = 0.0
         self.seen: tuple[bytes, float] = (b"", 0.0)
-        self.lost = False
+        self.unreachable = False
 
     def fetch(self, pattern: str, into: Path) -> None:
-        """Copy the files that match into a local folder that lacks them; damage is for its reader to find."""
+        """Downloads matching files that ``into`` lacks; readers check them for damage."""
 
         def fetch() -> None:
             for remote in self.folder.glob(pattern):
-                kept, draft = into / remote.name, into / f".{uuid.uuid4().hex}.npy"
-                if not kept.exists():
+                path, draft = into / remote.name, into / f".{uuid.uuid4().hex}.npy"
+                if not path.exists():
                     self._client.get_file(_key(remote), str(draft))
-                    draft.rename(kept)
+                    draft.rename(path)
 
         self._attempt(fetch, None)
 
-    def send(self, file: Path) -> None:
-        """Copy a local file there."""
+    def upload(self, file: Path) -> None:
+        """Uploads a local file."""
         self._attempt(lambda: self._client.put_file(str(file), _key(self.folder / file.name)), None)
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Deletes a file if it exists."""
         self._attempt(lambda: (self.folder / name).unlink(missing_ok=True), None)
 
     def acquire(self) -> bool:
-        """Become the one builder among all clusters, if there is none; True also where the store is lost.
+        """Takes the lock if it is free or stale; returns whether it is held. Always true for an unreachable store.
 
-        A lock is stale when it looks the same for ``stale_s`` of this process's own time: clocks need not agree.
+        A lock is stale if its content does not change for ``stale_s`` on this process's clock: clocks need not agree.
         """
         if time.monotonic() < self.due:
             return False
-        self.due = time.monotonic() + LOOK_EVERY_S
+        self.due = time.monotonic() + LOCK_POLL_S
         return self._attempt(self._acquire, True)
 
     def heartbeat(self) -> None:
-        """Tell waiting builders that this one is alive."""
+        """Keeps the lock alive."""
         if time.monotonic() >= self.due:
             self._attempt(self._heartbeat, None)
 
     def release(self) -> None:
-        """Let the next builder in; a lock that another has taken over stays."""
+        """Releases the lock, unless another builder has taken it over."""
         self.due = 0.0
-        self._attempt(lambda: self._lock.unlink() if self._mine() else None, None)
+        self._attempt(lambda: self._lock.unlink() if self._held() else None, None)
 
     def _acquire(self) -> bool:
         try:
@@ -85,42 +85,42 @@ class SharedEntries:
             self._client.pipe_file(_key(self._lock), f"{self.token} 0".encode(), mode="create")
         except FileExistsError:
             try:
-                word = self._lock.read_bytes()
+                content = self._lock.read_bytes()
             except FileNotFoundError:  # released between the two requests
                 return False
-            if word != self.seen[0]:
-                self.seen = word, time.monotonic()
+            if content != self.seen[0]:
+                self.seen = content, time.monotonic()
             elif time.monotonic() - self.seen[1] > self.stale_s:
-                logger.warning("%s: taking over from a builder silent for %.0f s", self.folder, self.stale_s)
+                logger.warning("%s: taking over the lock of a builder silent for %.0f s", self.folder, self.stale_s)
                 self._lock.unlink(missing_ok=True)
             return False
         return True
 
     def _heartbeat(self) -> None:
-        self.due = time.monotonic() + BEAT_EVERY_S
-        if self._mine():
+        self.due = time.monotonic() + HEARTBEAT_S
+        if self._held():
             self.beats += 1
             self._lock.write_bytes(f"{self.token} {self.beats}".encode())
 
-    def _mine(self) -> bool:
+    def _held(self) -> bool:
         try:
             return self._lock.read_bytes().startswith(self.token.encode())
         except FileNotFoundError:
             return False
 
-    def _attempt(self, action: Callable[[], Found], otherwise: Found) -> Found:
-        if self.lost:
-            return otherwise
+    def _attempt(self, action: Callable[[], Result], default: Result) -> Result:
+        if self.unreachable:
+            return default
         try:
             return action()
         except Exception as error:
-            self.lost = True
+            self.unreachable = True
             logger.warning(
-                "reference.object_store: %s cannot be used any more (%s); going on with reference.cache_dir alone",
+                "reference.object_store: %s is unreachable (%s); continuing with reference.cache_dir alone",
                 self.folder,
                 error_summary(error),
             )
-            return otherwise
+            return default
 
     @property
     def _client(self) -> Any:

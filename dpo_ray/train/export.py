@@ -1,4 +1,4 @@
-"""Any checkpoint as a Hugging Face directory, in one process and without a cluster."""
+"""Exports any checkpoint as a Hugging Face directory, in one process and without a cluster."""
 
 from pathlib import Path
 
@@ -23,14 +23,14 @@ from dpo_ray.train.checkpoint_files import (
 )
 
 WEIGHTS = "model."
-"""What a checkpoint puts before the name of a weight; the scorer puts the same once more."""
+"""Prefix of weights in a checkpoint; the policy module adds the same prefix once more."""
 
 
 def find_checkpoint(path: Path, *, best: bool = False) -> Path:
-    """The checkpoint that ``path`` means: itself, or the newest or best one of a run directory.
+    """The checkpoint at ``path``, or the newest or best checkpoint of a run directory.
 
     Raises:
-        ValueError: there is none there, or it was not finished or is damaged.
+        ValueError: there is no checkpoint, or it is unfinished or damaged.
     """
     if (path / "checkpoints").is_dir():
         finished = finished_checkpoints(path / "checkpoints")
@@ -45,28 +45,27 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
         else:
             path = finished[-1]
     try:
-        wrong = damaged_files(path)
+        damaged = damaged_files(path)
     except FileNotFoundError:
         raise ValueError(f"{path}: no finished checkpoint; give a run directory or checkpoints/NNNNNN in one") from None
-    if wrong:
-        raise ValueError(f"{path}: the checkpoint is damaged: {wrong[0]} is not as it was written")
+    if damaged:
+        raise ValueError(f"{path}: the checkpoint is damaged: {damaged[0]} has changed or is missing")
     return path
 
 
 def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) -> Config:
-    """Write a checkpoint's policy to ``folder``; returns the configuration of its run.
+    """Writes the policy of a finished checkpoint to ``folder``; returns the configuration of its run.
 
     Args:
-        checkpoint: a finished one.
-        folder: must not exist; appears whole or not at all. A Hugging Face directory, or of a run with adapters a peft
+        folder: must not exist; appears whole or not at all. A Hugging Face directory, or with adapters a peft
             directory.
-        merge: of a run with adapters, write the model with the adapters added in.
+        merge: merge adapters into the model, and write that.
 
     Raises:
         ValueError: ``folder`` exists.
     """
     if folder.exists():
-        raise ValueError(f"{folder}: exists already; give a folder that does not")
+        raise ValueError(f"{folder} already exists; choose a new folder")
     config = Config.model_validate(read_marker(checkpoint)["config"])
     weights = _trained_weights(checkpoint)
 
@@ -74,11 +73,9 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) ->
         dtype = DTYPES[config.model.dtype]
         if config.model.lora is None:
             empty = build_model(config.model, with_weights=False)
-            once = {
-                name for name, _ in (*empty.named_parameters(), *empty.named_buffers())
-            }  # tied weights have one name
-            kept = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items() if name in once}
-            save_policy(kept, config.model, unfinished)
+            names = {name for name, _ in (*empty.named_parameters(), *empty.named_buffers())}  # tied weights once
+            unique = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items() if name in names}
+            save_policy(unique, config.model, unfinished)
         elif merge:
             built = build_model(config.model, with_weights=True, dtype=dtype)
             add_adapters(built, config.model.lora)
@@ -93,7 +90,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) ->
 
 
 def _trained_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The trained weights under the names they have in the model, read from all shards."""
+    """The trained weights by their names in the model, read from all shards."""
     written = open_reader(checkpoint).read_metadata().state_dict_metadata
     weights = {
         name.removeprefix(WEIGHTS): torch.empty(entry.size, dtype=entry.properties.dtype)

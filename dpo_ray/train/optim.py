@@ -1,8 +1,8 @@
-"""Optimizers, one dictionary, and the learning rate, a pure function of the step.
+"""Optimizers by name, and the learning rate as a pure function of the step.
 
-A new optimizer is a function here and an entry in ``OPTIMIZERS``, with its name in ``config/schema.py``; one of your
-own is ``optim.use: my_lab.optim:make``. State that is kept apart for each rank's shard must be in DTensors of the
-parameters' placement, or a checkpoint holds one rank's.
+A new optimizer is a function here and an entry in ``OPTIMIZERS``, with its name in ``config/schema.py``; your own is
+``optim.use: my_lab.optim:make``. Per-shard optimizer state must be DTensors placed like the parameters; otherwise a
+checkpoint holds the state of one rank only.
 """
 
 import math
@@ -19,14 +19,14 @@ from dpo_ray.plugins import bind
 def adamw(
     groups: Iterable[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float, amsgrad: bool = False
 ) -> torch.optim.Optimizer:
-    """AdamW (arXiv:1711.05101), a few kernels for all parameters."""
+    """Fused AdamW (arXiv:1711.05101)."""
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, amsgrad=amsgrad, fused=True)
 
 
 def adamw_8bit(
     groups: Iterable[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float, block_size: int = 256
 ) -> torch.optim.Optimizer:
-    """AdamW with both averages in eight bits (arXiv:2110.02861): 2 bytes a parameter instead of 8.
+    """AdamW with eight-bit moments (arXiv:2110.02861): 2 bytes per parameter instead of 8.
 
     Args:
         block_size: parameters that share a scale.
@@ -34,17 +34,17 @@ def adamw_8bit(
     from torchao.optim import AdamW8bit
     from torchao.optim.subclass_8bit import OptimState8bit
 
-    # What an asynchronous checkpoint copies with, and torchao leaves out.
+    # Asynchronous checkpoints copy the state with these operators, which torchao does not implement.
     @OptimState8bit.implements(torch.ops.aten.clone.default)
     def clone(func: Any, types: Any, args: Any, kwargs: Any) -> OptimState8bit:
-        (held,) = args
-        return OptimState8bit(held.codes.clone(), held.scale.clone(), held.qmap, held.signed, dtype=held.dtype)
+        (state,) = args
+        return OptimState8bit(state.codes.clone(), state.scale.clone(), state.qmap, state.signed, dtype=state.dtype)
 
     @OptimState8bit.implements(torch.ops.aten.zeros_like.default)
     def zeros_like(func: Any, types: Any, args: Any, kwargs: Any) -> OptimState8bit:
-        (held,) = args
-        device = (kwargs or {}).get("device", held.device)
-        return OptimState8bit.zeros(held.shape, held.signed, held.block_size, device, dtype=held.dtype)
+        (state,) = args
+        device = (kwargs or {}).get("device", state.device)
+        return OptimState8bit.zeros(state.shape, state.signed, state.block_size, device, dtype=state.dtype)
 
     return AdamW8bit(groups, lr=lr, betas=betas, eps=eps, block_size=block_size)
 
@@ -56,13 +56,13 @@ def bind_optimizer(optim: OptimConfig) -> Callable[[list[dict[str, Any]]], torch
     """The configured optimizer as a function of parameter groups.
 
     Raises:
-        ValueError: the name is unknown, or an argument is not taken or is missing.
+        ValueError: the name is unknown, or an argument is unknown or missing.
     """
     return bind(optim.use, optim.args, OPTIMIZERS, kind="optimizer", lr=optim.lr, betas=optim.betas, eps=optim.eps)
 
 
 def build_optimizer(policy: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """The configured optimizer of what is trained in ``policy``; vectors (norms and biases) are not decayed."""
+    """The configured optimizer of the trainable parameters; vectors (norms and biases) have no weight decay."""
     trained = [p for p in policy.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
@@ -72,7 +72,7 @@ def build_optimizer(policy: nn.Module, optim: OptimConfig) -> torch.optim.Optimi
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Make ``lr`` the rate of all parameters; where the optimizer holds it as a tensor, in place."""
+    """Sets the learning rate of all parameter groups; in place if the optimizer keeps it as a tensor."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
@@ -83,8 +83,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
     """Learning rate of optimizer step ``step``, counted from 0.
 
-    The same curves as transformers' schedules of these names: a rise from 0 over ``warmup_steps``, then a straight line
-    or half a cosine down to 0 at ``total_steps``, or no change.
+    The same curves as transformers' schedules of these names: linear warm-up from 0 over ``warmup_steps``, then linear
+    or cosine decay to 0 at ``total_steps``, or constant.
     """
     if step < optim.warmup_steps:
         return optim.lr * step / optim.warmup_steps

@@ -1,7 +1,7 @@
-"""Which reference a run trains against: cached log-probabilities, a frozen model, the adapters off, or none.
+"""The reference of a run: cached log-probabilities, a frozen model, the policy with its adapters off, or none.
 
-The untrained policy is the reference, so that the cache is filled without loading a second model. It must therefore be
-built before a checkpoint is loaded.
+The untrained policy is the reference, so that the cache is filled without loading a second model. The reference must
+therefore be built before a checkpoint is loaded.
 """
 
 from functools import partial

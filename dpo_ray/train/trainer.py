@@ -55,7 +55,7 @@ class Trainer:
 
     @property
     def batch_shape(self) -> BatchShape:
-        """How the pairs of a step are split into this rank's micro-batches."""
+        """Split of a step's pairs into this rank's micro-batches."""
         optim = self.config.optim
         # Per layer, a token costs about 24 h^2 floating-point operations in matrix products, each token that it
         # attends to 4 h.

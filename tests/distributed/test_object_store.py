@@ -13,7 +13,7 @@ from s3fs import S3FileSystem
 from safetensors.torch import load_file
 
 from dpo_ray.reference import shared as shared_entries
-from dpo_ray.reference.shared import SharedEntries
+from dpo_ray.reference.shared import RemoteEntries
 from dpo_ray.reference.store import ReferenceStore
 from dpo_ray.storage import folder_at
 from dpo_ray.train.checkpoint_files import MARKER, damaged_files
@@ -174,10 +174,10 @@ def test_a_damaged_view_in_the_store_is_noticed_and_made_again(
 def test_clusters_build_one_at_a_time_and_take_over_from_one_that_died(
     store: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_entries, "LOOK_EVERY_S", 0.0)
-    monkeypatch.setattr(shared_entries, "BEAT_EVERY_S", 0.0)
+    monkeypatch.setattr(shared_entries, "LOCK_POLL_S", 0.0)
+    monkeypatch.setattr(shared_entries, "HEARTBEAT_S", 0.0)
     folder = folder_at(BUCKET) / "reference"
-    first, second = (SharedEntries(folder, stale_s=0.5) for _ in range(2))
+    first, second = (RemoteEntries(folder, stale_s=0.5) for _ in range(2))
     assert first.acquire()
     for _ in range(4):
         assert not second.acquire()
@@ -188,9 +188,9 @@ def test_clusters_build_one_at_a_time_and_take_over_from_one_that_died(
     time.sleep(0.6)
     assert [second.acquire(), second.acquire()] == [False, True], "silent for 0.6 s: removed, then free"
     first.release()
-    assert not SharedEntries(folder, stale_s=0.5).acquire(), "the first builder woke up and must not free another's"
+    assert not RemoteEntries(folder, stale_s=0.5).acquire(), "the first builder woke up and must not free another's"
     second.release()
-    assert SharedEntries(folder, stale_s=0.5).acquire()
+    assert RemoteEntries(folder, stale_s=0.5).acquire()
 
 
 def test_a_store_that_is_lost_leaves_the_run_its_own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
