@@ -149,8 +149,15 @@ class Checkpointer:
         gather_or_raise(lambda: write_marker(path, files, metrics, config) if rank == 0 else None, self.group)
         self.last_good = path
         if rank == 0:
-            for old in superseded(path, self.config.run):
+            self._remove_superseded(path)
+
+    def _remove_superseded(self, newest: Path) -> None:
+        """Deletes old checkpoints; a failure does not make the new one a failure."""
+        try:
+            for old in superseded(newest, self.config.run):
                 remove_folder(old)
+        except Exception as error:
+            logger.warning("old checkpoints in %s could not be removed: %s", self.folder, error_summary(error))
 
     def resume(self, state: TrainState) -> Path | None:
         """Loads the newest intact checkpoint into ``state``; None if there is none.

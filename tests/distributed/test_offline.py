@@ -244,7 +244,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint_intact(config: 
     try:
         saving = config | {"run": config["run"] | {"dir": str(small), "save_every": 2}}
         with pytest.raises(
-            Exception, match=r"000004 could not be written.*MiB are free there.*last good one is .*000002"
+            Exception, match=r"000004 could not be written.*MiB are free.*last good checkpoint is .*000002"
         ):
             run_ranks(1, offline, saving)
         (left,) = (small / "run/checkpoints").iterdir()
