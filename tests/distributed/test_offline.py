@@ -127,7 +127,7 @@ def test_eight_bit_averages_learn_and_resume_exactly(config: dict[str, Any]) -> 
     resumed, _ = run_ranks(2, offline_uncompiled, low | {"run": saving})
     assert [line["step"] for line in resumed] == [5, 6]
     assert [line["loss"] for line in resumed] == [line["loss"] for line in undisturbed[4:]]
-    with pytest.raises(Exception, match="was written by 2 workers and"):
+    with pytest.raises(Exception, match="was saved by 2 workers and"):
         run_ranks(1, offline_uncompiled, low | {"run": saving, "cluster": {"train_workers": 1}})
 
 
