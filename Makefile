@@ -72,7 +72,7 @@ format: $(READY) ## format the code
 	@$(BIN)/ruff format --quiet .
 
 docs: $(READY) ## build the documentation to site/, with strict links
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 wheel: $(READY) ## build the wheel to dist/
 	@$(BIN)/python -m hatchling build --target wheel
