@@ -186,6 +186,15 @@ def texts(tree: ast.AST) -> Iterator[str]:
             yield node.value
 
 
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.parent.name != "docs"], ids=lambda page: page.parent.name
+)
+def test_relative_links_outside_docs_lead_to_files(page: Path) -> None:
+    """mkdocs checks those of docs/ when it builds it."""
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / link).exists(), link
+
+
 # ------------------------------------------------------------------------------------------------------------ examples
 
 
