@@ -1,24 +1,50 @@
-"""Numbers as a person reads them."""
+"""Numbers and texts as people read them."""
 
 import math
+import re
+from typing import Any
 
 
-def indistinguishable(*values: float, digits: int = 3) -> list[str]:
-    """Figures to be compared, all with the decimals that give the largest of them ``digits`` digits."""
-    largest = max((abs(value) for value in values), default=0.0)
+def same_decimals(*values: float | None, digits: int = 3) -> list[str]:
+    """Values to compare, with the decimals that give the largest of them ``digits`` digits; "-" for None and NaN."""
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    largest = max(map(abs, finite), default=0.0)
     decimals = max(0, digits - 1 - math.floor(math.log10(largest))) if largest > 0 else 0
-    return [f"{round(value, decimals) + 0.0:,.{decimals}f}" for value in values]
+    return [
+        f"{round(value, decimals) + 0.0:,.{decimals}f}" if value is not None and math.isfinite(value) else "-"
+        for value in values
+    ]
 
 
-def count_noun(number: int, noun: str) -> str:
-    """``3 steps``."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+def format_number(value: Any, digits: int = 4) -> str:
+    """Up to ``digits`` significant digits: ``0.5813``, ``12,346``, ``5e-6``; "-" for None and NaN, text as it is."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 10**digits else re.sub(r"e-0+", "e-", f"{value:.{digits}g}")
+
+
+def format_tick(value: float, position: int | None = None) -> str:
+    """A number on an axis, as short as it can be: ``12k``, ``1e-6``."""
+    text = f"{value / 1000:.4g}k" if abs(value) >= 10_000 else format_number(value)
+    return "0" if text == "-0" else re.sub("^-", "−", text)  # noqa: RUF001
 
 
 def format_duration(seconds: float) -> str:
-    """``45 s``, ``3 min 20 s`` or ``2 h 5 min``; tenths below ten seconds."""
+    """``4.2 s``, ``45 s``, ``3 min 20 s`` or ``2 h 5 min``."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def count_noun(number: int, noun: str) -> str:
+    """``1 step``, ``3 steps``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def shorten(text: str, characters: int) -> str:
+    """At most ``characters`` of a text, and the number of those left out."""
+    return text if len(text) <= characters else f"{text[:characters]} … ({len(text) - characters:,} more characters)"

@@ -1,305 +1,419 @@
-"""The pictures of a run as inline SVG: one function a picture, each with a sentence on how to read it.
+"""The plots of a run and of a sweep: a table of titles, panels, series and captions, and one renderer.
 
-A picture whose data the run does not hold is None.
+In an SVG, colours are CSS variables and text stays text: the page decides on a light or a dark theme and on the font.
 """
 
 from __future__ import annotations
 
+import io
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from itertools import cycle
+from typing import Any, Literal, NamedTuple
 
+import matplotlib
 import numpy as np
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from dpo_ray.report.drawing import (
-    SMALL_PT,
-    Swatch,
-    draw_heldout,
-    draw_level,
-    draw_line,
-    draw_stack,
-    has_any,
-    legend_of,
-    legend_of_both,
-    light,
-    panels,
-    set_swept_axis,
-    svg_of,
-    tick_text,
-)  # fmt: skip
-from dpo_ray.report.record import RunRecord
+from dpo_ray.report.formatting import format_tick, same_decimals
+from dpo_ray.report.record import Curve, RunRecord
 
+PALETTE: dict[str, tuple[str, str]] = {
+    "ink": ("#3b4351", "#c9d0db"),
+    "faint": ("#6f7887", "#8f99a8"),
+    "rule": ("#e4e7ec", "#2d333d"),
+    "policy": ("#3a6ea8", "#7fb0e6"),
+    "chosen": ("#23897c", "#5cc4b3"),
+    "rejected": ("#cc6b3d", "#ee9a6c"),
+    "heldout": ("#7b559f", "#bd98e2"),
+    "sand": ("#c6a03f", "#dcbc66"),
+    "stone": ("#a3abb8", "#69727f"),
+    "rose": ("#b9507d", "#e48bb0"),
+}
+"""Each colour on a light and on a dark page. Plots are drawn in the light ones."""
+LIGHT = {name: light for name, (light, _) in PALETTE.items()}
 DROP_COLOURS = ("rejected", "sand", "rose", "stone", "heldout", "policy")
-"""One a reason, in the order of first appearance; used again from the start where there are more."""
+"""Colours of the reasons for dropping a prompt, repeated where there are more reasons."""
+
+WIDTH_IN, PANEL_IN = 6.2, 2.35
+"""Inches of 72 SVG units: a page about 500 pixels wide shows the text at its nominal size."""
+TEXT_PT, SMALL_PT = 11.5, 10.5
+MAX_POINTS = 400
+"""Points per line; longer series are averaged in groups, which keeps the page of a long run small."""
+MAX_BARS = 40
+"""Bars per plot that remain readable; more rounds than that are averaged in groups."""
+SMOOTH_FROM = 40
+"""Points from which a line is drawn pale with its running mean on top."""
+LOG_PEAK = 20.0
+"""Ratio of the largest value to the median from which a series with peaks has a logarithmic axis."""
+LOG_RATIO = 3.0
+"""Ratio of the largest to the smallest swept value from which their axis is logarithmic."""
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A drawing with the words around it."""
+class Series(NamedTuple):
+    """One curve of a panel."""
+
+    label: str
+    """Text in the legend; empty for no entry."""
+    curve: Curve
+    colour: str = "policy"
+    style: Literal["line", "peaks", "heldout", "left bar", "right bar"] = "line"
+    """peaks: a line that keeps single high values. heldout: diamonds on a dashed line. bars: stacked per round."""
+
+
+class Panel(NamedTuple):
+    """Axes with one quantity."""
+
+    label: str
+    """Quantity and unit."""
+    series: Sequence[Series]
+    level: float | None = None
+    """Value to compare with, a dashed line."""
+    level_label: str = ""
+    limits: tuple[float | None, float | None] = (None, None)
+    """Lower and upper end of the axis; None fits the data."""
+
+
+class Plot(NamedTuple):
+    """Panels with a common horizontal axis, and the words around them."""
+
+    title: str
+    panels: Sequence[Panel]
+    caption: str
+    """How to read the plot."""
+    x_label: str = "round"
+
+
+class Swatch(NamedTuple):
+    """An entry of a legend."""
+
+    label: str
+    colour: str
+    mark: str
+    """line | dashed | point | ring | box."""
+
+
+class Picture(NamedTuple):
+    """A rendered plot."""
 
     title: str
     svg: str
-    reading: str
-    """One plain sentence: how to read it."""
-    legend: tuple[Swatch, ...] = ()
+    caption: str
+    legend: Sequence[Swatch]
+
+
+def run_plots(record: RunRecord) -> list[Plot]:
+    """The plots that the run has data for, the most telling first."""
+    steps, evals, rounds, versions = record.over_steps, record.over_evals, record.over_rounds, record.over_versions
+
+    def pairs(training: Curve, heldout: Curve) -> list[Series]:
+        return [Series("training pairs", training), Series("held-out pairs", heldout, "heldout", "heldout")]
+
+    def prompts(training: Curve, heldout: Curve) -> list[Series]:
+        return [Series("prompts of the round", training), Series("held-out prompts", heldout, "heldout", "heldout")]
+
+    scores = [
+        Series("chosen", rounds("judge/chosen_score"), "chosen"),
+        Series("mean of candidates", rounds("judge/mean_score")),
+        Series("rejected", rounds("judge/rejected_score"), "rejected"),
+        Series("held-out prompts", versions("score"), "heldout", "heldout"),
+    ]
+    logps = [Series(role, steps(f"logps/{role}"), role) for role in ("chosen", "rejected")]
+    outcomes = [Series("kept as a pair", rounds("rollout/kept"), "chosen", "left bar")]
+    dropped = [reason for reason, count in record.kept_and_dropped[1].items() if count]
+    for reason, colour in zip(dropped, cycle(DROP_COLOURS), strict=False):
+        label = f"dropped: {reason.replace('_', ' ')}"
+        outcomes.append(Series(label, rounds(f"rollout/dropped_{reason}"), colour, "left bar"))
+    phases = [
+        Series("generate", rounds("perf/generate_s"), "policy", "left bar"),
+        Series("judge", rounds("perf/judge_s"), "heldout", "left bar"),
+        Series("train", rounds("perf/train_s"), "chosen", "right bar"),
+        Series("sync", rounds("perf/sync_s"), "sand", "right bar"),
+        Series("wait", rounds("perf/wait_s"), "stone", "right bar"),
+    ]
+    margins = pairs(steps("rewards/margins"), evals("eval/rewards/margins"))
+    accuracies = pairs(record.accuracies(), record.accuracies("eval/"))
+    losses, (loss_unit, ln2) = pairs(steps("loss"), evals("eval/loss")), ("", None)
+    if record.setting("loss.use") == "sigmoid":
+        loss_unit, ln2 = " (nats)", math.log(2)
+    norms, max_norm = steps("optim/grad_norm"), record.setting("optim.max_grad_norm")
+    if max_norm and len(norms[1]) and max_norm > 1.5 * norms[1].max():
+        max_norm = None  # far above the curve, it would only flatten it
+    gradients, rates = [Series("", norms, style="peaks")], [Series("", steps("optim/lr"), "sand")]
+    table = [
+        Plot(
+            "Judge score by round",
+            [Panel("judge score", scores)],
+            "Held-out prompts are never trained on: their change is the result. The lines are means over the new "
+            "prompts of each round.",
+        ),
+        Plot(
+            "KL to the reference",
+            [Panel("nats per completion", prompts(rounds("kl"), versions("kl")), 0.0)],
+            "Distance from the reference on the policy's own completions: the price of the score. A steep rise without "
+            "a gain in score is a sign that the policy exploits the judge.",
+        ),
+        Plot(
+            "Reward margin and accuracy",
+            [
+                Panel("reward margin", margins, 0.0),
+                Panel("accuracy (share of pairs)", accuracies, 0.5, limits=(-0.03, 1.03)),
+            ],
+            "Both should rise and then level off; held-out points that stay behind the line are a sign of overfitting. "
+            "An accuracy of 0.5 is chance; before the first update every pair ties and the accuracy is left out.",
+            "optimizer step",
+        ),
+        Plot(
+            "Gradient norm and learning rate",
+            [
+                Panel("gradient norm, before clipping", gradients, max_norm, f"clipped above {max_norm}", (0.0, None)),
+                Panel("learning rate", rates, limits=(0.0, None)),
+            ],
+            "A single peak is an unusual batch; a norm that keeps growing calls for a lower learning rate.",
+            "optimizer step",
+        ),
+        Plot(
+            "Loss",
+            [Panel(f"loss{loss_unit}", losses, ln2, "ln 2: policy and reference are equal")],
+            "Falls as the policy learns to prefer the chosen completions.",
+            "optimizer step",
+        ),
+        Plot(
+            "Log-probability of chosen and rejected",
+            [Panel("nats per completion", logps)],
+            "Rejected should fall; chosen may fall a little with it. Where both fall fast, probability moves to "
+            "completions that nobody ranked. Longer completions have lower values, too.",
+            "optimizer step",
+        ),
+        Plot(
+            "Completion length",
+            [
+                Panel(
+                    "tokens per completion",
+                    prompts(rounds("rollout/mean_tokens"), versions("tokens")),
+                    limits=(0.0, None),
+                )
+            ],
+            "Should stay level; where length rises together with the score, the judge may reward length.",
+        ),
+        Plot(
+            "Pairs kept and dropped",
+            [Panel("prompts", outcomes)],
+            "Each bar has all prompts of the round; dropped ones were generated and judged for nothing.",
+        ),
+        Plot(
+            "Time by phase",
+            [Panel("seconds per round", phases)],
+            "Left bar: engines generate and the judge scores. Right bar: training workers train, send weights and wait "
+            "for pairs. Long waits call for more engines or a higher online.max_lag.",
+        ),
+    ]
+    return [plot._replace(panels=panels) for plot in table if (panels := _with_data(plot.panels))]
+
+
+def _with_data(panels: Sequence[Panel]) -> list[Panel]:
+    panels = [panel._replace(series=[s for s in panel.series if len(s.curve[0])]) for panel in panels]
+    return [panel for panel in panels if panel.series]
+
+
+def legend(plot: Plot) -> list[Swatch]:
+    """Labelled series and levels, each label once."""
+    marks = {"heldout": "point", "left bar": "box", "right bar": "box"}
+    swatches = [Swatch(s.label, s.colour, marks.get(s.style, "line")) for panel in plot.panels for s in panel.series]
+    levels = [Swatch(panel.level_label, "faint", "dashed") for panel in plot.panels if panel.level is not None]
+    return list(dict.fromkeys(swatch for swatch in swatches + levels if swatch.label))
 
 
 def run_pictures(record: RunRecord) -> list[Picture]:
-    """Every picture that the run has data for, the most telling first."""
-    return [picture for draw in PICTURES if (picture := draw(record)) is not None]
+    """All plots of a run as SVG."""
+    pictures = []
+    for number, plot in enumerate(run_plots(record)):
+        figure = _new_figure(1.25 if len(plot.panels) == 1 else 0.85 * len(plot.panels))
+        draw(plot, figure)
+        pictures.append(Picture(plot.title, _svg(figure, f"plot{number}"), plot.caption, legend(plot)))
+    return pictures
 
 
-def judge_score(record: RunRecord) -> Picture | None:
-    """Judge scores of the candidates by round, with the held-out prompts' mean."""
-    lines = {
-        "rejected": record.over_rounds("judge/rejected_score"),
-        "policy": record.over_rounds("judge/mean_score"),
-        "chosen": record.over_rounds("judge/chosen_score"),
-    }
-    heldout = record.over_versions("score")
-    if not has_any(*lines.values(), heldout):
-        return None
-    figure, (axes,) = panels(["judge score"], "round", heights=[1.25])
-    for colour, line in lines.items():
-        draw_line(axes, line, colour)
-    draw_heldout(axes, heldout, labelled=True)
-    legend = legend_of(
-        (lines["chosen"], Swatch("chosen candidate", "chosen")),
-        (lines["policy"], Swatch("mean of all candidates", "policy")),
-        (lines["rejected"], Swatch("rejected candidate", "rejected")),
-        (heldout, Swatch("held-out prompts", "heldout", "point")),
+def draw(plot: Plot, figure: Figure | SubFigure) -> list[Axes]:
+    """Draw the panels of a plot one below the other."""
+    rows = list(figure.subplots(len(plot.panels), 1, sharex=True, squeeze=False)[:, 0])
+    for axes, panel in zip(rows, plot.panels, strict=True):
+        _style_axes(axes, panel.label)
+        _draw_bars(axes, [series for series in panel.series if "bar" in series.style])
+        for series in panel.series:
+            if series.style == "heldout":
+                _draw_heldout(axes, series.curve)
+            elif "bar" not in series.style:
+                _draw_line(axes, series)
+        if panel.level is not None:
+            axes.axhline(panel.level, color=LIGHT["faint"], linewidth=1.1, linestyle=(0, (5, 4)), zorder=1)
+        if axes.get_yscale() == "linear":
+            axes.set_ylim(*panel.limits)
+    rows[-1].set_xlabel(plot.x_label, fontsize=TEXT_PT, color=LIGHT["ink"], loc="right", parse_math=False)
+    return rows
+
+
+def _new_figure(height: float) -> Figure:
+    figure = Figure(figsize=(WIDTH_IN, PANEL_IN * height + 0.3), layout=ConstrainedLayoutEngine(h_pad=0.1))
+    figure.patch.set_visible(False)
+    return figure
+
+
+def _style_axes(axes: Axes, label: str) -> None:
+    axes.patch.set_visible(False)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(LIGHT["stone"])
+    axes.grid(axis="y", color=LIGHT["rule"], linewidth=1)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=TEXT_PT, labelcolor=LIGHT["faint"], pad=5)
+    axes.set_title(label, loc="left", fontsize=TEXT_PT, color=LIGHT["ink"], pad=9, parse_math=False)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(format_tick))
+
+
+def _draw_line(axes: Axes, series: Series) -> None:
+    """A line; a long one pale, with its running mean on top."""
+    x, y = series.curve
+    colour, peaks = LIGHT[series.colour], series.style == "peaks"
+    centre = np.median if peaks else np.mean
+    smooth = len(y) >= SMOOTH_FROM
+    size = math.ceil(len(x) / MAX_POINTS)
+    shown = _grouped(x, size)
+    pale: dict[str, Any] = {"alpha": 0.32, "linewidth": 1.0} if smooth else {"linewidth": 2.0}
+    marker = "o" if len(x) <= 24 else ""
+    axes.plot(
+        shown, _grouped(y, size, np.max if peaks else centre), color=colour, marker=marker, markersize=4.2, **pale
     )
-    reading = (
-        "The held-out mean is the result: the same prompts, never trained on, before the first round and after; "
-        "the lines are each round's fresh prompts."
-    )
-    return Picture("Judge score by round", svg_of(figure, "judge"), reading, legend)
+    if smooth:
+        values = _grouped(y, size, centre)
+        half = max(1, len(values) // 40)
+        running = [centre(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+        axes.plot(shown, running, color=colour, linewidth=2.2)
+    positive = y[y > 0]
+    if peaks and len(positive) and positive.max() > LOG_PEAK * np.median(positive):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(format_tick))
+        axes.yaxis.set_minor_locator(NullLocator())
 
 
-def margin_and_accuracy(record: RunRecord) -> Picture | None:
-    """Reward margin and accuracy over steps, with held-out pairs."""
-    margins, accuracies = record.over_steps("rewards/margins"), record.over_steps("rewards/accuracies")
-    eval_margins, eval_accuracies = record.over_evals("eval/rewards/margins"), record.held_out_accuracy
-    if not has_any(margins, accuracies, eval_margins, eval_accuracies):
-        return None
-    figure, (upper, lower) = panels(["reward margin", "accuracy (share of pairs)"], "optimizer step")
-    draw_line(upper, margins, "policy", noisy=True)
-    draw_heldout(upper, eval_margins)
-    draw_level(upper, 0.0)
-    draw_line(lower, accuracies, "policy", noisy=True)
-    draw_heldout(lower, eval_accuracies)
-    draw_level(lower, 0.5)
-    lower.set_ylim(-0.03, 1.03)
-    reading = (
-        "Both should rise and then level off; held-out points that stay behind the line mean that the pairs are being "
-        "learnt by heart. An accuracy of 0.5 is chance."
-    )
-    legend = legend_of_both((margins, accuracies), (eval_margins, eval_accuracies))
-    return Picture("Reward margin and accuracy", svg_of(figure, "margin"), reading, legend)
-
-
-def loss(record: RunRecord) -> Picture | None:
-    """The loss over steps, with held-out pairs and ln 2."""
-    train, heldout = record.over_steps("loss"), record.over_evals("eval/loss")
-    if not has_any(train, heldout):
-        return None
-    sigmoid = record.setting("loss.use") == "sigmoid"
-    figure, (axes,) = panels(["loss (nats)" if sigmoid else "loss"], "optimizer step", heights=[1.25])
-    draw_line(axes, train, "policy", noisy=True)
-    draw_heldout(axes, heldout)
-    legend = legend_of_both((train,), (heldout,))
-    reading = "The lower, the better the policy tells chosen from rejected."
-    if sigmoid:
-        draw_level(axes, math.log(2))
-        legend += (Swatch("ln 2", "faint", "dashed"),)
-        reading = (
-            "It starts at ln 2 = 0.693, where the policy equals its reference, and falls as chosen and rejected part."
+def _draw_heldout(axes: Axes, curve: Curve) -> None:
+    """Diamonds on a dashed line, with the first and the last value beside them."""
+    x, y = curve
+    colour = LIGHT["heldout"]
+    axes.plot(x, y, color=colour, linewidth=1.4, linestyle=(0, (4, 3)), marker="D", markersize=6.5, zorder=5)
+    rises, texts = y[-1] >= y[0], same_decimals(*y)
+    for i, above in {0: not rises, len(x) - 1: rises}.items():
+        axes.annotate(
+            texts[i].replace("-", "−"),  # noqa: RUF001
+            (x[i], y[i]),
+            xytext=(0, 9 if above else -19),
+            textcoords="offset points",
+            ha="center",
+            fontsize=TEXT_PT,
+            fontweight="bold",
+            color=colour,
+            zorder=6,
         )
-    return Picture("Loss", svg_of(figure, "loss"), reading, legend)
+    axes.margins(x=0.06, y=0.2)
 
 
-def logps(record: RunRecord) -> Picture | None:
-    """Log-probabilities of chosen and rejected completions over steps."""
-    chosen, rejected = record.over_steps("logps/chosen"), record.over_steps("logps/rejected")
-    if not has_any(chosen, rejected):
-        return None
-    figure, (axes,) = panels(["nats per completion"], "optimizer step", heights=[1.25])
-    draw_line(axes, rejected, "rejected", noisy=True)
-    draw_line(axes, chosen, "chosen", noisy=True)
-    reading = (
-        "Rejected should fall; chosen may fall a little with it. Both falling fast means that the policy's weight goes "
-        "elsewhere. Longer completions also lie lower."
-    )
-    legend = legend_of((chosen, Swatch("chosen", "chosen")), (rejected, Swatch("rejected", "rejected")))
-    return Picture("Log-probability of chosen and rejected", svg_of(figure, "logps"), reading, legend)
+def _draw_bars(axes: Axes, bars: Sequence[Series]) -> None:
+    """Stacked bars per round, averaged over groups of rounds where there are too many."""
+    if not bars:
+        return
+    rounds = np.unique(np.concatenate([series.curve[0] for series in bars]))
+    size = math.ceil(len(rounds) / MAX_BARS)
+    centres = _grouped(rounds, size)
+    stacks = sorted({series.style for series in bars})
+    bottoms = {stack: np.zeros(len(centres)) for stack in stacks}
+    width = 0.76 * size / len(stacks)
+    for series in bars:
+        values = np.zeros(len(rounds))
+        values[np.searchsorted(rounds, series.curve[0])] = series.curve[1]
+        heights, bottom = _grouped(values, size), bottoms[series.style]
+        x = centres + 1.1 * width * (stacks.index(series.style) - (len(stacks) - 1) / 2)
+        axes.bar(x, heights, width, bottom=bottom, color=LIGHT[series.colour], linewidth=0)
+        bottoms[series.style] = bottom + heights
 
 
-def kl(record: RunRecord) -> Picture | None:
-    """Distance of the policy from its reference by round."""
-    rounds, heldout = record.over_rounds("kl"), record.over_versions("kl")
-    if not has_any(rounds, heldout):
-        return None
-    figure, (axes,) = panels(["nats per completion"], "round", heights=[1.25])
-    draw_line(axes, rounds, "policy")
-    draw_heldout(axes, heldout)
-    draw_level(axes, 0.0)
-    reading = (
-        "How far the policy has moved from its reference, on its own completions: the price of the score. A steep rise "
-        "without a gain in score is a judge being gamed."
-    )
-    legend = legend_of(
-        (rounds, Swatch("completions of the round", "policy")),
-        (heldout, Swatch("held-out prompts", "heldout", "point")),
-    )
-    return Picture("KL to the reference", svg_of(figure, "kl"), reading, legend)
-
-
-def completion_length(record: RunRecord) -> Picture | None:
-    """Mean completion length by round."""
-    rounds, heldout = record.over_rounds("rollout/mean_tokens"), record.over_versions("tokens")
-    if not has_any(rounds, heldout):
-        return None
-    figure, (axes,) = panels(["tokens per completion"], "round", heights=[1.25])
-    draw_line(axes, rounds, "policy")
-    draw_heldout(axes, heldout)
-    axes.set_ylim(bottom=0)
-    reading = (
-        "A level line is reassuring; a climb beside a climbing score means that the judge may be paying for length."
-    )
-    legend = legend_of(
-        (rounds, Swatch("completions of the round", "policy")),
-        (heldout, Swatch("held-out prompts", "heldout", "point")),
-    )
-    return Picture("Completion length", svg_of(figure, "length"), reading, legend)
-
-
-def gradient_and_rate(record: RunRecord) -> Picture | None:
-    """Gradient norm and learning rate over steps."""
-    norms, rate = record.over_steps("optim/grad_norm"), record.over_steps("optim/lr")
-    if not has_any(norms, rate):
-        return None
-    figure, (upper, lower) = panels(["gradient norm, before clipping", "learning rate"], "optimizer step")
-    draw_line(upper, norms, "policy", noisy=True, peaks=True)
-    positive = norms[1][norms[1] > 0]
-    legend: tuple[Swatch, ...] = ()
-    if len(positive) and positive.max() > 20 * np.median(positive):
-        upper.set_yscale("log")
-        upper.yaxis.set_major_formatter(FuncFormatter(tick_text))
-        upper.yaxis.set_minor_locator(NullLocator())
-    else:
-        upper.set_ylim(bottom=0)
-    limit = record.setting("optim.max_grad_norm")
-    if limit and len(positive) and limit < 1.5 * positive.max():
-        draw_level(upper, limit)
-        legend = (Swatch(f"clipped above {limit:g}", "faint", "dashed"),)
-    draw_line(lower, rate, "sand")
-    lower.set_ylim(bottom=0)
-    reading = "Single peaks in the norm are bad batches; a norm that keeps growing calls for a lower learning rate."
-    return Picture("Gradient norm and learning rate", svg_of(figure, "gradient"), reading, legend)
-
-
-def time_by_phase(record: RunRecord) -> Picture | None:
-    """Seconds of each round by phase: the engines' side and the trainers' side."""
-    sides = (
-        (-0.21, (("generate", "policy"), ("judge", "heldout"))),
-        (0.21, (("train", "chosen"), ("sync", "sand"), ("wait", "stone"))),
-    )
-    phases = {name: record.over_rounds(f"perf/{name}_s") for _, side in sides for name, _ in side}
-    if not has_any(*phases.values()):
-        return None
-    figure, (axes,) = panels(["seconds per round"], "round", heights=[1.25])
-    for offset, side in sides:
-        draw_stack(axes, [(phases[name], colour) for name, colour in side], offset=offset, width=0.38)
-    legend = legend_of(*((phases[name], Swatch(name, colour, "box")) for _, side in sides for name, colour in side))
-    reading = (
-        "Left bar of a round: the engines generate and the judge scores. Right bar: the training workers train, send "
-        "weights, and wait for pairs. Much waiting calls for more engines or for online.max_lag."
-    )
-    return Picture("Where the time goes", svg_of(figure, "time"), reading, legend)
-
-
-def kept_and_dropped(record: RunRecord) -> Picture | None:
-    """What became of each round's prompts."""
-    reasons = sorted({key for line in record.rounds for key in line if key.startswith("rollout/dropped_")})
-    kept = record.over_rounds("rollout/kept")
-    dropped = [(reason.removeprefix("rollout/dropped_"), record.over_rounds(reason)) for reason in reasons]
-    dropped = [(reason, line) for reason, line in dropped if line[1].sum() > 0]
-    if not has_any(kept, *(line for _, line in dropped)):
-        return None
-    figure, (axes,) = panels(["prompts"], "round", heights=[1.25])
-    coloured = [(reason, line, DROP_COLOURS[i % len(DROP_COLOURS)]) for i, (reason, line) in enumerate(dropped)]
-    draw_stack(axes, [(kept, "chosen"), *((line, colour) for _, line, colour in coloured)], width=0.66)
-    legend = (
-        Swatch("kept as a pair", "chosen", "box"),
-        *(Swatch(f"dropped: {reason.replace('_', ' ')}", colour, "box") for reason, _, colour in coloured),
-    )
-    reading = "Every prompt of a round is in its bar: what is not kept was generated and judged for nothing."
-    return Picture("Pairs kept and dropped", svg_of(figure, "kept"), reading, legend)
-
-
-PICTURES: tuple[Callable[[RunRecord], Picture | None], ...] = (
-    judge_score,
-    kl,
-    margin_and_accuracy,
-    gradient_and_rate,
-    loss,
-    logps,
-    completion_length,
-    kept_and_dropped,
-    time_by_phase,
-)
+def _grouped(values: np.ndarray, size: int, reduce: Callable[..., np.ndarray] = np.mean) -> np.ndarray:
+    """One value per ``size`` consecutive values."""
+    return np.array([reduce(values[start : start + size]) for start in range(0, len(values), size)])
 
 
 def sweep_picture(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], metric: str, mode: str) -> Picture | None:
-    """The metric of each trial over the first two swept numbers, the best one ringed.
+    """The metric of each trial over one or two swept numbers, with a ring around the best trial.
 
     Args:
-        rows: trials, each with a finite ``metric`` and every one of ``keys``.
-        keys: swept keys with numeric values; two give a map, one gives a curve, none gives no picture.
-        mode: min | max, which end of the metric is good.
+        rows: trials, each with a finite ``metric`` and all ``keys``.
+        keys: swept keys with numeric values: two give a map, one gives a curve, none gives no picture.
+        mode: min | max, the better end of the metric.
     """
     if not rows or not keys:
         return None
     values = np.array([float(row[metric]) for row in rows])
+    x, *others = (np.array([float(row[key]) for row in rows]) for key in keys[:2])
+    y = others[0] if others else values
     best = int(values.argmin() if mode == "min" else values.argmax())
-    x = np.array([float(row[keys[0]]) for row in rows])
-    y = np.array([float(row[keys[1]]) for row in rows]) if len(keys) > 1 else values
-    figure, (axes,) = panels([keys[1] if len(keys) > 1 else metric], keys[0], heights=[1.5])
-    set_swept_axis(axes, "x", x)
-    if len(keys) > 1:
-        set_swept_axis(axes, "y", y)
-        dots = axes.scatter(
-            x,
-            y,
-            c=values,
-            cmap="viridis" if mode == "max" else "viridis_r",
-            s=110,
-            zorder=3,
-            edgecolors=light("stone"),
-            linewidths=0.9,
-        )
-        bar = figure.colorbar(dots, ax=axes, pad=0.02, aspect=28, format=FuncFormatter(tick_text))
+    figure = _new_figure(1.5)
+    axes = figure.subplots()
+    _style_axes(axes, keys[1] if others else metric)
+    axes.set_xlabel(keys[0], fontsize=TEXT_PT, color=LIGHT["ink"], loc="right", parse_math=False)
+    _set_swept_axis(axes, "x", x)
+    if others:
+        _set_swept_axis(axes, "y", y)
+        colours = "viridis" if mode == "max" else "viridis_r"
+        dots = axes.scatter(x, y, c=values, cmap=colours, s=110, zorder=3, edgecolors=LIGHT["stone"], linewidths=0.9)
+        bar = figure.colorbar(dots, ax=axes, pad=0.02, aspect=28, format=FuncFormatter(format_tick))
         bar.outline.set_visible(False)
-        bar.ax.tick_params(length=0, labelsize=SMALL_PT, labelcolor=light("faint"))
-        reading = f"Each dot is a trial, coloured by {metric}; the ring marks the best one ({tick_text(values[best])})."
+        bar.ax.tick_params(length=0, labelsize=SMALL_PT, labelcolor=LIGHT["faint"])
     else:
-        axes.scatter(x, y, color=light("policy"), s=60, zorder=3)
-        reading = f"Each dot is a trial; the ring marks the best {metric} ({tick_text(values[best])})."
+        axes.scatter(x, y, color=LIGHT["policy"], s=60, zorder=3)
     axes.margins(0.12, 0.2)
-    axes.scatter(x[best], y[best], s=330, facecolors="none", edgecolors=light("rejected"), linewidths=2.2, zorder=4)
-    if len(rows) <= 16 and len(keys) > 1:
-        for value, left, up in zip(values, x, y, strict=True):
-            axes.annotate(
-                tick_text(value),
-                (left, up),
-                xytext=(0, -24),
-                textcoords="offset points",
-                ha="center",
-                fontsize=SMALL_PT,
-                color=light("ink"),
-                parse_math=False,
-            )
-    title = f"{metric} over {' and '.join(keys[:2])}"
-    return Picture(title, svg_of(figure, "sweep"), reading, (Swatch("best trial", "rejected", "ring"),))
+    axes.scatter(x[best], y[best], s=330, facecolors="none", edgecolors=LIGHT["rejected"], linewidths=2.2, zorder=4)
+    coloured = f", coloured by {metric}" if others else ""
+    caption = f"Each dot is a trial{coloured}; the ring marks the best {metric} ({format_tick(values[best])})."
+    legend = (Swatch("best trial", "rejected", "ring"),)
+    return Picture(f"{metric} over {' and '.join(keys[:2])}", _svg(figure, "sweep"), caption, legend)
+
+
+def _set_swept_axis(axes: Axes, which: Literal["x", "y"], values: np.ndarray) -> None:
+    """Logarithmic where the values span it; one tick per value where they are few."""
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    if values.min() > 0 and values.max() / values.min() >= LOG_RATIO:
+        axes.set(**{f"{which}scale": "log"})
+    distinct = np.unique(values)
+    if len(distinct) <= 6:
+        axis.set_major_locator(FixedLocator(distinct.tolist()))
+        axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(format_tick))
+    axis.set_minor_formatter(FuncFormatter(lambda value, position: ""))
+    axes.grid(axis="both", color=LIGHT["rule"], linewidth=1)
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """The figure as an ``<svg>`` element of a page.
+
+    Args:
+        name: unique on the page; prefixes every id, so that plots do not use each other's clip paths.
+    """
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'href="#', f'href="#{name}-', svg)
+    svg = svg.replace("url(#", f"url(#{name}-")
+    for colour, light in LIGHT.items():
+        svg = svg.replace(light, f"var(--{colour})")
+    return re.sub(r"\n\s*", "\n", svg)

@@ -1,4 +1,4 @@
-"""Each rule of health, on a record that trips it and on one that does not."""
+"""Each check of health, on a record that trips it and on one that does not."""
 
 import math
 from collections.abc import Sequence
@@ -7,22 +7,22 @@ from typing import Any
 
 import pytest
 
+from dpo_ray.report.formatting import same_decimals
 from dpo_ray.report.health import (
     Finding,
-    chosen_holds,
-    clipping_is_not_the_rule,
+    chosen_stays_likely,
+    clipping_is_rare,
     completions_end,
     diagnose,
-    eval_loss_kept_falling,
+    eval_loss_keeps_falling,
     few_dropped,
     few_ties,
     first_loss_is_ln2,
-    gradients_are_calm,
-    indistinguishable,
+    gradients_have_no_spikes,
     judge_score_rises,
     kl_is_moderate,
     length_is_steady,
-    not_saturated,
+    pairs_are_not_saturated,
     trainers_are_busy,
     values_are_finite,
 )
@@ -88,37 +88,39 @@ def test_the_first_loss_is_not_judged_where_the_losses_are_weighted(weighted):
 
 def test_chosen_falling_30_nats_while_the_margin_grows_is_a_warning():
     fall = record_of_steps(rewards__chosen=[0.0, -3.0], rewards__margins=[0.0, 2.0])
-    assert level(chosen_holds(fall)) == "warning"
-    assert "fell by 30.0 nats" in chosen_holds(fall).text
+    assert level(chosen_stays_likely(fall)) == "warning"
+    assert "fell by 30.0 nats" in chosen_stays_likely(fall).text
 
 
 def test_chosen_falling_a_little_is_a_note_and_rising_is_fine():
-    assert level(chosen_holds(record_of_steps(rewards__chosen=[0.0, -1.0], rewards__margins=[0.0, 2.0]))) == "note"
-    assert level(chosen_holds(record_of_steps(rewards__chosen=[0.0, 1.0], rewards__margins=[0.0, 2.0]))) == "ok"
+    assert (
+        level(chosen_stays_likely(record_of_steps(rewards__chosen=[0.0, -1.0], rewards__margins=[0.0, 2.0]))) == "note"
+    )
+    assert level(chosen_stays_likely(record_of_steps(rewards__chosen=[0.0, 1.0], rewards__margins=[0.0, 2.0]))) == "ok"
 
 
 def test_chosen_is_measured_by_log_probability_where_beta_is_unknown():
     falling = record_of_steps({}, logps__chosen=[-50.0, -75.0], rewards__margins=[0.0, 2.0])
-    assert "fell by 25.0 nats" in chosen_holds(falling).text
+    assert "fell by 25.0 nats" in chosen_stays_likely(falling).text
 
 
 def test_saturated_pairs_need_both_accuracy_and_margin():
     def run(accuracy: float, margin: float) -> RunRecord:
         return record_of_steps(rewards__accuracies=[0.5, accuracy], rewards__margins=[0.0, margin])
 
-    assert level(not_saturated(run(1.0, 8.0))) == "warning"
-    assert level(not_saturated(run(1.0, 2.0))) == "ok"
-    assert level(not_saturated(run(0.8, 8.0))) == "ok"
+    assert level(pairs_are_not_saturated(run(1.0, 8.0))) == "warning"
+    assert level(pairs_are_not_saturated(run(1.0, 2.0))) == "ok"
+    assert level(pairs_are_not_saturated(run(0.8, 8.0))) == "ok"
 
 
 def test_a_held_out_loss_that_turns_names_its_best_step():
     def run(*losses: float) -> RunRecord:
         return RunRecord(Path("run"), evals=tuple({"step": 50 * i, "eval/loss": x} for i, x in enumerate(losses)))
 
-    finding = eval_loss_kept_falling(run(0.69, 0.60, 0.66))
+    finding = eval_loss_keeps_falling(run(0.69, 0.60, 0.66))
     assert level(finding) == "warning"
     assert "run.steps=50" in finding.text
-    assert level(eval_loss_kept_falling(run(0.69, 0.60, 0.61))) == "ok"
+    assert level(eval_loss_keeps_falling(run(0.69, 0.60, 0.61))) == "ok"
 
 
 @pytest.mark.parametrize(("kl", "expected"), [(5.0, "ok"), (20.0, "note"), (31.0, "warning")])
@@ -135,16 +137,16 @@ def test_length_may_drift_by_a_third(after, expected):
 
 def test_a_gradient_spike_is_named_with_its_step():
     norms = [1.0] * 20
-    assert level(gradients_are_calm(record_of_steps(optim__grad_norm=norms))) == "ok"
+    assert level(gradients_have_no_spikes(record_of_steps(optim__grad_norm=norms))) == "ok"
     norms[11] = 15.0
-    finding = gradients_are_calm(record_of_steps(optim__grad_norm=norms))
+    finding = gradients_have_no_spikes(record_of_steps(optim__grad_norm=norms))
     assert level(finding) == "warning"
     assert "at step 12;" in finding.text
 
 
 def test_clipping_nearly_every_step_is_a_note():
-    assert level(clipping_is_not_the_rule(record_of_steps(optim__grad_norm=[3.0] * 20))) == "note"
-    assert level(clipping_is_not_the_rule(record_of_steps(optim__grad_norm=[0.5] * 10 + [3.0] * 10))) == "ok"
+    assert level(clipping_is_rare(record_of_steps(optim__grad_norm=[3.0] * 20))) == "note"
+    assert level(clipping_is_rare(record_of_steps(optim__grad_norm=[0.5] * 10 + [3.0] * 10))) == "ok"
 
 
 def test_a_held_out_gain_must_exceed_two_standard_errors():
@@ -177,9 +179,9 @@ def test_other_reasons_to_drop_are_named():
 
 
 @pytest.mark.parametrize(("cut", "expected"), [(1, "ok"), (3, "note"), (6, "warning")])
-def test_completions_cut_by_the_token_limit(cut, expected):
+def test_completions_truncated_by_the_token_limit(cut, expected):
     candidates = [{"text": "", "finished": i >= cut} for i in range(10)]
-    run = RunRecord(Path("run"), samples=({"candidates": candidates},), samples_round=3)
+    run = RunRecord(Path("run"), groups=({"candidates": candidates},), groups_round=3)
     finding = completions_end(run)
     assert level(finding) == expected
     assert f"{10 * cut}% of 10 candidates of round 3" in finding.text
@@ -193,14 +195,14 @@ def test_training_that_waits_most_of_the_time_is_a_note():
     assert level(trainers_are_busy(busy)) == "ok"
 
 
-def test_warnings_come_first_and_rules_without_data_say_nothing():
+def test_warnings_come_first_and_checks_without_data_have_no_finding():
     run = record_of_steps(loss=[0.8, 0.7], rewards__chosen=[0.0, -1.0], rewards__margins=[0.0, 1.0])
     assert [finding.level for finding in diagnose(run)] == ["warning", "note", "ok"]
     assert diagnose(RunRecord(Path("run"))) == []
 
 
 def test_figures_to_compare_share_their_decimals():
-    assert indistinguishable(0.0378, 0.415) == ["0.038", "0.415"]
-    assert indistinguishable(12345.6, -7.0) == ["12,346", "-7"]
-    assert indistinguishable(-0.0001, 5.0) == ["0.00", "5.00"]
-    assert indistinguishable(0.0, 0.0) == ["0", "0"]
+    assert same_decimals(0.0378, 0.415) == ["0.038", "0.415"]
+    assert same_decimals(12345.6, -7.0) == ["12,346", "-7"]
+    assert same_decimals(-0.0001, 5.0) == ["0.00", "5.00"]
+    assert same_decimals(0.0, 0.0) == ["0", "0"]

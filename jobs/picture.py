@@ -1,0 +1,49 @@
+"""The main plots of a run as one PNG.
+
+python -m jobs.picture runs/demo docs/report.png
+"""
+
+import argparse
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from dpo_ray.report.figures import verdict
+from dpo_ray.report.plots import LIGHT, WIDTH_IN, legend, run_plots
+from dpo_ray.report.plots import draw as draw_plot
+from dpo_ray.report.record import read_run
+
+MAIN = ("Judge score by round", "KL to the reference", "Reward margin and accuracy", "Time by phase")
+"""Titles of the plots that come first."""
+MARKS = {"point": ("", "D"), "box": ("", "s"), "dashed": ("--", "")}
+"""Line style and marker of legend entries; others are a line."""
+
+
+def write_picture(run_dir: str, png: Path) -> None:
+    """Draw up to four plots in two columns, each with its title and legend."""
+    record = read_run(run_dir)
+    plots = sorted(run_plots(record), key=lambda plot: plot.title not in MAIN)[:4]
+    figure = Figure(figsize=(2 * WIDTH_IN, 8.6), layout="constrained")
+    figure.suptitle(f"{verdict(record, [])}\n", fontsize=14, color=LIGHT["ink"], parse_math=False)
+    for cell, plot in zip(figure.subfigures(2, 2, wspace=0.08, hspace=0.06).flat, plots, strict=False):
+        draw_plot(plot, cell)
+        cell.suptitle(plot.title, fontsize=13, fontweight="bold", color=LIGHT["ink"])
+        handles = []
+        for label, colour, mark in legend(plot):
+            line, marker = MARKS.get(mark, ("-", ""))
+            handles.append(Line2D([], [], color=LIGHT[colour], linestyle=line, marker=marker, label=label))
+        cell.legend(
+            handles=handles, loc="outside lower center", ncols=5, frameon=False, handlelength=1.2, columnspacing=1.1
+        )
+    png.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(png, dpi=75)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", help="a run directory")
+    parser.add_argument("png", type=Path, help="the file to write")
+    arguments = parser.parse_args()
+    write_picture(arguments.run_dir, arguments.png)
+    print(f"{arguments.png}: {arguments.png.stat().st_size // 1024} KiB")
