@@ -79,7 +79,7 @@ class VLLMEngine:
             "seed": seed,
             "enforce_eager": is_eager(engine, on_cpu=on_cpu),
             "enable_prefix_caching": True,
-            # "vllm" ignores the temperature and nucleus in the model's generation config; its end-of-turn tokens still apply.
+            # "vllm" ignores temperature and nucleus of the model's generation config, but not its end-of-turn tokens.
             "generation_config": "vllm",
             "disable_log_stats": True,
             "use_tqdm_on_load": False,

@@ -58,22 +58,23 @@ def _worker_extension() -> type:
     class BucketEngine(WeightTransferEngine[Any, Any]):
         """Loads buckets into the model. vLLM keeps the parts of a fused layer until the layer is complete."""
 
+        model: Any
+
         def init_transfer_engine(self, init_info: Any) -> None: ...
 
-        def parse_update_info(self, bucket: Any) -> Bucket:
-            return bucket
+        def parse_update_info(self, update_dict: Any) -> Any:
+            return update_dict  # a Bucket already
 
         def start_weight_update(self) -> None:
             initialize_layerwise_reload(self.model)
 
-        def receive_weights(self, bucket: Bucket) -> None:
-            self.model.load_weights(bucket.named_tensors())
+        def receive_weights(self, update_info: Bucket) -> None:
+            self.model.load_weights(update_info.named_tensors())
 
         def finish_weight_update(self) -> None:
-            model: Any = self.model
-            finalize_layerwise_reload(model, self.model_config)
-            head = getattr(model, "lm_head", None)
-            if self.device.type == "cpu" and head is not None and model.config.tie_word_embeddings:
+            finalize_layerwise_reload(self.model, self.model_config)
+            head = getattr(self.model, "lm_head", None)
+            if self.device.type == "cpu" and head is not None and self.model.config.tie_word_embeddings:
                 # On CPUs a tied head multiplies with a packed copy, which reloading the embedding does not update.
                 head.quant_method.process_weights_after_loading(head)
 

@@ -85,7 +85,7 @@ class Communicator:
 
     engines: Engines
     closed: bool = False
-    device: torch.device = torch.device("cpu")
+    device = torch.device("cpu")
 
     def broadcast(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
         while not self.engines.arrived.acquire(timeout=0.01):
