@@ -1,5 +1,5 @@
-"""Rollouts: from prompts to preference pairs. Text and token ids in, records out; no torch and no Ray.
+"""Rollouts: from prompts to preference pairs. Text and token ids in, records out; no Ray.
 
-Reading order: ``collect`` (which prompts, which seeds, which pairs), ``judges`` and ``selectors`` (the replaceable
-parts), ``records`` (a round on disk), ``stream`` (rounds in flight), ``engine`` (what writes the candidates).
+Reading order: ``collect`` (prompts, seeds and pairs of a round), ``judges`` and ``selectors`` (the replaceable parts),
+``records`` (a round on disk), ``stream`` (rounds in flight), ``vllm_engine`` (generates the candidates).
 """

@@ -1,12 +1,11 @@
-"""A round on disk: ``rounds/NNNNNN/pairs.jsonl`` and ``manifest.json``, written once and read back.
+"""A round on disk: ``rounds/NNNNNN/pairs.jsonl`` and ``manifest.json``.
 
-The manifest is written last and in one move, so a round that has one is complete. Training always gets what was read
-back from the files, in the run that wrote them and in one that resumes; the two cannot differ.
+The manifest is written last and atomically, so a round with a manifest is complete. Training always reads the pairs
+from these files, so an uninterrupted run and a resumed one cannot differ.
 """
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,10 +13,11 @@ from statistics import fmean
 from typing import Any
 
 from dpo_ray.rollout.collect import stable_hash
+from dpo_ray.storage import remove_folder, write_atomically
 from dpo_ray.types import CompletionGroup, Dropped, RoundData, ScoredPair, TokenPair, TokenSample
 
 Line = dict[str, Any]
-"""One line of pairs.jsonl: a prompt, its candidates, their scores and what became of them."""
+"""One line of pairs.jsonl: a prompt, its candidates, their scores, and the pair or the reason for having none."""
 
 Choices = Sequence[ScoredPair | Dropped]
 
@@ -52,13 +52,13 @@ class RoundStore:
         return self.folder / f"{index:06d}"
 
     def finished(self, index: int) -> bool:
-        """Whether the round was written to its end."""
+        """True if the round is complete on disk."""
         return (self.path(index) / "manifest.json").exists()
 
     def finished_rounds(self) -> list[int]:
         """Indices of the finished rounds, in order."""
-        found = [int(path.parent.name) for path in self.folder.glob("*/manifest.json") if path.parent.name.isdecimal()]
-        return sorted(found)
+        names = (manifest.parent.name for manifest in self.folder.glob("*/manifest.json"))
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def write(
         self,
@@ -73,28 +73,28 @@ class RoundStore:
         sampling: Mapping[str, Any],
         sync_probe: Any = None,
     ) -> None:
-        """Write a round, each prompt once. Files of an unfinished earlier attempt are replaced.
+        """Write a round in which every prompt occurs once; replaces an unfinished earlier attempt.
 
         Args:
-            scores: one a completion; NaN where the judge has none.
-            timings: seconds by name, ``generate_s`` and ``judge_s`` among them.
-            weights_digest: identifies the weights that wrote the candidates.
+            scores: one per completion; NaN if the judge has none.
+            timings: seconds by name, including ``generate_s`` and ``judge_s``.
+            weights_digest: digest of the weights that generated the candidates.
             seed: ``run.seed``.
             sampling: ``online.sampling`` as plain values.
-            sync_probe: what was measured to prove that the engines had those weights, as plain values.
+            sync_probe: the measurement that the engines had those weights, as plain values.
 
         Raises:
-            FileExistsError: the round is finished; its pairs may have been trained on and are never replaced.
-            ValueError: there is no group, a prompt appears twice, or groups, scores and choices differ in length.
+            FileExistsError: the round is finished; the policy may have been trained on its pairs.
+            ValueError: there is no group, a prompt occurs twice, or groups, scores and choices differ in length.
         """
         if self.finished(index):
             raise FileExistsError(f"{self.path(index)}: the round is finished; read it instead of collecting it again")
         if not groups:
-            raise ValueError(f"round {index} holds no group of completions")
+            raise ValueError(f"round {index} has no group of completions")
         lines = [_line(group, row, choice) for group, row, choice in zip(groups, scores, choices, strict=True)]
-        twice = [prompt for prompt, times in Counter(line["prompt_index"] for line in lines).items() if times > 1]
-        if twice:
-            raise ValueError(f"round {index} holds prompt {twice[0]} more than once")
+        repeated = [prompt for prompt, count in Counter(line["prompt_index"] for line in lines).items() if count > 1]
+        if repeated:
+            raise ValueError(f"round {index} has prompt {repeated[0]} more than once")
         manifest = {
             "round": index,
             "policy_version": min(group.policy_version for group in groups),
@@ -107,9 +107,10 @@ class RoundStore:
             "sampling": dict(sampling),
         }
         folder = self.path(index)
+        remove_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(folder / "pairs.jsonl", (_json(line) + "\n" for line in lines))
-        _write_whole(folder / "manifest.json", [_json(manifest, indent=2) + "\n"])
+        write_atomically(folder / "pairs.jsonl", "".join(_json(line) + "\n" for line in lines))
+        write_atomically(folder / "manifest.json", _json(manifest, indent=2) + "\n")
 
     def manifest(self, index: int) -> dict[str, Any]:
         """The manifest of a finished round.
@@ -124,30 +125,30 @@ class RoundStore:
         except ValueError as error:
             raise ValueError(f"{path}: damaged: {error}; {_REMEDY}") from None
         if not isinstance(manifest, dict) or manifest.get("round") != index:
-            raise ValueError(f"{path}: is not the manifest of round {index}; {_REMEDY}")
+            raise ValueError(f"{path}: not the manifest of round {index}; {_REMEDY}")
         return manifest
 
     def lines(self, index: int) -> Iterator[Line]:
-        """The lines of a round's pairs.jsonl, checked one by one.
+        """Yield the lines of a round's pairs.jsonl, validated one by one.
 
         Raises:
-            ValueError: a line is damaged; names file and line.
+            ValueError: a line is damaged; the message names file and line.
         """
         path = self.path(index) / "pairs.jsonl"
         with path.open("rb") as file:
             for number, text in enumerate(file, start=1):
-                yield _parsed(text, f"{path}:{number}")
+                yield _parse_line(text, f"{path}:{number}")
 
     def read(self, index: int) -> RoundData:
-        """A finished round as training consumes it: token ids exactly as sampled.
+        """A finished round for training: token ids exactly as sampled.
 
         Raises:
             FileNotFoundError: the round is not finished.
-            ValueError: pairs.jsonl is damaged, or does not hold what the manifest counted.
+            ValueError: pairs.jsonl is damaged or does not match the manifest's counts.
         """
         manifest = self.manifest(index)
         lines = list(self.lines(index))
-        _check_counts(lines, manifest["counts"], self.path(index) / "pairs.jsonl")
+        _validate_counts(lines, manifest["counts"], self.path(index) / "pairs.jsonl")
         return RoundData(
             index=index,
             pairs=tuple(_token_pair(line) for line in lines if line["dropped"] is None),
@@ -157,7 +158,7 @@ class RoundStore:
         )
 
 
-_REMEDY = "delete the folder of this round to have it collected again"
+_REMEDY = "delete the folder of this round to collect it again"
 
 
 # ---------------------------------------------------------------------------------------------------- lines of a round
@@ -182,14 +183,14 @@ def _line(group: CompletionGroup, scores: Sequence[float], choice: ScoredPair | 
     }
 
 
-def _parsed(text: bytes, place: str) -> Line:
+def _parse_line(text: bytes, location: str) -> Line:
     try:
         line = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{place}: damaged: not valid JSON: {error}; {_REMEDY}") from None
+        raise ValueError(f"{location}: damaged: not valid JSON: {error}; {_REMEDY}") from None
     missing = [key for key in LINE_KEYS if not isinstance(line, dict) or key not in line]
     if missing:
-        raise ValueError(f"{place}: damaged: has no {missing[0]!r}; {_REMEDY}")
+        raise ValueError(f"{location}: damaged: has no {missing[0]!r}; {_REMEDY}")
     return line
 
 
@@ -203,10 +204,10 @@ def _token_pair(line: Line) -> TokenPair:
 
 
 def _token_sample(line: Line) -> TokenSample | None:
-    written = [candidate for candidate in line["candidates"] if candidate["token_ids"]]
-    if not written:
+    nonempty = [candidate for candidate in line["candidates"] if candidate["token_ids"]]
+    if not nonempty:
         return None
-    picked = written[stable_hash(line["seed"], line["prompt_index"]) % len(written)]
+    picked = nonempty[stable_hash(line["seed"], line["prompt_index"]) % len(nonempty)]
     return TokenSample(prompt=tuple(line["prompt_token_ids"]), completion=tuple(picked["token_ids"]))
 
 
@@ -224,17 +225,16 @@ def _counts(lines: Sequence[Line]) -> dict[str, Any]:
         "duplicates": len(candidates) - distinct,
         "empty": sum(not candidate["text"].strip() for candidate in candidates),
         "bad_scores": sum(score is None for line in lines for score in line["scores"]),
-        "cut_by_length": sum(not candidate["finished"] for candidate in candidates),
+        "truncated": sum(not candidate["finished"] for candidate in candidates),
         "tokens": sum(len(candidate["token_ids"]) for candidate in candidates),
     }
 
 
-def _check_counts(lines: Sequence[Line], expected: Mapping[str, Any], path: Path) -> None:
-    found = _counts(lines)
-    for name, count in found.items():
+def _validate_counts(lines: Sequence[Line], expected: Mapping[str, Any], path: Path) -> None:
+    for name, count in _counts(lines).items():
         if expected.get(name) != count:
             raise ValueError(
-                f"{path}:{len(lines)}: damaged: up to this last line the file holds {name} {count}, "
+                f"{path}:{len(lines)}: damaged: up to this last line the file has {name} {count}, "
                 f"the manifest counted {name} {expected.get(name)}; {_REMEDY}"
             )
 
@@ -254,31 +254,18 @@ def _mean(numbers: Iterable[float]) -> float | None:
 
 
 def _metrics(manifest: Mapping[str, Any]) -> dict[str, float]:
-    """The round's part of metrics.jsonl; a mean of nothing has no entry."""
+    """The round's metrics; a mean over no scores has no entry."""
     counts, timings = manifest["counts"], manifest["timings"]
     metrics = {f"judge/{name}_score": score for name, score in manifest["scores"].items() if score is not None}
     metrics["rollout/kept"] = counts["pairs"]
     metrics |= {f"rollout/dropped_{reason}": count for reason, count in counts["dropped"].items()}
     metrics |= {f"rollout/{name}": counts[name] for name in ("duplicates", "empty", "bad_scores")}
     metrics["rollout/mean_tokens"] = counts["tokens"] / counts["candidates"]
-    metrics["rollout/cut_share"] = counts["cut_by_length"] / counts["candidates"]
+    metrics["rollout/truncated_share"] = counts["truncated"] / counts["candidates"]
     if timings.get("generate_s"):
         metrics["rollout/tokens_per_s"] = counts["tokens"] / timings["generate_s"]
     return metrics | {f"perf/{name}": seconds for name, seconds in timings.items()}
 
 
-# --------------------------------------------------------------------------------------------------------------- files
-
-
 def _json(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
-
-
-def _write_whole(path: Path, parts: Iterable[str]) -> None:
-    """Write a file that is either whole or absent, also after a power cut."""
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(parts)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)

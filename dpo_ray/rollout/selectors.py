@@ -1,8 +1,7 @@
-"""Pair selectors: which two candidates of a judged group become chosen and rejected.
+"""Pair selectors: they pick chosen and rejected from the candidates of a judged group.
 
-Every selector here treats candidates alike. Left out altogether are: a completion whose score is not finite, one
-without a token (there is nothing to train on), and the second and later copies of a text. An empty completion, one of
-white space only, is never chosen; it may be rejected, which teaches the policy not to fall silent.
+All selectors here skip candidates whose score is not finite, candidates without a token, and repeated texts. A
+completion of white space only is never chosen; it may be rejected, which teaches the policy not to answer with nothing.
 """
 
 import math
@@ -16,16 +15,16 @@ from dpo_ray.types import CompletionGroup, Dropped, ScoredPair
 
 
 class Selector(Protocol):
-    """Picks chosen and rejected from one judged group, or says why there is no preference in it."""
+    """Picks chosen and rejected from one judged group, or gives the reason why it has no pair."""
 
     def __call__(self, group: CompletionGroup, scores: Sequence[float]) -> ScoredPair | Dropped: ...
 
 
 def build_selector(component: Component) -> Selector:
-    """The selector that ``online.select`` names: a function of (group, scores), with ``args`` bound.
+    """The selector of ``online.select``, with ``args`` bound.
 
     Raises:
-        ValueError: the name is unknown, or an argument is not taken or is missing.
+        ValueError: the name or an argument is unknown, or an argument is missing.
     """
     return bind(component.use, component.args, SELECTORS, "selector")
 
@@ -33,18 +32,18 @@ def build_selector(component: Component) -> Selector:
 def best_vs_worst(
     group: CompletionGroup, scores: Sequence[float], *, min_gap: float = 0.0, choose_truncated: bool = True
 ) -> ScoredPair | Dropped:
-    """The highest against the lowest score; the earlier candidate where scores are equal.
+    """Pair the highest with the lowest score; of equal scores, take the earlier candidate.
 
     Args:
-        scores: one a completion; NaN where the judge has none.
+        scores: one per completion; NaN if the judge has none.
         min_gap: smallest difference of the two scores, in the judge's unit.
-        choose_truncated: True allows a completion that hit the token limit as chosen. False keeps a judge that likes
-            long answers from teaching the policy never to end.
+        choose_truncated: True allows a completion that hit the token limit as chosen. False prevents a judge that
+            prefers long answers from teaching the policy never to end.
 
     Returns:
-        The pair, or why there is none: ``bad_score``, ``empty`` or ``duplicates`` (fewer than two candidates left after
-        scores, empties and copies are taken out, in that order), ``tie``, ``empty`` or ``cut`` (only empty or cut
-        completions beat the others), ``small_gap``.
+        The pair, or the reason for dropping the group: ``bad_score``, ``empty`` or ``duplicates`` (fewer than two
+        candidates left after skipping bad scores, empty and repeated texts, in that order), ``tie``, ``empty`` or
+        ``truncated`` (only empty or truncated completions beat the others), ``small_gap``.
     """
     candidates = usable_candidates(group, scores)
     return (
@@ -53,10 +52,10 @@ def best_vs_worst(
 
 
 def random_pair(group: CompletionGroup, scores: Sequence[float], *, min_gap: float = 0.0) -> ScoredPair | Dropped:
-    """Two distinct candidates drawn at random, the better one chosen: pairs nearer to each other than best and worst.
+    """Draw two distinct candidates at random and choose the better one: smaller gaps than best against worst.
 
-    The draw depends on ``group.seed`` alone, so a round selected twice gives the same pairs. Arguments and reasons are
-    those of ``best_vs_worst``.
+    The draw depends on ``group.seed`` only, so selecting a round twice gives the same pairs. For arguments and reasons
+    see ``best_vs_worst``.
     """
     candidates = usable_candidates(group, scores)
     if isinstance(candidates, Dropped):
@@ -65,15 +64,15 @@ def random_pair(group: CompletionGroup, scores: Sequence[float], *, min_gap: flo
 
 
 def usable_candidates(group: CompletionGroup, scores: Sequence[float]) -> list[int] | Dropped:
-    """Indices of the distinct, scored completions that have a token; ``Dropped`` when they are fewer than two."""
+    """Indices of the distinct, scored completions that have a token; ``Dropped`` if there are fewer than two."""
     scored = [i for i, score in enumerate(scores) if math.isfinite(score)]
-    written = [i for i in scored if group.completions[i].token_ids]
-    first_with: dict[str, int] = {}
-    for i in written:
-        first_with.setdefault(group.completions[i].text, i)
-    distinct = list(first_with.values())
-    for left, reason in ((scored, "bad_score"), (written, "empty"), (distinct, "duplicates")):
-        if len(left) < 2:
+    nonempty = [i for i in scored if group.completions[i].token_ids]
+    first_of_text: dict[str, int] = {}
+    for i in nonempty:
+        first_of_text.setdefault(group.completions[i].text, i)
+    distinct = list(first_of_text.values())
+    for remaining, reason in ((scored, "bad_score"), (nonempty, "empty"), (distinct, "duplicates")):
+        if len(remaining) < 2:
             return Dropped(reason)
     return distinct
 
@@ -91,10 +90,10 @@ def _prefer(
     not_empty = [i for i in candidates if group.completions[i].text.strip()]
     choosable = [i for i in not_empty if choose_truncated or group.completions[i].finished]
     if not choosable:
-        return Dropped("cut" if not_empty else "empty")
+        return Dropped("truncated" if not_empty else "empty")
     best = max(choosable, key=lambda i: scores[i])
     if scores[best] == scores[worst]:
-        return Dropped("empty" if choosable == not_empty else "cut")
+        return Dropped("empty" if choosable == not_empty else "truncated")
     if scores[best] - scores[worst] < min_gap:
         return Dropped("small_gap")
     return ScoredPair(chosen=best, rejected=worst)

@@ -1,46 +1,56 @@
-"""The rollout engine of vLLM, running inside the process that builds it.
+"""The rollout engine: vLLM in the process that builds it.
 
-Owns how vLLM is set up, asked and updated. Knows nothing of Ray, and of a weight transport only the import path of its
-receiving end, which vLLM loads in its own workers. vLLM is imported when an engine is built, so that whoever prepares
-the engine's process can ask for its environment without it.
+Independent of Ray; of a weight transport it uses only the import path of the receiver, which vLLM loads in its workers.
+vLLM is imported when an engine is built, so ``engine_environment`` works without it.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dpo_ray.config.schema import EngineConfig, SamplingConfig
-from dpo_ray.rollout.engine import UNPUSHED, Render
-from dpo_ray.types import Completion, CompletionGroup, Prompt
+from dpo_ray.types import Completion, CompletionGroup, Messages, Prompt
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
 
+Render = Callable[[Messages], list[int]]
+"""Chat template and tokenizer: a conversation to token ids, with the generation prompt at the end."""
+
+UNPUSHED = -1
+"""Policy version of the weights that an engine loaded from disk, before the first push."""
 CPU_BATCH_TOKENS = 4096
-"""Prompt tokens that one step takes in on a CPU."""
+"""Prompt tokens per step on a CPU, at least."""
 
 
 class VLLMEngine:
-    """vLLM behind the ``Engine`` contract: ``vllm.LLM`` with its scheduler in this process.
+    """``vllm.LLM`` with its scheduler in this process. Not thread-safe.
 
     The process needs ``engine_environment`` in its environment before it imports torch or vLLM.
 
     Args:
         model_path: hub id or Hugging Face directory.
         render: conversation to prompt tokens.
-        dtype: compute dtype, ``bfloat16`` or ``float32``; a CPU that cannot multiply bfloat16 holds the weights, as
-            rounded as they are, in float32.
-        engine: vLLM's settings; ``engine.args`` goes to ``vllm.LLM`` last and overrides everything here.
+        dtype: compute dtype, ``bfloat16`` or ``float32``. A CPU without bfloat16 instructions keeps bfloat16 weights
+            in float32.
+        engine: vLLM's settings; ``engine.args`` are passed to ``vllm.LLM`` last and override everything here.
         max_model_len: longest prompt plus completion, in tokens.
         tensor_parallel: GPUs of this engine. Always 1 on a CPU.
-        executor: who runs the workers of several GPUs. ``ray``: Ray, in the placement group that this process belongs
-            to. ``mp``: processes on the GPUs that this process sees.
-        sleeps: whether the engine takes turns on its GPUs with another process: then it can ``sleep``.
-        worker_extension: ``WeightSync.worker_extension``, the dotted import path of the transport's class in vLLM's
+        executor: what runs the workers of several GPUs. ``ray``: Ray, in this process's placement group. ``mp``:
+            processes on the GPUs visible to this process.
+        sleeps: True for an engine that shares its GPUs with another process and can ``sleep``.
+        worker_extension: ``WeightSync.worker_extension``, the dotted import path of the class that vLLM mixes into its
             workers; None for an engine that never gets new weights. Importing the class registers the transport's
-            receiving end with vLLM under the same path, and its ``received_digest()`` is the digest of what arrived.
-        on_cpu: whether this is the CPU build of vLLM.
-        seed: seeds whatever is not seeded by request.
+            receiver with vLLM under the same path, and its ``received_digest()`` returns the digest of what arrived.
+        on_cpu: True for the CPU build of vLLM.
+        seed: seed of everything that requests do not seed.
+
+    Example:
+        engine.start_update()
+        for bucket in buckets:
+            engine.load(bucket)
+        digest = engine.finish_update(version=3)
+        groups = engine.generate(prompts, sampling=sampling, candidates=4, seeds=seeds)   # policy_version 3
     """
 
     def __init__(
@@ -69,14 +79,14 @@ class VLLMEngine:
             "seed": seed,
             "enforce_eager": is_eager(engine, on_cpu=on_cpu),
             "enable_prefix_caching": True,
-            # "vllm" leaves the model's own temperature and nucleus out; its end-of-turn tokens still count.
+            # "vllm" ignores temperature and nucleus of the model's generation config, but not its end-of-turn tokens.
             "generation_config": "vllm",
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
         }
         if on_cpu:
             arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * 2**30)
-            # A seeded request whose prompt is split over two steps fails on a CPU, whose generators have no offset.
+            # On a CPU, whose generators have no offset, a seeded request fails if its prompt is split over two steps.
             arguments["enable_chunked_prefill"] = False
             arguments["max_num_batched_tokens"] = max(max_model_len, CPU_BATCH_TOKENS)
         else:
@@ -102,12 +112,27 @@ class VLLMEngine:
     def generate(
         self, prompts: Sequence[Prompt], *, sampling: SamplingConfig, candidates: int, seeds: Sequence[int]
     ) -> list[CompletionGroup]:
-        """Completions of each prompt; see ``Engine.generate``."""
+        """Generate completions, one group per prompt, in the order of ``prompts``.
+
+        The same call with the same weights gives the same completions, as far as the engine's arithmetic does not
+        depend on the rest of the batch.
+
+        Args:
+            prompts: at least one message each; the chat template is applied here.
+            sampling: temperature, nucleus, token limit and stop strings. A stop string is not part of the text;
+                ``token_ids`` end with the token that completed it, without an end-of-turn token.
+            candidates: completions per prompt.
+            seeds: one per prompt; the i-th completion of a prompt uses its seed + i.
+
+        Raises:
+            ValueError: a prompt leaves no room for ``sampling.max_tokens``, or several candidates are greedy.
+            RuntimeError: a weight update is unfinished, or the engine sleeps.
+        """
         self._require_ready()
         if sampling.temperature == 0 and candidates > 1:
             raise ValueError(
-                f"temperature 0 would write the same completion {candidates} times; "
-                "ask for one candidate, or set online.sampling.temperature above 0"
+                f"temperature 0 would generate the same completion {candidates} times; "
+                "request one candidate, or set online.sampling.temperature above 0"
             )
         prompt_tokens = [self._render(prompt.messages) for prompt in prompts]
         longest = self._max_model_len - sampling.max_tokens
@@ -125,10 +150,13 @@ class VLLMEngine:
             [_sampling_params(sampling, candidates, seed) for seed in seeds],
             use_tqdm=False,
         )
-        return [_group(prompt, output, seed) for prompt, output, seed in zip(prompts, outputs, seeds, strict=True)]
+        return [
+            _completion_group(prompt, output, seed)
+            for prompt, output, seed in zip(prompts, outputs, seeds, strict=True)
+        ]
 
     def token_logps(self, token_ids: Sequence[int]) -> list[float]:
-        """Log-probability in nats of each token after the first; see ``Engine.token_logps``."""
+        """The model's log-probability of each token after the first, nats; sampling settings do not affect it."""
         from vllm import SamplingParams
 
         self._require_ready()
@@ -137,51 +165,64 @@ class VLLMEngine:
             SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
             use_tqdm=False,
         )
-        prompt_logprobs: Any = output.prompt_logprobs  # asked for, so neither it nor an entry after the first is None
+        prompt_logprobs: Any = output.prompt_logprobs  # requested, so only its first entry is None
         after_the_first = zip(token_ids[1:], prompt_logprobs[1:], strict=True)
         return [logprobs[token].logprob for token, logprobs in after_the_first]
 
     def sleep(self) -> None:
-        """Give the GPU up; see ``Engine.sleep``."""
+        """Free the GPU for the process that shares it: weights move to host memory, the key-value cache is dropped."""
         if not self._asleep:
-            # Level 2 would drop the weights, and an engine that wakes without a push would write gibberish.
+            # Level 2 would drop the weights, and an engine that wakes without a push would generate gibberish.
             self._llm.sleep(level=1)
             self._asleep = True
 
     def wake(self) -> None:
-        """Take the GPU again; see ``Engine.wake``."""
-        self._require_whole_update()
+        """Move the weights back to the GPU and allocate the cache; does nothing if awake."""
+        self._require_no_open_update()
         if self._asleep:
             self._llm.wake_up()
             self._asleep = False
 
     def init_transfer(self, info: dict[str, Any]) -> None:
-        """Hand ``info`` to the transport's receiving end in every worker."""
+        """Pass the transport's initialization info to the receiver in every worker."""
         self._llm.init_weight_transfer_engine({"init_info": info})
 
     def start_update(self) -> None:
-        """Open a weight update; see ``Engine.start_update``."""
-        self._require_whole_update()
+        """Start a weight update; the engine cannot generate until it is finished.
+
+        A sleeping engine wakes up: its weights here, its cache in ``finish_update``.
+
+        Raises:
+            RuntimeError: an update is unfinished. Some layers are half loaded, so the engine must be replaced.
+        """
+        self._require_no_open_update()
         self._update_open = True
         if self._asleep:
             self._llm.wake_up(tags=["weights"])
         self._llm.start_weight_update()
 
     def load(self, bucket: Any) -> None:
-        """Hand one message to the transport's receiving end in every worker."""
+        """Pass one message of the transport to the receiver in every worker."""
         self._llm.update_weights({"update_info": {"bucket": bucket}})
 
     def finish_update(self, version: int) -> str:
-        """Put the received weights to use; see ``Engine.finish_update``."""
+        """Switch to the received weights and drop all keys and values computed with the old ones.
+
+        Returns:
+            The transport's digest of the weights received since ``start_update``.
+
+        Raises:
+            RuntimeError: the workers received different weights, or vLLM did not drop its prefix cache.
+        """
         self._llm.finish_weight_update(weight_version=str(version))
         digests = set(self._llm.collective_rpc("received_digest"))
         if len(digests) != 1:
             raise RuntimeError(f"the workers of one engine received different weights: digests {sorted(digests)}")
         if self._asleep:
-            # Only now: while weights travel, the sender's buckets need the room.
+            # Not earlier: during the transfer the sender's buckets need the memory.
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
-        # vLLM keeps its cache over an update: prompts it has seen would go on with keys and values of the old weights.
+        # vLLM keeps its prefix cache over an update: known prompts would reuse keys and values of the old weights.
         if not self._llm.reset_prefix_cache():
             raise RuntimeError(f"vLLM did not drop its prefix cache after the push of version {version}")
         self._update_open = False
@@ -193,15 +234,15 @@ class VLLMEngine:
         del self._llm
 
     def _require_ready(self) -> None:
-        self._require_whole_update()
+        self._require_no_open_update()
         if self._asleep:
-            raise RuntimeError("this engine sleeps: it has neither weights nor a cache on its GPU until it is woken")
+            raise RuntimeError("this engine sleeps: it has neither weights nor a cache on its GPU until it wakes up")
 
-    def _require_whole_update(self) -> None:
+    def _require_no_open_update(self) -> None:
         if self._update_open:
             raise RuntimeError(
                 f"a weight update after version {self.version} was started and not finished: "
-                "this engine holds parts of two policies and has to be replaced"
+                "this engine holds parts of two policies and must be replaced"
             )
 
 
@@ -209,33 +250,33 @@ def engine_environment(engine: EngineConfig, *, on_cpu: bool, threads: int) -> d
     """Environment variables that a process needs before it imports torch and builds a ``VLLMEngine``.
 
     Args:
-        engine: vLLM's settings, as the engine gets them.
-        on_cpu: whether the process runs the CPU build of vLLM.
+        engine: vLLM's settings.
+        on_cpu: True for the CPU build of vLLM.
         threads: CPU threads of the engine.
     """
     environment = {
-        # The scheduler stays in this process: buckets reach it without a copy, and no process is left behind.
+        # The scheduler stays in this process: buckets reach it without a copy, and no process outlives it.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "OMP_NUM_THREADS": str(threads),
     }
     if on_cpu:
-        # Left to itself, every engine of a node binds its threads to the same cores.
+        # By default, all engines of a node bind their threads to the same cores.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         if is_eager(engine, on_cpu=on_cpu):
-            # vLLM compiles small functions even so; the first probe would wait 20 s for a C++ compiler.
+            # vLLM compiles small functions even in eager mode; the first probe would wait 20 s for a C++ compiler.
             environment["TORCH_COMPILE_DISABLE"] = "1"
     return environment
 
 
 def is_eager(engine: EngineConfig, *, on_cpu: bool) -> bool:
-    """``online.engine.enforce_eager`` with null decided."""
+    """``online.engine.enforce_eager``, with null resolved."""
     return on_cpu if engine.enforce_eager is None else engine.enforce_eager
 
 
 def _fast_dtype(dtype: str) -> str:
-    """Without the instructions, torch multiplies bfloat16 on a CPU at a hundredth of its float32 rate."""
+    # Without bfloat16 instructions, a CPU multiplies bfloat16 at a hundredth of its float32 rate.
     import torch
 
     return dtype if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
@@ -257,12 +298,12 @@ def _sampling_params(sampling: SamplingConfig, candidates: int, seed: int) -> "S
     )
 
 
-def _group(prompt: Prompt, output: "RequestOutput", seed: int) -> CompletionGroup:
-    outputs: list[Any] = output.outputs  # finished, so the fields that vLLM calls optional are set
+def _completion_group(prompt: Prompt, output: "RequestOutput", seed: int) -> CompletionGroup:
+    outputs: list[Any] = output.outputs  # finished, so vLLM's optional fields are set
     assert output.prompt_token_ids is not None
     versions = {int(span.version) for completion in outputs for span in completion.weight_versions}
     if len(versions) != 1:
-        raise RuntimeError(f"prompt {prompt.index} was completed by several policies: versions {sorted(versions)}")
+        raise RuntimeError(f"prompt {prompt.index} was completed with several policy versions: {sorted(versions)}")
     return CompletionGroup(
         prompt=prompt,
         prompt_token_ids=tuple(output.prompt_token_ids),

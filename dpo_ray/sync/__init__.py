@@ -1,4 +1,4 @@
-"""Weight transports: how the policy's weights get from the training workers to the rollout engines."""
+"""Weight transports: they move the policy's weights from the training workers to the rollout engines."""
 
 from collections.abc import Callable
 

@@ -1,8 +1,8 @@
-"""Weights over CUDA IPC: engines read them where the trainer has them, on the card that both share.
+"""Weights over CUDA IPC: engines read them from the trainer's memory, on the GPU that both share.
 
-Both ends are adapters to vLLM's engine of the same name, which is imported only where weights are sent or received.
-Every training rank packs the same buckets on its own GPU and exports a handle to them; rank 0 sends all handles, by
-the UUIDs of the GPUs, and each worker of an engine opens the one of its own. No byte leaves the card.
+Sender and receiver adapt vLLM's IPC weight-transfer engine, which is imported on first use. Every training rank packs
+the same buckets on its own GPU and exports a handle to each; rank 0 sends all handles, keyed by GPU UUID, and each
+engine worker opens the handle of its own GPU. No weights leave the GPU.
 """
 
 import functools
@@ -11,76 +11,73 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from dpo_ray.sync.base import Checksum, Sender, bytes_of, check_received, in_buckets
+from dpo_ray.sync.base import Digest, NamedTensor, Sender, check_digests
+
+Handles = dict[str, tuple[Any, ...]]
+"""CUDA IPC handles of one packed buffer by GPU UUID."""
 
 
 class IPCSync(Sender):
-    """The sending end: see ``WeightSync``.
+    """The sender; see ``WeightSync``.
 
     Args:
-        bucket_mib: size of a bucket; each card holds up to two of them during a push.
-        dtype: torch dtype that weights travel in.
+        bucket_mib: largest size of a bucket; each GPU holds up to two of them during a push.
+        dtype: torch dtype of the transfer.
     """
 
     worker_extension = f"{__name__}.IPCWorker"
     replays = False
 
     def __init__(self, bucket_mib: int = 256, dtype: str = "bfloat16") -> None:
-        super().__init__()
-        self._bucket_bytes = bytes_of(bucket_mib)
-        self._dtype: torch.dtype = getattr(torch, dtype)
-        self._members: list[Hashable] = []
+        super().__init__(bucket_mib, dtype)
+        self._initialized: list[Hashable] = []
 
-    def push(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> str:
-        """Send all weights and put them to use as ``version``; see ``WeightSync.push``."""
+    def push(self, weights: Iterable[NamedTensor], *, version: int) -> str:
+        """Send all weights and switch the engines to them; see ``WeightSync.push``."""
         self.require_connected()
-        free_cuda_cache()  # the waking engines need it
+        free_cuda_cache()  # for the engines, which wake up on the same GPUs
         dist.barrier()
-        engines, sent = self.engines, Checksum()
+        engines, sent = self.engines, Digest()
         if engines is not None:
-            members = list(engines.start_update())
-            if members != self._members:
-                engines.init_transfer([{"packed": True}] * len(members))
-                self._members = members
-        wired = ((name, on_wire(weight, self._dtype)) for name, weight in weights)
-        for bucket in in_buckets(wired, lambda item: item[1].nbytes, self._bucket_bytes):
-            for chunk in export(bucket):  # one: the buffer is as large as the bucket, and freed when the loop leaves
-                handles = merged_handles(_gathered(chunk.ipc_handle))
+            identities = list(engines.start_update())
+            if identities != self._initialized:
+                engines.init_transfer([{"packed": True}] * len(identities))
+                self._initialized = identities
+        for bucket in self.buckets(weights, current_device()):
+            for chunk in export(bucket):  # yields once; the buffer is as large as the bucket and freed afterwards
+                handles = merge_handles(_all_gather(chunk.ipc_handle))
                 if engines is not None:
-                    engines.load(message_of(chunk, handles))
-                    for name, tensor in bucket:
-                        sent.update(name, tensor)
-                dist.barrier()  # until the engines have read, every rank leaves its buffer as it is
+                    engines.load(update_info(chunk, handles))
+                    sent.update(bucket)
+                dist.barrier()  # no rank reuses its buffer before the engines have read it
         free_cuda_cache()
-        dist.barrier()  # with all buffers freed, the engines take their caches
+        dist.barrier()  # all buffers are freed before the engines allocate their key-value caches
         if engines is None:
             return ""
-        return check_received(engines.finish_update(version), sent.hexdigest(), version)
+        return check_digests(engines.finish_update(version), sent.hexdigest(), version)
 
     def close(self) -> None:
-        """Let go of the engines."""
-        self._members = []
+        """Disconnect from the engines."""
+        self._initialized = []
         super().close()
 
 
 def free_cuda_cache() -> None:
-    """Give memory that this process's GPU holds for nothing back to whoever shares the card."""
+    """Return this process's unused GPU memory to the GPU, for the other processes on it."""
     torch.cuda.ipc_collect()
     torch.cuda.empty_cache()
 
 
-def on_wire(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor as it is sent, on this process's GPU."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    return tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+def current_device() -> torch.device:
+    """This process's GPU."""
+    return torch.device("cuda", torch.cuda.current_device())
 
 
-def export(bucket: Sequence[tuple[str, Tensor]]) -> Iterator[Any]:
-    """vLLM's ``PackedIpcChunk`` of a bucket: the tensors in one buffer of this process's GPU, and the handle to it.
+def export(bucket: Sequence[NamedTensor]) -> Iterator[Any]:
+    """Yield vLLM's ``PackedIpcChunk`` of a bucket: its tensors in one buffer on this process's GPU, and its handle.
 
-    The buffer lives until the iterator is asked for more.
+    The buffer lives until the iterator is advanced.
     """
     from vllm.distributed.weight_transfer.packed_tensor import packed_ipc_producer
 
@@ -92,8 +89,8 @@ def export(bucket: Sequence[tuple[str, Tensor]]) -> Iterator[Any]:
     )
 
 
-def message_of(chunk: Any, handles: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
-    """What the engines are told of a bucket: the fields of vLLM's ``IPCWeightTransferUpdateInfo``."""
+def update_info(chunk: Any, handles: Handles) -> dict[str, Any]:
+    """Fields of vLLM's ``IPCWeightTransferUpdateInfo`` for a bucket."""
     return {
         "names": chunk.names,
         "dtype_names": chunk.dtype_names,
@@ -103,46 +100,42 @@ def message_of(chunk: Any, handles: dict[str, tuple[Any, ...]]) -> dict[str, Any
     }
 
 
-def merged_handles(of_ranks: Sequence[dict[str, tuple[Any, ...]]]) -> dict[str, tuple[Any, ...]]:
-    """The handles of all ranks by the UUID of their GPU.
+def merge_handles(per_rank: Sequence[Handles]) -> Handles:
+    """Merge the handles of all ranks.
 
     Raises:
         ValueError: two ranks are on one GPU.
     """
-    merged: dict[str, tuple[Any, ...]] = {}
-    for handles in of_ranks:
-        if both := merged.keys() & handles.keys():
-            raise ValueError(f"two training workers are on GPU {min(both)}; each needs one of its own")
+    merged: Handles = {}
+    for handles in per_rank:
+        if shared := merged.keys() & handles.keys():
+            raise ValueError(f"two training workers are on GPU {min(shared)}; each needs one of its own")
         merged |= handles
     return merged
 
 
-def _gathered(handles: dict[str, tuple[Any, ...]]) -> list[dict[str, tuple[Any, ...]]]:
-    of_ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, handles)
-    return of_ranks
+def _all_gather(handles: Handles) -> list[Handles]:
+    per_rank: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(per_rank, handles)
+    return per_rank
 
 
 @functools.cache
-def _receiving_end() -> type:
-    """Define the classes that run in vLLM's workers, and register the receiver with vLLM."""
+def _worker_extension() -> type:
+    """The class to mix into vLLM's workers; the first call registers the receiver with vLLM."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 
-    from dpo_ray.sync.receiving import DigestMixin, DigestOfWorker
+    from dpo_ray.sync.receiver import DigestMixin, DigestWorker
 
     class IPCReceiver(DigestMixin, IPCWeightTransferEngine):
-        """vLLM's receiver, which notes what it loads."""
-
-    class IPCWorker(DigestOfWorker):
-        """Mixed into vLLM's worker."""
+        """vLLM's receiver with a digest."""
 
     WeightTransferEngineFactory.register_engine(IPCSync.worker_extension, IPCReceiver)
-    return IPCWorker
+    return DigestWorker
 
 
 def __getattr__(name: str) -> Any:
-    # vLLM's classes exist only where vLLM is: a configuration that names this transport is read without it.
     if name == "IPCWorker":
-        return _receiving_end()
+        return _worker_extension()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,143 +1,93 @@
-"""Weights through an object store: packed into buckets by rank 0, read by every engine. Works on CPUs and on GPUs.
+"""Weights through an object store: rank 0 packs them into buckets and every engine reads them. For CPUs and GPUs.
 
-Both ends are here. The sender knows only ``EngineGroup``, which puts each bucket where engines can read it; the
-receiving end runs in vLLM's workers, so that half of the file imports vLLM, and only when it is asked for.
+The sender uses ``EngineGroup`` only, which puts each bucket into the store. The receiver runs in vLLM's workers, so its
+half of this file imports vLLM on first use.
 """
 
 import functools
 import logging
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from dpo_ray.sync.base import Bucket, Digest, Sender, WireTensor, bytes_of, check_received, in_buckets
-from dpo_ray.sync.receiving import DigestOfWorker, validate_paths
+from dpo_ray.sync.base import Bucket, Digest, NamedTensor, Sender, WireTensor, check_digests
 
 logger = logging.getLogger(__name__)
 
-
-def pack(weights: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype, bucket_bytes: int) -> Iterator[Bucket]:
-    """Buckets of whole tensors, in order, none larger than ``bucket_bytes`` unless a single tensor is."""
-    wired = (WireTensor.of(name, weight, dtype) for name, weight in weights)
-    return (Bucket(tuple(tensors)) for tensors in in_buckets(wired, lambda t: t.array.nbytes, bucket_bytes))
+CPU = torch.device("cpu")
 
 
 class ObjectStoreSync(Sender):
-    """The sending end: see ``WeightSync``.
+    """The sender; see ``WeightSync``.
 
     Args:
-        bucket_mib: size of a message. Rank 0 and the object store hold about one each.
-        dtype: torch dtype that weights travel in; the engines' own, or vLLM casts what it receives.
+        bucket_mib: largest size of a message. Rank 0 and the object store hold about one each.
+        dtype: torch dtype of the transfer; vLLM casts to the engines' dtype if it differs.
     """
 
     worker_extension = f"{__name__}.ObjectStoreWorker"
     replays = True
 
-    def __init__(self, bucket_mib: int = 256, dtype: str = "bfloat16") -> None:
-        super().__init__()
-        self._bucket_bytes = bytes_of(bucket_mib)
-        self._dtype: torch.dtype = getattr(torch, dtype)
-
-    def push(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> str:
-        """Send all weights and put them to use as ``version``; see ``WeightSync.push``."""
+    def push(self, weights: Iterable[NamedTensor], *, version: int) -> str:
+        """Send all weights and switch the engines to them; see ``WeightSync.push``."""
         self.require_connected()
         if self.engines is None:
-            for _ in weights:  # a collective that rank 0 takes part in
+            for _ in weights:  # rank 0 gathers with the help of all ranks
                 pass
             return ""
         sent = Digest()
         self.engines.start_update()
-        for bucket in pack(weights, dtype=self._dtype, bucket_bytes=self._bucket_bytes):
+        for tensors in self.buckets(weights, CPU):
+            bucket = Bucket(tuple(WireTensor.from_tensor(name, tensor) for name, tensor in tensors))
             self.engines.load(bucket)
-            sent.update(bucket)
-            logger.debug("version %d: sent %d tensors, %.1f MiB", version, len(bucket.tensors), bucket.nbytes / 2**20)
-        return check_received(self.engines.finish_update(version), sent.hexdigest(), version)
-
-
-class LayerByLayer:
-    """Mixed in before vLLM's receiver: loads buckets into the model as a layer's tensors come together.
-
-    Tensors of one fused layer (query, key, value) may lie in different buckets: vLLM keeps them until the layer is
-    complete.
-    """
-
-    model: Any  # a model of vLLM, with its load_weights and config
-    model_config: Any
-    device: torch.device
-    digest = ""
-    """Of the last finished update."""
-
-    def start_weight_update(self) -> None:
-        """Open an update."""
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
-        self._received = Digest()
-        self._missing = {name for name, _ in self.model.named_parameters()}
-        initialize_layerwise_reload(self.model)
-
-    def receive_weights(self, update_info: Any) -> None:
-        """Load a bucket."""
-        bucket: Bucket = update_info.bucket
-        self._missing -= self.model.load_weights((tensor.name, tensor.tensor()) for tensor in bucket.tensors)
-        self._received.update(bucket)
-
-    def finish_weight_update(self) -> None:
-        """Put the weights to use, if nothing is missing."""
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-        validate_paths(self._missing)
-        finalize_layerwise_reload(self.model, self.model_config)
-        head = getattr(self.model, "lm_head", None)
-        if self.device.type == "cpu" and head is not None and self.model.config.tie_word_embeddings:
-            # On CPUs a tied head multiplies with a packed copy, which the reload of the embedding leaves as it was.
-            head.quant_method.process_weights_after_loading(head)
-        self.digest = self._received.hexdigest()
+            sent.update(tensors)
+            logger.debug("version %d: sent %d tensors, %.1f MiB", version, len(tensors), bucket.nbytes / 2**20)
+        return check_digests(self.engines.finish_update(version), sent.hexdigest(), version)
 
 
 @functools.cache
-def _receiving_end() -> type:
-    """Define the classes that run in vLLM's workers, and register the receiver with vLLM."""
-    from vllm.distributed.weight_transfer.base import (
-        WeightTransferEngine,
-        WeightTransferInitInfo,
-        WeightTransferUpdateInfo,
-    )
+def _worker_extension() -> type:
+    """The class to mix into vLLM's workers; the first call registers the receiver with vLLM."""
+    from vllm.distributed.weight_transfer.base import WeightTransferEngine
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-    @dataclass
-    class InitInfo(WeightTransferInitInfo):
-        """Nothing to agree on beforehand."""
+    from dpo_ray.sync.receiver import DigestMixin, DigestWorker
 
-    @dataclass
-    class UpdateInfo(WeightTransferUpdateInfo):
-        """One message."""
+    class BucketEngine(WeightTransferEngine[Any, Any]):
+        """Loads buckets into the model. vLLM keeps the parts of a fused layer until the layer is complete."""
 
-        bucket: Bucket
+        model: Any
 
-    class ObjectStoreReceiver(LayerByLayer, WeightTransferEngine[InitInfo, UpdateInfo]):
-        """Holds nothing between updates."""
+        def init_transfer_engine(self, init_info: Any) -> None: ...
 
-        init_info_cls = InitInfo
-        update_info_cls = UpdateInfo
+        def parse_update_info(self, update_dict: Any) -> Any:
+            return update_dict  # a Bucket already
 
-        def init_transfer_engine(self, init_info: InitInfo) -> None:
-            pass
+        def start_weight_update(self) -> None:
+            initialize_layerwise_reload(self.model)
 
-        def shutdown(self) -> None:
-            pass
+        def receive_weights(self, update_info: Bucket) -> None:
+            self.model.load_weights(update_info.named_tensors())
 
-    class ObjectStoreWorker(DigestOfWorker):
-        """Mixed into vLLM's worker."""
+        def finish_weight_update(self) -> None:
+            finalize_layerwise_reload(self.model, self.model_config)
+            head = getattr(self.model, "lm_head", None)
+            if self.device.type == "cpu" and head is not None and self.model.config.tie_word_embeddings:
+                # On CPUs a tied head multiplies with a packed copy, which reloading the embedding does not update.
+                head.quant_method.process_weights_after_loading(head)
+
+        def shutdown(self) -> None: ...
+
+    class ObjectStoreReceiver(DigestMixin, BucketEngine):
+        """Receiver with a digest."""
 
     WeightTransferEngineFactory.register_engine(ObjectStoreSync.worker_extension, ObjectStoreReceiver)
-    return ObjectStoreWorker
+    return DigestWorker
 
 
 def __getattr__(name: str) -> Any:
-    # vLLM's base classes exist only where vLLM is: a trainer imports this module without it.
     if name == "ObjectStoreWorker":
-        return _receiving_end()
+        return _worker_extension()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What the transports between GPUs build on: vLLM's own classes and functions, real as far as a CPU goes."""
+"""Transports between GPUs with vLLM's real classes and functions, as far as a CPU runs them."""
 
 import inspect
 import queue
@@ -25,15 +25,15 @@ def accepts(function: Any, *args: Any, **kwargs: Any) -> None:
     inspect.signature(function).bind(*args, **kwargs)
 
 
-def test_nccl_messages_are_records_of_vllm(environment: None):
+def test_nccl_messages_fit_the_records_of_vllm(environment: None):
     from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, trainer_init
     from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferUpdateInfo
     from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
     first, second = (NCCLWeightTransferInitInfo(**info) for info in nccl.init_infos("10.0.0.7", 4000, 2, 2, 64))
     assert (first.rank_offset, second.rank_offset, first.world_size, first.packed) == (1, 3, 5, True)
-    told = NCCLWeightTransferUpdateInfo(**nccl.message_of(BUCKET))
-    assert (told.names, told.dtype_names, told.shapes) == (["a", "b"], ["bfloat16", "float32"], [[2, 3], [4]])
+    info = NCCLWeightTransferUpdateInfo(**nccl.update_info(BUCKET))
+    assert (info.names, info.dtype_names, info.shapes) == (["a", "b"], ["bfloat16", "float32"], [[2, 3], [4]])
     accepts(trainer_init, {"master_address": "", "master_port": 0, "world_size": 2})
     accepts(
         packed_nccl_broadcast_producer,
@@ -46,10 +46,10 @@ def test_nccl_messages_are_records_of_vllm(environment: None):
     )
 
 
-def test_a_bucket_is_one_broadcast_at_either_end_also_when_its_tensor_is_larger_than_the_limit(
+def test_a_bucket_is_one_broadcast_for_sender_and_receiver_also_when_its_tensor_is_larger_than_the_limit(
     environment: None, monkeypatch: pytest.MonkeyPatch
 ):
-    """Both loops of vLLM with the streams taken out: what one sends, the other expects, number by number."""
+    """vLLM's producer and consumer without CUDA streams: the consumer receives exactly what the producer sends."""
     import contextlib
 
     from vllm.distributed.weight_transfer import packed_tensor
@@ -68,7 +68,7 @@ def test_a_bucket_is_one_broadcast_at_either_end_also_when_its_tensor_is_larger_
 
     class Listening(Group):
         def broadcast(self, tensor: Tensor, src: int) -> None:
-            tensor.copy_(air.pop(0))
+            tensor.copy_(in_transit.pop(0))
 
     monkeypatch.setattr(packed_tensor, "_get_streams", lambda device, count: (Stream(),) * count)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
@@ -79,10 +79,10 @@ def test_a_bucket_is_one_broadcast_at_either_end_also_when_its_tensor_is_larger_
         group = Group()
         nccl.Communicator(group, 40).broadcast(bucket)
         assert len(group.sent) == 1
-        air, told, loaded = group.sent, nccl.message_of(bucket), []
-        dtypes = [getattr(torch, name) for name in told["dtype_names"]]
+        in_transit, info, loaded = group.sent, nccl.update_info(bucket), []
+        dtypes = [getattr(torch, name) for name in info["dtype_names"]]
         packed_tensor.packed_nccl_broadcast_consumer(
-            iter(zip(told["names"], zip(told["shapes"], dtypes, strict=True), strict=True)),
+            iter(zip(info["names"], zip(info["shapes"], dtypes, strict=True), strict=True)),
             Listening(),
             src=0,
             post_unpack_func=loaded.extend,
@@ -90,24 +90,24 @@ def test_a_bucket_is_one_broadcast_at_either_end_also_when_its_tensor_is_larger_
             num_buffers=1,
             device="cpu",
         )
-        assert not air
-        assert [name for name, _ in loaded] == told["names"]
+        assert not in_transit
+        assert [name for name, _ in loaded] == info["names"]
         assert all(torch.equal(got, sent) for (_, got), (_, sent) in zip(loaded, bucket, strict=True))
 
 
-def test_ipc_messages_are_records_of_vllm(environment: None):
+def test_ipc_messages_fit_the_records_of_vllm(environment: None):
     from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferInitInfo, IPCWeightTransferUpdateInfo
     from vllm.distributed.weight_transfer.packed_tensor import PackedIpcChunk, packed_ipc_producer
 
     assert IPCWeightTransferInitInfo(packed=True).packed
     chunk = PackedIpcChunk(["a"], [[2, 3]], ["bfloat16"], [12], {"GPU-x": (1, 2)})
-    told = IPCWeightTransferUpdateInfo(**ipc.message_of(chunk, ipc.merged_handles([chunk.ipc_handle, {"GPU-y": (3,)}])))
-    assert told.ipc_handles == {"GPU-x": (1, 2), "GPU-y": (3,)}
-    assert told.tensor_sizes == [12]
+    info = IPCWeightTransferUpdateInfo(**ipc.update_info(chunk, ipc.merge_handles([chunk.ipc_handle, {"GPU-y": (3,)}])))
+    assert info.ipc_handles == {"GPU-x": (1, 2), "GPU-y": (3,)}
+    assert info.tensor_sizes == [12]
     accepts(packed_ipc_producer, iter(BUCKET), gpu_uuid="", post_iter_func=max, buffer_size_bytes=1)
 
 
-def test_both_receiving_ends_can_be_named_to_vllm(environment: None):
+def test_both_receivers_are_registered_with_vllm(environment: None):
     from vllm.distributed.weight_transfer.base import WeightTransferEngine
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -118,15 +118,15 @@ def test_both_receiving_ends_can_be_named_to_vllm(environment: None):
         assert issubclass(receiver, WeightTransferEngine) and not receiver.__abstractmethods__
 
 
-def test_a_push_over_nccl_loads_a_real_engine_with_only_the_broadcast_replaced(
+def test_a_push_over_nccl_loads_a_real_engine_when_only_the_broadcast_is_replaced(
     policy_a: Policy, policy_b: Policy, environment: None, monkeypatch: pytest.MonkeyPatch
 ):
     from vllm.distributed.weight_transfer import nccl_engine
     from vllm.v1.worker.cpu_worker import CPUWorker
 
-    # vLLM mixes the extension into this class for good, which engines of other transports in this process would meet.
+    # vLLM mixes the extension into this class for good, which would affect later engines in this process.
     bases = CPUWorker.__bases__
-    air: queue.Queue[list[tuple[str, Tensor]]] = queue.Queue()
+    in_transit: queue.Queue[list[tuple[str, Tensor]]] = queue.Queue()
 
     class Group:
         available, disabled = True, False
@@ -138,16 +138,15 @@ def test_a_push_over_nccl_loads_a_real_engine_with_only_the_broadcast_replaced(
         return Group()
 
     def consumer(iterator: Iterator[Any], group: Any, post_unpack_func: Any, **geometry: Any) -> None:
-        told, bucket = list(iterator), air.get(timeout=10)
-        assert [(name, list(shape)) for name, (shape, _) in told] == [(n, list(t.shape)) for n, t in bucket]
+        info, bucket = list(iterator), in_transit.get(timeout=10)
+        assert [(name, list(shape)) for name, (shape, _) in info] == [(n, list(t.shape)) for n, t in bucket]
         post_unpack_func(bucket)
 
     class Sender:
-        def on_wire(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-            return tensor.detach().to(dtype)
+        device = torch.device("cpu")
 
         def broadcast(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
-            air.put(list(bucket))
+            in_transit.put(list(bucket))
 
         def close(self) -> None: ...
 
@@ -161,7 +160,7 @@ def test_a_push_over_nccl_loads_a_real_engine_with_only_the_broadcast_replaced(
 
         def start_update(self) -> list[str]:
             engine.start_update()
-            return ["it"]
+            return ["engine"]
 
         def init_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
             engine.init_transfer(infos[0])

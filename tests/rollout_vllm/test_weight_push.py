@@ -1,7 +1,7 @@
-"""A real vLLM engine on the CPU: what it writes, and that a push puts exactly the new weights to use.
+"""A real vLLM engine on the CPU: its completions, and that after a push it uses exactly the new weights.
 
-Engines run in this process, one at a time. The models are random and tiny, with the tied embeddings and fused layers
-of a real one.
+Engines run in this process, one at a time. The models are random and tiny, with tied embeddings and fused layers like
+those of a real model.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpo_ray.config.schema import EngineConfig, SamplingConfig
-from dpo_ray.rollout.engine import UNPUSHED
-from dpo_ray.sync.base import Bucket
-from dpo_ray.sync.object_store import ObjectStoreSync, pack
+from dpo_ray.rollout.vllm_engine import UNPUSHED
+from dpo_ray.sync.base import Bucket, WireTensor, to_buckets
+from dpo_ray.sync.object_store import ObjectStoreSync
 from dpo_ray.types import Messages, Prompt
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Policy:
         return list(self.model.named_parameters())
 
     def token_logps(self, token_ids: Sequence[int]) -> list[float]:
-        """By transformers, in float32."""
+        """Computed by transformers, in float32."""
         ids = torch.tensor([token_ids])
         with torch.no_grad():
             logits = self.model.float()(ids).logits
@@ -141,18 +141,18 @@ def environment() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def written_by_a_fresh_engine_of_b(policy_b: Policy, environment: None) -> list[tuple[int, ...]]:
+def completions_of_a_fresh_engine_of_b(policy_b: Policy, environment: None) -> list[tuple[int, ...]]:
     engine = start_engine(policy_b, worker_extension=None)
-    written = greedy(engine)
+    completions = greedy(engine)
     engine.close()
-    return written
+    return completions
 
 
 @pytest.fixture(scope="module")
 def engine(
-    policy_a: Policy, environment: None, written_by_a_fresh_engine_of_b: list[tuple[int, ...]]
+    policy_a: Policy, environment: None, completions_of_a_fresh_engine_of_b: list[tuple[int, ...]]
 ) -> Iterator["VLLMEngine"]:
-    """Starts from policy A, after the engine of B has gone. A test that needs certain weights pushes them."""
+    """Starts from policy A, after the engine of B is closed. A test that needs particular weights pushes them."""
     engine = start_engine(policy_a, worker_extension=ObjectStoreSync.worker_extension)
     yield engine
     engine.close()
@@ -180,6 +180,11 @@ class OneEngine:
         return [self.engine.token_logps(token_ids)]
 
 
+def pack(weights: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[Bucket]:
+    for tensors in to_buckets(weights, dtype=torch.bfloat16, device=torch.device("cpu"), bucket_bytes=bucket_bytes):
+        yield Bucket(tuple(WireTensor.from_tensor(name, tensor) for name, tensor in tensors))
+
+
 def push(engine: "VLLMEngine", policy: Policy, version: int) -> OneEngine:
     engines = OneEngine(engine)
     sync = ObjectStoreSync(bucket_mib=1)
@@ -201,8 +206,8 @@ def prompts(*lengths: int) -> list[Prompt]:
 
 def greedy(engine: "VLLMEngine") -> list[tuple[int, ...]]:
     """Tokens after four prompts; the last is long enough for two blocks of the prefix cache."""
-    asked = prompts(3, 10, 40, 300)
-    groups = engine.generate(asked, sampling=GREEDY, candidates=1, seeds=[0] * len(asked))
+    batch = prompts(3, 10, 40, 300)
+    groups = engine.generate(batch, sampling=GREEDY, candidates=1, seeds=[0] * len(batch))
     return [group.completions[0].token_ids for group in groups]
 
 
@@ -217,28 +222,28 @@ def test_pushing_the_weights_an_engine_has_changes_nothing(engine: "VLLMEngine",
     assert greedy(engine) == before
 
 
-def test_after_a_push_an_engine_writes_what_a_fresh_engine_of_those_weights_writes(
-    engine: "VLLMEngine", policy_a: Policy, policy_b: Policy, written_by_a_fresh_engine_of_b: list[tuple[int, ...]]
+def test_after_a_push_an_engine_generates_the_completions_of_a_fresh_engine_with_those_weights(
+    engine: "VLLMEngine", policy_a: Policy, policy_b: Policy, completions_of_a_fresh_engine_of_b: list[tuple[int, ...]]
 ):
     push(engine, policy_a, version=1)
-    written_by_a = greedy(engine)  # also fills the prefix cache with keys and values of A
+    completions_of_a = greedy(engine)  # also fills the prefix cache with keys and values of A
     engines = push(engine, policy_b, version=2)
     assert engines.buckets > 3
-    assert greedy(engine) == written_by_a_fresh_engine_of_b
-    assert all(a != b for a, b in zip(written_by_a, written_by_a_fresh_engine_of_b, strict=True))
+    assert greedy(engine) == completions_of_a_fresh_engine_of_b
+    assert all(a != b for a, b in zip(completions_of_a, completions_of_a_fresh_engine_of_b, strict=True))
     push(engine, policy_a, version=3)
-    assert greedy(engine) == written_by_a
+    assert greedy(engine) == completions_of_a
 
 
 def test_fused_layers_load_from_buckets_of_one_tensor(
-    engine: "VLLMEngine", policy_a: Policy, policy_b: Policy, written_by_a_fresh_engine_of_b: list[tuple[int, ...]]
+    engine: "VLLMEngine", policy_a: Policy, policy_b: Policy, completions_of_a_fresh_engine_of_b: list[tuple[int, ...]]
 ):
     push(engine, policy_a, version=4)
     engine.start_update()
-    for bucket in pack(policy_b.weights(), dtype=torch.bfloat16, bucket_bytes=1):
+    for bucket in pack(policy_b.weights(), bucket_bytes=1):
         engine.load(bucket)
     engine.finish_update(5)
-    assert greedy(engine) == written_by_a_fresh_engine_of_b
+    assert greedy(engine) == completions_of_a_fresh_engine_of_b
 
 
 def test_completions_are_stamped_with_the_version_of_the_push(engine: "VLLMEngine", policy_a: Policy):
@@ -247,10 +252,10 @@ def test_completions_are_stamped_with_the_version_of_the_push(engine: "VLLMEngin
     assert engine.version == group.policy_version == 17
 
 
-def test_an_engine_that_sleeps_writes_nothing_and_what_it_wrote_before_when_woken(
+def test_a_sleeping_engine_generates_nothing_and_after_waking_the_same_as_before(
     engine: "VLLMEngine", policy_a: Policy
 ):
-    """On a CPU vLLM keeps the memory; what it does with its scheduler and its caches is the same."""
+    """On a CPU vLLM keeps the memory; scheduler and caches behave as on a GPU."""
     push(engine, policy_a, version=0)
     before = greedy(engine)
     engine.sleep()
@@ -264,21 +269,21 @@ def test_an_engine_that_sleeps_writes_nothing_and_what_it_wrote_before_when_woke
     assert greedy(engine) == before
 
 
-def test_a_push_wakes_the_weights_first_and_the_cache_when_all_have_arrived(
+def test_a_push_wakes_the_weights_first_and_the_cache_after_the_last_bucket(
     engine: "VLLMEngine",
     policy_b: Policy,
-    written_by_a_fresh_engine_of_b: list[tuple[int, ...]],
+    completions_of_a_fresh_engine_of_b: list[tuple[int, ...]],
     monkeypatch: pytest.MonkeyPatch,
 ):
     calls: list[str] = []
     for name in ("wake_up", "start_weight_update", "update_weights", "finish_weight_update", "reset_prefix_cache"):
         real = getattr(engine._llm, name)
 
-        def noted(*args: object, _real=real, _name=name, **kwargs: object):
+        def recorded(*args: object, _real=real, _name=name, **kwargs: object):
             calls.append(" ".join([_name, *kwargs.get("tags", ())]))
             return _real(*args, **kwargs)
 
-        monkeypatch.setattr(engine._llm, name, noted)
+        monkeypatch.setattr(engine._llm, name, recorded)
     engine.sleep()
     buckets = push(engine, policy_b, version=11).buckets
     assert calls == [
@@ -290,10 +295,10 @@ def test_a_push_wakes_the_weights_first_and_the_cache_when_all_have_arrived(
         "reset_prefix_cache",
     ]
     assert engine.version == 11
-    assert greedy(engine) == written_by_a_fresh_engine_of_b
+    assert greedy(engine) == completions_of_a_fresh_engine_of_b
 
 
-def test_token_logps_are_those_of_the_pushed_weights(engine: "VLLMEngine", policy_a: Policy, policy_b: Policy):
+def test_token_logps_are_computed_with_the_pushed_weights(engine: "VLLMEngine", policy_a: Policy, policy_b: Policy):
     token_ids = render(({"role": "user", "content": words(range(0, 900, 3))},))
     assert len(token_ids) > 256
     for version, policy in enumerate((policy_a, policy_b)):
@@ -305,24 +310,24 @@ def test_token_logps_are_those_of_the_pushed_weights(engine: "VLLMEngine", polic
         assert sum(differences) / len(differences) < 0.05  # bfloat16 against float32
 
 
-def test_the_same_seeds_write_the_same_completions_and_others_do_not(engine: "VLLMEngine"):
-    def write(*seeds: int) -> list[tuple[int, ...]]:
+def test_the_same_seeds_give_the_same_completions_and_other_seeds_do_not(engine: "VLLMEngine"):
+    def generate(*seeds: int) -> list[tuple[int, ...]]:
         groups = engine.generate(prompts(3, 20), sampling=SamplingConfig(max_tokens=16), candidates=3, seeds=seeds)
         return [completion.token_ids for group in groups for completion in group.completions]
 
-    first = write(100, 200)
-    assert write(100, 200) == first
-    assert not set(write(300, 400)) & set(first)
+    first = generate(100, 200)
+    assert generate(100, 200) == first
+    assert not set(generate(300, 400)) & set(first)
     assert len(set(first)) == 6
-    # Completion i of a group uses seed + i, so neighbouring seeds share all but one.
-    assert write(101, 201)[0] == first[1]
+    # Completion i of a group uses seed + i, so neighbouring seeds share all completions except one.
+    assert generate(101, 201)[0] == first[1]
 
 
 def test_groups_come_in_the_order_of_the_prompts_with_as_many_candidates_as_asked(engine: "VLLMEngine"):
-    asked = prompts(40, 3, 10)
-    groups = engine.generate(asked, sampling=SamplingConfig(max_tokens=8), candidates=5, seeds=[10, 20, 30])
-    assert [group.prompt for group in groups] == asked
-    assert [list(group.prompt_token_ids) for group in groups] == [render(prompt.messages) for prompt in asked]
+    batch = prompts(40, 3, 10)
+    groups = engine.generate(batch, sampling=SamplingConfig(max_tokens=8), candidates=5, seeds=[10, 20, 30])
+    assert [group.prompt for group in groups] == batch
+    assert [list(group.prompt_token_ids) for group in groups] == [render(prompt.messages) for prompt in batch]
     assert [group.seed for group in groups] == [10, 20, 30]
     assert [len(group.completions) for group in groups] == [5, 5, 5]
 
@@ -340,49 +345,49 @@ def test_a_finished_completion_ends_with_the_end_of_turn_token_and_its_text_with
 
 
 def test_a_stop_string_ends_the_text_before_it_and_the_tokens_with_it(engine: "VLLMEngine"):
-    def write(stop: tuple[str, ...]) -> tuple[str, tuple[int, ...], bool]:
+    def generate(stop: tuple[str, ...]) -> tuple[str, tuple[int, ...], bool]:
         sampling = SamplingConfig(max_tokens=32, stop=stop)
         (group,) = engine.generate(prompts(3), sampling=sampling, candidates=1, seeds=[5])
         (completion,) = group.completions
         return completion.text, completion.token_ids, completion.finished
 
-    text, token_ids, _ = write(())
+    text, token_ids, _ = generate(())
     stop = text.split()[4]
     length = token_ids.index(TOKENIZER.convert_tokens_to_ids(stop)) + 1
-    stopped_text, stopped_ids, finished = write((stop,))
+    stopped_text, stopped_ids, finished = generate((stop,))
     assert finished
     assert stopped_ids == token_ids[:length]
     assert stopped_text.split() == text.split()[: length - 1]
 
 
-def test_a_prompt_without_room_for_its_completion_is_refused_by_index(engine: "VLLMEngine"):
-    asked = prompts(3, MAX_MODEL_LEN - 10)
+def test_a_prompt_without_room_for_its_completion_is_rejected_by_index(engine: "VLLMEngine"):
+    batch = prompts(3, MAX_MODEL_LEN - 10)
     with pytest.raises(ValueError, match=r"prompt 1 has 505 tokens; .* takes at most 488 beside 24"):
-        engine.generate(asked, sampling=GREEDY, candidates=1, seeds=[0, 0])
+        engine.generate(batch, sampling=GREEDY, candidates=1, seeds=[0, 0])
 
 
-def test_several_greedy_candidates_are_refused(engine: "VLLMEngine"):
+def test_several_greedy_candidates_are_rejected(engine: "VLLMEngine"):
     with pytest.raises(ValueError, match=r"online\.sampling\.temperature"):
         engine.generate(prompts(3), sampling=GREEDY, candidates=2, seeds=[0])
 
 
-def test_an_engine_refuses_to_write_until_an_update_is_finished(engine: "VLLMEngine", policy_a: Policy):
+def test_an_engine_does_not_generate_until_an_update_is_finished(engine: "VLLMEngine", policy_a: Policy):
     engine.start_update()
     with pytest.raises(RuntimeError, match="not finished"):
         engine.generate(prompts(3), sampling=GREEDY, candidates=1, seeds=[0])
     with pytest.raises(RuntimeError, match="not finished"):
         engine.start_update()
-    for bucket in pack(policy_a.weights(), dtype=torch.bfloat16, bucket_bytes=2**20):
+    for bucket in pack(policy_a.weights(), bucket_bytes=2**20):
         engine.load(bucket)
     engine.finish_update(1)
     assert len(engine.generate(prompts(3), sampling=GREEDY, candidates=1, seeds=[0])) == 1
 
 
-def test_a_push_that_leaves_out_a_parameter_is_refused(engine: "VLLMEngine", policy_a: Policy):
-    """Comes last: the engine is of no use afterwards."""
+def test_a_push_that_leaves_out_a_parameter_is_rejected(engine: "VLLMEngine", policy_a: Policy):
+    """Comes last: the engine is unusable afterwards."""
     name, _ = policy_a.weights()[-1]
     engine.start_update()
-    for bucket in pack(policy_a.weights()[:-1], dtype=torch.bfloat16, bucket_bytes=2**20):
+    for bucket in pack(policy_a.weights()[:-1], bucket_bytes=2**20):
         engine.load(bucket)
     with pytest.raises(ValueError, match=f"left out 1 parameters .* first '{name}'"):
         engine.finish_update(2)

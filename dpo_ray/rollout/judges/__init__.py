@@ -1,16 +1,15 @@
-"""Judges: what scores the candidates of a round. How to build one, and the check of what it returns.
+"""Judges score the candidates of a round. This module builds them and validates their scores.
 
-A judge sees text-level groups only. It runs beside the engines, never in a training worker.
+A judge gets groups of texts. It runs beside the engines, never in a training worker.
 """
 
 import inspect
 import math
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
 from typing import Any, Protocol, SupportsFloat
 
 from dpo_ray.config import Component
-from dpo_ray.plugins import build, check_arguments, resolve
+from dpo_ray.plugins import bind, build, resolve
 from dpo_ray.rollout.judges.length import Length
 from dpo_ray.rollout.judges.sentiment import Sentiment
 from dpo_ray.types import CompletionGroup
@@ -19,32 +18,27 @@ from dpo_ray.types import CompletionGroup
 class Judge(Protocol):
     """Scores completions; higher is better. Only order and gaps within one group matter.
 
-    A judge that compares two completions at a time has this shape too: it returns how often each one won.
+    A judge that compares completions pairwise returns how often each one won.
     """
 
     def __call__(self, groups: Sequence[CompletionGroup]) -> list[list[float]]:
-        """One list a group, one score a completion, both in the order given; NaN where no score could be found."""
+        """One list per group with one score per completion, in order; NaN for a completion without a score."""
         ...
 
 
 def build_judge(component: Component) -> Judge:
-    """The judge that ``online.judge`` names.
+    """The judge of ``online.judge``.
 
-    An import path may name either of two things, told apart by their signature:
-
-    - a function (or other callable) with a required parameter called ``groups`` is the judge itself; ``args`` are bound
-      to its other parameters;
-    - anything else, and every class, is a factory: it is called with ``args`` and returns the judge.
+    An import path names a judge function (see ``is_judge_function``), to which ``args`` are bound, or a factory: a
+    class or function that is called with ``args`` and returns the judge.
 
     Raises:
-        ValueError: the name is unknown, an argument is not taken or is missing, or the factory returned no callable.
+        ValueError: the name or an argument is unknown, an argument is missing, or the factory returned no callable.
     """
-    part = resolve(component.use, JUDGES, "judge")
-    if _is_judge(part):
+    if is_judge_function(resolve(component.use, JUDGES, "judge")):
         if "groups" in component.args:
             raise ValueError(f"judge {component.use!r}: groups cannot be set in args; each call passes it")
-        check_arguments(part, component.args, component.use, "judge")
-        return partial(part, **component.args)
+        return bind(component.use, component.args, JUDGES, "judge")
     judge = build(component.use, component.args, JUDGES, "judge")
     if not callable(judge):
         raise ValueError(
@@ -54,14 +48,21 @@ def build_judge(component: Component) -> Judge:
     return judge
 
 
-def check_scores(groups: Sequence[CompletionGroup], scores: Any) -> list[list[float]]:
-    """What a judge returned, as plain floats of the right shape.
+def is_judge_function(part: Any) -> bool:
+    """True for a function that is itself a judge: one with a required parameter ``groups``. A class is a factory."""
+    if inspect.isclass(part) or not callable(part):
+        return False
+    groups = inspect.signature(part).parameters.get("groups")
+    return groups is not None and groups.default is groups.empty
 
-    A score that is NaN or infinite becomes NaN: selectors leave that candidate out, and the round counts it in
-    ``bad_scores``.
+
+def check_scores(groups: Sequence[CompletionGroup], scores: Any) -> list[list[float]]:
+    """Validate a judge's return value and convert it to floats.
+
+    A score that is not finite becomes NaN: selectors skip that candidate, and the round counts it in ``bad_scores``.
 
     Raises:
-        ValueError: not one list a group, not one score a completion, or a score is not a number.
+        ValueError: not one list per group, not one score per completion, or a score is not a number.
     """
     if not isinstance(scores, Collection) or len(scores) != len(groups):
         raise ValueError(
@@ -81,17 +82,10 @@ def _check_group(number: int, group: CompletionGroup, row: Any) -> list[float]:
         if not isinstance(score, SupportsFloat):
             raise ValueError(
                 f"the judge returned {score!r} as a score in group {number} (prompt {group.prompt.index}); "
-                "a score is a number, or NaN where there is none"
+                "a score must be a number, or NaN for no score"
             )
     numbers = [float(score) for score in row]
     return [number if math.isfinite(number) else math.nan for number in numbers]
-
-
-def _is_judge(part: Any) -> bool:
-    if isinstance(part, type) or not callable(part):
-        return False
-    groups = inspect.signature(part).parameters.get("groups")
-    return groups is not None and groups.default is inspect.Parameter.empty
 
 
 def _described(value: Any) -> str:
@@ -101,4 +95,4 @@ def _described(value: Any) -> str:
 
 
 JUDGES: dict[str, Callable[..., Judge]] = {"length": Length, "sentiment": Sentiment}
-"""Built-in factories. Building one may import a package; naming it does not."""
+"""Built-in factories. A judge's optional packages are imported when it is built."""

@@ -1,4 +1,4 @@
-"""A judge of how positive a text sounds, by the VADER word list: quick, deterministic, no model to load."""
+"""A judge of positive tone by the VADER word list: fast, deterministic, no model."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,9 @@ from dpo_ray.types import CompletionGroup
 
 
 class Sentiment:
-    """Scores a completion by VADER's compound sentiment, from -1 (negative) to 1 (positive); 0 is neutral or empty.
+    """VADER's compound sentiment of a completion, from -1 (negative) to 1 (positive); 0 is neutral or empty.
 
-    Hutto and Gilbert, ICWSM 2014. The prompt is not read.
+    Hutto and Gilbert, ICWSM 2014. The prompt is ignored.
 
     Raises:
         ValueError: the package vaderSentiment is not installed.

@@ -1,4 +1,4 @@
-"""Groups of completions written by hand, for the tests of rollout."""
+"""Hand-written groups of completions for the tests of rollout."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ MakeGroup = Callable[..., CompletionGroup]
 
 @pytest.fixture
 def group() -> MakeGroup:
-    """Builds a group from texts; a text of n words has the tokens 1..n and the end-of-turn token 0."""
+    """Builds a group from texts; a text of n words has tokens 1 to n and the end-of-turn token 0."""
 
     def make(
         *texts: str, index: int = 0, policy_version: int = 0, seed: int = 7, finished: bool = True

@@ -1,4 +1,4 @@
-"""Judges: the built-in ones, how import paths are read, and the check of what a judge returned."""
+"""Judges: the built-in ones, judges from import paths, and the validation of scores."""
 
 import math
 import subprocess
@@ -12,7 +12,7 @@ from dpo_ray.config import Component
 from dpo_ray.rollout.judges import build_judge, check_scores
 from dpo_ray.types import CompletionGroup
 
-HERE = __name__
+MODULE = __name__
 
 
 def words(n: int) -> str:
@@ -55,7 +55,7 @@ def test_length_gives_an_empty_completion_the_lowest_score(group):
 
 
 @pytest.mark.parametrize("target", [0, -3, 2.5, "60"])
-def test_length_refuses_a_target_that_is_no_positive_whole_number(target):
+def test_length_rejects_a_target_that_is_not_a_positive_integer(target):
     with pytest.raises(ValueError, match=r"target_words is .* at least 1"):
         build_judge(Component(use="length", args={"target_words": target}))
 
@@ -90,11 +90,11 @@ def test_importing_the_judges_imports_neither_vader_nor_torch_nor_ray():
 @pytest.mark.parametrize(
     ("use", "args", "score"),
     [
-        (f"{HERE}:constant", {}, 1.0),  # a function of groups is the judge itself
-        (f"{HERE}:constant", {"value": 5.0}, 5.0),
-        (f"{HERE}:make_constant", {"value": 3.0}, 3.0),  # a function without groups is a factory
-        (f"{HERE}:Constant", {}, 2.0),  # a class is a factory
-        (f"{HERE}:Constant", {"value": 4.0}, 4.0),
+        (f"{MODULE}:constant", {}, 1.0),  # a function of groups is the judge itself
+        (f"{MODULE}:constant", {"value": 5.0}, 5.0),
+        (f"{MODULE}:make_constant", {"value": 3.0}, 3.0),  # a function without groups is a factory
+        (f"{MODULE}:Constant", {}, 2.0),  # a class is a factory
+        (f"{MODULE}:Constant", {"value": 4.0}, 4.0),
     ],
 )
 def test_an_import_path_names_a_judge_or_a_factory(group, use, args, score):
@@ -106,26 +106,26 @@ def test_an_import_path_names_a_judge_or_a_factory(group, use, args, score):
     [
         ("lenght", {}, "no judge is called 'lenght'; did you mean 'length'"),
         ("length", {"words": 3}, "takes no argument 'words'"),
-        (f"{HERE}:make_constant", {}, "missing a required argument: 'value'"),
-        (f"{HERE}:constant", {"groups": []}, "groups cannot be set in args"),
-        (f"{HERE}:constant", {"weight": 1}, "takes no argument 'weight'"),
-        (f"{HERE}:not_a_judge", {}, "is a int; it must be a function or a class"),
-        (f"{HERE}:half_a_judge", {"completions": 1}, "must call its first parameter groups"),
+        (f"{MODULE}:make_constant", {}, "missing a required argument: 'value'"),
+        (f"{MODULE}:constant", {"groups": []}, "groups cannot be set in args"),
+        (f"{MODULE}:constant", {"weight": 1}, "takes no argument 'weight'"),
+        (f"{MODULE}:not_a_judge", {}, "is a int; it must be a function or a class"),
+        (f"{MODULE}:half_a_judge", {"completions": 1}, "must call its first parameter groups"),
     ],
 )
-def test_a_judge_that_cannot_be_built_is_refused_with_the_reason(use, args, message):
+def test_a_judge_that_cannot_be_built_is_rejected_with_the_reason(use, args, message):
     with pytest.raises(ValueError, match=message):
         build_judge(Component(use=use, args=args))
 
 
-def test_check_scores_turns_what_is_not_finite_into_nan_and_the_rest_into_floats(group):
+def test_check_scores_converts_to_floats_and_replaces_scores_that_are_not_finite_by_nan(group):
     checked = check_scores([group("a", "b", "c", "d")], [[1, math.inf, -math.inf, math.nan]])
     assert checked[0][0] == 1.0
     assert isinstance(checked[0][0], float)
     assert all(math.isnan(score) for score in checked[0][1:])
 
 
-def test_check_scores_reads_an_array(group):
+def test_check_scores_accepts_an_array(group):
     assert check_scores([group("a", "b")], np.array([[0.5, 2.0]], dtype=np.float32)) == [[0.5, 2.0]]
 
 
@@ -141,6 +141,6 @@ def test_check_scores_reads_an_array(group):
         ([["1.0", 2.0]], "'1.0' as a score"),
     ],
 )
-def test_check_scores_names_the_fault_of_a_judge_that_returns_something_else(group, scores, message):
+def test_check_scores_names_the_fault_of_an_invalid_return_value(group, scores, message):
     with pytest.raises(ValueError, match=f"the judge returned {message}"):
         check_scores([group("a", "b", index=3)], scores)

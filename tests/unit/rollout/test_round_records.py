@@ -1,4 +1,4 @@
-"""A round on disk: what its files hold, that it reads back exactly, and that damage is named."""
+"""A round on disk: the content of its files, that it reads back exactly, and that damage is reported."""
 
 import json
 import math
@@ -18,7 +18,7 @@ def store(tmp_path) -> RoundStore:
 
 @pytest.fixture
 def written(store, group) -> RoundStore:
-    """Round 3: one pair, one tie, one group left with a single score; 15 tokens in 7 candidates."""
+    """Round 3: one pair, one tie, one group with a single score; 15 tokens in 7 candidates."""
     groups = [
         group("a", "a a", "a a", index=0, policy_version=3),  # 2 + 3 + 3 tokens with the end of turn
         group("a", "b", index=1, policy_version=3),  # 2 + 2
@@ -70,7 +70,7 @@ def test_each_prompt_is_one_line_with_every_candidate_and_score(written):
     assert lines[2]["scores"] == [None, 1.0]
 
 
-def test_the_manifest_counts_what_was_generated_and_what_was_dropped_and_why(written):
+def test_the_manifest_counts_candidates_and_dropped_groups_by_reason(written):
     assert json.loads((written.path(3) / "manifest.json").read_text()) == {
         "round": 3,
         "policy_version": 2,  # the oldest of the groups
@@ -82,7 +82,7 @@ def test_the_manifest_counts_what_was_generated_and_what_was_dropped_and_why(wri
             "duplicates": 1,
             "empty": 1,
             "bad_scores": 1,
-            "cut_by_length": 2,
+            "truncated": 2,
             "tokens": 15,  # 8 + 4 + 3
         },
         "scores": {"mean": pytest.approx(8 / 6), "chosen": 3.0, "rejected": 1.0},  # 1 + 3 + 2 + 0.5 + 0.5 + 1 over 6
@@ -94,7 +94,7 @@ def test_the_manifest_counts_what_was_generated_and_what_was_dropped_and_why(wri
     }
 
 
-def test_a_round_reads_back_as_the_tokens_that_were_sampled(written):
+def test_a_round_reads_back_as_the_sampled_tokens(written):
     data = written.read(3)
     assert data.index == 3
     assert data.policy_version == 2
@@ -113,7 +113,7 @@ def test_a_round_reports_its_scores_counts_and_timings(written):
         "rollout/empty": 1,
         "rollout/bad_scores": 1,
         "rollout/mean_tokens": 15 / 7,
-        "rollout/cut_share": 2 / 7,
+        "rollout/truncated_share": 2 / 7,
         "rollout/tokens_per_s": 3.0,
         "perf/generate_s": 5.0,
         "perf/judge_s": 0.5,
@@ -127,7 +127,7 @@ def test_a_round_without_a_pair_has_no_mean_score_of_pairs(store, group):
     assert not any(name.startswith("judge/") for name in data.metrics)
 
 
-def test_there_is_one_sample_a_prompt(written):
+def test_there_is_one_sample_per_prompt(written):
     assert [sample.prompt for sample in written.read(3).samples] == [(100, 0), (100, 1), (100, 2)]
 
 
@@ -138,7 +138,7 @@ def test_samples_do_not_depend_on_the_scores(store, group):
     assert store.read(0).samples == store.read(1).samples
 
 
-def test_samples_fall_on_every_candidate(store, group):
+def test_every_candidate_is_sampled_equally_often(store, group):
     write(store, 0, [group("a", "a a", "a a a", index=i, seed=i) for i in range(300)], [[1.0, 2.0, 3.0]] * 300)
     lengths = [len(sample.completion) for sample in store.read(0).samples]
     assert all(70 <= lengths.count(n) <= 130 for n in (2, 3, 4))  # 100 each, standard deviation 8
@@ -152,7 +152,7 @@ def test_texts_with_line_separators_and_quotes_survive(store, group):
     assert tuple(candidate["text"] for candidate in line["candidates"]) == texts
 
 
-def test_a_round_is_finished_when_its_manifest_is_there_and_not_before(written):
+def test_a_round_is_finished_once_it_has_a_manifest(written):
     assert written.finished(3)
     (written.path(3) / "manifest.json").unlink()
     assert not written.finished(3)
@@ -169,7 +169,7 @@ def test_finished_rounds_are_listed_in_order_without_the_unfinished(store, group
 
 def test_an_unfinished_attempt_is_replaced_and_leaves_nothing_behind(store, group):
     store.path(0).mkdir(parents=True)
-    pairs_file(store, 0).write_text('{"cut')
+    pairs_file(store, 0).write_text('{"trunc')
     (store.path(0) / "pairs.jsonl.tmp").write_text("left by a crash")
     write(store, 0, [group("a", "b")], [[0.0, 1.0]])
     assert len(store.read(0).pairs) == 1
@@ -181,21 +181,21 @@ def test_a_finished_round_is_never_overwritten(written, group):
         write(written, 3, [group("a", "b")], [[0.0, 1.0]])
 
 
-def test_a_round_with_a_prompt_twice_or_with_nothing_is_refused(store, group):
-    with pytest.raises(ValueError, match="round 0 holds prompt 5 more than once"):
+def test_a_round_with_a_prompt_twice_or_without_groups_is_rejected(store, group):
+    with pytest.raises(ValueError, match="round 0 has prompt 5 more than once"):
         write(store, 0, [group("a", "b", index=5), group("c", "d", index=5)], [[0.0, 1.0]] * 2)
-    with pytest.raises(ValueError, match="round 0 holds no group"):
+    with pytest.raises(ValueError, match="round 0 has no group"):
         write(store, 0, [], [])
 
 
-def test_a_line_cut_short_is_named(written):
+def test_a_truncated_line_is_reported(written):
     path = pairs_file(written)
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ValueError, match=r"000003/pairs.jsonl:3: damaged: not valid JSON.*delete the folder"):
         written.read(3)
 
 
-def test_bytes_that_are_no_text_are_named(written):
+def test_bytes_that_are_not_text_are_reported(written):
     path = pairs_file(written)
     first, second, third = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(first + b"\xff" + second[1:] + third)
@@ -203,21 +203,21 @@ def test_bytes_that_are_no_text_are_named(written):
         written.read(3)
 
 
-def test_a_missing_line_is_found_by_the_count(written):
+def test_a_missing_line_is_detected_by_the_count(written):
     path = pairs_file(written)
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
     with pytest.raises(ValueError, match=r"pairs.jsonl:2: damaged: .* prompts 2, the manifest counted prompts 3"):
         written.read(3)
 
 
-def test_a_line_without_a_key_is_named(written):
+def test_a_line_without_a_key_is_reported(written):
     path = pairs_file(written)
     path.write_text(path.read_text().replace('"scores"', '"score"', 1))
     with pytest.raises(ValueError, match=r"pairs.jsonl:1: damaged: has no 'scores'"):
         written.read(3)
 
 
-def test_a_damaged_manifest_is_named(written):
+def test_a_damaged_manifest_is_reported(written):
     (written.path(3) / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest.json: damaged"):
         written.read(3)

@@ -1,4 +1,4 @@
-"""Pair selectors, on groups small enough to see the answer."""
+"""Pair selectors, on groups small enough to see the expected pair."""
 
 import math
 from collections import Counter
@@ -15,7 +15,7 @@ def test_best_vs_worst_takes_the_highest_and_the_lowest_score(group):
     assert best_vs_worst(group("a", "b", "c"), [0.2, 0.9, -0.4]) == ScoredPair(chosen=1, rejected=2)
 
 
-def test_equal_scores_go_to_the_earlier_candidate(group):
+def test_of_equal_scores_the_earlier_candidate_is_taken(group):
     assert best_vs_worst(group("a", "b", "c", "d"), [1.0, 0.0, 1.0, 0.0]) == ScoredPair(chosen=0, rejected=1)
 
 
@@ -32,12 +32,12 @@ def test_identical_texts_are_one_candidate_with_the_score_of_the_first(group, se
 
 @pytest.mark.parametrize("select", SELECTORS.values(), ids=SELECTORS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_score_that_is_not_finite_takes_its_candidate_out(group, select, bad):
+def test_a_candidate_whose_score_is_not_finite_is_skipped(group, select, bad):
     assert select(group("a", "b", "c"), [bad, 0.0, 1.0]) == ScoredPair(chosen=2, rejected=1)
     assert select(group("a", "b"), [bad, 1.0]) == Dropped("bad_score")
 
 
-def test_a_duplicate_stands_in_for_a_first_copy_without_a_score(group):
+def test_a_duplicate_replaces_a_first_copy_without_a_score(group):
     assert best_vs_worst(group("a", "a", "b"), [math.nan, 1.0, 0.0]) == ScoredPair(chosen=1, rejected=2)
 
 
@@ -64,7 +64,7 @@ def test_a_completion_without_a_token_is_neither_chosen_nor_rejected(group):
     assert best_vs_worst(replace(bare, completions=bare.completions[1:]), [1.0, -5.0]) == Dropped("empty")
 
 
-def test_random_pair_chooses_the_better_of_two_and_repeats_itself_for_a_seed(group):
+def test_random_pair_chooses_the_better_of_two_and_is_reproducible_for_a_seed(group):
     scores = [0.0, 1.0, 2.0, 3.0]
     for seed in range(50):
         pair = random_pair(group("a", "b", "c", "d", seed=seed), scores)
@@ -83,17 +83,18 @@ def test_build_selector_binds_its_arguments(group):
     assert select(group("a", "b"), [0.0, 1.0]) == Dropped("small_gap")
 
 
-def test_build_selector_refuses_an_unknown_name_or_argument():
+def test_build_selector_rejects_an_unknown_name_or_argument():
     with pytest.raises(ValueError, match="no selector is called 'best_vs_wrost'; did you mean 'best_vs_worst'"):
         build_selector(Component(use="best_vs_wrost"))
     with pytest.raises(ValueError, match="takes no argument 'gap'"):
         build_selector(Component(use="best_vs_worst", args={"gap": 1.0}))
 
 
-def test_a_cut_completion_is_not_chosen_where_that_is_asked_and_may_still_be_rejected(group):
-    ended = group("a", "b", "c")
-    cut = replace(ended, completions=(replace(ended.completions[0], finished=False), *ended.completions[1:]))
-    assert best_vs_worst(cut, [0.9, 0.5, 0.1]) == ScoredPair(chosen=0, rejected=2)
-    assert best_vs_worst(cut, [0.9, 0.5, 0.1], choose_truncated=False) == ScoredPair(chosen=1, rejected=2)
-    assert best_vs_worst(cut, [0.1, 0.5, 0.9], choose_truncated=False) == ScoredPair(chosen=2, rejected=0)
-    assert best_vs_worst(cut, [0.9, 0.1, 0.1], choose_truncated=False) == Dropped("cut")
+def test_a_truncated_completion_is_not_chosen_without_choose_truncated_and_may_still_be_rejected(group):
+    finished = group("a", "b", "c")
+    first = replace(finished.completions[0], finished=False)
+    truncated = replace(finished, completions=(first, *finished.completions[1:]))
+    assert best_vs_worst(truncated, [0.9, 0.5, 0.1]) == ScoredPair(chosen=0, rejected=2)
+    assert best_vs_worst(truncated, [0.9, 0.5, 0.1], choose_truncated=False) == ScoredPair(chosen=1, rejected=2)
+    assert best_vs_worst(truncated, [0.1, 0.5, 0.9], choose_truncated=False) == ScoredPair(chosen=2, rejected=0)
+    assert best_vs_worst(truncated, [0.9, 0.1, 0.1], choose_truncated=False) == Dropped("truncated")

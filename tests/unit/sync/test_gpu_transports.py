@@ -1,4 +1,4 @@
-"""Transports between GPUs, with everything but the GPU: plans, messages, order of calls, and waits that end."""
+"""Transports between GPUs, without the GPUs: messages, order of calls, and waits that end."""
 
 import threading
 import time
@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_ray.sync import ipc, nccl
-from dpo_ray.sync.base import Checksum, SyncMismatch, in_buckets
-from dpo_ray.sync.receiving import DigestMixin, RecordingModel
+from dpo_ray.sync.base import Digest, SyncMismatch
+from dpo_ray.sync.receiver import DigestMixin, RecordingModel
 
 SIZES = (10, 20, 30, 5, 5)
 
@@ -25,34 +25,33 @@ def weights() -> list[tuple[str, Tensor]]:
 
 
 def digest_of(tensors: Sequence[tuple[str, Tensor]]) -> str:
-    checksum = Checksum()
-    for name, tensor in tensors:
-        checksum.update(name, tensor)
-    return checksum.hexdigest()
+    digest = Digest()
+    digest.update(tensors)
+    return digest.hexdigest()
 
 
-WIRED = [(name, tensor.bfloat16()) for name, tensor in weights()]
+SENT = [(name, tensor.bfloat16()) for name, tensor in weights()]
 
 
 class Engines:
-    """Two engines of two workers that take part in each broadcast, or stop doing so."""
+    """Two engines of two workers each that take part in broadcasts, fail, or hang."""
 
     host, workers_per_engine = "10.0.0.7", 2
 
     def __init__(self, timeout_s: float = 20.0) -> None:
         self.timeout_s = timeout_s
         self.calls: list[Any] = []
-        self.who = ["first", "second"]
-        self.air: list[Any] = []
+        self.identities = ["first", "second"]
+        self.in_transit: list[Any] = []
         self.sent, self.arrived = threading.Semaphore(0), threading.Semaphore(0)
-        self.fails: BaseException | None = None
-        self.silent = threading.Event()
+        self.error: BaseException | None = None
+        self.hanging = threading.Event()
         self.received: list[tuple[str, Tensor]] = []
 
     def start_update(self) -> list[str]:
         self.calls.append("start")
         self.received = []
-        return list(self.who)
+        return list(self.identities)
 
     def init_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
         self.calls.append("init")
@@ -60,13 +59,13 @@ class Engines:
 
     def load(self, message: dict[str, Any]) -> None:
         self.calls.append([name.split(".")[1] for name in message["names"]])
-        if self.fails:
-            raise self.fails
-        if self.silent.is_set():
+        if self.error:
+            raise self.error
+        if self.hanging.is_set():
             time.sleep(30)
-        self.arrived.release()  # the sender may only now send: a broadcast needs both
+        self.arrived.release()  # a broadcast needs both ends
         assert self.sent.acquire(timeout=5)
-        bucket = self.air.pop()
+        bucket = self.in_transit.pop()
         assert message["names"] == [name for name, _ in bucket]
         assert message["shapes"] == [list(tensor.shape) for _, tensor in bucket]
         assert message["dtype_names"] == ["bfloat16"] * len(bucket)
@@ -81,23 +80,21 @@ class Engines:
 
 
 @dataclass
-class Air:
-    """The link of the sender to ``Engines``."""
+class Communicator:
+    """The sender's end of a group with ``Engines``."""
 
     engines: Engines
     closed: bool = False
-
-    def on_wire(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        return tensor.to(dtype)
+    device = torch.device("cpu")
 
     def broadcast(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
         while not self.engines.arrived.acquire(timeout=0.01):
             if self.closed:
                 return
-        if self.closed:  # aborted: what arrived is for the next link
+        if self.closed:  # aborted: leave the receivers to the next communicator
             self.engines.arrived.release()
             return
-        self.engines.air.append(list(bucket))
+        self.engines.in_transit.append(list(bucket))
         self.engines.sent.release()
 
     def close(self) -> None:
@@ -105,47 +102,20 @@ class Air:
 
 
 @pytest.fixture
-def sync(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[nccl.NCCLSync, Engines, list[Air]]]:
-    engines, links = Engines(), []
+def sync(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[nccl.NCCLSync, Engines, list[Communicator]]]:
+    engines, communicators = Engines(), []
 
-    def open_communicator(host: str, port: int, world: int, device: int, bucket_bytes: int) -> Air:
-        assert (host, world) == ("10.0.0.7", 5)
-        links.append(Air(engines))
-        return links[-1]
+    def open_communicator(host: str, port: int, world_size: int, device: int, bucket_bytes: int) -> Communicator:
+        assert (host, world_size) == ("10.0.0.7", 5)
+        communicators.append(Communicator(engines))
+        return communicators[-1]
 
     monkeypatch.setattr(nccl, "open_communicator", open_communicator)
     sync = nccl.NCCLSync()
     sync._bucket_bytes = 60  # 20, 40, 60, 10 and 10 bytes in bfloat16
     sync.connect(engines)
-    yield sync, engines, links
+    yield sync, engines, communicators
     sync.close()
-
-
-def test_a_changed_a_swapped_and_a_renamed_element_each_change_the_checksum():
-    tensor = torch.arange(12, dtype=torch.float32).reshape(3, 4)
-    changed, rows, columns = tensor.clone(), tensor[[1, 0, 2]], tensor[:, [0, 2, 1, 3]]
-    changed[2, 3] += 1
-    of = [digest_of([("w", t)]) for t in (tensor, changed, rows, columns, tensor.reshape(4, 3), tensor.bfloat16())]
-    assert len({*of, digest_of([("v", tensor)])}) == 7
-    assert digest_of([("w", tensor.T.contiguous().T)]) == of[0], "the layout in memory plays no part"
-
-
-def test_the_checksum_is_the_weighted_sum_that_it_says_and_does_not_depend_on_its_blocks(monkeypatch):
-    from dpo_ray.sync import base
-
-    words = torch.tensor([[1, -2], [3, 2**31 - 1], [5, 6]], dtype=torch.int32)
-    table = words.tolist()
-    by_row = sum((i + 1) * sum(row) for i, row in enumerate(table))
-    by_column = sum((j + 1) * row[j] for row in table for j in range(2))
-    assert base._weighted_sum(words).item() == 31 * by_row + by_column
-    monkeypatch.setattr(base, "CHECKSUM_BLOCK", 2)
-    assert base._weighted_sum(words).item() == 31 * by_row + by_column
-
-
-def test_buckets_keep_their_order_and_their_limit():
-    assert list(in_buckets([20, 40, 60, 10, 10], lambda size: size, 60)) == [[20, 40], [60], [10, 10]]
-    assert list(in_buckets([1, 100, 1], lambda size: size, 60)) == [[1], [100], [1]]
-    assert list(in_buckets([], lambda size: size, 60)) == []
 
 
 def test_workers_of_all_engines_follow_the_sender_in_one_group():
@@ -156,72 +126,72 @@ def test_workers_of_all_engines_follow_the_sender_in_one_group():
     assert {(info["packed_buffer_size_bytes"], info["packed"]) for info in infos} == {(60, True)}
 
 
-def test_a_push_over_nccl_makes_one_call_a_bucket_and_builds_the_group_once(sync):
-    sender, engines, links = sync
+def test_a_push_over_nccl_makes_one_call_per_bucket_and_builds_the_group_once(sync):
+    sender, engines, communicators = sync
     digest = sender.push(weights(), version=3)
     assert engines.calls == ["start", "init", ["0", "1"], ["2"], ["3", "4"], "finish 3"]
     assert [info["rank_offset"] for info in engines.infos] == [1, 3]
-    assert digest == digest_of(WIRED)
+    assert digest == digest_of(SENT)
     engines.calls.clear()
     sender.push(weights(), version=4)
     assert engines.calls == ["start", ["0", "1"], ["2"], ["3", "4"], "finish 4"]
-    assert len(links) == 1
+    assert len(communicators) == 1
 
 
 def test_the_group_is_built_again_when_an_engine_was_replaced(sync):
-    sender, engines, links = sync
+    sender, engines, communicators = sync
     sender.push(weights(), version=0)
-    engines.who[1] = "its replacement"
+    engines.identities[1] = "its replacement"
     sender.push(weights(), version=1)
-    assert [link.closed for link in links] == [True, False]
+    assert [communicator.closed for communicator in communicators] == [True, False]
     assert engines.calls.count("init") == 2
 
 
 def test_an_engine_that_never_answers_ends_the_push_in_time_and_the_group(sync, monkeypatch):
-    sender, engines, links = sync
+    sender, engines, communicators = sync
     monkeypatch.setattr(nccl, "GRACE_S", 0.0)
     sender.push(weights(), version=0)
     engines.timeout_s = 0.3
-    engines.silent.set()
+    engines.hanging.set()
     began = time.monotonic()
     with pytest.raises(
         TimeoutError, match=r"broadcasting 2 tensors of version 1 to 2 engines did not end in 0\.3 s .*sync_timeout_s"
     ):
         sender.push(weights(), version=1)
     assert time.monotonic() - began < 5
-    assert links[0].closed, "what still waits for NCCL is aborted"
-    engines.silent.clear()
+    assert communicators[0].closed, "a broadcast in progress is aborted"
+    engines.hanging.clear()
     engines.timeout_s = 20
     sender.push(weights(), version=2)
-    assert len(links) == 2
+    assert len(communicators) == 2
 
 
-def test_an_engine_that_fails_ends_the_push_with_its_own_words_and_at_once(sync):
-    sender, engines, links = sync
-    engines.fails = RuntimeError("engine 1 is dead")
+def test_an_engine_that_fails_ends_the_push_at_once_with_its_error(sync):
+    sender, engines, communicators = sync
+    engines.error = RuntimeError("engine 1 is dead")
     began = time.monotonic()
     with pytest.raises(RuntimeError, match="engine 1 is dead"):
         sender.push(weights(), version=0)
-    assert time.monotonic() - began < 5, "the broadcast, which waits for the dead one, is not waited for"
-    assert links[0].closed
+    assert time.monotonic() - began < 5, "nobody waits for the broadcast"
+    assert communicators[0].closed
 
 
-def test_an_engine_with_other_bytes_is_a_mismatch(sync, monkeypatch):
+def test_an_engine_with_other_weights_is_a_mismatch(sync, monkeypatch):
     sender, engines, _ = sync
-    monkeypatch.setattr(engines, "finish_update", lambda version: [digest_of(WIRED), digest_of(WIRED[1:])])
+    monkeypatch.setattr(engines, "finish_update", lambda version: [digest_of(SENT), digest_of(SENT[1:])])
     with pytest.raises(SyncMismatch, match="engine 1 received weights with digest"):
         sender.push(weights(), version=0)
 
 
 @pytest.mark.parametrize("transport", [nccl.NCCLSync, ipc.IPCSync])
-def test_a_bucket_without_size_and_a_push_before_connect_are_refused(transport):
+def test_a_bucket_size_of_zero_and_a_push_before_connect_are_rejected(transport):
     with pytest.raises(ValueError, match=r"online\.sync\.args\.bucket_mib"):
         transport(bucket_mib=0)
     with pytest.raises(RuntimeError, match="before connect"):
         transport().push(weights(), version=0)
 
 
-def test_a_communicator_without_nccl_is_refused():
+def test_a_communicator_without_nccl_is_rejected():
     @dataclass
     class Group:
         available: bool = False
@@ -234,10 +204,10 @@ def test_a_communicator_without_nccl_is_refused():
 # ------------------------------------------------------------------------------------------------------------------ IPC
 
 
-def test_handles_of_all_ranks_are_kept_by_gpu_and_two_ranks_on_one_gpu_are_refused():
-    assert ipc.merged_handles([{"GPU-a": (1,)}, {"GPU-b": (2,)}]) == {"GPU-a": (1,), "GPU-b": (2,)}
+def test_handles_of_all_ranks_are_merged_by_gpu_and_two_ranks_on_one_gpu_are_rejected():
+    assert ipc.merge_handles([{"GPU-a": (1,)}, {"GPU-b": (2,)}]) == {"GPU-a": (1,), "GPU-b": (2,)}
     with pytest.raises(ValueError, match="two training workers are on GPU GPU-a"):
-        ipc.merged_handles([{"GPU-a": (1,)}, {"GPU-a": (2,)}])
+        ipc.merge_handles([{"GPU-a": (1,)}, {"GPU-a": (2,)}])
 
 
 @dataclass
@@ -250,13 +220,13 @@ class Chunk:
 
 
 class Card:
-    """Stands in for the GPU of a rank: what it exports, and what it has freed."""
+    """A rank's GPU: records exports and frees."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.memory: dict[int, list[tuple[str, Tensor]]] = {}
         self.log: list[str] = []
-        monkeypatch.setattr(ipc, "on_wire", lambda tensor, dtype: tensor.to(dtype))
-        monkeypatch.setattr(ipc, "free_cuda_cache", lambda: self.log.append("released"))
+        monkeypatch.setattr(ipc, "current_device", lambda: torch.device("cpu"))
+        monkeypatch.setattr(ipc, "free_cuda_cache", lambda: self.log.append("cache freed"))
         monkeypatch.setattr(ipc, "export", self.export)
 
     def export(self, bucket: Sequence[tuple[str, Tensor]]) -> Iterator[Chunk]:
@@ -295,13 +265,13 @@ def test_a_push_over_ipc_frees_each_bucket_after_the_engines_have_read_it(monkey
     sender.connect(engines)
     digest = sender.push(weights(), version=7)
     bucket = ["exported", "read", "freed"]
-    assert card.log == ["released", *bucket, *bucket, *bucket, "released", "finish 7"]
-    assert digest == digest_of(WIRED)
+    assert card.log == ["cache freed", *bucket, *bucket, *bucket, "cache freed", "finish 7"]
+    assert digest == digest_of(SENT)
     assert engines.infos == [{"packed": True}] * 2
     assert not card.memory
     received.clear()
     sender.push(weights(), version=8)
-    assert engines.calls == ["start", "init", "start"], "who was told once is not told again"
+    assert engines.calls == ["start", "init", "start"], "an engine is initialized once"
 
 
 def test_a_rank_without_engines_exports_its_buckets_too(monkeypatch, one_rank):
@@ -312,7 +282,7 @@ def test_a_rank_without_engines_exports_its_buckets_too(monkeypatch, one_rank):
     assert card.log.count("exported") == card.log.count("freed") == 3
 
 
-# ------------------------------------------------------------------------------------------------------- receiving end
+# ------------------------------------------------------------------------------------------------------------ receiver
 
 
 class Model:
@@ -327,8 +297,8 @@ class Model:
         return {"qkv" if name in "qkv" else name for name, _ in tensors}
 
 
-class EngineOfVLLM:
-    """The part of vLLM's WeightTransferEngine that the mixin stands on."""
+class VLLMTransferEngine:
+    """The part of vLLM's WeightTransferEngine that the mixin uses."""
 
     def __init__(self) -> None:
         self.model, self.model_config, self.calls = Model(), "config", []
@@ -352,11 +322,11 @@ class EngineOfVLLM:
         self.model = self._default
 
 
-class Receiver(DigestMixin, EngineOfVLLM):
+class Receiver(DigestMixin, VLLMTransferEngine):
     pass
 
 
-def test_a_receiver_notes_what_vllm_loads_and_gives_vllm_its_model_back():
+def test_a_receiver_records_the_weights_that_vllm_loads_and_restores_the_model():
     receiver, tensors = Receiver(), [(name, torch.ones(2)) for name in ("q", "k", "v", "head")]
     assert receiver.parse_update_info({"bucket": {"names": ["q"]}}) == ["q"]
     receiver.start_weight_update()
@@ -369,7 +339,7 @@ def test_a_receiver_notes_what_vllm_loads_and_gives_vllm_its_model_back():
     assert receiver.model.loaded == ["q", "k", "v", "head"]
 
 
-def test_a_receiver_refuses_to_finish_with_a_parameter_left_out():
+def test_an_update_without_some_parameter_cannot_be_finished():
     receiver = Receiver()
     receiver.start_weight_update()
     receiver.model.load_weights([("q", torch.ones(2))])
@@ -378,8 +348,8 @@ def test_a_receiver_refuses_to_finish_with_a_parameter_left_out():
     assert receiver.calls == ["start"]
 
 
-def test_calls_that_need_each_other_run_at_the_same_time():
+def test_calls_that_wait_for_each_other_run_concurrently():
     with ThreadPoolExecutor(1):
         meeting = threading.Barrier(2, timeout=5)
-        first, second = nccl.run_concurrently(meeting.wait, meeting.wait, timeout_s=10, doing="meeting")
+        first, second = nccl.run_concurrently(meeting.wait, meeting.wait, timeout_s=10, action="meeting")
     assert {first, second} == {0, 1}

@@ -1,4 +1,4 @@
-"""The check that engines compute what the trainer computes."""
+"""Engines and trainer must agree on the log-probabilities of a probe text."""
 
 import math
 
@@ -12,7 +12,7 @@ def test_probe_gives_the_largest_mean_difference_over_the_engines():
 
 
 def test_differences_of_opposite_sign_do_not_cancel():
-    with pytest.raises(SyncMismatch, match=r"engine 0 .* differ by 1\.0000 nats a token .* accepted is 0\.05"):
+    with pytest.raises(SyncMismatch, match=r"engine 0 .* differ by 1\.0000 nats per token .* accepted is 0\.05"):
         check_probe([-1.0, -2.0], [[-2.0, -1.0]], tolerance=0.05)
 
 
@@ -27,11 +27,11 @@ def test_a_trainer_that_computes_nan_is_a_mismatch():
         check_probe([math.nan], [[-1.0]], tolerance=0.05)
 
 
-def test_another_number_of_tokens_is_refused():
+def test_a_different_number_of_tokens_is_rejected():
     with pytest.raises(ValueError):
         check_probe([-1.0, -2.0], [[-1.0]], tolerance=0.05)
 
 
-def test_a_probe_without_tokens_is_refused():
+def test_a_probe_without_tokens_is_rejected():
     with pytest.raises(ValueError, match="at least two"):
         check_probe([], [[]], tolerance=0.05)

@@ -1,0 +1,79 @@
+"""The part of a receiver in vLLM's workers that all transports share: it records the weights that arrive.
+
+Uses only methods of vLLM's ``WeightTransferEngine``; each transport chooses its subclass.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from dpo_ray.sync.base import Digest, NamedTensor
+
+
+class RecordingModel:
+    """Stands in for vLLM's model during an update: passes weights on to it and records them."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.digest = Digest()
+        self.missing = {name for name, _ in model.named_parameters()}
+
+    def load_weights(self, weights: Iterable[NamedTensor]) -> set[str]:
+        """Load tensors under their checkpoint names; returns the names of the parameters that they fill."""
+        weights = list(weights)
+        self.digest.update(weights)
+        loaded = self.model.load_weights(weights)
+        self.missing -= loaded
+        return loaded
+
+    def validate_complete(self) -> None:
+        """Raise a ValueError if a parameter got no weights: its layer would keep old or undefined ones."""
+        if self.missing:
+            raise ValueError(
+                f"the push left out {len(self.missing)} parameters of the engine's model, "
+                f"first {min(self.missing)!r}; a layer would keep old or undefined weights"
+            )
+
+
+class DigestMixin:
+    """Mixed in before a ``WeightTransferEngine``: its updates load through a ``RecordingModel``.
+
+    Every transport sends a message as the value of ``bucket``; the engine below gets it as its own update info.
+    """
+
+    model: Any
+    model_config: Any
+    digest = ""
+    """Digest of the last finished update."""
+
+    def parse_update_info(self, update_dict: dict[str, Any]) -> Any:
+        """Parse a message."""
+        return super().parse_update_info(update_dict["bucket"])  # pyrefly: ignore
+
+    def start_weight_update(self) -> None:
+        """Start an update; vLLM's worker restores the model when the update ends or fails."""
+        recording = RecordingModel(self.model)  # before the engine takes the parameters' memory away
+        super().start_weight_update()  # pyrefly: ignore
+        self.set_weight_update_target(recording, self.model_config)  # pyrefly: ignore
+
+    def finish_weight_update(self) -> None:
+        """Switch to the received weights.
+
+        Raises:
+            ValueError: a parameter got no weights.
+        """
+        recording: RecordingModel = self.model
+        recording.validate_complete()
+        self.digest = recording.digest.hexdigest()
+        self.reset_weight_update_target()  # pyrefly: ignore
+        super().finish_weight_update()  # pyrefly: ignore
+
+
+class DigestWorker:
+    """Mixed into vLLM's worker."""
+
+    weight_transfer_engine: Any
+    """Set by vLLM."""
+
+    def received_digest(self) -> str:
+        """Digest of the last update."""
+        return self.weight_transfer_engine.digest
