@@ -5,6 +5,7 @@ python -m jobs.picture runs/demo docs/report.png
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -16,7 +17,7 @@ from dpo_ray.report.record import read_run
 
 MAIN = ("Judge score by round", "KL to the reference", "Reward margin and accuracy", "Time by phase")
 """Titles of the plots that come first."""
-MARKS = {"point": ("", "D"), "box": ("", "s"), "dashed": ("--", "")}
+MARKS: dict[str, tuple[Any, str]] = {"point": ("", "D"), "box": ("", "s"), "dashed": ("--", "")}
 """Line style and marker of legend entries; others are a line."""
 
 
@@ -26,7 +27,8 @@ def write_picture(run_dir: str, png: Path) -> None:
     plots = sorted(run_plots(record), key=lambda plot: plot.title not in MAIN)[:4]
     figure = Figure(figsize=(2 * WIDTH_IN, 8.6), layout="constrained")
     figure.suptitle(f"{verdict(record, [])}\n", fontsize=14, color=LIGHT["ink"], parse_math=False)
-    for cell, plot in zip(figure.subfigures(2, 2, wspace=0.08, hspace=0.06).flat, plots, strict=False):
+    cells: Any = figure.subfigures(2, 2, wspace=0.08, hspace=0.06)  # typed as a single SubFigure
+    for cell, plot in zip(cells.flat, plots, strict=False):
         draw_plot(plot, cell)
         cell.suptitle(plot.title, fontsize=13, fontweight="bold", color=LIGHT["ink"])
         handles = []

@@ -455,7 +455,7 @@ def test_a_checkpoint_of_two_workers_exports_to_what_the_run_exported(
         assert load_file(tmp_path / "adapter/adapter_model.safetensors").keys() == (
             load_file(run / "adapter/adapter_model.safetensors").keys()
         )
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="already exists"):
         export_checkpoint(find_checkpoint(run), tmp_path / "exported")
     next((run / "checkpoints/000004").glob("*.distcp")).unlink()
     with pytest.raises(ValueError, match=r"damaged: __\d_0\.distcp"):
