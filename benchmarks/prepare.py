@@ -21,7 +21,7 @@ from dpo_ray.data.loader import BatchShape, PairLoader
 from dpo_ray.data.store import prepare_pairs
 from dpo_ray.data.tokenize import load_tokenizer
 from dpo_ray.launch.cluster import ray_cluster
-from dpo_ray.launch.preparation import tokenize_on_cluster
+from dpo_ray.launch.data import tokenize_on_cluster
 
 
 class MemoryWatch(threading.Thread):

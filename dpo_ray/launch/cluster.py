@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, or starting one on this machine, and refusing what it cannot hold."""
+"""Connects to a Ray cluster, or starts one on this machine, and checks that the run fits."""
 
 import contextlib
 import logging
@@ -13,10 +13,10 @@ from dpo_ray.config.schema import ClusterConfig
 from dpo_ray.warnings_filter import filter_import_warnings
 
 ENVIRONMENT = {
-    # Ray Train drains what workers report at this interval; at the default of 2 s each report costs 2 s.
+    # Ray Train collects reports at this interval; at the default of 2 s each report costs 2 s.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    # Relative paths of the configuration mean the same in every process.
+    # Workers keep the driver's working directory, against which relative paths are resolved.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -25,79 +25,68 @@ ENVIRONMENT = {
 }
 
 SPARE_CPUS = 2
-"""Logical CPUs a local cluster has beyond what the run asks for: judges, sweeps and helpers, which mostly wait."""
+"""Logical CPUs of a local cluster beyond those of the run, for judges, trials and tasks that mostly wait."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """What the run has joined."""
+    """Resources of the Ray cluster, summed over its nodes."""
 
     gpus: int
-    """GPUs of all nodes."""
     cpus: int
     nodes: int
 
     @property
     def on_gpus(self) -> bool:
-        """Whether training and generation use GPUs."""
+        """True if training and generation use GPUs."""
         return self.gpus > 0
 
 
 def cpus_needed(config: ClusterConfig, engines: int, *, runs: int = 1, on_gpus: bool = False) -> int:
-    """CPUs that ``runs`` runs with ``engines`` engines each ask for.
+    """CPUs of ``runs`` concurrent runs with ``engines`` engines each.
 
-    Engines on the GPUs of training workers ask for none: the workers wait while they write.
+    Engines on the GPUs of training workers need none: the workers wait while the engines generate.
     """
     per_engine = 0 if on_gpus and config.colocate else config.cpus_per_engine
     return runs * (config.train_workers * config.cpus_per_worker + engines * per_engine)
 
 
 def runs_that_fit(config: ClusterConfig) -> int:
-    """Offline runs that this machine's cores hold at a time; one at least."""
+    """Offline runs that fit this machine's cores at once; at least one."""
     return max(1, (os.cpu_count() or 1) // cpus_needed(config, 0))
 
 
 def gpus_needed(config: ClusterConfig, engines: int) -> int:
-    """GPUs that a run on a cluster with GPUs asks for."""
+    """GPUs of a run on a cluster with GPUs."""
     return config.train_workers + (0 if config.colocate else engines * config.gpus_per_engine)
 
 
 def set_environment(config: ClusterConfig) -> None:
-    """Set what Ray reads from the environment, some of it as it is imported, where nobody else has."""
+    """Sets the environment variables that Ray reads, some of them on import; existing values stay."""
     filter_import_warnings()
-    waits = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{config.start_timeout_s:g}"}
-    for name, value in {**ENVIRONMENT, **waits}.items():
+    timeouts = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{config.start_timeout_s:g}"}
+    for name, value in {**ENVIRONMENT, **timeouts}.items():
         os.environ.setdefault(name, value)
 
 
 @contextlib.contextmanager
 def ray_cluster(config: ClusterConfig, *, engines: int, local_runs: int = 1) -> Iterator[Cluster]:
-    """Join a running cluster (``RAY_ADDRESS``, a submitted job, ``ray start``) or start one here; leave it at the end.
+    """Connects to the running cluster (``RAY_ADDRESS``, a submitted job, ``ray start``) or starts a local one.
 
-    A cluster started here counts logical CPUs, as many as the run needs: a laptop's two cores hold two workers and an
-    engine. SIGTERM ends the run as Ctrl-C does.
+    A local cluster has as many logical CPUs as the run needs: two cores serve two workers and an engine. SIGTERM ends
+    the run as Ctrl-C does.
 
     Args:
         engines: rollout engines of the run.
-        local_runs: runs at a time that a cluster started here should hold.
+        local_runs: concurrent runs for which a local cluster is sized.
 
     Raises:
-        ValueError: the cluster is too small for the run; says what is asked and what there is.
+        ValueError: the connection fails, or the run does not fit the cluster.
     """
     set_environment(config)
     import ray
 
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    cpus = max(os.cpu_count() or 1, cpus_needed(config, engines, runs=local_runs)) + SPARE_CPUS
-    try:
-        # The dashboard serves the State API, without which Ray Train cannot see and free what a killed run held.
-        ray.init(num_cpus=cpus, include_dashboard=True, **quiet)
-        # An actor that waits for nodes to be taken away, while the workers need the cores to start.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    except ValueError:
-        # There is a cluster to join, which has its own CPUs. Not address="auto": it joins any cluster on this machine,
-        # also the one that another run started for itself.
-        ray.init(**quiet)
+    _connect(max(os.cpu_count() or 1, cpus_needed(config, engines, runs=local_runs)) + SPARE_CPUS)
     try:
         with _sigterm_as_interrupt():
             resources = ray.cluster_resources()
@@ -109,8 +98,38 @@ def ray_cluster(config: ClusterConfig, *, engines: int, local_runs: int = 1) -> 
         ray.shutdown()
 
 
+def _connect(local_cpus: int) -> None:
+    import ray
+
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        # The dashboard serves the State API, which Ray Train needs to free the resources of a killed run.
+        ray.init(num_cpus=local_cpus, include_dashboard=True, **quiet)
+    except ValueError:  # a running cluster has its own CPUs
+        try:
+            # Not address="auto", which would also join the private cluster of another run on this machine.
+            ray.init(**quiet)
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+            raise ValueError(_connection_advice(error)) from None
+    else:
+        # The watcher waits for nodes to be preempted, and takes a core while the workers start.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+
+
+def _connection_advice(error: BaseException) -> str:
+    """The error of a failed ``ray.init`` with the setting that is likely to be wrong."""
+    if "uthentication" not in f"{type(error)} {error} {error.__cause__}":
+        return f"{error}: check RAY_ADDRESS, or unset it to start a cluster on this machine"
+    if os.environ.get("RAY_AUTH_MODE") == "token":
+        return f"{error}: it rejects the token of this machine; copy ~/.ray/auth_token from the cluster's head node"
+    return (
+        f"{error}: it requires a token (`ray start` does once a local run has created ~/.ray/auth_token); set "
+        "RAY_AUTH_MODE=token for this command, and for `ray job submit`"
+    )
+
+
 def same_node() -> Any:
-    """The scheduling strategy that keeps an actor on this process's node."""
+    """Scheduling strategy that places an actor on this process's node."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -118,28 +137,26 @@ def same_node() -> Any:
 
 
 def validate_capacity(cluster: Cluster, config: ClusterConfig, engines: int) -> None:
-    """Raise a ValueError when the run could never be placed: waiting would be forever."""
-    asked = f"cluster.train_workers={config.train_workers}" + (
-        f" and cluster.rollout_engines={engines}" if engines else ""
-    )
+    """Raises a ValueError if the run does not fit the cluster: Ray would wait for resources without end."""
+    workers, rollout = f"cluster.train_workers={config.train_workers}", f"cluster.rollout_engines={engines}"
     if cluster.on_gpus:
-        needed = gpus_needed(config, engines)
-        if needed > cluster.gpus:
-            raise ValueError(
-                f"{asked} (cluster.gpus_per_engine={config.gpus_per_engine}) need {needed} GPUs; "
-                f"the cluster has {cluster.gpus}"
-            )
-    needed = cpus_needed(config, engines, on_gpus=cluster.on_gpus)
-    if needed > cluster.cpus:
+        asked = workers + (f" + {rollout} x cluster.gpus_per_engine={config.gpus_per_engine}" if engines else "")
+        _validate_resource("GPUs", gpus_needed(config, engines), cluster.gpus, asked)
+    asked = f"{workers} x cluster.cpus_per_worker={config.cpus_per_worker}"
+    asked += f" + {rollout} x cluster.cpus_per_engine={config.cpus_per_engine}" if engines else ""
+    _validate_resource("CPUs", cpus_needed(config, engines, on_gpus=cluster.on_gpus), cluster.cpus, asked)
+
+
+def _validate_resource(name: str, needed: int, available: int, asked: str) -> None:
+    if needed > available:
         raise ValueError(
-            f"{asked} (cluster.cpus_per_worker={config.cpus_per_worker}, "
-            f"cluster.cpus_per_engine={config.cpus_per_engine}) need {needed} CPUs; the cluster has {cluster.cpus}"
+            f"{asked} need {needed} {name}; the cluster has {available}: lower one of these keys or add nodes"
         )
 
 
 @contextlib.contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    # Installed after ray.init, which replaces the handler; signals reach the main thread only.
+    # Installed after ray.init, which replaces the handler. Only the main thread receives signals.
     if threading.current_thread() is not threading.main_thread():
         yield
         return

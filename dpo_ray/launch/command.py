@@ -1,4 +1,4 @@
-"""How a command begins and ends: on a cluster, with an exit code and one clear message, whatever happened."""
+"""Runs a command: on a cluster, with an exit code, and with one clear message if it fails."""
 
 import importlib
 import sys
@@ -15,17 +15,17 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 
 class TrainingFailed(RuntimeError):
-    """The run cannot go on: its workers failed for good, or more often than ``cluster.max_restarts`` allows."""
+    """The workers failed with a non-retryable error, or more often than ``cluster.max_restarts``."""
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was asked to stop and did, where it can go on from."""
+    """The run stopped on request, at a checkpoint from which it can be resumed."""
 
 
 def run_command(command: Callable[..., Any], *arguments: Any, **named: Any) -> None:
-    """Call ``command``; bad input exits with 2, a failed run with 1, an interrupted one with 130.
+    """Calls ``command``; exits with 2 on bad input, 1 if the run failed and 130 if it was interrupted.
 
-    Ray Train turns Ctrl-C into ``sys.exit(0)``, which must not pass for success.
+    Ray Train turns Ctrl-C into ``sys.exit(0)``, which would look like success.
     """
     try:
         command(*arguments, **named)
@@ -36,10 +36,10 @@ def run_command(command: Callable[..., Any], *arguments: Any, **named: Any) -> N
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(FAILED) from None
     except Stopped as error:
-        print(f"{error}; the same command goes on from there", file=sys.stderr)
+        print(f"{error}; rerun the same command to resume", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except (KeyboardInterrupt, SystemExit):
-        print("interrupted; what was finished is kept, and the same run.name goes on from there", file=sys.stderr)
+        print("interrupted; rerun the same command to resume from the last checkpoint or round", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except Exception:
         traceback.print_exc()
@@ -47,15 +47,15 @@ def run_command(command: Callable[..., Any], *arguments: Any, **named: Any) -> N
 
 
 def run_on_cluster(command: str, config: Config, *arguments: Any, engines: int = 0, local_runs: int = 1) -> None:
-    """Call a function of (config, cluster, ...) on the cluster that the run joins or starts.
+    """Calls a function of (config, cluster, ...) on the cluster that the run joins or starts.
 
     Args:
-        command: import path. It is imported while the cluster starts, since either takes seconds.
+        command: import path; imported while the cluster starts, since each takes seconds.
         engines, local_runs: see ``ray_cluster``.
     """
     set_environment(config.cluster)
-    with ThreadPoolExecutor(1, "import") as beside:
+    with ThreadPoolExecutor(1, "import") as executor:
         module, _, name = command.partition(":")
-        imported = beside.submit(importlib.import_module, module)
+        imported = executor.submit(importlib.import_module, module)
         with ray_cluster(config.cluster, engines=engines, local_runs=local_runs) as cluster:
             getattr(imported.result(), name)(config, cluster, *arguments)

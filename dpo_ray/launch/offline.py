@@ -1,4 +1,4 @@
-"""``jobs.offline``: prepare the data, say what became of it, train on Ray, report."""
+"""``jobs.offline``: prepares the data, trains on Ray, prints the result."""
 
 import time
 from typing import Any
@@ -9,8 +9,9 @@ from rich.console import Console
 from dpo_ray import storage
 from dpo_ray.config import Config, with_absolute_paths
 from dpo_ray.launch.cluster import Cluster
+from dpo_ray.launch.data import prepare_data
 from dpo_ray.launch.display import live_display
-from dpo_ray.launch.preparation import prepare_data
+from dpo_ray.launch.run_dir import validate_run_dir_permanent
 from dpo_ray.launch.status import start_status_actor
 from dpo_ray.launch.summary import print_summary
 from dpo_ray.launch.workers import train_on_workers
@@ -23,10 +24,10 @@ LOOP = "dpo_ray.launch.loops:offline"
 
 
 def run_offline(config: Config, cluster: Cluster) -> None:
-    """Train on a fixed preference set, from a configuration to a report.
+    """Trains on a fixed preference set and writes the report.
 
     Raises:
-        ValueError: the configuration, the data or the cluster cannot be used.
+        ValueError: the configuration or the data are invalid.
         TrainingFailed: the workers failed.
     """
     console = Console()
@@ -43,7 +44,7 @@ def run_offline(config: Config, cluster: Cluster) -> None:
 
 
 def validate_offline(config: Config) -> None:
-    """Check what can be checked before anything is loaded or started."""
+    """Checks everything that can be checked before data and model are loaded."""
     validate_training(config)
     storage.validate_writable(storage.folder_at(config.run.dir), "run.dir")
     if config.reference.object_store:
@@ -51,7 +52,8 @@ def validate_offline(config: Config) -> None:
 
 
 def validate_training(config: Config) -> None:
-    """Check what every kind of run needs: model, loss and optimizer."""
+    """Checks the parts that all runs have: run directory, loss, optimizer and model."""
+    validate_run_dir_permanent(config.run)
     build_loss(config.loss)
     bind_optimizer(config.optim)
     read_model_config(config.model.path)
@@ -62,5 +64,5 @@ def validate_training(config: Config) -> None:
 
 
 def train(config: Config, cluster: Cluster, status_actor: Any, callbacks: list[Any] | None = None) -> Metrics:
-    """One offline training run on a joined cluster: what ``jobs.offline`` and each trial of a sweep do."""
+    """One offline training run, as of ``jobs.offline`` or of one trial of a sweep."""
     return train_on_workers(config, cluster, LOOP, status_actor=status_actor, handles={}, callbacks=callbacks)

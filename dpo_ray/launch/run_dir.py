@@ -1,26 +1,38 @@
-"""The run directory: made by the driver, and kept from a run that does not go on with what is in it."""
+"""The run directory: created by the driver, and protected from runs that cannot resume its work."""
 
 from pathlib import Path
 
 import yaml
 
 from dpo_ray.config import Config, first_difference, write_config
+from dpo_ray.config.schema import RunConfig
 from dpo_ray.storage import storage_errors
 
 WORK = ("rounds/*/manifest.json", "checkpoints/*/complete.json", "evaluations/*.jsonl")
-"""What a run leaves that a later one of the same name goes on from."""
+"""Files from which a later run of the same name resumes."""
+JOB_PACKAGES = "runtime_resources/working_dir_files"
+"""Part of the path where Ray unpacks the working directory of a submitted job, and deletes it when the job ends."""
+
+
+def validate_run_dir_permanent(run: RunConfig) -> None:
+    """Raises a ValueError if the run directory lies in the temporary working directory of a submitted job."""
+    if not run.remote and JOB_PACKAGES in run.path.absolute().as_posix():
+        raise ValueError(
+            f"run.dir: {run.dir} lies in the temporary folder of the submitted job, which Ray deletes; set run.dir to "
+            "an absolute path that all nodes mount, or to an object store such as s3://bucket/runs"
+        )
 
 
 def has_work(run_dir: Path) -> bool:
-    """Whether a run directory holds what a later run of the same name goes on from."""
+    """True if a run of the same name would resume from this directory."""
     return any(next(iter(run_dir.glob(work)), None) for work in WORK)
 
 
 def make_run_dir(config: Config) -> Path:
-    """Create the run directory and write the resolved configuration to it.
+    """Creates the run directory and writes the resolved configuration to it.
 
     Raises:
-        ValueError: it holds the work of a run with another model, reference, data or judge.
+        ValueError: the directory holds the work of a run with another model, reference, data or judge.
     """
     run_dir = config.run.path
     file = run_dir / "config.yaml"
@@ -28,7 +40,7 @@ def make_run_dir(config: Config) -> Path:
         if file.exists() and has_work(run_dir):
             written = yaml.safe_load(file.read_text(encoding="utf-8"))
             if difference := first_difference(written, config):
-                raise ValueError(f"{run_dir} was begun with {difference}")
+                raise ValueError(f"{run_dir} was started with {difference}")
         run_dir.mkdir(parents=True, exist_ok=True)
         write_config(config, file)
     return run_dir

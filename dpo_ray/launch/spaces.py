@@ -1,4 +1,4 @@
-"""Search spaces by name, located without importing Ray, so that a misspelt name fails at once."""
+"""Finds search spaces by name, without importing Ray, so that a misspelt name fails at once."""
 
 import contextlib
 import pkgutil
@@ -6,14 +6,14 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 
 PACKAGES = ("tune_spaces", "dpo_ray.tune_spaces")
-"""The user's own spaces or those of a checkout, and the copy that the wheel carries."""
+"""The spaces of the working directory, and those that the wheel contains."""
 
 
 def find_space(name: str) -> str:
-    """The import path of a space of ``tune_spaces``, or of any importable module.
+    """The import path of a module of ``tune_spaces``, or of any importable module.
 
     Raises:
-        ValueError: there is no such module; lists the spaces of ``tune_spaces``.
+        ValueError: the module does not exist; lists the modules of ``tune_spaces``.
     """
     if name:
         own, built_in = (f"{package}.{name}" for package in PACKAGES)
@@ -25,7 +25,7 @@ def find_space(name: str) -> str:
 
 
 def _spec(module: str) -> ModuleSpec | None:
-    with contextlib.suppress(ModuleNotFoundError):  # of the package that it would be in
+    with contextlib.suppress(ModuleNotFoundError):  # raised if the parent package does not exist
         return find_spec(module)
     return None
 

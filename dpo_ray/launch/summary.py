@@ -1,4 +1,4 @@
-"""The end of a run: its report, a short table, completions side by side, and where everything lies."""
+"""The end of a run: writes the report; prints a table of results, completions side by side, and where the files are."""
 
 import logging
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_ray.config import Config
+from dpo_ray.report.formatting import format_duration
 from dpo_ray.storage import is_remote
 
 if TYPE_CHECKING:
@@ -18,16 +19,16 @@ logger = logging.getLogger(__name__)
 
 
 def print_summary(config: Config, console: Console, *, seconds: float) -> None:
-    """Write report.html and print what a person wants to know first; failing at it does not make the run fail."""
+    """Writes report.html and prints the results; an error here does not fail the run."""
     try:
-        _tell(config, console, seconds)
+        _print_all(config, console, seconds)
     except Exception:
-        logger.exception("the run is done, but not all could be told of it")
+        logger.exception("the run has finished, but its report or summary failed")
         console.print(f"run directory: {config.run.path}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _tell(config: Config, console: Console, seconds: float) -> None:
-    # Imported late: matplotlib has no place in the workers, which import this package's siblings.
+def _print_all(config: Config, console: Console, seconds: float) -> None:
+    # Imported late: workers import this module's siblings and do not need matplotlib.
     from dpo_ray.report.figures import comparisons, summary
     from dpo_ray.report.health import diagnose
     from dpo_ray.report.page import write_report
@@ -41,29 +42,32 @@ def _tell(config: Config, console: Console, seconds: float) -> None:
     for finding in diagnose(record):
         if finding.level != "ok":
             console.print(f"{finding.level}: {finding.title}. {finding.text}", highlight=False, markup=False)
-    _print_places(console, config, report)
-    _print_next(console, config)
+    _print_paths(console, config, report)
+    _print_suggestions(console, config)
 
 
 def _print_figures(console: Console, figures: "Summary", seconds: float) -> None:
-    def show(name: str, form: str = "{:.3f}") -> str:
-        value = getattr(figures, name)
-        return "-" if value is None else form.format(value)
-
     table = Table(title="Result", title_justify="left", show_header=False, box=None, padding=(0, 2))
     if figures.score_after is not None:
-        table.add_row(
-            "judge score, held-out prompts", f"{show('score_before', '{:+.3f}')} -> {show('score_after', '{:+.3f}')}"
-        )
-        table.add_row(
-            "completion length, tokens", f"{show('tokens_before', '{:.1f}')} -> {show('tokens_after', '{:.1f}')}"
-        )
+        score = _change(figures.score_before, figures.score_after, "{:+.3f}")
+        table.add_row("judge score, held-out prompts", score)
+        table.add_row("completion length, tokens", _change(figures.tokens_before, figures.tokens_after, "{:.1f}"))
+    if figures.accuracy_after is not None:
+        table.add_row("held-out accuracy", _change(figures.accuracy_before, figures.accuracy_after, "{:.2f}"))
     if figures.kl is not None:
-        table.add_row("KL to the reference", f"{show('kl', '{:.1f}')} nats a sequence")
-    table.add_row("training", f"{show('pairs_per_s', '{:.2f}')} pairs/s, {show('tokens_per_s', '{:.0f}')} tokens/s")
-    minutes, rest = divmod(int(seconds), 60)
-    table.add_row("wall time", f"{minutes} min {rest} s")
+        table.add_row("KL to the reference", f"{figures.kl:.1f} nats per sequence")
+    speed = f"{_value(figures.pairs_per_s, '{:.2f}')} pairs/s, {_value(figures.tokens_per_s, '{:.0f}')} tokens/s"
+    table.add_row("training", speed)
+    table.add_row("wall time", format_duration(seconds))
     console.print(table)
+
+
+def _change(before: float | None, after: float | None, form: str) -> str:
+    return f"{_value(before, form)} -> {_value(after, form)}"
+
+
+def _value(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
 
 
 def _print_comparisons(console: Console, rows: "Sequence[Comparison]") -> None:
@@ -77,42 +81,42 @@ def _print_comparisons(console: Console, rows: "Sequence[Comparison]") -> None:
     console.print(table)
 
 
-def _print_places(console: Console, config: Config, report: Path) -> None:
+def _print_paths(console: Console, config: Config, report: Path) -> None:
     run_dir = config.run.path
-    places = [
-        (report, "pictures, samples and findings: open it in a browser"),
+    paths = [
+        (report, "plots, samples and findings: open it in a browser"),
         (run_dir / "policy", "the trained policy, a Hugging Face directory"),
-        (run_dir / "adapter", "the trained adapters, a peft directory"),
-        (run_dir / "metrics.jsonl", "one line a step"),
+        (run_dir / "adapter", "the trained adapters, a PEFT directory"),
+        (run_dir / "metrics.jsonl", "one line per step"),
         (run_dir / "rounds", "every candidate, score and pair, by round"),
         (run_dir / "logs", "full logs of every process"),
     ]
-    there = [(_near(path), meaning) for path, meaning in places if path.exists()]
-    width = max(len(path) for path, _ in there)
-    console.print("Where everything lies", style="italic")
-    for path, meaning in there:
+    existing = [(_relative(path), meaning) for path, meaning in paths if path.exists()]
+    width = max(len(path) for path, _ in existing)
+    console.print("Files", style="italic")
+    for path, meaning in existing:
         console.print(f"  {path:<{width}}  {meaning}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _print_next(console: Console, config: Config) -> None:
+def _print_suggestions(console: Console, config: Config) -> None:
     """Commands to copy, each on one line."""
     online = config.online
-    command = f"dpo-ray {'online' if online else 'offline'} {_near(config.run.path / 'config.yaml')}"
+    command = f"dpo-ray {'online' if online else 'offline'} {_relative(config.run.path / 'config.yaml')}"
     name = f"run.name={config.run.name}"
     longer = f"online.rounds={2 * online.rounds}" if online else f"run.epochs={2 * config.run.epochs:g}"
-    own = (
+    own_data = (
         "online.prompts=my_prompts.jsonl online.judge.use=my_module:my_judge" if online else "data.train=my_pairs.jsonl"
     )
     console.print("What to try next", style="italic")
-    for what, keys in (
+    for purpose, keys in (
         ("train longer", f"{name}-longer {longer}"),
         ("stay closer to the reference", f"{name}-closer loss.beta={5 * config.loss.beta:g}"),
-        ("use your own data", f"{name}-mine {own}"),
+        ("use your own data", f"{name}-mine {own_data}"),
     ):
-        console.print(f"  {what}:\n    {command} {keys}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {purpose}:\n    {command} {keys}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _near(path: Path) -> str:
-    """A path as a person in this folder would type it."""
-    here = not is_remote(path) and path.is_relative_to(Path.cwd())
-    return str(path.relative_to(Path.cwd()) if here else path)
+def _relative(path: Path) -> str:
+    """``path`` relative to the working directory if it is below it."""
+    below = not is_remote(path) and path.is_relative_to(Path.cwd())
+    return str(path.relative_to(Path.cwd()) if below else path)

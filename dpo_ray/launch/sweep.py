@@ -1,6 +1,6 @@
-"""``jobs.sweep``: Ray Tune over any keys of the configuration, each trial a Ray Train run through the offline launch.
+"""``jobs.sweep``: Ray Tune over any keys of the configuration, each trial an offline run on Ray Train.
 
-The reference is scored once for all trials: its cache knows nothing of what a sweep varies.
+All trials share cached reference log-probabilities: the cache does not depend on the keys that a sweep varies.
 """
 
 import csv
@@ -19,22 +19,22 @@ from rich.table import Table
 from dpo_ray.config import Config, override, with_absolute_paths, write_config
 from dpo_ray.launch.cluster import SPARE_CPUS, Cluster
 from dpo_ray.launch.command import TrainingFailed
+from dpo_ray.launch.data import prepare_data
 from dpo_ray.launch.display import live_display
 from dpo_ray.launch.offline import train, validate_offline
-from dpo_ray.launch.preparation import prepare_data
 from dpo_ray.launch.run_dir import make_run_dir
 from dpo_ray.launch.spaces import find_space
 from dpo_ray.launch.status import Status, start_status_actor
 
 TRIAL_CPUS = 0.01
-"""A trial's own process only waits for its workers; Tune refuses to place a trial that asks for nothing."""
+"""CPUs of a trial's driver, which only waits for its workers. Tune rejects trials that need no resource."""
 TIE_BREAK = "eval/loss"
-"""Decides between trials of equal metric, smaller is better: accuracies on few held-out pairs are often equal."""
+"""Ranks trials of equal metric, smaller is better: accuracies on few held-out pairs are often equal."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """A search space and what is sought in it: the one object of a module of ``tune_spaces``."""
+    """A search space and its objective: the one object of a module of ``tune_spaces``."""
 
     space: Mapping[str, Any]
     """Dotted configuration key to a ray.tune domain."""
@@ -47,7 +47,7 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What became of one trial."""
+    """The outcome of one trial."""
 
     name: str
     sample: Mapping[str, Any]
@@ -57,20 +57,15 @@ class Trial:
     def row(self) -> dict[str, Any]:
         """A line of sweep.csv."""
         evaluated = {key: value for key, value in self.metrics.items() if key.startswith("eval/") or key == "step"}
-        return {
-            "trial": self.name,
-            **self.sample,
-            **evaluated,
-            "seconds": self.metrics.get("time_total_s"),
-            "error": self.error,
-        }
+        seconds = self.metrics.get("time_total_s")
+        return {"trial": self.name, **self.sample, **evaluated, "seconds": seconds, "error": self.error}
 
 
 def load_sweep(name: str) -> Sweep:
-    """The sweep of a module of ``tune_spaces``, or of any importable module, by name.
+    """The sweep of a module of ``tune_spaces``, or of any importable module.
 
     Raises:
-        ValueError: there is no such module, or it holds no SWEEP.
+        ValueError: the module does not exist or has no SWEEP.
     """
     module = importlib.import_module(find_space(name))
     if not isinstance(sweep := getattr(module, "SWEEP", None), Sweep):
@@ -79,50 +74,60 @@ def load_sweep(name: str) -> Sweep:
 
 
 def run_sweep(config: Config, cluster: Cluster, space: str) -> None:
-    """Run all trials; leaves sweep.csv, best.yaml and report.html in the run directory.
+    """Runs all trials; writes sweep.csv, best.yaml and report.html to the run directory.
 
     Raises:
-        ValueError: the configuration, the space or the data cannot be used.
-        TrainingFailed: no trial succeeded.
+        ValueError: the configuration, the space or the data are invalid.
+        TrainingFailed: every trial failed.
     """
     console, sweep = Console(), load_sweep(space)
     config = with_absolute_paths(config)
+    _validate_sweep(config, sweep)
+    run_dir = make_run_dir(config)
+    samples = config.sweep.samples or sweep.samples
+    prepare_data(config, cluster, console)
+    concurrent = min(samples, config.sweep.concurrent or _trials_that_fit(config, cluster))
+    console.print(f"{samples} trials, {concurrent} at a time", highlight=False)
+    progress = _Progress(samples)
+    title = f"{config.run.name}: sweep of {samples} trials"
+    with live_display(lambda: progress.status, title=title, rounds=None, console=console):
+        results = _fit(config, sweep, samples, concurrent, run_dir, progress, cluster)
+    trials = [_outcome(result, sweep) for result in results]
+    ranked = rank(trials, sweep)
+    failed = [trial for trial in trials if trial not in ranked]
+    report = _write_results(config, sweep, ranked, failed, run_dir)
+    _print_results(sweep, ranked, failed, run_dir, report, console)
+
+
+def _validate_sweep(config: Config, sweep: Sweep) -> None:
     if config.run.remote:
         raise ValueError(f"run.dir is {config.run.dir!r}: a sweep needs a path that all nodes mount")
     validate_offline(config)
     for key in sweep.space:
-        _validate_key(config, key)
-    run_dir = make_run_dir(config)
-    samples = config.sweep.samples or sweep.samples
-    prepare_data(config, cluster, console)
-    concurrent = min(samples, config.sweep.concurrent or _trials_at_a_time(config, cluster))
-    console.print(f"{samples} trials, {concurrent} at a time", highlight=False)
-    progress = _Progress(samples)
-    with live_display(
-        lambda: progress.status, title=f"{config.run.name}: sweep of {samples} trials", rounds=None, console=console
-    ):
-        results = _fit(config, sweep, samples, concurrent, run_dir, progress, cluster)
-    trials = [_outcome(result, sweep) for result in results]
-    _tell(config, sweep, trials, run_dir, console)
+        section, _, name = key.rpartition(".")
+        parent = config
+        for part in section.split(".") if section else []:
+            parent = getattr(parent, part, None)
+        if not hasattr(parent, name):
+            raise ValueError(f"the space varies {key!r}, which is not a key of the configuration")
 
 
 def _fit(
     config: Config, sweep: Sweep, samples: int, concurrent: int, run_dir: Path, progress: "_Progress", cluster: Cluster
 ) -> Any:
-    def trial(sample: dict[str, Any]) -> None:
-        chosen = _of_trial(config, sample, run_dir, ray.tune.get_context().get_trial_id())
-        make_run_dir(chosen)
-        status_actor = start_status_actor()
-        train(chosen, cluster, status_actor, callbacks=[TuneReportCallback()])
+    def run_trial(sample: dict[str, Any]) -> None:
+        trial_config = _trial_config(config, sample, run_dir, ray.tune.get_context().get_trial_id())
+        make_run_dir(trial_config)
+        train(trial_config, cluster, start_status_actor(), callbacks=[TuneReportCallback()])
 
     tuner = ray.tune.Tuner(
-        ray.tune.with_resources(trial, {"CPU": TRIAL_CPUS}),
+        ray.tune.with_resources(run_trial, {"CPU": TRIAL_CPUS}),
         param_space=dict(sweep.space),
         tune_config=ray.tune.TuneConfig(
             metric=sweep.metric,
             mode=sweep.mode,
             num_samples=samples,
-            # The generator's own limit: the one of TuneConfig does not reach it.
+            # The limit of TuneConfig does not apply to a search_alg, which has its own.
             search_alg=ray.tune.search.BasicVariantGenerator(max_concurrent=concurrent, random_state=config.run.seed),
         ),
         run_config=ray.tune.RunConfig(
@@ -132,108 +137,108 @@ def _fit(
     return tuner.fit()
 
 
-def _of_trial(config: Config, sample: Mapping[str, Any], run_dir: Path, name: str) -> Config:
-    """A trial's configuration: the sample, a directory of its own, and nothing kept but metrics."""
+def _trial_config(config: Config, sample: Mapping[str, Any], run_dir: Path, name: str) -> Config:
+    """The sample's configuration, with a directory of its own and neither checkpoints nor export."""
     return override(
         config,
         {**sample, "run.dir": str(run_dir / "trials"), "run.name": name, "run.export": False, "run.save_every": None},
     )
 
 
-def _validate_key(config: Config, key: str) -> None:
-    section, _, name = key.rpartition(".")
-    known = config
-    for part in section.split(".") if section else []:
-        known = getattr(known, part, None)
-    if not hasattr(known, name):
-        raise ValueError(f"the space varies {key!r}, which is no key of the configuration")
-
-
-def _trials_at_a_time(config: Config, cluster: Cluster) -> int:
+def _trials_that_fit(config: Config, cluster: Cluster) -> int:
     size = config.cluster
-    fit = (cluster.cpus - SPARE_CPUS) // (size.train_workers * size.cpus_per_worker)
+    trials = (cluster.cpus - SPARE_CPUS) // (size.train_workers * size.cpus_per_worker)
     if cluster.on_gpus:
-        fit = min(fit, cluster.gpus // size.train_workers)
-    return max(1, fit)
+        trials = min(trials, cluster.gpus // size.train_workers)
+    return max(1, trials)
 
 
 class _Progress(ray.tune.Callback):
-    """Counts trials in the driver's process, where the display reads it."""
+    """Counts trials in the driver's process, for the display."""
 
     def __init__(self, samples: int) -> None:
-        self.samples, self.ended = samples, 0
+        self.samples, self.finished = samples, 0
         self.status = Status(phase="starting", total=samples)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Show that trials are under way."""
-        self.status = Status(phase="training", done=self.ended, total=self.samples, metrics=self.status.metrics)
+        """Shows that trials are running."""
+        self._update(self.status.metrics)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """Show the latest held-out figures."""
-        self.status = Status(phase="training", done=self.ended, total=self.samples, metrics=dict(result))
+        """Shows the latest held-out metrics."""
+        self._update(dict(result))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Count a trial that ended well."""
-        self._end()
+        """Counts a successful trial."""
+        self.finished += 1
+        self._update(self.status.metrics)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Count a trial that failed."""
-        self._end()
+        """Counts a failed trial."""
+        self.on_trial_complete(iteration, trials, trial)
 
-    def _end(self) -> None:
-        self.ended += 1
-        self.status = Status(phase="training", done=self.ended, total=self.samples, metrics=self.status.metrics)
+    def _update(self, metrics: dict[str, Any]) -> None:
+        self.status = Status(phase="training", done=self.finished, total=self.samples, metrics=metrics)
 
 
 def _outcome(result: Any, sweep: Sweep) -> Trial:
     metrics = result.metrics or {}
     sample = {key: (result.config or {}).get(key) for key in sweep.space}
-    error = None if result.error is None else _first_cause(str(result.error))
+    error = None if result.error is None else _error_line(str(result.error))
     return Trial(metrics.get("trial_id", Path(result.path).name), sample, metrics, error)
 
 
-def _first_cause(error: str) -> str:
-    """The line of a trial's traceback that says what went wrong."""
-    told = [line.strip() for line in error.strip().splitlines() if "TrainingFailed: " in line]
-    return (told or error.strip().splitlines())[-1].rpartition("TrainingFailed: ")[2]
+def _error_line(traceback: str) -> str:
+    """The line of a trial's traceback that names the cause."""
+    lines = [line.strip() for line in traceback.strip().splitlines()]
+    causes = [line for line in lines if "TrainingFailed: " in line]
+    return (causes or lines)[-1].rpartition("TrainingFailed: ")[2]
 
 
 def rank(trials: Sequence[Trial], sweep: Sweep) -> list[Trial]:
     """Trials that have the metric, best first."""
     sign = -1.0 if sweep.mode == "max" else 1.0
     scored = [trial for trial in trials if isinstance(trial.metrics.get(sweep.metric), int | float)]
-    return sorted(scored, key=lambda t: (sign * t.metrics[sweep.metric], t.metrics.get(TIE_BREAK, 0.0)))
+    return sorted(scored, key=lambda trial: (sign * trial.metrics[sweep.metric], trial.metrics.get(TIE_BREAK, 0.0)))
 
 
-def _tell(config: Config, sweep: Sweep, trials: Sequence[Trial], run_dir: Path, console: Console) -> None:
+def _write_results(
+    config: Config, sweep: Sweep, ranked: Sequence[Trial], failed: Sequence[Trial], run_dir: Path
+) -> Path:
+    """Writes sweep.csv, best.yaml and the report; returns the report's path."""
     from dpo_ray.report.page import write_sweep_report
 
-    ranked = rank(trials, sweep)
-    failed = [trial for trial in trials if trial not in ranked]
     rows = [trial.row() for trial in [*ranked, *failed]]
     with (run_dir / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
     if not ranked:
-        raise TrainingFailed(f"no trial of {len(trials)} succeeded; the first said: {failed[0].error}")
+        raise TrainingFailed(f"all {len(failed)} trials failed; the error of the first: {failed[0].error}")
     best = override(config, {**ranked[0].sample, "run.name": f"{config.run.name}-best"})
     write_config(best, run_dir / "best.yaml")
-    report = write_sweep_report(run_dir, rows, sweep.metric, sweep.mode)
+    return write_sweep_report(run_dir, rows, sweep.metric, sweep.mode)
 
+
+def _print_results(
+    sweep: Sweep, ranked: Sequence[Trial], failed: Sequence[Trial], run_dir: Path, report: Path, console: Console
+) -> None:
     table = Table(title=f"Trials by {sweep.metric}, best first", title_justify="left")
-    shown_keys = [*sweep.space, sweep.metric, TIE_BREAK, "seconds"]
-    for name in ("trial", *shown_keys):
-        table.add_column(name, justify="left" if name == "trial" else "right")
-    for row in rows:
-        table.add_row(row["trial"], *(_short(row.get(key)) for key in shown_keys))
+    keys = [*sweep.space, sweep.metric, TIE_BREAK, "seconds"]
+    table.add_column("trial")
+    for key in keys:
+        table.add_column(key, justify="right")
+    for trial in [*ranked, *failed]:
+        row = trial.row()
+        table.add_row(trial.name, *(_short(row.get(key)) for key in keys))
     console.print(table)
     for trial in failed:
         console.print(f"failed: {trial.name}: {trial.error}", highlight=False, markup=False)
-    console.print(f"best: {run_dir / 'best.yaml'}   train it: dpo-ray offline {run_dir / 'best.yaml'}", soft_wrap=True)
-    console.print(f"all:  {run_dir / 'sweep.csv'}   pictures: {report}", soft_wrap=True)
+    best = run_dir / "best.yaml"
+    console.print(f"best: {best}   train it: dpo-ray offline {best}", soft_wrap=True)
+    console.print(f"all:  {run_dir / 'sweep.csv'}   plots: {report}", soft_wrap=True)
 
 
 def _short(value: Any) -> str:

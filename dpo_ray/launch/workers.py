@@ -1,4 +1,4 @@
-"""Training workers: one function on every rank of a Ray Train run, for both loops."""
+"""Training workers: runs a loop on every rank through Ray Train, offline and online."""
 
 import contextlib
 import errno
@@ -21,26 +21,25 @@ import ray.train.torch
 from dpo_ray.config import Config
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.command import Stopped, TrainingFailed
-from dpo_ray.launch.status import RunReporter, log_to_run
+from dpo_ray.launch.process_logs import log_to_run
+from dpo_ray.launch.reporter import RunReporter
 from dpo_ray.ops.cpu import cpu_environment
 from dpo_ray.plugins import resolve
 from dpo_ray.storage import StorageFailed, upload_appendable
 from dpo_ray.types import Metrics, NonRetryableError
 
 START_FAILURES = 3
-"""How often a worker group may fail to start before the run fails; Ray's own default retries for ever."""
-
-
-FATAL = (
+"""Failed starts of the worker group before the run fails; Ray's default retries without end."""
+NON_RETRYABLE = (
     ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError,
     StorageFailed, NonRetryableError,
 )  # fmt: skip
-"""Errors that would come again: workers are restarted for dead processes and broken connections, not for these."""
-BOARD_TIMEOUT_S = 30.0
-SHORTEST_COLLECTIVE_S = 1800
-"""As long as Ray Train's own limit."""
-STORAGE_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-"""Errors of the operating system that would come again as well."""
+"""Non-retryable errors; crashes and lost connections are retried."""
+NON_RETRYABLE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+"""Non-retryable errors of the operating system."""
+STATUS_TIMEOUT_S = 30.0
+MIN_COLLECTIVE_TIMEOUT_S = 1800
+"""Ray Train's default."""
 
 
 def train_on_workers(
@@ -52,35 +51,58 @@ def train_on_workers(
     handles: dict[str, Any],
     callbacks: list[Any] | None = None,
 ) -> Metrics:
-    """Run ``loop`` on ``cluster.train_workers`` workers; returns rank 0's metrics.
+    """Runs ``loop`` on ``cluster.train_workers`` workers and returns rank 0's metrics.
 
     Args:
-        loop: import path of a function of (config, device, reporter, handles) that returns the last metrics. A path, so
-            that only the workers import what it needs.
-        board: the StatusBoard actor.
-        handles: actor handles and references that the loop needs; every worker gets them.
-        callbacks: Ray Train callbacks; given by a sweep, which compares what is reported.
+        loop: import path of a function of (config, device, reporter, handles) that returns a TrainResult; imported by
+            the workers only.
+        status_actor: handle of the StatusActor.
+        handles: actor handles and object references for the loop.
+        callbacks: Ray Train callbacks of a sweep; with them, evaluations are reported to Ray Train.
 
     Raises:
-        TrainingFailed: says what the workers' error was and where their logs are.
+        TrainingFailed: names the worker's error and the folder of the logs.
+        Stopped: the run stopped early on request.
     """
+    # Storage for Ray Train's own records only. Checkpoints are in the run directory, so nodes need not share this one.
+    ray_dir = tempfile.mkdtemp(prefix="dpo_ray-") if config.run.remote else str(config.run.path.absolute() / "ray")
+    arguments = {
+        "config": config.model_dump(mode="json"),
+        "loop": loop,
+        "status_actor": status_actor,
+        "on_gpus": cluster.on_gpus,
+        "to_train": bool(callbacks),
+        "handles": handles,
+    }
+    trainer = _build_trainer(config, cluster, arguments, ray_dir, callbacks)
+    returned: dict[str, Any]
+    try:
+        returned = _fit(trainer, status_actor, config.cluster.stop_timeout_s).return_value or {}
+    except ray.train.TrainingFailedError as error:
+        # The error that a worker reported is the cause; Ray may name what the other workers saw of it.
+        fatal_error = ray.get(status_actor.fatal_error.remote(), timeout=STATUS_TIMEOUT_S)
+        returned = {"failed": fatal_error or _first_failure(error)}
+    finally:
+        if config.run.remote:
+            shutil.rmtree(ray_dir, ignore_errors=True)
+    if "failed" in returned:
+        logs = (config.run.path if config.run.remote else config.run.path.absolute()) / "logs"
+        raise TrainingFailed(f"{returned['failed']}\nThe logs of all processes are in {logs}")
+    if returned.get("stopped_at"):
+        raise Stopped(f"stopped after {returned['stopped_at']}")
+    return returned.get("metrics", {})
+
+
+def _build_trainer(
+    config: Config, cluster: Cluster, arguments: dict[str, Any], ray_dir: str, callbacks: list[Any] | None
+) -> Any:
     size = config.cluster
     environment = {} if cluster.on_gpus else cpu_environment(size.cpus_per_worker)
-    run_dir = config.run.path if config.run.remote else config.run.path.absolute()
-    # Ray's own notes; none of its checkpoints is among them, so that other nodes need not see this folder.
-    notes = tempfile.mkdtemp(prefix="dpo_ray-") if config.run.remote else str(run_dir / "ray")
-    # ray.train decides at import which of its two versions of these classes it exports, which no type checker sees.
+    # On import, ray.train exports one of two versions of these classes, which type checkers cannot see.
     train: Any = ray.train
-    trainer = train.torch.TorchTrainer(
-        _on_each_rank,
-        train_loop_config={
-            "config": config.model_dump(mode="json"),
-            "loop": loop,
-            "board": status_actor,
-            "on_gpus": cluster.on_gpus,
-            "to_train": bool(callbacks),
-            "handles": handles,
-        },
+    return train.torch.TorchTrainer(
+        _run_worker,
+        train_loop_config=arguments,
         torch_config=train.torch.TorchConfig(
             backend="cpu:gloo,cuda:nccl" if cluster.on_gpus else "gloo", timeout_s=collective_timeout_s(config)
         ),
@@ -90,36 +112,21 @@ def train_on_workers(
             resources_per_worker={"CPU": size.cpus_per_worker, **({"GPU": 1} if cluster.on_gpus else {})},
         ),
         run_config=train.RunConfig(
-            # Ray resumes by this name; our checkpoints are found in the run directory, so the name is always new.
+            # A new name each time: Ray Train would resume by name, but our checkpoints decide where a run resumes.
             name=f"workers-{os.getpid()}-{os.urandom(4).hex()}",
-            storage_path=notes,
+            storage_path=ray_dir,
             failure_config=train.FailureConfig(max_failures=size.max_restarts, controller_failure_limit=START_FAILURES),
             callbacks=callbacks,
             worker_runtime_env={"env_vars": environment},
         ),
     )
-    returned: dict[str, Any]
-    try:
-        returned = _fit(trainer, status_actor, size.stop_timeout_s).return_value or {}
-    except ray.train.TrainingFailedError as error:
-        # What one worker gave up over, rather than what its end did to the others.
-        fatal_error = ray.get(status_actor.fatal_error.remote(), timeout=BOARD_TIMEOUT_S)
-        returned = {"failed": fatal_error or _cause(error)}
-    finally:
-        if config.run.remote:
-            shutil.rmtree(notes, ignore_errors=True)
-    if "failed" in returned:
-        raise TrainingFailed(f"{returned['failed']}\nThe logs of all processes are in {run_dir / 'logs'}")
-    if returned.get("stopped_at"):
-        raise Stopped(f"stopped after {returned['stopped_at']}")
-    return returned.get("metrics", {})
 
 
 def _fit(trainer: Any, status_actor: Any, stop_timeout_s: float) -> Any:
-    """``trainer.fit()``, which the first Ctrl-C or SIGTERM asks to stop and the second ends at once.
+    """``trainer.fit()``, interruptible: the first Ctrl-C or SIGTERM requests a stop, the second ends the run at once.
 
-    The first does too where no step has been taken yet: nothing would be saved, and loading may take minutes. Ray Train
-    takes over Ctrl-C in the main thread, and kills the workers in the middle of a step.
+    The first ends it at once, too, if no step has been taken: there is nothing to save, and loading may take minutes.
+    Runs in a thread, since Ray Train replaces the Ctrl-C handler of the main thread and kills workers within a step.
     """
     if threading.current_thread() is not threading.main_thread():
         return trainer.fit()
@@ -138,42 +145,40 @@ def _fit(trainer: Any, status_actor: Any, stop_timeout_s: float) -> Any:
         try:
             thread.join(0.5)
         except KeyboardInterrupt:
-            if deadline < float("inf"):
+            if deadline < float("inf") or not _request_stop(status_actor):
                 raise
             deadline = time.monotonic() + stop_timeout_s
-            if not _asked_with_work_to_save(status_actor):
-                raise
-            print("stopping where the run can go on from (again to end at once)", file=sys.stderr)
+            print("stopping at the next checkpoint (interrupt again to stop at once)", file=sys.stderr)
         if time.monotonic() > deadline:
             raise KeyboardInterrupt
     return result.result()
 
 
-def _asked_with_work_to_save(status_actor: Any) -> bool:
-    """Ask the workers to stop; whether that saves anything. Where the board is gone, nobody can ask them."""
+def _request_stop(status_actor: Any) -> bool:
+    """Requests a stop; returns True if the workers have a step to save."""
     try:
-        return ray.get(status_actor.request_stop.remote(), timeout=BOARD_TIMEOUT_S)
+        return ray.get(status_actor.request_stop.remote(), timeout=STATUS_TIMEOUT_S)
     except ray.exceptions.RayError:
-        return False
+        return False  # without the status actor, the request does not reach the workers
 
 
 def collective_timeout_s(config: Config) -> int:
-    """Longest time that a worker may wait for another in a collective.
+    """Seconds that a worker may wait for the others in a collective.
 
-    All wait while one waits for engines and judge, whose own limits should be the first to be reached: they say what is
-    the matter.
+    All ranks wait while one waits for engines or judge, whose own timeouts must expire first: their errors name the
+    cause.
     """
     waits = 0.0
     if (online := config.online) is not None:
         waits = 2 * online.generate_timeout_s + 2 * online.judge_timeout_s + online.sync_timeout_s
-    return max(SHORTEST_COLLECTIVE_S, int(waits + config.cluster.start_timeout_s) + 300)
+    return max(MIN_COLLECTIVE_TIMEOUT_S, int(waits + config.cluster.start_timeout_s) + 300)
 
 
-def _on_each_rank(given: dict[str, Any]) -> Metrics:
-    config = Config.model_validate(given["config"])
-    rank, status_actor = ray.train.get_context().get_world_rank(), given["board"]
-    if failed := ray.get(status_actor.fatal_error.remote()):
-        return {"failed": failed}
+def _run_worker(arguments: dict[str, Any]) -> Metrics:
+    config = Config.model_validate(arguments["config"])
+    rank, status_actor = ray.train.get_context().get_world_rank(), arguments["status_actor"]
+    if fatal_error := ray.get(status_actor.fatal_error.remote()):
+        return {"failed": fatal_error}
 
     try:
         if not config.run.remote:
@@ -181,48 +186,49 @@ def _on_each_rank(given: dict[str, Any]) -> Metrics:
         log_to_run(config.run.path, f"worker-{rank}")
         logging.getLogger("ray.train").setLevel(logging.WARNING)
 
-        import torch  # once what it says goes to the log
+        import torch  # after log_to_run, which records its warnings
 
-        device = torch.device("cuda", torch.cuda.current_device()) if given["on_gpus"] else torch.device("cpu")
-        reporter = RunReporter(config.run.path, status_actor, rank, to_train=given["to_train"])
-        ending = resolve(given["loop"], {}, "loop")(config, device, reporter, given["handles"])
+        device = torch.device("cuda", torch.cuda.current_device()) if arguments["on_gpus"] else torch.device("cpu")
+        reporter = RunReporter(config.run.path, status_actor, rank, to_train=arguments["to_train"])
+        result = resolve(arguments["loop"], {}, "loop")(config, device, reporter, arguments["handles"])
         upload_appendable()
-        return asdict(ending)
+        return asdict(result)
     except Exception as error:
-        if not _would_come_again(error):
+        if _is_retryable(error):
             raise
-        # The other ranks wait in a collective and can only be ended by ending all; the next start reads this and stops.
+        # The other ranks wait in a collective until Ray restarts the group; the restarted workers read this and return.
         cause = getattr(error, "cause", None) or error
         ray.get(status_actor.report_fatal.remote(f"{type(cause).__name__}: {cause}"))
         raise
     finally:
-        # Of a run that failed, what it said of it: as far as the storage takes it.
+        # The logs of a failed run, if the storage still accepts them.
         with contextlib.suppress(StorageFailed):
             upload_appendable()
 
 
 def _validate_run_dir_visible(run_dir: Path) -> None:
-    """Raise a ValueError where this process does not see what the driver wrote to the run directory."""
+    """Raises a ValueError if this node does not see the driver's run directory."""
     if not (run_dir / "config.yaml").exists():
         raise ValueError(
-            f"run.dir: {run_dir} is not there on node {ray.util.get_node_ip_address()}; it must be a folder that all "
-            "nodes mount, or for an offline run an object store"
+            f"run.dir: {run_dir} does not exist on node {ray.util.get_node_ip_address()}; set run.dir to a folder that "
+            "all nodes mount, or for an offline run to an object store"
         )
 
 
-def _would_come_again(error: Exception) -> bool:
-    """Whether restarted workers would end with the same error."""
+def _is_retryable(error: Exception) -> bool:
+    """False if restarted workers would fail with the same error."""
     import torch
 
-    storage_full = isinstance(error, OSError) and error.errno in STORAGE_FULL
-    return storage_full or isinstance(error, (*FATAL, torch.OutOfMemoryError))
+    if isinstance(error, OSError) and error.errno in NON_RETRYABLE_ERRNOS:
+        return False
+    return not isinstance(error, (*NON_RETRYABLE, torch.OutOfMemoryError))
 
 
-def _cause(error: BaseException) -> str:
-    """The innermost message of a chain of wrapped errors, with its class."""
+def _first_failure(error: BaseException) -> str:
+    """The error of the lowest failed rank, without Ray's wrappers."""
     failures = getattr(error, "worker_failures", None)
-    if failures:
-        rank, failure = next(iter(sorted(failures.items())))
-        inner = getattr(failure, "cause", None) or failure
-        return f"training worker {rank} failed: {type(inner).__name__}: {inner}"
-    return f"training failed: {error}"
+    if not failures:
+        return f"training failed: {error}"
+    rank = min(failures)
+    cause = getattr(failures[rank], "cause", None) or failures[rank]
+    return f"training worker {rank} failed: {type(cause).__name__}: {cause}"

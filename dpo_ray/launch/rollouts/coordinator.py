@@ -19,9 +19,9 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from dpo_ray.config import Config
 from dpo_ray.launch.cluster import Cluster
+from dpo_ray.launch.process_logs import log_to_run
 from dpo_ray.launch.rollouts.placement import GpuSlot, colocated_placements, dedicated_placement
 from dpo_ray.launch.rollouts.pool import EngineFailed, RolloutPool
-from dpo_ray.launch.status import log_to_run
 from dpo_ray.rollout.collect import prompts_of_round, seed_of, select_pairs
 from dpo_ray.rollout.judges import build_judge, check_scores
 from dpo_ray.rollout.records import RoundStore
@@ -64,7 +64,7 @@ class Coordinator:
     Args:
         prompts: the training prompts.
         held_out: the held-out prompts.
-        board: the StatusBoard actor.
+        status_actor: handle of the StatusActor.
     """
 
     def __init__(
@@ -97,13 +97,13 @@ class Coordinator:
         self.evaluation_lock = threading.Lock()
         self.judge_actor: Any = None
         self.started: Future[None] = Future()
-        self.seats: Sequence[GpuSlot] = ()
-        self.seating = threading.Lock()
+        self.gpu_slots: Sequence[GpuSlot] = ()
+        self.placing = threading.Lock()
 
     def start(self) -> None:
         """Start the judge and the engines; those who ask for engines wait until they are up.
 
-        Engines on the training workers' GPUs start when those are known; see ``seat``.
+        Engines on the training workers' GPUs start when those are known; see ``place_engines``.
         """
         size = self.config.cluster
         try:
@@ -123,33 +123,32 @@ class Coordinator:
 
     # ------------------------------------------------------------------------------------ asked by the training workers
 
-    def seat(self, seats: Sequence[GpuSlot]) -> None:
-        """Start the engines on the training workers' GPUs, or move them to where the workers have started again.
+    def place_engines(self, slots: Sequence[GpuSlot]) -> None:
+        """Start the engines on the training workers' GPUs, or move them to the GPUs of restarted workers.
 
-        Every rank asks, with the GPUs of all, before it takes memory: the engines measure what is free as they start,
-        and sleep from then on.
+        Every rank calls this before it allocates GPU memory: the engines measure free memory as they start, then sleep.
         """
-        with self.seating:
-            if seats == self.seats:
+        with self.placing:
+            if slots == self.gpu_slots:
                 with self.pool_state:  # of the workers before these
                     self.pool_state.wait_for(lambda: not self.generating, timeout=self.online.generate_timeout_s)
                 self.pool.sleep()
                 return
             self.pool.close()
-            self.seats = ()
+            self.gpu_slots = ()
             try:
-                self.pool.start(colocated_placements(self.config.cluster, seats))
+                self.pool.start(colocated_placements(self.config.cluster, slots))
             except ValueError as error:
                 raise EngineFailed(str(error)) from None
             self.pool.sleep()
-            self.seats = seats
+            self.gpu_slots = slots
 
     def take(self, round: int) -> RoundData:
         """The pairs of a round; blocks until they are there."""
         data = self.stream.take(round)
         if self.config.cluster.colocate:
-            # Of a round that was on disk nothing was written, and the engines are awake since the push.
-            with self.seating:
+            # A round from disk needs no generation, after which engines sleep: they are awake since the push.
+            with self.placing:
                 self.pool.sleep()
         return data
 

@@ -1,15 +1,15 @@
-"""One vLLM engine as a Ray actor. The pool imports this too, and should not wait for what an engine needs."""
+"""One vLLM engine as a Ray actor. Light to import: the pool imports it too, and does not need what an engine needs."""
 
 from typing import Any
 
 from dpo_ray.config import Config
-from dpo_ray.launch.status import log_to_run
+from dpo_ray.launch.process_logs import log_to_run
 from dpo_ray.rollout.vllm_engine import VLLMEngine
 from dpo_ray.types import CompletionGroup, Prompt
 
 
 class EngineActor:
-    """One engine in a process of its own. Calls run one at a time, in order."""
+    """One engine in its own process. Calls run one at a time, in order."""
 
     def __init__(
         self, config: dict[str, Any], index: int, *, on_cpu: bool, executor: str, worker_extension: str
@@ -36,10 +36,10 @@ class EngineActor:
         )
 
     def ready(self) -> None:
-        """Answers once the engine is up."""
+        """Returns once the engine is up."""
 
     def generate(self, prompts: list[Prompt], seeds: list[int], candidates: int) -> list[CompletionGroup]:
-        """One group a prompt, in order."""
+        """One group per prompt, in order."""
         online = self.config.online
         assert online is not None
         return self.engine.generate(prompts, sampling=online.sampling, candidates=candidates, seeds=seeds)
@@ -49,25 +49,25 @@ class EngineActor:
         return self.engine.token_logps(token_ids)
 
     def sleep(self) -> None:
-        """Give the GPU up."""
+        """Frees the GPU memory."""
         self.engine.sleep()
 
     def wake(self) -> None:
-        """Take the GPU again."""
+        """Allocates the GPU memory again."""
         self.engine.wake()
 
     def init_transfer(self, info: dict[str, Any]) -> None:
-        """What the transport's receiving ends need to know."""
+        """Initializes the receiving end of the weight transport."""
         self.engine.init_transfer(info)
 
     def start_update(self) -> None:
-        """Open a weight update."""
+        """Begins a weight update."""
         self.engine.start_update()
 
     def load(self, bucket: Any) -> None:
-        """Take one bucket."""
+        """Loads one bucket of weights."""
         self.engine.load(bucket)
 
     def finish_update(self, version: int) -> str:
-        """Use the received weights; returns their digest."""
+        """Switches to the received weights; returns their digest."""
         return self.engine.finish_update(version)

@@ -1,4 +1,4 @@
-"""Where engines run, on CPUs and GPUs of their own or on the GPUs of training workers."""
+"""Placement of engines: on dedicated CPUs and GPUs, or colocated with training workers on their GPUs."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,65 +19,65 @@ class GpuSlot:
 
 @dataclass(frozen=True, slots=True)
 class EnginePlacement:
-    """What one engine asks of Ray."""
+    """The resources of one engine, as Ray's options."""
 
     bundles: tuple[dict[str, float], ...] = ()
-    """Of a placement group of its own, whose first bundle holds the actor; none for an engine on trainers' GPUs."""
+    """Placement group of a dedicated engine, whose first bundle holds the actor; empty for a colocated engine."""
     node: str | None = None
-    """Where an engine on trainers' GPUs runs."""
+    """Node of a colocated engine."""
     num_cpus: int = 0
     num_gpus: int = 0
-    """GPUs of the actor itself. Of a tensor-parallel engine Ray gives them to the workers that vLLM starts."""
+    """GPUs of the actor itself; 0 for a tensor-parallel engine, whose vLLM workers hold the GPUs."""
     environment: dict[str, str] = field(default_factory=dict)
     executor: str = "ray"
     """See ``VLLMEngine``."""
 
 
 KEEP_VISIBLE = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-"""Ray hides all GPUs from an actor that asks for none; with this it leaves the variable as it is."""
+"""Ray hides all GPUs from an actor that requests none; this keeps CUDA_VISIBLE_DEVICES unchanged."""
 
 
 def dedicated_placement(size: ClusterConfig, *, on_gpus: bool) -> EnginePlacement:
-    """The place of an engine with CPUs and GPUs of its own."""
+    """The placement of an engine with its own CPUs and GPUs."""
     cpus = {"CPU": float(size.cpus_per_engine)}
     if not on_gpus:
         return EnginePlacement(bundles=(cpus,), num_cpus=size.cpus_per_engine)
     if size.gpus_per_engine == 1:
         return EnginePlacement(bundles=(cpus | {"GPU": 1.0},), num_cpus=size.cpus_per_engine, num_gpus=1)
-    # vLLM's workers take no CPU and one whole GPU each, one a bundle; that of the first bundle sits beside the actor.
+    # Each vLLM worker takes one whole GPU and no CPU from a bundle of its own; the first shares the actor's bundle.
     bundles = (cpus | {"GPU": 1.0}, *({"GPU": 1.0} for _ in range(size.gpus_per_engine - 1)))
     return EnginePlacement(bundles=bundles, num_cpus=size.cpus_per_engine, environment=KEEP_VISIBLE)
 
 
-def colocated_placements(size: ClusterConfig, seats: Sequence[GpuSlot]) -> list[EnginePlacement]:
-    """The places of all engines on the GPUs of training workers.
+def colocated_placements(size: ClusterConfig, slots: Sequence[GpuSlot]) -> list[EnginePlacement]:
+    """The placements of all engines on the GPUs of training workers.
 
-    An engine gets neighbouring ranks of one node, and sees their GPUs only. It asks Ray for nothing: what it uses is
-    its trainers', who wait meanwhile.
+    An engine gets the GPUs of neighbouring ranks on one node and sees no others. It requests no resources from Ray: it
+    uses those of the workers, which wait meanwhile.
 
     Args:
-        seats: of all ranks, in order.
+        slots: GPUs of all ranks, in order.
 
     Raises:
-        ValueError: the workers are spread so that not every engine finds enough GPUs on one node.
+        ValueError: too few nodes have enough of the workers' GPUs.
     """
-    of_node: dict[str, list[str]] = defaultdict(list)
-    for seat in seats:
-        of_node[seat.node].append(seat.gpu)
+    gpus_by_node: dict[str, list[str]] = defaultdict(list)
+    for slot in slots:
+        gpus_by_node[slot.node].append(slot.gpu)
     width = size.gpus_per_engine
-    places = [
+    placements = [
         EnginePlacement(
             node=node,
             environment=KEEP_VISIBLE | {"CUDA_VISIBLE_DEVICES": ",".join(gpus[start : start + width])},
             executor="mp",
         )
-        for node, gpus in of_node.items()
+        for node, gpus in gpus_by_node.items()
         for start in range(0, len(gpus) - width + 1, width)
     ]
-    if len(places) < size.rollout_engines:
+    if len(placements) < size.rollout_engines:
         raise ValueError(
-            f"cluster.rollout_engines={size.rollout_engines} with cluster.gpus_per_engine={width} on shared GPUs: the "
-            f"training workers' nodes have {', '.join(str(len(gpus)) for gpus in of_node.values())} of their GPUs, "
-            f"which seats {len(places)} engines"
+            f"cluster.rollout_engines={size.rollout_engines}, cluster.gpus_per_engine={width}, cluster.colocate: the "
+            f"nodes have {', '.join(str(len(gpus)) for gpus in gpus_by_node.values())} GPUs of training workers, "
+            f"which fit {len(placements)} engines; lower one of these keys"
         )
-    return places[: size.rollout_engines]
+    return placements[: size.rollout_engines]

@@ -1,4 +1,4 @@
-"""The pool of vLLM engines: Ray actors, one an engine, in placement groups of their own or on the trainers' GPUs."""
+"""The pool of vLLM engines: one Ray actor per engine, in its own placement group or on the training workers' GPUs."""
 
 import contextlib
 import logging
@@ -16,8 +16,8 @@ from dpo_ray.config import Config
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.rollouts.engine_actor import EngineActor
 from dpo_ray.launch.rollouts.placement import EnginePlacement
-from dpo_ray.launch.status import last_line
 from dpo_ray.rollout.vllm_engine import engine_environment
+from dpo_ray.storage import error_summary
 from dpo_ray.types import CompletionGroup, NonRetryableError, Prompt
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ CHUNKS_PER_ENGINE = 4
 MIN_CHUNK_COMPLETIONS = 128
 """Smaller pieces would leave an engine's batches half empty."""
 ENGINE_ATTEMPTS = 2
-"""How often a piece of work is tried: a second engine dying over the same prompts is not the engine's fault."""
+"""Attempts per piece of work: if a second engine dies over the same prompts, the prompts are the cause."""
 
 
 class EngineFailed(NonRetryableError):
@@ -47,7 +47,7 @@ class RolloutPool:
 
     def __init__(self, config: Config, cluster: Cluster, worker_extension: str) -> None:
         self.config, self.cluster, self.worker_extension = config, cluster, worker_extension
-        self.places: list[EnginePlacement] = []
+        self.placements: list[EnginePlacement] = []
         self.groups: list[Any] = []
         self.engines: list[Any] = []
         self.lost: set[int] = set()
@@ -55,18 +55,18 @@ class RolloutPool:
         self.weights: tuple[int, list[Any] | None, str] | None = None
         """Version, bucket references and digest of the last push; no references where it cannot be given again."""
 
-    def start(self, places: Sequence[EnginePlacement]) -> None:
+    def start(self, placements: Sequence[EnginePlacement]) -> None:
         """Start an engine in each place and wait for all.
 
         Raises:
             EngineFailed: one did not come up in ``cluster.start_timeout_s``.
         """
         size = self.config.cluster
-        self.places = list(places)
+        self.placements = list(placements)
         self.groups = [
-            placement_group([dict(b) for b in place.bundles], strategy="PACK", name=f"dpo_ray-engine-{index}")
-            for index, place in enumerate(places)
-            if place.bundles
+            placement_group([dict(b) for b in placement.bundles], strategy="PACK", name=f"dpo_ray-engine-{index}")
+            for index, placement in enumerate(placements)
+            if placement.bundles
         ]
         waited_for = [group.ready() for group in self.groups]
         _, missing = ray.wait(waited_for, num_returns=len(waited_for), timeout=size.start_timeout_s)
@@ -75,30 +75,30 @@ class RolloutPool:
                 f"{len(missing)} of {len(waited_for)} engines got no place in {size.start_timeout_s:.0f} s "
                 "(cluster.start_timeout_s): other work holds the cluster's CPUs or GPUs"
             )
-        self.engines = [self._start_engine(index) for index in range(len(places))]
+        self.engines = [self._start_engine(index) for index in range(len(placements))]
         for index, engine in enumerate(self.engines):
             self._await_ready(index, engine)
 
     def _start_engine(self, index: int) -> Any:
-        size, online, place = self.config.cluster, self.config.online, self.places[index]
+        size, online, placement = self.config.cluster, self.config.online, self.placements[index]
         assert online is not None
         on_cpu = not self.cluster.on_gpus
         environment = engine_environment(online.engine, on_cpu=on_cpu, threads=size.cpus_per_engine)
         actor = ray.remote(EngineActor).options(
-            num_cpus=place.num_cpus,
-            num_gpus=place.num_gpus,
+            num_cpus=placement.num_cpus,
+            num_gpus=placement.num_gpus,
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 self.groups[index], placement_group_bundle_index=0, placement_group_capture_child_tasks=True
             )
-            if place.node is None
-            else NodeAffinitySchedulingStrategy(place.node, soft=False),
-            runtime_env={"env_vars": environment | place.environment},
+            if placement.node is None
+            else NodeAffinitySchedulingStrategy(placement.node, soft=False),
+            runtime_env={"env_vars": environment | placement.environment},
         )
         return actor.remote(
             self.config.model_dump(mode="json"),
             index,
             on_cpu=on_cpu,
-            executor=place.executor,
+            executor=placement.executor,
             worker_extension=self.worker_extension,
         )
 
@@ -112,7 +112,7 @@ class RolloutPool:
                 f"engine {index} was not up after {timeout:.0f} s (cluster.start_timeout_s); see {logs}"
             ) from None
         except RayActorError as error:
-            raise EngineFailed(f"engine {index} failed to start: {last_line(error)}; see {logs}") from None
+            raise EngineFailed(f"engine {index} failed to start: {error_summary(error)}; see {logs}") from None
 
     def replace(self, index: int) -> Any:
         """A new engine in the place of a dead one, for a push that is about to give it weights.
@@ -149,7 +149,7 @@ class RolloutPool:
         return engine.finish_update.remote(version)
 
     def _rejoined(self, index: int, digest: Any) -> bool:
-        """Whether a new engine is up with the right weights.
+        """True if a new engine is up with the right weights.
 
         Raises:
             EngineFailed: it received something else than was pushed.
@@ -158,7 +158,7 @@ class RolloutPool:
         try:
             found = ray.get(digest)
         except RayError as error:
-            logger.warning("no engine could be started in the place of engine %d: %s", index, last_line(error))
+            logger.warning("no engine could be started in the place of engine %d: %s", index, error_summary(error))
             return False
         version, _, pushed = self.weights
         if found != pushed:
@@ -222,7 +222,7 @@ class RolloutPool:
             except RayActorError as error:
                 if attempt == ENGINE_ATTEMPTS:
                     raise EngineFailed(
-                        f"prompts {part.start} to {part.stop} killed two engines: {last_line(error)}"
+                        f"prompts {part.start} to {part.stop} killed two engines: {error_summary(error)}"
                     ) from None
                 queue.appendleft((number, part, attempt + 1))
                 self.lost.add(engine)
@@ -265,7 +265,7 @@ class RolloutPool:
         for group in self.groups:
             with contextlib.suppress(Exception):
                 remove_placement_group(group)
-        self.engines, self.groups, self.places, self.lost = [], [], [], set()
+        self.engines, self.groups, self.placements, self.lost = [], [], [], set()
 
 
 def _chunks(prompts: int, engines: int, candidates: int) -> Iterator[slice]:

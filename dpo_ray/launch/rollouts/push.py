@@ -1,4 +1,4 @@
-"""How weights get to the engines: the transport, and a push as the pool receives it from the worker that sends."""
+"""Weights on their way to the engines: the transport, and the pool as the receiver of a push from rank 0."""
 
 import logging
 import time
@@ -9,8 +9,8 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from dpo_ray.config import Config
-from dpo_ray.launch.status import last_line
 from dpo_ray.plugins import build
+from dpo_ray.storage import error_summary
 from dpo_ray.sync import TRANSPORTS
 from dpo_ray.sync.base import WeightSync
 
@@ -88,10 +88,10 @@ class PoolReceiver:
             self.dead.append(index)
             if not self.engines:
                 raise
-            logger.warning("no engine could be started in the place of engine %d: %s", index, last_line(error))
+            logger.warning("no engine could be started in the place of engine %d: %s", index, error_summary(error))
 
     def init_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
-        """Tell each engine's receiving ends what they need to know."""
+        """Initialize the receiving end of every engine."""
         of_engine = dict(zip(self.engines.values(), infos, strict=True))
         self._call_each(
             "preparing a transfer of weights", lambda engine: engine.init_transfer.remote(of_engine[engine])
@@ -143,7 +143,7 @@ class PoolReceiver:
         return answers
 
     def _unanswered(self, waiting: list[Any]) -> list[Any]:
-        """What has not answered in time. A failure ends the wait where the other engines wait for the failed one."""
+        """Calls without an answer in time. A failure ends the wait if the other engines wait for the failed one."""
         deadline = time.monotonic() + self.timeout_s
         while waiting:
             done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))

@@ -1,4 +1,4 @@
-"""The coordinator's dealings with engines on the training workers' GPUs, on a pool that notes what it is told."""
+"""Colocated engines under the coordinator, with a pool that records its calls."""
 
 import threading
 from collections.abc import Sequence
@@ -13,33 +13,33 @@ from dpo_ray.launch.rollouts.pool import EngineFailed
 from dpo_ray.rollout.stream import RoundStream
 from dpo_ray.types import RoundData
 
-SEATS = [GpuSlot("node a", "0"), GpuSlot("node a", "1")]
+SLOTS = [GpuSlot("node a", "0"), GpuSlot("node a", "1")]
 
 
 class Pool:
-    """Notes its calls; starts nothing where ``full``."""
+    """Records its calls; raises on start if ``full``."""
 
     def __init__(self, *, full: bool = False) -> None:
         self.calls: list[str] = []
         self.full = full
 
     def start(self, places: Sequence[EnginePlacement]) -> None:
-        """Note where."""
+        """Records the nodes."""
         if self.full:
             raise ValueError("no room")
         self.calls.append(f"start on {', '.join(str(place.node) for place in places)}")
 
     def sleep(self) -> None:
-        """Note it."""
+        """Records the call."""
         self.calls.append("sleep")
 
     def close(self) -> None:
-        """Note it."""
+        """Records the call."""
         self.calls.append("close")
 
 
 def coordinator(pool: Any, *, colocate: bool) -> Coordinator:
-    """One without actors, log files or prompts."""
+    """A coordinator without actors, log files or prompts."""
     made = Coordinator.__new__(Coordinator)
     made.config = Config.model_validate(
         {
@@ -49,34 +49,34 @@ def coordinator(pool: Any, *, colocate: bool) -> Coordinator:
         }
     )
     assert made.config.online is not None
-    made.online, made.pool, made.seats, made.seating = made.config.online, pool, (), threading.Lock()
+    made.online, made.pool, made.gpu_slots, made.placing = made.config.online, pool, (), threading.Lock()
     made.pool_state, made.generating = threading.Condition(), False
     read = lambda round: RoundData(round, (), (), round)  # noqa: E731
-    stream: Any = RoundStream(read, lambda data: data, max_lag=0, rounds=3)  # as of rounds that are on disk
+    stream: Any = RoundStream(read, lambda data: data, max_lag=0, rounds=3)  # as if all rounds were on disk
     made.stream = stream
     return made
 
 
 @pytest.mark.parametrize("colocate", [True, False])
-def test_engines_on_the_trainers_cards_sleep_before_a_round_that_was_on_disk_is_trained(colocate: bool) -> None:
+def test_colocated_engines_sleep_before_training_on_a_round_from_disk(colocate: bool) -> None:
     pool = Pool()
     assert coordinator(pool, colocate=colocate).take(0).index == 0
     assert pool.calls == (["sleep"] if colocate else [])
 
 
-def test_engines_start_on_the_workers_cards_once_and_again_where_the_workers_have_moved() -> None:
+def test_colocated_engines_start_once_and_again_where_the_workers_have_moved() -> None:
     pool = Pool()
     made = coordinator(pool, colocate=True)
-    made.seat(SEATS)
-    made.seat(SEATS)  # the other rank
+    made.place_engines(SLOTS)
+    made.place_engines(SLOTS)  # the other rank
     assert pool.calls == ["close", "start on node a, node a", "sleep", "sleep"]
     pool.calls.clear()
-    made.seat([GpuSlot("node b", "0"), GpuSlot("node b", "1")])
+    made.place_engines([GpuSlot("node b", "0"), GpuSlot("node b", "1")])
     assert pool.calls == ["close", "start on node b, node b", "sleep"]
 
 
-def test_cards_that_hold_no_engine_end_the_run_and_are_not_taken_for_seated() -> None:
+def test_gpus_too_small_for_an_engine_fail_the_run_at_every_attempt() -> None:
     made = coordinator(Pool(full=True), colocate=True)
     for _ in range(2):
         with pytest.raises(EngineFailed, match="no room"):
-            made.seat(SEATS)
+            made.place_engines(SLOTS)

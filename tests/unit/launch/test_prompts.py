@@ -1,4 +1,4 @@
-"""Which prompts an online run takes, and what it says of the others before anything starts."""
+"""The prompts that an online run keeps, and the reasons printed for the others."""
 
 import io
 import json
@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from dpo_ray.config import Config
-from dpo_ray.launch.online import open_prompts
+from dpo_ray.launch.data import prepare_prompts
 
 TEMPLATE = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn here') }}{% endif %}"
@@ -17,7 +17,7 @@ TEMPLATE = (
 
 
 def prompts_of(folder: Path, model: Path, **engine: int) -> tuple[list[int], str]:
-    """The record numbers of the prompts taken, and what was said."""
+    """The record numbers of the kept prompts, and the printed lines."""
     texts = [
         [{"role": "user", "content": "short"}],
         [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}],
@@ -33,22 +33,22 @@ def prompts_of(folder: Path, model: Path, **engine: int) -> tuple[list[int], str
         }
     )
     assert config.online is not None
-    said = io.StringIO()
-    kept = open_prompts(config, config.online.prompts, "online.prompts", Console(file=said, width=400))
-    return [texts.index(list(map(dict, prompt.messages))) + 1 for prompt in kept], said.getvalue()
+    output = io.StringIO()
+    kept = prepare_prompts(config, config.online.prompts, "online.prompts", Console(file=output, width=400))
+    return [texts.index(list(map(dict, prompt.messages))) + 1 for prompt in kept], output.getvalue()
 
 
-def test_a_prompt_that_the_template_refuses_is_named_by_file_and_record(tiny_model: Path, tmp_path: Path) -> None:
-    kept, said = prompts_of(tmp_path, tiny_model)
+def test_a_prompt_that_the_template_rejects_is_named_by_file_and_record(tiny_model: Path, tmp_path: Path) -> None:
+    kept, output = prompts_of(tmp_path, tiny_model)
     assert kept == [1, 3, 4]
-    assert "online.prompts: 4 records read, 3 kept, 1 dropped" in said
-    assert f"template_refused: {tmp_path / 'prompts.jsonl'}:2 (the chat template says: no system turn here)" in said
+    assert "online.prompts: 4 records read, 3 kept, 1 dropped" in output
+    assert f"template_refused: {tmp_path / 'prompts.jsonl'}:2 (the chat template says: no system turn here)" in output
 
 
-def test_a_prompt_that_leaves_an_engine_no_room_for_its_answer_is_left_out(tiny_model: Path, tmp_path: Path) -> None:
-    kept, said = prompts_of(tmp_path, tiny_model, max_model_len=100)
+def test_a_prompt_that_leaves_no_room_for_the_completion_is_dropped(tiny_model: Path, tmp_path: Path) -> None:
+    kept, output = prompts_of(tmp_path, tiny_model, max_model_len=100)
     assert kept == [1, 4]
-    assert "(90 tokens; online.engine.max_model_len less online.sampling.max_tokens is 80)" in said
+    assert "(90 tokens; online.engine.max_model_len - online.sampling.max_tokens is 80)" in output
 
 
 def test_without_a_usable_prompt_the_run_does_not_start(tiny_model: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a run says of its data before it starts, and that it goes on with the data it began with."""
+"""The data report, and the check that a resumed run has the pairs that it started with."""
 
 import io
 import json
@@ -10,13 +10,13 @@ from rich.console import Console
 
 from dpo_ray.config import Config, override
 from dpo_ray.launch.cluster import Cluster
-from dpo_ray.launch.preparation import prepare_data
+from dpo_ray.launch.data import prepare_data
 from tests.conftest import ragged_texts
 
-ALONE = Cluster(gpus=0, cpus=2, nodes=1)
+LOCAL = Cluster(gpus=0, cpus=2, nodes=1)
 
 
-def test_a_run_that_has_begun_refuses_other_pairs_under_the_same_path(
+def test_a_run_with_work_rejects_other_pairs_under_the_same_path(
     tiny_model: Path, tmp_path: Path, write_pairs: Callable[..., Path]
 ) -> None:
     config = Config.model_validate(
@@ -27,20 +27,20 @@ def test_a_run_that_has_begun_refuses_other_pairs_under_the_same_path(
             "data": {"train": str(write_pairs(ragged_texts(4)))},
         }
     )
-    said = io.StringIO()
-    prepare_data(config, ALONE, Console(file=said, width=200))
-    assert "4 records read, 4 kept" in said.getvalue()
+    output = io.StringIO()
+    prepare_data(config, LOCAL, Console(file=output, width=200))
+    assert "4 records read, 4 kept" in output.getvalue()
     data = config.run.path / "data.json"
-    begun = json.loads(data.read_text())["data.train"]["digest"]
+    digest = json.loads(data.read_text())["data.train"]["digest"]
 
     write_pairs(ragged_texts(5))
-    prepare_data(config, ALONE, Console(file=io.StringIO()))  # nothing was trained yet
-    assert json.loads(data.read_text())["data.train"]["digest"] != begun
+    prepare_data(config, LOCAL, Console(file=io.StringIO()))  # the run has no work yet
+    assert json.loads(data.read_text())["data.train"]["digest"] != digest
 
     (config.run.path / "checkpoints/000001").mkdir(parents=True)
     (config.run.path / "checkpoints/000001/complete.json").write_text("{}")
     write_pairs(ragged_texts(6))
-    with pytest.raises(ValueError, match=r"data\.train: .*pairs\.jsonl no longer gives the pairs .* run\.name"):
-        prepare_data(config, ALONE, Console(file=io.StringIO()))
+    with pytest.raises(ValueError, match=r"data\.train: .*pairs\.jsonl no longer has the pairs .* run\.name"):
+        prepare_data(config, LOCAL, Console(file=io.StringIO()))
     other = override(config, {"run.name": "other"})
-    prepare_data(other, ALONE, Console(file=io.StringIO()))
+    prepare_data(other, LOCAL, Console(file=io.StringIO()))

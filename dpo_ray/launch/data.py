@@ -1,4 +1,4 @@
-"""The data of an offline run: tokenised by all nodes, opened by every worker, reported to the person who started it."""
+"""The data of a run: tokenized on all nodes, reported by the driver, opened by every worker."""
 
 import json
 from collections import deque
@@ -12,6 +12,7 @@ import ray
 from rich.console import Console
 
 from dpo_ray.config import Config
+from dpo_ray.data.prompts import open_prompts
 from dpo_ray.data.report import DataReportBuilder
 from dpo_ray.data.sources import Part
 from dpo_ray.data.store import PairStore, Prepare, RunParts, prepare_pairs
@@ -21,20 +22,21 @@ from dpo_ray.launch.display import live_display
 from dpo_ray.launch.run_dir import has_work, make_run_dir
 from dpo_ray.launch.status import StatusActor
 from dpo_ray.storage import storage_errors
+from dpo_ray.types import Prompt
 
 PART_TIMEOUT_S = 1800.0
-"""Longest wait for the next part of the data, the wait for a free CPU included."""
+"""Longest wait for the next part of the data, including the wait for a free CPU."""
 PARTS_PER_PROCESS = 16
-AHEAD = 2
-"""Parts handed to the cluster for each of its CPUs, so that none waits for the driver."""
+PARTS_PER_CPU = 2
+"""Parts submitted per CPU of the cluster, so that no CPU waits for the driver."""
 
 
 def prepare_data(config: Config, cluster: Cluster, console: Console) -> None:
-    """Prepare the data on the cluster, print the report and keep it in the run directory.
+    """Tokenizes the pairs on the cluster; prints the data report and saves it in the run directory.
 
     Raises:
         ValueError: the data cannot be used.
-        TimeoutError: the cluster does not get on with it.
+        TimeoutError: the cluster makes no progress.
     """
     status = StatusActor()
     status.phase("tokenising", 0, 0)
@@ -46,28 +48,27 @@ def prepare_data(config: Config, cluster: Cluster, console: Console) -> None:
     stores = {"data.train": pairs} | ({"data.eval": held_out} if held_out else {})
     for name, store in stores.items():
         console.print(store.report.text(name), highlight=False, markup=False, soft_wrap=True)
-    told = {name: {**store.report.to_dict(), "digest": store.digest} for name, store in stores.items()}
+    reports = {name: {**store.report.to_dict(), "digest": store.digest} for name, store in stores.items()}
     file = run_dir / "data.json"
     with storage_errors(run_dir):
         _validate_same_pairs(file, pairs)
-        file.write_text(json.dumps(told, indent=1), encoding="utf-8")
+        file.write_text(json.dumps(reports, indent=1), encoding="utf-8")
 
 
 def _validate_same_pairs(file: Path, pairs: PairStore) -> None:
-    """Raise a ValueError where the run was begun with other training pairs from the same places."""
-    begun = json.loads(file.read_text(encoding="utf-8")) if file.exists() and has_work(file.parent) else {}
-    before = begun.get("data.train", {}).get("digest", pairs.digest)
-    if before != pairs.digest:
+    """Raises a ValueError if the run was started with other training pairs from the same sources."""
+    earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() and has_work(file.parent) else {}
+    if earlier.get("data.train", {}).get("digest", pairs.digest) != pairs.digest:
         raise ValueError(
-            f"data.train: {', '.join(pairs.sources)} no longer gives the pairs that {file.parent} was begun with: a "
-            "source or the tokenizer has changed; give the run another run.name, or remove its directory to begin again"
+            f"data.train: {', '.join(pairs.sources)} no longer has the pairs that {file.parent} was started with: a "
+            "source or the tokenizer has changed; set another run.name, or remove the directory to start over"
         )
 
 
 def open_pairs(
     config: Config, *, run_parts: RunParts = map, on_progress: Callable[[int, int], None] | None = None
 ) -> tuple[PairStore, PairStore | None]:
-    """The tokenised training pairs and held-out pairs; prepared where no one did before."""
+    """The tokenized training and held-out pairs; tokenizes those that are not in the cache."""
     tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
     prepare = partial(
         prepare_pairs,
@@ -80,34 +81,55 @@ def open_pairs(
     pairs = prepare(config.data.train)
     for source, size in zip(config.data.train, pairs.sizes, strict=True):
         if config.data.weights and not size:
-            raise ValueError(f"data.weights: {source} has a weight and no pair that can be used (see data.limit)")
+            raise ValueError(f"data.weights: {source} has a weight but no usable pair (see data.limit)")
     return pairs, prepare(config.data.eval, kind="eval") if config.data.eval else None
 
 
 def tokenize_on_cluster(
     cluster: Cluster, prepare: Prepare, parts: Sequence[tuple[int, Part]]
 ) -> Iterator[DataReportBuilder]:
-    """Apply ``prepare`` to every part as tasks of the cluster; a single part is not worth a process and runs here."""
+    """Applies ``prepare`` to every part as a Ray task; a single part is processed here, faster than a task starts."""
     if len(parts) < 2:
         yield from map(prepare, parts)
         return
-    shared = ray.put(prepare)
-    # Each task unpickles a tokenizer of its own, whose memory does not all come back: processes are replaced in time.
+    prepare_ref = ray.put(prepare)
+    # Each task unpickles a tokenizer, whose memory is not fully released: processes are replaced after a few parts.
     task: Any = ray.remote(num_cpus=1, max_retries=3, max_calls=PARTS_PER_PROCESS)(_prepare)
     waiting = iter(parts)
-    running = deque(task.remote(shared, part) for part in islice(waiting, AHEAD * cluster.cpus))
+    running = deque(task.remote(prepare_ref, part) for part in islice(waiting, PARTS_PER_CPU * cluster.cpus))
     while running:
         try:
             yield ray.get(running.popleft(), timeout=PART_TIMEOUT_S)
         except ray.exceptions.GetTimeoutError:
             raise TimeoutError(
-                f"waited {PART_TIMEOUT_S / 60:.0f} min for the cluster to tokenise a part of the data; "
-                "are all its CPUs taken by other jobs?"
+                f"the cluster did not tokenize a part of the data in {PART_TIMEOUT_S / 60:.0f} min; "
+                "do other jobs use all of its CPUs?"
             ) from None
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
-        running.extend(task.remote(shared, part) for part in islice(waiting, 1))
+        running.extend(task.remote(prepare_ref, part) for part in islice(waiting, 1))
 
 
 def _prepare(prepare: Prepare, part: tuple[int, Part]) -> DataReportBuilder:
     return prepare(part)
+
+
+def prepare_prompts(config: Config, sources: Sequence[str], key: str, console: Console) -> list[Prompt]:
+    """The usable prompts of ``sources``; prints the number of dropped records and the first reasons.
+
+    Raises:
+        ValueError: a source cannot be read, no prompt is usable, or one is dropped and ``data.strict`` is set.
+    """
+    if not sources:
+        return []
+    prompts, problems = open_prompts(config, sources)
+    records = len(prompts) + len(problems)
+    console.print(f"{key}: {records} records read, {len(prompts)} kept, {len(problems)} dropped", highlight=False)
+    for problem in problems[:3]:
+        line = f"  {problem.reason}: {problem.source}:{problem.number} ({problem.detail})"
+        console.print(line, highlight=False, markup=False)
+    if not prompts:
+        raise ValueError(f"{key}: no usable prompt in {', '.join(sources)}")
+    if problems and config.data.strict:
+        raise ValueError(f"{key}: {len(problems)} records were dropped, which data.strict=true rejects")
+    return prompts
