@@ -19,14 +19,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from benchmarks.flops import Shape
 from dpo_ray.data.assignment import balance_micro_batches
 from dpo_ray.data.packing import Layout, PackedRow, build_row, row_tokens
-from dpo_ray.model.scorer import LogpsModel, PairLosses, ReadOut, Scorer, pair_losses
+from dpo_ray.model.load import register_attention
+from dpo_ray.model.scorer import HeadFn, LogpsModel, PairLosses, Scorer, pair_losses
 from dpo_ray.objective.head import LogitTransform
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.objective.losses import sigmoid
-from dpo_ray.ops.attention import use_packed_attention
-from dpo_ray.ops.flex import use_flex_attention
+from dpo_ray.ops.attention import PACKED
+from dpo_ray.ops.flex import FLEX
 from dpo_ray.parallel.activations import apply_activation_checkpointing
-from dpo_ray.parallel.context import ALONE
+from dpo_ray.parallel.context import NO_CONTEXT_PARALLEL
 from dpo_ray.parallel.tensor import local_head
 from dpo_ray.types import TokenPair
 
@@ -111,11 +112,12 @@ def hidden_of_rectangle(model: Any, row: PackedRow) -> tuple[Tensor, Tensor]:
 def with_head_at_completions(model: Any, row: PackedRow) -> PairLosses:
     """Losses of a rectangle whose completion tokens alone meet the head."""
 
-    def scores(row: PackedRow, read_out: ReadOut) -> Any:
+    def logps_model(row: PackedRow, head_fn: HeadFn) -> Any:
         hidden, seen = hidden_of_rectangle(model, row)
-        return read_out(hidden[seen][row.source], local_head(model, LogitTransform()), ALONE.shard(row))
+        shard = NO_CONTEXT_PARALLEL.shard(row)
+        return head_fn(hidden[seen][row.source], local_head(model, LogitTransform()), shard)
 
-    rectangle: LogpsModel = scores
+    rectangle: LogpsModel = logps_model
     return pair_losses(rectangle, row, lambda policy, _: losses_of(policy))
 
 
@@ -133,8 +135,9 @@ def with_all_logits(model: Any, row: PackedRow) -> PairLosses:
 
 def sides(device: torch.device) -> dict[str, Side]:
     """What is compared, ours first."""
-    ours = use_flex_attention() if device.type == "cuda" else use_packed_attention()
-    without_flex = {"dpo_ray, no flex": Side(use_packed_attention(), packed("shared"))}
+    register_attention()
+    ours = FLEX if device.type == "cuda" else PACKED
+    without_flex = {"dpo_ray, no flex": Side(PACKED, packed("shared"))}
     at_completions = padded(with_head_at_completions)
     return {
         "dpo_ray": Side(ours, packed("shared")),
@@ -234,7 +237,8 @@ def said(error: Exception) -> str:
 def use(model: Any, side: Side, recomputed: Recompute) -> None:
     """Set a model to a side's attention and recomputation."""
     model.set_attn_implementation(side.attention)
-    for layer in model.get_decoder().layers:
+    layers = model.get_decoder().layers
+    for layer in layers:
         layer.forward = layer.plain
-        apply_activation_checkpointing(layer, side.recompute or recomputed)
+    apply_activation_checkpointing(layers, side.recompute or recomputed)
     model.train()

@@ -1,7 +1,7 @@
-"""Low-rank adapters (peft) in a frozen model: put in, switched off for the reference, taken out as their own export."""
+"""LoRA adapters (peft) in a frozen model: adding, disabling for the reference, saving."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dpo_ray.data.packing import PackedRow
-    from dpo_ray.model.scorer import ReadOut, Scorer
+    from dpo_ray.model.scorer import HeadFn, Scorer
 
 ADAPTER = "default"
-"""The name under which peft keeps the adapters."""
+"""peft's name of the adapters."""
 
 
 def add_adapters(model: "PreTrainedModel", lora: LoraConfig) -> None:
-    """Put adapters that change nothing yet into ``model`` and freeze everything else, in four bits if so configured.
+    """Add adapters, initialized to change nothing, and freeze all other weights, in 4 bits with ``lora.quantize``.
 
     Raises:
-        ValueError: no module has a name in ``model.lora.targets``, or one cannot be quantized.
+        ValueError: ``model.lora.targets`` matches no module, or a module without support.
     """
     from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
@@ -38,7 +38,7 @@ def add_adapters(model: "PreTrainedModel", lora: LoraConfig) -> None:
         if isinstance(module, LoraLayer) and (
             not isinstance(module.get_base_layer(), nn.Linear) or module is model.get_output_embeddings()
         ):
-            raise ValueError(f"model.lora.targets: {name} cannot have adapters; linear layers can, but the head")
+            raise ValueError(f"model.lora.targets: {name} cannot have adapters; only linear layers except the head can")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad != (".lora_" in name):
             raise AssertionError(f"{name} is {'not ' * (not parameter.requires_grad)}trainable")
@@ -50,9 +50,9 @@ def add_adapters(model: "PreTrainedModel", lora: LoraConfig) -> None:
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Run ``model`` as if it had no adapters.
+    """Run ``model`` without its adapters.
 
-    Not peft's own switch, which also turns off their gradients: FSDP decides about dtypes by what is trainable.
+    peft's own switch also changes ``requires_grad``, from which FSDP derives its dtypes.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -67,23 +67,23 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 class WithoutAdapters:
-    """A policy as its own reference: scores like a Scorer, with the adapters switched off."""
+    """A policy with its adapters disabled, as its own reference model; called like a Scorer."""
 
     def __init__(self, policy: "Scorer") -> None:
         self.policy = policy
 
-    def __call__(self, row: "PackedRow", read_out: "ReadOut") -> Any:
-        """As ``Scorer.forward``."""
+    def __call__(self, row: "PackedRow", head_fn: "HeadFn") -> Any:
+        """See ``Scorer.forward``."""
         with adapters_off(self.policy):
-            return self.policy(row, read_out)
+            return self.policy(row, head_fn)
 
 
-def adapter_product(layer: Any, gather: Any) -> Tensor:
-    """What the adapters of a linear layer add to its weight: scale * B A, (out, in).
+def adapter_product(layer: Any, gather: Callable[[Tensor], Tensor]) -> Tensor:
+    """Weight update of a linear layer by its adapters: scale * B A, (out, in).
 
     Args:
         layer: peft's layer.
-        gather: makes a full tensor of a sharded one; a collective.
+        gather: returns the full tensor of a sharded one; a collective.
     """
     a, b = (gather(getattr(layer, name)[ADAPTER].weight) for name in ("lora_A", "lora_B"))
     return layer.scaling[ADAPTER] * (b @ a)
@@ -92,13 +92,13 @@ def adapter_product(layer: Any, gather: Any) -> Tensor:
 def save_adapter(
     weights: dict[str, Tensor], base: "PreTrainedModel", base_path: str, lora: LoraConfig, folder: Path
 ) -> None:
-    """Write adapters as a peft directory.
+    """Save adapters as a peft directory.
 
     Args:
-        weights: full adapter weights under the names that they have in the model.
-        base: the model's architecture, without weights.
-        base_path: hub id or directory of the base model, written to the adapter's configuration.
-        folder: created.
+        weights: full adapter weights under their names in the model.
+        base: the base model, without weights.
+        base_path: hub id or directory of the base model, saved in the adapter's configuration.
+        folder: the directory, created if missing.
     """
     from peft import get_peft_model
 

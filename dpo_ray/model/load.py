@@ -1,44 +1,46 @@
-"""Reading a Hugging Face model for training: master weights in float32, read once by rank 0.
+"""Loading a Hugging Face model for training: built, parallelized and loaded in ``load_sharded``.
 
-Other ranks build the architecture without weights and receive their shards, so that a host never holds more than one
-full copy.
+Only rank 0 reads the weights. Other ranks build the model on the meta device and receive their shards, so that a host
+never holds more than one full copy.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoModelForCausalLM
 
 from dpo_ray.config.schema import ModelConfig, ShardConfig
 from dpo_ray.model.adapters import add_adapters
 from dpo_ray.model.architecture import read_model_config
 from dpo_ray.model.scorer import Scorer
 from dpo_ray.objective.precision import DTYPES
-from dpo_ray.ops.attention import use_packed_attention
-from dpo_ray.ops.flex import use_flex_attention
+from dpo_ray.ops.attention import PACKED, packed_attention
+from dpo_ray.ops.flex import FLEX, flex_packed_attention
 from dpo_ray.ops.float8 import use_float8, validate_float8_device
 from dpo_ray.ops.linear import use_float32_products
 from dpo_ray.parallel.activations import apply_activation_checkpointing, offload_activations
-from dpo_ray.parallel.context import Context
+from dpo_ray.parallel.context import NO_CONTEXT_PARALLEL, ContextParallel
 from dpo_ray.parallel.fsdp import apply_fsdp, load_full_state
-from dpo_ray.parallel.tensor import apply_tensor_parallel, plan_split
+from dpo_ray.parallel.tensor import apply_tensor_parallel, tensor_parallel_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-ATTENTION: Mapping[str, Callable[[], str]] = {
-    "packed": use_packed_attention,
-    "flex": use_flex_attention,
-    "sdpa": lambda: "sdpa",
-}
-"""How packed rows attend, and what gives transformers' name for each."""
+ATTENTION: Mapping[str, str] = {"packed": PACKED, "flex": FLEX, "sdpa": "sdpa"}
+"""Setting of ``model.attention`` -> name in transformers' ``AttentionInterface``."""
 
 
-def attention_on(device_type: str, setting: str) -> str:
-    """``model.attention`` with auto decided: flex where it has gradients, else torch's kernels on each span."""
+def register_attention() -> None:
+    """Register our attention functions with transformers."""
+    AttentionInterface.register(PACKED, packed_attention)
+    AttentionInterface.register(FLEX, flex_packed_attention)
+
+
+def resolve_attention(setting: str, device_type: str) -> str:
+    """``model.attention`` with ``auto`` resolved: flex on GPUs, packed elsewhere, where flex has no gradients."""
     auto = "flex" if device_type == "cuda" else "packed"
     return auto if setting == "auto" else setting
 
@@ -50,22 +52,23 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     device_type: str = "cpu",
 ) -> "PreTrainedModel":
-    """The causal language model at ``model.path`` on the CPU, with dropout off.
+    """The causal language model at ``model.path`` on the CPU, without dropout.
 
     Args:
-        with_weights: False gives the architecture on the meta device, its buffers computed.
-        dtype: of the parameters.
-        device_type: of the device that it will compute on, which decides how it attends.
+        with_weights: False leaves parameters on the meta device; buffers are computed.
+        dtype: dtype of the parameters.
+        device_type: type of the device that will compute; resolves ``model.attention: auto``.
 
     Raises:
-        ValueError: the model cannot be read, or attends in a way that packed rows cannot express.
+        ValueError: the model cannot be read, or its attention does not support packed rows.
     """
     config = read_model_config(model.path)
     _validate_attention(model, config)
     for name, value in vars(config).items():
         if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
             setattr(config, name, 0.0)
-    attention = ATTENTION[attention_on(device_type, model.attention)]()
+    register_attention()
+    attention = ATTENTION[resolve_attention(model.attention, device_type)]
     if with_weights:
         built = AutoModelForCausalLM.from_pretrained(
             model.path, config=config, dtype=dtype, attn_implementation=attention
@@ -86,69 +89,66 @@ def load_sharded(
     mesh: DeviceMesh,
     device: torch.device,
     *,
-    context: Context,
     trainable: bool,
+    context: ContextParallel = NO_CONTEXT_PARALLEL,
 ) -> Scorer:
-    """A scorer with its weights spread over the mesh.
+    """Build a model, parallelize it over the mesh and load its weights.
 
-    Trainable weights are float32 masters that compute in ``model.dtype`` with gradients reduced in float32; frozen
-    ones, and with ``model.lora`` all but the adapters, are kept in the compute dtype.
+    Trainable weights are float32, compute in ``model.dtype`` and have their gradients reduced in float32. Frozen
+    weights, which with ``model.lora`` are all but the adapters, are stored in the compute dtype.
     """
     if model.fp8:
         validate_float8_device(device)
-    compute = DTYPES[model.dtype]
-    first = dist.get_rank() == 0
-    masters = trainable and model.lora is None
-    built = build_model(model, with_weights=first, dtype=torch.float32 if masters else compute, device_type=device.type)
+    is_rank0 = dist.get_rank() == 0
+    compute_dtype = DTYPES[model.dtype]
+    dtype = torch.float32 if trainable and model.lora is None else compute_dtype
+    built = build_model(model, with_weights=is_rank0, dtype=dtype, device_type=device.type)
+    decoder: Any = built.get_decoder()
     if trainable and model.lora is not None:
         add_adapters(built, model.lora)
     if model.fp8:
-        decoder: Any = built.get_decoder()
         use_float8(decoder.layers)
-    if device.type == "cpu" and compute == torch.bfloat16:
+    if device.type == "cpu" and compute_dtype == torch.bfloat16:
         use_float32_products(built)
-    weights = {f"model.{name}": tensor for name, tensor in built.state_dict().items()} if first else {}
+
+    weights = {f"model.{name}": tensor for name, tensor in built.state_dict().items()} if is_rank0 else {}
     if shard.tensor_parallel > 1:
         apply_tensor_parallel(built, mesh["tensor"])
-    scorer = Scorer(built, context)
+    if shard.compile:
+        for layer in decoder.layers:  # before FSDP adds its hooks, which cannot be compiled
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+    if trainable:
+        apply_activation_checkpointing(decoder.layers, shard.activation_checkpointing)
+        if shard.activation_offload:
+            offload_activations(decoder, device)
+
+    scorer = Scorer(built, context).train(trainable)
     if not trainable:
         scorer.requires_grad_(False)
-    for layer in scorer.layers:
-        if shard.compile:
-            # Without the hooks of FSDP, which are not compiled. Rows have any length.
-            layer.forward = torch.compile(layer.forward, dynamic=True)
-        if trainable:
-            apply_activation_checkpointing(layer, shard.activation_checkpointing)
-    if trainable and shard.activation_offload:
-        offload_activations(built.get_decoder(), device)
-    scorer.train(trainable)
-    apply_fsdp(scorer, scorer.layers, shard, mesh, compute, device)
+    apply_fsdp(scorer, scorer.layers, shard, mesh, compute_dtype, device)
     if dist.get_world_size() > 1:
         load_full_state(scorer, weights, torch.device("cpu") if shard.cpu_offload else device, device)
     return scorer
 
 
 def validate_tensor_parallel(model: ModelConfig, ranks: int) -> None:
-    """Check, without its weights, that the layers of a model can be split over ``ranks``.
+    """Check, without loading weights, that a model can be split over ``ranks``.
 
     Raises:
-        ValueError: see ``plan_split``.
+        ValueError: see ``tensor_parallel_plan``.
     """
-    plan_split(build_model(model, with_weights=False), ranks)
+    tensor_parallel_plan(build_model(model, with_weights=False), ranks)
 
 
 def _validate_attention(model: ModelConfig, config: "PreTrainedConfig") -> None:
-    """Only attention that is told of them keeps the sequences of a packed row apart."""
+    """Raise a ValueError if the architecture would mix the sequences of a packed row."""
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    what = f"model.path: {model.path!r} is a {config.model_type}"
+    subject = f"model.path: {model.path!r} is a {config.model_type}"
     if getattr(architecture, "_is_stateful", False):
         raise ValueError(
-            f"{what}, whose layers carry a state from token to token, over the sequences of a packed row; "
-            "such models cannot be trained"
+            f"{subject}, whose layers carry state across the sequences of a packed row; such models cannot be trained"
         )
     if model.attention != "sdpa" and not getattr(architecture, "_supports_attention_backend", True):
-        masked = getattr(architecture, "_supports_sdpa", False)
-        raise ValueError(
-            f"{what}, whose attention cannot be exchanged for that of packed rows; "
-            + ("set model.attention: sdpa" if masked else "such models cannot be trained")
-        )
+        has_sdpa = getattr(architecture, "_supports_sdpa", False)
+        remedy = "set model.attention: sdpa" if has_sdpa else "such models cannot be trained"
+        raise ValueError(f"{subject}, whose attention cannot be replaced by one for packed rows; {remedy}")

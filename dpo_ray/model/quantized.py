@@ -1,8 +1,7 @@
-"""Frozen weights in four bits (QLoRA, arXiv:2305.14314): what adapters are added to, at a quarter of bfloat16's size.
+"""Frozen 4-bit base weights for adapters (QLoRA, arXiv:2305.14314), at a quarter of bfloat16's size.
 
-bitsandbytes quantises and restores; how the numbers are held is ours, because FSDP2 shards plain parameters: packed
-values and scales of a layer are the bytes of one flat parameter in the compute dtype, which is sharded and gathered as
-it is.
+bitsandbytes quantizes and dequantizes. FSDP2 only shards plain parameters, so the packed values and scales of a layer
+are stored as the bytes of one flat parameter in the compute dtype.
 """
 
 from typing import Any, cast
@@ -12,17 +11,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 BLOCK = 64
-"""Weights that share a scale."""
+"""Weights per scale."""
 
 
 class NF4Linear(nn.Module):
-    """A linear layer whose weight is held as NF4 values (Section 3) and restored for each product.
+    """A linear layer with an NF4 weight (section 3), dequantized for each product.
 
     Args:
-        linear: the layer it stands for; its weight may be on the meta device, to be filled later.
+        linear: the layer to replace; its weight may be on the meta device, to be loaded later.
 
     Raises:
-        ValueError: the weight does not divide into blocks.
+        ValueError: the size of the weight is not a multiple of BLOCK.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -32,49 +31,49 @@ class NF4Linear(nn.Module):
         if linear.weight.numel() % BLOCK:
             raise ValueError(
                 f"model.lora.quantize: a weight of {self.out_features} x {self.in_features} does not divide into "
-                f"blocks of {BLOCK}; leave its module out of model.lora.targets"
+                f"blocks of {BLOCK}; remove its module from model.lora.targets"
             )
         if device.type == "meta":
             size = linear.weight.numel() // 2 + 4 * (linear.weight.numel() // BLOCK)  # bytes
-            held = torch.empty(size // dtype.itemsize, dtype=dtype, device=device)
+            packed = torch.empty(size // dtype.itemsize, dtype=dtype, device=device)
         else:
-            held = pack(linear.weight.detach())
-        self.weight = nn.Parameter(held, requires_grad=False)
-        """NF4 values, two a byte, and behind them a float32 scale for each block: bytes, whatever their dtype says."""
+            packed = quantize_nf4(linear.weight.detach())
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        """Bytes, viewed as ``dtype``: NF4 values, two per byte, followed by one float32 scale per block."""
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """x W^T + b, W as the four bits have it."""
+        """x W^T + b with the dequantized W."""
         product = cast("Tensor", _FrozenProduct.apply(x, self.weight, (self.out_features, self.in_features)))
         return product if self.bias is None else product + self.bias
 
-    def restore(self, held: Tensor) -> Tensor:
-        """(out, in) the weight as the four bits have it.
+    def dequantize(self, packed: Tensor) -> Tensor:
+        """Dequantized weight, (out, in).
 
         Args:
-            held: ``weight`` in full.
+            packed: the full ``weight``, gathered if it is sharded.
         """
-        return unpack(held, (self.out_features, self.in_features))
+        return dequantize_nf4(packed, (self.out_features, self.in_features))
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """x W^T, with W restored in the backward pass again instead of kept."""
+    """x W^T; backward dequantizes W again instead of saving it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, held: Tensor, shape: tuple[int, int]) -> Tensor:
-        ctx.save_for_backward(held)
+    def forward(ctx: Any, x: Tensor, packed: Tensor, shape: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(packed)
         ctx.shape = shape
-        return F.linear(x, unpack(held, shape).to(x.dtype))
+        return F.linear(x, dequantize_nf4(packed, shape).to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = grads
-        (held,) = ctx.saved_tensors
-        return grad @ unpack(held, ctx.shape).to(grad.dtype), None, None
+        (packed,) = ctx.saved_tensors
+        return grad @ dequantize_nf4(packed, ctx.shape).to(grad.dtype), None, None
 
 
 def quantize_base(model: nn.Module) -> None:
-    """Hold in four bits what adapters have been added to."""
+    """Replace the linear layers under adapters by NF4Linear."""
     from peft.tuners.lora import LoraLayer
 
     for layer in model.modules():
@@ -83,32 +82,27 @@ def quantize_base(model: nn.Module) -> None:
             cast("Any", layer).base_layer = NF4Linear(linear)
 
 
-def pack(weight: Tensor) -> Tensor:
-    """Four bits of each entry and the scales, as a flat tensor of the weight's dtype; see ``NF4Linear.weight``."""
+def quantize_nf4(weight: Tensor) -> Tensor:
+    """Packed NF4 values and scales as a flat tensor of the weight's dtype; see ``NF4Linear.weight``."""
     from bitsandbytes.functional import quantize_4bit
 
     values, state = quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4", compress_statistics=False)
-    held = torch.cat((values.flatten().view(torch.uint8), state.absmax.view(torch.uint8)))
-    return held.view(weight.dtype)
+    packed = torch.cat((values.flatten().view(torch.uint8), state.absmax.view(torch.uint8)))
+    return packed.view(weight.dtype)
 
 
-def unpack(held: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The weight that ``pack`` was given, as far as four bits have it.
-
-    Args:
-        held: what ``pack`` gave.
-        shape: (out, in)
-    """
+def dequantize_nf4(packed: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Weight of ``shape`` (out, in) from the result of ``quantize_nf4``."""
     from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
 
     values = shape[0] * shape[1] // 2
-    contents = held.detach().view(torch.uint8)
+    contents = packed.detach().view(torch.uint8)
     state = QuantState(
         absmax=contents[values:].view(torch.float32),
         shape=torch.Size(shape),
-        code=get_4bit_type("nf4", device=held.device),
+        code=get_4bit_type("nf4", device=packed.device),
         blocksize=BLOCK,
         quant_type="nf4",
-        dtype=held.dtype,
+        dtype=packed.dtype,
     )
     return dequantize_4bit(contents[:values].view(-1, 1), state)

@@ -1,7 +1,7 @@
-"""The scorer: a language model whose forward pass returns log-probabilities or losses instead of logits.
+"""A language model whose forward pass returns log-probabilities or losses instead of logits.
 
-Backbone and head sit in one module so that FSDP2 shards and gathers them as one root; prompt positions never reach the
-head, and logits exist one chunk at a time.
+Backbone and head are one module, so FSDP2 shards and gathers them as one root. Only the hidden states before completion
+tokens reach the head, and logits exist one chunk at a time.
 """
 
 import itertools
@@ -18,157 +18,159 @@ from dpo_ray.objective.head import ChunkedLosses, Group, Head, LogitTransform
 from dpo_ray.objective.logps import PairLogps, TokenLogps, as_pairs, sequence_sums, wpo_weights
 from dpo_ray.ops.attention import PACKED
 from dpo_ray.ops.flex import FLEX, span_mask
-from dpo_ray.parallel.context import ALONE, Context, RowShard
+from dpo_ray.parallel.context import NO_CONTEXT_PARALLEL, ContextParallel, RowShard
 from dpo_ray.parallel.tensor import local_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ReadOut = Callable[[Tensor, Head, RowShard], Any]
-"""(hidden, head, part) -> what is wanted of a row; hidden: (n, D) before each of the completion tokens in
-``part.row.labels``."""
-LogpsModel = Callable[[PackedRow, ReadOut], Any]
-"""A Scorer, or what answers like one."""
+HeadFn = Callable[[Tensor, Head, RowShard], Any]
+"""(hidden, lm_head, shard) -> result of the forward pass; hidden: (n, D), one before each of ``shard.row.labels``."""
+LogpsModel = Callable[[PackedRow, HeadFn], Any]
+"""A Scorer, or a callable with its signature."""
 Weighting = Literal["none", "wpo"]
 
 
 class Scorer(nn.Module):
-    """A causal language model that scores completions.
+    """A causal language model that computes log-probabilities of completions.
 
     Args:
-        model: a transformers causal language model; its names are kept below ``model.``.
-        context: the ranks that share each row; all of them call with the same rows.
+        model: a transformers causal language model; its parameter names get the prefix ``model.``.
+        context: the ranks that split each row; all of them call with the same rows.
     """
 
-    def __init__(self, model: "PreTrainedModel", context: Context = ALONE) -> None:
+    def __init__(self, model: "PreTrainedModel", context: ContextParallel = NO_CONTEXT_PARALLEL) -> None:
         super().__init__()
         self.model = model
         self.context = context
         self.transform = logit_transform(model.config)
-        self.attention = ATTENTION.get(model.config._attn_implementation or "", _masked)
+        self.attention_inputs = ATTENTION_INPUTS.get(model.config._attn_implementation or "", _mask_inputs)
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The decoder layers, the units of sharding and checkpointing."""
+        """The decoder layers, each a unit of FSDP and of activation checkpointing."""
         decoder: Any = self.model.get_decoder()
         return decoder.layers
 
-    def forward(self, row: PackedRow, read_out: ReadOut) -> Any:
-        """What ``read_out`` makes of the hidden states before the completion tokens.
+    def forward(self, row: PackedRow, head_fn: HeadFn) -> Any:
+        """Returns ``head_fn`` of the hidden states before the completion tokens.
 
-        The head is read out within the forward pass because only there FSDP has its weights in one piece.
+        It is called within the forward pass, because only there FSDP has gathered the weights of the head.
         """
-        part = self.context.shard(row)
+        shard = self.context.shard(row)
         hidden = self.model.get_decoder()(
-            input_ids=part.row.input_ids, position_ids=part.row.position_ids, use_cache=False, **self.attention(part)
+            input_ids=shard.row.input_ids,
+            position_ids=shard.row.position_ids,
+            use_cache=False,
+            **self.attention_inputs(shard),
         ).last_hidden_state  # (1, t, D)
-        return read_out(hidden[0, part.row.source], local_head(self.model, self.transform), part)
+        return head_fn(hidden[0, shard.row.source], local_head(self.model, self.transform), shard)
 
 
-def _masked(part: RowShard) -> dict[str, Any]:
-    if part.shared:
-        raise NotImplementedError("rows that ranks share need model.attention: auto or flex")
-    return {"attention_mask": attention_mask(part.row)}
+def _mask_inputs(shard: RowShard) -> dict[str, Any]:
+    if shard.is_partial:
+        raise NotImplementedError("shard.context_parallel needs model.attention: auto or flex")
+    return {"attention_mask": attention_mask(shard.row)}
 
 
-ATTENTION: Mapping[str, Callable[[RowShard], dict[str, Any]]] = {
-    PACKED: lambda part: {"spans": part.row.spans, "pieces": part.pieces, "gather": part.gather},
-    FLEX: lambda part: {
-        "spans": span_mask(part.row.spans, part.row.input_ids.device, part.tokens),
-        "gather": part.gather,
+ATTENTION_INPUTS: Mapping[str, Callable[[RowShard], dict[str, Any]]] = {
+    PACKED: lambda shard: {"spans": shard.row.spans, "query_slices": shard.slices, "gather_kv": shard.gather_kv},
+    FLEX: lambda shard: {
+        "spans": span_mask(shard.row.spans, shard.row.input_ids.device, shard.positions),
+        "gather_kv": shard.gather_kv,
     },
 }
-"""What each way to attend must be told of a row; any other takes a mask."""
+"""Arguments of each attention function besides query, key and value; other implementations take a mask."""
 
 
 @torch.no_grad()
-def token_logps(scorer: LogpsModel, row: PackedRow) -> Tensor:
+def token_logps(model: LogpsModel, row: PackedRow) -> Tensor:
     """(N,) log-probability of each completion token in ``row``, nats, float32."""
 
-    def read_out(hidden: Tensor, of_model: Head, part: RowShard) -> Tensor:
-        return part.complete(head.token_logps(hidden, of_model, part.row.labels).logps)
+    def head_fn(hidden: Tensor, lm_head: Head, shard: RowShard) -> Tensor:
+        return shard.gather_values(head.token_logps(hidden, lm_head, shard.row.labels).logps)
 
-    return scorer(row, read_out)
+    return model(row, head_fn)
 
 
-def sequence_logps(scorer: LogpsModel, row: PackedRow) -> Tensor:
+def sequence_logps(model: LogpsModel, row: PackedRow) -> Tensor:
     """(S,) log-probability of each completion in ``row``, summed over its tokens, nats, float32."""
-    return sequence_sums(token_logps(scorer, row), row.sequence, row.lengths.numel())
+    return sequence_sums(token_logps(model, row), row.sequence, row.lengths.numel())
 
 
-def pair_logps(scorer: LogpsModel, row: PackedRow) -> PairLogps:
+def pair_logps(model: LogpsModel, row: PackedRow) -> PairLogps:
     """Summed log-probabilities of the pairs in ``row``."""
-    return as_pairs(sequence_logps(scorer, row), row.lengths)
+    return as_pairs(sequence_logps(model, row), row.lengths)
 
 
 @dataclass(frozen=True, slots=True)
 class PairLosses:
-    """What a step needs to know of B pairs."""
+    """Losses and log-probabilities of B pairs."""
 
     total: Tensor
-    """() sum of the losses; the only one with history."""
+    """() sum of the losses; the only tensor with a gradient."""
     each: Tensor
-    """(B,)"""
+    """(B,) loss per pair."""
     policy: PairLogps
-    """Of all pairs."""
 
 
 def pair_losses(
-    scorer: LogpsModel,
+    model: LogpsModel,
     row: PackedRow,
     loss: Callable[[PairLogps, slice], Tensor],
     *,
     weighting: Weighting = "none",
     chunk: int | None = None,
 ) -> PairLosses:
-    """Losses of the pairs in ``row``, with gradients where those are enabled.
+    """Losses of the pairs in ``row``; gradients are computed in the same pass if they are enabled.
 
     Args:
-        scorer: the policy.
+        model: the policy.
         row: B pairs.
-        loss: (policy, pairs) -> losses of consecutive pairs, given their log-probabilities and where they are in the
-            row. It may not look beyond them.
-        weighting: ``wpo`` gives the loss ``policy.weights``.
-        chunk: tokens whose logits exist at a time; by default what fits ``head.CHUNK_BYTES``.
+        loss: (log-probabilities, slice of the row's pairs) -> (b,) losses of these consecutive pairs. Each loss must
+            depend only on its own pair.
+        weighting: ``wpo`` sets ``weights`` of the log-probabilities.
+        chunk: tokens whose logits exist at a time; defaults to the number that fits ``head.CHUNK_BYTES``.
     """
 
     with_squares = weighting == "wpo"
-    ends = (0, *itertools.accumulate(row.pair_tokens))
+    token_ends = (0, *itertools.accumulate(row.pair_tokens))
 
-    def policy_of(pairs: slice, scores: TokenLogps) -> PairLogps:
-        sequences, tokens = slice(2 * pairs.start, 2 * pairs.stop), slice(ends[pairs.start], ends[pairs.stop])
-        lengths, sequence = row.lengths[sequences], row.sequence[tokens] - sequences.start
-        weights = wpo_weights(scores, sequence, lengths) if with_squares else None
-        return as_pairs(sequence_sums(scores.logps, sequence, lengths.numel()), lengths, weights)
+    def policy_logps(pairs: slice, tokens: TokenLogps) -> PairLogps:
+        sequences = slice(2 * pairs.start, 2 * pairs.stop)
+        lengths = row.lengths[sequences]
+        sequence = row.sequence[token_ends[pairs.start] : token_ends[pairs.stop]] - sequences.start
+        weights = wpo_weights(tokens, sequence, lengths) if with_squares else None
+        return as_pairs(sequence_sums(tokens.logps, sequence, lengths.numel()), lengths, weights)
 
-    def read_out(hidden: Tensor, of_model: Head, part: RowShard) -> ChunkedLosses:
-        def complete(scores: TokenLogps) -> TokenLogps:
-            squares = part.complete(scores.log_sum_squares) if with_squares else scores.log_sum_squares
-            return TokenLogps(part.complete(scores.logps), squares)
+    def head_fn(hidden: Tensor, lm_head: Head, shard: RowShard) -> ChunkedLosses:
+        def gather(local: TokenLogps) -> TokenLogps:
+            squares = shard.gather_values(local.log_sum_squares) if with_squares else local.log_sum_squares
+            return TokenLogps(shard.gather_values(local.logps), squares)
 
-        def objective(group: Group, scores: TokenLogps) -> Tensor:
-            return loss(policy_of(group.pairs, complete(scores)), group.pairs)
+        def objective(group: Group, local: TokenLogps) -> Tensor:
+            return loss(policy_logps(group.pairs, gather(local)), group.pairs)
 
-        found = head.chunked_pair_losses(
+        losses = head.chunked_pair_losses(
             hidden,
-            of_model,
-            part.row.labels,
+            lm_head,
+            shard.row.labels,
             row.pair_tokens,
             objective,
             chunk=chunk,
             with_squares=with_squares,
-            together=part.shared,
+            together=shard.is_partial,
         )
-        return ChunkedLosses(found.total, found.each, complete(found.scores))
+        return ChunkedLosses(losses.total, losses.each, gather(losses.scores))
 
-    found: ChunkedLosses = scorer(row, read_out)
-    return PairLosses(found.total, found.each, policy_of(slice(0, len(row.pair_tokens)), found.scores))
+    losses: ChunkedLosses = model(row, head_fn)
+    return PairLosses(losses.total, losses.each, policy_logps(slice(0, len(row.pair_tokens)), losses.scores))
 
 
 def logit_transform(config: object) -> LogitTransform:
-    """The scale and soft cap that an architecture's configuration asks for."""
+    """Logit scale and soft cap of an architecture."""
     scale = getattr(config, "logit_scale", None) or 1.0
     if scaling := getattr(config, "logits_scaling", None):
-        # By one name, Granite divides and HyperCLOVA X multiplies.
+        # Granite divides by it, HyperCLOVA X multiplies.
         scale *= scaling if getattr(config, "model_type", "").startswith("hyperclovax") else 1 / scaling
     return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))

@@ -1,11 +1,11 @@
-"""Process environment of training workers on a CPU. Imports nothing: it is set before torch is loaded."""
+"""Process environment of CPU workers. Set before torch is imported, so this module imports nothing."""
 
 
 def cpu_environment(threads: int) -> dict[str, str]:
     """Environment variables of a training worker on a CPU.
 
-    Large tensors come and go in every layer. glibc would return each to the system and fault it in again, page by page,
-    which takes a fifth of a step; above these sizes in bytes it would still.
+    Every layer allocates and frees large tensors. By default glibc returns each to the system, and faulting the pages
+    in again takes a fifth of a step. Below these thresholds, in bytes, it keeps the memory.
     """
     return {
         "OMP_NUM_THREADS": str(threads),

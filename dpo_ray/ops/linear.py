@@ -1,8 +1,8 @@
-"""Linear layers on bfloat16 numbers on a CPU, multiplied as float32 and rounded once.
+"""bfloat16 linear layers on a CPU: multiplied as float32, rounded once.
 
-A CPU without matrix units multiplies bfloat16 tensors at half its float32 rate, one with them at several times that
-rate. A float32 product that may round its inputs to bfloat16 gets the faster of the two, and inputs that are bfloat16
-numbers lose nothing by it.
+A CPU without matrix units multiplies bfloat16 tensors at half its float32 rate; with matrix units, at several times
+that rate. A float32 product that may round its inputs to bfloat16 gets the faster of the two, and is exact for inputs
+that are bfloat16 numbers.
 """
 
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from dpo_ray.objective.precision import bfloat16_products
 
 BLOCK = 1024
-"""Tokens that are held as float32 at a time: few enough for the allocator to hand out the same memory again."""
+"""Tokens per block; only one block exists in float32 at a time, in memory that the allocator reuses."""
 
 
 def use_float32_products(model: nn.Module) -> None:
-    """Let the linear layers of ``model``, which compute in bfloat16 on a CPU, multiply as float32."""
+    """Let the bfloat16 linear layers of ``model`` multiply as float32."""
     for module in model.modules():
-        if type(module) is nn.Linear:  # others, such as quantised ones, have products of their own
+        if type(module) is nn.Linear:  # subclasses, such as quantized layers, have their own product
             module.forward = partial(_linear, module)
 
 
@@ -30,7 +30,7 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 class _Float32Product(torch.autograd.Function):
-    """``x @ weight.t() + bias`` for x of (..., D); what is kept for the backward pass is bfloat16."""
+    """``x @ weight.t() + bias``, x: (..., D); the tensors saved for the backward pass are bfloat16."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -38,29 +38,29 @@ class _Float32Product(torch.autograd.Function):
         tokens, transposed = x.flatten(0, -2), weight.float().t()
         out = x.new_empty(tokens.shape[0], weight.shape[0])
         with bfloat16_products():
-            for part in _blocks(tokens):
-                product = tokens[part].float() @ transposed
-                out[part] = product if bias is None else product + bias
+            for block in _blocks(tokens):
+                product = tokens[block].float() @ transposed
+                out[block] = product if bias is None else product + bias
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        by_x, by_weight, by_bias = ctx.needs_input_grad
-        tokens, upstream, weight_wide = x.flatten(0, -2), grads[0].flatten(0, -2), weight.float()
-        grad_x = torch.empty_like(tokens) if by_x else None
-        grad_weight = torch.zeros_like(weight_wide) if by_weight else None
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        tokens, upstream, weight_f32 = x.flatten(0, -2), grads[0].flatten(0, -2), weight.float()
+        grad_x = torch.empty_like(tokens) if needs_x else None
+        grad_weight = torch.zeros_like(weight_f32) if needs_weight else None
         with bfloat16_products():
-            for part in _blocks(tokens):
-                wide = upstream[part].float()
+            for block in _blocks(tokens):
+                upstream_f32 = upstream[block].float()
                 if grad_x is not None:
-                    grad_x[part] = wide @ weight_wide
+                    grad_x[block] = upstream_f32 @ weight_f32
                 if grad_weight is not None:
-                    grad_weight.addmm_(wide.t(), tokens[part].float())
+                    grad_weight.addmm_(upstream_f32.t(), tokens[block].float())
         return (
             None if grad_x is None else grad_x.view(x.shape),
             None if grad_weight is None else grad_weight.to(weight.dtype),
-            upstream.sum(0, dtype=torch.float32).to(weight.dtype) if by_bias else None,
+            upstream.sum(0, dtype=torch.float32).to(weight.dtype) if needs_bias else None,
         )
 
 

@@ -1,12 +1,12 @@
-"""What a decoder layer keeps of its forward pass for its backward pass, and where.
+"""Activation checkpointing (``shard.activation_checkpointing``) and offloading (``shard.activation_offload``).
 
-All of it, only what is dear to compute, or only its input (``shard.activation_checkpointing``); on the GPU or in host
-memory (``shard.activation_offload``). Names of parameters and modules stay as they are.
+Checkpointing decides which activations a decoder layer saves for its backward pass, offloading whether they are saved
+on the GPU or in host memory. Names of parameters and modules do not change.
 """
 
 import functools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -25,60 +25,61 @@ SAVED_OPS = [
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     flex_attention,
-    # flex_attention compiled by itself, in a layer that is not.
+    # Compiled flex_attention in an uncompiled layer.
     inductor_compiled_code,
 ]
-"""Operations whose results ``selective`` keeps: matrix products and attention, nearly all of a layer's arithmetic."""
-IN_FLIGHT = 32
-"""Tensors, those of about two layers, that are copied to host memory at a time: the host would let all layers' wait."""
-SMALLEST = 1 << 16
-"""Bytes below which a tensor is not worth a copy to host memory."""
+"""Operations whose results ``selective`` saves: matrix products and attention, nearly all of a layer's FLOPs."""
+MAX_COPIES_IN_FLIGHT = 32
+"""Tensors, about two layers' worth, that wait on the GPU for their copy to host memory before computation pauses."""
+MIN_OFFLOAD_BYTES = 1 << 16
+"""Smaller tensors stay on the GPU."""
 
 
-def apply_activation_checkpointing(layer: nn.Module, kind: Literal["none", "full", "selective"]) -> None:
-    """Compute what ``layer`` does not keep of its forward pass again in its backward pass (arXiv:1604.06174).
+def apply_activation_checkpointing(layers: Iterable[nn.Module], kind: Literal["none", "full", "selective"]) -> None:
+    """Recompute activations of ``layers`` in the backward pass instead of saving them (arXiv:1604.06174).
 
-    The layer's forward is replaced, below its hooks: FSDP's gathering is not repeated. One that is compiled stays so;
-    torch compiles nothing of what runs within ``selective``.
+    Replaces each layer's forward, below its hooks, so FSDP does not gather again. A compiled forward stays compiled;
+    with ``selective``, checkpointing itself is not.
 
     Args:
-        layer: its forward must be deterministic.
-        kind: ``full`` keeps the input alone; ``selective`` also the results of DEAR operations.
+        layers: their forward passes must be deterministic.
+        kind: ``full`` saves only the input; ``selective`` also the results of SAVED_OPS.
     """
-    keep = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if kind == "selective":
-        keep = functools.partial(keep, context_fn=functools.partial(create_selective_checkpoint_contexts, SAVED_OPS))
+        recompute.keywords["context_fn"] = functools.partial(create_selective_checkpoint_contexts, SAVED_OPS)
     if kind != "none":
-        layer.forward = keep
+        for layer in layers:
+            layer.forward = functools.partial(recompute, layer.forward)
 
 
 def offload_activations(decoder: nn.Module, device: torch.device) -> None:
-    """Hold what ``decoder`` saves for its backward pass in host memory; without effect on a CPU.
+    """Save the activations of ``decoder`` in host memory; no effect on a CPU.
 
     Args:
-        decoder: all layers; its forward is replaced.
-        device: where it computes.
+        decoder: the module with all layers; its forward is replaced.
+        device: the device that computes.
     """
     if device.type != "cpu":
         host = HostMemory(device)
-        decoder.forward = functools.partial(_with_hooks, decoder.forward, host.store, host.fetch)
+        decoder.forward = functools.partial(_forward_with_offload, decoder.forward, host.offload, host.fetch)
 
 
-def _with_hooks(
+def _forward_with_offload(
     forward: Callable[..., Any],
-    store: Callable[[Tensor], Tensor],
+    offload: Callable[[Tensor], Tensor],
     fetch: Callable[[Tensor], Tensor],
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """``forward``, where activations of SMALLEST bytes and more are saved as what ``store`` makes of them.
+    """``forward``, with saved activations of at least MIN_OFFLOAD_BYTES passed through ``offload`` and ``fetch``.
 
-    Weights are not stored: FSDP frees and gathers them itself.
+    Weights are left to FSDP, which frees and gathers them itself.
     """
 
     def pack(saved: Tensor) -> Tensor | tuple[Tensor]:
-        activation = type(saved) is Tensor and not isinstance(saved._base, nn.Parameter)
-        return (store(saved),) if activation and saved.nbytes >= SMALLEST else saved
+        is_activation = type(saved) is Tensor and not isinstance(saved._base, nn.Parameter)
+        return (offload(saved),) if is_activation and saved.nbytes >= MIN_OFFLOAD_BYTES else saved
 
     def unpack(packed: Tensor | tuple[Tensor]) -> Tensor:
         return fetch(packed[0]) if isinstance(packed, tuple) else packed
@@ -88,33 +89,33 @@ def _with_hooks(
 
 
 class HostMemory:
-    """Pinned host memory, reached over a stream of its own: copies run beside the GPU's work in both passes.
+    """Pinned host memory with a copy stream of its own: copies overlap with computation in both passes.
 
-    torch's ``save_on_cpu`` copies on the stream that computes, which waits for each copy.
+    torch's ``save_on_cpu`` copies on the compute stream, which waits for each copy.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, torch.Stream(device)
-        self.copying: deque[tuple[Tensor, torch.Event]] = deque()
+        self.in_flight: deque[tuple[Tensor, torch.Event]] = deque()
 
-    def store(self, tensor: Tensor) -> Tensor:
-        """A copy in host memory; ``tensor`` is held until it is made, and computing waits where many are."""
+    def offload(self, tensor: Tensor) -> Tensor:
+        """Start a copy to host memory and return it; keep ``tensor`` alive until the copy is complete."""
         current = torch.accelerator.current_stream(self.device)
         self.stream.wait_stream(current)
         with self.stream:
-            held = torch.empty_like(tensor, device="cpu", pin_memory=True)
-            held.copy_(tensor, non_blocking=True)
-        self.copying.append((tensor, self.stream.record_event()))
-        if len(self.copying) > IN_FLIGHT:
-            current.wait_event(self.copying.popleft()[1])
-        return held
+            host_copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            host_copy.copy_(tensor, non_blocking=True)
+        self.in_flight.append((tensor, self.stream.record_event()))
+        if len(self.in_flight) > MAX_COPIES_IN_FLIGHT:
+            current.wait_event(self.in_flight.popleft()[1])
+        return host_copy
 
-    def fetch(self, held: Tensor) -> Tensor:
-        """The tensor back on the device. The host runs ahead of the GPU: copies begin before they are needed."""
+    def fetch(self, host_copy: Tensor) -> Tensor:
+        """Return the tensor on the device. The host runs ahead of the GPU, so copies start before they are needed."""
         current = torch.accelerator.current_stream(self.device)
         with self.stream:
-            tensor = held.to(self.device, non_blocking=True)
+            tensor = host_copy.to(self.device, non_blocking=True)
         current.wait_stream(self.stream)
-        self.copying.clear()
+        self.in_flight.clear()
         tensor.record_stream(current)
         return tensor

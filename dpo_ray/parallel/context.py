@@ -1,11 +1,11 @@
-"""Context parallelism: ranks share the tokens of each row, so that the activations of a long pair are spread over them.
+"""Context parallelism: the tokens of each row are split over ranks, and with them the activations of a long pair.
 
-All of a model but attention treats tokens one by one. In attention the keys and values of the row, few under grouped
-queries, are gathered from the ranks that share it, and the queries of each look at the whole row, whatever its mask
-(arXiv:2407.21783, section 3.3.2). The losses, too, are of whole rows: what the head says of each token is gathered, and
-every rank computes the same losses, but the gradients of its own tokens only; those of a weight are their sum.
+Outside attention, a model treats tokens independently. In attention, keys and values are all-gathered (few heads under
+grouped-query attention) and local queries attend to the whole row, under any mask (arXiv:2407.21783, section 3.3.2).
+Losses need all completion tokens of a pair: log-probabilities are all-gathered, so every rank computes the same losses
+and backpropagates through its own tokens. The gradient of a weight is the sum over the ranks.
 
-T = tokens of the row, t = T / ranks of them here, N = completion tokens of the row, n of them predicted here
+T = tokens of the row, t = T / ranks local tokens, N = completion tokens of the row, n = those predicted locally
 """
 
 from collections.abc import Callable, Sequence
@@ -22,124 +22,120 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dpo_ray.data.assignment import shard_row
 from dpo_ray.data.packing import PackedRow
-from dpo_ray.ops.attention import Gather
+from dpo_ray.ops.attention import GatherKV
 
 
-def _as_it_is(values: Tensor) -> Tensor:
+def _identity(values: Tensor) -> Tensor:
     return values
 
 
 @dataclass(frozen=True, slots=True)
 class RowShard:
-    """What one rank computes of a row; unless more is given, all of it."""
+    """One rank's tokens of a row; all of them by default."""
 
     row: PackedRow
-    """Spans and lengths are those of the row, the rest is of the tokens and labels that are here."""
-    tokens: np.ndarray | None = None
-    """(t,) positions in the row of the tokens here, ascending."""
-    pieces: Sequence[slice] | None = None
-    """The same as slices of the row."""
-    gather: Gather | None = None
-    """Makes keys and values of the row of those of the tokens here; a collective, and so is its backward pass."""
-    complete: Callable[[Tensor], Tensor] = _as_it_is
-    """(n,) values of the labels here -> (N,) of all in the row, on all ranks that share it; a collective. Gradients are
-    those by the values here, of what all these ranks compute alike."""
+    """Local tokens and labels; ``spans`` and ``lengths`` describe the whole row."""
+    positions: np.ndarray | None = None
+    """(t,) positions of the local tokens in the row, ascending."""
+    slices: Sequence[slice] | None = None
+    """``positions`` as slices of the row."""
+    gather_kv: GatherKV | None = None
+    """All-gathers the local keys and values; backward reduce-scatters their gradients."""
+    gather_values: Callable[[Tensor], Tensor] = _identity
+    """All-gathers values of the local labels, (n,) -> (N,). Backward takes the local part of the gradient: every rank
+    computes the same from the gathered values."""
 
     @property
-    def shared(self) -> bool:
-        """Whether other ranks have the rest."""
-        return self.gather is not None
+    def is_partial(self) -> bool:
+        """True if other ranks have the remaining tokens."""
+        return self.gather_kv is not None
 
 
 @dataclass(frozen=True, slots=True)
-class Context:
-    """The ranks that share each row, as one of them sees it."""
+class ContextParallel:
+    """The ranks that split each row, from the view of one of them."""
 
     rank: int = 0
     ranks: int = 1
     group: dist.ProcessGroup | None = None
 
     def shard(self, row: PackedRow) -> RowShard:
-        """This rank's part of a row that all of the group are given."""
+        """This rank's part of a row; all ranks of the group pass the same row."""
         if self.ranks == 1:
             return RowShard(row)
-        cut, device = shard_row(row.spans, self.ranks), row.input_ids.device
-        tokens, labels = cut.tokens(self.rank), cut.labels(self.rank)
-        by_rank = np.concatenate([cut.tokens(rank) for rank in range(self.ranks)])
-        here, predicted, order, place = (
+        split, device = shard_row(row.spans, self.ranks), row.input_ids.device
+        positions, labels = split.tokens(self.rank), split.labels(self.rank)
+        rank_order = np.concatenate([split.tokens(rank) for rank in range(self.ranks)])
+        local_positions, local_labels, order, inverse = (
             torch.from_numpy(index).to(device, non_blocking=True)
-            for index in (tokens, labels, by_rank, np.argsort(by_rank))
+            for index in (positions, labels, rank_order, np.argsort(rank_order))
         )
-        source = np.searchsorted(tokens, cut.sources[labels])
-        mine = replace(
+        source = np.searchsorted(positions, split.sources[labels])
+        local = replace(
             row,
-            input_ids=F.pad(row.input_ids, (0, cut.padding))[:, here],
-            position_ids=F.pad(row.position_ids, (0, cut.padding))[:, here],
-            spans=cut.spans,
+            input_ids=F.pad(row.input_ids, (0, split.padding))[:, local_positions],
+            position_ids=F.pad(row.position_ids, (0, split.padding))[:, local_positions],
+            spans=split.spans,
             source=torch.from_numpy(source).to(device, non_blocking=True),
-            labels=row.labels[predicted],
-            sequence=row.sequence[predicted],
+            labels=row.labels[local_labels],
+            sequence=row.sequence[local_labels],
         )
         return RowShard(
-            mine,
-            tokens,
-            cut.stretches(self.rank),
-            partial(_gather, order=order, place=place, group=self.group),
-            partial(_complete, index=predicted, count=row.labels.numel(), group=self.group),
+            local,
+            positions,
+            split.stretches(self.rank),
+            partial(_gather_kv, order=order, inverse=inverse, group=self.group),
+            lambda values: _GatherValues.apply(values, local_labels, row.labels.numel(), self.group),
         )
 
 
-ALONE = Context()
-"""A rank that shares no row."""
+NO_CONTEXT_PARALLEL = ContextParallel()
+"""Every rank has whole rows."""
 
 
-def build_context(work: DeviceMesh) -> Context:
-    """The ranks that share rows with this one."""
-    return Context(work.get_local_rank("context"), work["context"].size(), work.get_group("context"))
+def build_context(compute_mesh: DeviceMesh) -> ContextParallel:
+    """The ranks along the ``context`` dimension of ``build_compute_mesh``."""
+    mesh = compute_mesh["context"]
+    return ContextParallel(mesh.get_local_rank(), mesh.size(), mesh.get_group())
 
 
-def _gather(key: Tensor, value: Tensor, *, order: Tensor, place: Tensor, group: Any) -> tuple[Tensor, Tensor]:
-    """(1, K, t, D) here -> (1, K, T, D) of the row, for keys and values in one collective."""
+def _gather_kv(key: Tensor, value: Tensor, *, order: Tensor, inverse: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    """(1, K, t, D) local -> (1, K, T, D) of the row, for keys and values in one collective."""
     sizes = [key.shape[-1], value.shape[-1]]
-    both = torch.cat((key, value), -1)[0].transpose(0, 1)  # (t, K, D of both)
-    whole = _GatherTokens.apply(both, order, place, group).transpose(0, 1)[None]
-    key, value = whole.split(sizes, -1)
+    local = torch.cat((key, value), -1)[0].transpose(0, 1)  # (t, K, D of key + D of value)
+    key, value = _GatherTokens.apply(local, order, inverse, group).transpose(0, 1)[None].split(sizes, -1)
     return key, value
 
 
 class _GatherTokens(torch.autograd.Function):
-    """(t, ...) here -> (T, ...) of the row, in its order; the gradients, summed over ranks in float32, go back."""
+    """All-gathers (t, ...) to (T, ...) in the order of the row; backward reduce-scatters gradients in float32."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, order: Tensor, place: Tensor, group: Any) -> Tensor:
-        """Gather; ``order``: (T,) positions in the row of the tokens of all ranks, ``place`` its inverse."""
+    def forward(ctx: Any, tokens: Tensor, order: Tensor, inverse: Tensor, group: Any) -> Tensor:
+        """``order``: (T,) positions in the row, concatenated over the ranks; ``inverse``: its inverse permutation."""
         ctx.order, ctx.group, ctx.tokens = order, group, len(tokens)
-        by_rank = tokens.new_empty(len(order), *tokens.shape[1:])
-        dist.all_gather_into_tensor(by_rank, tokens.contiguous(), group=group)
-        return by_rank[place]
+        rank_ordered = tokens.new_empty(len(order), *tokens.shape[1:])
+        dist.all_gather_into_tensor(rank_ordered, tokens.contiguous(), group=group)
+        return rank_ordered[inverse]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        by_rank = grads[0].float()[ctx.order]
-        summed = by_rank.new_empty(ctx.tokens, *by_rank.shape[1:])
-        dist.reduce_scatter_tensor(summed, by_rank, group=ctx.group)
-        return summed.to(grads[0].dtype), None, None, None
+        rank_ordered = grads[0].float()[ctx.order]
+        local = rank_ordered.new_empty(ctx.tokens, *rank_ordered.shape[1:])
+        dist.reduce_scatter_tensor(local, rank_ordered, group=ctx.group)
+        return local.to(grads[0].dtype), None, None, None
 
 
-def _complete(values: Tensor, *, index: Tensor, count: int, group: Any) -> Tensor:
-    return _Complete.apply(values, index, count, group)
-
-
-class _Complete(torch.autograd.Function):
-    """(n,) values here -> (N,) values of all ranks. Nothing is summed backwards: all compute the same from these."""
+class _GatherValues(torch.autograd.Function):
+    """All-gathers (n,) to (N,); backward takes the local part, as all ranks compute the same gradient."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, index: Tensor, count: int, group: Any) -> Tensor:
-        """Gather; ``index``: (n,) where the values belong, of ``count``."""
+        """``index``: (n,) positions of the local values among all ``count``."""
         ctx.index = index
-        whole = values.new_zeros(count).index_copy(0, index, values)
-        dist.all_reduce(whole, group=group)
-        return whole
+        gathered = values.new_zeros(count).index_copy(0, index, values)
+        dist.all_reduce(gathered, group=group)
+        return gathered
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

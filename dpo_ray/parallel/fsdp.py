@@ -1,5 +1,6 @@
-"""FSDP2 over each decoder layer and the root, as functions over a plain model, and the meshes of a run."""
+"""The device meshes of a run, and FSDP2 over each decoder layer and the root."""
 
+import functools
 from typing import Any
 
 import torch
@@ -13,25 +14,24 @@ from dpo_ray.config.schema import ShardConfig
 
 
 def build_mesh(shard: ShardConfig, device: torch.device) -> DeviceMesh:
-    """How weights are laid over the ranks.
+    """Layout of the weights: dimensions ``replicate`` (HSDP), ``shard`` and ``tensor``.
 
-    One dimension to shard over, one before it to replicate over when ``shard.replicate`` > 1 (HSDP), and one of
-    neighbours that split each layer when ``shard.tensor_parallel`` > 1.
+    Dimensions of size 1 are left out, except ``shard``.
     """
-    over = dist.get_world_size() // (shard.replicate * shard.tensor_parallel)
-    sizes = {"replicate": shard.replicate, "shard": over, "tensor": shard.tensor_parallel}
-    kept = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
-    return init_device_mesh(device.type, tuple(kept.values()), mesh_dim_names=tuple(kept))
+    shards = dist.get_world_size() // (shard.replicate * shard.tensor_parallel)
+    sizes = {"replicate": shard.replicate, "shard": shards, "tensor": shard.tensor_parallel}
+    sizes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
+    return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
 def build_compute_mesh(shard: ShardConfig, device: torch.device) -> DeviceMesh:
-    """Who computes what: ranks along ``data`` have different pairs, those along ``context`` different tokens of them,
-    and those along ``tensor`` parts of each layer.
+    """Layout of the work, with ranks in the order of ``build_mesh``.
 
-    The ranks are in the order of ``build_mesh``.
+    Ranks along ``data`` compute different pairs, ranks along ``context`` different tokens of the same pairs, and ranks
+    along ``tensor`` different parts of each layer.
     """
-    shared = shard.context_parallel * shard.tensor_parallel
-    shape = (dist.get_world_size() // shared, shard.context_parallel, shard.tensor_parallel)
+    ranks_per_pair = shard.context_parallel * shard.tensor_parallel
+    shape = (dist.get_world_size() // ranks_per_pair, shard.context_parallel, shard.tensor_parallel)
     return init_device_mesh(device.type, shape, mesh_dim_names=("data", "context", "tensor"))
 
 
@@ -40,50 +40,48 @@ def apply_fsdp(
     layers: nn.ModuleList,
     shard: ShardConfig,
     mesh: DeviceMesh,
-    compute: torch.dtype,
+    compute_dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Shard each of ``layers`` and what is left of ``root`` over the mesh.
+    """Shard each of ``layers``, and the remaining parameters of ``root``, over the mesh.
 
     Args:
-        compute: dtype of the forward and backward passes; gradients are reduced in float32.
-        device: where the model computes.
+        compute_dtype: dtype of the forward and backward passes; gradients are reduced in float32.
+        device: the device that computes.
     """
-    # FSDP adds the tensor dimension by itself to parameters that tensor parallelism has split.
+    # Parameters of tensor parallelism are DTensors over the tensor dimension already, which FSDP2 takes into account.
     mesh = mesh[tuple(name for name in mesh.mesh_dim_names or () if name != "tensor")]
-    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-    offloading = CPUOffloadPolicy() if shard.cpu_offload and device.type != "cpu" else OffloadPolicy()
+    offload = CPUOffloadPolicy() if shard.cpu_offload and device.type != "cpu" else OffloadPolicy()
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    shard_module = functools.partial(fully_shard, mesh=mesh, mp_policy=precision, offload_policy=offload)
     for layer in layers:
-        fully_shard(
-            layer,
-            mesh=mesh,
-            mp_policy=precision,
-            offload_policy=offloading,
-            reshard_after_forward=shard.reshard_after_forward,
-        )
-    fully_shard(root, mesh=mesh, mp_policy=precision, offload_policy=offloading, reshard_after_forward=False)
+        shard_module(layer, reshard_after_forward=shard.reshard_after_forward)
+    shard_module(root, reshard_after_forward=False)
     _prefetch(root, layers, shard.prefetch)
 
 
 def _prefetch(root: nn.Module, layers: nn.ModuleList, ahead: int) -> None:
-    """Gather the weights of the ``ahead`` next layers while one computes, in both passes."""
-    forth: list[Any] = [root, *layers]
-    back: list[Any] = [root, *reversed(layers)]  # the head is the root's
-    for i in range(len(forth)):
-        forth[i].set_modules_to_forward_prefetch(forth[i + 1 : i + 1 + ahead])
-        back[i].set_modules_to_backward_prefetch(back[i + 1 : i + 1 + ahead])
+    """Gather the weights of the next ``ahead`` layers while a layer computes, in both passes."""
+    forward_order: list[Any] = [root, *layers]
+    backward_order: list[Any] = [root, *reversed(layers)]  # the head belongs to the root
+    for i in range(len(forward_order)):
+        forward_order[i].set_modules_to_forward_prefetch(forward_order[i + 1 : i + 1 + ahead])
+        backward_order[i].set_modules_to_backward_prefetch(backward_order[i + 1 : i + 1 + ahead])
 
 
-def load_full_state(model: nn.Module, weights: dict[str, Any], parameters: torch.device, device: torch.device) -> None:
-    """Send rank 0's weights to the shards of all ranks.
+def load_full_state(
+    model: nn.Module, weights: dict[str, Any], shard_device: torch.device, device: torch.device
+) -> None:
+    """Load rank 0's full weights into the shards of all ranks.
 
     Args:
-        parameters: where the shards live; the CPU when they are offloaded.
-        device: where the model computes.
+        weights: full state dict; only rank 0's is used.
+        shard_device: device of the shards: the CPU with ``shard.cpu_offload``.
+        device: the device that computes.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        model.to_empty(device=parameters)
+        model.to_empty(device=shard_device)
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
             buffer.data = buffer.to(device)
@@ -93,12 +91,12 @@ def load_full_state(model: nn.Module, weights: dict[str, Any], parameters: torch
 
 
 def set_last_micro_batch(policy: nn.Module, last: bool, *, keep_gathered: bool) -> None:
-    """Gather weights and reduce gradients as often in a step as its memory asks for.
+    """Communicate per micro-batch (less memory) or once per step (less traffic).
 
     Args:
-        last: whether the backward pass of the step's last micro-batch follows.
-        keep_gathered: hold the weights and the gradients of the whole model on every rank until then, and exchange
-            them once a step. Otherwise every micro-batch gathers and reduces, over replicas only the last.
+        last: True before the backward pass of the step's last micro-batch.
+        keep_gathered: True keeps the full weights and gradients on every rank until then. False gathers weights and
+            reduce-scatters gradients in every micro-batch; gradients are all-reduced over replicas only in the last.
     """
     assert isinstance(policy, FSDPModule)
     policy.set_requires_gradient_sync(last or not keep_gathered)
@@ -107,8 +105,8 @@ def set_last_micro_batch(policy: nn.Module, last: bool, *, keep_gathered: bool) 
     policy.set_reshard_after_backward(last or not keep_gathered)
 
 
-def reshard(scorer: nn.Module) -> None:
-    """Put every parameter back to its shard, after forward passes that no backward follows."""
-    for module in scorer.modules():
+def reshard(model: nn.Module) -> None:
+    """Free gathered parameters after forward passes without a backward pass."""
+    for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

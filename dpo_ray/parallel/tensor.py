@@ -1,8 +1,8 @@
 """Tensor parallelism: the matrices of each decoder layer and the vocabulary, split over neighbouring ranks.
 
-Which matrices are split, and how, is transformers' plan of an architecture. Every parameter becomes a DTensor over the
-tensor ranks, so that FSDP, checkpoints and gradient norms know which part of it a rank has; modules compute with their
-local parts as plain tensors. Between layers each rank has all hidden states (Megatron-LM, arXiv:1909.08053, section 3).
+Layers are split according to the architecture's plan in transformers (``model.tp_plan``). Every parameter becomes a
+DTensor over the tensor ranks, so FSDP, checkpoints and gradient norms know its placement; modules compute with local
+tensors. Hidden states between layers are replicated (Megatron-LM, arXiv:1909.08053, section 3).
 """
 
 import logging
@@ -26,52 +26,53 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Forward = Callable[..., Any]
-WHOLE = ("replicated_with_grad_allreduce",)
-STYLES = ("colwise", "rowwise", *WHOLE)
-"""What a plan may ask for: a linear layer's outputs split, its inputs split, or a module whose parameters are whole on
-each rank while what it works on is split."""
+ON_SHARDS = "replicated_with_grad_allreduce"
+"""transformers' style of a module with replicated parameters and sharded activations, such as a norm per head."""
+STYLES = ("colwise", "rowwise", ON_SHARDS)
+"""Supported styles of a plan: linear layers split by output or by input features, and ``ON_SHARDS``."""
 
 
 def apply_tensor_parallel(model: "PreTrainedModel", mesh: DeviceMesh) -> None:
-    """Split ``model`` over the ranks of a mesh of one dimension, in place.
+    """Split ``model`` over the ranks of a one-dimensional mesh, in place.
 
-    Parameters are left on the meta device: weights are given to the parts when FSDP has cut them further. A vocabulary
-    that the ranks do not divide stays whole on each of them.
+    Parameters are left on the meta device; weights are loaded after FSDP has sharded them further. The vocabulary is
+    replicated if the ranks do not divide it.
 
     Raises:
-        ValueError: see ``plan_split``.
+        ValueError: see ``tensor_parallel_plan``.
     """
-    plan = plan_split(model, mesh.size())
-    ends: tuple[Any, Any] = (model.get_input_embeddings(), model.get_output_embeddings())
-    even_rows = all(end.weight.shape[0] % mesh.size() == 0 for end in ends)
-    if not even_rows and dist.get_rank() == 0:
+    plan = tensor_parallel_plan(model, mesh.size())
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    split_vocabulary = all(end.weight.shape[0] % mesh.size() == 0 for end in (embedding, head))
+    if not split_vocabulary and dist.get_rank() == 0:
         logger.warning(
-            "shard.tensor_parallel: %d does not divide the vocabulary, %d; each worker has all of embedding and head",
-            mesh.size(), ends[1].weight.shape[0],
+            "shard.tensor_parallel: %d does not divide the vocabulary, %d; embedding and head are replicated",
+            mesh.size(), head.weight.shape[0],
         )  # fmt: skip
-    group, placed = mesh.get_group(), {}
-    shared = {name.rpartition(".")[0]: _Shared() for name, style in plan.items() if style == "colwise"}
+    group, distributed = mesh.get_group(), {}
+    inputs = {_parent(name): _SharedInput() for name, style in plan.items() if style == "colwise"}
     for name, module in list(model.named_modules()):
-        style = "vocabulary" if module in ends and even_rows else plan.get(name)
+        style = "vocabulary" if module in (embedding, head) and split_vocabulary else plan.get(name)
         for key, parameter in module.named_parameters(recurse=False):
             # Tied weights stay one parameter.
-            if parameter not in placed:
-                placed[parameter] = _placed(parameter, mesh, _placement(style, key))
-            module.register_parameter(key, placed[parameter])
-        if style == "vocabulary" and module is ends[0]:
-            module.forward = partial(_embedding, ends[0], module.forward, mesh)
+            if parameter not in distributed:
+                distributed[parameter] = _distribute(parameter, mesh, _placement(style, key))
+            module.register_parameter(key, distributed[parameter])
+        if style == "vocabulary" and module is embedding:
+            module.forward = partial(_embedding, embedding, module.forward, mesh)
         elif style == "colwise":
-            module.forward = partial(_colwise, module, module.forward, shared[name.rpartition(".")[0]], group)
+            module.forward = partial(_colwise, module, module.forward, inputs[_parent(name)], group)
         elif style == "rowwise":
             module.forward = partial(_rowwise, module, module.forward, group)
         elif module._parameters:
-            module.forward = partial(_replicated, module, module.forward, style in WHOLE)
-        if name in shared:
-            module.forward = partial(clear_after, shared[name], module.forward)
+            module.forward = partial(_replicated, module, module.forward, style == ON_SHARDS)
+        if name in inputs:
+            module.forward = partial(_clear_after, inputs[name], module.forward)
 
 
 def local_head(model: "PreTrainedModel", transform: LogitTransform) -> Head:
-    """The rows of the model's head that this rank has, in the forward pass; all of them without tensor parallelism."""
+    """This rank's rows of the model's head, for use in the forward pass; all rows without tensor parallelism."""
     head: Any = model.get_output_embeddings()
     weight, bias = head.weight, getattr(head, "bias", None)
     if not isinstance(weight, DTensor):
@@ -83,41 +84,39 @@ def local_head(model: "PreTrainedModel", transform: LogitTransform) -> Head:
     return Head(local, bias, transform, mesh.get_group(), mesh.get_local_rank() * local.shape[0])
 
 
-def plan_split(model: "PreTrainedModel", ranks: int) -> dict[str, str]:
-    """The style of each module that is split, by the module's name; embedding and head are not among them.
+def tensor_parallel_plan(model: "PreTrainedModel", ranks: int) -> dict[str, str]:
+    """Module name -> style of each module that is split, without embedding and head.
 
     Raises:
-        ValueError: the architecture has no plan, or one that is not known here or leaves most of the layers whole; or
-            the ranks do not divide what it splits.
+        ValueError: the architecture has no plan, its plan has unsupported styles or leaves most weights unsplit, or
+            ``ranks`` does not divide a dimension that is split.
     """
     by_pattern: Mapping[str, str] = model.tp_plan
     modules = dict(model.named_modules())
-    plan = {
-        name: by_pattern[found] for name in modules if (found := re.sub(r"\.\d+(?=\.|$)", ".*", name)) in by_pattern
-    }
     ends: tuple[Any, Any] = (model.get_input_embeddings(), model.get_output_embeddings())
-    plan = {name: style for name, style in plan.items() if modules[name] not in ends}
+    patterns = {name: re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in modules if modules[name] not in ends}
+    plan = {name: by_pattern[pattern] for name, pattern in patterns.items() if pattern in by_pattern}
     architecture = f"model.path: {type(model).__name__}"
     remedy = "set shard.tensor_parallel: 1"
     if "rowwise" not in plan.values():
-        raise ValueError(f"{architecture} has no plan of tensor parallelism in transformers; {remedy}")
-    if unknown := sorted({style for style in plan.values() if style not in STYLES}):
+        raise ValueError(f"{architecture} has no tensor-parallel plan in transformers; {remedy}")
+    if unknown := sorted(set(plan.values()) - set(STYLES)):
         raise ValueError(
-            f"{architecture} asks for tensor parallelism by {', '.join(unknown)}; {', '.join(STYLES)} can be done: "
+            f"{architecture} has a tensor-parallel plan with {', '.join(unknown)}; supported are {', '.join(STYLES)}: "
             f"{remedy}"
         )
-    holders = tuple(name.rpartition(".")[0] + "." for name, style in plan.items() if style == "colwise")
+    parents = tuple(f"{_parent(name)}." for name, style in plan.items() if style == "colwise")
     for name, module in modules.items():
-        if f"{name}.".startswith(holders) and name not in plan and any(True for _ in module.parameters(recurse=False)):
-            # It would work on a part of the heads without its gradient being summed over the parts.
-            raise ValueError(f"{architecture} has {name}, which its plan of tensor parallelism leaves out; {remedy}")
-    split = sum(p.numel() for name, style in plan.items() if style not in WHOLE for p in modules[name].parameters())
-    of_ends = {parameter for end in ends for parameter in end.parameters()}
-    whole = sum(parameter.numel() for parameter in model.parameters() if parameter not in of_ends)
-    if 2 * split < whole:
+        if f"{name}.".startswith(parents) and name not in plan and any(True for _ in module.parameters(recurse=False)):
+            # It would compute on sharded activations, and its gradient would not be summed over the ranks.
+            raise ValueError(f"{architecture} has {name}, which is missing from its tensor-parallel plan; {remedy}")
+    split = sum(p.numel() for name, style in plan.items() if style != ON_SHARDS for p in modules[name].parameters())
+    vocabulary = {parameter for end in ends for parameter in end.parameters()}
+    total = sum(parameter.numel() for parameter in model.parameters() if parameter not in vocabulary)
+    if 2 * split < total:
         raise ValueError(
-            f"{architecture} has a plan of tensor parallelism that splits {split / whole:.0%} of its layers' weights, "
-            f"which leaves most of the work undivided; {remedy}"
+            f"{architecture} has a tensor-parallel plan that splits only {split / total:.0%} of its layers' weights; "
+            f"{remedy}"
         )
     _validate_even_split(model, plan, ranks)
     return plan
@@ -126,7 +125,7 @@ def plan_split(model: "PreTrainedModel", ranks: int) -> dict[str, str]:
 def _validate_even_split(model: "PreTrainedModel", plan: Mapping[str, str], ranks: int) -> None:
     config = model.config.get_text_config()
     heads = config.num_attention_heads
-    counts = {
+    sizes = {
         "num_attention_heads": heads,
         "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
     }
@@ -134,12 +133,14 @@ def _validate_even_split(model: "PreTrainedModel", plan: Mapping[str, str], rank
         if style in ("colwise", "rowwise"):
             layer: Any = model.get_submodule(name)
             side = "out_features" if style == "colwise" else "in_features"
-            counts[f"{name}.{side}"] = getattr(layer, side)
-    for name, count in counts.items():
-        if count % ranks:
-            raise ValueError(
-                f"shard.tensor_parallel is {ranks}, which must divide what it splits; the model has {name} {count}"
-            )
+            sizes[f"{name}.{side}"] = getattr(layer, side)
+    for name, size in sizes.items():
+        if size % ranks:
+            raise ValueError(f"shard.tensor_parallel is {ranks}, which does not divide the model's {name} {size}")
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _placement(style: str | None, key: str) -> Placement:
@@ -151,58 +152,55 @@ def _placement(style: str | None, key: str) -> Placement:
     return Replicate()
 
 
-def _placed(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
+def _distribute(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
     empty = torch.empty_like(parameter, device="meta")
     return nn.Parameter(distribute_tensor(empty, mesh, [placement], src_data_rank=None), parameter.requires_grad)
 
 
 @contextmanager
-def _local_parameters(module: nn.Module, gradients: Placement | None = None) -> Iterator[dict[str, Any]]:
-    """The module with this rank's parts for parameters, which it hands out as well.
+def _local_parameters(module: nn.Module, grad_placement: Placement | None = None) -> Iterator[dict[str, Any]]:
+    """Replace the parameters of ``module`` by their local tensors, which are also yielded.
 
     Args:
-        gradients: how the gradients are spread over the ranks where not like the parameters.
+        grad_placement: placement of the gradients if it differs from that of the parameters.
     """
-    held: dict[str, Any] = dict(module._parameters)
-    local = {
-        key: p.to_local(grad_placements=None if gradients is None else [gradients])
-        for key, p in held.items()
-        if p is not None
-    }
+    parameters: dict[str, Any] = dict(module._parameters)
+    grad_placements = None if grad_placement is None else [grad_placement]
+    local = {key: p.to_local(grad_placements=grad_placements) for key, p in parameters.items() if p is not None}
     module._parameters.update(local)
     try:
         yield local
     finally:
-        module._parameters.update(held)
+        module._parameters.update(parameters)
 
 
-def _replicated(module: nn.Module, forward: Forward, on_a_part: bool, *args: Any, **kwargs: Any) -> Any:
-    with _local_parameters(module, Partial() if on_a_part else None):
+def _replicated(module: nn.Module, forward: Forward, on_shards: bool, *args: Any, **kwargs: Any) -> Any:
+    with _local_parameters(module, Partial() if on_shards else None):
         return forward(*args, **kwargs)
 
 
-class _Shared:
-    """The input that the split layers of one module share: its gradient is summed over the ranks once for all."""
+class _SharedInput:
+    """The common input of sibling column-wise layers: its gradient is all-reduced once for all of them."""
 
     def __init__(self) -> None:
         self.input: Tensor | None = None
-        self.entered: Tensor | None = None
+        self.copied: Tensor | None = None
 
 
-def clear_after(shared: _Shared, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+def _clear_after(shared: _SharedInput, forward: Forward, *args: Any, **kwargs: Any) -> Any:
     try:
         return forward(*args, **kwargs)
     finally:
-        shared.input = shared.entered = None
+        shared.input = shared.copied = None
 
 
 def _colwise(
-    module: nn.Module, forward: Forward, shared: _Shared, group: dist.ProcessGroup, x: Tensor
+    module: nn.Module, forward: Forward, shared: _SharedInput, group: dist.ProcessGroup, x: Tensor
 ) -> Tensor:  # (..., D) -> (..., out / ranks)
     if shared.input is not x:
-        shared.input, shared.entered = x, CopyToTP.apply(x, group)
+        shared.input, shared.copied = x, CopyToTP.apply(x, group)
     with _local_parameters(module):
-        return forward(shared.entered)
+        return forward(shared.copied)
 
 
 def _rowwise(
@@ -212,27 +210,27 @@ def _rowwise(
         bias = local.get("bias")
         if bias is not None:
             module._parameters["bias"] = None
-        whole = ReduceFromTP.apply(forward(x), group)
-    return whole if bias is None else whole + bias
+        out = ReduceFromTP.apply(forward(x), group)
+    return out if bias is None else out + bias
 
 
 def _embedding(module: nn.Embedding, forward: Forward, mesh: DeviceMesh, ids: Tensor) -> Tensor:
-    """Each rank looks up the ids whose rows it has."""
+    """Look up the ids with local rows and sum over the ranks."""
     with _local_parameters(module) as local:
         rows = local["weight"].shape[0]
         first, padding = mesh.get_local_rank() * rows, module.padding_idx
-        here = (ids >= first) & (ids < first + rows)
+        is_local = (ids >= first) & (ids < first + rows)
         # The row of the padding token gets no gradient.
         module.padding_idx = padding - first if padding is not None and 0 <= padding - first < rows else None
         try:
-            found = forward(torch.where(here, ids - first, 0))  # (..., D)
+            embedded = forward(torch.where(is_local, ids - first, 0))  # (..., D)
         finally:
             module.padding_idx = padding
-        return ReduceFromTP.apply(found.masked_fill(~here[..., None], 0.0), mesh.get_group())
+        return ReduceFromTP.apply(embedded.masked_fill(~is_local[..., None], 0.0), mesh.get_group())
 
 
 class CopyToTP(torch.autograd.Function):
-    """Whole on every rank; the gradients of what the ranks do with it are summed."""
+    """Identity; backward all-reduces the gradient (Megatron-LM's f)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -241,23 +239,23 @@ class CopyToTP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _summed(grads[0], ctx.group), None
+        return _all_reduce(grads[0], ctx.group), None
 
 
 class ReduceFromTP(torch.autograd.Function):
-    """The sum of what the ranks have, on every rank."""
+    """All-reduce; backward is the identity (Megatron-LM's g)."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return _summed(part, group)
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return _all_reduce(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
 
 
-def _summed(part: Tensor, group: dist.ProcessGroup) -> Tensor:
-    # Autograd may hold the same memory for another use.
-    whole = part.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(whole, group=group)
-    return whole
+def _all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    # Out of place: autograd may use the same memory elsewhere.
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total

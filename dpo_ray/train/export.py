@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from dpo_ray.config import Config
 from dpo_ray.data.tokenize import load_tokenizer
 from dpo_ray.model.adapters import add_adapters
-from dpo_ray.model.export import named_weights, save_policy, write_adapter, write_whole
+from dpo_ray.model.export import named_weights, save_policy, write_adapter, write_model_folder
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer
 from dpo_ray.objective.precision import DTYPES
@@ -69,23 +69,23 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) ->
     config = Config.model_validate(read_marker(checkpoint)["config"])
     weights = _trained_weights(checkpoint)
 
-    def write(unfinished: Path) -> None:
+    def write(draft: Path) -> None:
         dtype = DTYPES[config.model.dtype]
         if config.model.lora is None:
             empty = build_model(config.model, with_weights=False)
             names = {name for name, _ in (*empty.named_parameters(), *empty.named_buffers())}  # tied weights once
             unique = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items() if name in names}
-            save_policy(unique, config.model, unfinished)
+            save_policy(unique, config.model, draft)
         elif merge:
             built = build_model(config.model, with_weights=True, dtype=dtype)
             add_adapters(built, config.model.lora)
             built.load_state_dict(weights, strict=False)
             with torch.no_grad():
-                save_policy(dict(named_weights(Scorer(built), dtype)), config.model, unfinished)
+                save_policy(dict(named_weights(Scorer(built), dtype)), config.model, draft)
         else:
-            write_adapter(weights, config.model, unfinished)
+            write_adapter(weights, config.model, draft)
 
-    write_whole(folder, write, load_tokenizer(config.model.path, config.model.chat_template))
+    write_model_folder(folder, write, load_tokenizer(config.model.path, config.model.chat_template))
     return config
 
 

@@ -1,4 +1,4 @@
-"""What the processes of the distributed tests compute of a step: heads, rows and gradients, reported as numbers."""
+"""Functions that the processes of the distributed tests run: heads, rows and gradients of a step."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,15 +18,15 @@ from dpo_ray.model.scorer import Scorer, Weighting, pair_losses, token_logps
 from dpo_ray.objective import head
 from dpo_ray.objective.head import Group, Head, LogitTransform
 from dpo_ray.objective.logps import PairLogps, TokenLogps
-from dpo_ray.parallel.context import ALONE, Context
+from dpo_ray.parallel.context import NO_CONTEXT_PARALLEL, ContextParallel
 from dpo_ray.train.trainer import build_trainer
 from dpo_ray.types import TokenPair
 
 
-def off_by_sharing_rows(rank: int, model: str, weighting: Weighting) -> dict[str, float]:
-    """Largest differences between the ranks' parts of rows, put together, and each rank's own pass over whole rows.
+def context_parallel_errors(rank: int, model: str, weighting: Weighting) -> dict[str, float]:
+    """Largest differences between a forward and backward pass over sharded rows and one over whole rows.
 
-    The rows: five pairs of uneven lengths; one pair whose prompt is most of the row; none.
+    The rows: five pairs of uneven lengths; one pair whose prompt is most of the row; no pairs.
     """
     draw = np.random.default_rng(0)
     pair = lambda *lengths: TokenPair(*(tuple(draw.integers(0, 256, n).tolist()) for n in lengths))  # noqa: E731
@@ -37,26 +37,26 @@ def off_by_sharing_rows(rank: int, model: str, weighting: Weighting) -> dict[str
         weights = 1.0 if policy.weights is None else policy.weights
         return -torch.nn.functional.logsigmoid(0.1 * (policy.chosen - policy.rejected)) * weights
 
-    found = []
-    for context in (ALONE, Context(rank, dist.get_world_size(), dist.group.WORLD)):
+    results = []
+    for context in (NO_CONTEXT_PARALLEL, ContextParallel(rank, dist.get_world_size(), dist.group.WORLD)):
         scorer = Scorer(build_model(ModelConfig(path=model), with_weights=True), context)
         logps = torch.cat([token_logps(scorer, row) for row in rows])
         losses = [pair_losses(scorer, row, loss, weighting=weighting) for row in rows]
-        torch.stack([of_row.total for of_row in losses]).sum().backward()
+        torch.stack([row_losses.total for row_losses in losses]).sum().backward()
         gradients = [parameter.grad for parameter in scorer.parameters()]
-        if context is not ALONE:
+        if context is not NO_CONTEXT_PARALLEL:
             for gradient in gradients:
                 dist.all_reduce(gradient)
-        policy = torch.cat([of / n for x in losses for of, n in ((x.policy.chosen, x.policy.chosen_tokens),)])
-        found.append((torch.cat([of_row.each for of_row in losses]), logps, policy, gradients))
-    (*whole, by_weight), (*shared, by_weight_shared) = found
-    off_by = [float((one - other).abs().max()) for one, other in zip(whole, shared, strict=True)]
-    gradients = max(float((a - b).norm() / a.norm()) for a, b in zip(by_weight, by_weight_shared, strict=True))
-    return dict(zip(("losses", "logps", "policy"), off_by, strict=True), gradients=gradients)
+        policy = torch.cat([row_losses.policy.chosen / row_losses.policy.chosen_tokens for row_losses in losses])
+        results.append((torch.cat([row_losses.each for row_losses in losses]), logps, policy, gradients))
+    (*whole, whole_gradients), (*sharded, sharded_gradients) = results
+    errors = [float((one - other).abs().max()) for one, other in zip(whole, sharded, strict=True)]
+    gradients = max(float((a - b).norm() / a.norm()) for a, b in zip(whole_gradients, sharded_gradients, strict=True))
+    return dict(zip(("losses", "logps", "policy"), errors, strict=True), gradients=gradients)
 
 
 def gradients(rank: int, config: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The full gradients, by name, of the sum of log-probability margins of the first step's pairs."""
+    """Full gradient of each parameter, for the sum of the log-probability margins of the first step's pairs."""
     parsed = Config.model_validate(config)
     tokenizer, folder = load_tokenizer(parsed.model.path), parsed.reference.cache_path / f"data-{rank}"
     pairs = prepare_pairs(parsed.data.train, tokenizer, parsed.data, folder=folder)
@@ -69,7 +69,7 @@ def gradients(rank: int, config: dict[str, Any]) -> dict[str, np.ndarray]:
     return {name: grad.full_tensor().numpy() for name, grad in grads.items()}
 
 
-def shared_head(
+def vocabulary_parallel_head(
     rank: int,
     hidden: Tensor,
     weight: Tensor,
@@ -78,21 +78,21 @@ def shared_head(
     pair_tokens: Sequence[int],
     transform: LogitTransform,
 ) -> dict[str, np.ndarray]:
-    """Log-probabilities, losses and gradients of a head whose rows are dealt to the ranks.
+    """Log-probabilities, losses and gradients of a head that is sharded over the vocabulary.
 
     The loss of a pair is the square of a hundredth of its tokens' summed log-probabilities.
     """
     rows = weight.shape[0] // dist.get_world_size()
-    mine = slice(rank * rows, (rank + 1) * rows)
-    hidden, weight, bias = (of.clone().requires_grad_() for of in (hidden, weight[mine], bias[mine]))
-    part = Head(weight, bias, transform, dist.group.WORLD, mine.start)
+    local = slice(rank * rows, (rank + 1) * rows)
+    hidden, weight, bias = (x.clone().requires_grad_() for x in (hidden, weight[local], bias[local]))
+    local_head = Head(weight, bias, transform, dist.group.WORLD, local.start)
 
-    def objective(group: Group, scores: TokenLogps) -> Tensor:
-        return torch.stack([(of.sum() / 100).square() for of in scores.logps.split(pair_tokens[group.pairs])])
+    def objective(group: Group, tokens: TokenLogps) -> Tensor:
+        return torch.stack([(pair.sum() / 100).square() for pair in tokens.logps.split(pair_tokens[group.pairs])])
 
-    scores = head.token_logps(hidden, part, labels, chunk=16, with_squares=True)
-    losses = head.chunked_pair_losses(hidden, part, labels, pair_tokens, objective, chunk=28)
+    tokens = head.token_logps(hidden, local_head, labels, chunk=16, with_squares=True)
+    losses = head.chunked_pair_losses(hidden, local_head, labels, pair_tokens, objective, chunk=28)
     losses.total.backward()
-    found: dict[str, Any] = {"logps": scores.logps, "squares": scores.log_sum_squares, "each": losses.each}
-    found |= {"hidden": hidden.grad, "weight": weight.grad, "bias": bias.grad}
-    return {name: tensor.numpy() for name, tensor in found.items()}
+    results: dict[str, Any] = {"logps": tokens.logps, "squares": tokens.log_sum_squares, "each": losses.each}
+    results |= {"hidden": hidden.grad, "weight": weight.grad, "bias": bias.grad}
+    return {name: tensor.numpy() for name, tensor in results.items()}

@@ -16,7 +16,6 @@ from dpo_ray.model.scorer import pair_losses
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.objective.losses import sigmoid
 from dpo_ray.ops import float8
-from dpo_ray.parallel.context import ALONE
 from dpo_ray.parallel.fsdp import build_mesh
 from dpo_ray.train.offline import train_offline
 from dpo_ray.types import Metrics, TokenPair
@@ -88,7 +87,7 @@ def offline_uncompiled(rank: int, config: dict[str, Any]) -> list[Metrics]:
 
 
 def offline_emulating_float8(rank: int, config: dict[str, Any]) -> list[Metrics]:
-    """``offline`` with products of eight-bit floats that this machine multiplies as others."""
+    """``offline`` with float8 products emulated in full precision."""
     emulated = partial(float8.use_float8, emulate=True)
     with mock.patch.multiple(load, validate_float8_device=lambda device: None, use_float8=emulated):
         return offline(rank, config)
@@ -100,7 +99,7 @@ def gathered_ahead(rank: int, model: dict[str, Any], sharding: dict[str, Any]) -
 
     settings, device = ShardConfig.model_validate(sharding), torch.device("cpu")
     mesh = build_mesh(settings, device)
-    policy = load.load_sharded(ModelConfig.model_validate(model), settings, mesh, device, trainable=True, context=ALONE)
+    policy = load.load_sharded(ModelConfig.model_validate(model), settings, mesh, device, trainable=True)
     asked: dict[str, list[Any]] = {"forward": [], "backward": []}
     prefetch = FSDPParamGroup._prefetch_unshard
 

@@ -1,4 +1,4 @@
-"""Ranks that share the tokens of each row, over gloo: every number is that of one rank with the whole row."""
+"""Context parallelism over gloo: every number equals that of one rank with whole rows."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from dpo_ray.types import Metrics
 from tests.conftest import ragged_texts
 from tests.distributed.conftest import assert_same, over
-from tests.distributed.parts import off_by_sharing_rows
+from tests.distributed.parts import context_parallel_errors
 from tests.distributed.processes import run_ranks
 from tests.distributed.runs import offline
 
@@ -36,61 +36,61 @@ def on(ranks: int, config: dict[str, Any], **shard: Any) -> list[list[Metrics]]:
 
 
 @pytest.mark.parametrize(("ranks", "weighting"), [(2, "none"), (3, "wpo")])
-def test_shared_rows_have_the_logps_of_every_token_and_the_gradient_of_every_weight(
+def test_sharded_rows_have_the_logps_of_every_token_and_the_gradient_of_every_weight(
     tiny_model: Path, ranks: int, weighting: str
 ) -> None:
-    for off_by in run_ranks(ranks, off_by_sharing_rows, str(tiny_model), weighting):
-        assert off_by["losses"] < 1e-5
-        assert off_by["logps"] < 1e-4, "nats a token"
-        assert off_by["policy"] < 1e-4, "nats a token"
-        assert off_by["gradients"] < 1e-4, "of the norm of each weight's gradient"
+    for errors in run_ranks(ranks, context_parallel_errors, str(tiny_model), weighting):
+        assert errors["losses"] < 1e-5
+        assert errors["logps"] < 1e-4, "nats per token"
+        assert errors["policy"] < 1e-4, "nats per token"
+        assert errors["gradients"] < 1e-4, "relative to the norm of each weight's gradient"
 
 
-def test_two_ranks_that_share_rows_report_the_steps_of_one_and_one_goes_on_from_their_checkpoint(
+def test_two_context_parallel_ranks_report_the_steps_of_one_and_one_resumes_from_their_checkpoint(
     config: dict[str, Any],
 ) -> None:
     cached = config | {"reference": config["reference"] | {"kind": "cached"}}
     saving = cached | {"run": config["run"] | {"save_every": 2}}
-    (alone,) = on(1, config)
+    (single,) = on(1, config)
     first, second = on(2, saving | {"run": saving["run"] | {"steps": 2}}, context_parallel=2)
     (resumed,) = on(1, saving)
-    assert len(alone) == STEPS
+    assert len(single) == STEPS
     assert [line["loss"] for line in first] == [line["loss"] for line in second], "to the last digit"
-    assert_same(alone, first + resumed, absolute=1e-4)
+    assert_same(single, first + resumed, absolute=1e-4)
 
 
-def test_two_shares_of_two_ranks_report_the_steps_of_one(config: dict[str, Any]) -> None:
-    # Three pairs in two shares, in rows with room for one or two of the short ones: some rows are empty.
+def test_two_data_parallel_groups_of_two_ranks_report_the_steps_of_one(config: dict[str, Any]) -> None:
+    # Three pairs over two groups, in rows with room for one or two short pairs: some rows are empty.
     config["run"]["steps"] = 2
-    alone = on(1, config)[0]
+    single = on(1, config)[0]
     config["optim"]["tokens_per_micro_batch"] = 64
-    for found in on(4, config, context_parallel=2, replicate=2, activation_checkpointing=True):
-        assert_same(alone, found, absolute=1e-4)
+    for lines in on(4, config, context_parallel=2, replicate=2, activation_checkpointing=True):
+        assert_same(single, lines, absolute=1e-4)
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_adapters_that_share_rows_learn_as_on_one_rank(config: dict[str, Any], quantize: str | None) -> None:
+def test_adapters_learn_as_on_one_rank(config: dict[str, Any], quantize: str | None) -> None:
     config["model"]["lora"] = {"rank": 4, "alpha": 8, "quantize": quantize}
     config["reference"]["kind"] = "adapters_off"
-    (alone,) = on(1, config)
+    (single,) = on(1, config)
     first, _ = on(2, config, context_parallel=2)
-    assert alone[-1]["loss"] < alone[0]["loss"]
-    assert_same(alone, first, absolute=1e-4)
+    assert single[-1]["loss"] < single[0]["loss"]
+    assert_same(single, first, absolute=1e-4)
 
 
-def test_rows_that_are_shared_in_bfloat16_report_the_steps_of_one_rank(config: dict[str, Any]) -> None:
+def test_bfloat16_rows_report_the_steps_of_one_rank(config: dict[str, Any]) -> None:
     config["model"]["dtype"] = "bfloat16"
     config["optim"]["lr"] = 1e-5
-    (alone,) = on(1, config)
+    (single,) = on(1, config)
     first, _ = on(2, config, context_parallel=2, activation_checkpointing="full")
-    for one, other in zip(alone, first, strict=True):
+    for one, other in zip(single, first, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=0.05)
         assert one["logps/chosen"] == pytest.approx(other["logps/chosen"], rel=0.01)
         assert one["optim/grad_norm"] == pytest.approx(other["optim/grad_norm"], rel=0.05)
 
 
 @pytest.mark.slow
-def test_compiled_layers_whose_rows_are_shared_report_the_steps_of_others(config: dict[str, Any]) -> None:
-    (alone,) = on(1, config)
+def test_compiled_layers_report_the_steps_of_uncompiled_ones(config: dict[str, Any]) -> None:
+    (single,) = on(1, config)
     first, _ = on(2, config, context_parallel=2, compile=True)
-    assert_same(alone, first, absolute=1e-4)
+    assert_same(single, first, absolute=1e-4)

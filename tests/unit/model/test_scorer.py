@@ -1,4 +1,4 @@
-"""The scorer against transformers' own forward in float64, for both layouts, and the digest of a model's weights."""
+"""Log-probabilities and gradients against transformers' own forward in float64; the digest of a model's weights."""
 
 import shutil
 from pathlib import Path
@@ -20,7 +20,7 @@ from tests.conftest import save_tiny_model
 
 
 def ragged_pairs(count: int, seed: int = 0) -> list[TokenPair]:
-    """Pairs of uneven lengths, one completion of a single token among them."""
+    """Pairs of uneven lengths, including a completion of a single token."""
     draw = np.random.default_rng(seed)
     tokens = lambda most: tuple(draw.integers(0, 256, draw.integers(1, most)).tolist())  # noqa: E731
     return [TokenPair(tokens(40), tokens(30), tokens(20)) for _ in range(count - 1)] + [TokenPair((1,), (2,), (3, 4))]
@@ -39,7 +39,7 @@ def preference(policy: PairLogps, pairs: slice) -> torch.Tensor:
 @pytest.mark.parametrize("attention", ["auto", "sdpa"])
 @pytest.mark.parametrize("chunk", [None, 60, 9], ids=["one-group", "groups", "parts"])
 @pytest.mark.parametrize("layout", ["shared", "plain"])
-def test_logps_and_gradients_are_those_of_separate_float64_forwards(
+def test_logps_and_gradients_equal_those_of_separate_float64_forwards(
     tiny_model: Path, layout: Layout, attention: Literal["auto", "sdpa"], chunk: int | None
 ) -> None:
     pairs = ragged_pairs(7)
@@ -52,19 +52,18 @@ def test_logps_and_gradients_are_those_of_separate_float64_forwards(
     scorer = Scorer(build_model(ModelConfig(path=str(tiny_model), attention=attention), with_weights=True))
     losses = pair_losses(scorer, build_row(pairs, layout), preference, chunk=chunk)
     losses.total.backward()
-    found = losses.policy
 
     assert losses.total.item() == pytest.approx(exact_loss.item(), rel=1e-5)
     assert losses.each.sum().item() == pytest.approx(exact_loss.item(), rel=1e-5)
-    assert (found.chosen - chosen).abs().max() < 1e-4
-    assert (found.rejected - rejected).abs().max() < 1e-4
-    assert found.chosen_tokens.tolist() == [len(pair.chosen) for pair in pairs]
+    assert (losses.policy.chosen - chosen).abs().max() < 1e-4
+    assert (losses.policy.rejected - rejected).abs().max() < 1e-4
+    assert losses.policy.chosen_tokens.tolist() == [len(pair.chosen) for pair in pairs]
     expected = dict(exact.named_parameters())
     for name, parameter in scorer.model.named_parameters():
         assert (parameter.grad - expected[name].grad).norm() / expected[name].grad.norm() < 1e-3, name
 
 
-def test_an_empty_micro_batch_scores_nothing_and_still_runs(tiny_model: Path) -> None:
+def test_an_empty_micro_batch_has_no_logps_and_zero_gradients(tiny_model: Path) -> None:
     scorer = Scorer(build_model(ModelConfig(path=str(tiny_model)), with_weights=True))
     row = build_row([], "shared")
     assert pair_logps(scorer, row).chosen.shape == (0,)
@@ -74,15 +73,15 @@ def test_an_empty_micro_batch_scores_nothing_and_still_runs(tiny_model: Path) ->
     assert all(parameter.grad.abs().sum() == 0 for parameter in scorer.parameters())
 
 
-def test_the_digest_follows_the_weights_and_not_the_folder(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_digest_depends_on_the_weights_and_not_on_the_folder(tiny_model: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model, tmp_path / "copy")
-    other, notes = save_tiny_model(tmp_path / "other", seed=1), tmp_path / "notes"
-    assert weights_digest(str(tmp_path / "copy"), notes) == weights_digest(str(tiny_model), notes)
-    of_other = weights_digest(str(other), notes)
-    assert of_other != weights_digest(str(tiny_model), notes)
-    assert len(list(notes.iterdir())) == 3, "each file is read once"
+    other, cache_dir = save_tiny_model(tmp_path / "other", seed=1), tmp_path / "cache"
+    assert weights_digest(str(tmp_path / "copy"), cache_dir) == weights_digest(str(tiny_model), cache_dir)
+    other_digest = weights_digest(str(other), cache_dir)
+    assert other_digest != weights_digest(str(tiny_model), cache_dir)
+    assert len(list(cache_dir.iterdir())) == 3, "each file is read once"
     (tmp_path / "copy/model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
-    assert weights_digest(str(tmp_path / "copy"), notes) == of_other, "a file written anew is read anew"
+    assert weights_digest(str(tmp_path / "copy"), cache_dir) == other_digest, "a changed file is read again"
 
 
 SMALL = {
@@ -106,7 +105,7 @@ SMALL = {
         ("hyperclovax", {"logits_scaling": 4.0}),
     ],
 )
-def test_logps_of_packed_rows_are_those_of_separate_forwards_whatever_the_architecture(
+def test_logps_of_packed_rows_equal_those_of_separate_forwards_for_each_architecture(
     tmp_path: Path, architecture: str, settings: dict[str, Any]
 ) -> None:
     torch.manual_seed(0)
@@ -115,26 +114,26 @@ def test_logps_of_packed_rows_are_those_of_separate_forwards_whatever_the_archit
     exact = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
     with torch.no_grad():
         rejected = torch.stack([exact_logp(exact, pair.prompt, pair.rejected) for pair in pairs])
-    found = pair_logps(
+    actual = pair_logps(
         Scorer(build_model(ModelConfig(path=str(tmp_path)), with_weights=True)), build_row(pairs, "shared")
     )
-    assert rejected.abs().max() > 20, "differences would show"
-    assert (found.rejected - rejected).abs().max() < 1e-3
+    assert rejected.abs().max() > 20, "differences would be visible"
+    assert (actual.rejected - rejected).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize(
-    ("architecture", "words"),
+    ("architecture", "message"),
     [
-        ("rwkv", "is a rwkv, whose layers carry a state"),
-        ("bloom", "is a bloom, whose attention cannot be exchanged .* such models cannot be trained"),
-        ("falcon", "is a falcon, whose attention cannot be exchanged .* set model.attention: sdpa"),
+        ("rwkv", "is a rwkv, whose layers carry state"),
+        ("bloom", "is a bloom, whose attention cannot be replaced .* such models cannot be trained"),
+        ("falcon", "is a falcon, whose attention cannot be replaced .* set model.attention: sdpa"),
     ],
 )
-def test_models_that_would_mix_the_sequences_of_a_row_are_refused(
-    tmp_path: Path, architecture: str, words: str
+def test_models_that_would_mix_the_sequences_of_a_row_are_rejected(
+    tmp_path: Path, architecture: str, message: str
 ) -> None:
     AutoConfig.for_model(architecture).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         build_model(ModelConfig(path=str(tmp_path)), with_weights=True)
 
 

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from dpo_ray.config.schema import ModelConfig
 from dpo_ray.data.assignment import shard_row
 from dpo_ray.data.packing import PackedRow, Span, attention_mask, build_row
-from dpo_ray.model.load import attention_on, build_model
+from dpo_ray.model.load import build_model, resolve_attention
 from dpo_ray.model.scorer import Scorer, pair_logps, pair_losses
 from dpo_ray.ops.flex import BLOCK, span_mask, token_limits, visible_blocks
 from tests.unit.model.test_scorer import preference, ragged_pairs
@@ -30,22 +30,22 @@ def dense_mask(spans: list[Span]) -> np.ndarray:
 
 @settings(max_examples=200, deadline=None)
 @given(SPANS, st.sampled_from([4, 8, 16]))
-def test_blocks_are_those_of_the_dense_mask(spans: list[Span], block: int) -> None:
+def test_blocks_equal_those_of_the_dense_mask(spans: list[Span], block: int) -> None:
     mask = dense_mask(spans)
     blocks = -(-len(mask) // block)
     padded = np.zeros((blocks * block,) * 2, bool)
     padded[: len(mask), : len(mask)] = mask
     tiles = padded.reshape(blocks, block, blocks, block).swapaxes(1, 2)
     some = tiles.any((2, 3))
-    # Rows behind the end of a short last block do not exist, so that they cannot keep a block from being full.
+    # A short last block is full if its existing rows are.
     padded[len(mask) :] = True
     full = padded.reshape(blocks, block, blocks, block).swapaxes(1, 2).all((2, 3)) & some
-    found = visible_blocks(token_limits(spans), len(mask), block)
-    np.testing.assert_array_equal(found.full, full)
-    np.testing.assert_array_equal(found.partial, some & ~full)
+    visible = visible_blocks(token_limits(spans), len(mask), block)
+    np.testing.assert_array_equal(visible.full, full)
+    np.testing.assert_array_equal(visible.partial, some & ~full)
 
 
-def test_the_mask_is_the_one_that_torch_makes_of_every_pair_of_tokens() -> None:
+def test_the_block_mask_equals_the_one_that_torch_creates_from_its_mask_function() -> None:
     spans = [Span(200, 90, 150), Span(300, 0, 0), Span(3, 400, 260)]
     mask = span_mask(spans, torch.device("cpu"))
     tokens = sum(map(sum, spans))
@@ -59,15 +59,15 @@ def test_the_mask_is_the_one_that_torch_makes_of_every_pair_of_tokens() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(SPANS, st.sampled_from([1, 2, 3]), st.sampled_from([4, 16]))
-def test_blocks_of_some_of_the_tokens_are_those_of_their_rows_of_the_dense_mask(
+def test_blocks_of_a_ranks_tokens_equal_those_of_their_rows_of_the_dense_mask(
     spans: list[Span], ranks: int, block: int
 ) -> None:
-    cut = shard_row(spans, ranks)
-    mask = dense_mask(cut.spans)
+    split = shard_row(spans, ranks)
+    mask = dense_mask(split.spans)
     for rank in range(ranks):
-        queries = cut.tokens(rank)
+        queries = split.tokens(rank)
         rows = mask[queries]
-        blocks = visible_blocks(token_limits(cut.spans).of(queries), len(mask), block)
+        blocks = visible_blocks(token_limits(split.spans).of(queries), len(mask), block)
         for q in range(-(-len(queries) // block)):
             for k in range(-(-len(mask) // block)):
                 tile = rows[q * block : (q + 1) * block, k * block : (k + 1) * block]
@@ -75,12 +75,12 @@ def test_blocks_of_some_of_the_tokens_are_those_of_their_rows_of_the_dense_mask(
                 assert (blocks.partial[q, k], blocks.full[q, k]) == (tile.any() and not full, full)
 
 
-def test_the_mask_of_a_ranks_tokens_is_those_rows_of_the_dense_mask() -> None:
-    cut = shard_row([Span(200, 90, 150), Span(300, 0, 0), Span(3, 401, 260)], 2)
-    dense = dense_mask(cut.spans)
+def test_the_mask_of_a_ranks_tokens_equals_their_rows_of_the_dense_mask() -> None:
+    split = shard_row([Span(200, 90, 150), Span(300, 0, 0), Span(3, 401, 260)], 2)
+    dense = dense_mask(split.spans)
     for rank in range(2):
-        queries = cut.tokens(rank)
-        mask = span_mask(cut.spans, torch.device("cpu"), queries)
+        queries = split.tokens(rank)
+        mask = span_mask(split.spans, torch.device("cpu"), queries)
         shape = (len(queries), len(dense))
         assert mask.mask_mod is not None
         evaluated = create_block_mask(mask.mask_mod, 1, None, *shape, device="cpu", BLOCK_SIZE=BLOCK)
@@ -100,25 +100,25 @@ def test_most_blocks_of_a_row_of_many_pairs_are_skipped() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_flex_attention_gives_the_logps_of_the_masked_row(tiny_model: Path, dtype: str) -> None:
+def test_flex_attention_has_the_logps_of_the_masked_row(tiny_model: Path, dtype: str) -> None:
     row = build_row(ragged_pairs(9), "shared")
-    found = {}
+    by_attention = {}
     for attention in ("flex", "sdpa"):
         config = ModelConfig(path=str(tiny_model), attention=attention)
         scorer = Scorer(build_model(config, with_weights=True, dtype=getattr(torch, dtype)))
         with torch.no_grad():
             logps = pair_logps(scorer, row)
-        found[attention] = torch.cat((logps.chosen, logps.rejected))
+        by_attention[attention] = torch.cat((logps.chosen, logps.rejected))
     tokens = row.lengths.float().mean()
-    assert ((found["flex"] - found["sdpa"]).abs() / tokens).max() < (1e-5 if dtype == "float32" else 0.02)
+    assert ((by_attention["flex"] - by_attention["sdpa"]).abs() / tokens).max() < (1e-5 if dtype == "float32" else 0.02)
 
 
-def test_training_with_it_on_a_cpu_is_refused_in_words(tiny_model: Path) -> None:
+def test_flex_gradients_on_a_cpu_are_rejected(tiny_model: Path) -> None:
     scorer = Scorer(build_model(ModelConfig(path=str(tiny_model), attention="flex"), with_weights=True))
     with pytest.raises(NotImplementedError, match=r"model\.attention: flex has no gradients on a CPU"):
         pair_losses(scorer, build_row(ragged_pairs(3), "shared"), preference)
 
 
-def test_auto_is_flex_on_gpus_and_torchs_kernels_elsewhere() -> None:
-    assert [attention_on(device, "auto") for device in ("cuda", "cpu")] == ["flex", "packed"]
-    assert attention_on("cuda", "sdpa") == "sdpa"
+def test_auto_is_flex_on_gpus_and_packed_elsewhere() -> None:
+    assert [resolve_attention("auto", device) for device in ("cuda", "cpu")] == ["flex", "packed"]
+    assert resolve_attention("sdpa", "cuda") == "sdpa"

@@ -8,34 +8,34 @@ from dpo_ray.ops.linear import BLOCK, use_float32_products
 
 
 def outputs(layer: nn.Linear, x: Tensor, upstream: Tensor) -> list[Tensor]:
-    """The layer's result and its gradients by input, weight and, where it has one, bias."""
+    """Output, and gradients with respect to input, weight and bias if there is one."""
     x = x.clone().requires_grad_()
     out = layer(x)
     out.backward(upstream)
     return [out.detach(), x.grad, *(parameter.grad for parameter in layer.parameters())]  # type: ignore[list-item]
 
 
-def error(found: Tensor, exact: Tensor) -> float:
-    return ((found.double() - exact).norm() / exact.norm()).item()
+def error(actual: Tensor, exact: Tensor) -> float:
+    return ((actual.double() - exact).norm() / exact.norm()).item()
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_results_and_gradients_are_as_near_to_float64_as_the_rounding_of_the_result(bias: bool) -> None:
+def test_outputs_and_gradients_differ_from_float64_by_no_more_than_their_rounding(bias: bool) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(96, 160, bias=bias).bfloat16()
     exact = nn.Linear(96, 160, bias=bias).double()
     exact.load_state_dict(layer.state_dict())
     x, upstream = torch.randn(2, BLOCK - 300, 96).bfloat16(), torch.randn(2, BLOCK - 300, 160).bfloat16()
-    wanted = outputs(exact, x.double(), upstream.double())
+    expected = outputs(exact, x.double(), upstream.double())
     use_float32_products(layer)
-    for found, right in zip(outputs(layer, x, upstream), wanted, strict=True):
-        assert found.dtype == torch.bfloat16
-        assert found.shape == right.shape
-        # bfloat16 has 8 bits: rounding is off by at most 2**-9 of a number, and by less on average.
-        assert error(found, right) < 2**-9
+    for actual, right in zip(outputs(layer, x, upstream), expected, strict=True):
+        assert actual.dtype == torch.bfloat16
+        assert actual.shape == right.shape
+        # bfloat16 has 8 bits: the relative rounding error is at most 2**-9, and smaller on average.
+        assert error(actual, right) < 2**-9
 
 
-def test_a_frozen_layer_passes_gradients_on_and_gets_none() -> None:
+def test_a_frozen_layer_passes_gradients_on_and_has_none() -> None:
     layer = nn.Linear(8, 4).bfloat16().requires_grad_(False)
     use_float32_products(layer)
     x = torch.randn(3, 8).bfloat16().requires_grad_()
@@ -44,7 +44,7 @@ def test_a_frozen_layer_passes_gradients_on_and_gets_none() -> None:
     assert layer.weight.grad is None
 
 
-def test_layers_with_products_of_their_own_keep_them() -> None:
+def test_subclasses_of_linear_keep_their_own_product() -> None:
     class Own(nn.Linear):
         pass
 

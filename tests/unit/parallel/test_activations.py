@@ -1,4 +1,4 @@
-"""What recomputing and offloading leave as it was (losses, gradients), and what they really change."""
+"""Checkpointing and offloading: losses and gradients stay equal; saved bytes and recomputed operations change."""
 
 from collections import Counter
 from pathlib import Path
@@ -18,13 +18,13 @@ from tests.unit.model.test_scorer import preference, ragged_pairs
 
 LAYERS, LINEARS = 2, 7
 PAIRS = ragged_pairs(6)
-STRETCHES = 2 * len(PAIRS)
+SEGMENTS = 2 * len(PAIRS)
 MM, SILU = torch.ops.aten.mm.default, torch.ops.aten.silu.default
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is computed."""
+    """Counts operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,10 +36,9 @@ class Operations(TorchDispatchMode):
 
 
 def trained(model: Path, kind: Literal["none", "full", "selective"]) -> tuple[Scorer, Tensor, int, Counter[Any]]:
-    """A scorer with gradients, its losses, the bytes saved for the backward pass, and the operations in that."""
+    """A scorer with gradients, its losses, the bytes saved for the backward pass, and the operations of that pass."""
     scorer = Scorer(build_model(ModelConfig(path=str(model)), with_weights=True))
-    for layer in scorer.layers:
-        activations.apply_activation_checkpointing(layer, kind)
+    activations.apply_activation_checkpointing(scorer.layers, kind)
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -54,57 +53,56 @@ def trained(model: Path, kind: Literal["none", "full", "selective"]) -> tuple[Sc
     return scorer, losses.each, sum(saved.values()), operations.counts
 
 
-def test_recomputing_changes_no_gradient_and_computes_again_what_it_says(tiny_model: Path) -> None:
+def test_checkpointing_changes_no_gradient_and_recomputes_the_documented_operations(tiny_model: Path) -> None:
     plain, expected, everything, operations = trained(tiny_model, "none")
-    full, of_full, inputs, in_full = trained(tiny_model, "full")
-    selective, of_selective, _, in_selective = trained(tiny_model, "selective")
-    assert torch.equal(of_full, expected)
-    assert torch.equal(of_selective, expected)
+    full, full_losses, inputs, in_full = trained(tiny_model, "full")
+    selective, selective_losses, _, in_selective = trained(tiny_model, "selective")
+    assert torch.equal(full_losses, expected)
+    assert torch.equal(selective_losses, expected)
     for name, parameter in plain.named_parameters():
         assert torch.equal(full.get_parameter(name).grad, parameter.grad), name
         assert torch.equal(selective.get_parameter(name).grad, parameter.grad), name
     assert (operations[ATTENTION], operations[SILU]) == (0, 0)
-    # The last product of a layer is not needed for its own gradients.
+    # The last product of a layer is not recomputed: no gradient needs its result.
     assert in_full[MM] - operations[MM] == LAYERS * (LINEARS - 1)
-    assert (in_full[ATTENTION], in_full[SILU]) == (LAYERS * STRETCHES, LAYERS)
+    assert (in_full[ATTENTION], in_full[SILU]) == (LAYERS * SEGMENTS, LAYERS)
     assert in_selective[MM] == operations[MM]
     assert (in_selective[ATTENTION], in_selective[SILU]) == (0, LAYERS)
     assert inputs < everything / 4
 
 
-def test_names_of_parameters_stay(tiny_model: Path) -> None:
+def test_names_of_parameters_do_not_change(tiny_model: Path) -> None:
     plain = Scorer(build_model(ModelConfig(path=str(tiny_model)), with_weights=True))
     names = list(plain.state_dict())
-    for layer in plain.layers:
-        activations.apply_activation_checkpointing(layer, "selective")
+    activations.apply_activation_checkpointing(plain.layers, "selective")
     assert list(plain.state_dict()) == names
 
 
-def test_activations_are_stored_elsewhere_and_weights_are_not(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(activations, "SMALLEST", 1024)
+def test_activations_are_offloaded_and_weights_are_not(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "MIN_OFFLOAD_BYTES", 1024)
     plain, expected, everything, _ = trained(tiny_model, "none")
     scorer = Scorer(build_model(ModelConfig(path=str(tiny_model)), with_weights=True))
     weights = {parameter.data_ptr() for parameter in scorer.parameters()}
-    stored: list[Tensor] = []
+    offloaded: list[Tensor] = []
 
-    def store(tensor: Tensor) -> Tensor:
+    def offload(tensor: Tensor) -> Tensor:
         assert tensor.data_ptr() not in weights
-        stored.append(tensor.clone())
-        return stored[-1]
+        offloaded.append(tensor.clone())
+        return offloaded[-1]
 
     decoder = scorer.model.get_decoder()
-    decoder.forward = activations.functools.partial(activations._with_hooks, decoder.forward, store, Tensor.clone)
+    decoder.forward = activations.functools.partial(
+        activations._forward_with_offload, decoder.forward, offload, Tensor.clone
+    )
     losses = pair_losses(scorer, build_row(PAIRS, "shared"), preference)
     losses.total.backward()
     assert torch.equal(losses.each, expected)
     for name, parameter in plain.named_parameters():
         assert torch.equal(scorer.get_parameter(name).grad, parameter.grad), name
-    assert sum(tensor.nbytes for tensor in stored) > everything / 2
+    assert sum(tensor.nbytes for tensor in offloaded) > everything / 2
 
 
-def test_offloading_leaves_a_model_on_a_cpu_alone(tiny_model: Path) -> None:
+def test_offloading_does_not_change_a_model_on_a_cpu(tiny_model: Path) -> None:
     decoder = build_model(ModelConfig(path=str(tiny_model)), with_weights=True).get_decoder()
     activations.offload_activations(decoder, torch.device("cpu"))
     assert "forward" not in vars(decoder)
