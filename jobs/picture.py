@@ -17,8 +17,12 @@ from dpo_ray.report.record import read_run
 
 MAIN = ("Judge score by round", "KL to the reference", "Reward margin and accuracy", "Time by phase")
 """Titles of the plots that come first."""
-MARKS: dict[str, tuple[Any, str]] = {"point": ("", "D"), "box": ("", "s"), "dashed": ("--", "")}
-"""Line style and marker of legend entries; others are a line."""
+MARKS: dict[str, dict[str, Any]] = {
+    "point": {"linestyle": "", "marker": "D"},
+    "box": {"linestyle": "", "marker": "s"},
+    "dashed": {"linestyle": "--"},
+}
+"""Style of legend entries; others are a line."""
 
 
 def write_picture(run_dir: str, png: Path) -> None:
@@ -27,17 +31,16 @@ def write_picture(run_dir: str, png: Path) -> None:
     plots = sorted(run_plots(record), key=lambda plot: plot.title not in MAIN)[:4]
     figure = Figure(figsize=(2 * WIDTH_IN, 8.6), layout="constrained")
     figure.suptitle(f"{verdict(record, [])}\n", fontsize=14, color=LIGHT["ink"], parse_math=False)
-    cells: Any = figure.subfigures(2, 2, wspace=0.08, hspace=0.06)  # typed as a single SubFigure
-    for cell, plot in zip(cells.flat, plots, strict=False):
+    grid = figure.add_gridspec(2, 2, wspace=0.08, hspace=0.06)
+    for i, plot in enumerate(plots):
+        cell = figure.add_subfigure(grid[i])
         draw_plot(plot, cell)
         cell.suptitle(plot.title, fontsize=13, fontweight="bold", color=LIGHT["ink"])
-        handles = []
-        for label, colour, mark in legend(plot):
-            line, marker = MARKS.get(mark, ("-", ""))
-            handles.append(Line2D([], [], color=LIGHT[colour], linestyle=line, marker=marker, label=label))
-        cell.legend(
-            handles=handles, loc="outside lower center", ncols=5, frameon=False, handlelength=1.2, columnspacing=1.1
-        )
+        handles = [
+            Line2D([], [], color=LIGHT[swatch.colour], label=swatch.label, **MARKS.get(swatch.mark, {}))
+            for swatch in legend(plot)
+        ]
+        cell.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, columnspacing=1.1)
     png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=75)
 
