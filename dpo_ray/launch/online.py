@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -13,6 +14,7 @@ from dpo_ray.data.records import Problem, read_prompts
 from dpo_ray.data.tokenize import ChatTemplateError, load_tokenizer, render_prompt
 from dpo_ray.launch.cluster import Cluster, same_node
 from dpo_ray.launch.display import live_display
+from dpo_ray.launch.follower import follow_run
 from dpo_ray.launch.offline import validate_training
 from dpo_ray.launch.rollouts.coordinator import SPARE_THREADS, Coordinator
 from dpo_ray.launch.rollouts.push import BETWEEN_GPUS, build_transport
@@ -53,11 +55,14 @@ def run_online(config: Config, cluster: Cluster) -> None:
     transport = build_transport(config, on_gpus=cluster.on_gpus)
     status_actor = start_status_actor()
     title = f"{config.run.name}: {config.online.rounds} rounds of {config.online.prompts_per_round} prompts"
-    with live_display(
-        lambda: ray.get(status_actor.read.remote(), timeout=5),
-        title=title,
-        rounds=config.online.rounds,
-        console=console,
+    with (
+        live_display(
+            lambda: ray.get(status_actor.read.remote(), timeout=5),
+            title=title,
+            rounds=config.online.rounds,
+            console=console,
+        ),
+        follow_run(config, partial(console.print, highlight=False, markup=False, soft_wrap=True)),
     ):
         coordinator: Any = (
             ray.remote(Coordinator)

@@ -5,6 +5,7 @@ The reference is scored once for all trials: its cache knows nothing of what a s
 
 import csv
 import importlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,14 @@ from dpo_ray.config import Config, override, with_absolute_paths, write_config
 from dpo_ray.launch.cluster import SPARE_CPUS, Cluster
 from dpo_ray.launch.command import TrainingFailed
 from dpo_ray.launch.display import live_display
+from dpo_ray.launch.follower import follow_run
 from dpo_ray.launch.offline import train, validate_offline
 from dpo_ray.launch.preparation import prepare_data
 from dpo_ray.launch.run_dir import make_run_dir
 from dpo_ray.launch.spaces import find_space
 from dpo_ray.launch.status import Status, start_status_actor
+
+logger = logging.getLogger(__name__)
 
 TRIAL_CPUS = 0.01
 """A trial's own process only waits for its workers; Tune refuses to place a trial that asks for nothing."""
@@ -113,7 +117,8 @@ def _fit(
         chosen = _of_trial(config, sample, run_dir, ray.tune.get_context().get_trial_id())
         make_run_dir(chosen)
         status_actor = start_status_actor()
-        train(chosen, cluster, status_actor, callbacks=[TuneReportCallback()])
+        with follow_run(chosen, logger.warning, group=config.run.name):
+            train(chosen, cluster, status_actor, callbacks=[TuneReportCallback()])
 
     tuner = ray.tune.Tuner(
         ray.tune.with_resources(trial, {"CPU": TRIAL_CPUS}),
