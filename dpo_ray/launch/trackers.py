@@ -18,9 +18,9 @@ PROJECT = "dpo-ray"
 class Tracker(Protocol):
     """A run in a tracker, called from one thread.
 
-    Built with ``run.tracker_args[name]`` and, as far as its signature has them: ``name`` of the run, ``group`` (sweep
-    a trial), ``folder`` (run directory; None in an object store), ``config`` (secrets masked), ``id`` (of the run to
-    continue, else None) and ``next_step`` (the first step that a continued run lacks).
+    Built with ``run.tracker_args[name]`` and, as far as its signature takes them: ``name``, ``group`` (its sweep
+    or None), ``folder`` (run directory; None in an object store), ``config`` (secrets masked), ``id`` (of the run to
+    continue, or None) and ``next_step`` (the first step that a continued run lacks).
     """
 
     id: str

@@ -122,7 +122,9 @@ def test_a_server_that_dies_ends_the_run_and_names_the_last_good_checkpoint(
 
         thread = threading.Thread(target=stop, daemon=True)
         thread.start()
-        with pytest.raises(Exception, match=r"s3://.*could not be written \(.*127\.0\.0\.1.*last good checkpoint is s3://"):
+        with pytest.raises(
+            Exception, match=r"s3://.*could not be written \(.*127\.0\.0\.1.*last good checkpoint is s3://"
+        ):
             run_ranks(1, offline_in_store, settings, config)
         thread.join()
         assert time.monotonic() - ended[0] < 30
