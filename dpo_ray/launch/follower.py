@@ -1,4 +1,4 @@
-"""Feeds experiment trackers from metrics.jsonl while a run goes on.
+"""Feeds experiment trackers from metrics.jsonl during a run.
 
 The driver starts one process for the trackers of a run, so that their imports, hangs and crashes do not reach it.
 There, each tracker has a thread that reads metrics.jsonl at its own pace. ``trackers.json`` in the run directory holds

@@ -26,7 +26,7 @@ class Tracker(Protocol):
     id: str
     """Stored in trackers.json; a resumed run continues the tracker's run of this id."""
     location: str
-    """Where to find the run: a URL or a command."""
+    """URL of the run, or the command that shows it."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log metrics. Steps never decrease; held-out metrics of a step come after its own."""
@@ -35,7 +35,7 @@ class Tracker(Protocol):
         """Log the first pairs of the round that ended with ``step``."""
 
     def close(self, *, failed: bool) -> None:
-        """Send what is buffered and end the run."""
+        """Flush and end the run."""
 
 
 class _TensorBoard:
