@@ -20,7 +20,7 @@ from pydantic_core import PydanticUndefined
 
 from dpo_ray.config.commands import Command, validate_command
 from dpo_ray.config.paths import validate_paths
-from dpo_ray.config.schema import Config, Section
+from dpo_ray.config.schema import TRACKERS, Config, Section
 from dpo_ray.storage import StorageFailed, folder_at, storage_errors
 
 
@@ -91,6 +91,10 @@ def validate_extras(config: Config) -> None:
     low_bit = "optim.use: adamw_8bit" if config.optim.use == "adamw_8bit" else "model.fp8" if config.model.fp8 else None
     if low_bit is not None and find_spec("torchao") is None:
         raise ValueError(f"{low_bit} needs torchao, which is not installed: pip install 'dpo-ray[low_bit]'")
+    for name in config.run.trackers:
+        # A folder of this name, such as ./wandb, can be imported too but has no origin.
+        if name in TRACKERS and ((spec := find_spec(name)) is None or spec.origin is None):
+            raise ValueError(f"run.trackers: {name} is not installed: pip install 'dpo-ray[{name}]'")
 
 
 def config_from_argv(usage: str, command: Command, argv: Sequence[str] | None = None) -> Config:

@@ -39,6 +39,7 @@ JUDGES = ("length", "sentiment")
 SELECTORS = ("best_vs_worst", "random_pair")
 TRANSPORTS = ("object_store", "nccl", "ipc")
 OPTIMIZERS = ("adamw", "adamw_8bit")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 # Names of built-in parts stand here besides in the parts' own dictionaries (a test holds them equal), so that a wrong
 # one is refused before torch is imported.
 
@@ -93,6 +94,12 @@ class RunConfig(Section):
     """Whether a larger or a smaller run.best_metric is better."""
     export: bool = True
     """Write the final policy as a Hugging Face directory, policy/."""
+    trackers: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), _one_of("tracker", TRACKERS)] = ()
+    """Experiment trackers that get every line of metrics.jsonl: tensorboard, wandb, mlflow, trackio (pip install
+    'dpo-ray[wandb]', ...), or import paths. A tracker that fails does not fail the run."""
+    tracker_args: dict[str, dict[str, Any]] = {}
+    """A mapping from a tracker's name to its arguments: tensorboard {log_dir}, wandb those of wandb.init, mlflow
+    {tracking_uri, experiment}, trackio those of trackio.init."""
 
     @property
     def path(self) -> Path:
@@ -112,6 +119,20 @@ class RunConfig(Section):
             raise ValueError(f"run.dir: {error}") from None
         if not self.name or "/" in self.name or self.name in (".", ".."):
             raise ValueError(f"run.name is {self.name!r}: it must be a plain folder name")
+        return self
+
+    @model_validator(mode="after")
+    def _trackers_agree(self) -> Self:
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"run.trackers: found {list(self.trackers)}; give each tracker once")
+        if unknown := [name for name in self.tracker_args if name not in self.trackers]:
+            accepted = ", ".join(self.trackers) or "nothing"
+            raise ValueError(f"run.tracker_args.{unknown[0]}: run.trackers has {accepted}; add {unknown[0]!r} to it")
+        if "tensorboard" in self.trackers and self.remote and "log_dir" not in self.tracker_args.get("tensorboard", {}):
+            raise ValueError(
+                f"run.trackers: tensorboard writes to a local folder, and run.dir is {self.dir!r}; set "
+                "run.tracker_args.tensorboard.log_dir"
+            )
         return self
 
 

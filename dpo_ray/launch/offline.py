@@ -1,6 +1,7 @@
 """``jobs.offline``: prepares the data, trains on Ray, prints the result."""
 
 import time
+from functools import partial
 from typing import Any
 
 import ray
@@ -11,6 +12,7 @@ from dpo_ray.config import Config, with_absolute_paths
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.data import prepare_data
 from dpo_ray.launch.display import live_display
+from dpo_ray.launch.follower import follow_run, validate_trackers
 from dpo_ray.launch.run_dir import validate_run_dir_permanent
 from dpo_ray.launch.status import start_status_actor
 from dpo_ray.launch.summary import print_summary
@@ -36,8 +38,11 @@ def run_offline(config: Config, cluster: Cluster) -> None:
     started = time.monotonic()
     prepare_data(config, cluster, console)
     status_actor = start_status_actor()
-    with live_display(
-        lambda: ray.get(status_actor.read.remote(), timeout=5), title=config.run.name, rounds=None, console=console
+    with (
+        live_display(
+            lambda: ray.get(status_actor.read.remote(), timeout=5), title=config.run.name, rounds=None, console=console
+        ),
+        follow_run(config, partial(console.print, highlight=False, markup=False, soft_wrap=True)),
     ):
         train(config, cluster, status_actor)
     print_summary(config, console, seconds=time.monotonic() - started)
@@ -52,8 +57,9 @@ def validate_offline(config: Config) -> None:
 
 
 def validate_training(config: Config) -> None:
-    """Checks the parts that all runs have: run directory, loss, optimizer and model."""
+    """Checks the parts that all runs have: run directory, trackers, loss, optimizer and model."""
     validate_run_dir_permanent(config.run)
+    validate_trackers(config)
     build_loss(config.loss)
     bind_optimizer(config.optim)
     read_model_config(config.model.path)

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from functools import partial
 from typing import Any
 
 import ray
@@ -11,6 +12,7 @@ from dpo_ray.config import Config, with_absolute_paths
 from dpo_ray.launch.cluster import Cluster, same_node
 from dpo_ray.launch.data import prepare_prompts
 from dpo_ray.launch.display import live_display
+from dpo_ray.launch.follower import follow_run
 from dpo_ray.launch.offline import validate_training
 from dpo_ray.launch.rollouts.coordinator import SPARE_THREADS, Coordinator
 from dpo_ray.launch.rollouts.push import BETWEEN_GPUS, build_transport
@@ -50,11 +52,14 @@ def run_online(config: Config, cluster: Cluster) -> None:
     started = time.monotonic()
     status_actor = start_status_actor()
     title = f"{config.run.name}: {config.online.rounds} rounds of {config.online.prompts_per_round} prompts"
-    with live_display(
-        lambda: ray.get(status_actor.read.remote(), timeout=5),
-        title=title,
-        rounds=config.online.rounds,
-        console=console,
+    with (
+        live_display(
+            lambda: ray.get(status_actor.read.remote(), timeout=5),
+            title=title,
+            rounds=config.online.rounds,
+            console=console,
+        ),
+        follow_run(config, partial(console.print, highlight=False, markup=False, soft_wrap=True)),
     ):
         coordinator = _start_coordinator(config, cluster, prompts, held_out, status_actor)
         try:

@@ -5,6 +5,7 @@ All trials share cached reference log-probabilities: the cache does not depend o
 
 import csv
 import importlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,13 @@ from dpo_ray.launch.cluster import SPARE_CPUS, Cluster
 from dpo_ray.launch.command import TrainingFailed
 from dpo_ray.launch.data import prepare_data
 from dpo_ray.launch.display import live_display
+from dpo_ray.launch.follower import follow_run
 from dpo_ray.launch.offline import train, validate_offline
 from dpo_ray.launch.run_dir import make_run_dir
 from dpo_ray.launch.spaces import find_space
 from dpo_ray.launch.status import Status, start_status_actor
+
+logger = logging.getLogger(__name__)
 
 TRIAL_CPUS = 0.01
 """CPUs of a trial's driver, which only waits for its workers. Tune rejects trials that need no resource."""
@@ -118,7 +122,8 @@ def _fit(
     def run_trial(sample: dict[str, Any]) -> None:
         trial_config = _trial_config(config, sample, run_dir, ray.tune.get_context().get_trial_id())
         make_run_dir(trial_config)
-        train(trial_config, cluster, start_status_actor(), callbacks=[TuneReportCallback()])
+        with follow_run(trial_config, logger.warning, group=config.run.name):
+            train(trial_config, cluster, start_status_actor(), callbacks=[TuneReportCallback()])
 
     tuner = ray.tune.Tuner(
         ray.tune.with_resources(run_trial, {"CPU": TRIAL_CPUS}),

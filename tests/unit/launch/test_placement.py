@@ -51,9 +51,7 @@ def test_a_single_gpu_fits_one_colocated_engine():
 
 def test_workers_spread_too_thin_for_an_engine_are_rejected():
     slots = [GpuSlot(node, "0") for node in "abcd"]
-    with pytest.raises(
-        ValueError, match=r"gpus_per_engine=2, cluster\.colocate: .* 1, 1, 1, 1 GPUs .* fit 0 engines"
-    ):
+    with pytest.raises(ValueError, match=r"gpus_per_engine=2, cluster\.colocate: .* 1, 1, 1, 1 GPUs .* fit 0 engines"):
         colocated_placements(ClusterConfig(train_workers=4, rollout_engines=2, gpus_per_engine=2), slots)
 
 

@@ -1,0 +1,242 @@
+"""Feeds experiment trackers from metrics.jsonl during a run.
+
+The driver starts one process for the trackers of a run, so that their imports, hangs and crashes do not reach it.
+There, each tracker has a thread that reads metrics.jsonl at its own pace. ``trackers.json`` in the run directory holds
+the id of each tracker's run and the last line sent: restarted workers write lines again, and those are skipped.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dpo_ray.config import Config
+from dpo_ray.config.secrets import mask_secrets
+from dpo_ray.launch.run_dir import has_work
+from dpo_ray.launch.trackers import TRACKERS, Row, Tracker
+from dpo_ray.plugins import build, check_arguments, resolve
+from dpo_ray.rollout.records import RoundStore
+from dpo_ray.storage import error_summary, open_appendable, write_atomically
+from dpo_ray.types import Metrics
+
+logger = logging.getLogger(__name__)
+
+POLL_S, REMOTE_POLL_S = 1.0, 10.0
+CLOSE_TIMEOUT_S = 120
+"""Longest wait at the end of a run for trackers to send the last lines."""
+SAMPLES = 4
+"""Pairs per round that trackers get as a table."""
+
+
+class Position(NamedTuple):
+    """A line of metrics.jsonl; positions are ordered as the lines are."""
+
+    step: int = -1
+    line: int = 0
+    """Counts the lines of a step from 1; held-out metrics have one of their own."""
+
+
+class Tail:
+    """Reads a metrics.jsonl that grows, and that a resumed run may replace by a shorter one."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.offset, self.last_line, self.position = file, 0, b"", Position()
+
+    def read(self) -> Iterator[tuple[Position, Metrics]]:
+        """Lines since the last call, or all lines after a replacement."""
+        try:
+            with self.file.open("rb") as file:
+                data = self._new_bytes(file)
+        except FileNotFoundError:
+            return
+        for text in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):
+            self.offset, self.last_line = self.offset + len(text), text
+            with contextlib.suppress(json.JSONDecodeError):  # a line that a kill truncated
+                metrics = json.loads(text)
+                line = self.position.line + 1 if metrics["step"] == self.position.step else 1
+                self.position = Position(metrics["step"], line)
+                yield self.position, metrics
+
+    def _new_bytes(self, file: Any) -> bytes:
+        if file.seek(0, os.SEEK_END) >= self.offset:
+            file.seek(self.offset - len(self.last_line))
+            data = file.read()
+            if data.startswith(self.last_line):
+                return data[len(self.last_line) :]
+        self.offset, self.last_line, self.position = 0, b"", Position()
+        file.seek(0)
+        return file.read()
+
+
+class TrackerFeed:
+    """Feeds the trackers of a run, each in a thread. An error stops its tracker only, and is reported once.
+
+    Args:
+        group: name of the sweep that the run is a trial of.
+        report: prints a sentence for the user.
+    """
+
+    def __init__(self, config: Config, group: str | None, report: Callable[[str], None]) -> None:
+        self.config, self.group, self.report, self.failed = config, group, report, True
+        self.file, self.lock, self.end = config.run.path / "trackers.json", threading.Lock(), threading.Event()
+        self.states: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.threads = {
+            name: threading.Thread(target=self._feed, args=(name,), daemon=True) for name in config.run.trackers
+        }
+        for thread in self.threads.values():
+            thread.start()
+
+    def close(self, *, failed: bool, timeout_s: float = CLOSE_TIMEOUT_S) -> bool:
+        """Wait until all lines are sent and the trackers closed; False if one hangs."""
+        self.failed, deadline = failed, time.monotonic() + timeout_s
+        self.end.set()
+        for name, thread in self.threads.items():
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                self.report(f"tracker {name} failed: no answer for {timeout_s:g} s; metrics.jsonl has every step")
+        return not any(thread.is_alive() for thread in self.threads.values())
+
+    def _feed(self, name: str) -> None:
+        position = Position()
+        try:
+            tracker, position = self._start(name)
+            tail, ended = Tail(self.config.run.path / "metrics.jsonl"), False
+            while not ended:
+                ended = self.end.wait(REMOTE_POLL_S if self.config.run.remote else POLL_S)
+                try:
+                    for at, metrics in tail.read():
+                        if at > position:
+                            self._log(tracker, metrics)
+                            position = at
+                finally:
+                    self._save(name, tracker.id, position)
+            tracker.close(failed=self.failed)
+        except Exception as error:
+            logger.exception(name)
+            after = f" after step {position.step}" if position.step >= 0 else ""
+            problem = mask_secrets(error_summary(error))
+            self.report(f"tracker {name} failed{after}: {problem}; metrics.jsonl has every step")
+
+    def _start(self, name: str) -> tuple[Tracker, Position]:
+        run, state = self.config.run, self.states.get(name, {"id": None, "step": -1, "line": 0})
+        tracker = build(
+            name,
+            run.tracker_args.get(name, {}),
+            TRACKERS,
+            "tracker",
+            name=run.name,
+            group=self.group,
+            folder=None if run.remote else run.path,
+            config=mask_secrets(self.config.model_dump(mode="json")),
+            id=state["id"],
+            next_step=state["step"] + 1,
+        )
+        self.report(f"{name}: {tracker.location}")
+        return tracker, Position(state["step"], state["line"])
+
+    def _save(self, name: str, id: str, position: Position) -> None:
+        state = {"id": id, **position._asdict()}
+        with self.lock:
+            if state != self.states.get(name):
+                self.states[name] = state
+                write_atomically(self.file, json.dumps(self.states, indent=2) + "\n")
+
+    def _log(self, tracker: Tracker, metrics: Metrics) -> None:
+        step, round = metrics["step"], metrics.get("round")
+        tracker.log({k: value for k, value in metrics.items() if isinstance(value, int | float) and k != "step"}, step)
+        if round is not None and (rows := _samples(self.config.run.path, round)):
+            tracker.log_samples(rows, step)
+
+
+def _samples(run_dir: Path, round: int) -> list[Row]:
+    pairs = (line for line in RoundStore(run_dir).lines(round) if line["dropped"] is None)
+    return [
+        {
+            "round": round,
+            "prompt": "\n".join(message["content"] for message in pair["prompt"]),
+            **{side: pair["candidates"][pair[side]]["text"] for side in ("chosen", "rejected")},
+            **{f"{side}_score": pair["scores"][pair[side]] for side in ("chosen", "rejected")},
+        }
+        for pair in islice(pairs, SAMPLES)
+    ]
+
+
+def main() -> None:
+    """The process: reads the run from standard input and ends with it; its output are sentences for the user."""
+    output = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # trackers print
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    run = json.loads(sys.stdin.readline())
+    feed = TrackerFeed(Config.model_validate(run["config"]), run["group"], lambda text: print(text, file=output))
+    finished = sys.stdin.readline()  # empty where the driver was killed
+    signal.alarm(CLOSE_TIMEOUT_S + 10)  # ends the process even if its exit handlers hang
+    if not feed.close(failed=not finished):
+        os._exit(0)
+
+
+# ---------------------------------------------------------------------------------------------------------- the driver
+
+
+def validate_trackers(config: Config) -> None:
+    """Raise a ValueError for a tracker that cannot be imported or does not take its arguments."""
+    for name in config.run.trackers:
+        check_arguments(resolve(name, TRACKERS, "tracker"), config.run.tracker_args.get(name, {}), name, "tracker")
+
+
+@contextlib.contextmanager
+def follow_run(config: Config, report: Callable[[str], None], *, group: str | None = None) -> Iterator[None]:
+    """Feed ``run.trackers`` until the block ends and they have every line; see TrackerFeed for the arguments."""
+    if not config.run.trackers:
+        yield
+        return
+    process = _start_process(config, group)
+    relay = threading.Thread(target=lambda: [report(line.rstrip("\n")) for line in process.stdout], daemon=True)
+    relay.start()
+    finished = ""
+    try:
+        yield
+        finished = "finished\n"
+    finally:
+        with contextlib.suppress(OSError):  # the process is gone
+            process.stdin.write(finished)
+            process.stdin.close()
+        try:
+            process.wait(CLOSE_TIMEOUT_S + 20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        relay.join(timeout=5)
+        if process.wait():
+            report(f"the trackers ended with exit code {process.returncode}; see {config.run.path}/logs/trackers.log")
+
+
+def _start_process(config: Config, group: str | None) -> Any:
+    run_dir = config.run.path
+    if not has_work(run_dir):  # a new run, whatever an earlier one left
+        for name in ("trackers.json", "metrics.jsonl"):
+            (run_dir / name).unlink(missing_ok=True)
+    with open_appendable(run_dir / "logs" / "trackers.log").open("ab") as log:
+        process: Any = subprocess.Popen(
+            [sys.executable, "-m", "dpo_ray.launch.follower"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            start_new_session=True,  # Ctrl-C in a terminal is for the driver
+        )
+    process.stdin.write(json.dumps({"config": config.model_dump(mode="json"), "group": group}) + "\n")
+    process.stdin.flush()
+    return process
+
+
+if __name__ == "__main__":
+    main()
