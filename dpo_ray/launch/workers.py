@@ -219,6 +219,9 @@ def _is_retryable(error: Exception) -> bool:
     """False if restarted workers would fail with the same error."""
     import torch
 
+    if not torch.distributed.is_initialized():
+        # Ray has torn the process group down because another worker died: this error is a consequence.
+        return True
     if isinstance(error, OSError) and error.errno in NON_RETRYABLE_ERRNOS:
         return False
     return not isinstance(error, (*NON_RETRYABLE, torch.OutOfMemoryError))

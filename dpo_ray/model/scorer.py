@@ -117,7 +117,8 @@ class PairLosses:
 def pair_losses(
     model: LogpsModel,
     row: PackedRow,
-    loss: Callable[[PairLogps, slice], Tensor],
+    loss: Callable[[PairLogps, PairLogps | None], Tensor],
+    reference: PairLogps | None = None,
     *,
     weighting: Weighting = "none",
     chunk: int | None = None,
@@ -127,8 +128,8 @@ def pair_losses(
     Args:
         model: the policy.
         row: B pairs.
-        loss: (log-probabilities, slice of the row's pairs) -> (b,) losses of these consecutive pairs. Each loss must
-            depend only on its own pair.
+        loss: (policy, reference) -> (b,) losses of some consecutive pairs. Each must depend only on its own pair.
+        reference: reference log-probabilities of the B pairs; None for losses without a reference.
         weighting: ``wpo`` sets ``weights`` of the log-probabilities.
         chunk: tokens whose logits exist at a time; defaults to the number that fits ``head.CHUNK_BYTES``.
     """
@@ -149,7 +150,8 @@ def pair_losses(
             return TokenLogps(shard.gather_values(local.logps), squares)
 
         def objective(group: Group, local: TokenLogps) -> Tensor:
-            return loss(policy_logps(group.pairs, gather(local)), group.pairs)
+            of_group = None if reference is None else reference.of(group.pairs)
+            return loss(policy_logps(group.pairs, gather(local)), of_group)
 
         losses = head.chunked_pair_losses(
             hidden,

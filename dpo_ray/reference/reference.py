@@ -1,16 +1,15 @@
 """The reference in a training step: a function from a micro-batch to log-probabilities."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from dpo_ray.data.loader import MicroBatch
 from dpo_ray.data.packing import PackedRow, to_device
 from dpo_ray.objective.logps import PairLogps
 
-Reference = Callable[[MicroBatch], PairLogps | None]
-"""Reference log-probabilities of a micro-batch's pairs; None for losses without a reference."""
+Reference = Callable[[Sequence[int], PackedRow], PairLogps | None]
+"""(pair indices, row of these pairs) -> their reference log-probabilities; None for losses without a reference."""
 
 
 def cached_reference(logps: np.ndarray) -> Reference:
@@ -20,9 +19,9 @@ def cached_reference(logps: np.ndarray) -> Reference:
         logps: (n, 2) chosen and rejected log-probabilities of all pairs, nats.
     """
 
-    def reference(batch: MicroBatch) -> PairLogps:
-        lengths = batch.row.lengths
-        of_pairs = to_device(torch.from_numpy(logps[list(batch.pairs)].astype(np.float32)), lengths.device)  # (B, 2)
+    def reference(pairs: Sequence[int], row: PackedRow) -> PairLogps:
+        lengths = row.lengths
+        of_pairs = to_device(torch.from_numpy(logps[list(pairs)].astype(np.float32)), lengths.device)  # (B, 2)
         return PairLogps(of_pairs[:, 0], of_pairs[:, 1], lengths[0::2], lengths[1::2])
 
     return reference
@@ -32,11 +31,11 @@ def live_reference(frozen: Callable[[PackedRow], PairLogps]) -> Reference:
     """Computes the reference log-probabilities of each micro-batch with a frozen model."""
 
     @torch.no_grad()
-    def reference(batch: MicroBatch) -> PairLogps:
-        return frozen(batch.row)
+    def reference(pairs: Sequence[int], row: PackedRow) -> PairLogps:
+        return frozen(row)
 
     return reference
 
 
-def no_reference(batch: MicroBatch) -> None:
+def no_reference(pairs: Sequence[int], row: PackedRow) -> None:
     """For losses without a reference: nothing is loaded or computed."""

@@ -10,9 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dpo_ray.data.loader import MicroBatch, StepBatch
-from dpo_ray.model.scorer import PairLosses, pair_losses
-from dpo_ray.objective.logps import PairLogps
+from dpo_ray.data.loader import StepBatch
+from dpo_ray.model.scorer import pair_losses
 from dpo_ray.objective.metrics import PAIR_METRICS, pair_metric_sums
 from dpo_ray.parallel.collectives import gather_values
 from dpo_ray.parallel.fsdp import reshard, set_last_micro_batch
@@ -33,18 +32,20 @@ def dpo_step(trainer: Trainer, batch: StepBatch, reference: Reference, *, lr: fl
         with a non-finite loss, or all if only the gradient is not finite. The same on every rank.
     """
     started = time.perf_counter()
-    policy, shard = trainer.policy, trainer.config.shard
+    policy, config = trainer.policy, trainer.config
     sums = _zero_sums(trainer)
     pairs_and_losses: list[tuple[tuple[int, ...], Tensor]] = []
     for i, micro_batch in enumerate(batch.micro_batches):
         last = i == len(batch.micro_batches) - 1
-        set_last_micro_batch(policy, last, keep_gathered=not shard.reshard_after_forward)
-        losses, metric_sums = micro_batch_losses(trainer, micro_batch, reference)
+        set_last_micro_batch(policy, last, keep_gathered=not config.shard.reshard_after_forward)
+        row = micro_batch.row.to(trainer.device)
+        reference_logps = reference(micro_batch.pairs, row)
+        losses = pair_losses(policy, row, trainer.loss, reference_logps, weighting=config.loss.weighting)
         (losses.total * (trainer.grad_divide_factor / len(batch.pairs))).backward()
-        sums += metric_sums
+        sums += pair_metric_sums(losses.each, losses.policy, reference_logps, config.loss.beta)
         pairs_and_losses.append((micro_batch.pairs, losses.each))
     dist.all_reduce(sums, group=trainer.dp_group)
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), trainer.config.optim.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optim.max_grad_norm)
     # Reading the numbers waits for a GPU to finish the backward pass, before a step that cannot be undone.
     means, grad_norm = _means(sums, len(batch.pairs)), _full_tensor(norm).item()
     finite = math.isfinite(means["loss"]) and math.isfinite(grad_norm)
@@ -69,27 +70,17 @@ def dpo_step(trainer: Trainer, batch: StepBatch, reference: Reference, *, lr: fl
 @torch.no_grad()
 def evaluate_pairs(trainer: Trainer, batches: Iterable[StepBatch], reference: Reference) -> Metrics:
     """Loss, rewards and accuracy on held-out pairs, under ``eval/``."""
-    sums, pairs = _zero_sums(trainer), 0
+    config, sums, pairs = trainer.config.loss, _zero_sums(trainer), 0
     for batch in batches:
         for micro_batch in batch.micro_batches:
-            sums += micro_batch_losses(trainer, micro_batch, reference)[1]
+            row = micro_batch.row.to(trainer.device)
+            reference_logps = reference(micro_batch.pairs, row)
+            losses = pair_losses(trainer.policy, row, trainer.loss, reference_logps, weighting=config.weighting)
+            sums += pair_metric_sums(losses.each, losses.policy, reference_logps, config.beta)
         pairs += len(batch.pairs)
     reshard(trainer.policy)
     dist.all_reduce(sums, group=trainer.dp_group)
     return {f"eval/{name}": value for name, value in _means(sums, pairs).items()}
-
-
-def micro_batch_losses(trainer: Trainer, micro_batch: MicroBatch, reference: Reference) -> tuple[PairLosses, Tensor]:
-    """Losses of a micro-batch's pairs, and the sums of PAIR_METRICS over them."""
-    micro_batch = MicroBatch(micro_batch.pairs, micro_batch.row.to(trainer.device))
-    reference_logps = reference(micro_batch)
-
-    def loss(policy: PairLogps, pairs: slice) -> Tensor:
-        return trainer.loss(policy, None if reference_logps is None else reference_logps.of(pairs))
-
-    config = trainer.config.loss
-    losses = pair_losses(trainer.policy, micro_batch.row, loss, weighting=config.weighting)
-    return losses, pair_metric_sums(losses.each, losses.policy, reference_logps, config.beta)
 
 
 def _nonfinite_pairs(

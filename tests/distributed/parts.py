@@ -33,7 +33,7 @@ def context_parallel_errors(rank: int, model: str, weighting: Weighting) -> dict
     pairs = [pair(*draw.integers(1, 40, 3)) for _ in range(5)]
     rows = [build_row(some, "shared") for some in (pairs, [pair(201, 37, 56)], [])]
 
-    def loss(policy: PairLogps, pairs: slice) -> torch.Tensor:
+    def loss(policy: PairLogps, reference: PairLogps | None) -> torch.Tensor:
         weights = 1.0 if policy.weights is None else policy.weights
         return -torch.nn.functional.logsigmoid(0.1 * (policy.chosen - policy.rejected)) * weights
 

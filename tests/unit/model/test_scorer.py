@@ -32,7 +32,7 @@ def exact_logp(model: torch.nn.Module, prompt: tuple[int, ...], completion: tupl
     return logps[len(prompt) - 1 :].sum()
 
 
-def preference(policy: PairLogps, pairs: slice) -> torch.Tensor:
+def preference(policy: PairLogps, reference: PairLogps | None) -> torch.Tensor:
     return torch.nn.functional.logsigmoid(0.1 * (policy.chosen - policy.rejected))
 
 
