@@ -110,6 +110,8 @@ def validate(words: list[str]) -> None:
             validate_command(tree, TRAINING[name])
             if tree.model.path not in MODELS:
                 validate_paths(tree)
+        case ["python", "-m", module, *_]:
+            assert importlib.util.find_spec(module)
         case ["make", *targets]:
             assert set(targets) <= make_targets()
         case ["pip", "install", what]:
