@@ -18,7 +18,7 @@ INSTALL := $(BIN)/python -m uv pip install --python $(BIN)/python --quiet --comp
 .PHONY: help env demo test test-unit test-distributed test-ray test-vllm test-slow test-all check format docs wheel clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
 
 env: $(READY) ## create .venv with everything: CPU or GPU build by what the machine has
 

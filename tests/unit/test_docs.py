@@ -110,9 +110,10 @@ def validate(words: list[str]) -> None:
             validate_command(tree, TRAINING[name])
             if tree.model.path not in MODELS:
                 validate_paths(tree)
+        case ["python", "-m", module, *_]:
+            assert importlib.util.find_spec(module)
         case ["make", *targets]:
-            known = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
-            assert set(targets) <= set(known)
+            assert set(targets) <= make_targets()
         case ["pip", "install", what]:
             project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
             assert what.partition("[")[0] in (".", "dpo-ray")
@@ -121,6 +122,10 @@ def validate(words: list[str]) -> None:
             pass
         case _:
             pytest.fail(f"{shlex.join(words)}: this test does not know the command; mark its block as not run")
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: block.page.name)
@@ -193,6 +198,17 @@ def test_relative_links_outside_docs_lead_to_files(page: Path) -> None:
     """mkdocs checks those of docs/ when it builds it."""
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / link).exists(), link
+
+
+def test_workflows_call_targets_of_the_makefile() -> None:
+    called = set()
+    for file in (ROOT / ".github").rglob("*.yml"):
+        tree = yaml.safe_load(file.read_text())
+        for job in tree.get("jobs", {}).values() if isinstance(tree, dict) else ():
+            called |= set(job.get("strategy", {}).get("matrix", {}).get("target", ()))
+        called |= set(re.findall(r"run: make ([a-z-]+)", file.read_text()))
+    assert called >= {"env", "check", "test-unit", "test-slow", "wheel", "docs"}
+    assert called <= make_targets()
 
 
 # ------------------------------------------------------------------------------------------------------------ examples
