@@ -1,4 +1,1 @@
-"""What a run shows: its figures, its health, its pictures and its page.
-
-Import from the modules: ``report`` draws with matplotlib, which a training worker has no need to load.
-"""
+"""Reports: key figures, health, plots and the page of a run. ``page`` and ``plots`` import matplotlib."""

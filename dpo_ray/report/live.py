@@ -10,17 +10,13 @@ logger = logging.getLogger(__name__)
 
 MIN_INTERVAL_S = 60.0
 MAX_LOAD = 0.05
-"""Share of the driver's time that writing may take; a report of a long run takes seconds and is written less often."""
+"""Share of the driver's time that writing may take: a report that takes longer is written less often."""
 
 
 class LiveReport:
     """Keeps ``report.html`` of a running run up to date; call ``maybe_write`` after each evaluation or round.
 
-    Example:
-        live_report = LiveReport(config.run.path)
-        for line in metrics:
-            live_report.maybe_write()
-        write_report(config.run.path)  # the final page, without "running"
+    At the end of the run, ``page.write_report(run_dir)`` writes the final page.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -29,21 +25,22 @@ class LiveReport:
         self.failed = False
 
     def maybe_write(self, now: float | None = None) -> bool:
-        """Write the report unless the last one is too recent; returns True if it was written.
+        """Write the report unless the last attempt is too recent; returns True if it was written.
 
-        Never raises: a failure is logged once, and the next call tries again.
+        Never raises: the first failure is logged, and later calls try again.
 
         Args:
             now: seconds on a monotonic clock.
         """
-        now = time.monotonic() if now is None else now
+        started = time.monotonic()
+        now = started if now is None else now
         if now < self.next_write_s:
             return False
-        started = time.monotonic()
         try:
             from dpo_ray.report.page import write_report
 
             write_report(self.run_dir, running=True)
+            return True
         except Exception as error:
             if not self.failed:
                 logger.warning("report.html is not up to date: %s: %s", type(error).__name__, error)
@@ -51,4 +48,3 @@ class LiveReport:
             return False
         finally:
             self.next_write_s = now + max(MIN_INTERVAL_S, (time.monotonic() - started) / MAX_LOAD)
-        return True

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from dpo_ray.report.figures import comparisons, evenly_spaced, prompt_text, summary, verdict
 from dpo_ray.report.formatting import count_noun, format_duration, format_number, same_decimals, shorten
 from dpo_ray.report.health import diagnose
-from dpo_ray.report.plots import PALETTE, run_pictures, sweep_picture
+from dpo_ray.report.plots import PALETTE, render, run_plots, sweep_plots
 from dpo_ray.report.record import RunRecord, number, read_run
 from dpo_ray.storage import write_atomically
 
@@ -78,7 +78,7 @@ def write_report(run_dir: str | Path, *, running: bool = False) -> Path:
         facts=_facts(record),
         tiles=_tiles(record),
         findings=findings,
-        pictures=run_pictures(record),
+        pictures=render(run_plots(record)),
         comparisons=_comparison_examples(record),
         groups=_group_examples(record),
         groups_round=record.groups_round,
@@ -109,8 +109,7 @@ def write_sweep_report(run_dir: str | Path, rows: Sequence[Mapping[str, Any]], m
     finished.sort(key=lambda row: row[metric], reverse=mode == "max")
     swept = [key for key in keys if "." in key and "/" not in key]
     columns = list(dict.fromkeys((*(key for key in keys if key == "trial"), *swept, metric, *keys)))
-    plotted = sorted((key for key in swept if finished and _varies(finished, key)), key=lambda key: key != "optim.lr")
-    picture = sweep_picture(finished, plotted[:2], metric, mode)
+    plots = sweep_plots(finished, [key for key in swept if finished and _varies(finished, key)], metric, mode)
     cells = [_column([row.get(key) for row in (*finished, *failed)], key in swept) for key in columns]
     return _write_page(
         Path(run_dir),
@@ -122,7 +121,7 @@ def write_sweep_report(run_dir: str | Path, rows: Sequence[Mapping[str, Any]], m
             *([f"{len(failed)} without a result"] if failed else []),
             f"{mode} of {metric}",
         ],
-        pictures=[picture] if picture else [],
+        pictures=render(plots),
         columns=columns,
         rows=list(zip(*cells, strict=True)),
         has_best=bool(finished),

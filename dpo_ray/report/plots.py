@@ -17,9 +17,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from dpo_ray.report.formatting import format_tick, same_decimals
+from dpo_ray.report.formatting import format_number, format_tick, same_decimals
 from dpo_ray.report.record import Curve, RunRecord
 
 PALETTE: dict[str, tuple[str, str]] = {
@@ -41,7 +41,7 @@ DROP_COLOURS = ("rejected", "sand", "rose", "stone", "heldout", "policy")
 
 WIDTH_IN, PANEL_IN = 6.2, 2.35
 """Inches of 72 SVG units: a page about 500 pixels wide shows the text at its nominal size."""
-TEXT_PT, SMALL_PT = 11.5, 10.5
+TEXT_PT = 11.5
 MAX_POINTS = 400
 """Points per line; longer series are averaged in groups, which keeps the page of a long run small."""
 MAX_BARS = 40
@@ -61,7 +61,7 @@ class Series(NamedTuple):
     """Text in the legend; empty for no entry."""
     curve: Curve
     colour: str = "policy"
-    style: Literal["line", "peaks", "heldout", "left bar", "right bar"] = "line"
+    style: Literal["line", "peaks", "heldout", "left bar", "right bar", "dots", "ring"] = "line"
     """peaks: a line that keeps single high values. heldout: diamonds on a dashed line. bars: stacked per round."""
 
 
@@ -84,7 +84,7 @@ class Plot(NamedTuple):
     title: str
     panels: Sequence[Panel]
     caption: str
-    """How to read the plot."""
+    """A sentence on reading the plot."""
     x_label: str = "round"
 
 
@@ -94,11 +94,11 @@ class Swatch(NamedTuple):
     label: str
     colour: str
     mark: str
-    """line | dashed | point | ring | box."""
+    """line | dashed | point | dot | ring | box."""
 
 
 class Picture(NamedTuple):
-    """A rendered plot."""
+    """A plot as SVG."""
 
     title: str
     svg: str
@@ -110,11 +110,8 @@ def run_plots(record: RunRecord) -> list[Plot]:
     """The plots that the run has data for, the most telling first."""
     steps, evals, rounds, versions = record.over_steps, record.over_evals, record.over_rounds, record.over_versions
 
-    def pairs(training: Curve, heldout: Curve) -> list[Series]:
-        return [Series("training pairs", training), Series("held-out pairs", heldout, "heldout", "heldout")]
-
-    def prompts(training: Curve, heldout: Curve) -> list[Series]:
-        return [Series("prompts of the round", training), Series("held-out prompts", heldout, "heldout", "heldout")]
+    def with_heldout(kind: str, training: Curve, heldout: Curve) -> list[Series]:
+        return [Series(f"training {kind}", training), Series(f"held-out {kind}", heldout, "heldout", "heldout")]
 
     scores = [
         Series("chosen", rounds("judge/chosen_score"), "chosen"),
@@ -135,9 +132,9 @@ def run_plots(record: RunRecord) -> list[Plot]:
         Series("sync", rounds("perf/sync_s"), "sand", "right bar"),
         Series("wait", rounds("perf/wait_s"), "stone", "right bar"),
     ]
-    margins = pairs(steps("rewards/margins"), evals("eval/rewards/margins"))
-    accuracies = pairs(record.accuracies(), record.accuracies("eval/"))
-    losses, (loss_unit, ln2) = pairs(steps("loss"), evals("eval/loss")), ("", None)
+    margins = with_heldout("pairs", steps("rewards/margins"), evals("eval/rewards/margins"))
+    accuracies = with_heldout("pairs", record.accuracies(), record.accuracies("eval/"))
+    losses, (loss_unit, ln2) = with_heldout("pairs", steps("loss"), evals("eval/loss")), ("", None)
     if record.setting("loss.use") == "sigmoid":
         loss_unit, ln2 = " (nats)", math.log(2)
     norms, max_norm = steps("optim/grad_norm"), record.setting("optim.max_grad_norm")
@@ -153,7 +150,7 @@ def run_plots(record: RunRecord) -> list[Plot]:
         ),
         Plot(
             "KL to the reference",
-            [Panel("nats per completion", prompts(rounds("kl"), versions("kl")), 0.0)],
+            [Panel("nats per completion", with_heldout("prompts", rounds("kl"), versions("kl")), 0.0)],
             "Distance from the reference on the policy's own completions: the price of the score. A steep rise without "
             "a gain in score is a sign that the policy exploits the judge.",
         ),
@@ -194,7 +191,7 @@ def run_plots(record: RunRecord) -> list[Plot]:
             [
                 Panel(
                     "tokens per completion",
-                    prompts(rounds("rollout/mean_tokens"), versions("tokens")),
+                    with_heldout("prompts", rounds("rollout/mean_tokens"), versions("tokens")),
                     limits=(0.0, None),
                 )
             ],
@@ -215,6 +212,23 @@ def run_plots(record: RunRecord) -> list[Plot]:
     return [plot._replace(panels=panels) for plot in table if (panels := _with_data(plot.panels))]
 
 
+def sweep_plots(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], metric: str, mode: str) -> list[Plot]:
+    """The metric of each trial over each swept number, with a ring around the best trial.
+
+    Args:
+        rows: trials, each with a finite ``metric`` and numeric values of all ``keys``.
+        mode: min | max, the better end of the metric.
+    """
+    plots = []
+    for key in keys:
+        x, y = (np.array([row[name] for row in rows], dtype=float) for name in (key, metric))
+        best = [int(y.argmin() if mode == "min" else y.argmax())]
+        trials = Series("trials", (x, y), style="dots"), Series("best trial", (x[best], y[best]), "rejected", "ring")
+        caption = f"Each dot is a trial; the best one has {key} = {format_number(x[best[0]])}."
+        plots.append(Plot(f"{metric} over {key}", [Panel(metric, trials)], caption, key))
+    return plots
+
+
 def _with_data(panels: Sequence[Panel]) -> list[Panel]:
     panels = [panel._replace(series=[s for s in panel.series if len(s.curve[0])]) for panel in panels]
     return [panel for panel in panels if panel.series]
@@ -222,45 +236,43 @@ def _with_data(panels: Sequence[Panel]) -> list[Panel]:
 
 def legend(plot: Plot) -> list[Swatch]:
     """Labelled series and levels, each label once."""
-    marks = {"heldout": "point", "left bar": "box", "right bar": "box"}
+    marks = {"heldout": "point", "left bar": "box", "right bar": "box", "dots": "dot", "ring": "ring"}
     swatches = [Swatch(s.label, s.colour, marks.get(s.style, "line")) for panel in plot.panels for s in panel.series]
     levels = [Swatch(panel.level_label, "faint", "dashed") for panel in plot.panels if panel.level is not None]
     return list(dict.fromkeys(swatch for swatch in swatches + levels if swatch.label))
 
 
-def run_pictures(record: RunRecord) -> list[Picture]:
-    """All plots of a run as SVG."""
+def render(plots: Sequence[Plot]) -> list[Picture]:
+    """Plots of a page as SVG."""
     pictures = []
-    for number, plot in enumerate(run_plots(record)):
-        figure = _new_figure(1.25 if len(plot.panels) == 1 else 0.85 * len(plot.panels))
+    for number, plot in enumerate(plots):
+        height = 1.25 if len(plot.panels) == 1 else 0.85 * len(plot.panels)
+        layout = ConstrainedLayoutEngine(h_pad=0.1)
+        figure = Figure(figsize=(WIDTH_IN, PANEL_IN * height + 0.3), layout=layout)
+        figure.patch.set_visible(False)
         draw(plot, figure)
         pictures.append(Picture(plot.title, _svg(figure, f"plot{number}"), plot.caption, legend(plot)))
     return pictures
 
 
-def draw(plot: Plot, figure: Figure | SubFigure) -> list[Axes]:
+def draw(plot: Plot, figure: Figure | SubFigure) -> None:
     """Draw the panels of a plot one below the other."""
-    rows = list(figure.subplots(len(plot.panels), 1, sharex=True, squeeze=False)[:, 0])
+    rows = figure.subplots(len(plot.panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, panel in zip(rows, plot.panels, strict=True):
         _style_axes(axes, panel.label)
         _draw_bars(axes, [series for series in panel.series if "bar" in series.style])
         for series in panel.series:
             if series.style == "heldout":
                 _draw_heldout(axes, series.curve)
-            elif "bar" not in series.style:
+            elif series.style in ("dots", "ring"):
+                _draw_trials(axes, series)
+            elif series.style in ("line", "peaks"):
                 _draw_line(axes, series)
         if panel.level is not None:
             axes.axhline(panel.level, color=LIGHT["faint"], linewidth=1.1, linestyle=(0, (5, 4)), zorder=1)
         if axes.get_yscale() == "linear":
             axes.set_ylim(*panel.limits)
     rows[-1].set_xlabel(plot.x_label, fontsize=TEXT_PT, color=LIGHT["ink"], loc="right", parse_math=False)
-    return rows
-
-
-def _new_figure(height: float) -> Figure:
-    figure = Figure(figsize=(WIDTH_IN, PANEL_IN * height + 0.3), layout=ConstrainedLayoutEngine(h_pad=0.1))
-    figure.patch.set_visible(False)
-    return figure
 
 
 def _style_axes(axes: Axes, label: str) -> None:
@@ -323,6 +335,24 @@ def _draw_heldout(axes: Axes, curve: Curve) -> None:
     axes.margins(x=0.06, y=0.2)
 
 
+def _draw_trials(axes: Axes, series: Series) -> None:
+    """Dots, or rings around dots, over a swept number: logarithmic if it spans a range, ticks at its values if few."""
+    x, y = series.curve
+    colour = LIGHT[series.colour]
+    if series.style == "ring":
+        axes.scatter(x, y, s=330, facecolors="none", edgecolors=colour, linewidths=2.2)
+        return
+    axes.scatter(x, y, s=60, color=colour)
+    axes.margins(0.12, 0.2)
+    if x.min() > 0 and x.max() / x.min() >= LOG_RATIO:
+        axes.set_xscale("log")
+    if len(values := np.unique(x)) <= 6:
+        axes.xaxis.set_major_locator(FixedLocator(values.tolist()))
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(format_tick))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def _draw_bars(axes: Axes, bars: Sequence[Series]) -> None:
     """Stacked bars per round, averaged over groups of rounds where there are too many."""
     if not bars:
@@ -347,56 +377,6 @@ def _grouped(values: np.ndarray, size: int, reduce: Callable[..., np.ndarray] = 
     return np.array([reduce(values[start : start + size]) for start in range(0, len(values), size)])
 
 
-def sweep_picture(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], metric: str, mode: str) -> Picture | None:
-    """The metric of each trial over one or two swept numbers, with a ring around the best trial.
-
-    Args:
-        rows: trials, each with a finite ``metric`` and all ``keys``.
-        keys: swept keys with numeric values: two give a map, one gives a curve, none gives no picture.
-        mode: min | max, the better end of the metric.
-    """
-    if not rows or not keys:
-        return None
-    values = np.array([float(row[metric]) for row in rows])
-    x, *others = (np.array([float(row[key]) for row in rows]) for key in keys[:2])
-    y = others[0] if others else values
-    best = int(values.argmin() if mode == "min" else values.argmax())
-    figure = _new_figure(1.5)
-    axes = figure.subplots()
-    _style_axes(axes, keys[1] if others else metric)
-    axes.set_xlabel(keys[0], fontsize=TEXT_PT, color=LIGHT["ink"], loc="right", parse_math=False)
-    _set_swept_axis(axes, "x", x)
-    if others:
-        _set_swept_axis(axes, "y", y)
-        colours = "viridis" if mode == "max" else "viridis_r"
-        dots = axes.scatter(x, y, c=values, cmap=colours, s=110, zorder=3, edgecolors=LIGHT["stone"], linewidths=0.9)
-        bar = figure.colorbar(dots, ax=axes, pad=0.02, aspect=28, format=FuncFormatter(format_tick))
-        bar.outline.set_visible(False)
-        bar.ax.tick_params(length=0, labelsize=SMALL_PT, labelcolor=LIGHT["faint"])
-    else:
-        axes.scatter(x, y, color=LIGHT["policy"], s=60, zorder=3)
-    axes.margins(0.12, 0.2)
-    axes.scatter(x[best], y[best], s=330, facecolors="none", edgecolors=LIGHT["rejected"], linewidths=2.2, zorder=4)
-    coloured = f", coloured by {metric}" if others else ""
-    caption = f"Each dot is a trial{coloured}; the ring marks the best {metric} ({format_tick(values[best])})."
-    legend = (Swatch("best trial", "rejected", "ring"),)
-    return Picture(f"{metric} over {' and '.join(keys[:2])}", _svg(figure, "sweep"), caption, legend)
-
-
-def _set_swept_axis(axes: Axes, which: Literal["x", "y"], values: np.ndarray) -> None:
-    """Logarithmic where the values span it; one tick per value where they are few."""
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    if values.min() > 0 and values.max() / values.min() >= LOG_RATIO:
-        axes.set(**{f"{which}scale": "log"})
-    distinct = np.unique(values)
-    if len(distinct) <= 6:
-        axis.set_major_locator(FixedLocator(distinct.tolist()))
-        axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(format_tick))
-    axis.set_minor_formatter(FuncFormatter(lambda value, position: ""))
-    axes.grid(axis="both", color=LIGHT["rule"], linewidth=1)
-
-
 def _svg(figure: Figure, name: str) -> str:
     """The figure as an ``<svg>`` element of a page.
 
@@ -409,8 +389,7 @@ def _svg(figure: Figure, name: str) -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r' (width|height)="[^"]*"', "", svg, count=2)  # of the svg element: the page scales it
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'href="#', f'href="#{name}-', svg)
     svg = svg.replace("url(#", f"url(#{name}-")

@@ -136,14 +136,12 @@ class RunRecord:
     @property
     def before(self) -> Evaluation | None:
         """The held-out prompts under the untrained policy."""
-        first = self.evaluations[0] if self.evaluations else None
-        return first if first and (first.version == 0 or len(self.evaluations) > 1) else None
+        return self.evaluations[0] if self.evaluations and self.evaluations[0].version == 0 else None
 
     @property
     def after(self) -> Evaluation | None:
         """The held-out prompts under the latest policy evaluated."""
-        last = self.evaluations[-1] if self.evaluations else None
-        return last if last and (last.version > 0 or len(self.evaluations) > 1) else None
+        return self.evaluations[-1] if self.evaluations and self.evaluations[-1].version > 0 else None
 
     @property
     def matched_samples(self) -> tuple[tuple[HeldOutSample, HeldOutSample], ...]:
