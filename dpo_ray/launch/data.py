@@ -47,7 +47,7 @@ def prepare_data(config: Config, cluster: Cluster, console: Console) -> None:
     run_dir = make_run_dir(config)
     stores = {"data.train": pairs} | ({"data.eval": held_out} if held_out else {})
     for name, store in stores.items():
-        console.print(store.report.text(name), highlight=False, markup=False, soft_wrap=True)
+        console.print(store.report.text(name), soft_wrap=True)
     reports = {name: {**store.report.to_dict(), "digest": store.digest} for name, store in stores.items()}
     file = run_dir / "data.json"
     with storage_errors(run_dir):
@@ -124,10 +124,9 @@ def prepare_prompts(config: Config, sources: Sequence[str], key: str, console: C
         return []
     prompts, problems = open_prompts(config, sources)
     records = len(prompts) + len(problems)
-    console.print(f"{key}: {records} records read, {len(prompts)} kept, {len(problems)} dropped", highlight=False)
+    console.print(f"{key}: {records} records read, {len(prompts)} kept, {len(problems)} dropped")
     for problem in problems[:3]:
-        line = f"  {problem.reason}: {problem.source}:{problem.number} ({problem.detail})"
-        console.print(line, highlight=False, markup=False)
+        console.print(f"  {problem.reason}: {problem.source}:{problem.number} ({problem.detail})")
     if not prompts:
         raise ValueError(f"{key}: no usable prompt in {', '.join(sources)}")
     if problems and config.data.strict:

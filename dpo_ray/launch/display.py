@@ -8,15 +8,7 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    Progress,
-    SpinnerColumn,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from dpo_ray.launch.status import Status
@@ -80,6 +72,11 @@ def live_display(read: Callable[[], Status], *, title: str, rounds: int | None, 
         thread.join(timeout=10)
 
 
+def text_console() -> Console:
+    """A console that prints texts unchanged: completions and paths may look like rich's markup."""
+    return Console(markup=False, highlight=False)
+
+
 class _Display:
     def __init__(self, title: str, rounds: int | None, console: Console) -> None:
         self.rounds, self.console = rounds, console
@@ -88,9 +85,9 @@ class _Display:
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
-            TextColumn("elapsed, about"),
+            "elapsed, about",
             TimeRemainingColumn(),
-            TextColumn("left"),
+            "left",
             console=console,
             speed_estimate_period=math.inf,
         )
@@ -104,7 +101,7 @@ class _Display:
 
     def show(self, status: Status) -> None:
         for note in status.notes[self.notes :]:
-            self._print(note)
+            self.console.print(note, soft_wrap=True)
         self.notes = len(status.notes)
         self._count(status)
         self.phase.plain, self.metrics.plain = _phase(status, self.rounds), _metrics(status)
@@ -128,10 +125,7 @@ class _Display:
         line = f"[{format_duration(task.elapsed or 0.0)}] {self.phase.plain}"
         line += f" | {self.metrics.plain}" if self.metrics.plain else ""
         line += f"  (about {format_duration(left)} left)" if (left := task.time_remaining or 0.0) > 1 else ""
-        self._print(line)
-
-    def _print(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(line, soft_wrap=True)
 
 
 def _phase(status: Status, rounds: int | None) -> str:

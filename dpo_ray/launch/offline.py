@@ -5,13 +5,12 @@ from functools import partial
 from typing import Any
 
 import ray
-from rich.console import Console
 
 from dpo_ray import storage
 from dpo_ray.config import Config, with_absolute_paths
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.data import prepare_data
-from dpo_ray.launch.display import live_display
+from dpo_ray.launch.display import live_display, text_console
 from dpo_ray.launch.follower import follow_run, validate_trackers
 from dpo_ray.launch.run_dir import validate_run_dir_permanent
 from dpo_ray.launch.status import start_status_actor
@@ -32,7 +31,7 @@ def run_offline(config: Config, cluster: Cluster) -> None:
         ValueError: the configuration or the data are invalid.
         TrainingFailed: the workers failed.
     """
-    console = Console()
+    console = text_console()
     config = with_absolute_paths(config)
     validate_offline(config)
     started = time.monotonic()
@@ -42,7 +41,7 @@ def run_offline(config: Config, cluster: Cluster) -> None:
         live_display(
             lambda: ray.get(status_actor.read.remote(), timeout=5), title=config.run.name, rounds=None, console=console
         ),
-        follow_run(config, partial(console.print, highlight=False, markup=False, soft_wrap=True)),
+        follow_run(config, partial(console.print, soft_wrap=True)),
     ):
         train(config, cluster, status_actor)
     print_summary(config, console, seconds=time.monotonic() - started)

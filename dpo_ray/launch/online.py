@@ -6,12 +6,11 @@ from functools import partial
 from typing import Any
 
 import ray
-from rich.console import Console
 
 from dpo_ray.config import Config, with_absolute_paths
 from dpo_ray.launch.cluster import Cluster, same_node
 from dpo_ray.launch.data import prepare_prompts
-from dpo_ray.launch.display import live_display
+from dpo_ray.launch.display import live_display, text_console
 from dpo_ray.launch.follower import follow_run
 from dpo_ray.launch.offline import validate_training
 from dpo_ray.launch.rollouts.coordinator import SPARE_THREADS, Coordinator
@@ -37,7 +36,7 @@ def run_online(config: Config, cluster: Cluster) -> None:
         ValueError: the configuration or the prompts are invalid.
         TrainingFailed: the workers or the engines failed.
     """
-    console = Console()
+    console = text_console()
     config = with_absolute_paths(config)
     validate_online(config)
     assert config.online is not None
@@ -59,7 +58,7 @@ def run_online(config: Config, cluster: Cluster) -> None:
             rounds=config.online.rounds,
             console=console,
         ),
-        follow_run(config, partial(console.print, highlight=False, markup=False, soft_wrap=True)),
+        follow_run(config, partial(console.print, soft_wrap=True)),
     ):
         coordinator = _start_coordinator(config, cluster, prompts, held_out, status_actor)
         try:

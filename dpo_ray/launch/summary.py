@@ -24,7 +24,7 @@ def print_summary(config: Config, console: Console, *, seconds: float) -> None:
         _print_all(config, console, seconds)
     except Exception:
         logger.exception("the run has finished, but its report or summary failed")
-        console.print(f"run directory: {config.run.path}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"run directory: {config.run.path}", soft_wrap=True)
 
 
 def _print_all(config: Config, console: Console, seconds: float) -> None:
@@ -41,7 +41,7 @@ def _print_all(config: Config, console: Console, seconds: float) -> None:
     _print_comparisons(console, comparisons(record, n=3))
     for finding in diagnose(record):
         if finding.level != "ok":
-            console.print(f"{finding.level}: {finding.title}. {finding.text}", highlight=False, markup=False)
+            console.print(f"{finding.level}: {finding.title}. {finding.text}")
     _print_paths(console, config, report)
     _print_suggestions(console, config)
 
@@ -95,7 +95,7 @@ def _print_paths(console: Console, config: Config, report: Path) -> None:
     width = max(len(path) for path, _ in existing)
     console.print("Files", style="italic")
     for path, meaning in existing:
-        console.print(f"  {path:<{width}}  {meaning}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {path:<{width}}  {meaning}", soft_wrap=True)
 
 
 def _print_suggestions(console: Console, config: Config) -> None:
@@ -113,7 +113,7 @@ def _print_suggestions(console: Console, config: Config) -> None:
         ("stay closer to the reference", f"{name}-closer loss.beta={5 * config.loss.beta:g}"),
         ("use your own data", f"{name}-mine {own_data}"),
     ):
-        console.print(f"  {purpose}:\n    {command} {keys}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {purpose}:\n    {command} {keys}", soft_wrap=True)
 
 
 def _relative(path: Path) -> str:

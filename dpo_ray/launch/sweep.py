@@ -21,7 +21,7 @@ from dpo_ray.config import Config, override, with_absolute_paths, write_config
 from dpo_ray.launch.cluster import SPARE_CPUS, Cluster
 from dpo_ray.launch.command import TrainingFailed
 from dpo_ray.launch.data import prepare_data
-from dpo_ray.launch.display import live_display
+from dpo_ray.launch.display import live_display, text_console
 from dpo_ray.launch.follower import follow_run
 from dpo_ray.launch.offline import train, validate_offline
 from dpo_ray.launch.run_dir import make_run_dir
@@ -84,14 +84,14 @@ def run_sweep(config: Config, cluster: Cluster, space: str) -> None:
         ValueError: the configuration, the space or the data are invalid.
         TrainingFailed: every trial failed.
     """
-    console, sweep = Console(), load_sweep(space)
+    console, sweep = text_console(), load_sweep(space)
     config = with_absolute_paths(config)
     _validate_sweep(config, sweep)
     run_dir = make_run_dir(config)
     samples = config.sweep.samples or sweep.samples
     prepare_data(config, cluster, console)
     concurrent = min(samples, config.sweep.concurrent or _trials_that_fit(config, cluster))
-    console.print(f"{samples} trials, {concurrent} at a time", highlight=False)
+    console.print(f"{samples} trials, {concurrent} at a time")
     progress = _Progress(samples)
     title = f"{config.run.name}: sweep of {samples} trials"
     with live_display(lambda: progress.status, title=title, rounds=None, console=console):
@@ -240,7 +240,7 @@ def _print_results(
         table.add_row(trial.name, *(_short(row.get(key)) for key in keys))
     console.print(table)
     for trial in failed:
-        console.print(f"failed: {trial.name}: {trial.error}", highlight=False, markup=False)
+        console.print(f"failed: {trial.name}: {trial.error}")
     best = run_dir / "best.yaml"
     console.print(f"best: {best}   train it: dpo-ray offline {best}", soft_wrap=True)
     console.print(f"all:  {run_dir / 'sweep.csv'}   plots: {report}", soft_wrap=True)

@@ -65,7 +65,7 @@ def train_on_workers(
         Stopped: the run stopped early on request.
     """
     # Storage for Ray Train's own records only. Checkpoints are in the run directory, so nodes need not share this one.
-    ray_dir = tempfile.mkdtemp(prefix="dpo_ray-") if config.run.remote else str(config.run.path.absolute() / "ray")
+    ray_dir = tempfile.mkdtemp(prefix="dpo_ray-") if config.run.remote else str(config.run.path / "ray")
     arguments = {
         "config": config.model_dump(mode="json"),
         "loop": loop,
@@ -86,8 +86,7 @@ def train_on_workers(
         if config.run.remote:
             shutil.rmtree(ray_dir, ignore_errors=True)
     if "failed" in returned:
-        logs = (config.run.path if config.run.remote else config.run.path.absolute()) / "logs"
-        raise TrainingFailed(f"{returned['failed']}\nThe logs of all processes are in {logs}")
+        raise TrainingFailed(f"{returned['failed']}\nThe logs of all processes are in {config.run.path / 'logs'}")
     if returned.get("stopped_at"):
         raise Stopped(f"stopped after {returned['stopped_at']}")
     return returned.get("metrics", {})
