@@ -1,8 +1,7 @@
-"""LoRA adapters (peft) in a frozen model: adding, disabling for the reference, saving."""
+"""LoRA adapters (peft) in a frozen model: adding them, disabling them for the reference, merging them."""
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ def add_adapters(model: "PreTrainedModel", lora: LoraConfig) -> None:
     from peft.tuners.lora import LoraLayer
 
     try:
-        inject_adapter_in_model(_peft_config(lora), model, adapter_name=ADAPTER)
+        inject_adapter_in_model(peft_config(lora), model, adapter_name=ADAPTER)
     except ValueError as error:
         raise ValueError(f"model.lora.targets: {lora.targets!r}: {str(error).splitlines()[0]}") from None
     for name, module in model.named_modules():
@@ -89,26 +88,8 @@ def adapter_product(layer: Any, gather: Callable[[Tensor], Tensor]) -> Tensor:
     return layer.scaling[ADAPTER] * (b @ a)
 
 
-def save_adapter(
-    weights: dict[str, Tensor], base: "PreTrainedModel", base_path: str, lora: LoraConfig, folder: Path
-) -> None:
-    """Save adapters as a peft directory.
-
-    Args:
-        weights: full adapter weights under their names in the model.
-        base: the base model, without weights.
-        base_path: hub id or directory of the base model, saved in the adapter's configuration.
-        folder: the directory, created if missing.
-    """
-    from peft import get_peft_model
-
-    config = _peft_config(lora)
-    config.base_model_name_or_path = base_path
-    empty = get_peft_model(base, config, adapter_name=ADAPTER)
-    empty.save_pretrained(str(folder), state_dict={f"base_model.model.{name}": w for name, w in weights.items()})
-
-
-def _peft_config(lora: LoraConfig) -> "PeftConfig":
+def peft_config(lora: LoraConfig) -> "PeftConfig":
+    """peft's configuration of the adapters."""
     from peft import LoraConfig as PeftConfig
 
     return PeftConfig(

@@ -44,7 +44,9 @@ def read_model_config(path: str) -> "PreTrainedConfig":
 
 
 def model_digest(path: str, cache_dir: Path) -> str:
-    """Digest of everything that a model's log-probabilities depend on: weights and architecture.
+    """Digest of everything that log-probabilities depend on: architecture and weights, whatever the folder's name.
+
+    Files in the hub's cache are links to blobs named by their hash; other files are read.
 
     Args:
         cache_dir: folder that caches the digests of files, so that each file is read once.
@@ -53,18 +55,10 @@ def model_digest(path: str, cache_dir: Path) -> str:
     for name in ("_name_or_path", "transformers_version", "dtype", "architectures"):
         config.pop(name, None)
     architecture = json.dumps(config, sort_keys=True, default=str)
-    return hashlib.blake2b(f"{weights_digest(path, cache_dir)}|{architecture}".encode(), digest_size=16).hexdigest()
-
-
-def weights_digest(path: str, cache_dir: Path) -> str:
-    """Digest of the content of the weights, independent of the folder's name.
-
-    Files in the hub's cache are links to blobs named by their hash; other files are read.
-    """
-    digest = hashlib.blake2b(digest_size=16)
+    weights = hashlib.blake2b(digest_size=16)
     for file in _weight_files(path):
-        digest.update(f"{file.name}:{_file_digest(file, cache_dir)}\n".encode())
-    return digest.hexdigest()
+        weights.update(f"{file.name}:{_file_digest(file, cache_dir)}\n".encode())
+    return hashlib.blake2b(f"{weights.hexdigest()}|{architecture}".encode(), digest_size=16).hexdigest()
 
 
 def _weight_files(path: str) -> list[Path]:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dpo_ray.config.schema import ModelConfig
-from dpo_ray.model.adapters import adapter_product, save_adapter
+from dpo_ray.model.adapters import ADAPTER, adapter_product, peft_config
 from dpo_ray.model.load import build_model
 from dpo_ray.model.quantized import NF4Linear
 from dpo_ray.model.scorer import Scorer
@@ -57,7 +57,7 @@ def export_policy(policy: Scorer, model: ModelConfig, tokenizer: PreTrainedToken
         adapters = ((name, p) for name, p in policy.model.named_parameters() if ".lora_" in name)
         weights = _collect_on_rank0((name, _full_tensor(p.detach())) for name, p in adapters)
         if dist.get_rank() == 0:
-            write_model_folder(run_dir / "adapter", partial(write_adapter, weights, model), tokenizer)
+            write_model_folder(run_dir / "adapter", partial(save_adapter, weights, model), tokenizer)
     if model.lora is None or model.lora.merge:
         merged = _collect_on_rank0(named_weights(policy, DTYPES[model.dtype]))
         names = policy.model.state_dict().keys()
@@ -67,10 +67,15 @@ def export_policy(policy: Scorer, model: ModelConfig, tokenizer: PreTrainedToken
     dist.barrier()
 
 
-def write_adapter(weights: dict[str, Tensor], model: ModelConfig, folder: Path) -> None:
-    """Save full adapter weights as a peft directory."""
+def save_adapter(weights: dict[str, Tensor], model: ModelConfig, folder: Path) -> None:
+    """Save full adapter weights, under their names in the model, as a peft directory."""
+    from peft import get_peft_model
+
     assert model.lora is not None
-    save_adapter(weights, build_model(model, with_weights=False), model.path, model.lora, folder)
+    config = peft_config(model.lora)
+    config.base_model_name_or_path = model.path
+    empty = get_peft_model(build_model(model, with_weights=False), config, adapter_name=ADAPTER)
+    empty.save_pretrained(str(folder), state_dict={f"base_model.model.{name}": w for name, w in weights.items()})
 
 
 def save_policy(weights: Mapping[str, Tensor], model: ModelConfig, folder: Path) -> None:

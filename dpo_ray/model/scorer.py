@@ -150,8 +150,8 @@ def pair_losses(
             return TokenLogps(shard.gather_values(local.logps), squares)
 
         def objective(group: Group, local: TokenLogps) -> Tensor:
-            of_group = None if reference is None else reference.of(group.pairs)
-            return loss(policy_logps(group.pairs, gather(local)), of_group)
+            group_reference = None if reference is None else reference.of(group.pairs)
+            return loss(policy_logps(group.pairs, gather(local)), group_reference)
 
         losses = head.chunked_pair_losses(
             hidden,

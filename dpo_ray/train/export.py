@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from dpo_ray.config import Config
 from dpo_ray.data.tokenize import load_tokenizer
 from dpo_ray.model.adapters import add_adapters
-from dpo_ray.model.export import named_weights, save_policy, write_adapter, write_model_folder
+from dpo_ray.model.export import named_weights, save_adapter, save_policy, write_model_folder
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer
 from dpo_ray.objective.precision import DTYPES
@@ -83,7 +83,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) ->
             with torch.no_grad():
                 save_policy(dict(named_weights(Scorer(built), dtype)), config.model, draft)
         else:
-            write_adapter(weights, config.model, draft)
+            save_adapter(weights, config.model, draft)
 
     write_model_folder(folder, write, load_tokenizer(config.model.path, config.model.chat_template))
     return config

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_ray.config.schema import ModelConfig
 from dpo_ray.data.packing import Layout, build_row
-from dpo_ray.model.architecture import read_model_config, weights_digest
+from dpo_ray.model.architecture import model_digest, read_model_config
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer, pair_logps, pair_losses
 from dpo_ray.objective.logps import PairLogps
@@ -76,12 +76,12 @@ def test_an_empty_micro_batch_has_no_logps_and_zero_gradients(tiny_model: Path) 
 def test_the_digest_depends_on_the_weights_and_not_on_the_folder(tiny_model: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model, tmp_path / "copy")
     other, cache_dir = save_tiny_model(tmp_path / "other", seed=1), tmp_path / "cache"
-    assert weights_digest(str(tmp_path / "copy"), cache_dir) == weights_digest(str(tiny_model), cache_dir)
-    other_digest = weights_digest(str(other), cache_dir)
-    assert other_digest != weights_digest(str(tiny_model), cache_dir)
+    assert model_digest(str(tmp_path / "copy"), cache_dir) == model_digest(str(tiny_model), cache_dir)
+    other_digest = model_digest(str(other), cache_dir)
+    assert other_digest != model_digest(str(tiny_model), cache_dir)
     assert len(list(cache_dir.iterdir())) == 3, "each file is read once"
     (tmp_path / "copy/model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
-    assert weights_digest(str(tmp_path / "copy"), cache_dir) == other_digest, "a changed file is read again"
+    assert model_digest(str(tmp_path / "copy"), cache_dir) == other_digest, "a changed file is read again"
 
 
 SMALL = {
