@@ -1,7 +1,6 @@
 """``report.html`` of a run or a sweep: key figures, findings, plots and samples in one file that needs no network."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
+from dpo_ray.config.secrets import mask_secrets
 from dpo_ray.report.figures import comparisons, evenly_spaced, prompt_text, summary, verdict
 from dpo_ray.report.formatting import count_noun, format_duration, format_number, same_decimals, shorten
 from dpo_ray.report.health import diagnose
@@ -23,8 +23,6 @@ MAX_GROUPS = 4
 """Completion groups of the last round on the page."""
 MAX_CHARACTERS = 4000
 """Characters per text on the page; the run directory holds the rest."""
-SECRET = re.compile(r"(api_?key|secret|password|credential|token)$", re.IGNORECASE)
-"""Names of settings whose values are masked."""
 
 
 class Tile(NamedTuple):
@@ -126,16 +124,6 @@ def write_sweep_report(run_dir: str | Path, rows: Sequence[Mapping[str, Any]], m
         rows=list(zip(*cells, strict=True)),
         has_best=bool(finished),
     )
-
-
-def mask_secrets(node: Any) -> Any:
-    """A configuration whose API keys, passwords and tokens read ``(hidden)``."""
-    if isinstance(node, Mapping):
-        return {
-            key: "(hidden)" if SECRET.search(str(key)) and isinstance(value, str) else mask_secrets(value)
-            for key, value in node.items()
-        }
-    return [mask_secrets(item) for item in node] if isinstance(node, list) else node
 
 
 def _write_page(folder: Path, **content: Any) -> Path:

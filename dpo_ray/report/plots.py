@@ -134,12 +134,11 @@ def run_plots(record: RunRecord) -> list[Plot]:
     ]
     margins = with_heldout("pairs", steps("rewards/margins"), evals("eval/rewards/margins"))
     accuracies = with_heldout("pairs", record.accuracies(), record.accuracies("eval/"))
-    losses, (loss_unit, ln2) = with_heldout("pairs", steps("loss"), evals("eval/loss")), ("", None)
-    if record.setting("loss.use") == "sigmoid":
-        loss_unit, ln2 = " (nats)", math.log(2)
+    losses = with_heldout("pairs", steps("loss"), evals("eval/loss"))
+    unit, ln2 = (" (nats)", math.log(2)) if record.setting("loss.use") == "sigmoid" else ("", None)
     norms, max_norm = steps("optim/grad_norm"), record.setting("optim.max_grad_norm")
     if max_norm and len(norms[1]) and max_norm > 1.5 * norms[1].max():
-        max_norm = None  # far above the curve, it would only flatten it
+        max_norm = None  # would flatten the curve far below it
     gradients, rates = [Series("", norms, style="peaks")], [Series("", steps("optim/lr"), "sand")]
     table = [
         Plot(
@@ -175,7 +174,7 @@ def run_plots(record: RunRecord) -> list[Plot]:
         ),
         Plot(
             "Loss",
-            [Panel(f"loss{loss_unit}", losses, ln2, "ln 2: policy and reference are equal")],
+            [Panel(f"loss{unit}", losses, ln2, "ln 2: policy and reference are equal")],
             "Falls as the policy learns to prefer the chosen completions.",
             "optimizer step",
         ),

@@ -1,4 +1,4 @@
-"""Each check of health, on a record that trips it and on one that does not."""
+"""Each check of health, on a record that fails it and on one that passes."""
 
 import math
 from collections.abc import Sequence
@@ -64,7 +64,7 @@ def level(finding: Finding | None) -> str | None:
     return finding.level if finding else None
 
 
-def test_a_nan_is_named_with_its_step():
+def test_a_nan_is_reported_with_its_step():
     finding = values_are_finite(record_of_steps(loss=[0.69, math.nan, math.nan]))
     assert level(finding) == "warning"
     assert "loss is not finite from step 2; 2 steps of 3" in finding.text
@@ -76,12 +76,12 @@ def test_the_first_sigmoid_loss_is_ln2_within_two_hundredths(first, expected):
     assert level(first_loss_is_ln2(record_of_steps(loss=[first, 0.5]))) == expected
 
 
-def test_the_first_loss_of_other_losses_is_not_judged():
+def test_the_first_loss_of_other_losses_is_not_checked():
     assert first_loss_is_ln2(record_of_steps({"loss": {"use": "ipo"}}, loss=[25.0])) is None
 
 
 @pytest.mark.parametrize("weighted", [{"weighting": "wpo"}, {"weights": [0.5]}])
-def test_the_first_loss_is_not_judged_where_the_losses_are_weighted(weighted):
+def test_the_first_loss_is_not_checked_where_the_losses_are_weighted(weighted):
     config = {"loss": {"use": "sigmoid", "beta": 0.1, **weighted}}
     assert first_loss_is_ln2(record_of_steps(config, loss=[0.3, 0.2])) is None
 
@@ -113,7 +113,7 @@ def test_saturated_pairs_need_both_accuracy_and_margin():
     assert level(pairs_are_not_saturated(run(0.8, 8.0))) == "ok"
 
 
-def test_a_held_out_loss_that_turns_names_its_best_step():
+def test_a_held_out_loss_that_rises_again_is_reported_with_its_best_step():
     def run(*losses: float) -> RunRecord:
         return RunRecord(Path("run"), evals=tuple({"step": 50 * i, "eval/loss": x} for i, x in enumerate(losses)))
 
@@ -135,7 +135,7 @@ def test_length_may_drift_by_a_third(after, expected):
     assert level(length_is_steady(run)) == expected
 
 
-def test_a_gradient_spike_is_named_with_its_step():
+def test_a_gradient_spike_is_reported_with_its_step():
     norms = [1.0] * 20
     assert level(gradients_have_no_spikes(record_of_steps(optim__grad_norm=norms))) == "ok"
     norms[11] = 15.0
@@ -171,7 +171,7 @@ def test_more_than_three_ties_in_ten_prompts_are_a_warning():
     assert level(few_ties(record_of_rounds(rollout__kept=[8, 8], rollout__dropped_tie=[2, 2]))) == "ok"
 
 
-def test_other_reasons_to_drop_are_named():
+def test_other_reasons_for_dropped_prompts_are_reported():
     finding = few_dropped(record_of_rounds(rollout__kept=[5], rollout__dropped_prompt_too_long=[5]))
     assert level(finding) == "warning"
     assert "'prompt_too_long' (5 times)" in finding.text

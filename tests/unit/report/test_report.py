@@ -13,6 +13,7 @@ from dpo_ray.report.figures import comparisons, summary, verdict
 from dpo_ray.report.formatting import format_duration
 from dpo_ray.report.page import write_report, write_sweep_report
 from dpo_ray.report.record import read_run
+from jobs.picture import write_picture
 
 CONFIG = """
 run: {name: tiny}
@@ -131,7 +132,7 @@ def test_an_incomplete_last_line_is_skipped(tmp_path):
     assert [line["step"] for line in read_run(run).steps] == [1, 2]
 
 
-def test_the_later_line_of_a_repeated_step_counts(tmp_path):
+def test_the_last_line_of_a_repeated_step_counts(tmp_path):
     first, resumed = [step_line(s, loss=1.0) for s in (1, 2, 3)], [step_line(s, loss=0.5) for s in (2, 3, 4)]
     record = read_run(offline_run(tmp_path, first + resumed))
     steps, loss = record.over_steps("loss")
@@ -139,7 +140,7 @@ def test_the_later_line_of_a_repeated_step_counts(tmp_path):
     assert loss.tolist() == [1.0, 0.5, 0.5, 0.5]
 
 
-def test_a_round_without_pairs_leaves_the_line_of_the_round_before_it(tmp_path):
+def test_a_round_without_pairs_keeps_the_line_of_the_round_before_it(tmp_path):
     lines = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6, "round": 0}, {"step": 2, "round": 1}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     record = read_run(tmp_path)
@@ -226,9 +227,9 @@ def test_comparisons_are_the_largest_gain_the_median_and_the_largest_loss(tmp_pa
     run = online_run(tmp_path)
     write_evaluation(run, 0, [0.0, 0.0, 0.0, 0.0, 0.5])
     write_evaluation(run, 4, [0.1, 0.9, 0.3, 0.2, 0.0])
-    found = comparisons(read_run(run), n=3)
-    assert [round(one.gain, 6) for one in found] == [0.9, 0.2, -0.5]
-    assert found[0] == ("prompt 1", "version 0 of 1", 0.0, "version 4 of 1", 0.9)
+    rows = comparisons(read_run(run), n=3)
+    assert [round(row.gain, 6) for row in rows] == [0.9, 0.2, -0.5]
+    assert rows[0] == ("prompt 1", "version 0 of 1", 0.0, "version 4 of 1", 0.9)
 
 
 def test_comparisons_of_two_prompts_are_two(tmp_path):
@@ -247,7 +248,7 @@ def test_prompts_whose_score_is_nan_are_left_out_of_the_gain(tmp_path):
     assert (gain.prompts, gain.before, gain.after) == (2, 0.05, 0.5)
 
 
-def test_the_verdict_tells_a_gain_from_chance(tmp_path):
+def test_the_verdict_separates_a_gain_from_noise(tmp_path):
     clear, unclear = online_run(tmp_path / "clear"), online_run(tmp_path / "unclear")
     write_evaluation(clear, 0, [0.0, 0.1, 0.2])
     write_evaluation(clear, 4, [0.5, 0.6, 0.8])
@@ -328,7 +329,7 @@ def test_an_online_page_shows_every_plot_and_the_samples(tmp_path):
         assert title in text
 
 
-def test_an_offline_page_shows_held_out_pairs_and_nothing_of_rounds(tmp_path):
+def test_an_offline_page_shows_held_out_pairs_and_no_rounds(tmp_path):
     lines = [step_line(1), {"step": 1, "eval/loss": 0.69, "eval/rewards/accuracies": 0.5}, step_line(2)]
     text = Elements(write_report(offline_run(tmp_path, lines)).read_text(encoding="utf-8")).text
     assert "held-out pairs" in text
@@ -336,7 +337,7 @@ def test_an_offline_page_shows_held_out_pairs_and_nothing_of_rounds(tmp_path):
     assert "Candidates of round" not in text
 
 
-def test_a_page_of_evaluations_alone_is_written(tmp_path):
+def test_a_page_is_written_from_evaluations_alone(tmp_path):
     write_evaluation(tmp_path, 0, [0.1])
     assert "0.100 →" in write_report(tmp_path).read_text(encoding="utf-8")
 
@@ -348,17 +349,22 @@ def test_api_keys_are_hidden_and_token_limits_are_not(tmp_path):
     assert "max_tokens: 77" in html
 
 
-def test_the_data_report_is_shown_whatever_its_keys(tmp_path):
+def test_the_data_report_is_shown_with_any_keys(tmp_path):
     run = offline_run(tmp_path, [step_line(1)])
     (run / "data.json").write_text(json.dumps({"train": {"kept": 12345, "dropped": {"tie": 7}}}), encoding="utf-8")
     text = Elements(write_report(run).read_text(encoding="utf-8")).text
     assert "train:\n  kept: 12345\n  dropped:\n    tie: 7" in text
 
 
-def test_writing_leaves_only_the_page_behind(tmp_path):
+def test_writing_a_report_leaves_no_temporary_file(tmp_path):
     run = offline_run(tmp_path, [step_line(1)])
     write_report(run)
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "metrics.jsonl", "report.html"]
+
+
+def test_the_main_plots_of_a_run_are_written_as_a_small_png(tmp_path):
+    write_picture(str(full_online_run(tmp_path)), tmp_path / "docs" / "report.png")
+    assert 20_000 < (tmp_path / "docs" / "report.png").stat().st_size < 120_000
 
 
 def test_a_long_run_gives_a_small_page(tmp_path):
