@@ -11,6 +11,7 @@ from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.rollouts.pool import EngineFailed, EnginesLost, RolloutPool
 from dpo_ray.launch.rollouts.push import PoolReceiver
 from dpo_ray.types import CompletionGroup, Prompt
+from tests.ray.commands import SharedCluster
 from tests.ray.fakes import Engine, Pushing
 
 PROMPTS = [Prompt(index, ({"role": "user", "content": str(index)},)) for index in range(600)]
@@ -19,10 +20,13 @@ NOT_AGAIN: tuple[int, None, str] = (3, None, "digest")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    yield
-    ray.shutdown()
+def cluster(shared_cluster: SharedCluster) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in shared_cluster.environment.items():
+            patch.setenv(key, value)
+        ray.init(log_to_driver=False, configure_logging=False)
+        yield
+        ray.shutdown()
 
 
 def pool_of(*deadly: tuple[int, ...]) -> RolloutPool:
