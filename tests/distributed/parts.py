@@ -21,6 +21,7 @@ from dpo_ray.objective.logps import PairLogps, TokenLogps
 from dpo_ray.parallel.context import ALONE, Context
 from dpo_ray.train.trainer import build_trainer
 from dpo_ray.types import TokenPair
+from tests.conftest import gradient
 
 
 def off_by_sharing_rows(rank: int, model: str, weighting: Weighting) -> dict[str, float]:
@@ -43,10 +44,10 @@ def off_by_sharing_rows(rank: int, model: str, weighting: Weighting) -> dict[str
         logps = torch.cat([token_logps(scorer, row) for row in rows])
         losses = [pair_losses(scorer, row, loss, weighting=weighting) for row in rows]
         torch.stack([of_row.total for of_row in losses]).sum().backward()
-        gradients = [parameter.grad for parameter in scorer.parameters()]
+        gradients = [gradient(parameter) for parameter in scorer.parameters()]
         if context is not ALONE:
-            for gradient in gradients:
-                dist.all_reduce(gradient)
+            for local in gradients:
+                dist.all_reduce(local)
         policy = torch.cat([of / n for x in losses for of, n in ((x.policy.chosen, x.policy.chosen_tokens),)])
         found.append((torch.cat([of_row.each for of_row in losses]), logps, policy, gradients))
     (*whole, by_weight), (*shared, by_weight_shared) = found

@@ -30,8 +30,7 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def save_tiny_qwen3(folder: Path) -> Path:
-    """A two-layer Qwen3: norms of queries and keys by head, biases of projections, an odd vocabulary and a head of its
-    own."""
+    """A two-layer Qwen3: query and key norms per head, projection biases, odd vocabulary, untied head."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)

@@ -30,8 +30,6 @@ from tests.distributed.runs import offline
 from tests.object_store import BUCKET, environment, free_port, port_of, served
 from tests.ray.commands import Commands, SharedCluster, lines, pick, wait_until, write_yaml
 
-pytestmark = pytest.mark.ray
-
 
 def messages(prompt: str, chosen: str, rejected: str) -> str:
     return json.dumps(

@@ -11,7 +11,7 @@ import pytest
 
 from tests.ray.commands import TIMEOUT_S, Commands, lines, pick, wait_until, write_yaml
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm]
+pytestmark = pytest.mark.vllm
 
 PROMPTS = 24
 

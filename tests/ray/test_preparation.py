@@ -2,14 +2,10 @@
 
 from pathlib import Path
 
-import pytest
-
 from dpo_ray.data.store import PART_RECORDS
 from tests.conftest import ragged_texts
 from tests.ray.commands import Commands, write_yaml
 from tests.ray.test_offline_job import messages
-
-pytestmark = pytest.mark.ray
 
 
 def test_unusable_data_ends_the_run_with_one_line_also_from_a_task(

@@ -16,7 +16,7 @@ from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer, pair_logps, pair_losses
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.types import TokenPair
-from tests.conftest import save_tiny_model
+from tests.conftest import gradient, save_tiny_model
 
 
 def ragged_pairs(count: int, seed: int = 0) -> list[TokenPair]:
@@ -71,7 +71,7 @@ def test_an_empty_micro_batch_scores_nothing_and_still_runs(tiny_model: Path) ->
     losses = pair_losses(scorer, row, preference)
     losses.total.backward()
     assert losses.each.shape == (0,)
-    assert all(parameter.grad.abs().sum() == 0 for parameter in scorer.parameters())
+    assert all(gradient(parameter).abs().sum() == 0 for parameter in scorer.parameters())
 
 
 def test_the_digest_follows_the_weights_and_not_the_folder(tiny_model: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def packed(q: Tensor, k: Tensor, v: Tensor, spans: list[Span]) -> Tensor:
 
 
 def by_torch(q: Tensor, k: Tensor, v: Tensor, spans: list[Span]) -> Tensor:
-    """torch's attention and gradients, a stretch at a time."""
+    """Attention and gradients of torch, one stretch at a time."""
     parts = [_attend(q, k, v, stretch, q.shape[-1] ** -0.5) for stretch in stretches(spans)]
     return torch.cat(parts, 2).transpose(1, 2)
 
@@ -56,7 +56,7 @@ def value_and_gradients(attend: Attend, made: list[Tensor], spans: list[Span], d
     """Of one way to attend, in ``dtype``."""
     q, k, v, grad = (x.to(dtype).detach() for x in made)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = attend(*leaves, spans)
+    out = attend(q, k, v, spans)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
