@@ -114,6 +114,7 @@ def main() -> None:
         }
         results = mp.get_context("spawn").SimpleQueue()
         context = mp.start_processes(run, (tree, arguments.threads, results), 1, join=False, start_method="spawn")
+        assert context is not None
         while not context.join(timeout=5):  # raises what the run raised
             pass
         steps, blocked, taken = results.get()

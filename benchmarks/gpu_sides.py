@@ -173,13 +173,13 @@ def build(shape: str, device: torch.device, dtype: torch.dtype, *, compiled: boo
         hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=key_heads,
         intermediate_size=between, vocab_size=vocabulary, tie_word_embeddings=shape in TIED,
         max_position_embeddings=16384,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, attn_implementation="sdpa",
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        attn_implementation="sdpa",  # pyrefly: ignore[unexpected-keyword], an argument of the base class
     )  # fmt: skip
     torch.manual_seed(0)
     with device:
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    layers: Sequence[Any] = model.get_decoder().layers
-    for layer in layers:
+    for layer in model.get_decoder().layers:
         layer.plain = torch.compile(layer.forward, dynamic=True) if compiled else layer.forward
     return model
 

@@ -1,16 +1,30 @@
-"""Small real models and data that every tier of the tests builds for itself: nothing is fetched."""
+"""Small real models and data, built without downloads, and a marker for every test."""
 
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TESTS = Path(__file__).parent
+MARKERS = {"unit": "unit", "distributed": "distributed", "oracles": "distributed", "ray": "ray", "rollout_vllm": "vllm"}
+"""Marker of every test in a folder of ``tests``."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test by its folder."""
+    for item in items:
+        for folder, marker in MARKERS.items():
+            if item.path.is_relative_to(TESTS / folder):
+                item.add_marker(marker)
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -38,7 +52,7 @@ def save_tiny_model(folder: Path, *, seed: int = 0, tied: bool = True, **changes
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    settings = {
+    settings: dict[str, Any] = {
         "vocab_size": 260,
         "hidden_size": 128,
         "intermediate_size": 192,
@@ -83,6 +97,12 @@ def write_pairs(tmp_path: Path) -> Callable[[Sequence[tuple[str, str, str]]], Pa
         return file
 
     return write
+
+
+def gradient(tensor: "Tensor") -> "Tensor":
+    """The gradient of a tensor that has one."""
+    assert tensor.grad is not None
+    return tensor.grad
 
 
 def ragged_texts(count: int) -> list[tuple[str, str, str]]:

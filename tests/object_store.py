@@ -4,7 +4,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from s3fs import S3FileSystem
@@ -13,7 +13,7 @@ BUCKET = "s3://runs-of-tests"
 
 
 def environment(port: int) -> dict[str, str]:
-    """What an S3 client reads to reach a server on this machine."""
+    """Environment variables with which an S3 client reaches a server on this machine."""
     return {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "key",
@@ -22,18 +22,23 @@ def environment(port: int) -> dict[str, str]:
     }
 
 
+def port_of(environment: Mapping[str, str]) -> int:
+    """The port of the server that an environment names."""
+    return int(environment["AWS_ENDPOINT_URL"].rpartition(":")[2])
+
+
 def free_port() -> int:
-    """A port that nothing listens on."""
+    """A free TCP port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
 class Server:
-    """An S3 server in a process of its own: it forgets its buckets when it stops, and its modules stay out of ours."""
+    """An S3 server in a process of its own, with buckets in memory."""
 
     def __init__(self, port: int) -> None:
-        # Werkzeug's proxies among the loaded modules break vLLM, which looks at each of them.
+        # A separate process, because vLLM inspects all loaded modules and fails on Werkzeug's proxies.
         command = "import sys; from moto.server import main; main(sys.argv[1:])"
         self.process = subprocess.Popen(
             [sys.executable, "-c", command, "-H", "127.0.0.1", "-p", str(port)],
@@ -47,7 +52,7 @@ class Server:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """End it at once; more than once does no harm."""
+        """Kill the server; idempotent."""
         self.process.kill()
         self.process.wait()
 
@@ -59,8 +64,8 @@ def _listens(port: int) -> bool:
 
 @contextmanager
 def served(port: int, *, bucket: bool = True) -> Iterator[Server]:
-    """A server on ``port``, of which the environment tells, for as long as the block runs or until it is stopped."""
-    S3FileSystem.clear_instance_cache()  # clients of earlier servers
+    """Run a server on ``port``, which the environment must name, until the block ends."""
+    S3FileSystem.clear_instance_cache()  # drops clients of earlier servers
     server = Server(port)
     try:
         if bucket:

@@ -21,6 +21,7 @@ from dpo_ray.objective.logps import PairLogps, TokenLogps
 from dpo_ray.parallel.context import NO_CONTEXT_PARALLEL, ContextParallel
 from dpo_ray.train.trainer import build_trainer
 from dpo_ray.types import TokenPair
+from tests.conftest import gradient
 
 
 def context_parallel_errors(rank: int, model: str, weighting: Weighting) -> dict[str, float]:
@@ -43,10 +44,10 @@ def context_parallel_errors(rank: int, model: str, weighting: Weighting) -> dict
         logps = torch.cat([token_logps(scorer, row) for row in rows])
         losses = [pair_losses(scorer, row, loss, weighting=weighting) for row in rows]
         torch.stack([row_losses.total for row_losses in losses]).sum().backward()
-        gradients = [parameter.grad for parameter in scorer.parameters()]
+        gradients = [gradient(parameter) for parameter in scorer.parameters()]
         if context is not NO_CONTEXT_PARALLEL:
-            for gradient in gradients:
-                dist.all_reduce(gradient)
+            for local in gradients:
+                dist.all_reduce(local)
         policy = torch.cat([row_losses.policy.chosen / row_losses.policy.chosen_tokens for row_losses in losses])
         results.append((torch.cat([row_losses.each for row_losses in losses]), logps, policy, gradients))
     (*whole, whole_gradients), (*sharded, sharded_gradients) = results

@@ -26,21 +26,22 @@ def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list
     started = mp.start_processes(
         _on_rank, (ranks, port, results, function, arguments), nprocs=ranks, join=False, start_method="forkserver"
     )
-    found: dict[int, Any] = {}
+    assert started is not None  # join=False
+    returned: dict[int, Any] = {}
     try:
         while not started.join(timeout=0.05):
-            _drain(results, found)
-        _drain(results, found)
+            _drain(results, returned)
+        _drain(results, returned)
     finally:
         for process in started.processes:
             process.kill()
-    return [found[rank] for rank in range(ranks)]
+    return [returned[rank] for rank in range(ranks)]
 
 
-def _drain(results: Any, found: dict[int, Any]) -> None:
+def _drain(results: Any, returned: dict[int, Any]) -> None:
     while not results.empty():
         rank, value = results.get()
-        found[rank] = value
+        returned[rank] = value
 
 
 def _on_rank(

@@ -22,7 +22,7 @@ from tests.conftest import ragged_texts
 from tests.distributed.conftest import COMPARED
 from tests.distributed.processes import run_ranks
 from tests.distributed.runs import offline, offline_in_store
-from tests.object_store import BUCKET, environment, free_port, served
+from tests.object_store import BUCKET, environment, free_port, port_of, served
 
 WritePairs = Callable[[Sequence[tuple[str, str, str]]], Path]
 
@@ -33,7 +33,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     settings = environment(free_port())
     for key, value in settings.items():
         monkeypatch.setenv(key, value)
-    with served(int(settings["AWS_ENDPOINT_URL"].rpartition(":")[2])):
+    with served(port_of(settings)):
         yield settings
         S3FileSystem().rm(BUCKET, recursive=True)
 
@@ -110,7 +110,7 @@ def test_a_server_that_dies_ends_the_run_and_names_the_last_good_checkpoint(
     for key, value in settings.items():
         monkeypatch.setenv(key, value)
     config |= {"run": config["run"] | {"steps": 2000}, "cluster": {"train_workers": 1}}
-    with served(int(settings["AWS_ENDPOINT_URL"].rpartition(":")[2])) as server:
+    with served(port_of(settings)) as server:
         marker = checkpoints(config) / "000002" / MARKER
         ended: list[float] = []
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from dpo_ray.config.schema import EngineConfig
-from dpo_ray.sync.base import WeightSync
+from dpo_ray.sync.base import EngineGroup, WeightSync
 from dpo_ray.sync.ipc import IPCSync
 from dpo_ray.sync.nccl import NCCLSync
 
@@ -55,7 +55,7 @@ def serve(calls: Any, path: str, worker_extension: str) -> None:
             calls.send(("error", repr(error)))
 
 
-class OneProcess:
+class OneProcess(EngineGroup):
     """An ``EngineGroup`` of one engine in another process."""
 
     host, workers_per_engine, timeout_s = "127.0.0.1", 1, float(CALL_S)
@@ -82,9 +82,9 @@ class OneProcess:
     def init_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
         self.ask("init_transfer", infos[0])
 
-    def load(self, message: dict[str, Any]) -> None:
+    def load(self, bucket: dict[str, Any]) -> None:
         self.buckets += 1
-        self.ask("load", message)
+        self.ask("load", bucket)
 
     def finish_update(self, version: int) -> list[str]:
         return [self.ask("finish_update", version)]

@@ -48,8 +48,9 @@ def trl_simpo_steps(
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
     class Sequential(CPOTrainer):
-        def _get_train_sampler(self, *args: Any) -> SequentialSampler:
-            return SequentialSampler(self.train_dataset)
+        def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+            records: Any = self.train_dataset
+            return SequentialSampler(records)
 
     settings = _settings(folder, pairs_per_step, pairs_per_step, lr)
     args = CPOConfig(

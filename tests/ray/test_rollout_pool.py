@@ -11,6 +11,7 @@ from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.rollouts.pool import EngineFailed, EnginesLost, RolloutPool
 from dpo_ray.launch.rollouts.push import PoolReceiver
 from dpo_ray.types import CompletionGroup, Prompt
+from tests.ray.commands import SharedCluster
 from tests.ray.fakes import Engine, Pushing
 
 PROMPTS = [Prompt(index, ({"role": "user", "content": str(index)},)) for index in range(600)]
@@ -19,10 +20,13 @@ NOT_AGAIN: tuple[int, None, str] = (3, None, "digest")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    yield
-    ray.shutdown()
+def cluster(shared_cluster: SharedCluster) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in shared_cluster.environment.items():
+            patch.setenv(key, value)
+        ray.init(log_to_driver=False, configure_logging=False)
+        yield
+        ray.shutdown()
 
 
 def pool_of(*deadly: tuple[int, ...]) -> RolloutPool:
@@ -50,7 +54,8 @@ def test_others_write_what_a_dead_engine_had_and_it_is_left_out_until_a_push() -
     assert [(group.prompt.index, group.seed) for group in groups] == [(index, 7 * index) for index in range(600)]
     assert {group.completions[0].token_ids for group in groups} <= {(0,), (2,)}
     assert pool.lost == {1}
-    assert said == sorted(said) and said[-1] == (600, 600)
+    assert said == sorted(said)
+    assert said[-1] == (600, 600)
     generate(pool)  # does not ask the dead one: it would be the second death of its prompts
     assert pool.lost == {1}
     pool.close()

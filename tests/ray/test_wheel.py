@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ragged_texts
-from tests.ray.commands import ROOT, environment, lines
-
-pytestmark = pytest.mark.ray
+from tests.ray.commands import ROOT, clean_environment, lines
 
 LOSS = (
     "def plain_hinge(policy, reference, *, beta):\n    return (1 - beta * (policy.chosen - policy.rejected)).relu()\n"
@@ -41,7 +39,7 @@ def bin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def dpo_ray(bin_folder: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    clean = {key: value for key, value in environment().items() if key != "PYTHONPATH"}
+    clean = {key: value for key, value in clean_environment().items() if key != "PYTHONPATH"}
     return subprocess.run(
         [bin_folder / "dpo-ray", *arguments], cwd=cwd, env=clean, capture_output=True, text=True, timeout=300
     )

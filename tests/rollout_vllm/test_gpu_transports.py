@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from dpo_ray.sync import ipc, nccl
+from dpo_ray.sync.base import EngineGroup
 from dpo_ray.sync.nccl import NCCLSync
 from tests.rollout_vllm.test_weight_push import Policy, environment, policy_a, policy_b, start_engine
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.vllm
 
 __all__ = ["environment", "policy_a", "policy_b"]  # fixtures
 
@@ -115,7 +115,8 @@ def test_both_receivers_are_registered_with_vllm(environment: None):
     for transport in (NCCLSync, ipc.IPCSync):
         assert hasattr(resolve_obj_by_qualname(transport.worker_extension), "received_digest")
         receiver = WeightTransferEngineFactory._registry[transport.worker_extension]()
-        assert issubclass(receiver, WeightTransferEngine) and not receiver.__abstractmethods__
+        assert issubclass(receiver, WeightTransferEngine)
+        assert not receiver.__abstractmethods__
 
 
 def test_a_push_over_nccl_loads_a_real_engine_when_only_the_broadcast_is_replaced(
@@ -155,7 +156,7 @@ def test_a_push_over_nccl_loads_a_real_engine_when_only_the_broadcast_is_replace
     monkeypatch.setattr(nccl, "open_communicator", lambda *where: Sender())
     engine = start_engine(policy_a, worker_extension=NCCLSync.worker_extension)
 
-    class One:
+    class One(EngineGroup):
         host, workers_per_engine, timeout_s = "127.0.0.1", 1, 30.0
 
         def start_update(self) -> list[str]:
@@ -165,11 +166,14 @@ def test_a_push_over_nccl_loads_a_real_engine_when_only_the_broadcast_is_replace
         def init_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
             engine.init_transfer(infos[0])
 
-        def load(self, message: dict[str, Any]) -> None:
-            engine.load(message)
+        def load(self, bucket: dict[str, Any]) -> None:
+            engine.load(bucket)
 
         def finish_update(self, version: int) -> list[str]:
             return [engine.finish_update(version)]
+
+        def token_logps(self, token_ids: Sequence[int]) -> list[list[float]]:
+            return [engine.token_logps(token_ids)]
 
     try:
         sync = NCCLSync(bucket_mib=1)

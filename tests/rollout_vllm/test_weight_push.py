@@ -7,7 +7,7 @@ those of a real model.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpo_ray.config.schema import EngineConfig, SamplingConfig
 from dpo_ray.rollout.vllm_engine import UNPUSHED
-from dpo_ray.sync.base import Bucket, WireTensor, to_buckets
+from dpo_ray.sync.base import Bucket, EngineGroup, WireTensor, to_buckets
 from dpo_ray.sync.object_store import ObjectStoreSync
 from dpo_ray.types import Messages, Prompt
 
@@ -57,7 +57,9 @@ TOKENIZER = tiny_tokenizer()
 
 
 def render(messages: Messages) -> list[int]:
-    return TOKENIZER.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+    conversation: Any = list(messages)
+    token_ids: Any = TOKENIZER.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+    return token_ids
 
 
 def tiny_llama(seed: int) -> LlamaForCausalLM:
@@ -77,7 +79,7 @@ def tiny_llama(seed: int) -> LlamaForCausalLM:
         eos_token_id=TOKENIZER.eos_token_id,
         dtype=torch.bfloat16,
     )
-    return LlamaForCausalLM(config).to(torch.bfloat16)
+    return LlamaForCausalLM(config).bfloat16()
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Policy:
         ids = torch.tensor([token_ids])
         with torch.no_grad():
             logits = self.model.float()(ids).logits
-        self.model.to(torch.bfloat16)
+        self.model.bfloat16()
         return logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0].tolist()
 
 
@@ -158,16 +160,20 @@ def engine(
     engine.close()
 
 
-class OneEngine:
+class OneEngine(EngineGroup):
     """A pool of one, without a cluster."""
 
     def __init__(self, engine: "VLLMEngine") -> None:
         self.engine = engine
         self.buckets = 0
 
-    def start_update(self) -> None:
+    def start_update(self) -> list[str]:
         self.buckets = 0
         self.engine.start_update()
+        return ["engine"]
+
+    def init_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
+        raise NotImplementedError
 
     def load(self, bucket: Bucket) -> None:
         self.buckets += 1
@@ -279,7 +285,7 @@ def test_a_push_wakes_the_weights_first_and_the_cache_after_the_last_bucket(
     for name in ("wake_up", "start_weight_update", "update_weights", "finish_weight_update", "reset_prefix_cache"):
         real = getattr(engine._llm, name)
 
-        def recorded(*args: object, _real=real, _name=name, **kwargs: object):
+        def recorded(*args: Any, _real: Any = real, _name: str = name, **kwargs: Any) -> Any:
             calls.append(" ".join([_name, *kwargs.get("tags", ())]))
             return _real(*args, **kwargs)
 
@@ -340,7 +346,9 @@ def test_a_finished_completion_ends_with_the_end_of_turn_token_and_its_text_with
         assert completion.finished == (completion.token_ids[-1] == TOKENIZER.eos_token_id)
         assert completion.finished or len(completion.token_ids) == 200
         assert TOKENIZER.eos_token_id not in completion.token_ids[:-1]
-        assert completion.text.split() == TOKENIZER.decode(completion.token_ids, skip_special_tokens=True).split()
+        text = TOKENIZER.decode(list(completion.token_ids), skip_special_tokens=True)
+        assert isinstance(text, str)
+        assert completion.text.split() == text.split()
     assert {completion.finished for completion in completions} == {True, False}
 
 

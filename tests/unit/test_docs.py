@@ -100,7 +100,8 @@ def validate(words: list[str]) -> None:
         case ["dpo-ray", name, "--help"]:
             assert name in COMMANDS
         case ["dpo-ray", "export", source, destination, *options]:
-            assert not source.startswith("-") and not destination.startswith("-")
+            assert not source.startswith("-")
+            assert not destination.startswith("-")
             assert set(options) <= {"--best", "--merge"}
         case ["dpo-ray", name, config, *overrides]:
             if name == "sweep":
@@ -186,7 +187,7 @@ def texts(tree: ast.AST) -> Iterator[str]:
     """String literals; of f-strings the constant parts with ``...`` between."""
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
-            yield "".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in node.values)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.value
 
@@ -234,7 +235,8 @@ def test_the_judge_of_the_online_example_prefers_an_answer_to_the_point(monkeypa
     completions = tuple(Completion(text, (1, 2), True) for text in texts)
     group = CompletionGroup(Prompt(0, ({"role": "user", "content": "What is a mutex?"},)), (1,), completions, 0, 0)
     ((short, long),) = check_scores([group], build_judge(config.online.judge)([group]))
-    assert short == 1.0 and long < 0
+    assert short == 1.0
+    assert long < 0
 
 
 def test_the_space_of_the_sweep_example_varies_keys_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:

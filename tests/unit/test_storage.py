@@ -88,9 +88,13 @@ def test_an_atomic_folder_replaces_or_keeps_an_existing_one(tmp_path: Path, repl
 
 
 def test_a_folder_whose_writer_fails_does_not_appear(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="full"), atomic_folder(tmp_path / "policy", replace=True) as draft:
-        (draft / "config.json").write_text("{}")
-        raise RuntimeError("full")
+    def fail() -> None:
+        with atomic_folder(tmp_path / "policy", replace=True) as draft:
+            (draft / "config.json").write_text("{}")
+            raise RuntimeError("full")
+
+    with pytest.raises(RuntimeError, match="full"):
+        fail()
     assert not list(tmp_path.iterdir())
 
 

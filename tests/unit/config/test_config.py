@@ -66,16 +66,21 @@ def test_overrides_are_read_as_yaml(offline):
 
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "+1e-3", "1.0e-3", "0.001", "1.e-3"])
 def test_a_number_in_component_arguments_is_a_number_however_it_is_written(online, text):
-    assert load(online, f"online.select.args.min_gap={text}").online.select.args == {"min_gap": 0.001}
+    config = load(online, f"online.select.args.min_gap={text}").online
+    assert config
+    assert config.select.args == {"min_gap": 0.001}
 
 
 def test_a_number_in_quotes_stays_a_text(online):
-    assert load(online, "online.judge.args.name='1e3'").online.judge.args == {"name": "1e3"}
+    config = load(online, "online.judge.args.name='1e3'").online
+    assert config
+    assert config.judge.args == {"name": "1e3"}
 
 
 def test_arguments_alone_keep_the_default_component(online):
-    judge = load(online, "online.judge.args.target_words=30").online.judge
-    assert (judge.use, judge.args) == ("length", {"target_words": 30})
+    config = load(online, "online.judge.args.target_words=30").online
+    assert config
+    assert (config.judge.use, config.judge.args) == ("length", {"target_words": 30})
 
 
 def test_rounds_are_saved_and_evaluated_each_and_steps_by_the_hundred_unless_told_otherwise(online, offline):

@@ -145,7 +145,8 @@ def test_an_epoch_of_a_mixture_has_each_source_as_often_as_its_weight_says():
     first, second = (epoch_order(mixture, seed=1, epoch=epoch, shuffle=True) for epoch in (0, 1))
     for order in (first, second):
         counts = np.bincount(order, minlength=20)
-        assert counts[:10].sum() == 5 and counts[:10].max() == 1
+        assert counts[:10].sum() == 5
+        assert counts[:10].max() == 1
         assert counts[10:14].tolist() == [2] * 4
         assert counts[14:].tolist() == [1] * 6
     # Two epochs at half weight are one pass.

@@ -48,7 +48,7 @@ def test_the_store_gives_back_every_pair_and_where_it_came_from(prepare: Any, wr
     sources = [write(GOOD[:3], "one.jsonl"), write(["{", *GOOD[3:]], "two.jsonl")]
     store = prepare(*sources)
     direct = [
-        tokenize_pair(record, tokenizer, max_prompt_tokens=None, max_completion_tokens=None).pair
+        tokenize_pair(record, tokenizer, max_prompt_tokens=None, max_completion_tokens=None).pair  # pyrefly: ignore
         for record in read_pairs([Part(sources[0]), Part(write(GOOD[3:], "rest.jsonl"))])
     ]
     assert list(store) == direct

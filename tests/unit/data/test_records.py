@@ -20,9 +20,23 @@ def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def only(source: str) -> PairRecord | Problem:
-    (record,) = read_pairs([Part(source)])
+def records(source: str) -> list[PairRecord]:
+    """Records of a source without problems."""
+    usable = []
+    for record in read_pairs([Part(source)]):
+        assert isinstance(record, PairRecord), record
+        usable.append(record)
+    return usable
+
+
+def only(source: str) -> PairRecord:
+    (record,) = records(source)
     return record
+
+
+def roles(record: PairRecord) -> list[str]:
+    assert not isinstance(record.prompt, str)
+    return [turn["role"] for turn in record.prompt]
 
 
 SKY = {"prompt": "sky?", "chosen": "blue", "rejected": "green"}
@@ -79,11 +93,11 @@ def test_every_message_layout_gives_the_same_pair(record: dict[str, Any], write:
 def test_sharegpt_speakers_and_system_become_roles(write: Write):
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": "c"}]
     answers = {"chosen": {"from": "gpt", "value": "d"}, "rejected": {"from": "gpt", "value": "e"}}
-    with_system, empty_system = read_pairs(
-        [Part(write([{"conversations": turns, "system": system, **answers} for system in ("be kind", "")]))]
+    with_system, empty_system = records(
+        write([{"conversations": turns, "system": system, **answers} for system in ("be kind", "")])
     )
-    assert [turn["role"] for turn in with_system.prompt] == ["system", "user", "assistant", "user"]
-    assert [turn["role"] for turn in empty_system.prompt] == ["user", "assistant", "user"]
+    assert roles(with_system) == ["system", "user", "assistant", "user"]
+    assert roles(empty_system) == ["user", "assistant", "user"]
 
 
 def test_the_implicit_prompt_is_the_longest_shared_start(write: Write):
@@ -153,7 +167,10 @@ def as_saved_dataset(folder: Path) -> str:
 def as_split_of_saved_datasets(folder: Path) -> str:
     import datasets
 
-    splits = {"train": datasets.Dataset.from_list(pairs(1)), "held_out": datasets.Dataset.from_list(pairs(3))}
+    splits: dict[Any, Any] = {
+        "train": datasets.Dataset.from_list(pairs(1)),
+        "held_out": datasets.Dataset.from_list(pairs(3)),
+    }
     datasets.DatasetDict(splits).save_to_disk(folder / "splits")
     return f"{folder / 'splits'}:held_out"
 
@@ -163,7 +180,7 @@ def as_split_of_saved_datasets(folder: Path) -> str:
 )
 def test_every_format_gives_the_records_of_the_jsonl_file(save: Callable[[Path], str], write: Write, tmp_path: Path):
     def content(source: str) -> list[Any]:
-        return [(r.prompt, r.chosen, r.rejected, r.number) for r in read_pairs([Part(source)])]
+        return [(r.prompt, r.chosen, r.rejected, r.number) for r in records(source)]
 
     assert content(save(tmp_path)) == content(write(pairs(3), "same.jsonl"))
 
@@ -299,7 +316,11 @@ PROBLEMS = [
     ("empty_field", {**SKY, "chosen": []}, "chosen: an empty list"),
     ("empty_field", {"prompt": [user(" ")], "chosen": "b", "rejected": "c"}, "prompt[0].content"),
     ("bad_field", {**SKY, "chosen": 3}, "chosen: found 3; accepted: text or a list of messages"),
-    ("bad_field", {**SKY, "prompt": [user(["a"])]}, "prompt[0].content: found a list of 1; accepted: text"),
+    (
+        "bad_field",
+        {**SKY, "prompt": [{"role": "user", "content": ["a"]}]},
+        "prompt[0].content: found a list of 1; accepted: text",
+    ),
     ("bad_field", {**SKY, "prompt": [{"role": "robot", "content": "a"}]}, 'prompt[0].role: found "robot"; accepted'),
     ("bad_field", {**SKY, "chosen": [assistant("a")]}, "found text and messages"),
     ("bad_field", '{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}', "prompt: found half of a surrogate pair"),
@@ -368,4 +389,5 @@ def test_a_prompt_is_what_leads_to_the_last_answer(record: dict[str, Any], write
 
 def test_unusable_prompts_are_named(write: Write):
     source = write([{"text": "a"}, {"prompt": ""}, {"messages": [assistant("a")]}])
-    assert [problem.reason for problem in read_prompts([source])] == ["missing_field", "empty_field", "bad_field"]
+    problems = [problem for problem in read_prompts([source]) if isinstance(problem, Problem)]
+    assert [problem.reason for problem in problems] == ["missing_field", "empty_field", "bad_field"]

@@ -199,7 +199,7 @@ def test_a_template_file_replaces_the_tokenizers_own(tokenizer: Any, tmp_path: P
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "chat.jinja").write_text("{{ messages[0]['content'] }}!")
     loaded = load_tokenizer(str(tmp_path / "model"), str(tmp_path / "chat.jinja"))
-    assert loaded.decode(render_prompt((USER,), loaded)) == "What is the color of the sky?!"
+    assert loaded.decode(list(render_prompt((USER,), loaded))) == "What is the color of the sky?!"
     assert load_tokenizer(str(tmp_path / "model")).chat_template == tokenizer.chat_template
     with pytest.raises(ValueError, match=r"model\.chat_template: .*none\.jinja: cannot be read: No such file"):
         load_tokenizer(str(tmp_path / "model"), str(tmp_path / "none.jinja"))

@@ -70,7 +70,8 @@ def test_auto_selects_the_transport_that_fits_the_cluster(on_gpus: bool, colocat
 
 
 def test_only_the_object_store_replays_a_push():
-    assert {name for name, transport in TRANSPORTS.items() if transport.replays} == {"object_store"}
+    transports: dict[str, Any] = dict(TRANSPORTS)
+    assert {name for name, transport in transports.items() if transport.replays} == {"object_store"}
 
 
 @pytest.mark.parametrize(("use", "colocate"), [("nccl", False), ("ipc", True)])

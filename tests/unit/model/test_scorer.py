@@ -16,7 +16,7 @@ from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer, pair_logps, pair_losses
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.types import TokenPair
-from tests.conftest import save_tiny_model
+from tests.conftest import gradient, save_tiny_model
 
 
 def ragged_pairs(count: int, seed: int = 0) -> list[TokenPair]:
@@ -70,7 +70,7 @@ def test_an_empty_micro_batch_has_no_logps_and_zero_gradients(tiny_model: Path) 
     losses = pair_losses(scorer, row, preference)
     losses.total.backward()
     assert losses.each.shape == (0,)
-    assert all(parameter.grad.abs().sum() == 0 for parameter in scorer.parameters())
+    assert all(gradient(parameter).abs().sum() == 0 for parameter in scorer.parameters())
 
 
 def test_the_digest_depends_on_the_weights_and_not_on_the_folder(tiny_model: Path, tmp_path: Path) -> None:

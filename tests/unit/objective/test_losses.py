@@ -1,6 +1,7 @@
 """The losses against numbers a reader can recompute."""
 
 import math
+from dataclasses import replace
 from math import exp, expm1, log, log1p
 
 import pytest
@@ -10,6 +11,7 @@ from dpo_ray.config.schema import LossConfig
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.objective.losses import LOSSES, build_loss, sigmoid
 from dpo_ray.objective.metrics import PAIR_METRICS, pair_metric_sums
+from tests.conftest import gradient
 
 
 def pairs(chosen: list[float], rejected: list[float]) -> PairLogps:
@@ -110,7 +112,8 @@ def test_ipo_is_zero_where_the_margin_per_token_is_half_of_one_over_beta() -> No
 @pytest.mark.parametrize("use", LOSSES)
 def test_every_loss_has_the_gradient_of_its_values(use: str) -> None:
     loss = build_loss(LossConfig(use=use, beta=0.5))
-    reference = PairLogps(*(torch.tensor([x], dtype=torch.float64) for x in (-12.0, -15.0)), *lengths())
+    chosen, rejected = (torch.tensor([x], dtype=torch.float64) for x in (-12.0, -15.0))
+    reference = PairLogps(chosen, rejected, *lengths())
 
     def value(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
         return loss(PairLogps(chosen, rejected, *lengths()), reference)
@@ -122,7 +125,7 @@ def test_every_loss_has_the_gradient_of_its_values(use: str) -> None:
 def test_orpo_of_a_completion_that_is_certain_has_finite_gradients() -> None:
     certain = PairLogps(torch.zeros(1, requires_grad=True), torch.tensor([-20.0]), *lengths())
     build_loss(LossConfig(use="orpo"))(certain, None).sum().backward()
-    assert certain.chosen.grad.isfinite().all()
+    assert gradient(certain.chosen).isfinite().all()
 
 
 def lengths() -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,7 +141,7 @@ def test_losses_are_summed_with_their_weights_and_their_own_arguments() -> None:
 
 
 def test_a_pairs_weight_scales_its_loss() -> None:
-    weighted = PairLogps(*(torch.tensor([x]) for x in (-10.0, -20.0)), *lengths(), weights=torch.tensor([0.25]))
+    weighted = replace(pair(-10.0, -20.0), weights=torch.tensor([0.25]))
     loss = build_loss(LossConfig(beta=0.5, weighting="wpo"))
     assert loss(weighted, pair(-12.0, -15.0)).item() == pytest.approx(0.25 * softplus(-3.5))
 

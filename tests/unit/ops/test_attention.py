@@ -56,7 +56,7 @@ def value_and_gradients(attend: Attend, tensors: list[Tensor], spans: list[Span]
     """Output of ``attend`` and gradients with respect to query, key and value, computed in ``dtype``."""
     q, k, v, grad = (x.to(dtype).detach() for x in tensors)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = attend(*leaves, spans)
+    out = attend(q, k, v, spans)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 

@@ -1,5 +1,6 @@
 """The block mask of packed rows against the dense mask, and flex_attention's log-probabilities against masked ones."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ SPANS = st.lists(
 )  # fmt: skip
 
 
-def dense_mask(spans: list[Span]) -> np.ndarray:
+def dense_mask(spans: Sequence[Span]) -> np.ndarray:
     ids = torch.zeros(1, sum(map(sum, spans)), dtype=torch.int64)
     none = torch.zeros(0, dtype=torch.int64)
     return attention_mask(PackedRow(ids, ids, tuple(spans), none, none, none, none))[0, 0].numpy()
@@ -94,6 +95,7 @@ def test_most_blocks_of_a_row_of_many_pairs_are_skipped() -> None:
     # Eight spans of 1024 tokens in a row of 8192: 64 x 64 blocks. In a span of 8 blocks, prompt 4, completions 2 each,
     # causal blocks are 10 of the prompt and 2 x (2 x 4 + 3) of the completions.
     mask = span_mask([Span(512, 256, 256)] * 8, torch.device("cpu"))
+    assert mask.full_kv_num_blocks is not None
     assert mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum() == 8 * (10 + 2 * 11)
     assert mask.kv_num_blocks.sum() == 64, "only the diagonal needs the mask"
     assert mask.sparsity() == pytest.approx(100 * (1 - 256 / 4096))

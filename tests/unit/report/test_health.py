@@ -64,10 +64,15 @@ def level(finding: Finding | None) -> str | None:
     return finding.level if finding else None
 
 
+def text(finding: Finding | None) -> str:
+    assert finding
+    return finding.text
+
+
 def test_a_nan_is_reported_with_its_step():
     finding = values_are_finite(record_of_steps(loss=[0.69, math.nan, math.nan]))
     assert level(finding) == "warning"
-    assert "loss is not finite from step 2; 2 steps of 3" in finding.text
+    assert "loss is not finite from step 2; 2 steps of 3" in text(finding)
     assert level(values_are_finite(record_of_steps(loss=[0.69, 0.6]))) == "ok"
 
 
@@ -89,7 +94,7 @@ def test_the_first_loss_is_not_checked_where_the_losses_are_weighted(weighted):
 def test_chosen_falling_30_nats_while_the_margin_grows_is_a_warning():
     fall = record_of_steps(rewards__chosen=[0.0, -3.0], rewards__margins=[0.0, 2.0])
     assert level(chosen_stays_likely(fall)) == "warning"
-    assert "fell by 30.0 nats" in chosen_stays_likely(fall).text
+    assert "fell by 30.0 nats" in text(chosen_stays_likely(fall))
 
 
 def test_chosen_falling_a_little_is_a_note_and_rising_is_fine():
@@ -101,7 +106,7 @@ def test_chosen_falling_a_little_is_a_note_and_rising_is_fine():
 
 def test_chosen_is_measured_by_log_probability_where_beta_is_unknown():
     falling = record_of_steps({}, logps__chosen=[-50.0, -75.0], rewards__margins=[0.0, 2.0])
-    assert "fell by 25.0 nats" in chosen_stays_likely(falling).text
+    assert "fell by 25.0 nats" in text(chosen_stays_likely(falling))
 
 
 def test_saturated_pairs_need_both_accuracy_and_margin():
@@ -119,7 +124,7 @@ def test_a_held_out_loss_that_rises_again_is_reported_with_its_best_step():
 
     finding = eval_loss_keeps_falling(run(0.69, 0.60, 0.66))
     assert level(finding) == "warning"
-    assert "run.steps=50" in finding.text
+    assert "run.steps=50" in text(finding)
     assert level(eval_loss_keeps_falling(run(0.69, 0.60, 0.61))) == "ok"
 
 
@@ -141,7 +146,7 @@ def test_a_gradient_spike_is_reported_with_its_step():
     norms[11] = 15.0
     finding = gradients_have_no_spikes(record_of_steps(optim__grad_norm=norms))
     assert level(finding) == "warning"
-    assert "at step 12;" in finding.text
+    assert "at step 12;" in text(finding)
 
 
 def test_clipping_nearly_every_step_is_a_note():
@@ -153,8 +158,10 @@ def test_a_held_out_gain_must_exceed_two_standard_errors():
     before = evaluation(0, [0.0, 0.0, 0.0, 0.0])
     assert level(judge_score_rises(before_and_after(before, evaluation(4, [0.5, 0.6, 0.5, 0.6])))) == "ok"
     unclear = judge_score_rises(before_and_after(before, evaluation(4, [0.5, -0.5, 0.6, -0.5])))
+    assert unclear
     assert (unclear.level, unclear.title) == ("warning", "The judge score did not clearly rise")
     fell = judge_score_rises(before_and_after(before, evaluation(4, [-0.5, -0.6, -0.5, -0.6])))
+    assert fell
     assert (fell.level, fell.title) == ("warning", "The judge score fell")
 
 
@@ -167,14 +174,14 @@ def test_without_held_out_prompts_the_rounds_are_compared():
 def test_more_than_three_ties_in_ten_prompts_are_a_warning():
     many = record_of_rounds(rollout__kept=[6, 6], rollout__dropped_tie=[4, 4])
     assert level(few_ties(many)) == "warning"
-    assert "40% of 20 prompts" in few_ties(many).text
+    assert "40% of 20 prompts" in text(few_ties(many))
     assert level(few_ties(record_of_rounds(rollout__kept=[8, 8], rollout__dropped_tie=[2, 2]))) == "ok"
 
 
 def test_other_reasons_for_dropped_prompts_are_reported():
     finding = few_dropped(record_of_rounds(rollout__kept=[5], rollout__dropped_prompt_too_long=[5]))
     assert level(finding) == "warning"
-    assert "'prompt_too_long' (5 times)" in finding.text
+    assert "'prompt_too_long' (5 times)" in text(finding)
     assert few_dropped(record_of_rounds(rollout__kept=[5], rollout__dropped_tie=[5])) is None
 
 
@@ -184,13 +191,13 @@ def test_completions_truncated_by_the_token_limit(cut, expected):
     run = RunRecord(Path("run"), groups=({"candidates": candidates},), groups_round=3)
     finding = completions_end(run)
     assert level(finding) == expected
-    assert f"{10 * cut}% of 10 candidates of round 3" in finding.text
+    assert f"{10 * cut}% of 10 candidates of round 3" in text(finding)
 
 
 def test_training_that_waits_most_of_the_time_is_a_note():
     waiting = record_of_rounds(perf__train_s=[2.0], perf__sync_s=[1.0], perf__wait_s=[7.0])
     assert level(trainers_are_busy(waiting)) == "note"
-    assert "70%" in trainers_are_busy(waiting).text
+    assert "70%" in text(trainers_are_busy(waiting))
     busy = record_of_rounds(perf__train_s=[7.0], perf__sync_s=[1.0], perf__wait_s=[2.0])
     assert level(trainers_are_busy(busy)) == "ok"
 

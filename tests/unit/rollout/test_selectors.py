@@ -68,6 +68,7 @@ def test_random_pair_chooses_the_better_of_two_and_is_reproducible_for_a_seed(gr
     scores = [0.0, 1.0, 2.0, 3.0]
     for seed in range(50):
         pair = random_pair(group("a", "b", "c", "d", seed=seed), scores)
+        assert isinstance(pair, ScoredPair)
         assert scores[pair.chosen] > scores[pair.rejected]
         assert pair == random_pair(group("a", "b", "c", "d", seed=seed), scores)
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_ray.sync import ipc, nccl
-from dpo_ray.sync.base import Digest, SyncMismatch
+from dpo_ray.sync.base import Digest, EngineGroup, SyncMismatch
 from dpo_ray.sync.receiver import DigestMixin, RecordingModel
 
 SIZES = (10, 20, 30, 5, 5)
@@ -33,7 +33,7 @@ def digest_of(tensors: Sequence[tuple[str, Tensor]]) -> str:
 SENT = [(name, tensor.bfloat16()) for name, tensor in weights()]
 
 
-class Engines:
+class Engines(EngineGroup):
     """Two engines of two workers each that take part in broadcasts, fail, or hang."""
 
     host, workers_per_engine = "10.0.0.7", 2
@@ -57,19 +57,19 @@ class Engines:
         self.calls.append("init")
         self.infos = list(infos)
 
-    def load(self, message: dict[str, Any]) -> None:
-        self.calls.append([name.split(".")[1] for name in message["names"]])
+    def load(self, bucket: dict[str, Any]) -> None:
+        self.calls.append([name.split(".")[1] for name in bucket["names"]])
         if self.error:
             raise self.error
         if self.hanging.is_set():
             time.sleep(30)
         self.arrived.release()  # a broadcast needs both ends
         assert self.sent.acquire(timeout=5)
-        bucket = self.in_transit.pop()
-        assert message["names"] == [name for name, _ in bucket]
-        assert message["shapes"] == [list(tensor.shape) for _, tensor in bucket]
-        assert message["dtype_names"] == ["bfloat16"] * len(bucket)
-        self.received += bucket
+        tensors = self.in_transit.pop()
+        assert bucket["names"] == [name for name, _ in tensors]
+        assert bucket["shapes"] == [list(tensor.shape) for _, tensor in tensors]
+        assert bucket["dtype_names"] == ["bfloat16"] * len(tensors)
+        self.received += tensors
 
     def finish_update(self, version: int) -> list[str]:
         self.calls.append(f"finish {version}")
@@ -251,10 +251,10 @@ def test_a_push_over_ipc_frees_each_bucket_after_the_engines_have_read_it(monkey
     card, received = Card(monkeypatch), []
 
     class Readers(Engines):
-        def load(self, message: dict[str, Any]) -> None:
-            assert message["tensor_sizes"] == [2 * shape[0] for shape in message["shapes"]]
+        def load(self, bucket: dict[str, Any]) -> None:
+            assert bucket["tensor_sizes"] == [2 * shape[0] for shape in bucket["shapes"]]
             card.log.append("read")
-            received.extend(card.memory[message["ipc_handles"]["GPU-a"][0]])
+            received.extend(card.memory[bucket["ipc_handles"]["GPU-a"][0]])
 
         def finish_update(self, version: int) -> list[str]:
             card.log.append(f"finish {version}")
@@ -336,6 +336,7 @@ def test_a_receiver_records_the_weights_that_vllm_loads_and_restores_the_model()
     receiver.finish_weight_update()
     assert receiver.digest == digest_of(tensors)
     assert receiver.calls == ["start", "finish"]
+    assert isinstance(receiver.model, Model)
     assert receiver.model.loaded == ["q", "k", "v", "head"]
 
 

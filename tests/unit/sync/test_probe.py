@@ -28,7 +28,7 @@ def test_a_trainer_that_computes_nan_is_a_mismatch():
 
 
 def test_a_different_number_of_tokens_is_rejected():
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
         check_probe([-1.0, -2.0], [[-1.0]], tolerance=0.05)
 
 

@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +13,11 @@ from torch import Tensor
 
 from dpo_ray.plugins import build
 from dpo_ray.sync import TRANSPORTS, base
-from dpo_ray.sync.base import Bucket, Digest, NamedTensor, SyncMismatch, WireTensor, to_buckets
+from dpo_ray.sync.base import Bucket, Digest, EngineGroup, NamedTensor, SyncMismatch, WireTensor, to_buckets
 from dpo_ray.sync.object_store import ObjectStoreSync
 
 
-class Memory:
+class Memory(EngineGroup):
     """Two engines that keep what they receive; with ``damaged``, the second receives a changed element."""
 
     def __init__(self, *, damaged: bool = False) -> None:
@@ -24,9 +25,13 @@ class Memory:
         self.calls: list[str] = []
         self.weights: dict[str, Tensor] = {}
 
-    def start_update(self) -> None:
+    def start_update(self) -> list[str]:
         self.calls.append("start")
         self.digests = [Digest(), Digest()]
+        return ["first", "second"]
+
+    def init_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
+        raise NotImplementedError
 
     def load(self, bucket: Bucket) -> None:
         self.calls.append("load")
