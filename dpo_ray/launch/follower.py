@@ -24,6 +24,7 @@ from dpo_ray.config.secrets import mask_secrets
 from dpo_ray.launch.run_dir import has_work
 from dpo_ray.launch.trackers import TRACKERS, Row, Tracker
 from dpo_ray.plugins import build, check_arguments, resolve
+from dpo_ray.report.live import LiveReport
 from dpo_ray.rollout.records import RoundStore
 from dpo_ray.storage import error_summary, open_appendable, write_atomically
 from dpo_ray.types import Metrics
@@ -194,7 +195,18 @@ def validate_trackers(config: Config) -> None:
 
 @contextlib.contextmanager
 def follow_run(config: Config, report: Callable[[str], None], *, group: str | None = None) -> Iterator[None]:
-    """Feed ``run.trackers`` until the block ends and they have every line; see TrackerFeed for the arguments."""
+    """Feed ``run.trackers`` and rewrite report.html until the block ends; trackers then have every line.
+
+    Args:
+        report: prints a sentence for the user.
+        group: name of the sweep that the run is a trial of; trials have no report.
+    """
+    with _trackers(config, report, group), contextlib.nullcontext() if group else _live_report(config.run.path):
+        yield
+
+
+@contextlib.contextmanager
+def _trackers(config: Config, report: Callable[[str], None], group: str | None) -> Iterator[None]:
     if not config.run.trackers:
         yield
         return
@@ -216,6 +228,26 @@ def follow_run(config: Config, report: Callable[[str], None], *, group: str | No
         relay.join(timeout=5)
         if process.wait():
             report(f"the trackers ended with exit code {process.returncode}; see {config.run.path}/logs/trackers.log")
+
+
+@contextlib.contextmanager
+def _live_report(run_dir: Path) -> Iterator[None]:
+    ended, tail, report = threading.Event(), Tail(run_dir / "metrics.jsonl"), LiveReport(run_dir)
+
+    def rewrite() -> None:
+        due = False
+        while not ended.wait(REMOTE_POLL_S):
+            with contextlib.suppress(Exception):  # an object store that cannot be reached is asked again
+                due |= any("round" in metrics or "eval/loss" in metrics for _, metrics in tail.read())
+            due = due and not report.maybe_write()
+
+    thread = threading.Thread(target=rewrite, name="report", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(CLOSE_TIMEOUT_S)
 
 
 def _start_process(config: Config, group: str | None) -> Any:

@@ -238,7 +238,9 @@ def test_tensorboard_shows_each_step_once_config_and_samples(recorded: Path) -> 
 
 def wandb_records(file: Path) -> Iterator[Any]:
     """The records of an offline run: protocol buffers in the blocks of a LevelDB log."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto import wandb_internal_pb2
+
+    record_type: Any = getattr(wandb_internal_pb2, "Record")  # noqa: B009 - protobuf defines it at import
 
     data, at, parts = file.read_bytes(), 7, b""
     while at + 7 <= len(data):
@@ -249,7 +251,7 @@ def wandb_records(file: Path) -> Iterator[Any]:
         parts += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last part
-            record = Record()
+            record = record_type()
             record.ParseFromString(parts)
             yield record
             parts = b""
