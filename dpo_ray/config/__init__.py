@@ -1,4 +1,4 @@
-"""The configuration tree and how it is read. Imports neither torch nor Ray: a typo is answered within a second."""
+"""The configuration and its loading. Imports neither torch nor Ray, so that a typo is reported within a second."""
 
 from dpo_ray.config.commands import OFFLINE, ONLINE, SWEEP
 from dpo_ray.config.load import (
