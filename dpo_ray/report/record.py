@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from dpo_ray.storage import folder_at
+from dpo_ray.storage import folder_at, read_jsonl
 from dpo_ray.types import Messages, Metrics
 
 logger = logging.getLogger(__name__)
@@ -211,7 +211,7 @@ def read_run(run_dir: str | Path, *, running: bool = False) -> RunRecord:
     evaluations = tuple(
         Evaluation(int(file.stem), samples)
         for file in sorted((path / "evaluations").glob("*.jsonl"))
-        if file.stem.isdigit() and (samples := tuple(map(_held_out_sample, _read_jsonl(file))))
+        if file.stem.isdigit() and (samples := tuple(map(_held_out_sample, read_jsonl(file))))
     )
     if not (steps or evals or evaluations or running):
         raise ValueError(
@@ -238,7 +238,7 @@ def _read_metrics(path: Path) -> tuple[tuple[Metrics, ...], tuple[Metrics, ...]]
     """Training lines and evaluation lines, each by step."""
     steps: dict[tuple[int, int], Metrics] = {}  # a round without pairs ends at the step of the round before it
     evals: dict[int, Metrics] = {}
-    for line in _read_jsonl(path):
+    for line in read_jsonl(path):
         if not isinstance(line.get("step"), int):
             continue
         training = {key: value for key, value in line.items() if not key.startswith("eval/")}
@@ -253,7 +253,7 @@ def _read_metrics(path: Path) -> tuple[tuple[Metrics, ...], tuple[Metrics, ...]]
 
 def _read_last_groups(folder: Path) -> tuple[int | None, tuple[Metrics, ...]]:
     for file in sorted(folder.glob("*/pairs.jsonl"), reverse=True):
-        if file.parent.name.isdigit() and (groups := tuple(_read_jsonl(file))):
+        if file.parent.name.isdigit() and (groups := tuple(read_jsonl(file))):
             return int(file.parent.name), groups
     return None, ()
 
@@ -268,25 +268,6 @@ def _held_out_sample(line: Mapping[str, Any]) -> HeldOutSample:
         score=number(line.get("score")),
         kl=policy - reference if policy is not None and reference is not None else None,
     )
-
-
-def _read_jsonl(path: Path) -> list[Metrics]:
-    """The objects of a JSON lines file, without an incomplete last line; none if the file is missing."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    objects = []
-    for line_number, text in enumerate(lines, 1):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            line = None
-        if isinstance(line, dict):
-            objects.append(line)
-        elif text.strip() and text.endswith("\n"):
-            logger.warning("%s:%d: skipped, not a JSON object", path, line_number)
-    return objects
 
 
 def _read_mapping(path: Path, parse: Callable[[str], Any]) -> Metrics:

@@ -27,6 +27,7 @@ from dpo_ray.rollout.judges import build_judge, check_scores
 from dpo_ray.rollout.records import RoundStore
 from dpo_ray.rollout.selectors import build_selector
 from dpo_ray.rollout.stream import RoundStream
+from dpo_ray.storage import write_atomically
 from dpo_ray.types import CompletionGroup, NonRetryableError, Prompt, RoundData, TokenSample
 
 logger = logging.getLogger(__name__)
@@ -178,9 +179,7 @@ class Coordinator:
         ]
         file = self._evaluation(version)
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f".{file.name}")
-        unfinished.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        unfinished.replace(file)
+        write_atomically(file, (json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         self.status_actor.metrics.remote({"heldout/score": float(np.mean([line["score"] for line in lines]))})
 
     def begin_push(self) -> list[Any]:

@@ -65,7 +65,8 @@ def test_losses_and_gradients_in_chunks_are_those_of_a_float64_softmax(
     (3 * found.total).backward()
 
     assert found.each.dtype == torch.float32
-    assert (found.token_logps.logps - exact_logps).abs().max() < 5e-5, "also in bfloat16: only inputs are rounded, no logits"
+    # Also in bfloat16: only inputs are rounded, not logits.
+    assert (found.token_logps.logps - exact_logps).abs().max() < 5e-5
     assert relative(found.each, exact_losses) < 1e-5
     assert found.total.item() == pytest.approx(exact_losses.sum().item(), rel=1e-5)
     assert relative(hidden.grad, exact_hidden.grad) < gradient_error
