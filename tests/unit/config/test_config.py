@@ -362,9 +362,7 @@ def test_activation_checkpointing_accepts_a_mode_or_a_boolean(offline, value, mo
 
 
 def test_selective_checkpointing_of_compiled_layers_is_rejected(offline):
-    with pytest.raises(
-        ConfigError, match=r"shard\.compile is not supported with .*: selective"
-    ):
+    with pytest.raises(ConfigError, match=r"shard\.compile is not supported with .*: selective"):
         load(offline, "shard.compile=true", "shard.activation_checkpointing=selective")
 
 
