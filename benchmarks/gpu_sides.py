@@ -81,8 +81,8 @@ def packed(layout: Layout) -> MicroBatches:
 
     def micro_batches(model: Any, pairs: Sequence[TokenPair], size: int) -> Iterator[Any]:
         scorer, tokens = Scorer(model), row_tokens(lengths_of(pairs), layout)
-        (share,) = balance_micro_batches(tokens, tokens.astype(float), ranks=1, tokens_per_micro_batch=size).shares
-        for items in share:
+        assignment = balance_micro_batches(tokens, tokens.astype(float), ranks=1, tokens_per_micro_batch=size)
+        for items in assignment.micro_batches[0]:
             row = build_row([pairs[i] for i in items], layout).to(model.device)
             yield items, pair_losses(scorer, row, lambda policy, _: losses_of(policy))
 

@@ -22,7 +22,7 @@ def ours(task: dict[str, Any], folder: Path) -> dict[str, float]:
     """The training loop of a worker of ``jobs.offline``, as the only rank."""
     import torch.distributed as dist
 
-    from dpo_ray.config.schema import Config
+    from dpo_ray.config import Config
     from dpo_ray.data.store import prepare_pairs
     from dpo_ray.data.tokenize import load_tokenizer
     from dpo_ray.train.offline import train_offline

@@ -97,7 +97,7 @@ def main() -> None:
         before, begin = psutil.Process().memory_info(), time.perf_counter()
         store = prepare()
         print(f"opened again in {time.perf_counter() - begin:.2f} s; {store.lengths.sum():,} tokens")
-        shape = BatchShape(share=0, shares=8, tokens_per_micro_batch=4096, attention_cost=0.0)
+        shape = BatchShape(dp_rank=0, dp_size=8, tokens_per_micro_batch=4096, attention_cost=0.0)
         loader, times = PairLoader(store, shape, pairs_per_step=64, seed=0, shuffle=True), []
         for _ in range(500):
             begin = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Replaceable parts: a built-in name or an import path, and keyword arguments.
+"""Replaceable components: a built-in name or an import path, and keyword arguments.
 
-Losses, judges, selectors and weight transports are all found and built here. A wrong name or argument is an error
-that lists what is accepted, raised when the run is described and before anything is loaded.
+Used for losses, optimizers, judges, selectors and weight transports. A wrong name or argument raises an error that
+lists the accepted ones, before a model is loaded.
 """
 
 import importlib
@@ -13,12 +13,12 @@ from typing import Any
 
 
 def resolve(use: str, registry: Mapping[str, Any], kind: str) -> Any:
-    """The object that a component's ``use`` names.
+    """The object named by a component's ``use``.
 
     Args:
         use: a key of ``registry``, or ``package.module:attribute``. An import path runs that module's code.
         registry: the built-in names of this kind of component.
-        kind: what is looked for, for messages: ``judge``, ``loss``, ...
+        kind: for messages: ``judge``, ``loss``, ...
 
     Raises:
         ValueError: the name is unknown, or the module or attribute cannot be imported.
@@ -38,7 +38,7 @@ def resolve(use: str, registry: Mapping[str, Any], kind: str) -> Any:
 
 
 def validate_name(use: str, names: Iterable[str], kind: str) -> None:
-    """Raise a ValueError when ``use`` is neither one of ``names`` nor an import path."""
+    """Raise a ValueError if ``use`` is neither one of ``names`` nor an import path."""
     names = sorted(names)
     if use in names or ":" in use:
         return
@@ -51,10 +51,10 @@ def validate_name(use: str, names: Iterable[str], kind: str) -> None:
 
 
 def check_arguments(function: Callable[..., Any], args: Mapping[str, Any], use: str, kind: str) -> None:
-    """Refuse keyword arguments that ``function`` does not take.
+    """Reject keyword arguments that ``function`` does not accept.
 
     Raises:
-        ValueError: names the argument and prints the signature; or ``function`` cannot be called at all.
+        ValueError: an argument is not accepted, or ``function`` is not callable.
     """
     if not callable(function):
         raise ValueError(f"{kind} {use!r} is a {type(function).__name__}; it must be a function or a class")
@@ -72,43 +72,43 @@ def check_arguments(function: Callable[..., Any], args: Mapping[str, Any], use: 
 def bind(
     use: str, args: Mapping[str, Any], registry: Mapping[str, Any], kind: str, **runtime: Any
 ) -> Callable[..., Any]:
-    """The function that ``use`` names, with ``args`` bound: for losses and selectors.
+    """The function named by ``use``, with ``args`` bound: for losses, optimizers and selectors.
 
     Args:
-        runtime: arguments the system supplies; bound only where the signature takes them.
+        runtime: arguments of the system; bound only if the signature accepts them.
 
     Raises:
-        ValueError: the name is unknown, an argument is not taken, or one that only ``args`` can give is missing.
+        ValueError: the name is unknown, an argument is not accepted, or a keyword-only argument is missing.
     """
-    function = resolve(use, registry, kind)
-    check_arguments(function, args, use, kind)
-    signature = inspect.signature(function)
-    arguments = {name: value for name, value in runtime.items() if name in signature.parameters} | dict(args)
-    for parameter in signature.parameters.values():
-        if (
-            parameter.kind is parameter.KEYWORD_ONLY
-            and parameter.default is parameter.empty
-            and parameter.name not in arguments
-        ):
-            raise ValueError(f"{kind} {use!r} needs the argument {parameter.name!r}; its signature is {use}{signature}")
+    function, arguments, signature = _resolve_arguments(use, args, registry, kind, runtime)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty and name not in arguments:
+            raise ValueError(f"{kind} {use!r} needs the argument {name!r}; its signature is {use}{signature}")
     return partial(function, **arguments)
 
 
 def build(use: str, args: Mapping[str, Any], registry: Mapping[str, Any], kind: str, **runtime: Any) -> Any:
-    """Call what ``use`` names with ``args`` and return the result: for judges and transports.
+    """Call the factory named by ``use`` with ``args`` and return the result: for judges and transports.
 
     Args:
-        runtime: arguments the system supplies; passed only where the signature takes them.
+        runtime: arguments of the system; passed only if the signature accepts them.
 
     Raises:
-        ValueError: the name is unknown, or an argument is not taken or is missing.
+        ValueError: the name is unknown, or an argument is not accepted or missing.
     """
-    factory = resolve(use, registry, kind)
-    check_arguments(factory, args, use, kind)
-    signature = inspect.signature(factory)
-    arguments = {name: value for name, value in runtime.items() if name in signature.parameters} | dict(args)
+    factory, arguments, signature = _resolve_arguments(use, args, registry, kind, runtime)
     try:
         signature.bind(**arguments)
     except TypeError as error:
         raise ValueError(f"{kind} {use!r}: {error}; its signature is {use}{signature}") from None
     return factory(**arguments)
+
+
+def _resolve_arguments(
+    use: str, args: Mapping[str, Any], registry: Mapping[str, Any], kind: str, runtime: Mapping[str, Any]
+) -> tuple[Callable[..., Any], dict[str, Any], inspect.Signature]:
+    function = resolve(use, registry, kind)
+    check_arguments(function, args, use, kind)
+    signature = inspect.signature(function)
+    accepted = {name: value for name, value in runtime.items() if name in signature.parameters}
+    return function, accepted | dict(args), signature

@@ -155,20 +155,22 @@ def atomic_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file; empty if there is no file.
 
-    Lines that are not JSON objects are skipped with a warning: a killed process leaves a partial last line.
+    An incomplete last line, of a running or killed writer, is ignored. Other invalid lines are skipped with a warning.
     """
-    if not path.exists():
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    except FileNotFoundError:
         return []
     objects = []
-    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
-            value = json.loads(text) if text.strip() else {}
+            value = json.loads(line)
         except json.JSONDecodeError:
             value = None
-        if not isinstance(value, dict):
-            logger.warning("%s:%d: skipped, not a JSON object (a killed process leaves a partial line)", path, number)
-        elif value:
+        if isinstance(value, dict):
             objects.append(value)
+        elif line.strip() and line.endswith("\n"):
+            logger.warning("%s:%d: skipped, not a JSON object", path, number)
     return objects
 
 

@@ -1,7 +1,6 @@
-"""What crosses package boundaries: prompts, completions, judged groups and preference pairs; the kind of a failure.
+"""Types shared by packages: prompts, completions, groups, preference pairs, results and errors.
 
-Text-level and plain: no torch, no Ray, nothing outside the standard library, so that every package and every process
-can hold them.
+Only the standard library is imported, so that every process can load them quickly.
 """
 
 from collections.abc import Mapping
@@ -16,12 +15,12 @@ Messages = tuple[Message, ...]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt that candidates are written for."""
+    """A prompt to generate candidates for."""
 
     index: int
-    """Position in the prompt set, from 0; stable over rounds and restarts."""
+    """Position in the prompt set, from 0; the same in all rounds and after restarts."""
     messages: Messages
-    """The conversation up to the turn to be written."""
+    """The conversation before the turn to generate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,28 +29,28 @@ class Completion:
 
     text: str
     token_ids: tuple[int, ...]
-    """Tokens as sampled, with the end-of-turn token where the model wrote one."""
+    """Sampled tokens, including the end-of-turn token if the model generated it."""
     finished: bool
-    """True when the model ended its turn; False when the token limit cut it."""
+    """True if the model ended its turn; False if the completion was truncated at the token limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionGroup:
-    """The candidates one engine wrote for one prompt."""
+    """The candidates that an engine generated for one prompt."""
 
     prompt: Prompt
     prompt_token_ids: tuple[int, ...]
-    """The prompt as the engine saw it: chat template applied, generation prompt included."""
+    """The prompt as passed to the engine, with chat template and generation prompt."""
     completions: tuple[Completion, ...]
     policy_version: int
-    """Version of the weights that wrote every completion of the group."""
+    """Version of the weights that generated all completions of the group."""
     seed: int
     """Sampling seed of the first completion; the i-th used ``seed + i``."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredPair:
-    """A selected preference: which two candidates of a group become chosen and rejected."""
+    """The chosen and the rejected candidate of a group."""
 
     chosen: int
     """Index into ``group.completions``."""
@@ -60,15 +59,15 @@ class ScoredPair:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """Why a group gave no pair."""
+    """A group without a pair."""
 
     reason: str
-    """A short snake_case word that is counted, e.g. ``tie``."""
+    """Counted as rollout/dropped_REASON, for example ``tie``."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenPair:
-    """A preference pair as token ids: what the training step consumes."""
+    """A preference pair as token ids, for training."""
 
     prompt: tuple[int, ...]
     chosen: tuple[int, ...]
@@ -76,13 +75,13 @@ class TokenPair:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the prompt-shared row: the prompt counts once."""
+        """Number of tokens; the prompt counts once."""
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenSample:
-    """One prompt and one completion as token ids, for measuring the policy on its own samples."""
+    """One prompt and one completion as token ids, to estimate the KL divergence."""
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
@@ -90,15 +89,15 @@ class TokenSample:
 
 @dataclass(frozen=True, slots=True)
 class RoundData:
-    """What a finished collection hands to training."""
+    """The training data of a round."""
 
     index: int
     pairs: tuple[TokenPair, ...]
     samples: tuple[TokenSample, ...]
-    """One completion a prompt, picked without looking at the scores: an unbiased sample of the policy."""
+    """One completion per prompt, picked independently of the scores: an unbiased sample of the policy."""
     policy_version: int
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Judge scores, counts of what was kept and dropped, and timings of the collection."""
+    """Judge scores, counts of kept and dropped groups, and timings."""
 
 
 Metrics = dict[str, Any]
@@ -107,13 +106,13 @@ Metrics = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """How a training loop ended."""
+    """Result of a training loop."""
 
     metrics: Metrics
     """The last evaluation, or the last step."""
     stopped_at: str | None = None
-    """Where it stopped because it was asked to, such as ``step 12 of 40``; None at the end of the run."""
+    """Position at which it was interrupted, such as ``step 12 of 40``; None if it finished."""
 
 
 class NonRetryableError(RuntimeError):
-    """A failure that would come again: starting the training workers again does not help."""
+    """An error that is not retried, because it would recur; crashes and lost connections are retried."""

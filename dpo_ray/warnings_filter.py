@@ -1,12 +1,12 @@
-"""Libraries that talk as they are imported."""
+"""Filter for warnings that libraries log when they are imported."""
 
 import logging
 
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
-"""Loggers that warn of what a person who starts a command can do nothing about."""
+"""Loggers whose import-time warnings a user cannot act on."""
 
 
 def filter_import_warnings() -> None:
-    """Let them say errors only; to be called before torch and transformers are imported."""
+    """Set these loggers to ERROR; call it before torch and transformers are imported."""
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The configuration tree and how it is read. Imports neither torch nor Ray: a typo is answered within a second."""
+"""The configuration and its loading. Imports neither torch nor Ray, so that a typo is reported within a second."""
 
 from dpo_ray.config.commands import OFFLINE, ONLINE, SWEEP
 from dpo_ray.config.load import (
@@ -10,7 +10,8 @@ from dpo_ray.config.load import (
 )
 from dpo_ray.config.paths import with_absolute_paths
 from dpo_ray.config.resume import first_difference
-from dpo_ray.config.schema import Component, Config
+from dpo_ray.config.schema import Component
+from dpo_ray.config.tree import Config
 
 __all__ = [
     "OFFLINE",

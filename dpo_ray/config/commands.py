@@ -1,31 +1,31 @@
-"""What each command that trains cannot do without, and what it would ignore without a word."""
+"""The keys that each training command requires, and the keys that it would silently ignore."""
 
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any, NamedTuple
 
-from pydantic_core import PydanticUndefined
-
-from dpo_ray.config.schema import Config, Section
+from dpo_ray.config.schema import Section
+from dpo_ray.config.tree import Config
 
 
 class Command(NamedTuple):
-    """The keys that a command treats unlike others."""
+    """Key requirements of a command."""
 
-    needs: Mapping[str, str]
-    """Keys that must be given, and what to do where one is not."""
-    ignores: Mapping[str, str]
-    """Keys that must be left as they are, and why they would mean nothing."""
+    required: Mapping[str, str]
+    """Keys that must not be empty, each with advice for the error message."""
+    ignored: Mapping[str, str]
+    """Keys that must keep their default, each with the reason."""
 
 
 _PAIRS = {"data.train": "give files of preference pairs, or a hub dataset"}
 _NO_ROUNDS = {"online": "this command trains on a fixed preference set; dpo-ray online runs rounds"}
-_ROUNDS_INSTEAD = "an online run trains on what its engines write, for online.rounds"
+_ROUNDS_INSTEAD = "an online run trains on pairs from its engines, for online.rounds"
 
-OFFLINE = Command(needs=_PAIRS, ignores=_NO_ROUNDS)
-SWEEP = Command(needs=_PAIRS | {"data.eval": "a sweep compares trials on held-out pairs"}, ignores=_NO_ROUNDS)
+OFFLINE = Command(required=_PAIRS, ignored=_NO_ROUNDS)
+SWEEP = Command(required=_PAIRS | {"data.eval": "a sweep compares trials on held-out pairs"}, ignored=_NO_ROUNDS)
 ONLINE = Command(
-    needs={"online": "this command needs an online section (prompts, rounds, judge, ...)"},
-    ignores={
+    required={"online": "this command needs an online section (prompts, rounds, judge, ...)"},
+    ignored={
         "data.train": _ROUNDS_INSTEAD,
         "data.eval": "an online run is evaluated on online.eval_prompts",
         "run.steps": _ROUNDS_INSTEAD,
@@ -35,27 +35,18 @@ ONLINE = Command(
 
 
 def validate_command(config: Config, command: Command) -> None:
-    """Raise a ValueError for the first key that the command needs and has not, or has and would ignore."""
-    for key, advice in command.needs.items():
+    """Raise a ValueError for the first required key that is empty or ignored key that is set."""
+    for key, advice in command.required.items():
         if not _value(config, key):
             raise ValueError(f"{key} is empty: {advice}")
-    for key, why in command.ignores.items():
-        found = _value(config, key)
-        if found != _default(config, key):
-            what = "a section" if isinstance(found, Section) else repr(found)
-            raise ValueError(f"{key}: found {what}, which would be ignored: {why}; leave {key} out")
+    for key, reason in command.ignored.items():
+        value = _value(config, key)
+        section, _, name = key.rpartition(".")
+        parent = _value(config, section) if section else config
+        if value != type(parent).model_fields[name].default:
+            found = "a section" if isinstance(value, Section) else repr(value)
+            raise ValueError(f"{key}: found {found}, which would be ignored: {reason}; leave {key} out")
 
 
 def _value(config: Config, key: str) -> Any:
-    found: Any = config
-    for name in key.split("."):
-        found = getattr(found, name)
-    return found
-
-
-def _default(config: Config, key: str) -> Any:
-    section, _, name = key.rpartition(".")
-    holder = _value(config, section) if section else config
-    default = type(holder).model_fields[name].default
-    assert default is not PydanticUndefined, key
-    return default
+    return reduce(getattr, key.split("."), config)

@@ -1,117 +1,122 @@
-"""What sections of a configuration ask of each other. Each check raises a ValueError that names the keys."""
+"""Checks that involve several sections of a configuration. Each raises a ValueError that names the keys."""
 
 import math
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from dpo_ray.config.schema import Config
-
-
-def validate_sections(config: "Config") -> None:
-    """Raise a ValueError where two sections contradict each other."""
-    _workers_fill_the_mesh(config)
-    _layers_can_be_split(config)
-    _layers_can_be_compiled(config)
-    _reference_can_be_had(config)
-    _run_can_be_kept(config)
-    _engines_can_share(config)
+from dpo_ray.config.schema import (
+    ClusterConfig,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OnlineConfig,
+    OptimConfig,
+    ReferenceConfig,
+    RunConfig,
+    ShardConfig,
+)
 
 
-def _workers_fill_the_mesh(config: "Config") -> None:
-    shapes = {name: getattr(config.shard, name) for name in ("replicate", "context_parallel", "tensor_parallel")}
-    if config.cluster.train_workers % math.prod(shapes.values()):
-        written = " * ".join(f"shard.{name} ({size})" for name, size in shapes.items() if size > 1)
-        raise ValueError(f"{written} must divide cluster.train_workers ({config.cluster.train_workers})")
+def validate_mesh(shard: ShardConfig, cluster: ClusterConfig) -> None:
+    """The parallel sizes divide the workers."""
+    sizes = {name: getattr(shard, name) for name in ("replicate", "context_parallel", "tensor_parallel")}
+    if cluster.train_workers % math.prod(sizes.values()):
+        product = " * ".join(f"shard.{name} ({size})" for name, size in sizes.items() if size > 1)
+        raise ValueError(f"{product} must divide cluster.train_workers ({cluster.train_workers})")
 
 
-def _layers_can_be_split(config: "Config") -> None:
-    if config.shard.context_parallel > 1 and config.model.attention == "sdpa":
+def validate_layers(shard: ShardConfig, model: ModelConfig, optim: OptimConfig) -> None:
+    """Layers can be sharded, compiled and checkpointed as configured."""
+    if shard.context_parallel > 1 and model.attention == "sdpa":
         raise ValueError(
-            "model.attention: sdpa masks a whole row, which no worker has with shard.context_parallel "
-            f"({config.shard.context_parallel}) > 1; set model.attention: auto or flex"
+            "model.attention: sdpa needs whole rows, which shard.context_parallel "
+            f"({shard.context_parallel}) splits; set model.attention: auto or flex"
         )
-    if config.shard.tensor_parallel > 1:
-        without = {
-            "model.lora": config.model.lora is not None,
-            "model.fp8": config.model.fp8,
-            "shard.activation_offload": config.shard.activation_offload,
-            "shard.compile": config.shard.compile,
-            "optim.use: adamw_8bit": config.optim.use == "adamw_8bit",
-        }
-        if found := [name for name, is_set in without.items() if is_set]:
-            raise ValueError(
-                f"{found[0]} does not go with layers that workers split; leave it out, or set "
-                f"shard.tensor_parallel ({config.shard.tensor_parallel}) to 1"
-            )
-
-
-def _layers_can_be_compiled(config: "Config") -> None:
-    if config.shard.compile and config.shard.activation_checkpointing == "selective":
+    unsupported = {
+        "model.lora": model.lora is not None,
+        "model.fp8": model.fp8,
+        "shard.activation_offload": shard.activation_offload,
+        "shard.compile": shard.compile,
+        "optim.use: adamw_8bit": optim.use == "adamw_8bit",
+    }
+    if shard.tensor_parallel > 1 and any(unsupported.values()):
+        key = next(key for key, is_set in unsupported.items() if is_set)
         raise ValueError(
-            "shard.compile would compile nothing of a layer of which some is recomputed; what it compiles keeps no "
-            "cheap results anyway: set shard.activation_checkpointing: none, or full"
+            f"{key} is not supported with tensor parallelism; leave it out, or set "
+            f"shard.tensor_parallel ({shard.tensor_parallel}) to 1"
+        )
+    if shard.compile and shard.activation_checkpointing == "selective":
+        raise ValueError(
+            "shard.compile is not supported with shard.activation_checkpointing: selective, and compiled layers "
+            "save few activations anyway; set shard.activation_checkpointing: none or full"
         )
 
 
-def _reference_can_be_had(config: "Config") -> None:
-    kind, refresh, lora = config.reference.kind, config.reference.refresh, config.model.lora
-    if refresh == "round" and config.online is None:
+def validate_reference(
+    reference: ReferenceConfig, model: ModelConfig, loss: LossConfig, online: OnlineConfig | None
+) -> None:
+    """The reference can be computed."""
+    kind, refresh, lora = reference.kind, reference.refresh, model.lora
+    if refresh == "round" and online is None:
         raise ValueError("reference.refresh: round needs rounds; it is for online runs (give an online section)")
-    if refresh == "round" and kind == "live":
-        raise ValueError("reference.refresh: round scores with the policy itself; set reference.kind to auto or cached")
-    if refresh == "round" and kind == "adapters_off":
-        raise ValueError("reference.refresh: round needs reference.kind: auto or cached; adapters_off never changes")
+    if refresh == "round" and kind in ("live", "adapters_off"):
+        raise ValueError(
+            f"reference.refresh: round uses the policy as reference, reference.kind: {kind} never changes; "
+            "set reference.kind: auto or cached"
+        )
     if kind == "adapters_off" and lora is None:
         raise ValueError("reference.kind: adapters_off is for a policy with adapters; give model.lora, or set auto")
     if kind == "live" and lora is not None and lora.quantize is not None:
         raise ValueError(
-            "reference.kind: live would keep a second model, in full precision, beside the one that "
-            "model.lora.quantize holds in four bits; set reference.kind: adapters_off, or auto"
+            "reference.kind: live would load a second, unquantized model beside the one that model.lora.quantize "
+            "keeps in four bits; set reference.kind: adapters_off or auto"
         )
-    if kind == "cached" and refresh == "never" and config.online is not None:
+    if kind == "cached" and refresh == "never" and online is not None:
         raise ValueError(
-            "reference.kind: cached cannot score fresh pairs with the untrained policy once it has been trained; "
-            "set reference.kind: live (or auto), or reference.refresh: round"
+            "reference.kind: cached needs the untrained policy, which an online run no longer has for its "
+            "new pairs; set reference.kind: live (or auto), or reference.refresh: round"
         )
-    if kind == "none" and config.loss.needing_reference:
+    if kind == "none" and loss.needing_reference:
         raise ValueError(
-            f"reference.kind: none leaves loss {config.loss.needing_reference[0]!r} without the reference it needs; "
-            "set reference.kind: auto, or take a loss that needs none, such as simpo"
+            f"reference.kind: none, but loss {loss.needing_reference[0]!r} needs a reference; set "
+            "reference.kind: auto, or use a reference-free loss such as simpo"
         )
 
 
-def _run_can_be_kept(config: "Config") -> None:
-    if config.online is not None and config.run.remote:
+def validate_run(run: RunConfig, data: DataConfig, online: OnlineConfig | None) -> None:
+    """The run directory and the best metric suit the kind of run."""
+    if online is not None and run.remote:
         raise ValueError(
-            f"run.dir is {config.run.dir!r}: an online run writes rounds that several processes read; object stores "
-            "are for offline runs, give a path that all nodes mount"
+            f"run.dir is {run.dir!r}: several processes of an online run read its rounds; object stores are "
+            "for offline runs, give a path that all nodes mount"
         )
-    if config.run.best_metric is not None and (config.online is not None or not config.data.eval):
+    if run.best_metric is not None and (online is not None or not data.eval):
         raise ValueError("run.best_metric needs evaluations to compare; it is for offline runs with data.eval")
 
 
-def _engines_can_share(config: "Config") -> None:
-    if config.online is None:
+def validate_transport(online: OnlineConfig, cluster: ClusterConfig) -> None:
+    """The weight transport suits the placement of engines."""
+    if online.sync.use == "ipc" and not cluster.colocate:
+        raise ValueError(
+            "online.sync.use: ipc needs engine and trainer on the same GPU; set cluster.colocate: true, or "
+            "online.sync.use: nccl for engines with GPUs of their own"
+        )
+    if online.sync.use == "nccl" and cluster.colocate:
+        raise ValueError(
+            "online.sync.use: nccl is not supported with cluster.colocate, because NCCL rejects two ranks on one "
+            "GPU; set online.sync.use: auto"
+        )
+
+
+def validate_colocation(online: OnlineConfig, cluster: ClusterConfig) -> None:
+    """Engines fit on the GPUs of the training workers."""
+    if not cluster.colocate:
         return
-    transport, size = config.online.sync.use, config.cluster
-    if transport == "ipc" and not size.colocate:
+    if online.max_lag > 0:
         raise ValueError(
-            "online.sync.use: ipc hands weights over on the card that engine and trainer share; set "
-            "cluster.colocate: true, or online.sync.use: nccl for engines with GPUs of their own"
+            f"online.max_lag is {online.max_lag}: with cluster.colocate generation and training alternate, so "
+            "generation cannot run ahead; set online.max_lag: 0"
         )
-    if not size.colocate:
-        return
-    if config.online.max_lag > 0:
+    if (needed := cluster.rollout_engines * cluster.gpus_per_engine) > cluster.train_workers:
         raise ValueError(
-            f"online.max_lag is {config.online.max_lag}: with cluster.colocate engines and training take turns on a "
-            "card, so that generation cannot run ahead; set online.max_lag: 0"
-        )
-    if transport == "nccl":
-        raise ValueError(
-            "online.sync.use: nccl cannot serve cluster.colocate, NCCL refuses two ranks on one GPU; set auto"
-        )
-    if (needed := size.rollout_engines * size.gpus_per_engine) > size.train_workers:
-        raise ValueError(
-            f"cluster.colocate: cluster.rollout_engines x cluster.gpus_per_engine is {needed}, but "
-            f"cluster.train_workers brings {size.train_workers} GPUs to share"
+            f"cluster.colocate: cluster.rollout_engines * cluster.gpus_per_engine is {needed}, more than "
+            f"cluster.train_workers ({cluster.train_workers}), which have one GPU each"
         )

@@ -1,8 +1,8 @@
-"""Reading the configuration: YAML, dotted overrides, and errors that name the key.
+"""Loading the configuration: YAML, dotted overrides, and errors that name the key.
 
-Three layers, later ones win: the defaults of the schema, the YAML file, ``key=value`` arguments. A value on the command
-line is read as YAML, so ``optim.lr=1e-6``, ``data.eval=[a.jsonl,b.jsonl]`` and ``loss.args={label_smoothing: 0.1}`` all
-mean what they say.
+Three layers, in ascending order of precedence: the defaults of the schema, the YAML file, ``key=value`` arguments.
+Values on the command line are parsed as YAML, for example ``optim.lr=1e-6``, ``data.eval=[a.jsonl,b.jsonl]`` and
+``loss.args={label_smoothing: 0.1}``.
 """
 
 import re
@@ -16,23 +16,23 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
-from pydantic_core import PydanticUndefined
 
 from dpo_ray.config.commands import Command, validate_command
 from dpo_ray.config.paths import validate_paths
-from dpo_ray.config.schema import TRACKERS, Config, Section
+from dpo_ray.config.schema import TRACKERS, Section
+from dpo_ray.config.tree import Config
 from dpo_ray.storage import StorageFailed, folder_at, storage_errors
 
 
 class ConfigError(ValueError):
-    """The configuration cannot be used; the message names each key, what was found and what is accepted."""
+    """Invalid configuration; the message names each key, the value found and the values accepted."""
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """The configuration in a YAML file, with dotted overrides applied.
 
     Raises:
-        ConfigError: the file is missing or is not YAML, or a key or value is not accepted.
+        ConfigError: the file is missing or not valid YAML, or a key or value is not accepted.
     """
     path = folder_at(path) if isinstance(path, str) else path
     try:
@@ -47,7 +47,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: holds a {type(tree).__name__}; a configuration is a mapping of sections")
+        raise ConfigError(f"{path}: found a {type(tree).__name__}; a configuration is a mapping of sections")
     return _validate(_merge(tree, overrides or {}), source=str(path), overrides=overrides or {})
 
 
@@ -57,7 +57,7 @@ def override(config: Config, overrides: Mapping[str, Any]) -> Config:
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """``["optim.lr=1e-6"]`` as a mapping of dotted keys to values.
+    """Parse ``["optim.lr=1e-6"]`` to a mapping of dotted keys to values.
 
     Raises:
         ConfigError: an argument has no ``=``, or its value is not YAML.
@@ -75,13 +75,13 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Write the resolved tree as YAML that ``load_config`` reads back to an equal tree."""
+    """Save the resolved configuration as YAML; ``load_config`` returns an equal one."""
     text = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     path.write_text(text, encoding="utf-8")
 
 
 def validate_extras(config: Config) -> None:
-    """Raise a ValueError for a setting that needs an optional package that is not here."""
+    """Raise a ValueError for a setting whose optional package is not installed."""
     lora = config.model.lora
     if lora is not None and lora.quantize is not None and find_spec("bitsandbytes") is None:
         raise ValueError(
@@ -98,15 +98,14 @@ def validate_extras(config: Config) -> None:
 
 
 def config_from_argv(usage: str, command: Command, argv: Sequence[str] | None = None) -> Config:
-    """The configuration a command line describes: ``CONFIG.yaml [key=value ...]``.
+    """The configuration of a command line: ``CONFIG.yaml [key=value ...]``.
 
-    Prints every key for ``--help``. Ends the process with exit code 2 and a message when the configuration cannot be
-    used or names a file that is not there.
+    ``--help`` prints every key. An invalid configuration or a missing file exits with code 2 and a message.
 
     Args:
-        usage: the command's own description, printed above the keys.
-        command: what it needs and would ignore.
-        argv: the arguments; by default those of the process.
+        usage: description of the command, printed above the keys.
+        command: required and ignored keys.
+        argv: arguments; None for ``sys.argv``.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or any(a in ("-h", "--help") for a in arguments):
@@ -124,7 +123,7 @@ def config_from_argv(usage: str, command: Command, argv: Sequence[str] | None = 
 
 
 def help_text() -> str:
-    """Every dotted key with its type, default and meaning."""
+    """All dotted keys with type, default and meaning."""
     lines = []
     for key, kind, default, meaning in _leaves(Config, ""):
         lines.append(f"{key}: {kind}{default}")
@@ -136,11 +135,11 @@ def help_text() -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-6 as a number; YAML 1.1 wants 1.0e-6, and component arguments have no schema that would convert it."""
+    """Parses 1e-6 as a number. YAML 1.1 requires 1.0e-6, and component arguments have no schema to convert a string."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a text that ``_Loader`` would read as a number."""
+    """Quotes strings that ``_Loader`` would parse as numbers."""
 
 
 for _class in (_Loader, _Dumper):
@@ -160,8 +159,8 @@ def _merge(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
             if child is None:
                 child = node[part] = {}
             if not isinstance(child, dict):
-                taken = ".".join(parents[: depth + 1])
-                raise ConfigError(f"{dotted}: {taken} holds {child!r}, which has no keys below it{_nearest(dotted)}")
+                parent = ".".join(parents[: depth + 1])
+                raise ConfigError(f"{dotted}: {parent} is {child!r} and has no keys{_suggestion(dotted)}")
             node = child
         node[leaf] = _copy(value)
     return merged
@@ -175,36 +174,36 @@ def _validate(tree: Mapping[str, Any], *, source: str, overrides: Collection[str
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        problems = [f"{'override' if _came_with(overrides, e) else source}: {_explain(e)}" for e in error.errors()]
+        problems = [f"{'override' if _is_overridden(overrides, e) else source}: {_explain(e)}" for e in error.errors()]
         raise ConfigError("\n       ".join(problems)) from None
 
 
-def _came_with(overrides: Collection[str], error: Any) -> bool:
-    """Whether an override gave what an error is about."""
-    about = ".".join(map(str, error["loc"]))
-    made_up = error["type"] == "extra_forbidden"  # also a section of which only a key below was given
-    return any(f"{about}.".startswith(f"{key}.") or (made_up and key.startswith(f"{about}.")) for key in overrides)
+def _is_overridden(overrides: Collection[str], error: Any) -> bool:
+    """True if an override set the invalid key."""
+    invalid = ".".join(map(str, error["loc"]))
+    unknown = error["type"] == "extra_forbidden"  # an unknown section is reported for overrides of keys below it
+    return any(f"{invalid}.".startswith(f"{key}.") or (unknown and key.startswith(f"{invalid}.")) for key in overrides)
 
 
 def _explain(error: Any) -> str:
     dotted = ".".join(str(part) for part in error["loc"])
     match error["type"]:
         case "extra_forbidden":
-            return f"{dotted}: no such key{_nearest(dotted)}"
+            return f"{dotted}: no such key{_suggestion(dotted)}"
         case "missing":
             return f"{dotted}: is required and has no default"
         case "model_type" | "dict_type":
-            return f"{dotted}: found {error['input']!r}; it takes a mapping of keys to values"
+            return f"{dotted}: found {error['input']!r}; it must be a mapping of keys to values"
         case "unknown_component":
             return f"{dotted}: {error['msg']}"
         case "value_error":
-            return str(error["ctx"]["error"])  # checks over several fields name their keys themselves
+            return str(error["ctx"]["error"])  # validators of several keys name them in their message
         case _:
             accepted = (error["msg"][0].lower() + error["msg"][1:]).replace("None", "null")
             return f"{dotted}: found {error['input']!r}; {accepted}"
 
 
-def _nearest(dotted: str) -> str:
+def _suggestion(dotted: str) -> str:
     keys = [key for key, *_ in _leaves(Config, "")]
     keys += sorted({key.rpartition(".")[0] for key in keys if "." in key})
     keys = [key for key in keys if not dotted.startswith(f"{key}.")]
@@ -213,17 +212,17 @@ def _nearest(dotted: str) -> str:
     close += [key for key in keys if key.rpartition(".")[2] == leaf]
     if close:
         return f"; did you mean {close[0]}?"
-    beside = [key.rpartition(".")[2] for key in keys if section and key.rpartition(".")[0] == section]
-    return f"; {section} has the keys {', '.join(beside)}" if beside else "; --help lists every key"
+    siblings = [key.rpartition(".")[2] for key in keys if section and key.rpartition(".")[0] == section]
+    return f"; {section} has the keys {', '.join(siblings)}" if siblings else "; --help lists every key"
 
 
 def _leaves(section: type[Section], prefix: str) -> Iterator[tuple[str, str, str, str]]:
     for name, field in section.model_fields.items():
-        below = _section_of(field.annotation)
-        if below is not None:
-            yield from _leaves(below, f"{prefix}{name}.")
+        subsection = _section_of(field.annotation)
+        if subsection is not None:
+            yield from _leaves(subsection, f"{prefix}{name}.")
             continue
-        default = " (required)" if field.is_required() else f" = {_show(field.get_default(call_default_factory=True))}"
+        default = " (required)" if field.is_required() else f" = {_format(field.default)}"
         yield f"{prefix}{name}", _type_name(field.annotation, field.metadata), default, field.description or ""
 
 
@@ -257,9 +256,7 @@ def _type_name(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     return f"{name} ({', '.join(bounds)})" if bounds else name
 
 
-def _show(value: Any) -> str:
-    if value is PydanticUndefined:
-        return "(required)"
+def _format(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, bool):

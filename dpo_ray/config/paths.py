@@ -1,24 +1,24 @@
-"""The files and folders that a configuration names: made absolute, and missed before anything is started."""
+"""Files and folders of a configuration: absolute paths, and errors for missing ones before anything is started."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dpo_ray.config.schema import Config
+from dpo_ray.config.tree import Config
 from dpo_ray.storage import folder_at
 
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """``config`` with every local path made absolute, so that it means the same in every process.
+    """``config`` with absolute local paths, which are valid in every process.
 
-    What does not exist here under a relative path is left as it is: it may be the name of a hub model or dataset.
+    A relative path that does not exist is kept: it may be the name of a hub model or dataset.
     """
     tree = config.model_dump(mode="json")
     if not config.run.remote:
         tree["run"]["dir"] = str(folder_at(config.run.dir).expanduser().absolute())
     tree["reference"]["cache_dir"] = str(config.reference.cache_path.absolute())
-    for dotted, paths in _named(config):
+    for dotted, paths in _paths(config):
         section, key = dotted.split(".")
         absolute = [_absolute(path) for path in paths]
         tree[section][key] = absolute if isinstance(tree[section][key], list) else absolute[0]
@@ -26,24 +26,24 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def validate_paths(config: Config) -> None:
-    """Raise a ValueError for a path that can only be local and leads nowhere.
+    """Raise a ValueError for a local path that does not exist.
 
-    A name like ``org/name`` may be of a model or dataset on the hub; what it is shows when it is opened.
+    A name like ``org/name`` may be a model or dataset on the hub; it is validated when it is loaded.
     """
     accepted: dict[str, tuple[str, Callable[[Path], bool]]] = {
         "model.path": ("a model directory or a hub id, org/name", Path.is_dir),
         "model.chat_template": ("a file with a Jinja template", Path.is_file),
     }
     data = (f"a file ({', '.join(DATA_SUFFIXES)}), a folder of datasets.save_to_disk, or a hub dataset", Path.exists)
-    for key, paths in _named(config):
-        what, there = accepted.get(key, data)
+    for key, paths in _paths(config):
+        description, exists = accepted.get(key, data)
         for path in paths:
             # A saved dataset may be followed by the name of a split.
-            if _only_local(path) and not there(_local(path)) and not there(_local(path.rpartition(":")[0] or path)):
-                raise ValueError(f"{key}: {path}: no such file or folder; accepted is {what}")
+            if _only_local(path) and not any(exists(_local(p)) for p in (path, path.rpartition(":")[0] or path)):
+                raise ValueError(f"{key}: {path}: no such file or folder; accepted is {description}")
 
 
-def _named(config: Config) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _paths(config: Config) -> Iterator[tuple[str, tuple[str, ...]]]:
     yield "model.path", (config.model.path,)
     if config.model.chat_template is not None:
         yield "model.chat_template", (config.model.chat_template,)

@@ -1,4 +1,4 @@
-"""The keys that a resumed run must share with the run that it continues."""
+"""Keys that must not change when a run is resumed."""
 
 import contextlib
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dpo_ray.config.schema import Config
+from dpo_ray.config.tree import Config
 
 FIXED_KEYS = (
     "model.path",
@@ -32,21 +32,21 @@ FIXED_KEYS = (
     "online.judge",
     "online.select",
 )
-"""Keys that decide what a run trains on, against what, and what its optimizer keeps; a resuming run shares them."""
+"""Keys of the training data, the reference, the loss and the optimizer state."""
 
 
-def first_difference(written: Mapping[str, Any], config: Config) -> str | None:
-    """The first of FIXED_KEYS in which ``config`` differs from the tree of an earlier run, as a clause of a message."""
+def first_difference(saved: Mapping[str, Any], config: Config) -> str | None:
+    """The first of FIXED_KEYS in which ``config`` differs from a saved configuration, as a clause."""
     current = config.model_dump(mode="json")
     with contextlib.suppress(ValidationError):
-        # A tree written before a key existed has its default.
-        written = Config.model_validate(written).model_dump(mode="json")
+        # Keys that did not exist when the configuration was saved get their default.
+        saved = Config.model_validate(saved).model_dump(mode="json")
     for dotted in FIXED_KEYS:
         section, key = dotted.split(".")
-        before, after = ((tree.get(section) or {}).get(key) for tree in (written, current))
+        before, after = ((tree.get(section) or {}).get(key) for tree in (saved, current))
         if before != after:
             return (
-                f"{dotted}: {before!r}, this run has {after!r}; give the run another run.name, "
-                "or remove its directory to begin again"
+                f"{dotted}: {before!r}, this run has {after!r}; set another run.name, "
+                "or remove the run directory to start again"
             )
     return None

@@ -1,6 +1,6 @@
-"""The configuration: one frozen tree of sections, each field with its default, bounds and meaning.
+"""The configuration: a frozen tree of sections, each key with its default, bounds and meaning.
 
-Defaults exist only here. The text under a field is its documentation: ``--help`` prints it.
+Defaults exist only here. ``--help`` prints the docstring under each key.
 """
 
 from pathlib import Path
@@ -9,13 +9,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from dpo_ray.config.cross_checks import validate_sections
 from dpo_ray.plugins import validate_name
 from dpo_ray.storage import folder_at, is_remote
 
 
 class Section(BaseModel):
-    """A part of the tree: immutable, and closed to unknown keys."""
+    """Base of all sections: immutable, unknown keys are errors."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
@@ -30,6 +29,8 @@ Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 """One path or a list of paths."""
 
 
+# The names of built-in components are repeated here, so that a wrong name is rejected before torch is imported. A test
+# compares them with the registries.
 LOSSES = (
     "sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down",
     "discopop", "dpop", "simpo", "orpo", "nll",
@@ -40,12 +41,10 @@ SELECTORS = ("best_vs_worst", "random_pair")
 TRANSPORTS = ("object_store", "nccl", "ipc")
 OPTIMIZERS = ("adamw", "adamw_8bit")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
-# Names of built-in parts stand here besides in the parts' own dictionaries (a test holds them equal), so that a wrong
-# one is refused before torch is imported.
 
 
 def _one_of(kind: str, names: tuple[str, ...]) -> Any:
-    def known(use: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    def validate(use: str | tuple[str, ...]) -> str | tuple[str, ...]:
         try:
             for name in (use,) if isinstance(use, str) else use:
                 validate_name(name, names, kind)
@@ -53,52 +52,51 @@ def _one_of(kind: str, names: tuple[str, ...]) -> Any:
             raise PydanticCustomError("unknown_component", "{problem}", {"problem": str(error)}) from None
         return use
 
-    return AfterValidator(known)
+    return AfterValidator(validate)
 
 
 class Component(Section):
-    """A replaceable part."""
+    """A replaceable component."""
 
     use: str
     """Built-in name, or import path package.module:attribute."""
     args: dict[str, Any] = {}
-    """Keyword arguments the part is built with."""
+    """Keyword arguments of the component."""
 
 
 class RunConfig(Section):
-    """What the run is called, how long it lasts, what it keeps."""
+    """Name, length, checkpoints and evaluations of the run."""
 
     dir: str = "runs"
-    """Folder that holds run directories: a local path or a mount shared by all nodes; for offline runs also an object
-    store, such as s3://bucket/runs (pip install 'dpo-ray[s3]'; credentials and endpoint from the environment, AWS_*).
-    """
+    """Parent folder of run directories: a local path or a mount shared by all nodes. Offline runs also accept an object
+    store, such as s3://bucket/runs (pip install 'dpo-ray[s3]'; credentials and endpoint from AWS_* variables)."""
     name: str = "dpo"
-    """Name of this run; the same name resumes it."""
+    """Name of the run directory. Rerun with the same name to resume."""
     seed: int = Field(0, ge=0, lt=2**31)
-    """Seed of the data order, the sampling and everything else drawn at random."""
+    """Random seed of data order, sampling and initialization."""
     steps: int | None = Field(None, ge=1)
-    """Optimizer steps; overrides epochs. Offline only: an online run lasts online.rounds."""
+    """Number of optimizer steps; overrides run.epochs. Offline only: the length of an online run is online.rounds."""
     epochs: float = Field(1.0, gt=0)
-    """Passes over the training pairs."""
+    """Number of passes over the training pairs. Offline only."""
     save_every: int | None = Field(100, ge=1)
-    """Steps between checkpoints offline, rounds online (there 1 unless set); null saves only when the run is asked to
-    stop."""
+    """Steps between checkpoints offline, rounds between checkpoints online (default 1); null saves only when the run is
+    interrupted."""
     eval_every: int | None = Field(50, ge=1)
-    """Steps between evaluations offline, rounds online (there 1 unless set); null evaluates at the start and the end
-    only."""
+    """Steps between evaluations offline, rounds between evaluations online (default 1); null evaluates only at the
+    start and the end."""
     keep_checkpoints: int = Field(2, ge=1)
-    """How many of the newest checkpoints stay on disk."""
+    """Number of most recent checkpoints to keep."""
     best_metric: str | None = None
-    """A metric of evaluations, such as eval/rewards/accuracies; the checkpoint where it was best stays as well."""
+    """Evaluation metric, such as eval/rewards/accuracies; the checkpoint with its best value is kept too."""
     best_mode: Literal["max", "min"] = "max"
-    """Whether a larger or a smaller run.best_metric is better."""
+    """max if larger values of run.best_metric are better, min if smaller ones are."""
     export: bool = True
-    """Write the final policy as a Hugging Face directory, policy/."""
+    """Save the final policy in Hugging Face format, in policy/."""
     trackers: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), _one_of("tracker", TRACKERS)] = ()
-    """Experiment trackers that get every line of metrics.jsonl: tensorboard, wandb, mlflow, trackio (pip install
+    """Experiment trackers that receive every line of metrics.jsonl: tensorboard, wandb, mlflow, trackio (pip install
     'dpo-ray[wandb]', ...), or import paths. A tracker that fails does not fail the run."""
     tracker_args: dict[str, dict[str, Any]] = {}
-    """A mapping from a tracker's name to its arguments: tensorboard {log_dir}, wandb those of wandb.init, mlflow
+    """A mapping from tracker name to its arguments: tensorboard {log_dir}, wandb those of wandb.init, mlflow
     {tracking_uri, experiment}, trackio those of trackio.init."""
 
     @property
@@ -108,11 +106,11 @@ class RunConfig(Section):
 
     @property
     def remote(self) -> bool:
-        """Whether the run directory is in an object store."""
+        """True if the run directory is in an object store."""
         return is_remote(self.path)
 
     @model_validator(mode="after")
-    def _usable(self) -> Self:
+    def _validate_location(self) -> Self:
         try:
             folder_at(self.dir)
         except ValueError as error:
@@ -122,7 +120,7 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _trackers_agree(self) -> Self:
+    def _validate_trackers(self) -> Self:
         if len(set(self.trackers)) < len(self.trackers):
             raise ValueError(f"run.trackers: found {list(self.trackers)}; give each tracker once")
         if unknown := [name for name in self.tracker_args if name not in self.trackers]:
@@ -137,20 +135,20 @@ class RunConfig(Section):
 
 
 class LoraConfig(Section):
-    """Low-rank adapters (arXiv:2106.09685): the model itself is frozen and kept in the compute dtype."""
+    """Low-rank adapters (arXiv:2106.09685); the base model is frozen and kept in the compute dtype."""
 
     rank: int = Field(16, ge=1)
     """Rank of the adapters."""
     alpha: int = Field(32, ge=1)
-    """Adapters are scaled by alpha / rank."""
+    """Scaling numerator: the adapter output is multiplied by alpha / rank."""
     targets: str | tuple[str, ...] = "all-linear"
-    """Modules that get adapters: all-linear (all but the head), or names such as [q_proj, v_proj]."""
+    """Modules to adapt: all-linear (all but the head), or a list of names such as [q_proj, v_proj]."""
     quantize: Literal["nf4"] | None = None
-    """nf4: hold the frozen weights that adapters are added to in four bits (QLoRA, arXiv:2305.14314; needs
-    bitsandbytes). The reference has the same four bits."""
+    """nf4 quantizes the frozen base weights to four bits (QLoRA, arXiv:2305.14314; needs bitsandbytes: pip install
+    'dpo-ray[qlora]'). The reference uses the same quantized weights."""
     merge: bool = False
-    """Also export policy/, the model with the adapters added in, beside adapter/; of quantized weights what four bits
-    have."""
+    """Also export policy/, the base model with the adapters merged, next to adapter/. Quantized weights are merged in
+    their dequantized values."""
 
 
 class ModelConfig(Section):
@@ -159,45 +157,46 @@ class ModelConfig(Section):
     path: str
     """Hub id or directory of a Hugging Face causal language model."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Compute dtype. Master weights, gradient reduction and log-probabilities are float32 always."""
+    """Compute dtype. Master weights, gradient reduction and log-probabilities are always float32."""
     attention: Literal["auto", "flex", "sdpa"] = "auto"
-    """flex: flex_attention with a block mask over a packed row, on GPUs only. sdpa: the same by a mask over the whole
-    row; slow. auto: flex on GPUs, on CPUs torch's flash kernel on each pair of the row."""
+    """Attention implementation. flex: flex_attention with a block mask, GPUs only. sdpa: scaled_dot_product_attention
+    with a dense mask over the packed row; slow. auto: flex on GPUs; on CPUs, torch's flash kernel for each pair."""
     fp8: bool = False
-    """Multiply in the decoder layers in eight-bit floating point, on GPUs that can (needs torchao: pip install
-    'dpo-ray[low_bit]'); weights are kept and gathered as without it. Saves time in large models, with shard.compile."""
+    """Run the matrix products of decoder layers in float8, on GPUs that support it (needs torchao: pip install
+    'dpo-ray[low_bit]'). Weights are stored and gathered as usual. Faster for large models with shard.compile."""
     chat_template: str | None = None
-    """Path of a Jinja chat template that replaces the tokenizer's own; needed for models without one."""
+    """Path of a Jinja chat template to use instead of the tokenizer's own; required for models without one."""
     lora: LoraConfig | None = None
-    """Absent: all weights are trained."""
+    """LoRA settings; null trains all weights."""
 
     @model_validator(mode="after")
-    def _fp8_fits(self) -> Self:
+    def _validate_fp8(self) -> Self:
         if self.fp8 and self.lora is not None:
             raise ValueError("model.fp8 is for training all weights; leave out model.fp8 or model.lora")
         if self.fp8 and self.dtype == "float32":
-            raise ValueError("model.fp8 computes with less than model.dtype: float32 asks for; set bfloat16")
+            raise ValueError("model.fp8 is less precise than model.dtype: float32; set model.dtype: bfloat16")
         return self
 
 
 class ReferenceConfig(Section):
-    """The model that the policy is held close to."""
+    """The reference model."""
 
     kind: Literal["auto", "cached", "live", "adapters_off", "none"] = "auto"
-    """cached: scored once by the untrained policy and stored. live: a frozen sharded copy. adapters_off: the policy
-    without its adapters. none: no reference, for losses that need none. auto: none for those losses; cached offline and
-    with refresh: round; else adapters_off with model.lora and live without."""
+    """Source of reference log-probabilities. cached: computed once with the untrained policy and stored. live: a frozen
+    sharded copy of the model. adapters_off: the policy with its adapters disabled. none: no reference, for
+    reference-free losses. auto: none for those losses; cached offline and with refresh: round; otherwise adapters_off
+    with model.lora and live without."""
     refresh: Literal["never", "round"] = "never"
-    """round: online, the policy at the start of each round is that round's reference."""
+    """round uses the policy at the start of each round as the reference of that round. Online only."""
     cache_dir: str | None = None
-    """Folder of the reference cache and of tokenised data, shared by all runs; null puts it beside the user's other
-    caches."""
+    """Directory of cached reference log-probabilities and tokenized data, shared by all runs; null is
+    ~/.cache/dpo_ray."""
     object_store: str | None = None
-    """Folder in an object store, such as s3://bucket/reference: log-probabilities in the reference cache are shared
-    through it with clusters that do not mount reference.cache_dir."""
+    """Folder in an object store, such as s3://bucket/reference, through which clusters without a common
+    reference.cache_dir share cached log-probabilities."""
 
     @model_validator(mode="after")
-    def _placed(self) -> Self:
+    def _validate_folders(self) -> Self:
         if self.cache_dir and "://" in self.cache_dir:
             raise ValueError(
                 f"reference.cache_dir is {self.cache_dir!r}: the cache is memory-mapped; give a local path or a mount, "
@@ -209,14 +208,14 @@ class ReferenceConfig(Section):
             raise ValueError(f"reference.object_store: {error}") from None
         if local:
             raise ValueError(
-                f"reference.object_store is {self.object_store!r}: give s3://bucket/path, or reference.cache_dir for a "
-                "path"
+                f"reference.object_store is {self.object_store!r}: give s3://bucket/path, or set reference.cache_dir "
+                "to a path"
             )
         return self
 
     @property
     def cache_path(self) -> Path:
-        """The cache folder."""
+        """The cache directory."""
         return Path(self.cache_dir).expanduser() if self.cache_dir else Path.home() / ".cache" / "dpo_ray"
 
 
@@ -224,25 +223,25 @@ class DataConfig(Section):
     """Preference pairs."""
 
     train: Paths = ()
-    """Files of pairs (JSON, JSONL, Parquet, Arrow) or hub datasets (name, or name:split)."""
+    """Training pairs: files (JSON, JSONL, Parquet, Arrow) or hub datasets (name or name:split)."""
     weights: tuple[Annotated[float, Field(gt=0)], ...] = ()
-    """Passes over each entry of data.train in an epoch, such as [1, 0.25, 3]; over the epochs all pairs of an entry are
-    seen equally often. Empty: one pass over all."""
+    """Passes over each entry of data.train per epoch, such as [1, 0.25, 3]; over several epochs all pairs of an entry
+    are seen equally often. Empty is one pass over each."""
     eval: Paths = ()
-    """Held-out pairs; empty evaluates nothing offline."""
+    """Held-out pairs; empty disables offline evaluation."""
     max_prompt_tokens: int | None = Field(1024, ge=1)
-    """Longer prompts are dropped and counted; null sets no limit."""
+    """Maximum prompt length in tokens; records with longer prompts are dropped. null is no limit."""
     max_completion_tokens: int | None = Field(1024, ge=1)
-    """Longer completions are cut at their end and counted; null sets no limit."""
+    """Maximum completion length in tokens; longer completions are truncated at the end. null is no limit."""
     limit: int | None = Field(None, ge=1)
-    """Use only the first so many records of the training files."""
+    """Use only the first records of data.train, up to this number."""
     shuffle: bool = True
-    """Draw a new order each epoch; false keeps the order of the files."""
+    """Shuffle the training pairs in each epoch."""
     strict: bool = False
-    """Any dropped record is an error."""
+    """Fail if any record is dropped."""
 
     @model_validator(mode="after")
-    def _weights_agree(self) -> Self:
+    def _validate_weights(self) -> Self:
         if self.weights and len(self.weights) != len(self.train):
             raise ValueError(f"data.weights has {len(self.weights)} entries for {len(self.train)} in data.train")
         return self
@@ -252,34 +251,35 @@ class LossConfig(Section):
     """The preference loss."""
 
     use: Annotated[str | tuple[str, ...], _one_of("loss", LOSSES)] = "sigmoid"
-    """Loss name or import path, or a list of them that is summed: sigmoid, sigmoid_norm, robust, hinge, ipo, exo_pair,
-    nca_pair, sppo_hard, apo_zero, apo_down, discopop, dpop, and without a reference simpo, orpo, nll."""
+    """Loss name or import path, or a list of losses to sum: sigmoid, sigmoid_norm, robust, hinge, ipo, exo_pair,
+    nca_pair, sppo_hard, apo_zero, apo_down, discopop, dpop, and reference-free simpo, orpo, nll."""
     weights: tuple[float, ...] = ()
-    """Factor of each loss in use; empty weighs all 1."""
+    """Weight of each loss in loss.use; empty is 1 for each."""
     weighting: Literal["none", "wpo"] = "none"
-    """Factor of each pair. wpo: how likely the policy is to write both completions (arXiv:2406.11827)."""
+    """Weight of each pair. wpo: likelihood of both completions under the policy (arXiv:2406.11827)."""
     beta: float = Field(0.1, gt=0)
-    """Strength of the pull toward the reference policy; typical range 0.01 to 0.5, and 2 to 10 for losses per token."""
+    """Strength of the penalty for diverging from the reference. Typical values are 0.01 to 0.5, or 2 to 10 for losses
+    on log-probabilities per token."""
     args: dict[str, Any] = {}
-    """Further arguments of the loss; with several losses, a mapping from a loss's name to its arguments."""
+    """Further keyword arguments of the loss; with several losses, a mapping from loss name to its arguments."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The losses that are summed."""
+        """The losses to sum."""
         return (self.use,) if isinstance(self.use, str) else self.use
 
     @property
     def reference_free(self) -> bool:
-        """Whether no loss in use looks at a reference."""
+        """True if no loss in use takes a reference."""
         return all(name in REFERENCE_FREE_LOSSES for name in self.names)
 
     @property
     def needing_reference(self) -> list[str]:
-        """The built-in losses in use that look at a reference."""
+        """The built-in losses in use that take a reference."""
         return [name for name in self.names if name in LOSSES and name not in REFERENCE_FREE_LOSSES]
 
     @model_validator(mode="after")
-    def _terms_agree(self) -> Self:
+    def _validate_terms(self) -> Self:
         names = self.names
         if not names or len(set(names)) < len(names):
             raise ValueError(f"loss.use: found {list(names)}; give at least one loss, and each once")
@@ -296,165 +296,166 @@ class LossConfig(Section):
 
 
 class OptimConfig(Section):
-    """Optimizer, schedule and batch."""
+    """Optimizer, learning rate schedule and batch size."""
 
     lr: float = Field(1e-6, gt=0)
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Course of the learning rate after the warm-up."""
+    """Learning rate schedule after warmup."""
     warmup_steps: int = Field(0, ge=0)
-    """Steps over which the learning rate rises from 0."""
+    """Steps of linear warmup from 0."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay of matrices; norms and biases have none."""
+    """Decoupled weight decay, applied to weight matrices but not to norms and biases."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's averaging constants."""
+    """AdamW coefficients of the running averages of the gradient and its square."""
     eps: float = Field(1e-8, gt=0)
-    """AdamW's denominator offset."""
+    """AdamW term added to the denominator for numerical stability."""
     use: Annotated[str, _one_of("optimizer", OPTIMIZERS)] = "adamw"
-    """adamw. adamw_8bit: its state in a quarter of the memory (needs torchao: pip install 'dpo-ray[low_bit]'); resumes
-    on the same number of workers. Or an import path: called with parameter groups, and lr, betas and eps where it takes
-    arguments of these names."""
+    """adamw, or adamw_8bit with a quarter of the optimizer state memory (needs torchao: pip install
+    'dpo-ray[low_bit]'; resumes only on the same number of workers), or an import path. An imported optimizer is called
+    with parameter groups, and with those of lr, betas and eps that it accepts."""
     args: dict[str, Any] = {}
     """Further keyword arguments of the optimizer."""
     max_grad_norm: float = Field(1.0, gt=0)
-    """Gradients are scaled down to this global norm."""
+    """Maximum global gradient norm; larger gradients are clipped."""
     max_skipped_steps: int = Field(3, ge=0)
-    """Steps in a row whose loss or gradient is not finite and that are therefore skipped; one more ends the run."""
+    """Consecutive steps that may be skipped because of a non-finite loss or gradient before the run fails."""
     pairs_per_step: int = Field(32, ge=1)
-    """Pairs in one optimizer step over all workers."""
+    """Global batch size: pairs per optimizer step over all workers."""
     tokens_per_micro_batch: int = Field(4096, ge=1)
-    """Most tokens one worker runs at a time; a longer single pair runs alone. A row that shard.context_parallel workers
-    share has room for as many from each."""
+    """Maximum tokens per micro-batch of one worker; a longer pair forms a micro-batch of its own. With
+    shard.context_parallel the limit is multiplied by the number of workers that share a row."""
     layout: Literal["shared", "plain"] = "shared"
-    """shared: the prompt of a pair runs once. plain: it runs for chosen and rejected each; slower, to compare with."""
+    """shared computes the prompt once per pair. plain computes it once per completion; slower, for comparison."""
 
 
-def _recomputing(value: Any) -> Any:
+def _checkpointing_mode(value: Any) -> Any:
     return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
 
 
 class ShardConfig(Section):
-    """How the model is laid over the workers."""
+    """Parallelism and memory of training. replicate * context_parallel * tensor_parallel must divide the workers."""
 
     replicate: int = Field(1, ge=1)
-    """Replicas of the sharded model (HSDP); must divide cluster.train_workers."""
+    """Number of replicas of the sharded model (HSDP); must divide cluster.train_workers."""
     context_parallel: int = Field(1, ge=1)
-    """Neighbouring workers that share the tokens of each row, so that the activations of a long pair are spread over
-    them."""
+    """Number of adjacent workers that split the tokens of each row, to spread the activations of long pairs."""
     tensor_parallel: int = Field(1, ge=1)
-    """Neighbouring workers that split the matrices of each layer and the vocabulary, and work on the same tokens; must
-    divide the model's attention heads and key-value heads. replicate * context_parallel * tensor_parallel must divide
-    cluster.train_workers. Does not go with model.lora, model.fp8, optim.use: adamw_8bit, shard.compile or
-    shard.activation_offload."""
+    """Number of adjacent workers that split each layer's matrices and the vocabulary; must divide the model's attention
+    heads and key-value heads. replicate * context_parallel * tensor_parallel must divide cluster.train_workers. Not
+    supported with model.lora, model.fp8, optim.use: adamw_8bit, shard.compile or shard.activation_offload."""
     reshard_after_forward: bool = True
-    """Free a layer's gathered weights after its forward; false keeps them until the step ends: faster, more memory."""
+    """Free the gathered weights of a layer after its forward pass; false keeps them until the end of the step, which is
+    faster and takes more memory."""
     prefetch: int = Field(1, ge=1)
-    """Layers whose weights are gathered ahead of the one that computes; each takes the memory of its weights."""
-    activation_checkpointing: Annotated[Literal["none", "full", "selective"], BeforeValidator(_recomputing)] = "none"
-    """What of each layer is recomputed in the backward pass instead of stored. selective: all but matrix products and
-    attention, for little time; not with shard.compile, which itself keeps little else. full: everything, for a third
-    more time and the least memory."""
+    """Number of layers whose weights are gathered ahead of use; each takes the memory of one unsharded layer."""
+    activation_checkpointing: Annotated[Literal["none", "full", "selective"], BeforeValidator(_checkpointing_mode)] = (
+        "none"
+    )
+    """Activations to recompute in the backward pass. selective: all but matrix products and attention, at little cost;
+    not supported with shard.compile. full: everything, for the least memory and about a third more time."""
     activation_offload: bool = False
-    """Keep what is stored for the backward pass in host memory; GPUs only. Of selective, the inputs of layers."""
+    """Offload saved activations to host memory; GPUs only. With selective checkpointing, only layer inputs are
+    offloaded."""
     cpu_offload: bool = False
-    """Keep shards and optimizer state in host memory; GPUs only."""
+    """Offload parameter shards and optimizer state to host memory; GPUs only."""
     compile: bool = False
     """Compile each decoder layer with torch.compile."""
 
 
 class ClusterConfig(Section):
-    """What the run takes of the cluster. GPUs are used when the cluster has them."""
+    """Resources of the run. GPUs are used if the cluster has any."""
 
     train_workers: int = Field(1, ge=1)
-    """Training workers; one GPU each when the cluster has GPUs."""
+    """Number of training workers, with one GPU each if the cluster has GPUs."""
     cpus_per_worker: int = Field(1, ge=1)
-    """CPUs, and torch threads on a CPU cluster, of one training worker."""
+    """CPUs per training worker; also its number of torch threads on a CPU cluster."""
     rollout_engines: int = Field(1, ge=1)
-    """vLLM engines, online only."""
+    """Number of vLLM engines. Online only."""
     gpus_per_engine: int = Field(1, ge=1)
-    """Tensor-parallel GPUs of one engine; ignored on a cluster without GPUs."""
+    """Tensor parallel size of an engine; ignored on a cluster without GPUs."""
     cpus_per_engine: int = Field(1, ge=1)
-    """CPUs of one engine; its threads on a CPU cluster."""
+    """CPUs per engine; also its number of threads on a CPU cluster."""
     colocate: bool = False
-    """Engines run on the GPUs of training workers and take turns with them: they sleep while training runs, their
-    weights in host memory. Needs online.max_lag 0, and online.engine.gpu_memory_utilization that leaves room for the
-    training state (or shard.cpu_offload). Without GPUs nothing is shared but the turns are the same."""
+    """Run engines on the GPUs of training workers: training and generation alternate, and engines sleep during training
+    with their weights in host memory. Requires online.max_lag: 0, and an online.engine.gpu_memory_utilization that
+    leaves room for the training state (or shard.cpu_offload). On a CPU cluster they only alternate."""
     max_restarts: int = Field(3, ge=0)
-    """How often failed training workers are restarted from the last checkpoint before the run fails."""
+    """Times that failed training workers are restarted from the last checkpoint before the run fails."""
     start_timeout_s: float = Field(300.0, gt=0)
-    """Longest wait for workers and engines to start."""
+    """Seconds to wait for workers and engines to start."""
     stop_timeout_s: float = Field(120.0, gt=0)
-    """Longest wait, after Ctrl-C or SIGTERM, for the run to reach a place it can go on from and write a checkpoint."""
+    """Seconds to wait for the final checkpoint after Ctrl-C or SIGTERM."""
 
 
 class SamplingConfig(Section):
-    """How engines write candidates."""
+    """Sampling parameters of candidates."""
 
     temperature: float = Field(1.0, ge=0)
-    """Sampling temperature; rounds need one above 0, since greedy candidates would be the same."""
+    """Sampling temperature. Must be above 0, because greedy candidates would be identical."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Nucleus mass."""
+    """Cumulative probability of the tokens to sample from; 1 considers all tokens."""
     top_k: int = Field(0, ge=0)
-    """Most likely tokens kept; 0 keeps all."""
+    """Number of most likely tokens to sample from; 0 considers all tokens."""
     max_tokens: int = Field(256, ge=1)
-    """Longest completion, in tokens."""
+    """Maximum number of tokens to generate per completion."""
     stop: tuple[str, ...] = ()
-    """Strings that end a completion besides the model's end of turn."""
+    """Strings that stop generation, in addition to the model's end-of-turn token."""
 
 
 class EngineConfig(Section):
-    """vLLM's own settings."""
+    """vLLM engine arguments."""
 
     max_model_len: int | None = Field(None, ge=1)
-    """Longest prompt plus completion; null takes data.max_prompt_tokens + online.sampling.max_tokens."""
+    """Maximum tokens of prompt and completion; null is data.max_prompt_tokens + online.sampling.max_tokens."""
     kv_cache_gib: float = Field(1.0, gt=0)
-    """Key-value cache of one engine on a CPU, in GiB."""
+    """Size of the key-value cache of a CPU engine in GiB."""
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
-    """Share of each GPU that vLLM takes."""
+    """Fraction of GPU memory that vLLM may use."""
     enforce_eager: bool | None = None
-    """Run without compilation and CUDA graphs: starts sooner, generates slower on GPUs; null does so on CPUs only."""
+    """Disable compilation and CUDA graphs: faster start, slower generation on GPUs. null disables them on CPUs only."""
     args: dict[str, Any] = {}
-    """Further arguments of vllm.LLM."""
+    """Further keyword arguments of vllm.LLM."""
 
 
 class JudgeConfig(Component):
-    """What scores completions."""
+    """The judge, which scores completions."""
 
     use: Annotated[str, _one_of("judge", JUDGES)] = "length"
-    """length, sentiment, or import path."""
+    """Judge: length, sentiment, or an import path."""
 
 
 class SelectConfig(Component):
-    """What picks chosen and rejected."""
+    """The selector, which picks the chosen and the rejected completion of a prompt."""
 
     use: Annotated[str, _one_of("selector", SELECTORS)] = "best_vs_worst"
-    """best_vs_worst, random_pair, or import path."""
+    """Selector: best_vs_worst, random_pair, or an import path."""
 
 
 class SyncConfig(Component):
-    """What moves weights to the engines."""
+    """The transport of weights from trainer to engines."""
 
     use: Annotated[str, _one_of("transport", ("auto", *TRANSPORTS))] = "auto"
-    """object_store: through Ray's object store, on CPUs and GPUs. nccl: a broadcast between GPUs, where engines have
-    their own. ipc: CUDA IPC on the card itself, with cluster.colocate. auto: object_store without GPUs, else nccl or
-    ipc. Or import path."""
+    """Weight transport. object_store: Ray's object store, for CPUs and GPUs. nccl: NCCL broadcast, for engines with
+    GPUs of their own. ipc: CUDA IPC on the same GPU, with cluster.colocate. auto: object_store without GPUs, otherwise
+    nccl or ipc. Or an import path."""
 
 
 class OnlineConfig(Section):
     """Rounds of generate, judge, select, train."""
 
     prompts: Paths
-    """Prompts to write candidates for: files or hub datasets with a prompt (or messages) field."""
+    """Training prompts: files or hub datasets with a prompt (or messages) field."""
     eval_prompts: Paths = ()
-    """Held-out prompts; the judge scores completions of them before, during and after the run."""
+    """Held-out prompts; the judge scores their completions before, during and after the run."""
     rounds: int = Field(10, ge=1)
-    """Rounds of the run."""
+    """Number of rounds."""
     prompts_per_round: int = Field(256, ge=1)
-    """Prompts a round writes candidates for."""
+    """Prompts to generate candidates for per round."""
     epochs_per_round: int = Field(1, ge=1)
-    """Passes over a round's pairs."""
+    """Passes over the pairs of a round."""
     candidates: int = Field(4, ge=2)
-    """Completions sampled for each prompt."""
+    """Completions to sample per prompt."""
     sampling: SamplingConfig = SamplingConfig()
     engine: EngineConfig = EngineConfig()
     max_lag: int = Field(0, ge=0)
@@ -463,19 +464,19 @@ class OnlineConfig(Section):
     select: SelectConfig = SelectConfig()
     sync: SyncConfig = SyncConfig()
     kl_samples: int = Field(32, ge=1)
-    """Completions of a round on which the policy's divergence from the reference is measured."""
+    """Completions per round used to estimate the KL divergence of the policy from the reference."""
     generate_timeout_s: float = Field(1800.0, gt=0)
-    """Longest wait for a round's candidates."""
+    """Seconds to wait for the candidates of a round."""
     judge_timeout_s: float = Field(600.0, gt=0)
-    """Longest wait for a round's scores."""
+    """Seconds to wait for the scores of a round."""
     sync_timeout_s: float = Field(600.0, gt=0)
-    """Longest wait for one push of weights."""
+    """Seconds to wait for a weight update of the engines."""
     probe_tolerance: float = Field(0.1, gt=0)
-    """Largest mean absolute difference, in nats a token, between trainer and engine log-probabilities of a probe text
-    after a push. Two bfloat16 implementations of the same weights differ by 0.03 to 0.06."""
+    """Maximum mean absolute difference, in nats per token, between trainer and engine log-probabilities of a probe text
+    after a weight update. Two bfloat16 implementations of the same weights differ by 0.03 to 0.06."""
 
     @model_validator(mode="after")
-    def _candidates_differ(self) -> Self:
+    def _validate_temperature(self) -> Self:
         if self.sampling.temperature == 0:
             raise ValueError(
                 f"online.sampling.temperature is 0: all {self.candidates} candidates (online.candidates) would be the "
@@ -485,56 +486,9 @@ class OnlineConfig(Section):
 
 
 class SweepConfig(Section):
-    """How many trials a sweep runs; what it varies stands in its space, a module of tune_spaces."""
+    """Size of a sweep. Its search space is a module of tune_spaces."""
 
     samples: int | None = Field(None, ge=1)
-    """Trials; null takes the space's own number."""
+    """Number of trials; null is the default of the search space."""
     concurrent: int | None = Field(None, ge=1)
-    """Most trials at a time; null runs as many as the cluster holds."""
-
-
-class Config(Section):
-    """A run."""
-
-    run: RunConfig = RunConfig()
-    model: ModelConfig
-    reference: ReferenceConfig = ReferenceConfig()
-    data: DataConfig = DataConfig()
-    loss: LossConfig = LossConfig()
-    optim: OptimConfig = OptimConfig()
-    shard: ShardConfig = ShardConfig()
-    cluster: ClusterConfig = ClusterConfig()
-    online: OnlineConfig | None = None
-    """Absent: training on a fixed preference set."""
-    sweep: SweepConfig = SweepConfig()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _count_rounds(cls, tree: Any) -> Any:
-        """A run of rounds saves and evaluates after each unless told otherwise."""
-        if isinstance(tree, dict) and tree.get("online") and isinstance(run := tree.get("run", {}), dict):
-            return {**tree, "run": {"save_every": 1, "eval_every": 1, **run}}
-        return tree
-
-    @model_validator(mode="after")
-    def _sections_agree(self) -> Self:
-        validate_sections(self)
-        return self
-
-    @property
-    def max_model_len(self) -> int:
-        """Longest prompt plus completion that an engine holds, in tokens."""
-        assert self.online is not None
-        longest = (self.data.max_prompt_tokens or 1024) + self.online.sampling.max_tokens
-        return self.online.engine.max_model_len or longest
-
-    @property
-    def reference_kind(self) -> Literal["cached", "live", "adapters_off", "none"]:
-        """``reference.kind`` with auto decided."""
-        if self.reference.kind != "auto":
-            return self.reference.kind
-        if self.loss.reference_free:
-            return "none"
-        if self.online is None or self.reference.refresh == "round":
-            return "cached"
-        return "live" if self.model.lora is None else "adapters_off"
+    """Maximum number of concurrent trials; null runs as many as fit the cluster."""

@@ -1,4 +1,4 @@
-"""From preference files to batches: reading records, tokenising them, the token store, the order of the data.
+"""From preference files to batches: reading, tokenising, the token store, packing and loading.
 
-The names are imported from their modules: reading and tokenising need no torch, packing and loading do.
+Import from the modules: reading and tokenising need no torch, packing and loading do.
 """

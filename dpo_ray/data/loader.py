@@ -1,7 +1,7 @@
 """The order of the data and the batches of each step.
 
-The position in the data is the number of pairs consumed, in a permutation fixed by (seed, epoch): independent of ranks,
-rows and micro-batches, so a run continues with the next unseen pair on any number of workers.
+The position in the data is the number of pairs consumed of a permutation that depends on (seed, epoch) only, so a run
+resumes with the next unseen pair on any number of workers.
 """
 
 import functools
@@ -21,27 +21,22 @@ class PairSource(Protocol):
 
     @property
     def lengths(self) -> np.ndarray:
-        """(n, 3) tokens of prompt, chosen and rejected: what is needed to plan a step without reading its pairs."""
+        """(n, 3) tokens of prompt, chosen and rejected; enough to plan a step without reading its pairs."""
         ...
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> TokenPair: ...
     def tokens(self, index: int, /) -> np.ndarray:
-        """Token ids of prompt, chosen and rejected, one behind the other."""
+        """Concatenated token ids of prompt, chosen and rejected."""
         ...
 
     def name_of(self, index: int, /) -> str:
-        """Where a person finds the pair."""
+        """Source and position of the pair, for messages."""
         ...
 
 
 class PairList:
-    """A PairSource of pairs in memory.
-
-    Args:
-        pairs: the pairs.
-        name: of them all, for messages.
-    """
+    """A PairSource of pairs in memory; ``name`` is for messages."""
 
     def __init__(self, pairs: Sequence[TokenPair], name: str = "pairs") -> None:
         self.pairs, self.name = tuple(pairs), name
@@ -55,100 +50,99 @@ class PairList:
         return self.pairs[index]
 
     def tokens(self, index: int) -> np.ndarray:
-        """Token ids of prompt, chosen and rejected, one behind the other."""
+        """Concatenated token ids of prompt, chosen and rejected."""
         pair = self.pairs[index]
         return np.array(pair.prompt + pair.chosen + pair.rejected, np.int32)
 
     def name_of(self, index: int) -> str:
-        """The list's name and the position in it."""
+        """Name of the list and position of the pair."""
         return f"{self.name}[{index}]"
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one rank runs at once."""
+    """Pairs of one forward and backward pass on one rank."""
 
     pairs: tuple[int, ...]
-    """Indices into the pair source, in the order of the row's sequences."""
+    """Indices into the pair source, in the order of the row."""
     row: PackedRow
 
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """One optimizer step, as one rank sees it."""
+    """The pairs of one optimizer step, with the micro-batches of one rank."""
 
     micro_batches: tuple[MicroBatch, ...]
-    """This rank's share; every rank has equally many."""
+    """Micro-batches of this rank; the same number on every rank."""
     pairs: tuple[int, ...]
-    """Indices of all pairs of the step, over all ranks."""
+    """Indices of the pairs of all ranks."""
     tokens: int
-    """Real tokens of the step over all ranks; a shared prompt counts once."""
+    """Tokens of all ranks without padding; a shared prompt counts once."""
     epoch: float
-    """Passes over the data completed when the step is done."""
+    """Passes over the data completed after the step."""
     idle: float
-    """Share of the ranks' time spent waiting for a rank with more to do, as planned."""
+    """Expected fraction of the ranks' time spent waiting for slower ranks."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """How a step is cut for one rank."""
+    """Parameters of the split of a step into micro-batches, on one rank."""
 
-    share: int
-    """Which share of the pairs is this rank's."""
-    shares: int
+    dp_rank: int
+    dp_size: int
     tokens_per_micro_batch: int
     attention_cost: float
-    """Time of one attended pair of tokens over that of one token's matrix products."""
+    """Time of one query-key pair of the attention relative to one token's matrix products."""
     layout: Layout = "shared"
 
 
 def micro_batches(
     source: PairSource, pairs: Sequence[int], shape: BatchShape
 ) -> tuple[tuple[MicroBatch, ...], np.ndarray, float]:
-    """This rank's micro-batches of ``pairs``, the lengths of all of them (as in PairSource), and the idle share."""
+    """This rank's micro-batches of ``pairs``, the (n, 3) lengths of all pairs, and the expected idle fraction."""
     lengths = np.asarray(source.lengths[list(pairs)])
     tokens = row_tokens(lengths, shape.layout)
-    dealt = balance_micro_batches(
+    assignment = balance_micro_batches(
         tokens,
         tokens + shape.attention_cost * attended(lengths),
-        ranks=shape.shares,
+        ranks=shape.dp_size,
         tokens_per_micro_batch=shape.tokens_per_micro_batch,
     )
-    mine = (tuple(pairs[i] for i in batch) for batch in dealt.shares[shape.share])
-    batches = tuple(MicroBatch(batch, build_row([source[i] for i in batch], shape.layout)) for batch in mine)
-    return batches, lengths, dealt.idle
+    indices = (tuple(pairs[i] for i in items) for items in assignment.micro_batches[shape.dp_rank])
+    batches = tuple(MicroBatch(batch, build_row([source[i] for i in batch], shape.layout)) for batch in indices)
+    return batches, lengths, assignment.idle
 
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """How often the pairs of each source are seen in an epoch."""
+    """Sizes and weights of the sources of an epoch."""
 
     sizes: tuple[int, ...]
-    """Pairs of each source; a source's pairs stand together, in the order of the sources."""
+    """Number of pairs of each source; pairs are numbered source by source."""
     weights: tuple[float, ...]
-    """Passes over each source in an epoch. 0.5 sees each pair in every other epoch."""
+    """Passes over each source per epoch; with 0.5 each pair is seen every second epoch."""
 
     def __len__(self) -> int:
-        return sum(self._drawn())
+        return sum(self._counts())
 
-    def _drawn(self) -> list[int]:
+    def _counts(self) -> list[int]:
         return [round(weight * size) for size, weight in zip(self.sizes, self.weights, strict=True)]
 
     def pairs(self, *, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
         """(len(self),) indices of the pairs of an epoch, source by source.
 
-        Each source is an endless row of passes, each in an order of its own, of which an epoch takes the next piece:
-        over the epochs all pairs of a source are seen equally often.
+        Each source is an infinite stream of shuffled passes; an epoch takes the next ``weight * size`` pairs. Over
+        several epochs all pairs of a source are seen equally often.
         """
         drawn, first = [np.zeros(0, np.int64)], 0
-        for number, (size, count) in enumerate(zip(self.sizes, self._drawn(), strict=True)):
+        for number, (size, count) in enumerate(zip(self.sizes, self._counts(), strict=True)):
             start = epoch * count
             if count:
                 passes = range(start // size, -(-(start + count) // size))
-                # Whole passes need no order of their own: the epoch's is drawn over all of them.
-                drawn_order = shuffle and count % size
+                # Whole passes are shuffled with the epoch, by epoch_order.
+                shuffle_pass = shuffle and count % size
                 orders = [
-                    np.random.default_rng([seed, number, n]).permutation(size) if drawn_order else np.arange(size)
+                    np.random.default_rng([seed, number, n]).permutation(size) if shuffle_pass else np.arange(size)
                     for n in passes
                 ]
                 drawn.append(first + np.concatenate(orders)[start % size :][:count])
@@ -158,15 +152,15 @@ class Mixture:
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(mixture: Mixture, *, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    """(len(mixture),) indices of the pairs of one epoch, in the order they are trained on."""
+    """(len(mixture),) indices of the pairs of one epoch, in training order."""
     pairs = mixture.pairs(seed=seed, epoch=epoch, shuffle=shuffle)
     return np.random.default_rng([seed, epoch]).permutation(pairs) if shuffle else pairs
 
 
 class PairLoader:
-    """Batches of a pair source from a position on, without end.
+    """Infinite iterator over the steps of a pair source, from a given position.
 
-    A step never spans two epochs: the last step of an epoch takes what is left.
+    A step never spans two epochs; the last step of an epoch has the remaining pairs.
     """
 
     def __init__(
@@ -180,18 +174,18 @@ class PairLoader:
         mixture: Mixture | None = None,
         consumed: int = 0,
     ) -> None:
-        """Start after ``consumed`` pairs; without a mixture an epoch is one pass over the source."""
+        """Start after ``consumed`` pairs; without a mixture, an epoch is one pass over the source."""
         self.mixture = mixture or Mixture((len(source),), (1.0,))
         if not len(self.mixture):
             raise ValueError("there are no pairs to train on")
         self.source, self.shape, self.pairs_per_step = source, shape, pairs_per_step
         self.seed, self.shuffle = seed, shuffle
         self.consumed = consumed
-        """Pairs handed out so far, over all ranks and epochs."""
+        """Pairs returned so far, over all ranks and epochs."""
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass."""
+        """Optimizer steps per epoch."""
         return -(-len(self.mixture) // self.pairs_per_step)
 
     def __iter__(self) -> Iterator[StepBatch]:

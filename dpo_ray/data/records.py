@@ -1,7 +1,6 @@
-"""Reading preference pairs and prompts: the layouts of records.
+"""Layouts of preference pair and prompt records.
 
-A record that cannot be used becomes a ``Problem`` that says why and where, and reading goes on. Knows nothing of files
-and nothing of tokens.
+Invalid records are returned as a ``Problem`` with reason and location. Independent of file formats and tokenisation.
 """
 
 import math
@@ -22,7 +21,7 @@ ROLES = {
     "human": "user",
     "gpt": "assistant",
 }
-"""Speakers accepted in ``role`` and ``from``, and the role each one is."""
+"""Values accepted in ``role`` and ``from``, and their roles."""
 
 _HH_ASSISTANT = "\n\nAssistant:"
 
@@ -36,12 +35,12 @@ class PairRecord:
     rejected: Messages | str
     source: str
     number: int
-    """Line of a JSONL file, else position in the source; from 1."""
+    """Line of a JSONL file, otherwise position in the source; from 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptRecord:
-    """A prompt to write completions for."""
+    """A prompt to generate completions for."""
 
     messages: Messages
     source: str
@@ -50,31 +49,33 @@ class PromptRecord:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A record that cannot be used, and why."""
+    """An invalid record and the reason."""
 
     reason: str
-    """A snake_case word that is counted: not_json, not_a_record, missing_field, empty_field, bad_field, ..."""
+    """Key of the data report: not_json, not_a_record, missing_field, empty_field, bad_field, ..."""
     source: str
     number: int
     detail: str
-    """The field and what was found in it."""
+    """The field and its content."""
 
 
 def read_pairs(parts: Sequence[Part]) -> Iterator[PairRecord | Problem]:
-    """The preference pairs of ``parts``, in order: one item for each record.
+    """Yield a preference pair or a problem per record of ``parts``, in order.
 
     Raises:
-        Unreadable: a source is missing (told before anything is read), or cannot be read as a whole.
+        Unreadable: a source is missing (raised at once), or cannot be read.
     """
     check_sources(parts)
     return _read(parts, _pair_record)
 
 
 def read_prompts(sources: Sequence[str]) -> Iterator[PromptRecord | Problem]:
-    """The prompts of ``sources``, in order: of a pair its prompt, of a conversation what leads to its last answer.
+    """Yield a prompt or a problem per record of ``sources``, in order.
+
+    The prompt of a conversation ends before its last assistant turns.
 
     Raises:
-        Unreadable: a source is missing (told before anything is read), or cannot be read as a whole.
+        Unreadable: a source is missing (raised at once), or cannot be read.
     """
     parts = [Part(source) for source in sources]
     check_sources(parts)
@@ -107,7 +108,7 @@ def _pair_record(record: Mapping[str, Any], source: str, number: int) -> PairRec
         if isinstance(completion, tuple):
             for turn in completion:
                 if turn["role"] != "assistant":
-                    _bad(name, f"a turn by {turn['role']!r} behind the prompt", "turns by 'assistant'")
+                    _bad(name, f"a turn by {turn['role']!r} after the prompt", "assistant turns")
     if chosen == rejected:
         raise Unusable("identical", f"chosen and rejected are both {show(_last_text(chosen))}")
     return PairRecord(prompt, chosen, rejected, source, number)
@@ -130,7 +131,7 @@ def _prompt_record(record: Mapping[str, Any], source: str, number: int) -> Promp
     while prompt and prompt[-1]["role"] == "assistant":
         prompt = prompt[:-1]
     if not prompt:
-        _bad("prompt", "only turns by 'assistant'", "a conversation that awaits an answer")
+        _bad("prompt", "only assistant turns", "a conversation that ends with another turn")
     return PromptRecord(prompt, source, number)
 
 
@@ -138,7 +139,7 @@ _Pair = tuple[Messages | str, Messages | str, Messages | str]
 
 
 def _labelled(record: Mapping[str, Any]) -> _Pair:
-    """The layouts that name the chosen and the rejected completion."""
+    """Layouts with the fields chosen and rejected."""
     chosen, rejected = _conversation(record, "chosen"), _conversation(record, "rejected")
     if _has(record, "conversations"):
         prompt: Messages | str = _with_system(record, _conversation(record, "conversations"))
@@ -161,7 +162,7 @@ def _labelled(record: Mapping[str, Any]) -> _Pair:
 
 
 def _split_after(prompt: Messages | str, chosen: Messages, rejected: Messages) -> _Pair:
-    """A prompt that chosen and rejected may repeat in front of their answers."""
+    """Split off a prompt that chosen and rejected may repeat."""
     turns = (_turn_of("user", prompt),) if isinstance(prompt, str) else prompt
     if chosen[0]["role"] == "assistant" and rejected[0]["role"] == "assistant":
         return turns, chosen, rejected
@@ -172,7 +173,7 @@ def _split_after(prompt: Messages | str, chosen: Messages, rejected: Messages) -
 
 
 def _split_whole(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
-    """Two whole conversations: the prompt is what they share, and at least the last turn of each is its answer."""
+    """Split two whole conversations at the end of their common prefix, but before the last turn of each."""
     shared = 0
     for one, other in zip(chosen[:-1], rejected[:-1], strict=False):
         if one != other:
@@ -184,7 +185,7 @@ def _split_whole(chosen: Messages, rejected: Messages) -> tuple[Messages, Messag
 
 
 def _split_hh(record: Mapping[str, Any], chosen: str, rejected: str) -> _Pair:
-    """Two transcripts as text, Human and Assistant by turns: the prompt ends with the last shared Assistant tag."""
+    """Split two Human/Assistant transcripts after their last common Assistant tag."""
     before, tag, _ = commonprefix([chosen, rejected]).rpartition(_HH_ASSISTANT)
     if not tag:
         _missing(record, "prompt", LAYOUTS_ACCEPTED)
@@ -193,7 +194,7 @@ def _split_hh(record: Mapping[str, Any], chosen: str, rejected: str) -> _Pair:
 
 
 def _ranked(record: Mapping[str, Any]) -> _Pair:
-    """Several scored completions of one prompt: the best against the worst."""
+    """Scored completions of one prompt: the best is chosen, the worst rejected."""
     prompt = _conversation(record, "messages" if _has(record, "messages") else "prompt")
     completions = record["completions"]
     if not isinstance(completions, list) or len(completions) < 2:
@@ -246,7 +247,7 @@ def _has(record: Mapping[str, Any], name: str) -> bool:
 
 
 def _conversation(record: Mapping[str, Any], name: str) -> Messages | str:
-    """A field that holds text, one message or a list of messages."""
+    """A field with text, one message or a list of messages."""
     if not _has(record, name):
         _missing(record, name, LAYOUTS_ACCEPTED)
     value = record[name]
@@ -272,7 +273,7 @@ def _turn(name: str, value: Any) -> Message:
     if not isinstance(speaker, str) or speaker not in ROLES:
         _bad(f"{name}.{speaker_key}", show(speaker), ", ".join(ROLES))
     role = ROLES[speaker]
-    # An empty system turn has a meaning of its own: it keeps templates from inserting their default one.
+    # An empty system turn is valid: it prevents templates from inserting their default.
     return _turn_of(role, _text(f"{name}.{text_key}", value[text_key], may_be_empty=role == "system"))
 
 

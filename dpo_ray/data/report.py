@@ -1,18 +1,16 @@
-"""What became of the records of a data set: how many were read, kept, dropped and altered, and which.
-
-Counts and formats; decides nothing about a record.
-"""
+"""Reports of data preparation: counts of the records read, kept, dropped and altered, with examples."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from dpo_ray.data.records import Problem
 
-SHOWN = 3
-"""Records named for each reason."""
+EXAMPLES = 3
+"""Records named per reason."""
 
 MEANINGS: Mapping[str, str] = {
     "not_json": "not valid JSON",
@@ -21,28 +19,28 @@ MEANINGS: Mapping[str, str] = {
     "empty_field": "field empty",
     "bad_field": "field not usable",
     "identical": "chosen equal to rejected",
-    "identical_after_truncation": "chosen equal to rejected once cut",
+    "identical_after_truncation": "chosen equal to rejected after truncation",
     "tie": "best and worst score equal",
     "bad_score": "score missing or not finite",
-    "template_refused": "refused by the chat template",
+    "template_refused": "rejected by the chat template",
     "empty_prompt": "prompt without tokens",
     "prompt_too_long": "prompt too long",
     "completion_emptied": "completion without tokens",
-    "boundary_moved": "boundary moved into the prompt",
-    "completion_cut": "completion cut to its limit",
+    "boundary_moved": "prompt boundary moved by the tokenizer",
+    "completion_cut": "completion truncated",
     "double_eos": "two end-of-sequence tokens in a row",
     "no_eos": "no end-of-sequence token",
 }
 
 _MEANING_WIDTH = max(map(len, MEANINGS.values()))
 
-LENGTH_GAP_WARNED = 0.2
-"""Share of the mean completion length."""
+MAX_LENGTH_GAP = 0.2
+"""Largest difference of mean lengths without a warning, as a fraction of the mean completion length."""
 
 
 @dataclass(frozen=True, slots=True)
-class Offender:
-    """A record that is named in the report."""
+class Example:
+    """A record named in the report."""
 
     source: str
     number: int
@@ -54,15 +52,15 @@ class Offender:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """How many records one reason befell, and the first of them."""
+    """Records with the same reason: their count and the first of them."""
 
     count: int
-    first: tuple[Offender, ...]
+    first: tuple[Example, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class LengthStats:
-    """Tokens of one part of the pairs."""
+    """Lengths in tokens."""
 
     mean: float
     median: float
@@ -71,44 +69,40 @@ class LengthStats:
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
-    """What became of the records of a data set."""
+    """Counts of a data set's records, and lengths of those kept."""
 
     read: int
     kept: int
     dropped: Mapping[str, Tally]
-    """By reason."""
+    """Dropped records by reason."""
     notes: Mapping[str, Tally]
-    """Kept records with something to know about them, by reason."""
+    """Kept records that were altered or look unusual, by reason."""
     prompt: LengthStats | None
-    """None where no record was kept."""
+    """None if no record was kept."""
     chosen: LengthStats | None
     rejected: LengthStats | None
 
     @property
     def length_gap(self) -> float:
-        """Mean of chosen minus rejected, in tokens."""
+        """Mean chosen length minus mean rejected length, in tokens."""
         return self.chosen.mean - self.rejected.mean if self.chosen and self.rejected else 0.0
 
     @property
     def relative_length_gap(self) -> float:
-        """The length gap as a share of the mean completion."""
+        """The length gap as a fraction of the mean completion length."""
         return 2 * self.length_gap / (self.chosen.mean + self.rejected.mean) if self.chosen and self.rejected else 0.0
 
     def text(self, name: str = "data") -> str:
-        """The report as lines for a terminal.
-
-        Args:
-            name: what the first line begins with.
-        """
+        """The report as lines of text, prefixed with ``name``."""
         dropped = sum(tally.count for tally in self.dropped.values())
         lines = [f"{name}: {self.read:,} records read, {self.kept:,} kept, {dropped:,} dropped"]
         lines += _tally_lines(self.dropped)
         if self.notes:
-            lines += ["  of those kept:", *_tally_lines(self.notes)]
+            lines += ["  notes on kept records:", *_tally_lines(self.notes)]
         for part in ("prompt", "chosen", "rejected"):
             if (stats := getattr(self, part)) is not None:
                 lines.append(f"  {part:<8} tokens: mean {stats.mean:.0f}, median {stats.median:.0f}, max {stats.max:,}")
-        if abs(self.relative_length_gap) > LENGTH_GAP_WARNED:
+        if abs(self.relative_length_gap) > MAX_LENGTH_GAP:
             longer, shorter = ("chosen", "rejected") if self.length_gap > 0 else ("rejected", "chosen")
             lines.append(
                 f"  warning: {longer} is {abs(self.length_gap):.0f} tokens longer than {shorter} on average "
@@ -117,15 +111,12 @@ class DataReport:
         return "\n".join(lines)
 
     def check(self, *, strict: bool, name: str = "data", sources: Sequence[str] = ()) -> None:
-        """Refuse a data set of which nothing is left, or, if strict, of which anything was dropped.
+        """Raise a ValueError with the whole report if no record was kept, or if ``strict`` and any was dropped.
 
         Args:
             strict: a dropped record is an error.
-            name: of the key, for the message.
-            sources: what the records came from, for the message.
-
-        Raises:
-            ValueError: the message holds the whole report.
+            name: key of the data set, for the message.
+            sources: sources of the records, for the message.
         """
         if not self.kept:
             where = f" of {', '.join(sources)}" if sources else ""
@@ -134,7 +125,7 @@ class DataReport:
             raise ValueError(f"{name}: data.strict is true and records were dropped\n{self.text(name)}")
 
     def renamed(self, names: Mapping[str, str]) -> Self:
-        """The same report with its sources under other names."""
+        """The report with renamed sources."""
 
         def rename(tally: Tally) -> Tally:
             return replace(tally, first=tuple(replace(o, source=names.get(o.source, o.source)) for o in tally.first))
@@ -146,78 +137,60 @@ class DataReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON types; ``from_dict`` is the way back."""
+        """The report as JSON types."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Self:
-        """The report that ``to_dict`` wrote."""
-
-        def tallies(name: str) -> dict[str, Tally]:
-            return {
-                reason: Tally(tally["count"], tuple(Offender(**offender) for offender in tally["first"]))
-                for reason, tally in tree[name].items()
-            }
-
-        def stats(name: str) -> LengthStats | None:
-            return None if tree[name] is None else LengthStats(**tree[name])
-
-        return cls(
-            tree["read"],
-            tree["kept"],
-            tallies("dropped"),
-            tallies("notes"),
-            stats("prompt"),
-            stats("chosen"),
-            stats("rejected"),
-        )
+        """The report of ``to_dict``."""
+        return TypeAdapter(cls).validate_python(tree)
 
 
 class DataReportBuilder:
     """Counts records as they are read."""
 
     def __init__(self) -> None:
-        """Start with nothing read."""
         self.kept = 0
         self._dropped: dict[str, Tally] = {}
         self._notes: dict[str, Tally] = {}
 
     @property
     def read(self) -> int:
-        """Records counted so far, kept or dropped."""
+        """Number of records counted so far."""
         return self.kept + sum(tally.count for tally in self._dropped.values())
 
     def drop(self, problem: Problem) -> None:
-        """Count a record that is not used."""
-        _count(self._dropped, problem.reason, Offender(problem.source, problem.number, problem.detail))
+        """Count a dropped record."""
+        _count(self._dropped, problem.reason, Example(problem.source, problem.number, problem.detail))
 
     def keep(self, source: str, number: int, notes: Sequence[str] = ()) -> None:
-        """Count a record that is used, and the notes on it."""
+        """Count a kept record and the notes on it."""
         self.kept += 1
         for note in notes:
-            _count(self._notes, note, Offender(source, number))
+            _count(self._notes, note, Example(source, number))
 
     def add(self, other: "DataReportBuilder") -> None:
-        """Count what another has counted behind what this one has."""
+        """Add the counts of another builder, whose records follow."""
         self.kept += other.kept
-        for mine, theirs in ((self._dropped, other._dropped), (self._notes, other._notes)):
-            for reason, tally in theirs.items():
-                before = mine.get(reason, Tally(0, ()))
-                mine[reason] = Tally(before.count + tally.count, (*before.first, *tally.first)[:SHOWN])
+        for tallies, added in ((self._dropped, other._dropped), (self._notes, other._notes)):
+            for reason, tally in added.items():
+                before = tallies.get(reason, Tally(0, ()))
+                tallies[reason] = Tally(before.count + tally.count, (*before.first, *tally.first)[:EXAMPLES])
 
     def build(self, lengths: np.ndarray) -> DataReport:
         """The report.
 
         Args:
-            lengths: (pairs, 3) tokens of prompt, chosen and rejected of the kept records.
+            lengths: (kept, 3) tokens of prompt, chosen and rejected; (kept, 1) for prompts alone.
         """
-        stats = [_length_stats(lengths[:, column]) if len(lengths) else None for column in range(3)]
+        stats = [_length_stats(tokens) if tokens.size else None for tokens in lengths.T]
+        stats += [None] * (3 - len(stats))
         return DataReport(self.read, self.kept, dict(self._dropped), dict(self._notes), *stats)
 
 
-def _count(tallies: dict[str, Tally], reason: str, offender: Offender) -> None:
+def _count(tallies: dict[str, Tally], reason: str, example: Example) -> None:
     tally = tallies.get(reason, Tally(0, ()))
-    first = tally.first if len(tally.first) == SHOWN else (*tally.first, offender)
+    first = tally.first if len(tally.first) == EXAMPLES else (*tally.first, example)
     tallies[reason] = Tally(tally.count + 1, first)
 
 
@@ -229,10 +202,10 @@ def _tally_lines(tallies: Mapping[str, Tally]) -> list[str]:
     lines = []
     for reason, tally in tallies.items():
         meaning = MEANINGS.get(reason, reason.replace("_", " "))
-        beginning = f"  {tally.count:>6,} {meaning:<{_MEANING_WIDTH}}  "
-        for offender in tally.first:
-            lines.append(f"{beginning}{offender}")
-            beginning = " " * len(beginning)
+        prefix = f"  {tally.count:>6,} {meaning:<{_MEANING_WIDTH}}  "
+        for example in tally.first:
+            lines.append(f"{prefix}{example}")
+            prefix = " " * len(prefix)
         if tally.count > len(tally.first):
-            lines.append(f"{beginning}and {tally.count - len(tally.first):,} more")
+            lines.append(f"{prefix}and {tally.count - len(tally.first):,} more")
     return lines

@@ -1,7 +1,7 @@
-"""Where records come from: files and datasets, their rows, and how a large source is cut into parts.
+"""Sources of records: files and datasets, split into parts that any process can read independently.
 
-A part is a stretch of rows that any process can read without what stands before it. A row that cannot be parsed is
-handed on as such; only a source that cannot be read at all is an error. Knows nothing of what a record holds.
+A row that cannot be parsed is returned as ``Unusable``; a source that cannot be read raises. Independent of the content
+of records.
 """
 
 import json
@@ -21,17 +21,17 @@ SOURCES_ACCEPTED = (
     "datasets.save_to_disk, and hub datasets as org/name or org/name:split"
 )
 TABLE_ROWS = 1024
-"""Rows of a table that are Python objects at a time."""
+"""Rows of a table converted to Python objects at a time."""
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 class Unreadable(ValueError):
-    """A source that is missing or cannot be read as a whole."""
+    """A source is missing or cannot be read."""
 
 
 class Unusable(Exception):
-    """Why a record cannot be used."""
+    """A record cannot be used."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
@@ -40,34 +40,34 @@ class Unusable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A stretch of a source's rows; by default all of them."""
+    """A range of rows of a source; by default all."""
 
     source: str
     start: int = 0
-    """Rows before it."""
+    """Index of the first row."""
     rows: int | None = None
-    """None: to the end."""
+    """Number of rows; None is all remaining ones."""
     byte: int = 0
-    """Where the first row begins; JSONL only, as is ``line``."""
+    """Offset of the first row; JSONL only, like ``line``."""
     line: int = 0
     """Lines before the first row, empty ones included."""
 
 
 Row = tuple[int, Any | Unusable]
-"""Record number (line of a JSONL file, else position in the source; from 1), and the record or why it cannot be had."""
+"""Record number (line of a JSONL file, otherwise position in the source; from 1), and the record or its error."""
 
 
 def check_sources(parts: Iterable[Part]) -> None:
-    """Raise Unreadable for a source that is missing or of a kind that is not read; opens none."""
+    """Raise Unreadable for a missing source or an unknown format, without opening any."""
     for source in {part.source: None for part in parts}:
         _locate(source)
 
 
 def read_rows(part: Part) -> Iterator[Row]:
-    """The rows of a part, in order; memory does not grow with them, except that a .json file is parsed whole.
+    """Yield the rows of a part in order, in constant memory except for .json files, which are parsed whole.
 
     Raises:
-        Unreadable: the source is missing or cannot be read as a whole.
+        Unreadable: the source is missing or cannot be read.
     """
     source = _locate(part.source)
     kind = _DATASET if isinstance(source, _DatasetSource) else _FORMATS[source.path.suffix]
@@ -75,10 +75,10 @@ def read_rows(part: Part) -> Iterator[Row]:
 
 
 def split_sources(sources: Sequence[str], *, rows_per_part: int, limit: int | None = None) -> list[Part]:
-    """Parts of at most ``rows_per_part`` rows that together hold the first ``limit`` rows of ``sources``, in order.
+    """Split the first ``limit`` rows of ``sources`` into parts of at most ``rows_per_part`` rows, in order.
 
     Raises:
-        Unreadable: a source is missing or cannot be read as a whole.
+        Unreadable: a source is missing or cannot be read.
     """
     parts: list[Part] = []
     left = limit
@@ -98,7 +98,7 @@ def split_sources(sources: Sequence[str], *, rows_per_part: int, limit: int | No
 
 
 def source_digest(source: str) -> str:
-    """The content of ``source`` as a hash: of a file its format and bytes, not its name; of a dataset its fingerprint.
+    """Hash of the content of ``source``: format and bytes of a file (not its name), fingerprint of a dataset.
 
     Raises:
         Unreadable: the source is missing or cannot be read.
@@ -117,7 +117,7 @@ def source_digest(source: str) -> str:
 
 
 def source_version(source: str) -> str | None:
-    """What changes whenever a file is written: its place, size and time; None for what is not a local file.
+    """A text that changes whenever a local file is written; None for a dataset.
 
     Raises:
         Unreadable: the source is missing.
@@ -129,7 +129,7 @@ def source_version(source: str) -> str | None:
 
 
 def show(value: Any) -> str:
-    """A value as a message shows it: short, and on one line."""
+    """A value for a message: short, and on one line."""
     if isinstance(value, list | dict):
         noun = "a list" if isinstance(value, list) else "an object"
         return f"{noun} of {len(value)}"
@@ -152,7 +152,7 @@ class _DatasetSource:
     location: str
     split: str
     saved: bool
-    """A folder of save_to_disk; otherwise a hub dataset."""
+    """True for a folder of save_to_disk, False for a hub dataset."""
 
 
 def _locate(source: str) -> _FileSource | _DatasetSource:
@@ -161,7 +161,7 @@ def _locate(source: str) -> _FileSource | _DatasetSource:
         return _DatasetSource(source, source, "train", saved=True)
     if path.is_file():
         if path.suffix not in _FORMATS:
-            raise Unreadable(f"{source}: a file ending in {path.suffix!r} is not read; {SOURCES_ACCEPTED}")
+            raise Unreadable(f"{source}: a file ending in {path.suffix!r} is not supported; {SOURCES_ACCEPTED}")
         return _FileSource(source, path)
     location, _, split = source.partition(":")
     if Path(location).is_dir():
@@ -177,13 +177,13 @@ def _locate(source: str) -> _FileSource | _DatasetSource:
 @dataclass(frozen=True, slots=True)
 class _Format:
     rows: Callable[[Any, Part], Iterator[Row]]
-    """From a part's first row to the end of the source."""
+    """(source, part): rows from the part's first row to the end of the source."""
     parts: Callable[[Any, int], Iterator[Any]]
-    """(source, rows a part): all of it, every part with its count of rows."""
+    """(source, rows per part): all parts, each with its number of rows."""
 
 
 def _even_parts(count: Callable[[Any], int]) -> Callable[[Any, int], Iterator[Part]]:
-    """Parts of a source whose rows can be reached by number."""
+    """Parts of a source with random access to rows."""
 
     def parts(source: Any, rows_per_part: int) -> Iterator[Part]:
         rows = count(source)
@@ -238,12 +238,12 @@ def _parse_json(source: _FileSource) -> list[Any]:
         line = content.count(b"\n", 0, error.start) + 1
         raise Unreadable(f"{path}:{line}: byte {error.start + 1} of the file is not UTF-8 text") from None
     except json.JSONDecodeError as error:
-        hint = "; a file with one record a line must end in .jsonl" if error.msg == "Extra data" else ""
+        hint = "; a file with one record per line must end in .jsonl" if error.msg == "Extra data" else ""
         raise Unreadable(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}{hint}") from None
     except RecursionError:
         raise Unreadable(f"{path}: not valid JSON: nested too deeply") from None
     if not isinstance(records, list):
-        raise Unreadable(f"{path}: holds {show(records)}; a .json file holds a list of records")
+        raise Unreadable(f"{path}: found {show(records)}; a .json file must contain a list of records")
     return records
 
 
@@ -298,7 +298,7 @@ def _arrow_batches(source: _FileSource) -> Iterator[Any]:
 
 
 def _table_rows(batches: Iterable[Any], before: int, start: int) -> Iterator[Row]:
-    """Rows from number ``start`` on, of batches that begin behind ``before`` rows."""
+    """Rows from index ``start`` on; the first batch starts at row ``before``."""
     for batch in batches:
         for at in range(min(max(start - before, 0), batch.num_rows), batch.num_rows, TABLE_ROWS):
             yield from enumerate(batch.slice(at, TABLE_ROWS).to_pylist(), start=before + at + 1)

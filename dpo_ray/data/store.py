@@ -1,19 +1,17 @@
 """Tokenised pairs on disk: built once for the same data, tokenizer and limits, and memory-mapped by every reader.
 
-A store is a folder named by a digest of all that decides its content. The data is cut into parts that any processes
-tokenise, each into files of its own; the store is made of them beside its place and moved there whole, so a reader sees
-a complete store or none, and of two builders the later one takes what the earlier one made.
+A store is a folder named by a digest of everything that determines its content. The data is split into parts, which any
+processes tokenise into files of their own. The finished folder is moved into place atomically; if two processes build
+the same store, the first to finish wins.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from uuid import uuid4
 
 import numpy as np
 
@@ -22,35 +20,35 @@ from dpo_ray.data.records import Problem, read_pairs
 from dpo_ray.data.report import DataReport, DataReportBuilder
 from dpo_ray.data.sources import Part, Unreadable, source_digest, source_version, split_sources
 from dpo_ray.data.tokenize import tokenize_pair, tokenizer_digest
-from dpo_ray.storage import cached_text
+from dpo_ray.storage import atomic_folder, cached_text
 from dpo_ray.types import TokenPair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT_VERSION = 2
-"""Part of every digest: raise it when the files, the layouts read or the tokenisation change."""
+"""Part of every digest: increment it when the file format, record layouts or tokenisation change."""
 
 PART_RECORDS = 4096
-"""Records that one process tokenises at a time: seconds of work, more than a process takes to start."""
+"""Records per part: seconds of work, longer than the start of a process."""
 
 _LENGTHS, _ENDS, _ORIGINS, _META = "lengths.i32", "ends.i64", "origins.i64", "meta.json"
 
 Prepare = Callable[[tuple[int, Part]], DataReportBuilder]
-"""Tokenises a numbered part into files of its own, and counts what became of its records."""
+"""Tokenises a numbered part into files and counts its records."""
 RunParts = Callable[[Prepare, Sequence[tuple[int, Part]]], Iterable[DataReportBuilder]]
-"""Applies the function to each part, wherever that may be, and gives the results in order; as ``map`` does."""
+"""Applies the function to each part, in any process, and returns the results in order, like ``map``."""
 
 
 class PairStore:
-    """Tokenised preference pairs, memory-mapped: opening one reads none of its tokens."""
+    """Memory-mapped tokenised preference pairs."""
 
     def __init__(self, folder: Path, sources: Sequence[str]) -> None:
         """Open a finished store.
 
         Args:
-            folder: one that ``prepare_pairs`` made.
-            sources: what it was made from, by the names to report; the same number in the same order.
+            folder: written by ``prepare_pairs``.
+            sources: current names of its sources, in the same order.
 
         Raises:
             ValueError: the store is damaged.
@@ -58,13 +56,13 @@ class PairStore:
         try:
             meta = json.loads((folder / _META).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{folder / _META}: {error}; delete the folder and it is built again") from None
+            raise ValueError(f"{folder / _META}: {error}; delete the folder to rebuild it") from None
         self.digest: str = meta["digest"]
         self.sources = tuple(sources)
         self.report = DataReport.from_dict(meta["report"]).renamed(dict(zip(meta["sources"], sources, strict=True)))
-        """What became of the records, as counted when the store was built."""
+        """Counts of the records when the store was built."""
         self.sizes: tuple[int, ...] = tuple(meta["sizes"])
-        """Pairs of each source; they stand in the order of the sources."""
+        """Number of pairs of each source; pairs are numbered source by source."""
         pairs = sum(self.sizes)
         self.lengths = _open_array(folder / _LENGTHS, "<i4", (pairs, 3))
         """(pairs, 3) int32: tokens of prompt, chosen and rejected."""
@@ -85,7 +83,7 @@ class PairStore:
         return TokenPair(tuple(ids[:prompt]), tuple(ids[prompt : prompt + chosen]), tuple(ids[prompt + chosen :]))
 
     def tokens(self, index: int) -> np.ndarray:
-        """Token ids of prompt, chosen and rejected, one behind the other; int32, not copied."""
+        """Concatenated token ids of prompt, chosen and rejected; int32, not copied."""
         part = int(np.searchsorted(self._last, index % len(self), side="right"))
         end = int(self._ends[index])
         return self._tokens[part][end - int(self.lengths[index].sum()) : end]
@@ -94,7 +92,7 @@ class PairStore:
         return (self[index] for index in range(len(self)))
 
     def name_of(self, index: int) -> str:
-        """Source and record number of a pair, as the data report names them."""
+        """Source and record number of a pair, as in the data report."""
         source, number = self.record_of(index)
         return f"{source}:{number}"
 
@@ -114,37 +112,35 @@ def prepare_pairs(
     run_parts: RunParts = map,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PairStore:
-    """The tokenised pairs of ``sources``: opened where they were prepared before, else read and tokenised.
+    """The tokenised pairs of ``sources``, from an existing store or a new one.
 
     Args:
         sources: files, saved datasets or hub datasets.
         tokenizer: of the policy.
-        data_config: the limits, and whether a dropped record is an error.
-        folder: holds stores; may be shared by runs and by machines.
+        data_config: limits, and whether a dropped record is an error.
+        folder: parent of stores; may be shared by runs and machines.
         kind: ``data.limit`` applies to train only.
-        run_parts: where parts of ``PART_RECORDS`` are tokenised; by default here, one after the other.
-        on_progress: called with the records done and those there are, after each part of a build.
+        run_parts: tokenises parts of ``PART_RECORDS``; by default sequentially in this process.
+        on_progress: called with the numbers of finished and of all records after each part.
 
     Raises:
-        ValueError: a source is missing or unreadable, no pair is left, or ``data.strict`` and a record was dropped.
+        ValueError: a source is missing or unreadable, no pair is usable, or ``data.strict`` and a record was dropped.
     """
     name = f"data.{kind}"
     limit = data_config.limit if kind == "train" else None
     try:
         recipe = {
             "format": FORMAT_VERSION,
-            "sources": [_digest_once(source, folder / "sources") for source in sources],
+            "sources": [_cached_digest(source, folder / "sources") for source in sources],
             "tokenizer": tokenizer_digest(tokenizer),
             "limit": limit,
             "max_prompt_tokens": data_config.max_prompt_tokens,
             "max_completion_tokens": data_config.max_completion_tokens,
         }
         digest = sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
-        place = folder / digest[:32]
-        if not place.exists():
-            building = folder / f".building-{uuid4().hex}"
-            building.mkdir(parents=True)
-            try:
+        store_folder = folder / digest[:32]
+        if not store_folder.exists():
+            with atomic_folder(store_folder, replace=False) as building:
                 parts = split_sources(sources, rows_per_part=PART_RECORDS, limit=limit)
                 prepare = partial(
                     _prepare_part, folder=building, sources=sources, tokenizer=tokenizer, data_config=data_config
@@ -156,18 +152,15 @@ def prepare_pairs(
                         on_progress(counts.read, total)
                 report = _join(building, digest, sources, counts, len(parts))
                 report.check(strict=False, name=name, sources=sources)
-                _move_into_place(building, place)
-            finally:
-                shutil.rmtree(building, ignore_errors=True)
     except Unreadable as error:
         raise Unreadable(f"{name}: {error}") from None
-    store = PairStore(place, sources)
+    store = PairStore(store_folder, sources)
     store.report.check(strict=data_config.strict, name=name)
     return store
 
 
-def _digest_once(source: str, folder: Path) -> str:
-    """The digest of a source, noted so that a file is read through only once as long as it does not change."""
+def _cached_digest(source: str, folder: Path) -> str:
+    """The digest of a source; cached for a file until it changes."""
     version = source_version(source)
     return source_digest(source) if version is None else cached_text(version, folder, lambda: source_digest(source))
 
@@ -180,7 +173,7 @@ def _prepare_part(
     tokenizer: "PreTrainedTokenizerBase",
     data_config: DataConfig,
 ) -> DataReportBuilder:
-    """Tokenise the records of a part into files named by its number; memory does not grow with them."""
+    """Tokenise the records of a part into files named by its number, in constant memory."""
     number, part = numbered
     counts, tokens, source = DataReportBuilder(), 0, sources.index(part.source)
     with (
@@ -214,7 +207,7 @@ def _prepare_part(
 
 
 def _join(building: Path, digest: str, sources: Sequence[str], counts: DataReportBuilder, parts: int) -> DataReport:
-    """Make one store of the files of all parts; the tokens stay in theirs."""
+    """Concatenate the files of all parts, except the token files."""
     sizes = [_part_size(building, number) for number in range(parts)]
     for name in (_LENGTHS, _ENDS, _ORIGINS):
         with (building / name).open("wb") as whole:
@@ -241,7 +234,7 @@ def _part_size(building: Path, number: int) -> dict[str, int]:
     lengths, tokens = building / f"{number}.{_LENGTHS}", building / _tokens(number)
     if not lengths.exists() or not tokens.exists():
         raise ValueError(
-            f"reference.cache_dir: {tokens} was written on another node and is not seen here; "
+            f"reference.cache_dir: {tokens} was written on another node and is not visible here; "
             "give a folder that all nodes mount"
         )
     return {"pairs": lengths.stat().st_size // 12, "tokens": tokens.stat().st_size // 4}
@@ -251,20 +244,11 @@ def _tokens(part: int) -> str:
     return f"{part:06d}.tokens.i32"
 
 
-def _move_into_place(building: Path, place: Path) -> None:
-    try:
-        os.rename(building, place)
-    except OSError:
-        if not place.exists():
-            raise
-        # Another builder of the same content was faster.
-
-
 def _open_array(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    found = path.stat().st_size if path.exists() else 0
-    if found != expected:
-        raise ValueError(f"{path}: holds {found} bytes, expected {expected}; delete the folder and it is built again")
+    size = path.stat().st_size if path.exists() else 0
+    if size != expected:
+        raise ValueError(f"{path}: has {size} bytes, expected {expected}; delete the folder to rebuild it")
     if not expected:  # an empty file cannot be mapped
         return np.empty(shape, dtype)
     return np.memmap(path, dtype, mode="r", shape=shape)

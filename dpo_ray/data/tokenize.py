@@ -1,7 +1,7 @@
 """From text to token ids: the chat template, the boundary between prompt and completion, the length limits.
 
-Prompt and completion are tokenised as one text and split where they part, so that the policy trains on the tokens it
-would write. Knows nothing of files.
+Prompt and completion are tokenised as one text and split afterwards, so that the policy trains on the tokens that it
+would generate. Independent of files.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from transformers import AutoTokenizer
 
 from dpo_ray.data.records import PairRecord, Problem
+from dpo_ray.storage import error_summary
 from dpo_ray.types import Messages, TokenPair
 
 if TYPE_CHECKING:
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPair:
-    """A pair that is kept, and what happened to it."""
+    """A kept pair and notes on it."""
 
     pair: TokenPair
     notes: tuple[str, ...] = ()
-    """Words that are counted: boundary_moved, completion_cut, double_eos, no_eos."""
+    """Counted in the data report: boundary_moved, completion_cut, double_eos, no_eos."""
 
 
 def tokenize_pair(
@@ -39,19 +40,19 @@ def tokenize_pair(
 ) -> TokenizedPair | Problem:
     """Token ids of one preference pair.
 
-    The prompt ends where its own tokens, with the generation prompt, part from those of the whole conversation. The
-    completion is all that follows, with the end of turn that the template writes; text records end with the tokenizer's
-    end-of-sequence token. A completion over the limit loses its end, and no token is put in its place.
+    The prompt is the common prefix of its own tokens, with the generation prompt, and those of the whole conversation.
+    The completion is the rest, including the template's end of turn; text records end with the tokenizer's
+    end-of-sequence token. Completions over the limit are truncated without adding an end-of-sequence token.
 
     Args:
         record: text or messages.
         tokenizer: with a chat template when the record holds messages.
-        max_prompt_tokens: longer prompts are dropped; None sets no limit.
-        max_completion_tokens: longer completions are cut; None sets no limit.
+        max_prompt_tokens: longer prompts are dropped; None is no limit.
+        max_completion_tokens: longer completions are truncated; None is no limit.
 
     Returns:
-        The pair, or why it is dropped: template_refused, empty_prompt, prompt_too_long, completion_emptied, identical,
-        identical_after_truncation.
+        The pair, or the reason to drop it: template_refused, empty_prompt, prompt_too_long, completion_emptied,
+        identical, identical_after_truncation.
 
     Raises:
         ValueError: the tokenizer lacks the chat template or the end-of-sequence token that the record needs.
@@ -64,9 +65,9 @@ def tokenize_pair(
     try:
         prompt_ids, with_chosen, with_rejected = _encode(record, tokenizer)
     except TemplateError as error:
-        return drop("template_refused", f"the chat template says: {error}")
+        return drop("template_refused", f"the chat template raised: {error}")
 
-    # As TRL's DPOTrainer splits: a template may render the prompt otherwise alone than before an answer.
+    # As in TRL's DPOTrainer: a template may render a prompt alone differently than before a completion.
     start = min(_common_prefix(prompt_ids, with_chosen), _common_prefix(prompt_ids, with_rejected))
     if not start:
         return drop("empty_prompt", f"none of the prompt's {len(prompt_ids)} tokens precede both completions")
@@ -74,19 +75,19 @@ def tokenize_pair(
         return drop("prompt_too_long", f"{start} tokens; data.max_prompt_tokens is {max_prompt_tokens}")
 
     chosen, rejected = with_chosen[start:][:max_completion_tokens], with_rejected[start:][:max_completion_tokens]
-    cut = len(chosen) < len(with_chosen) - start or len(rejected) < len(with_rejected) - start
+    truncated = len(chosen) < len(with_chosen) - start or len(rejected) < len(with_rejected) - start
     for name, completion in (("chosen", chosen), ("rejected", rejected)):
         if not completion:
-            return drop("completion_emptied", f"{name}: the completion has no token behind the prompt")
+            return drop("completion_emptied", f"{name}: the completion has no tokens after the prompt")
     if chosen == rejected:
-        if cut:
+        if truncated:
             return drop("identical_after_truncation", f"data.max_completion_tokens is {max_completion_tokens}")
         return drop("identical", "chosen and rejected give the same tokens")
 
     eos = tokenizer.eos_token_id
     notes = {
         "boundary_moved": start < len(prompt_ids),
-        "completion_cut": cut,
+        "completion_cut": truncated,
         "double_eos": any(_has_double(completion, eos) for completion in (chosen, rejected)),
         "no_eos": eos is not None and any(eos not in ids[start:] for ids in (with_chosen, with_rejected)),
     }
@@ -95,11 +96,11 @@ def tokenize_pair(
 
 
 class ChatTemplateError(ValueError):
-    """A chat template does not take a conversation."""
+    """A chat template rejects a conversation."""
 
 
 def render_prompt(messages: Messages, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
-    """Token ids of a conversation that the model is to continue: chat template and generation prompt.
+    """Token ids of a conversation with the generation prompt.
 
     Raises:
         ChatTemplateError: the chat template rejects the conversation.
@@ -110,7 +111,7 @@ def render_prompt(messages: Messages, tokenizer: "PreTrainedTokenizerBase") -> t
     try:
         return tuple(_render(messages, tokenizer, generation_prompt=True))
     except TemplateError as error:
-        raise ChatTemplateError(f"the chat template says: {error}") from None
+        raise ChatTemplateError(f"the chat template raised: {error}") from None
 
 
 def load_tokenizer(path: str, chat_template: str | None = None) -> "PreTrainedTokenizerBase":
@@ -118,7 +119,7 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> "PreTrainedTo
 
     Args:
         path: hub id or directory.
-        chat_template: file of a Jinja template that replaces the tokenizer's own.
+        chat_template: path of a Jinja template that replaces the tokenizer's own.
 
     Raises:
         ValueError: there is no tokenizer at ``path``, or the template cannot be read.
@@ -132,7 +133,7 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> "PreTrainedTo
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=is_folder)
     except Exception as error:  # the hub client, its HTTP library and the tokenizer's parser each raise their own
         kind = "the directory holds no tokenizer that can be loaded" if is_folder else "not loaded from the hub"
-        raise ValueError(f"model.path: {path}: {kind}: {_first_line(error)}") from error
+        raise ValueError(f"model.path: {path}: {kind}: {error_summary(error)}") from error
     assert tokenizer is not None
     if template is not None:
         tokenizer.chat_template = template
@@ -140,10 +141,10 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> "PreTrainedTo
 
 
 def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """What decides the token ids, as a hash: vocabulary and rules, special tokens, chat template."""
+    """Hash of everything that determines token ids: vocabulary and rules, special tokens, chat template."""
     if getattr(tokenizer, "backend_tokenizer", None) is not None:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Left behind by the last call that padded or truncated.
+        # State of the last call that padded or truncated.
         rules.pop("padding", None)
         rules.pop("truncation", None)
     else:
@@ -154,7 +155,7 @@ def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def _encode(record: PairRecord, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int], list[int]]:
-    """Token ids of the prompt alone, with chosen, and with rejected."""
+    """Token ids of the prompt alone, with chosen and with rejected."""
     prompt, chosen, rejected = record.prompt, record.chosen, record.rejected
     if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
         eos = tokenizer.eos_token
@@ -188,7 +189,7 @@ def _render(messages: Messages, tokenizer: "PreTrainedTokenizerBase", *, generat
         )
     except TemplateSyntaxError as error:
         raise ValueError(f"model.chat_template: line {error.lineno} of the template: {error.message}") from None
-    # Templates write the special tokens themselves.
+    # Templates add the special tokens themselves.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -210,7 +211,3 @@ def _read_template(path: str) -> str:
         raise ValueError(f"model.chat_template: {path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ValueError(f"model.chat_template: {path}: not UTF-8 text; accepted is a Jinja template") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -12,7 +12,7 @@ import ray
 from rich.console import Console
 
 from dpo_ray.config import Config
-from dpo_ray.data.prompts import open_prompts
+from dpo_ray.data.prompts import load_prompts
 from dpo_ray.data.report import DataReportBuilder
 from dpo_ray.data.sources import Part
 from dpo_ray.data.store import PairStore, Prepare, RunParts, prepare_pairs
@@ -115,20 +115,21 @@ def _prepare(prepare: Prepare, part: tuple[int, Part]) -> DataReportBuilder:
 
 
 def prepare_prompts(config: Config, sources: Sequence[str], key: str, console: Console) -> list[Prompt]:
-    """The usable prompts of ``sources``; prints the number of dropped records and the first reasons.
+    """The usable prompts of ``sources``; prints a report of the records read, kept and dropped.
 
     Raises:
         ValueError: a source cannot be read, no prompt is usable, or one is dropped and ``data.strict`` is set.
     """
     if not sources:
         return []
-    prompts, problems = open_prompts(config, sources)
-    records = len(prompts) + len(problems)
-    console.print(f"{key}: {records} records read, {len(prompts)} kept, {len(problems)} dropped")
-    for problem in problems[:3]:
-        console.print(f"  {problem.reason}: {problem.source}:{problem.number} ({problem.detail})")
-    if not prompts:
-        raise ValueError(f"{key}: no usable prompt in {', '.join(sources)}")
-    if problems and config.data.strict:
-        raise ValueError(f"{key}: {len(problems)} records were dropped, which data.strict=true rejects")
+    assert config.online is not None
+    prompts, report = load_prompts(
+        sources,
+        load_tokenizer(config.model.path, config.model.chat_template),
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_engine_tokens=config.max_model_len - config.online.sampling.max_tokens,
+        strict=config.data.strict,
+        name=key,
+    )
+    console.print(report.text(key), highlight=False, markup=False, soft_wrap=True)
     return prompts

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dpo_ray.config.schema import LoraConfig
 from dpo_ray.model.quantized import quantize_base
+from dpo_ray.storage import error_summary
 
 if TYPE_CHECKING:
     from peft import LoraConfig as PeftConfig
@@ -32,7 +33,7 @@ def add_adapters(model: "PreTrainedModel", lora: LoraConfig) -> None:
     try:
         inject_adapter_in_model(peft_config(lora), model, adapter_name=ADAPTER)
     except ValueError as error:
-        raise ValueError(f"model.lora.targets: {lora.targets!r}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"model.lora.targets: {lora.targets!r}: {error_summary(error)}") from None
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and (
             not isinstance(module.get_base_layer(), nn.Linear) or module is model.get_output_embeddings()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
-from dpo_ray.storage import cached_text, file_version
+from dpo_ray.storage import cached_text, error_summary, file_version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -31,9 +31,7 @@ def read_model_config(path: str) -> "PreTrainedConfig":
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         where = "" if Path(path).is_dir() else " (not a local folder, so taken as a name on the hub)"
-        raise ValueError(
-            f"model.path: cannot read a model from {path!r}{where}: {str(error).splitlines()[0]}"
-        ) from None
+        raise ValueError(f"model.path: cannot read a model from {path!r}{where}: {error_summary(error)}") from None
     windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if windowed else "full_attention"])
     if kinds != {"full_attention"}:

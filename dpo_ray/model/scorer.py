@@ -163,10 +163,10 @@ def pair_losses(
             with_squares=with_squares,
             together=shard.is_partial,
         )
-        return ChunkedLosses(losses.total, losses.each, gather(losses.scores))
+        return ChunkedLosses(losses.total, losses.each, gather(losses.token_logps))
 
     losses: ChunkedLosses = model(row, head_fn)
-    return PairLosses(losses.total, losses.each, policy_logps(slice(0, len(row.pair_tokens)), losses.scores))
+    return PairLosses(losses.total, losses.each, policy_logps(slice(0, len(row.pair_tokens)), losses.token_logps))
 
 
 def logit_transform(config: object) -> LogitTransform:

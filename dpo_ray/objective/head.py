@@ -1,6 +1,6 @@
-"""From last hidden states to log-probabilities and losses, without ever holding (tokens x vocabulary) logits.
+"""Log-probabilities and losses from last hidden states, without (tokens, vocabulary) logits in memory.
 
-N = completion tokens, D = hidden size, V = vocabulary (of a head that ranks share, the part of this rank), B = pairs
+N = completion tokens, n = tokens of one chunk, D = hidden size, V = vocabulary rows on this rank, B = pairs
 """
 
 import contextlib
@@ -17,12 +17,12 @@ from dpo_ray.objective.logps import TokenLogps
 from dpo_ray.objective.precision import bfloat16_products
 
 CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}
-"""Size of the float32 logits of one chunk, by kind of device; the only (tokens x V) memory in use at a time."""
+"""Size of the float32 logits of one chunk, by device type; the only (n, V) memory in use at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogitTransform:
-    """What some architectures do to logits after the head: scale, then soft cap."""
+    """Scale and soft cap that some architectures apply to the logits."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -33,8 +33,8 @@ class LogitTransform:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def slope(self, transformed: Tensor) -> Tensor | float:
-        """Derivative of the transformed logits by the head's output."""
+    def derivative(self, transformed: Tensor) -> Tensor | float:
+        """Derivative of the transformed logits with respect to the head's output."""
         if self.softcap is None:
             return self.scale
         return self.scale * (1 - (transformed / self.softcap).square())
@@ -42,7 +42,7 @@ class LogitTransform:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What makes logits of hidden states."""
+    """The output projection from hidden states to logits, optionally sharded over the vocabulary."""
 
     weight: Tensor
     """(V, D), in the dtype of the hidden states."""
@@ -50,12 +50,12 @@ class Head:
     """(V,)"""
     transform: LogitTransform = LogitTransform()
     group: dist.ProcessGroup | None = None
-    """The ranks that have the rows between them and are given the same tokens; None: all rows are here."""
+    """Ranks that shard the vocabulary and compute the same tokens; None for an unsharded head."""
     first: int = 0
-    """The token id of the first row that is here."""
+    """Token id of the first row on this rank."""
 
-    def widened(self) -> "Head":
-        """The same for products of bfloat16 numbers held as float32, where a CPU wants them so."""
+    def for_products(self) -> "Head":
+        """The head with a float32 bias and, on a CPU, bfloat16 weights as float32, as ``_product`` takes them."""
         on_cpu = self.weight.device.type == "cpu"
         bias = None if self.bias is None else self.bias.float()
         weight = self.weight.float() if on_cpu and self.weight.dtype == torch.bfloat16 else self.weight
@@ -63,33 +63,33 @@ class Head:
 
     @property
     def chunk(self) -> int:
-        """Tokens whose logits fit CHUNK_BYTES."""
+        """Number of tokens whose logits fit CHUNK_BYTES."""
         return max(1, CHUNK_BYTES.get(self.weight.device.type, 2**28) // (4 * self.weight.shape[0]))
 
-    def over_ranks(self, values: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-        """Reduce, in place, what each rank has found in its rows."""
+    def all_reduce(self, values: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """Reduce in place over the ranks that shard the vocabulary."""
         if self.group is not None:
             dist.all_reduce(values, op, group=self.group)
         return values
 
-    def rows_of(self, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(n, 1) row of each label, and (n, 1) whether it is here; any row where not, and None if all are here."""
+    def local_rows(self, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(n, 1) local row of each label, and (n, 1) True if it exists, else row 0; None for an unsharded head."""
         rows = labels[:, None] - self.first
         if self.group is None:
             return rows, None
-        here = (rows >= 0) & (rows < self.weight.shape[0])
-        return torch.where(here, rows, 0), here
+        is_local = (rows >= 0) & (rows < self.weight.shape[0])
+        return torch.where(is_local, rows, 0), is_local
 
 
 class ChunkedLosses(NamedTuple):
     """Losses of B pairs."""
 
     total: Tensor
-    """() sum of the losses; the only one with history."""
+    """() sum of the losses; the only output with a gradient."""
     each: Tensor
     """(B,) float32."""
-    scores: TokenLogps
-    """Of all completion tokens."""
+    token_logps: TokenLogps
+    """Log-probabilities of all N completion tokens."""
 
 
 class Group(NamedTuple):
@@ -100,26 +100,26 @@ class Group(NamedTuple):
 
 
 Objective = Callable[[Group, TokenLogps], Tensor]
-"""(group, scores of its tokens) -> one loss for each of its pairs."""
+"""(group, log-probabilities of its tokens) -> one loss per pair of the group."""
 
 
 @torch.no_grad()
 def token_logps(
     hidden: Tensor, head: Head, labels: Tensor, *, chunk: int | None = None, with_squares: bool = False
 ) -> TokenLogps:
-    """Log-probability of each label, in float32 and without history.
+    """Log-probability of each label, in float32 and without gradient.
 
     Args:
         hidden: (N, D) last hidden states, each at the position before its label.
-        head: of the model.
+        head: output projection.
         labels: (N,) token ids.
         chunk: tokens whose logits exist at a time; by default ``head.chunk``.
-        with_squares: also give the sums of squared probabilities, for WPO weights.
+        with_squares: also return sums of squared probabilities, for WPO weights.
     """
-    head, scores = head.widened(), _empty_scores(labels, with_squares)
+    head, logps = head.for_products(), _empty_logps(labels, with_squares)
     for part in _parts(slice(0, labels.numel()), chunk or head.chunk):
-        _softmax(hidden[part], head, labels[part]).write(scores, part, head)
-    return scores
+        _softmax(hidden[part], head, labels[part]).store(logps, part, head)
+    return logps
 
 
 def chunked_pair_losses(
@@ -133,30 +133,31 @@ def chunked_pair_losses(
     with_squares: bool = False,
     together: bool = False,
 ) -> ChunkedLosses:
-    """Losses of pairs, and in the same pass over the logits their gradients.
+    """Losses of pairs; their gradients are computed in the same pass over the logits.
 
-    The pairs are taken in groups whose logits fit one chunk: log-probabilities, losses and the gradients by hidden
-    states and head are computed while the logits are there, so that the backward pass only hands the gradients on. A
-    pair that is larger than a chunk has its logits computed a second time. Gradients by the head are summed in float32.
-    Of a head that ranks share, each rank gets the losses, the gradients by hidden states, and those by its own rows.
+    Pairs are processed in groups whose logits fit one chunk. Log-probabilities, losses and the gradients with respect
+    to hidden states and head are computed while the logits of a group exist; backward only scales and returns the
+    stored gradients. The logits of a pair that is larger than a chunk are computed twice. Head gradients are
+    accumulated in float32. With a vocabulary-parallel head, each rank returns all losses, the full hidden-state
+    gradient, and the weight gradient of its own rows.
 
     Args:
         hidden: (N, D) last hidden states, each at the position before its label.
-        head: of the model.
+        head: output projection.
         labels: (N,) token ids.
-        pair_tokens: completion tokens of each of the B pairs, in the order of the labels; N in all, unless other ranks
-            have some of them.
-        objective: losses of a group's pairs.
+        pair_tokens: completion tokens of each of the B pairs, in the order of the labels; they sum to N, unless context
+            parallel ranks hold some of the tokens.
+        objective: losses of a group of pairs.
         chunk: tokens whose logits exist at a time; by default ``head.chunk``.
-        with_squares: also give the objective the sums of squared probabilities.
-        together: take all pairs as one group, as an objective must have it that is a collective of ranks with different
-            tokens of the same pairs.
+        with_squares: also pass sums of squared probabilities to the objective.
+        together: process all pairs as one group; required for an objective that communicates with context parallel
+            ranks, which hold other tokens of the same pairs.
     """
-    total, each, *scores = _PairLosses.apply(
+    total, each, *logps = _PairLosses.apply(
         hidden, head.weight, head.bias, head, labels, tuple(pair_tokens), objective, chunk or head.chunk,
         with_squares, together, torch.is_grad_enabled(),
     )  # fmt: skip
-    return ChunkedLosses(total, each, TokenLogps(*scores))
+    return ChunkedLosses(total, each, TokenLogps(*logps))
 
 
 class _PairLosses(torch.autograd.Function):
@@ -173,123 +174,126 @@ class _PairLosses(torch.autograd.Function):
         chunk: int,
         with_squares: bool,
         together: bool,
-        with_gradients: bool,
+        grad_enabled: bool,
     ) -> tuple[Tensor, ...]:
-        head, scores = replace(head, weight=weight, bias=bias).widened(), _empty_scores(labels, with_squares)
-        each = scores.logps.new_empty(len(pair_tokens))
-        wanted = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
-        gradients = _Gradients(hidden, weight, bias, wanted)
+        head, logps = replace(head, weight=weight, bias=bias).for_products(), _empty_logps(labels, with_squares)
+        each = logps.logps.new_empty(len(pair_tokens))
+        needs_grad = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
+        gradients = _Gradients(hidden, weight, bias, needs_grad)
         whole = Group(slice(0, len(pair_tokens)), slice(0, labels.numel()))
         for group in [whole] if together else _groups(pair_tokens, chunk):
             parts = list(_parts(group.tokens, chunk))
             for part in parts:
                 softmax = _softmax(hidden[part], head, labels[part])
-                softmax.write(scores, part, head)
-            each[group.pairs], slopes = _slopes(objective, group, scores, with_gradients)
-            if not any(wanted):
+                softmax.store(logps, part, head)
+            each[group.pairs], logps_grad = _losses_and_gradient(objective, group, logps, grad_enabled)
+            if not any(needs_grad):
                 continue
             for part in parts:
-                if len(parts) > 1:  # the logits of the part before have taken their place
+                if len(parts) > 1:  # only the logits of the last part are still in memory
                     softmax = _softmax(hidden[part], head, labels[part])
-                of_part = slice(part.start - group.tokens.start, part.stop - group.tokens.start)
-                gradients.add(softmax, hidden, head, labels, part, slopes[of_part])
-        if gradients.by_hidden is not None:
-            head.over_ranks(gradients.by_hidden)
-        ctx.gradients, ctx.dtypes = gradients, [None if of is None else of.dtype for of in (hidden, weight, bias)]
-        ctx.mark_non_differentiable(each, *scores)
-        return each.sum(), each, *scores
+                in_group = slice(part.start - group.tokens.start, part.stop - group.tokens.start)
+                gradients.accumulate(softmax, hidden, head, labels, part, logps_grad[in_group])
+        if gradients.hidden is not None:
+            head.all_reduce(gradients.hidden)
+        ctx.gradients, ctx.dtypes = gradients, [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.mark_non_differentiable(each, *logps)
+        return each.sum(), each, *logps
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("the gradients of these losses were handed on already; compute the losses again")
-        found = (gradients.by_hidden, gradients.by_weight, gradients.by_bias)
-        scaled = [
-            None if of is None else of.mul_(grads[0]).to(dtype) for of, dtype in zip(found, ctx.dtypes, strict=True)
-        ]
+            raise RuntimeError("backward was called twice and the gradients are freed; compute the losses again")
+        stored = (gradients.hidden, gradients.weight, gradients.bias)
+        scaled = [None if g is None else g.mul_(grads[0]).to(d) for g, d in zip(stored, ctx.dtypes, strict=True)]
         return *scaled, *[None] * 8
 
 
 class _Softmax(NamedTuple):
-    """The distributions that n hidden states predict, as far as they are computed in one go."""
+    """Softmax over the vocabulary for one chunk, kept as unnormalized exponentials."""
 
     exponentials: Tensor
-    """(n, V) of the logits less the row's largest; over ``sums``, the probabilities."""
+    """(n, V) exp(logit - largest logit of the token); divided by ``sums``, the probabilities."""
     sums: Tensor
-    """(n,) over all rows, wherever they are."""
+    """(n,) over the vocabulary of all ranks."""
     logps: Tensor
-    """(n,) of the labels."""
-    slope: Tensor | float
-    """Derivative of the logits by the head's output."""
+    """(n,) log-probabilities of the labels."""
+    derivative: Tensor | float
+    """Derivative of the logits with respect to the head's output."""
 
-    def write(self, scores: TokenLogps, part: slice, head: Head) -> None:
-        """Enter what is wanted of it at ``part`` of the scores."""
-        scores.logps[part] = self.logps
-        if scores.log_sum_squares.numel():
-            squares = head.over_ranks(torch.linalg.vector_norm(self.exponentials, dim=-1).square())
-            scores.log_sum_squares[part] = squares.log() - 2 * self.sums.log()
+    def store(self, logps: TokenLogps, part: slice, head: Head) -> None:
+        """Write the log-probabilities, and the sums of squares if there is room for them, to ``logps[part]``."""
+        logps.logps[part] = self.logps
+        if logps.log_sum_squares.numel():
+            squares = head.all_reduce(torch.linalg.vector_norm(self.exponentials, dim=-1).square())
+            logps.log_sum_squares[part] = squares.log() - 2 * self.sums.log()
 
 
 def _softmax(hidden: Tensor, head: Head, labels: Tensor) -> _Softmax:
-    logits = _product(hidden, head.weight.t(), hidden.dtype)
+    logits = _product(hidden, head.weight.t(), hidden.dtype)  # (n, V)
     if head.bias is not None:
         logits += head.bias
     logits = head.transform(logits)
-    slope = head.transform.slope(logits)
-    largest = head.over_ranks(logits.amax(-1, keepdim=True), dist.ReduceOp.MAX)
-    rows, here = head.rows_of(labels)
-    of_labels = logits.gather(-1, rows) - largest
-    if here is not None:
-        of_labels.masked_fill_(~here, 0.0)
-    # In place: each pass over (n, V) costs memory bandwidth, which is also why nothing is divided by the sums.
+    derivative = head.transform.derivative(logits)
+    largest = head.all_reduce(logits.amax(-1, keepdim=True), dist.ReduceOp.MAX)  # (n, 1)
+    rows, is_local = head.local_rows(labels)
+    label_logits = logits.gather(-1, rows) - largest
+    if is_local is not None:
+        label_logits.masked_fill_(~is_local, 0.0)
+    # In place and not divided by the sums: each pass over (n, V) costs memory bandwidth.
     exponentials = logits.sub_(largest).exp_()
-    sums, of_labels = head.over_ranks(torch.stack((exponentials.sum(-1), of_labels.squeeze(-1))))
-    return _Softmax(exponentials, sums, of_labels - sums.log(), slope)
+    sums, label_logits = head.all_reduce(torch.stack((exponentials.sum(-1), label_logits.squeeze(-1))))  # (n,) each
+    return _Softmax(exponentials, sums, label_logits - sums.log(), derivative)
 
 
-def _slopes(objective: Objective, group: Group, scores: TokenLogps, wanted: bool) -> tuple[Tensor, Tensor]:
-    """A group's losses, and the derivative of their sum by the log-probability of each of its tokens."""
-    logps, squares = scores.logps[group.tokens], scores.log_sum_squares[group.tokens]
-    if not wanted:
-        return objective(group, TokenLogps(logps, squares)), logps
+def _losses_and_gradient(
+    objective: Objective, group: Group, logps: TokenLogps, grad_enabled: bool
+) -> tuple[Tensor, Tensor]:
+    """Losses of a group, and the gradient of their sum with respect to the log-probability of each of its tokens."""
+    values, squares = logps.logps[group.tokens], logps.log_sum_squares[group.tokens]
+    if not grad_enabled:
+        return objective(group, TokenLogps(values, squares)), values
     with torch.enable_grad():
-        leaf = logps.clone().requires_grad_()
+        leaf = values.clone().requires_grad_()
         losses = objective(group, TokenLogps(leaf, squares))
-        (slopes,) = torch.autograd.grad(losses.sum(), leaf)
-    return losses.detach(), slopes
+        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+    return losses.detach(), gradient
 
 
 class _Gradients:
-    """Gradients of the losses by hidden states and head, in float32; None where not wanted."""
+    """Gradients of the total loss with respect to hidden states and head, in float32; None where not needed."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Sequence[bool]) -> None:
-        self.by_hidden, self.by_weight, self.by_bias = (
-            torch.zeros(of.shape, dtype=torch.float32, device=of.device) if of is not None and want else None
-            for of, want in zip((hidden, weight, bias), wanted, strict=True)
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs_grad: Sequence[bool]) -> None:
+        self.hidden, self.weight, self.bias = (
+            torch.zeros(x.shape, dtype=torch.float32, device=x.device) if x is not None and needed else None
+            for x, needed in zip((hidden, weight, bias), needs_grad, strict=True)
         )
 
-    def add(self, softmax: _Softmax, hidden: Tensor, head: Head, labels: Tensor, part: slice, slopes: Tensor) -> None:
-        """Add those of a part of the tokens; its exponentials are used up.
+    def accumulate(
+        self, softmax: _Softmax, hidden: Tensor, head: Head, labels: Tensor, part: slice, logps_grad: Tensor
+    ) -> None:
+        """Add the gradients of the tokens in ``part``; overwrites ``softmax.exponentials``.
 
-        d logp[label] / d logit = [is label] - exponential / sum. The division and the slope, which are one factor a
-        token, wait until they meet something smaller than (n, V).
+        d logp[label] / d logit = [is label] - exponential / sum. Per-token factors are applied after the matmul, which
+        saves a pass over (n, V).
         """
-        rows, here = head.rows_of(labels[part])
-        own = softmax.sums[:, None] if here is None else torch.where(here, softmax.sums[:, None], 0.0)
-        by_logits = softmax.exponentials.scatter_add_(-1, rows, -own)
-        if isinstance(softmax.slope, Tensor) or softmax.slope != 1.0:
-            by_logits.mul_(softmax.slope)
-        factor = (-slopes / softmax.sums)[:, None]  # (n, 1)
-        if self.by_bias is not None:
-            self.by_bias += (by_logits * factor).sum(0)
-        if self.by_hidden is not None:
-            self.by_hidden[part] = _product(by_logits, head.weight, hidden.dtype) * factor
-        if self.by_weight is not None:
-            _add_product(self.by_weight, by_logits.t(), hidden[part] * factor, hidden.dtype)
+        rows, is_local = head.local_rows(labels[part])
+        sums = softmax.sums[:, None]  # (n, 1)
+        label_sums = sums if is_local is None else torch.where(is_local, sums, 0.0)
+        logits_grad = softmax.exponentials.scatter_add_(-1, rows, -label_sums)  # (n, V), times ``factor``
+        if isinstance(softmax.derivative, Tensor) or softmax.derivative != 1.0:
+            logits_grad.mul_(softmax.derivative)
+        factor = -logps_grad[:, None] / sums  # (n, 1)
+        if self.bias is not None:
+            self.bias += (logits_grad * factor).sum(0)
+        if self.hidden is not None:
+            self.hidden[part] = _product(logits_grad, head.weight, hidden.dtype) * factor
+        if self.weight is not None:
+            _add_product(self.weight, logits_grad.t(), hidden[part] * factor, hidden.dtype)
 
 
-def _empty_scores(labels: Tensor, with_squares: bool) -> TokenLogps:
+def _empty_logps(labels: Tensor, with_squares: bool) -> TokenLogps:
     logps = torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
     return TokenLogps(logps, logps.new_empty(labels.shape if with_squares else 0))
 
@@ -299,7 +303,7 @@ def _parts(tokens: slice, chunk: int) -> Iterator[slice]:
 
 
 def _groups(pair_tokens: Sequence[int], chunk: int) -> Iterator[Group]:
-    """As many consecutive pairs as fit a chunk, but at least one."""
+    """Groups of as many consecutive pairs as fit a chunk, at least one."""
     pair = token = 0
     for after, tokens in enumerate(itertools.accumulate(pair_tokens), 1):
         following = pair_tokens[after] if after < len(pair_tokens) else chunk
@@ -309,10 +313,10 @@ def _groups(pair_tokens: Sequence[int], chunk: int) -> Iterator[Group]:
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b with inputs rounded to ``dtype`` and sums in float32.
+    """a @ b with inputs rounded to ``dtype`` and accumulation in float32.
 
-    Logits rounded to bfloat16 would be off by about 0.05 nats a token (|logit| near 20 has steps of 0.125), which a
-    sequence of 100 tokens turns into half a nat of noise on the quantity that the loss is made of.
+    Logits rounded to bfloat16 would be off by about 0.05 nats per token (a spacing of 0.125 at a logit of 20): half a
+    nat of noise in the log-probability of 100 tokens.
     """
     if dtype != torch.bfloat16:
         return a @ b
@@ -322,9 +326,9 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         return a.float() @ b.float()
 
 
-def _add_product(to: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
+def _add_product(total: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16 and a.is_cuda:
-        torch.addmm(to, a.to(dtype), b.to(dtype), out_dtype=torch.float32, out=to)
+        torch.addmm(total, a.to(dtype), b.to(dtype), out_dtype=torch.float32, out=total)
         return
     with bfloat16_products() if dtype == torch.bfloat16 else contextlib.nullcontext():
-        to.addmm_(a, b)
+        total.addmm_(a, b)

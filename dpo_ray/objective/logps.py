@@ -1,4 +1,4 @@
-"""Log-probabilities of completions, of tokens and summed over sequences.
+"""Log-probabilities per token and summed over completions.
 
 N = completion tokens, S = sequences, B = pairs
 """
@@ -22,10 +22,10 @@ class PairLogps:
     rejected_tokens: Tensor
     """(B,)"""
     weights: Tensor | None = None
-    """(B,) factors of the pairs' losses, without history; None weighs all pairs alike."""
+    """(B,) weights of the pairs' losses, without gradient; None is 1 for each."""
 
     def of(self, pairs: slice) -> "PairLogps":
-        """Those of some of the pairs."""
+        """Log-probabilities of a slice of the pairs."""
         weights = None if self.weights is None else self.weights[pairs]
         return PairLogps(
             self.chosen[pairs], self.rejected[pairs], self.chosen_tokens[pairs], self.rejected_tokens[pairs], weights
@@ -33,20 +33,20 @@ class PairLogps:
 
 
 class TokenLogps(NamedTuple):
-    """What a head says of N labels. A tuple, so that FSDP finds the tensors in what a module returns."""
+    """Log-probabilities of N labels. A tuple, so that FSDP finds the tensors in a module's output."""
 
     logps: Tensor
     """(N,) log-probability of each label, float32, nats."""
     log_sum_squares: Tensor
-    """(N,) log of the sum of squared probabilities over the vocabulary, without history; (0,) unless asked for."""
+    """(N,) log of the sum of squared probabilities over the vocabulary, without gradient; (0,) if not computed."""
 
 
 def sequence_sums(values: Tensor, sequence: Tensor, sequences: int) -> Tensor:
-    """Sum token values into their sequences.
+    """Sum token values per sequence.
 
     Args:
         values: (N,) float32.
-        sequence: (N,) index in [0, S) of the sequence each token belongs to.
+        sequence: (N,) index in [0, S) of each token's sequence.
         sequences: S.
 
     Returns:
@@ -56,24 +56,24 @@ def sequence_sums(values: Tensor, sequence: Tensor, sequences: int) -> Tensor:
 
 
 def as_pairs(logps: Tensor, tokens: Tensor, weights: Tensor | None = None) -> PairLogps:
-    """Pairs from (2B,) sequences that alternate chosen, rejected; the weight of a pair is the product of its two."""
+    """Pairs from (2B,) sequences, chosen and rejected in turn; the weight of a pair is the product of both weights."""
     product = None if weights is None else weights[0::2] * weights[1::2]
     return PairLogps(logps[0::2], logps[1::2], tokens[0::2], tokens[1::2], product)
 
 
-def wpo_weights(scores: TokenLogps, sequence: Tensor, tokens: Tensor) -> Tensor:
-    """How likely the policy is to write each sequence: the weights of WPO.
+def wpo_weights(logps: TokenLogps, sequence: Tensor, tokens: Tensor) -> Tensor:
+    """WPO weights: the likelihood of each sequence under the policy.
 
-    The geometric mean, over the sequence's tokens, of the label's probability over what a token drawn from the policy
-    has on average (arXiv:2406.11827, Eq. 2 with the alignment of its section 3.2).
+    Geometric mean over the tokens of p(label) / E[p(token)] with tokens sampled from the policy (arXiv:2406.11827,
+    Eq. 2 with the alignment of section 3.2).
 
     Args:
-        scores: of N tokens, with sums of squares.
+        logps: N tokens, with sums of squares.
         sequence: (N,) index in [0, S).
         tokens: (S,) lengths.
 
     Returns:
-        (S,) float32, without history.
+        (S,) float32, without gradient.
     """
-    aligned = scores.logps.detach() - scores.log_sum_squares
+    aligned = logps.logps.detach() - logps.log_sum_squares
     return (sequence_sums(aligned, sequence, tokens.numel()) / tokens).exp()

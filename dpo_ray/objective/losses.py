@@ -1,8 +1,8 @@
-"""Preference losses: pure functions of policy and reference log-probabilities, one dictionary.
+"""Preference losses: pure functions of policy and reference log-probabilities, registered in ``LOSSES``.
 
-A new loss is a function here and an entry in ``LOSSES``, with its name in ``config/schema.py``; one of your own is
-``loss.use: my_lab.losses:mine``. Each takes ``(policy, reference, *, beta, ...)`` and returns one loss a pair; the mean
-over the global step is taken by the training step, never here. ``beta`` is passed to those that take it.
+To add a loss, write a function here, add it to ``LOSSES`` and its name to ``config/schema.py``, or set
+``loss.use: my_lab.losses:mine``. Each takes ``(policy, reference, *, beta, ...)``, with ``beta`` optional, and returns
+one loss per pair; the training step takes the mean over the global step.
 
 Throughout: ``policy`` and ``reference`` hold completion log-probabilities, (B,) each, summed over tokens, in nats;
 ``beta`` is the scale of the implicit reward, 1/nat; the result is (B,).
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
     from dpo_ray.config.schema import LossConfig
 
 PairLoss = Callable[[PairLogps, PairLogps | None], Tensor]
-"""(policy, reference) -> (B,) loss per pair; the reference is None for a loss that needs none."""
+"""(policy, reference) -> (B,) losses; the reference is None for reference-free losses."""
 
 
 def log_ratios(policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
-    """(B,) log-ratio of policy to reference on the chosen completion, and on the rejected one, nats."""
+    """(B,) log-ratios of policy to reference for chosen and for rejected completions, nats."""
     return policy.chosen - reference.chosen, policy.rejected - reference.rejected
 
 
 def log_ratio_margin(policy: PairLogps, reference: PairLogps) -> Tensor:
-    """(B,) log-ratio on the chosen completion minus that on the rejected one, nats."""
+    """(B,) log-ratio of the chosen completion minus log-ratio of the rejected one, nats."""
     chosen, rejected = log_ratios(policy, reference)
     return chosen - rejected
 
 
 def log_ratio_margin_per_token(policy: PairLogps, reference: PairLogps) -> Tensor:
-    """(B,) the same margin with each log-ratio divided by the tokens of its completion, nats a token."""
+    """(B,) margin of log-ratios divided by completion lengths, nats per token."""
     chosen, rejected = log_ratios(policy, reference)
     return chosen / policy.chosen_tokens - rejected / policy.rejected_tokens
 
@@ -59,7 +59,7 @@ def sigmoid(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoot
 
 
 def sigmoid_norm(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """DPO on log-ratios per token, which takes the reward out of mere length; beta is larger here, 2 to 10.
+    """DPO on log-ratios per token, which does not reward length; typical beta is 2 to 10.
 
     Length-normalised DPO of Tulu 3, arXiv:2411.15124, section 5.
     """
@@ -68,7 +68,7 @@ def sigmoid_norm(policy: PairLogps, reference: PairLogps, *, beta: float, label_
 
 
 def robust(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float = 0.1) -> Tensor:
-    """Robust DPO: an unbiased estimate of the DPO loss when a share of the preferences is flipped.
+    """Robust DPO: an unbiased estimate of the DPO loss when a fraction of the preferences is flipped.
 
     rDPO, arXiv:2403.00409, section 3; ``label_smoothing`` is the flip rate, in [0, 0.5). Not bounded below by 0.
     """
@@ -79,7 +79,7 @@ def robust(policy: PairLogps, reference: PairLogps, *, beta: float, label_smooth
 
 
 def hinge(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
-    """Hinge loss on the reward margin; 1 / beta is the margin wanted, in nats.
+    """Hinge loss on the reward margin; the target margin is 1 / beta nats.
 
     SLiC-HF, arXiv:2305.10425, Eq. 1, on log-ratios as in RSO, arXiv:2309.06657.
     """
@@ -87,16 +87,16 @@ def hinge(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
 
 
 def ipo(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
-    """IPO: the margin is drawn to 1 / (2 beta) instead of without bound.
+    """IPO: squared distance of the margin to 1 / (2 beta), which bounds it.
 
-    arXiv:2310.12036, Eq. 17, where beta is called tau. On log-ratios per token, as its authors confirmed to the
-    maintainers of TRL and as TRL computes it; the paper's formula leaves the normalisation open.
+    arXiv:2310.12036, Eq. 17, where beta is called tau. On log-ratios per token, as in TRL, where the
+    authors confirmed it; the paper does not specify the normalisation.
     """
     return (log_ratio_margin_per_token(policy, reference) - 1 / (2 * beta)) ** 2
 
 
 def exo_pair(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float = 1e-3) -> Tensor:
-    """EXO on pairs: reverse KL from the policy's preference to the labels', smoothed so that it is finite.
+    """EXO on pairs: reverse KL from the policy's preference to the smoothed label.
 
     arXiv:2402.00856, Eq. 16.
 
@@ -113,7 +113,7 @@ def exo_pair(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoo
 
 
 def nca_pair(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
-    """NCA on pairs: raises the likelihood of the chosen completion itself, not only its distance to the rejected.
+    """NCA on pairs: raises the likelihood of the chosen completion, not only the margin.
 
     arXiv:2402.05369, the binary objective of section 4.
     """
@@ -122,7 +122,7 @@ def nca_pair(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
 
 
 def sppo_hard(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
-    """SPPO with the preference probabilities taken as 1 and 0; 1 / beta is the paper's eta.
+    """SPPO with preference probabilities 1 and 0; 1 / beta is the paper's eta.
 
     arXiv:2405.00675, Eq. 4.7.
     """
@@ -131,7 +131,7 @@ def sppo_hard(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor
 
 
 def apo_zero(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
-    """APO-zero: chosen up, rejected down; for chosen completions better than what the policy writes.
+    """APO-zero: raises chosen, lowers rejected; for chosen completions better than the policy's.
 
     arXiv:2408.06266, Eq. 7.
     """
@@ -140,7 +140,7 @@ def apo_zero(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
 
 
 def apo_down(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
-    """APO-down: both down, the rejected further; for chosen completions worse than what the policy writes.
+    """APO-down: lowers both, rejected more; for chosen completions worse than the policy's.
 
     arXiv:2408.06266, Eq. 8.
     """
@@ -149,7 +149,7 @@ def apo_down(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
 
 
 def discopop(policy: PairLogps, reference: PairLogps, *, beta: float, temperature: float = 0.05) -> Tensor:
-    """DiscoPOP: a blend of logistic and exponential loss that a language model found.
+    """DiscoPOP: a blend of logistic and exponential loss, discovered by a language model.
 
     Log-ratio modulated loss, arXiv:2406.08414, Eq. 5; ``temperature`` is its tau.
     """
@@ -159,7 +159,7 @@ def discopop(policy: PairLogps, reference: PairLogps, *, beta: float, temperatur
 
 
 def dpop(policy: PairLogps, reference: PairLogps, *, beta: float, penalty: float = 50.0) -> Tensor:
-    """DPO-Positive: a penalty where the chosen completion has become less likely than under the reference.
+    """DPO-Positive: penalizes chosen completions that are less likely than under the reference.
 
     Smaug, arXiv:2402.13228, Eq. 3; ``penalty`` is its lambda.
     """
@@ -168,15 +168,15 @@ def dpop(policy: PairLogps, reference: PairLogps, *, beta: float, penalty: float
 
 
 def simpo(policy: PairLogps, reference: PairLogps | None, *, beta: float, gamma: float = 0.5) -> Tensor:
-    """SimPO: the policy's own log-probability per token as reward, and a margin; needs no reference.
+    """SimPO: log-probability per token as reward, with a target margin; reference-free.
 
-    arXiv:2405.14734, Eq. 6. ``beta`` is larger here, 2 to 10; ``gamma`` is the margin of rewards, about beta / 2.
+    arXiv:2405.14734, Eq. 6. Typical ``beta`` is 2 to 10; ``gamma`` is the target margin of rewards, about beta / 2.
     """
     return -F.logsigmoid(beta * (_per_token(policy)[0] - _per_token(policy)[1]) - gamma)
 
 
 def orpo(policy: PairLogps, reference: PairLogps | None, *, beta: float) -> Tensor:
-    """ORPO: likelihood of the chosen completion plus ``beta`` times the odds-ratio loss; needs no reference.
+    """ORPO: likelihood of the chosen completion plus ``beta`` times the odds-ratio loss; reference-free.
 
     arXiv:2403.07691, Eqs. 6 and 7, where beta is called lambda; probabilities are geometric means over the tokens.
     """
@@ -186,7 +186,7 @@ def orpo(policy: PairLogps, reference: PairLogps | None, *, beta: float) -> Tens
 
 
 def nll(policy: PairLogps, reference: PairLogps | None) -> Tensor:
-    """Negative log-likelihood per token of the chosen completion: the term that RPO adds; needs no reference.
+    """Negative log-likelihood per token of the chosen completion, the term that RPO adds; reference-free.
 
     arXiv:2404.19733, Eq. 1: ``loss.use: [sigmoid, nll]`` with ``loss.weights: [1, alpha]``.
     """
@@ -215,18 +215,17 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 def build_loss(loss: "LossConfig") -> PairLoss:
     """The configured loss, or weighted sum of losses, with its arguments bound.
 
-    With ``loss.weighting: wpo`` each pair's loss is multiplied by how likely the policy is to write both completions
-    (arXiv:2406.11827, Eq. 2), which ``policy.weights`` must hold.
+    Losses are multiplied by ``policy.weights`` if given (``loss.weighting: wpo``; arXiv:2406.11827, Eq. 2).
 
     Raises:
-        ValueError: a name or an argument is unknown or out of range, or a loss does not return one value a pair.
+        ValueError: a name or an argument is unknown or out of range, or a loss does not return one value per pair.
     """
     terms = []
     for name, weight in zip(loss.names, loss.weights or (1.0,) * len(loss.names), strict=True):
         args = loss.args if len(loss.names) == 1 else loss.args.get(name, {})
         terms.append((weight, bind(name, args, LOSSES, kind="loss", beta=loss.beta)))
     for name, (_, term) in zip(loss.names, terms, strict=True):
-        _try_out(name, term)
+        _validate_output(name, term)
 
     def pair_loss(policy: PairLogps, reference: PairLogps | None) -> Tensor:
         losses = torch.stack([weight * term(policy, reference) for weight, term in terms]).sum(0)
@@ -249,16 +248,16 @@ def _per_token(policy: PairLogps) -> tuple[Tensor, Tensor]:
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0, accurate at both ends; a probability of 1 counts as a little less."""
+    """log(1 - exp(x)) for x < 0, accurate near 0 and -inf; x is clamped below 0."""
     x = x.clamp(max=-1e-6)
     return torch.where(x > -0.693, torch.log(-torch.expm1(x)), torch.log1p(-x.exp()))
 
 
-def _try_out(name: str, term: Callable[..., Any]) -> None:
-    """Call a loss on two pairs, so that what is wrong with it shows before anything is loaded."""
+def _validate_output(name: str, term: Callable[..., Any]) -> None:
+    """Call a loss on two pairs, so that errors appear before a model is loaded."""
     tokens = torch.tensor([2, 3])
     pairs = PairLogps(torch.tensor([-3.0, -4.0]), torch.tensor([-5.0, -2.0]), tokens, tokens)
-    found = term(pairs, pairs)
-    if not isinstance(found, Tensor) or found.shape != (2,):
-        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise ValueError(f"loss {name!r} returned {shape} for two pairs; it must return one loss a pair, (2,)")
+    losses = term(pairs, pairs)
+    if not isinstance(losses, Tensor) or losses.shape != (2,):
+        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(f"loss {name!r} returned {shape} for two pairs; it must return one loss per pair, (2,)")

@@ -1,4 +1,4 @@
-"""What is logged of a set of pairs, the same for every loss. Names and meanings are those of TRL's dashboards."""
+"""Metrics of preference pairs, for every loss, with the names and meanings of TRL's metrics."""
 
 import torch
 from torch import Tensor
@@ -18,15 +18,15 @@ PAIR_METRICS = (
 
 @torch.no_grad()
 def pair_metric_sums(losses: Tensor, policy: PairLogps, reference: PairLogps | None, beta: float) -> Tensor:
-    """Sums over the pairs of everything in PAIR_METRICS; dividing by the pairs of the global step gives the means.
+    """Sums of PAIR_METRICS over the pairs; divide by the pairs of the global step for the means.
 
     The implicit reward is ``beta * (policy - reference)`` log-probability (arXiv:2305.18290, Eq. 5, without the
-    prompt's constant); without a reference, ``beta`` times the policy's log-probability per token (arXiv:2405.14734,
-    Eq. 4), since sums would only compare lengths.
+    prompt's constant). Without a reference it is ``beta`` times the policy's log-probability per token
+    (arXiv:2405.14734, Eq. 4), because sums would compare lengths.
 
     Args:
         losses: (B,).
-        policy, reference: (B,) each, nats; the reference is None for a loss that needs none.
+        policy, reference: (B,) each, nats; the reference is None for reference-free losses.
         beta: 1/nat.
 
     Returns:

@@ -109,7 +109,7 @@ class RoundStore:
         folder = self.path(index)
         remove_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "pairs.jsonl", "".join(_json(line) + "\n" for line in lines))
+        write_atomically(folder / "pairs.jsonl", (_json(line) + "\n" for line in lines))
         write_atomically(folder / "manifest.json", _json(manifest, indent=2) + "\n")
 
     def manifest(self, index: int) -> dict[str, Any]:

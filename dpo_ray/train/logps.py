@@ -73,7 +73,7 @@ def compute_sample_logps(trainer: Trainer, model: LogpsModel, samples: Sequence[
         ranks=trainer.dp_size,
         tokens_per_micro_batch=shape.tokens_per_micro_batch,
     )
-    batches = assignment.shares[trainer.dp_rank]
+    batches = assignment.micro_batches[trainer.dp_rank]
     computed = [
         sequence_logps(model, build_sample_row([samples[i] for i in batch]).to(trainer.device)).double()
         for batch in batches

@@ -15,7 +15,7 @@ import math
 
 import torch
 
-from dpo_ray.config.schema import Config
+from dpo_ray.config import Config
 from dpo_ray.data.loader import Mixture, PairLoader
 from dpo_ray.data.store import PairStore
 from dpo_ray.model.export import export_policy

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from dpo_ray.config.schema import Config
+from dpo_ray.config import Config
 from dpo_ray.data.loader import PairList, PairLoader
 from dpo_ray.data.packing import build_sample_row
 from dpo_ray.model.export import export_policy, named_weights

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from dpo_ray.config.schema import Config
+from dpo_ray.config import Config
 from dpo_ray.data.loader import PairList
 from dpo_ray.data.store import PairStore
 from dpo_ray.model.adapters import WithoutAdapters

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
-from dpo_ray.config.schema import Config
+from dpo_ray.config import Config
 from dpo_ray.data.loader import BatchShape
 from dpo_ray.data.tokenize import load_tokenizer
 from dpo_ray.model.load import load_sharded

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dpo_ray.config.schema import Config
+from dpo_ray.config import Config
 from tests.conftest import ragged_texts
 
 WritePairs = Callable[[Sequence[tuple[str, str, str]]], Path]

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo_ray.config.schema import Config, ModelConfig
+from dpo_ray.config import Config
+from dpo_ray.config.schema import ModelConfig
 from dpo_ray.data.loader import PairLoader
 from dpo_ray.data.packing import build_row
 from dpo_ray.data.store import prepare_pairs

@@ -7,7 +7,8 @@ from unittest import mock
 
 import torch
 
-from dpo_ray.config.schema import Config, ModelConfig, ShardConfig
+from dpo_ray.config import Config
+from dpo_ray.config.schema import ModelConfig, ShardConfig
 from dpo_ray.data.packing import build_row
 from dpo_ray.data.store import prepare_pairs
 from dpo_ray.data.tokenize import load_tokenizer

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_ray.config.schema import Config
+from dpo_ray.config import Config
 from dpo_ray.sync.base import WeightSync, check_probe
 from dpo_ray.train.online import train_online
 from dpo_ray.types import Metrics, RoundData, TokenPair, TokenSample

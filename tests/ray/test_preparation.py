@@ -25,4 +25,4 @@ def test_unusable_data_ends_the_run_with_one_line_also_from_a_task(
     assert failed.returncode == 2
     assert "model.chat_template: line 1 of the template" in failed.stderr
     assert "Traceback" not in failed.stderr
-    assert not list((tmp_path / "cache/data").glob(".building-*"))
+    assert not list((tmp_path / "cache/data").glob(".*"))

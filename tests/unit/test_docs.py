@@ -19,11 +19,10 @@ import pytest
 import yaml
 
 from dpo_ray.cli import COMMANDS
-from dpo_ray.config import OFFLINE, ONLINE, SWEEP, load_config, parse_overrides
+from dpo_ray.config import OFFLINE, ONLINE, SWEEP, Config, load_config, parse_overrides
 from dpo_ray.config.commands import validate_command
 from dpo_ray.config.load import _leaves, help_text
 from dpo_ray.config.paths import validate_paths
-from dpo_ray.config.schema import Config
 from dpo_ray.data.records import Problem, read_pairs
 from dpo_ray.data.sources import Part
 from dpo_ray.launch.spaces import find_space

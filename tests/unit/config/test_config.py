@@ -1,4 +1,4 @@
-"""The configuration: what is accepted, what is refused and in which words, and that it survives YAML."""
+"""The configuration: accepted and rejected values, error messages, and the round trip through YAML."""
 
 import subprocess
 import sys
@@ -83,7 +83,7 @@ def test_arguments_alone_keep_the_default_component(online):
     assert (config.judge.use, config.judge.args) == ("length", {"target_words": 30})
 
 
-def test_rounds_are_saved_and_evaluated_each_and_steps_by_the_hundred_unless_told_otherwise(online, offline):
+def test_online_runs_save_and_evaluate_every_round_by_default(online, offline):
     every = [(config.run.save_every, config.run.eval_every) for config in (load(online), load(offline))]
     assert every == [(1, 1), (100, 50)]
     chosen = load(online, "run.save_every=4", "run.eval_every=null")
@@ -122,7 +122,7 @@ def test_every_shipped_job_loads(path):
     load_config(path)
 
 
-def test_the_names_in_the_schema_are_those_of_the_parts_dictionaries():
+def test_component_names_in_the_schema_match_the_registries():
     from dpo_ray.config import schema
     from dpo_ray.objective.losses import LOSSES
     from dpo_ray.rollout.judges import JUDGES
@@ -144,11 +144,11 @@ def test_the_names_in_the_schema_are_those_of_the_parts_dictionaries():
         (OFFLINE, ["loss.use=simpo"], "none"),
     ],
 )
-def test_reference_kind_auto_is_decided_by_what_can_be_cached(tmp_path, text, overrides, kind):
+def test_reference_kind_auto_depends_on_what_can_be_cached(tmp_path, text, overrides, kind):
     assert load(write(tmp_path / "c.yaml", text), *overrides).reference_kind == kind
 
 
-# -------------------------------------------------------------------------------------------------------------- refused
+# ------------------------------------------------------------------------------------------------------------- rejected
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_reference_kind_auto_is_decided_by_what_can_be_cached(tmp_path, text, ov
         ("nonsense=1", "nonsense: no such key; --help lists every key"),
     ],
 )
-def test_an_unknown_key_is_answered_with_the_nearest_one(online, argument, message):
+def test_an_unknown_key_is_reported_with_the_closest_one(online, argument, message):
     with pytest.raises(ConfigError, match=message):
         load(online, argument)
 
@@ -179,13 +179,16 @@ def test_an_unknown_key_is_answered_with_the_nearest_one(online, argument, messa
         ("optim.pairs_per_step=1.5", "optim.pairs_per_step: found 1.5; input should be a valid integer"),
         ("model.lora={r: 8}", "model.lora.r: no such key; did you mean model.lora.rank?"),
         ("online.candidates=1", "online.candidates: found 1; input should be greater than or equal to 2"),
-        ("online.judge=length", "online.judge: found 'length'; it takes a mapping of keys to values"),
-        ("loss.beta.x=1", "loss.beta.x: loss.beta holds 0.1, which has no keys below it"),
-        ("run.dir=s3://bucket/runs", "run.dir is 's3://bucket/runs': an online run writes rounds"),
+        ("online.judge=length", "online.judge: found 'length'; it must be a mapping of keys to values"),
+        ("loss.beta.x=1", "loss.beta.x: loss.beta is 0.1 and has no keys"),
+        (
+            "run.dir=s3://bucket/runs",
+            "run.dir is 's3://bucket/runs': several processes of an online run read its rounds",
+        ),
         ("run.name=a/b", "run.name is 'a/b': it must be a plain folder name"),
     ],
 )
-def test_a_bad_value_is_answered_with_the_key_what_was_found_and_what_is_accepted(tmp_path, argument, message):
+def test_a_bad_value_is_reported_with_key_found_and_accepted_values(tmp_path, argument, message):
     path = write(tmp_path / "c.yaml", ONLINE + "loss: {beta: 0.1}\n")
     with pytest.raises(ConfigError) as error:
         load(path, argument)
@@ -219,7 +222,7 @@ def test_a_bad_value_is_answered_with_the_key_what_was_found_and_what_is_accepte
             (
                 OFFLINE,
                 ["shard.tensor_parallel=2", "cluster.train_workers=2", setting],
-                f"{named} does not go with layers that workers split",
+                f"{named} is not supported with tensor parallelism",
             )
             for setting, named in (
                 ("model.lora.rank=4", "model.lora"),
@@ -230,25 +233,25 @@ def test_a_bad_value_is_answered_with_the_key_what_was_found_and_what_is_accepte
             )
         ),
         (OFFLINE, ["reference.refresh=round"], "reference.refresh: round needs rounds"),
-        (ONLINE, ["reference.refresh=round", "reference.kind=live"], "set reference.kind to auto or cached"),
-        (ONLINE, ["reference.kind=cached"], "reference.kind: cached cannot score fresh pairs"),
+        (ONLINE, ["reference.refresh=round", "reference.kind=live"], "set reference.kind: auto or cached"),
+        (ONLINE, ["reference.kind=cached"], "reference.kind: cached needs the untrained policy"),
         (
             ONLINE,
             ["online.sync.use=ipc"],
-            "online.sync.use: ipc hands weights over on the card that engine and trainer",
+            "online.sync.use: ipc needs engine and trainer on the same GPU",
         ),
         (ONLINE, ["cluster.colocate=true", "online.max_lag=1"], "online.max_lag is 1: with cluster.colocate"),
-        (ONLINE, ["cluster.colocate=true", "online.sync.use=nccl"], "NCCL refuses two ranks on one GPU"),
-        (ONLINE, ["cluster.colocate=true", "cluster.rollout_engines=2"], "train_workers brings 1 GPUs to share"),
+        (ONLINE, ["cluster.colocate=true", "online.sync.use=nccl"], "NCCL rejects two ranks on one GPU"),
+        (ONLINE, ["cluster.colocate=true", "cluster.rollout_engines=2"], "is 2, more than cluster.train_workers (1)"),
     ],
 )
-def test_sections_that_do_not_go_together_are_refused(tmp_path, text, arguments, message):
+def test_incompatible_sections_are_rejected(tmp_path, text, arguments, message):
     with pytest.raises(ConfigError) as error:
         load(write(tmp_path / "c.yaml", text), *arguments)
     assert message in str(error.value)
 
 
-def test_a_problem_is_laid_to_the_override_that_brought_it_or_to_the_file(tmp_path):
+def test_an_error_is_attributed_to_the_override_or_to_the_file(tmp_path):
     file = write(tmp_path / "c.yaml", OFFLINE + "loss: {beta: -1}\n")
     with pytest.raises(ConfigError) as error:
         load(file, "optm.lr=1", "optim.lr=-1")
@@ -272,10 +275,10 @@ def test_all_problems_are_reported_at_once(offline):
         ("loss: {beta: 0.1}\n", "model: is required"),
         ("", "model: is required"),
         ("model: {path: x\n", "not valid YAML"),
-        ("- a\n- b\n", "holds a list; a configuration is a mapping of sections"),
+        ("- a\n- b\n", "found a list; a configuration is a mapping of sections"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_named(tmp_path, text, message):
+def test_a_file_without_a_configuration_is_named(tmp_path, text, message):
     with pytest.raises(ConfigError, match=rf"broken.yaml: .*{message}"):
         load(write(tmp_path / "broken.yaml", text))
 
@@ -286,7 +289,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("argument", ["optim.lr", "=1", "--lr"])
-def test_an_argument_that_is_no_override_is_refused(argument):
+def test_an_argument_that_is_no_override_is_rejected(argument):
     with pytest.raises(ConfigError, match="is not an override; write key=value"):
         parse_overrides([argument])
 
@@ -341,7 +344,7 @@ def test_without_arguments_the_command_prints_its_help_and_fails(capsys):
     assert "loss.beta" in capsys.readouterr().out
 
 
-def test_four_bits_without_the_package_for_them_end_the_command_with_what_to_install(offline, capsys, monkeypatch):
+def test_a_missing_bitsandbytes_is_reported_with_the_command_that_installs_it(offline, capsys, monkeypatch):
     monkeypatch.setattr(load_module, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as end:
         config_from_argv("DPO.", commands.OFFLINE, [str(offline), "model.lora={quantize: nf4}"])
@@ -350,9 +353,7 @@ def test_four_bits_without_the_package_for_them_end_the_command_with_what_to_ins
 
 
 @pytest.mark.parametrize("setting", ["optim.use=adamw_8bit", "model.fp8=true"])
-def test_low_bits_without_the_package_for_them_end_the_command_with_what_to_install(
-    offline, capsys, monkeypatch, setting
-):
+def test_a_missing_torchao_is_reported_with_the_command_that_installs_it(offline, capsys, monkeypatch, setting):
     monkeypatch.setattr(load_module, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as end:
         config_from_argv("DPO.", commands.OFFLINE, [str(offline), setting])
@@ -360,35 +361,35 @@ def test_low_bits_without_the_package_for_them_end_the_command_with_what_to_inst
     assert "needs torchao, which is not installed: pip install 'dpo-ray[low_bit]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("value", "meaning"), [("true", "full"), ("false", "none"), ("selective", "selective")])
-def test_checkpointing_is_a_kind_or_a_truth_value(offline, value, meaning):
-    assert load(offline, f"shard.activation_checkpointing={value}").shard.activation_checkpointing == meaning
+@pytest.mark.parametrize(("value", "mode"), [("true", "full"), ("false", "none"), ("selective", "selective")])
+def test_activation_checkpointing_accepts_a_mode_or_a_boolean(offline, value, mode):
+    assert load(offline, f"shard.activation_checkpointing={value}").shard.activation_checkpointing == mode
 
 
-def test_recomputing_some_of_a_compiled_layer_is_refused(offline):
-    with pytest.raises(ConfigError, match=r"shard\.compile would compile nothing of a layer of which some is"):
+def test_selective_checkpointing_of_compiled_layers_is_rejected(offline):
+    with pytest.raises(ConfigError, match=r"shard\.compile is not supported with .*: selective"):
         load(offline, "shard.compile=true", "shard.activation_checkpointing=selective")
 
 
-@pytest.mark.parametrize("beside", ["model.lora={rank: 4}", "model.dtype=float32"])
-def test_products_in_eight_bits_are_refused_beside_what_they_do_not_go_with(offline, beside):
+@pytest.mark.parametrize("setting", ["model.lora={rank: 4}", "model.dtype=float32"])
+def test_fp8_with_adapters_or_float32_is_rejected(offline, setting):
     with pytest.raises(ConfigError, match=r"model\.fp8"):
-        load(offline, "model.fp8=true", beside)
+        load(offline, "model.fp8=true", setting)
 
 
-def test_a_live_reference_beside_four_bits_is_refused(offline):
-    with pytest.raises(ConfigError, match=r"reference\.kind: live would keep a second model, in full precision"):
+def test_a_live_reference_of_a_quantized_model_is_rejected(offline):
+    with pytest.raises(ConfigError, match=r"reference\.kind: live would load a second, unquantized model"):
         load(offline, "model.lora={quantize: nf4}", "reference.kind=live")
 
 
-def test_a_config_that_cannot_be_used_ends_the_command_with_exit_code_2(offline, capsys):
+def test_an_invalid_configuration_exits_with_code_2(offline, capsys):
     with pytest.raises(SystemExit) as end:
         config_from_argv("DPO.", commands.OFFLINE, [str(offline), "optim.lrr=1"])
     assert end.value.code == 2
     assert "optim.lrr: no such key" in capsys.readouterr().err
 
 
-def test_reading_a_config_imports_neither_torch_nor_ray_and_takes_less_than_three_seconds(offline):
+def test_loading_a_config_imports_neither_torch_nor_ray_and_takes_less_than_three_seconds(offline):
     code = (
         "import sys; from dpo_ray.config import load_config\n"
         f"load_config({str(offline)!r})\n"

@@ -1,4 +1,4 @@
-"""What a resumed run must share with the run before it, and paths that mean the same in every process."""
+"""Keys that must not change on resume, and absolute paths."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def test_another_model_data_set_or_judge_is_named(key: str, value: object) -> No
 
 
 @pytest.mark.parametrize(("key", "value"), [("optim.lr", 1e-3), ("cluster.train_workers", 4), ("run.epochs", 3)])
-def test_what_may_change_between_starts_is_no_difference(key: str, value: object) -> None:
+def test_keys_that_may_change_on_resume_are_no_difference(key: str, value: object) -> None:
     assert first_difference(BASE.model_dump(mode="json"), override(BASE, {key: value})) is None
 
 
@@ -33,10 +33,10 @@ def test_an_offline_run_differs_from_an_online_one() -> None:
 def test_local_paths_become_absolute_and_hub_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.jsonl").touch()
-    found = with_absolute_paths(BASE)
-    assert found.online is not None
-    assert found.online.prompts == (str(tmp_path / "prompts.jsonl"),)
-    assert found.model.path == "org/model"
-    assert found.run.path == tmp_path / "runs/dpo"
-    assert Path(found.reference.cache_dir or "").is_absolute()
-    assert with_absolute_paths(found) == found
+    resolved = with_absolute_paths(BASE)
+    assert resolved.online is not None
+    assert resolved.online.prompts == (str(tmp_path / "prompts.jsonl"),)
+    assert resolved.model.path == "org/model"
+    assert resolved.run.path == tmp_path / "runs/dpo"
+    assert Path(resolved.reference.cache_dir or "").is_absolute()
+    assert with_absolute_paths(resolved) == resolved

@@ -26,8 +26,8 @@ def test_the_report_counts_each_reason_and_names_its_first_records():
         "b.jsonl:21 (9 tokens)",
         "b.jsonl:22 (9 tokens)",
         "and 2 more",
-        "of those kept:",
-        "1 completion cut to its limit a.jsonl:1",
+        "notes on kept records:",
+        "1 completion truncated a.jsonl:1",
         "prompt tokens: mean 4, median 4, max 5",
         "chosen tokens: mean 15, median 15, max 20",
         "rejected tokens: mean 6, median 6, max 6",
@@ -36,7 +36,7 @@ def test_the_report_counts_each_reason_and_names_its_first_records():
     ]
 
 
-def test_a_gap_of_up_to_a_fifth_is_not_warned_of():
+def test_a_length_gap_of_up_to_a_fifth_gives_no_warning():
     counts = DataReportBuilder()
     counts.keep("a.jsonl", 1)
     report = counts.build(np.array([[3, 110, 90]]))
@@ -45,7 +45,7 @@ def test_a_gap_of_up_to_a_fifth_is_not_warned_of():
     assert "warning: rejected is 21" in counts.build(np.array([[3, 89, 110]])).text()
 
 
-def test_the_report_survives_json():
+def test_the_report_round_trips_through_json():
     report = example()
     assert DataReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
@@ -54,7 +54,7 @@ def test_renamed_sources_are_reported_by_their_new_names():
     assert "z/a.jsonl:17" in example().renamed({"a.jsonl": "z/a.jsonl"}).text()
 
 
-def test_strict_refuses_dropped_records_and_shows_them():
+def test_strict_rejects_dropped_records_and_names_them():
     example().check(strict=False)
     with pytest.raises(ValueError, match=r"data\.strict is true[^$]*a\.jsonl:17"):
         example().check(strict=True)
@@ -66,7 +66,7 @@ def test_notes_alone_pass_strict():
     counts.build(np.ones((1, 3))).check(strict=True)
 
 
-def test_a_data_set_of_which_nothing_is_left_is_refused():
+def test_a_data_set_without_usable_records_is_rejected():
     counts = DataReportBuilder()
     counts.drop(Problem("tie", "a.jsonl", 1, ""))
     with pytest.raises(ValueError, match="no record can be used\ndata: 1 records read, 0 kept, 1 dropped\n"):

@@ -76,7 +76,7 @@ def test_lengths_give_the_tokens_of_both_layouts_and_what_attends_to_what() -> N
 @pytest.mark.parametrize("items", [0, 1, 4, 29])
 def test_every_item_is_dealt_once_and_every_rank_gets_as_many_micro_batches(ranks: int, items: int) -> None:
     tokens = np.random.default_rng(items).integers(1, 500, items)
-    shares = balance_micro_batches(tokens, tokens, ranks=ranks, tokens_per_micro_batch=400).shares
+    shares = balance_micro_batches(tokens, tokens, ranks=ranks, tokens_per_micro_batch=400).micro_batches
     assert len(shares) == ranks
     assert len({len(share) for share in shares}) == 1
     assert sorted(item for share in shares for batch in share for item in batch) == list(range(items))
@@ -90,7 +90,7 @@ def test_ranks_get_near_equal_work(items: int, ranks: int) -> None:
     tokens = np.random.default_rng(0).integers(50, 800, items)
     costs = tokens + tokens.astype(float) ** 2 / 3000
     dealt = balance_micro_batches(tokens, costs, ranks=ranks, tokens_per_micro_batch=4096)
-    work = [[costs[list(batch)].sum() for batch in share] for share in dealt.shares]
+    work = [[costs[list(batch)].sum() for batch in share] for share in dealt.micro_batches]
     slowest = sum(max(turn) for turn in zip(*work, strict=True)) * ranks
     assert dealt.idle == pytest.approx(1 - costs.sum() / slowest)
     assert dealt.idle < 0.1
@@ -98,14 +98,14 @@ def test_ranks_get_near_equal_work(items: int, ranks: int) -> None:
 
 def test_micro_batches_are_filled_to_the_token_limit() -> None:
     tokens = np.random.default_rng(0).integers(50, 800, 64)
-    (share,) = balance_micro_batches(tokens, tokens, ranks=1, tokens_per_micro_batch=4096).shares
+    (share,) = balance_micro_batches(tokens, tokens, ranks=1, tokens_per_micro_batch=4096).micro_batches
     assert len(share) == -(-tokens.sum() // 4096), "as few as all of the tokens need"
 
 
 @pytest.mark.parametrize(("ranks", "turns"), [(1, 5), (2, 3)])
 def test_items_longer_than_a_micro_batch_run_alone_and_none_is_empty_for_their_sake(ranks: int, turns: int) -> None:
     tokens = np.array([3000, 1025, 9000, 2000, 1500])
-    shares = balance_micro_batches(tokens, tokens, ranks=ranks, tokens_per_micro_batch=1024).shares
+    shares = balance_micro_batches(tokens, tokens, ranks=ranks, tokens_per_micro_batch=1024).micro_batches
     assert [len(share) for share in shares] == [turns] * ranks
     assert [len(batch) for share in shares for batch in share].count(0) == ranks * turns - 5
 
@@ -166,7 +166,7 @@ def test_a_mixture_without_shuffling_takes_the_sources_in_order():
 
 def test_a_loader_of_a_mixture_steps_through_its_epochs():
     pairs = PairList([TokenPair((1,), (2,), (3,))] * 6)
-    shape = BatchShape(share=0, shares=1, tokens_per_micro_batch=64, attention_cost=0.0)
+    shape = BatchShape(dp_rank=0, dp_size=1, tokens_per_micro_batch=64, attention_cost=0.0)
     loader = PairLoader(pairs, shape, pairs_per_step=4, seed=0, shuffle=False, mixture=Mixture((4, 2), (1.0, 1.5)))
     assert loader.steps_per_epoch == 2
     assert [next(loader).pairs for _ in range(4)] == [(0, 1, 2, 3), (4, 5, 4), (0, 1, 2, 3), (5, 4, 5)]

@@ -141,21 +141,21 @@ def test_a_data_set_of_which_nothing_is_left_leaves_no_store(prepare: Any, write
     assert built(tmp_path) == []
 
 
-def test_a_builder_that_comes_second_takes_the_store_of_the_first(
+def test_of_two_concurrent_builders_the_first_to_finish_wins(
     prepare: Any, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     source = write(GOOD)
-    move = store_module._move_into_place
+    join = store_module._join
 
-    def overtaken(building: Path, place: Path) -> None:
-        monkeypatch.setattr(store_module, "_move_into_place", move)
+    def overtaken(*args: Any) -> Any:
+        monkeypatch.setattr(store_module, "_join", join)
         prepare(source)
-        move(building, place)
+        return join(*args)
 
-    monkeypatch.setattr(store_module, "_move_into_place", overtaken)
+    monkeypatch.setattr(store_module, "_join", overtaken)
     assert len(prepare(source)) == 5
-    (left,) = built(tmp_path)
-    assert not left.name.startswith(".")
+    (folder,) = built(tmp_path)
+    assert not folder.name.startswith(".")
 
 
 def test_a_failed_build_leaves_nothing_behind(
@@ -176,7 +176,7 @@ def test_a_damaged_store_is_named(prepare: Any, write: Write, tmp_path: Path):
     (folder,) = built(tmp_path)
     tokens = folder / "000000.tokens.i32"
     tokens.write_bytes(tokens.read_bytes()[:-4])
-    with pytest.raises(ValueError, match=r"tokens\.i32: holds \d+ bytes, expected \d+; delete the folder"):
+    with pytest.raises(ValueError, match=r"tokens\.i32: has \d+ bytes, expected \d+; delete the folder"):
         prepare(source)
 
 

@@ -242,7 +242,7 @@ def test_a_missing_source_is_an_error_before_anything_is_read(name: str):
 
 def test_a_file_of_another_format_is_an_error(tmp_path: Path):
     (tmp_path / "pairs.csv").write_text("prompt,chosen\n")
-    with pytest.raises(ValueError, match=r"a file ending in '\.csv' is not read; accepted"):
+    with pytest.raises(ValueError, match=r"a file ending in '\.csv' is not supported; accepted"):
         read_pairs([Part(str(tmp_path / "pairs.csv"))])
 
 
@@ -263,8 +263,8 @@ def test_a_folder_that_is_no_saved_dataset_is_an_error(tmp_path: Path):
     ("content", "message"),
     [
         (b'[\n{"prompt": "a"},\n{"prompt" "b"}\n]', r"pairs\.json:3: not valid JSON: Expecting ':' .* at column 11"),
-        (b'{"a": 1}\n{"a": 2}', r"pairs\.json:2: .* a file with one record a line must end in \.jsonl"),
-        (b'{"a": 1}', r"holds an object of 1; a \.json file holds a list"),
+        (b'{"a": 1}\n{"a": 2}', r"pairs\.json:2: .* a file with one record per line must end in \.jsonl"),
+        (b'{"a": 1}', r"found an object of 1; a \.json file must contain a list"),
         (b'[\n"\xff"]', r"pairs\.json:2: byte 4 of the file is not UTF-8"),
     ],
 )
@@ -332,7 +332,7 @@ PROBLEMS = [
     (
         "bad_field",
         {"chosen": [user("a"), assistant("b"), user("c")], "rejected": [user("a"), assistant("d")]},
-        "chosen: found a turn by 'user' behind the prompt",
+        "chosen: found a turn by 'user' after the prompt",
     ),
     (
         "bad_field",

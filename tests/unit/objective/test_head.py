@@ -66,7 +66,8 @@ def test_losses_and_gradients_in_chunks_are_those_of_a_float64_softmax(
     (3 * found.total).backward()
 
     assert found.each.dtype == torch.float32
-    assert (found.scores.logps - exact_logps).abs().max() < 5e-5, "also in bfloat16: only inputs are rounded, no logits"
+    # Also in bfloat16: only inputs are rounded, not logits.
+    assert (found.token_logps.logps - exact_logps).abs().max() < 5e-5
     assert relative(found.each, exact_losses) < 1e-5
     assert found.total.item() == pytest.approx(exact_losses.sum().item(), rel=1e-5)
     assert relative(hidden.grad, exact_hidden.grad) < gradient_error
@@ -80,7 +81,7 @@ def test_log_probabilities_alone_are_the_same_and_have_no_history(chunk: int) ->
     scores = token_logps(hidden, head, labels, chunk=chunk)
     assert (scores.logps - oracle(hidden, head, labels)).abs().max() < 5e-5
     assert not scores.logps.requires_grad
-    assert torch.allclose(scores.logps, run(hidden, head, labels, upstream, 1000).scores.logps, atol=1e-5)
+    assert torch.allclose(scores.logps, run(hidden, head, labels, upstream, 1000).token_logps.logps, atol=1e-5)
 
 
 def test_a_head_with_a_bias_gets_its_gradient() -> None:
@@ -126,7 +127,7 @@ def test_no_tokens_give_no_losses_and_zero_gradients() -> None:
     hidden, weight = torch.zeros(0, HIDDEN, requires_grad=True), torch.ones(VOCABULARY, HIDDEN, requires_grad=True)
     found = chunked_pair_losses(hidden, Head(weight), torch.zeros(0, dtype=torch.int64), (), lambda *_: torch.zeros(0))
     found.total.backward()
-    assert found.each.shape == found.scores.logps.shape == (0,)
+    assert found.each.shape == found.token_logps.logps.shape == (0,)
     assert weight.grad is not None
     assert weight.grad.abs().sum() == 0
 

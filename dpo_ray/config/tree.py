@@ -1,0 +1,72 @@
+"""The configuration tree: all sections, validated together."""
+
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
+
+from dpo_ray.config.schema import (
+    ClusterConfig,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OnlineConfig,
+    OptimConfig,
+    ReferenceConfig,
+    RunConfig,
+    Section,
+    ShardConfig,
+    SweepConfig,
+)
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    reference: ReferenceConfig = ReferenceConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    shard: ShardConfig = ShardConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    online: OnlineConfig | None = None
+    """Online settings; null trains on a fixed preference set."""
+    sweep: SweepConfig = SweepConfig()
+
+    @property
+    def max_model_len(self) -> int:
+        """Maximum length of prompt and completion in an engine, in tokens."""
+        assert self.online is not None
+        longest = (self.data.max_prompt_tokens or 1024) + self.online.sampling.max_tokens
+        return self.online.engine.max_model_len or longest
+
+    @property
+    def reference_kind(self) -> Literal["cached", "live", "adapters_off", "none"]:
+        """``reference.kind`` with ``auto`` resolved."""
+        if self.reference.kind != "auto":
+            return self.reference.kind
+        if self.loss.reference_free:
+            return "none"
+        if self.online is None or self.reference.refresh == "round":
+            return "cached"
+        return "live" if self.model.lora is None else "adapters_off"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_to_every_round(cls, tree: Any) -> Any:
+        """An online run saves and evaluates every round by default."""
+        if isinstance(tree, dict) and tree.get("online") and isinstance(run := tree.get("run", {}), dict):
+            return {**tree, "run": {"save_every": 1, "eval_every": 1, **run}}
+        return tree
+
+    @model_validator(mode="after")
+    def _validate_across_sections(self) -> Self:
+        cross_checks.validate_mesh(self.shard, self.cluster)
+        cross_checks.validate_layers(self.shard, self.model, self.optim)
+        cross_checks.validate_reference(self.reference, self.model, self.loss, self.online)
+        cross_checks.validate_run(self.run, self.data, self.online)
+        if self.online is not None:
+            cross_checks.validate_transport(self.online, self.cluster)
+            cross_checks.validate_colocation(self.online, self.cluster)
+        return self

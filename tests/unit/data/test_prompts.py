@@ -1,0 +1,60 @@
+"""Prompts of online runs: kept, dropped and reported."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dpo_ray.data.prompts import load_prompts
+from dpo_ray.data.tokenize import load_tokenizer
+
+TEMPLATE = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn here') }}{% endif %}"
+    "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+)
+
+
+def load(folder: Path, model: Path, *, max_engine_tokens: int = 1000, strict: bool = False) -> tuple[list[int], str]:
+    """Record numbers of the kept prompts, and the report."""
+    texts = [
+        [{"role": "user", "content": "short"}],
+        [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}],
+        [{"role": "user", "content": "x" * 90}],
+        [{"role": "user", "content": "also short"}],
+    ]
+    source, template = folder / "prompts.jsonl", folder / "template.jinja"
+    source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    template.write_text(TEMPLATE)
+    prompts, report = load_prompts(
+        [str(source)],
+        load_tokenizer(str(model), str(template)),
+        max_prompt_tokens=1024,
+        max_engine_tokens=max_engine_tokens,
+        strict=strict,
+    )
+    assert [prompt.index for prompt in prompts] == list(range(len(prompts)))
+    return [texts.index(list(map(dict, prompt.messages))) + 1 for prompt in prompts], report.text("online.prompts")
+
+
+def test_a_prompt_that_the_template_rejects_is_named_by_file_and_record(tiny_model: Path, tmp_path: Path) -> None:
+    kept, text = load(tmp_path, tiny_model)
+    assert kept == [1, 3, 4]
+    assert "online.prompts: 4 records read, 3 kept, 1 dropped" in text
+    assert f"{tmp_path / 'prompts.jsonl'}:2 (the chat template raised: no system turn here)" in text
+    assert "prompt   tokens: mean 35, median 10, max 90" in text
+
+
+def test_a_prompt_that_leaves_an_engine_no_room_for_a_completion_is_dropped(tiny_model: Path, tmp_path: Path) -> None:
+    kept, text = load(tmp_path, tiny_model, max_engine_tokens=80)
+    assert kept == [1, 4]
+    assert "(90 tokens; online.engine.max_model_len - online.sampling.max_tokens is 80)" in text
+
+
+def test_prompts_without_a_usable_record_are_rejected(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"online\.prompts: no record of .*prompts\.jsonl can be used"):
+        load(tmp_path, tiny_model, max_engine_tokens=1)
+
+
+def test_strict_rejects_dropped_prompts(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"online\.prompts: data\.strict is true and records were dropped"):
+        load(tmp_path, tiny_model, strict=True)
