@@ -3,6 +3,9 @@
 Layers are split according to the architecture's plan in transformers (``model.tp_plan``). Every parameter becomes a
 DTensor over the tensor ranks, so FSDP, checkpoints and gradient norms know its placement; modules compute with local
 tensors. Hidden states between layers are replicated (Megatron-LM, arXiv:1909.08053, section 3).
+
+torch's ``parallelize_module`` styles give the same gradients at 1.4 times the CPU time per step of a small model: all
+operations dispatch on DTensors, and sibling column-wise layers all-reduce the gradient of their input separately.
 """
 
 import logging
