@@ -177,8 +177,13 @@ def main() -> None:
     os.dup2(2, 1)  # trackers print
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     run = json.loads(sys.stdin.readline())
-    feed = TrackerFeed(Config.model_validate(run["config"]), run["group"], lambda text: print(text, file=output))
-    finished = sys.stdin.readline()  # empty where the driver was killed
+
+    def report(text: str) -> None:
+        with contextlib.suppress(BrokenPipeError):  # the driver was killed
+            print(text, file=output)
+
+    feed = TrackerFeed(Config.model_validate(run["config"]), run["group"], report)
+    finished = sys.stdin.readline()  # empty where the driver failed or was killed
     signal.alarm(CLOSE_TIMEOUT_S + 10)  # ends the process even if its exit handlers hang
     if not feed.close(failed=not finished):
         os._exit(0)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -28,8 +28,8 @@ TOKEN = "hf_" + 34 * "x"
 class Recorder:
     """A tracker that keeps what it gets, across runs of the same folder."""
 
-    logged: list[tuple[Any, ...]]
-    ids: list[str | None]
+    logged: ClassVar[list[tuple[Any, ...]]] = []
+    ids: ClassVar[list[str | None]] = []
 
     def __init__(self, *, id: str | None, group: str | None, fail_at: int | None = None) -> None:
         self.id, self.location, self.fail_at = id or "first", f"group {group}", fail_at
@@ -67,8 +67,8 @@ RECORDER, FAILING, HANGING = (f"{__name__}:{name}" for name in ("Recorder", "Fai
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Recorder, "logged", [], raising=False)
-    monkeypatch.setattr(Recorder, "ids", [], raising=False)
+    monkeypatch.setattr(Recorder, "logged", [])
+    monkeypatch.setattr(Recorder, "ids", [])
     monkeypatch.setattr(follower, "POLL_S", 0.01)
 
 
@@ -342,6 +342,16 @@ def test_the_process_gets_the_last_lines_and_leaves_nothing_behind(tmp_path: Pat
     events = EventAccumulator(f"{tmp_path}/r/tensorboard")
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2]
+
+
+def test_trackers_get_the_last_lines_of_a_driver_that_was_killed(tmp_path: Path) -> None:
+    run = config(tmp_path, RECORDER)
+    process = follower._start_process(run, None)
+    write_lines(run.run.path, step(1), step(2))
+    for pipe in (process.stdout, process.stdin):
+        pipe.close()
+    assert process.wait(120) == 0
+    assert json.loads((run.run.path / "trackers.json").read_text())[RECORDER]["step"] == 2
 
 
 # ---------------------------------------------------------------------------------------------------- the configuration
