@@ -4,6 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
+from dpo_ray.config import cross_checks
 from dpo_ray.config.schema import (
     ClusterConfig,
     DataConfig,
