@@ -124,7 +124,8 @@ class _Display:
         (task,) = self.progress.tasks
         line = f"[{format_duration(task.elapsed or 0.0)}] {self.phase.plain}"
         line += f" | {self.metrics.plain}" if self.metrics.plain else ""
-        line += f"  (about {format_duration(left)} left)" if (left := task.time_remaining or 0.0) > 1 else ""
+        left = (task.time_remaining or 0.0) if self.rounds or status.phase == "training" else 0.0
+        line += f"  (about {format_duration(left)} left)" if left > 1 else ""
         self.console.print(line, soft_wrap=True)
 
 

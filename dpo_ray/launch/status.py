@@ -65,7 +65,7 @@ class StatusActor:
 
     def metrics(self, metrics: Metrics) -> None:
         """Merges a line of metrics into the latest ones."""
-        merged = self.status.metrics | metrics
+        merged = self.status.metrics | without_ties(metrics)
         last_round = merged.get("round")
         finished = None if last_round is None else last_round + 1
         self.status = replace(self.status, metrics=merged, step=merged.get("step", 0), round=finished)
@@ -82,6 +82,12 @@ class StatusActor:
     def stop_requested(self) -> bool:
         """True if the run should stop early."""
         return self.stopping
+
+
+def without_ties(metrics: Metrics) -> Metrics:
+    """Metrics to display: without the accuracy of step 0, where all pairs tie because the policy is the reference."""
+    hidden = "eval/rewards/accuracies" if metrics.get("step") == 0 else None
+    return {key: value for key, value in metrics.items() if key != hidden}
 
 
 def start_status_actor() -> Any:

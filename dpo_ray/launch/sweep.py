@@ -26,7 +26,7 @@ from dpo_ray.launch.follower import follow_run
 from dpo_ray.launch.offline import train, validate_offline
 from dpo_ray.launch.run_dir import make_run_dir
 from dpo_ray.launch.spaces import find_space
-from dpo_ray.launch.status import Status, start_status_actor
+from dpo_ray.launch.status import Status, start_status_actor, without_ties
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ class _Progress(ray.tune.Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Shows the latest held-out metrics."""
-        self._update(dict(result))
+        self._update(without_ties(result))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Counts a successful trial."""

@@ -55,6 +55,15 @@ def test_the_status_counts_finished_rounds_and_keeps_the_latest_metrics() -> Non
     assert status.metrics["judge/mean_score"] == 0.5
 
 
+def test_the_status_leaves_out_the_accuracy_of_tied_pairs_before_the_first_step(tmp_path: Path) -> None:
+    reporter, status = reporter_and_status(tmp_path)
+    reporter.evaluation({"step": 0, "eval/loss": 0.6931, "eval/rewards/accuracies": 0.0})
+    assert metrics_lines(tmp_path)[0]["eval/rewards/accuracies"] == 0.0
+    assert status.read().metrics == {"step": 0, "eval/loss": 0.6931}
+    reporter.evaluation({"step": 2, "eval/loss": 0.7, "eval/rewards/accuracies": 0.0})
+    assert status.read().metrics["eval/rewards/accuracies"] == 0.0
+
+
 def test_a_stopping_run_has_something_to_save_once_it_has_taken_a_step(tmp_path: Path) -> None:
     reporter, status = reporter_and_status(tmp_path)
     reporter.start(0)
