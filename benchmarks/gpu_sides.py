@@ -14,18 +14,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.flops import Shape
 from dpo_ray.data.assignment import balance_micro_batches
 from dpo_ray.data.packing import Layout, PackedRow, build_row, row_tokens
-from dpo_ray.model.load import register_attention
 from dpo_ray.model.scorer import HeadFn, LogpsModel, PairLosses, Scorer, pair_losses
 from dpo_ray.objective.head import LogitTransform
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.objective.losses import sigmoid
-from dpo_ray.ops.attention import PACKED
-from dpo_ray.ops.flex import FLEX
+from dpo_ray.ops.attention import PACKED, packed_attention
+from dpo_ray.ops.flex import FLEX, flex_packed_attention
 from dpo_ray.parallel.activations import apply_activation_checkpointing
 from dpo_ray.parallel.context import NO_CONTEXT_PARALLEL
 from dpo_ray.parallel.tensor import local_head
@@ -134,7 +133,8 @@ def with_all_logits(model: Any, row: PackedRow) -> PairLosses:
 
 def sides(device: torch.device) -> dict[str, Side]:
     """The implementations to compare, ours first."""
-    register_attention()
+    AttentionInterface.register(PACKED, packed_attention)  # as model.load does, which needs pydantic
+    AttentionInterface.register(FLEX, flex_packed_attention)
     ours = FLEX if device.type == "cuda" else PACKED
     without_flex = {"dpo_ray, no flex": Side(PACKED, packed("shared"))}
     at_completions = padded(with_head_at_completions)
