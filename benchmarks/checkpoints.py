@@ -1,10 +1,10 @@
-"""What an asynchronous save costs: how long it blocks the loop, and how much slower the step is while it is written.
+"""Cost of an asynchronous save: the time that it blocks training, and the slowdown of the step that runs beside it.
 
     python -m benchmarks.checkpoints                            one process, two threads, the demo model
     python -m benchmarks.checkpoints --pairs-per-step 16 --steps 7
 
-All steps are on the same pairs, and every other one runs while a checkpoint is written: neighbours are compared. A step
-lasts from the end of the one before to its own, the time that the save before it blocked included.
+All steps use the same pairs, and every other step runs while a checkpoint is written; adjacent steps are compared. A
+step's time includes the blocking part of the save before it.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks.offline import fast_dtype
-from benchmarks.pairs import made_pairs
+from benchmarks.pairs import generate_pairs
 from dpo_ray.config import Config
 from dpo_ray.data.store import prepare_pairs
 from dpo_ray.data.tokenize import load_tokenizer
@@ -30,41 +30,41 @@ from dpo_ray.train.offline import train_offline
 from dpo_ray.types import Metrics
 
 WARM_UP = 2
-"""First steps that are not counted: threads start and memory is taken from the system, also for the first save."""
+"""First steps, not counted: threads start and memory is allocated, also for the first save."""
 
 
 class Clock:
-    """Notes when each step ends."""
+    """A Reporter that records when each step ends."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def phase(self, name: str, done: int = 0, total: int = 0) -> None:
-        """Not kept."""
+        """Ignored."""
 
     def note(self, text: str) -> None:
-        """Not kept."""
+        """Ignored."""
 
     def start(self, step: int, round: int = 0) -> None:
-        """Not kept."""
+        """Ignored."""
 
     def step(self, metrics: Metrics) -> None:
-        """Note the time."""
+        """Record the time."""
         self.ends.append(time.perf_counter())
 
     def round(self, metrics: Metrics) -> None:
-        """Not kept."""
+        """Ignored."""
 
     def evaluation(self, metrics: Metrics) -> None:
-        """Not kept."""
+        """Ignored."""
 
     def stop_requested(self) -> bool:
-        """Never."""
+        """Always False."""
         return False
 
 
 def run(_: int, tree: dict[str, Any], threads: int, results: Any) -> None:
-    """Train; put the seconds of each step, and the seconds that each save blocked and took in all."""
+    """Train; ``results`` gets the seconds of each step, and the blocking and total seconds of each save."""
     torch.set_num_threads(threads)
     dist.init_process_group("gloo", rank=0, world_size=1)
     config = Config.model_validate(tree)
@@ -73,11 +73,11 @@ def run(_: int, tree: dict[str, Any], threads: int, results: Any) -> None:
     )
     blocked: list[float] = []
     taken: list[float] = []
-    plain = Checkpointer.save
+    save = Checkpointer.save
 
     def timed(self: Checkpointer, *arguments: Any) -> None:
         started = time.perf_counter()
-        plain(self, *arguments)
+        save(self, *arguments)
         blocked.append(time.perf_counter() - started)
         assert self.pending is not None
         self.pending.add_done_callback(lambda _: taken.append(time.perf_counter() - started))
@@ -90,17 +90,17 @@ def run(_: int, tree: dict[str, Any], threads: int, results: Any) -> None:
 
 
 def main() -> None:
-    """Run and print the figures."""
+    """Run and print the timings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="models/smollm2-135m-instruct", help="a model directory")
-    parser.add_argument("--steps", type=int, default=9, help="an odd number")
-    parser.add_argument("--pairs-per-step", type=int, default=4)
-    parser.add_argument("--tokens-per-micro-batch", type=int, default=1024)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=9, help="optimizer steps, an odd number")
+    parser.add_argument("--pairs-per-step", type=int, default=4, help="preference pairs per optimizer step")
+    parser.add_argument("--tokens-per-micro-batch", type=int, default=1024, help="largest micro-batch")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     arguments = parser.parse_args()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29541")
     with tempfile.TemporaryDirectory() as folder:
-        pairs = made_pairs("answers", arguments.pairs_per_step)
+        pairs = generate_pairs("answers", arguments.pairs_per_step)
         (Path(folder) / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
         tree = {
             "run": {"dir": folder, "name": "run", "steps": arguments.steps, "save_every": 2, "export": False},
@@ -115,18 +115,18 @@ def main() -> None:
         results = mp.get_context("spawn").SimpleQueue()
         context = mp.start_processes(run, (tree, arguments.threads, results), 1, join=False, start_method="spawn")
         assert context is not None
-        while not context.join(timeout=5):  # raises what the run raised
+        while not context.join(timeout=5):  # raises the run's error
             pass
         steps, blocked, taken = results.get()
-    # Saves follow steps 2, 4, ...: step 3 runs beside the first. Time i is that of step i + 2.
+    # Saves follow steps 2, 4, ...: step 3 runs beside the first save. Entry i is the time of step i + 2.
     beside, alone = steps[WARM_UP + 1 :: 2], steps[WARM_UP::2]
-    say = lambda seconds: ", ".join(f"{one:.2f}" for one in seconds)  # noqa: E731
-    print(f"steps alone: median {statistics.median(alone):.2f} s ({say(alone)})")
-    print(f"steps beside a save: median {statistics.median(beside):.2f} s ({say(beside)})")
-    lost = [with_save - without for with_save, without in zip(beside, alone, strict=False)]
-    share = statistics.median(lost) / statistics.median(alone)
-    print(f"a save costs {statistics.median(lost):.2f} s, {share:.1%} of a step ({say(lost)})")
-    print(f"  it blocks {statistics.median(blocked[1:]):.2f} s ({say(blocked[1:])}), takes {say(taken[1:])}")
+    listed = lambda seconds: ", ".join(f"{second:.2f}" for second in seconds)  # noqa: E731
+    print(f"steps alone: median {statistics.median(alone):.2f} s ({listed(alone)})")
+    print(f"steps beside a save: median {statistics.median(beside):.2f} s ({listed(beside)})")
+    slowdown = [with_save - without for with_save, without in zip(beside, alone, strict=False)]
+    share = statistics.median(slowdown) / statistics.median(alone)
+    print(f"a save costs {statistics.median(slowdown):.2f} s, {share:.1%} of a step ({listed(slowdown)})")
+    print(f"  blocking {statistics.median(blocked[1:]):.2f} s ({listed(blocked[1:])}), in all {listed(taken[1:])}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How many operations a training step must do."""
+"""Floating-point operations of a training step."""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ from dpo_ray.data.assignment import attended
 
 
 class Shape(NamedTuple):
-    """What decides the operations of a decoder with gated layers, such as Llama."""
+    """Sizes of a decoder with gated MLPs, such as Llama."""
 
     hidden: int
     layers: int
@@ -19,7 +19,7 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(cls, config: Any) -> "Shape":
-        """Of a transformers configuration."""
+        """The sizes in a transformers configuration."""
         return cls(
             config.hidden_size,
             config.num_hidden_layers,
@@ -31,22 +31,22 @@ class Shape(NamedTuple):
 
 
 def step_flops(shape: Shape, lengths: np.ndarray) -> tuple[float, float]:
-    """Of one step on pairs: what must be done, and the same with each prompt counted twice as peers count.
+    """Floating-point operations of one step: useful ones, and the count of implementations that run each prompt twice.
 
-    A multiplication and an addition for each weight and token, thrice for forward and backward; the head at completion
-    tokens, by peers' count at all; attention at the pairs of tokens that see each other.
+    A multiplication and an addition per weight and token, times three for forward and backward. The head counts at
+    completion tokens (all tokens in the second number), attention at the (query, key) pairs inside the mask.
 
     Args:
-        shape: of the model.
+        shape: the model's sizes.
         lengths: (B, 3) tokens of prompt, chosen and rejected.
     """
-    hidden, layers, heads, key_heads, between, vocabulary = shape
-    size = hidden // heads
-    weights = layers * (2 * hidden * hidden + 2 * hidden * key_heads * size + 3 * hidden * between)
+    hidden, layers, heads, key_heads, intermediate, vocabulary = shape
+    head_size = hidden // heads
+    weights = layers * (2 * hidden * hidden + 2 * hidden * key_heads * head_size + 3 * hidden * intermediate)
     prompt, chosen, rejected = lengths.astype(float).T
-    once, twice = (prompt + chosen + rejected).sum(), (2 * prompt + chosen + rejected).sum()
-    of_attention = 4 * hidden * layers
+    once, repeated = (prompt + chosen + rejected).sum(), (2 * prompt + chosen + rejected).sum()
+    attention_cost = 4 * hidden * layers
     useful = 2 * weights * once + 2 * hidden * vocabulary * (chosen + rejected).sum()
-    counted = 2 * (weights + hidden * vocabulary) * twice
+    counted = 2 * (weights + hidden * vocabulary) * repeated
     whole = sum(((prompt + c) ** 2 / 2).sum() for c in (chosen, rejected))
-    return 3 * (useful + of_attention * attended(lengths).sum()), 3 * (counted + of_attention * whole)
+    return 3 * (useful + attention_cost * attended(lengths).sum()), 3 * (counted + attention_cost * whole)

@@ -1,14 +1,14 @@
 """Offline DPO against TRL's DPOTrainer: the same model, pairs, order, batch and precision, in alternating runs.
 
-    python -m benchmarks.offline                          long answers, TRL at its defaults and at its best
+    python -m benchmarks.offline                          long answers, TRL with its defaults and with its best settings
     python -m benchmarks.offline --kind dialogue --trl best
     python -m benchmarks.offline --pairs my_pairs.jsonl --limit 32
 
-Each run is a process of its own on the same threads. Counted is the time of the reference pass and of the optimizer
-steps; loading the model and tokenising are not. Memory is the largest resident size of the process over its life.
+Each run is a process of its own with the same number of threads. Timings cover the reference pass and the optimizer
+steps, not model loading and tokenization. Memory is the peak resident size of the process.
 
-Both sides compute in the same precision: bfloat16 where the CPU multiplies it, else float32. Without such instructions
-torch multiplies bfloat16 tensors at a hundredth of its float32 rate, which would compare nothing but that.
+Both sides compute in the same precision: bfloat16 if the CPU has instructions for it, else float32. Without them torch
+multiplies bfloat16 tensors at a hundredth of its float32 rate, which would dominate the comparison.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.pairs import KINDS, made_pairs
+from benchmarks.pairs import KINDS, generate_pairs
 from dpo_ray.ops.cpu import cpu_environment
 
 OURS = "dpo_ray"
@@ -41,35 +41,35 @@ TRL = {
     "defaults": {},
     "best": {"precompute_ref_log_probs": True, "gradient_checkpointing": False, "micro_batch": 2},
 }
-"""TRL's settings beside those that make the work the same. Without checkpointing, 8 pairs in one micro-batch do not fit
-24 GB; two have less padding besides."""
+"""TRL's settings beyond those that make the work equal. Without checkpointing, a micro-batch of 8 pairs does not fit
+24 GB; one of 2 also needs less padding."""
 
 
 def main() -> None:
-    """Run the comparison and print it."""
+    """Run the comparison and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="models/smollm2-135m-instruct", help="a model directory")
-    parser.add_argument("--kind", choices=sorted(KINDS), default="answers", help="lengths of the pairs that are made")
-    parser.add_argument("--pairs", help="a file of pairs instead of made ones")
-    parser.add_argument("--limit", type=int, default=24, help="pairs that are trained on, once")
-    parser.add_argument("--pairs-per-step", type=int, default=8)
-    parser.add_argument("--tokens-per-micro-batch", type=int, default=1024, help="ours")
-    parser.add_argument("--trl", choices=sorted(TRL), nargs="+", default=["defaults", "best"], help="TRL's settings")
+    parser.add_argument("--kind", choices=sorted(KINDS), default="answers", help="lengths of the generated pairs")
+    parser.add_argument("--pairs", help="a file of pairs, instead of generated ones")
+    parser.add_argument("--limit", type=int, default=24, help="number of pairs; one epoch")
+    parser.add_argument("--pairs-per-step", type=int, default=8, help="pairs per optimizer step")
+    parser.add_argument("--tokens-per-micro-batch", type=int, default=1024, help="largest micro-batch of dpo_ray")
+    parser.add_argument("--trl", choices=sorted(TRL), nargs="+", default=["defaults", "best"], help="settings of TRL")
     parser.add_argument(
-        "--trl-micro-batch", type=int, help="per_device_train_batch_size of TRL's defaults; else the step"
+        "--trl-micro-batch", type=int, help="per_device_train_batch_size with TRL's defaults; default: pairs per step"
     )
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=fast_dtype(), help="of both sides")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--runs", type=int, default=3, help="runs of each, in turn")
-    parser.add_argument("--out", type=Path, help="write every figure of every run here, as JSON")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=fast_dtype(), help="for both sides")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of a run")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each side, in turn")
+    parser.add_argument("--out", type=Path, help="JSON file for all results of all runs")
     arguments = parser.parse_args()
 
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
         task = prepare(arguments, Path(folder))
         console.print(
-            f"{task['pairs']} pairs, {task['tokens']} tokens with each prompt once, "
-            f"{task['pairs_per_step']} pairs a step, {task['threads']} threads, {task['dtype']}"
+            f"{task['pairs']} pairs, {task['tokens']} tokens, each prompt counted once, "
+            f"{task['pairs_per_step']} pairs per step, {task['threads']} threads, {task['dtype']}"
         )
         runs = []
         for turn in range(arguments.runs):
@@ -78,7 +78,7 @@ def main() -> None:
                 settings = task | {"trl": {"micro_batch": task["trl_micro_batch"]} | TRL[name]}
                 run[f"TRL, {name}"] = one_run("trl", settings, Path(folder) / f"{name}-{turn}")
             runs.append(run)
-            speeds = ", ".join(f"{side} {found['pairs_per_s']:.3f}" for side, found in run.items())
+            speeds = ", ".join(f"{side} {result['pairs_per_s']:.3f}" for side, result in run.items())
             console.print(f"run {turn + 1} of {arguments.runs}, pairs/s: {speeds}")
         print_result(console, runs)
     if arguments.out:
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def fast_dtype() -> str:
-    """The narrowest precision that this CPU has instructions to multiply in."""
+    """The narrowest precision that this CPU has matrix instructions for."""
     import torch
 
     multiplies = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -94,7 +94,7 @@ def fast_dtype() -> str:
 
 
 def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The task both sides get: pairs that fit TRL's default of 1024 tokens a sequence, as a file and counted."""
+    """The task of both sides: a file of pairs that fit TRL's default of 1024 tokens per sequence, and their sizes."""
     from dpo_ray.config.schema import DataConfig
     from dpo_ray.data.store import prepare_pairs
     from dpo_ray.data.tokenize import load_tokenizer
@@ -102,8 +102,8 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(arguments.model)
     source = arguments.pairs
     if source is None:
-        source = str(folder / "made.jsonl")
-        Path(source).write_text("".join(json.dumps(pair) + "\n" for pair in made_pairs(arguments.kind, 200)))
+        source = str(folder / "generated.jsonl")
+        Path(source).write_text("".join(json.dumps(pair) + "\n" for pair in generate_pairs(arguments.kind, 200)))
     store = prepare_pairs([source], tokenizer, DataConfig(max_prompt_tokens=None, max_completion_tokens=None),
                           folder=folder / "all")  # fmt: skip
     fitting = [i for i, (p, c, r) in enumerate(store.lengths.tolist()) if p + max(c, r) <= 1024][: arguments.limit]
@@ -131,12 +131,12 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def as_json(messages: Any) -> Any:
-    """Text as it is, messages as a list of plain objects."""
+    """Text unchanged, messages as a list of dicts."""
     return messages if isinstance(messages, str) else [dict(message) for message in messages]
 
 
 def one_run(side: str, task: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """One side's run in a process of its own; both get the memory settings of our workers."""
+    """One side's run in a process of its own; both sides get the memory settings of our workers."""
     import os
 
     folder.mkdir()
@@ -160,8 +160,8 @@ def one_run(side: str, task: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def print_result(console: Console, runs: Sequence[dict[str, Any]]) -> None:
-    """Median, least and most of each figure, and of its ratio to ours run by run."""
-    table = Table(title=f"median (least to most) of {len(runs)} alternating runs")
+    """Print median, minimum and maximum of each figure, and of its ratio between ours and the other side per run."""
+    table = Table(title=f"median (min to max) of {len(runs)} alternating runs")
     table.add_column("")
     for side in runs[0]:
         table.add_column(side, justify="right")
@@ -170,22 +170,22 @@ def print_result(console: Console, runs: Sequence[dict[str, Any]]) -> None:
     for name, key, form in FIGURES:
         cells = []
         for side in runs[0]:
-            cells.append(spread([run[side][key] for run in runs], form))
+            cells.append(summary([run[side][key] for run in runs], form))
             if side != OURS:
                 ratios = [run[OURS][key] / run[side][key] for run in runs if run[side][key]]
-                cells.append(spread(ratios, "{:.2f}") if ratios else "-")
+                cells.append(summary(ratios, "{:.2f}") if ratios else "-")
         table.add_row(name, *cells)
     console.print(table)
     peak = statistics.median(run[OURS]["peak_gflops"] for run in runs)
     reached = statistics.median(run[OURS]["useful_gflops"] for run in runs)
     console.print(
-        f"dpo_ray's steps do {reached:.0f} GFLOP/s of useful work, {reached / peak:.0%} of the {peak:.0f} that a "
-        "matrix product of 2048 reaches here"
+        f"dpo_ray's steps do {reached:.0f} GFLOP/s of useful work, {reached / peak:.0%} of the {peak:.0f} that "
+        "matrix products of size 2048 reach on this machine"
     )
 
 
-def spread(values: Sequence[float], form: str) -> str:
-    """``median (least to most)``."""
+def summary(values: Sequence[float], form: str) -> str:
+    """``median (min to max)``."""
     shown = (form.format(value) for value in (statistics.median(values), min(values), max(values)))
     return "{} ({} to {})".format(*shown)
 

@@ -49,7 +49,7 @@ def ours(task: dict[str, Any], folder: Path) -> dict[str, float]:
 
 
 class _Clock:
-    """A Reporter that only looks at the time."""
+    """A Reporter that only measures time."""
 
     def __init__(self) -> None:
         self.began: dict[str, float] = {}
@@ -75,7 +75,7 @@ class _Clock:
 
 
 def trl(task: dict[str, Any], folder: Path) -> dict[str, float]:
-    """TRL's DPOTrainer; what is not set here is its default."""
+    """TRL's DPOTrainer; all other settings are its defaults."""
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
@@ -123,7 +123,7 @@ def trl(task: dict[str, Any], folder: Path) -> dict[str, float]:
 
 
 def matmul_gflops(dtype: str, size: int = 2048, repeats: int = 20) -> float:
-    """What matrix products that round their inputs to ``dtype`` reach on this process's threads."""
+    """GFLOP/s of matrix products with inputs rounded to ``dtype``, on this process's threads."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     seconds = []
     with bfloat16_products() if dtype == "bfloat16" else contextlib.nullcontext():
@@ -135,18 +135,18 @@ def matmul_gflops(dtype: str, size: int = 2048, repeats: int = 20) -> float:
 
 
 def main() -> None:
-    """Run one side and write its figures."""
+    """Run one side and write its results."""
     side, task, folder = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(task["threads"])
     peak_gflops = matmul_gflops(task["dtype"])
-    found = {"ours": ours, "trl": trl}[side](task, folder)
+    result = {"ours": ours, "trl": trl}[side](task, folder)
     useful, _ = step_flops(Shape.of(AutoConfig.from_pretrained(task["model"])), np.array(task["lengths"]))
-    found |= {
+    result |= {
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "peak_gflops": peak_gflops,
-        "useful_gflops": useful / found["train_s"] / 1e9,
+        "useful_gflops": useful / result["train_s"] / 1e9,
     }
-    (folder / "result.json").write_text(json.dumps(found))
+    (folder / "result.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Preparing a large set: a million short pairs tokenised on a Ray cluster, opened again, and read in random order.
+"""Data preparation at scale: a million short pairs are tokenized on a Ray cluster, reopened, and read in random order.
 
 python -m benchmarks.prepare models/smollm2-135m-instruct --pairs 1000000
 """
@@ -25,29 +25,29 @@ from dpo_ray.launch.data import tokenize_on_cluster
 
 
 class MemoryWatch(threading.Thread):
-    """Memory of the processes that tokenise, sampled every second with the share of the work that is done."""
+    """Memory of the tokenizing processes, sampled every second together with the share of finished work."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.share, self.samples, self.ended = 0.0, [], threading.Event()
 
     def run(self) -> None:
-        """Sample until ``ended``; only a process's own memory counts, not the files it has mapped."""
+        """Sample until ``ended``; counts a process's own memory, not the files that it maps."""
         while not self.ended.wait(1.0):
-            own = [
+            sizes = [
                 process.memory_info().rss - process.memory_info().shared
                 for process in psutil.Process().children(recursive=True)
                 if process.name().startswith("ray::")
             ]
-            self.samples.append((self.share, max(own, default=0) / 2**20))
+            self.samples.append((self.share, max(sizes, default=0) / 2**20))
 
     def largest(self, begin: float, end: float) -> float:
-        """MiB of the largest process while the share of the work was in [begin, end)."""
+        """MiB of the largest process while the share of finished work was in [begin, end)."""
         return max((mib for share, mib in self.samples if begin <= share < end), default=float("nan"))
 
 
 def write_pairs(file: Path, count: int, words: int) -> None:
-    """``count`` different pairs of about ``words`` words a part, as JSONL."""
+    """Write ``count`` different pairs of about ``words`` words per part, as JSONL."""
     vocabulary, draw = TEXTS.read_text(encoding="utf-8").split(), random.Random(0)
     with file.open("w") as out:
         for i in range(count):
@@ -62,13 +62,13 @@ def write_pairs(file: Path, count: int, words: int) -> None:
 
 
 def main() -> None:
-    """Prepare, open again, read; print what each took."""
+    """Prepare, reopen and read; print the time of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="directory with the tokenizer")
-    parser.add_argument("--pairs", type=int, default=1_000_000)
+    parser.add_argument("model", help="a directory with a tokenizer")
+    parser.add_argument("--pairs", type=int, default=1_000_000, help="number of pairs")
     parser.add_argument("--words", type=int, default=12, help="mean words of prompt, chosen and rejected each")
-    parser.add_argument("--cpus", type=int, default=2, help="tasks at a time")
-    parser.add_argument("--folder", help="kept, with the data; a cache_dir for runs on the same pairs.jsonl")
+    parser.add_argument("--cpus", type=int, default=2, help="concurrent tasks")
+    parser.add_argument("--folder", help="keep the data here; usable as cache_dir of runs on the same pairs.jsonl")
     arguments = parser.parse_args()
     tokenizer = load_tokenizer(arguments.model)
     with tempfile.TemporaryDirectory() as name:
@@ -96,7 +96,7 @@ def main() -> None:
         )
         before, begin = psutil.Process().memory_info(), time.perf_counter()
         store = prepare()
-        print(f"opened again in {time.perf_counter() - begin:.2f} s; {store.lengths.sum():,} tokens")
+        print(f"reopened in {time.perf_counter() - begin:.2f} s; {store.lengths.sum():,} tokens")
         shape = BatchShape(dp_rank=0, dp_size=8, tokens_per_micro_batch=4096, attention_cost=0.0)
         loader, times = PairLoader(store, shape, pairs_per_step=64, seed=0, shuffle=True), []
         for _ in range(500):
@@ -107,7 +107,7 @@ def main() -> None:
         grown = (after.rss - after.shared - before.rss + before.shared) / 2**20
         print(
             f"first step's batch in {times[0]:.2f} s, median {statistics.median(times) * 1e3:.1f} ms for 64 pairs; "
-            f"memory of the reader grew by {grown:.0f} MiB over 500 steps"
+            f"the reader's memory grew by {grown:.0f} MiB over 500 steps"
         )
 
 

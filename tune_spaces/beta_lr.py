@@ -1,4 +1,4 @@
-"""beta and the learning rate: the two settings that decide whether DPO learns or drifts."""
+"""beta and the learning rate, the two settings that matter most for DPO."""
 
 from ray import tune
 

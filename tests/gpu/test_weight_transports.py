@@ -1,6 +1,6 @@
-"""Weights between processes on real GPUs: ``pytest -m gpu tests/gpu``. One GPU runs the IPC test, two run both.
+"""Weights between processes on real GPUs: ``pytest -m gpu tests/gpu``. One GPU runs the IPC test, two GPUs run both.
 
-The engine runs in a process of its own, as it does in a run: CUDA opens no handle in the process that made it.
+The engine has a process of its own, as in a run: CUDA does not open a handle in the process that exported it.
 """
 
 import multiprocessing
@@ -28,7 +28,7 @@ START_S, CALL_S = 300, 60
 
 
 def serve(calls: Any, path: str, worker_extension: str) -> None:
-    """The engine's process: answers (method, arguments) until told to close."""
+    """The engine's process: answers (method, arguments) until ``close``."""
     from dpo_ray.rollout.vllm_engine import VLLMEngine
     from tests.rollout_vllm.test_weight_push import MAX_MODEL_LEN, render
 
@@ -49,8 +49,8 @@ def serve(calls: Any, path: str, worker_extension: str) -> None:
             engine.close()
             return
         try:
-            found = getattr(engine, method)
-            calls.send(("answer", found(*arguments) if callable(found) else found))
+            attribute = getattr(engine, method)
+            calls.send(("answer", attribute(*arguments) if callable(attribute) else attribute))
         except Exception as error:
             calls.send(("error", repr(error)))
 
@@ -77,7 +77,7 @@ class OneProcess(EngineGroup):
     def start_update(self) -> list[str]:
         self.buckets = 0
         self.ask("start_update")
-        return ["it"]
+        return ["engine"]
 
     def init_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
         self.ask("init_transfer", infos[0])
@@ -98,28 +98,28 @@ def engine_on(gpu: int, path: Path, worker_extension: str) -> Iterator[OneProces
     from dpo_ray.rollout.vllm_engine import engine_environment
 
     spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=serve, args=(theirs, str(path), worker_extension))
+    connection, engine_connection = spawn.Pipe()
+    process = spawn.Process(target=serve, args=(engine_connection, str(path), worker_extension))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    here = visible[gpu] if len(visible) > gpu and visible[0] else str(gpu)
+    device = visible[gpu] if len(visible) > gpu and visible[0] else str(gpu)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in engine_environment(ENGINE, on_cpu=False, threads=2).items():
             patch.setenv(name, value)
-        patch.setenv("CUDA_VISIBLE_DEVICES", here)
+        patch.setenv("CUDA_VISIBLE_DEVICES", device)
         process.start()
     try:
-        engines = OneProcess(ours)
+        engines = OneProcess(connection)
         engines.answer(START_S)
         yield engines
     finally:
-        ours.send(("close", ()))
+        connection.send(("close", ()))
         process.join(30)
         process.kill()
 
 
 @pytest.fixture
 def one_rank() -> Iterator[None]:
-    torch.cuda.init()  # before an engine's process gets an environment of its own
+    torch.cuda.init()  # before the environment of the engine's process is set
     torch.cuda.set_device(0)
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     yield
@@ -127,13 +127,13 @@ def one_rank() -> Iterator[None]:
 
 
 def check_pushes(sync: WeightSync, engines: OneProcess, path: Path) -> None:
-    """Two different policies, the second pushed to an engine that sleeps."""
+    """Push two policies, the second one to a sleeping engine."""
     from tests.rollout_vllm.test_weight_push import saved_policy
 
     sync.connect(engines)
     for version, seed in ((3, 2), (4, 5)):
         policy = saved_policy(seed, path / f"policy-{seed}")
-        expected = policy.token_logps(PROBE)  # by transformers, in float32
+        expected = policy.token_logps(PROBE)  # computed by transformers, in float32
         if version == 4:
             engines.ask("sleep")
         digest = sync.push([(n, w.to("cuda:0", torch.bfloat16)) for n, w in policy.weights()], version=version)
@@ -147,16 +147,16 @@ def check_pushes(sync: WeightSync, engines: OneProcess, path: Path) -> None:
 def test_an_engine_on_the_same_card_computes_with_the_weights_that_ipc_pushed(tmp_path: Path, one_rank: None) -> None:
     from tests.rollout_vllm.test_weight_push import saved_policy
 
-    started = saved_policy(1, tmp_path / "start")
-    with engine_on(0, started.path, IPCSync.worker_extension) as engines:
+    initial = saved_policy(1, tmp_path / "start")
+    with engine_on(0, initial.path, IPCSync.worker_extension) as engines:
         check_pushes(IPCSync(bucket_mib=1), engines, tmp_path)
-    assert torch.cuda.memory_allocated() < 64 * 2**20, "buckets do not stay behind"
+    assert torch.cuda.memory_allocated() < 64 * 2**20, "buckets are freed"
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each end")
 def test_an_engine_on_another_card_computes_with_the_weights_that_nccl_pushed(tmp_path: Path, one_rank: None) -> None:
     from tests.rollout_vllm.test_weight_push import saved_policy
 
-    started = saved_policy(1, tmp_path / "start")
-    with engine_on(1, started.path, NCCLSync.worker_extension) as engines:
+    initial = saved_policy(1, tmp_path / "start")
+    with engine_on(1, initial.path, NCCLSync.worker_extension) as engines:
         check_pushes(NCCLSync(bucket_mib=1), engines, tmp_path)

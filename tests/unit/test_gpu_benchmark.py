@@ -1,4 +1,4 @@
-"""The GPU benchmark's dry run: what a machine with a GPU and no Ray would run."""
+"""The GPU benchmark's dry run, without Ray."""
 
 import json
 import os
@@ -25,7 +25,7 @@ runpy.run_module("benchmarks.gpu", run_name="__main__")
 
 def test_the_dry_run_checks_times_and_writes_all_sides_with_torch_and_transformers_alone(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # more, beside other tests, wait for each other
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # more threads wait for each other when other tests run
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(out)], capture_output=True, text=True, timeout=300, env=environment
     )
@@ -35,11 +35,11 @@ def test_the_dry_run_checks_times_and_writes_all_sides_with_torch_and_transforme
     assert not result["failed"]
     losses = [run["loss"] for runs in result["runs"].values() for run in runs]
     assert max(losses) - min(losses) < 0.01, "every side takes the same step; bfloat16"
-    assert max(off for name, off in result["apart"].items() if "float32" in name) < 1e-4
+    assert max(error for name, error in result["apart"].items() if "float32" in name) < 1e-4
     assert "| dpo_ray |" in done.stdout
 
 
-def test_a_side_without_memory_halves_its_micro_batch_and_one_that_fails_says_why() -> None:
+def test_a_side_out_of_memory_halves_its_micro_batch_and_one_that_fails_returns_its_error() -> None:
     tried: list[int] = []
 
     def step(size: int) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def test_a_side_without_memory_halves_its_micro_batch_and_one_that_fails_says_wh
     assert attempt(breaks, 4, 1) == "NotImplementedError: no such kernel"
 
 
-def test_nothing_is_begun_that_would_end_too_late_and_what_there_is_is_kept(
+def test_no_turn_starts_that_would_end_too_late_and_earlier_results_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "gpu.json"
@@ -72,11 +72,11 @@ def test_nothing_is_begun_that_would_end_too_late_and_what_there_is_is_kept(
 
 
 def test_useful_work_is_counted_by_hand_for_one_pair() -> None:
-    hidden, layers, _, key_heads, between, vocabulary = SHAPES["tiny"]
-    weights = layers * (2 * hidden * hidden + 2 * hidden * key_heads * 16 + 3 * hidden * between)
-    seen = 10 * 10 / 2 + 4 * 12 + 6 * 13  # prompt by itself; 4 and 6 tokens by the prompt and half of themselves
+    hidden, layers, _, key_heads, intermediate, vocabulary = SHAPES["tiny"]
+    weights = layers * (2 * hidden * hidden + 2 * hidden * key_heads * 16 + 3 * hidden * intermediate)
+    attended = 10 * 10 / 2 + 4 * 12 + 6 * 13  # prompt to itself; 4 and 6 tokens to the prompt and half of themselves
     useful, counted = step_flops(SHAPES["tiny"], np.array([[10, 4, 6]]))
-    forward = 2 * weights * 20 + 2 * hidden * vocabulary * 10 + 4 * hidden * layers * seen
+    forward = 2 * weights * 20 + 2 * hidden * vocabulary * 10 + 4 * hidden * layers * attended
     assert useful == pytest.approx(3 * forward)
-    twice = 2 * (weights + hidden * vocabulary) * 30 + 4 * hidden * layers * (14**2 / 2 + 16**2 / 2)
-    assert counted == pytest.approx(3 * twice)
+    repeated = 2 * (weights + hidden * vocabulary) * 30 + 4 * hidden * layers * (14**2 / 2 + 16**2 / 2)
+    assert counted == pytest.approx(3 * repeated)
