@@ -52,10 +52,11 @@ class RoundStream(Generic[Handle]):
         max_lag: int,
         rounds: int,
     ) -> None:
-        """
+        """Start with nothing in flight.
+
         Args:
-            start: begins the collection of a round and returns at once; the work goes on by itself. For a round that
-                was collected before the run was restarted, the handle may stand for reading it.
+            start: begins the collection of a round and returns at once. For a round that was collected before the run
+                was restarted, the handle may stand for reading it.
             wait: the data of a started collection. Brings its own time-out.
             max_lag: rounds that collection may run ahead of the round taken; 0 starts a round when it is taken.
             rounds: rounds of the run; none from there on is started.
