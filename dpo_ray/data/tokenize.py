@@ -164,7 +164,9 @@ def _encode(record: PairRecord, tokenizer: "PreTrainedTokenizerBase") -> tuple[l
         texts = [prompt, *(prompt + text + ("" if text.endswith(eos) else eos) for text in (chosen, rejected))]
         prompt_ids, with_chosen, with_rejected = tokenizer(texts, verbose=False)["input_ids"]
         return prompt_ids, with_chosen, with_rejected
-    assert not (isinstance(prompt, str) or isinstance(chosen, str) or isinstance(rejected, str))
+    assert not isinstance(prompt, str)
+    assert not isinstance(chosen, str)
+    assert not isinstance(rejected, str)
     return (
         _render(prompt, tokenizer, generation_prompt=True),
         _render((*prompt, *chosen), tokenizer, generation_prompt=False),

@@ -133,7 +133,6 @@ def pair_losses(
         weighting: ``wpo`` sets ``weights`` of the log-probabilities.
         chunk: tokens whose logits exist at a time; defaults to the number that fits ``head.CHUNK_BYTES``.
     """
-
     with_squares = weighting == "wpo"
     token_ends = (0, *itertools.accumulate(row.pair_tokens))
 

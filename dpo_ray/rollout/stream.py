@@ -52,7 +52,8 @@ class RoundStream(Generic[Handle]):
         max_lag: int,
         rounds: int,
     ) -> None:
-        """
+        """Start with nothing in flight.
+
         Args:
             start: starts the collection of a round in the background and returns at once. For a round collected
                 before a restart, the handle may stand for reading it.

@@ -9,26 +9,37 @@ import pytest
 from tests import object_store
 from tests.ray.commands import ROOT, Commands, SharedCluster, clean_environment
 
+START_ATTEMPTS = 3
+"""Ray gives a cluster 30 s to start, which is short on a busy machine."""
+
+
+def start_cluster(environment: dict[str, str]) -> tuple[subprocess.Popen[str], str]:
+    """Start a cluster in a process of its own; returns that process and the address of the cluster."""
+    for _ in range(START_ATTEMPTS):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.ray.cluster"],
+            cwd=ROOT,
+            env=clean_environment() | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout
+        if address := process.stdout.readline().strip():
+            return process, address
+        process.communicate()
+    raise AssertionError(f"no cluster started in {START_ATTEMPTS} attempts")
+
 
 @pytest.fixture(scope="session")
 def shared_cluster() -> Iterator[SharedCluster]:
     """A running cluster whose workers know the address of an object store, which a test may serve."""
     store = object_store.environment(object_store.free_port())
-    # Clients that have no token of this cluster may join it.
+    # Clients without a token of this cluster may join it.
     environment = {"RAY_AUTH_MODE": "disabled", **store}
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.ray.cluster"],
-        cwd=ROOT,
-        env=clean_environment() | environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout
-        address = process.stdout.readline().strip()
-        assert address, "the cluster did not start"
-        yield SharedCluster(process.pid, environment | {"RAY_ADDRESS": address}, store)
-        process.communicate()
+    process, address = start_cluster(environment)
+    yield SharedCluster(process.pid, environment | {"RAY_ADDRESS": address}, store)
+    process.communicate()
 
 
 @pytest.fixture
