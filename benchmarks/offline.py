@@ -160,7 +160,7 @@ def one_run(side: str, task: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def print_result(console: Console, runs: Sequence[dict[str, Any]]) -> None:
-    """Print median, minimum and maximum of each figure and of its ratio between ours and the other side per run."""
+    """Print each figure as median (min to max), and the ratio of dpo_ray to each other side in the same run."""
     table = Table(title=f"median (min to max) of {len(runs)} alternating runs")
     table.add_column("")
     for side in runs[0]:
