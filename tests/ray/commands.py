@@ -19,7 +19,13 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 300
 MARK = "DPO_RAY_TESTS_STARTED_BY"
 """Environment variable that every process of a test's commands inherits."""
-CLUSTER_SERVICES = {"ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::TrainStateActor"}
+CLUSTER_SERVICES = {
+    "ray::IDLE",
+    "ray::DashboardAgent",
+    "ray::RuntimeEnvAgent",
+    "ray::TrainStateActor",
+    "ray::_AutoscalingCoordinatorActor",
+}
 """Titles of workers that a cluster keeps between jobs."""
 
 
@@ -122,7 +128,7 @@ def _mark(process: psutil.Process) -> str | None:
 
 def _title(pid: int) -> str:
     with contextlib.suppress(psutil.Error):
-        return " ".join(psutil.Process(pid).cmdline())
+        return " ".join(psutil.Process(pid).cmdline()).rstrip()
     return ""
 
 
