@@ -1,14 +1,13 @@
 """The live display of a run: one updating block on a terminal, plain lines elsewhere."""
 
 import contextlib
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TimeElapsedColumn
 from rich.text import Text
 
 from dpo_ray.launch.status import Status
@@ -39,8 +38,6 @@ METRICS = (
 POLL_S = 0.5
 PLAIN_EVERY_S = 15.0
 """Without a terminal, longest time between two lines."""
-STARTED = 1e-6
-"""Added to finished work, so that rich measures speed from the first status and not from the first finished round."""
 
 
 @contextlib.contextmanager
@@ -85,13 +82,12 @@ class _Display:
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
-            "elapsed, about",
-            TimeRemainingColumn(),
-            "left",
+            "elapsed{task.fields[left]}",
             console=console,
-            speed_estimate_period=math.inf,
         )
-        self.progress.add_task("", total=None)
+        self.task = self.progress.add_task("", total=None, left="")
+        self.first: tuple[float, int] | None = None
+        """Time and finished units of the first counted status."""
         self.phase, self.metrics = Text("starting"), Text(style="dim")
         block = Group(Text(title, style="bold"), self.phase, self.progress, self.metrics)
         self.live = Live(block, console=console, refresh_per_second=8, transient=True)
@@ -112,9 +108,15 @@ class _Display:
         done, total = status.round, self.rounds
         if not total and status.phase == "training":
             done, total = status.done, status.total
-        if done is not None and total:
-            # The total stays out of reach, so that the clock also counts the export that follows the last round.
-            self.progress.update(self.progress.task_ids[0], completed=done + STARTED, total=total + 2 * STARTED)
+        if done is None or not total:
+            return
+        now = time.monotonic()
+        began, first = self.first = self.first or (now, done)
+        left = (now - began) / (done - first) * (total - done) if first < done < total else 0.0
+        # Never completed, so that the clock also counts the export that follows.
+        completed = min(done, total - 1e-6)
+        text = f", about {format_duration(left)} left" if left else ""
+        self.progress.update(self.task, completed=completed, total=total, left=text)
 
     def _show_plain(self, status: Status) -> None:
         phase = (status.phase, status.round)
@@ -122,10 +124,8 @@ class _Display:
             return
         self.printed, self.printed_at = phase, time.monotonic()
         (task,) = self.progress.tasks
-        line = f"[{format_duration(task.elapsed or 0.0)}] {self.phase.plain}"
+        line = f"[{format_duration(task.elapsed or 0.0)}{task.fields['left']}] {self.phase.plain}"
         line += f" | {self.metrics.plain}" if self.metrics.plain else ""
-        left = (task.time_remaining or 0.0) if self.rounds or status.phase == "training" else 0.0
-        line += f"  (about {format_duration(left)} left)" if left > 1 else ""
         self.console.print(line, soft_wrap=True)
 
 

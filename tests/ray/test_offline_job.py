@@ -204,7 +204,7 @@ def test_a_run_stopped_killed_and_robbed_of_a_worker_has_the_metrics_of_an_undis
             stderr = process.communicate(timeout=60)[1].decode()
         assert process.returncode == 130
         stopped = steps_done()
-        assert f"stopped after step {stopped} of 20; the same command goes on from there" in stderr, stderr
+        assert f"stopped after step {stopped} of 20; rerun the same command to resume" in stderr, stderr
         newest = max((run / "checkpoints").iterdir())
         assert int(newest.name) == stopped
         assert not damaged_files(newest)
