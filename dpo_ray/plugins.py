@@ -75,7 +75,7 @@ def bind(
     """The function named by ``use``, with ``args`` bound: for losses, optimizers and selectors.
 
     Args:
-        runtime: arguments of the system; bound only if the signature accepts them.
+        runtime: arguments that dpo_ray supplies; bound only if the signature accepts them.
 
     Raises:
         ValueError: the name is unknown, an argument is not accepted, or a keyword-only argument is missing.
@@ -91,7 +91,7 @@ def build(use: str, args: Mapping[str, Any], registry: Mapping[str, Any], kind: 
     """Call the factory named by ``use`` with ``args`` and return the result: for judges and transports.
 
     Args:
-        runtime: arguments of the system; passed only if the signature accepts them.
+        runtime: arguments that dpo_ray supplies; passed only if the signature accepts them.
 
     Raises:
         ValueError: the name is unknown, or an argument is not accepted or missing.

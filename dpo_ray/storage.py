@@ -192,7 +192,7 @@ def cached_text(version: str, folder: Path, compute: Callable[[], str]) -> str:
 
 
 def file_version(file: Path) -> str:
-    """Path, size and times of a local file: a text that changes whenever the file is written."""
+    """Path, size and times of a local file: a string that changes whenever the file is written."""
     status = file.stat()
     return f"{file.absolute()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 

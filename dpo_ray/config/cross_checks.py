@@ -16,7 +16,7 @@ from dpo_ray.config.schema import (
 
 
 def validate_mesh(shard: ShardConfig, cluster: ClusterConfig) -> None:
-    """The parallel sizes divide the workers."""
+    """Check that the parallel sizes divide the workers."""
     sizes = {name: getattr(shard, name) for name in ("replicate", "context_parallel", "tensor_parallel")}
     if cluster.train_workers % math.prod(sizes.values()):
         product = " * ".join(f"shard.{name} ({size})" for name, size in sizes.items() if size > 1)
@@ -24,7 +24,7 @@ def validate_mesh(shard: ShardConfig, cluster: ClusterConfig) -> None:
 
 
 def validate_layers(shard: ShardConfig, model: ModelConfig, optim: OptimConfig) -> None:
-    """Layers can be sharded, compiled and checkpointed as configured."""
+    """Check that layers can be sharded, compiled and checkpointed as configured."""
     if shard.context_parallel > 1 and model.attention == "sdpa":
         raise ValueError(
             "model.attention: sdpa needs whole rows, which shard.context_parallel "
@@ -53,7 +53,7 @@ def validate_layers(shard: ShardConfig, model: ModelConfig, optim: OptimConfig) 
 def validate_reference(
     reference: ReferenceConfig, model: ModelConfig, loss: LossConfig, online: OnlineConfig | None
 ) -> None:
-    """The reference can be computed."""
+    """Check that the reference can be computed."""
     kind, refresh, lora = reference.kind, reference.refresh, model.lora
     if refresh == "round" and online is None:
         raise ValueError("reference.refresh: round needs rounds; it is for online runs (give an online section)")
@@ -82,7 +82,7 @@ def validate_reference(
 
 
 def validate_run(run: RunConfig, data: DataConfig, online: OnlineConfig | None) -> None:
-    """The run directory and the best metric suit the kind of run."""
+    """Check that the run directory and the best metric suit the kind of run."""
     if online is not None and run.remote:
         raise ValueError(
             f"run.dir is {run.dir!r}: several processes of an online run read its rounds; object stores are "
@@ -93,7 +93,7 @@ def validate_run(run: RunConfig, data: DataConfig, online: OnlineConfig | None) 
 
 
 def validate_transport(online: OnlineConfig, cluster: ClusterConfig) -> None:
-    """The weight transport suits the placement of engines."""
+    """Check that the weight transport suits the placement of engines."""
     if online.sync.use == "ipc" and not cluster.colocate:
         raise ValueError(
             "online.sync.use: ipc needs engine and trainer on the same GPU; set cluster.colocate: true, or "
@@ -107,7 +107,7 @@ def validate_transport(online: OnlineConfig, cluster: ClusterConfig) -> None:
 
 
 def validate_colocation(online: OnlineConfig, cluster: ClusterConfig) -> None:
-    """Engines fit on the GPUs of the training workers."""
+    """Check that engines fit on the GPUs of the training workers."""
     if not cluster.colocate:
         return
     if online.max_lag > 0:

@@ -147,8 +147,8 @@ class LoraConfig(Section):
     """nf4 quantizes the frozen base weights to four bits (QLoRA, arXiv:2305.14314; needs bitsandbytes: pip install
     'dpo-ray[qlora]'). The reference uses the same quantized weights."""
     merge: bool = False
-    """Also export policy/, the base model with the adapters merged, next to adapter/. Quantized weights are merged in
-    their dequantized values."""
+    """Also export policy/, the base model with the adapters merged, next to adapter/. Quantized weights are
+    dequantized before merging."""
 
 
 class ModelConfig(Section):
@@ -184,7 +184,7 @@ class ReferenceConfig(Section):
     kind: Literal["auto", "cached", "live", "adapters_off", "none"] = "auto"
     """Source of reference log-probabilities. cached: computed once with the untrained policy and stored. live: a frozen
     sharded copy of the model. adapters_off: the policy with its adapters disabled. none: no reference, for
-    reference-free losses. auto: none for those losses; cached offline and with refresh: round; otherwise adapters_off
+    reference-free losses. auto: none for these losses; cached offline and with refresh: round; otherwise adapters_off
     with model.lora and live without."""
     refresh: Literal["never", "round"] = "never"
     """round uses the policy at the start of each round as the reference of that round. Online only."""
@@ -379,7 +379,7 @@ class ClusterConfig(Section):
     colocate: bool = False
     """Run engines on the GPUs of training workers: training and generation alternate, and engines sleep during training
     with their weights in host memory. Requires online.max_lag: 0, and an online.engine.gpu_memory_utilization that
-    leaves room for the training state (or shard.cpu_offload). On a CPU cluster they only alternate."""
+    leaves room for the training state (or shard.cpu_offload). On CPUs, training and generation only alternate."""
     max_restarts: int = Field(3, ge=0)
     """Times that failed training workers are restarted from the last checkpoint before the run fails."""
     start_timeout_s: float = Field(300.0, gt=0)

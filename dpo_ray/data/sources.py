@@ -117,7 +117,7 @@ def source_digest(source: str) -> str:
 
 
 def source_version(source: str) -> str | None:
-    """A text that changes whenever a local file is written; None for a dataset.
+    """A string that changes whenever a local file is written; None for a dataset.
 
     Raises:
         Unreadable: the source is missing.
@@ -179,7 +179,7 @@ class _Format:
     rows: Callable[[Any, Part], Iterator[Row]]
     """(source, part): rows from the part's first row to the end of the source."""
     parts: Callable[[Any, int], Iterator[Any]]
-    """(source, rows per part): all parts, each with its number of rows."""
+    """(source, rows per part): the parts of the source, in order."""
 
 
 def _even_parts(count: Callable[[Any], int]) -> Callable[[Any, int], Iterator[Part]]:
@@ -320,7 +320,7 @@ def _open_dataset(source: _DatasetSource) -> Any:
     if not source.saved:
         try:
             return datasets.load_dataset(source.location, split=source.split)
-        except Exception as error:  # the hub client, its HTTP library and the dataset's own reader each raise their own
+        except Exception as error:  # the hub client, its HTTP library and the dataset's own reader each have own errors
             raise Unreadable(
                 f"{source.name}: no such file or folder, and not loaded as a hub dataset: {error}; {SOURCES_ACCEPTED}"
             ) from error

@@ -1,8 +1,8 @@
 """Tokenised pairs on disk: built once for the same data, tokenizer and limits, and memory-mapped by every reader.
 
-A store is a folder named by a digest of everything that determines its content. The data is split into parts, which any
-processes tokenise into files of their own. The finished folder is moved into place atomically; if two processes build
-the same store, the first to finish wins.
+A store is a folder named by a digest of everything that determines its content. The data is split into parts, which
+separate processes may tokenise into separate files. The finished folder is moved into place atomically; if two
+processes build the same store, the first to finish wins.
 """
 
 import json
@@ -116,7 +116,7 @@ def prepare_pairs(
 
     Args:
         sources: files, saved datasets or hub datasets.
-        tokenizer: of the policy.
+        tokenizer: the policy's tokenizer.
         data_config: limits, and whether a dropped record is an error.
         folder: parent of stores; may be shared by runs and machines.
         kind: ``data.limit`` applies to train only.

@@ -40,8 +40,8 @@ def tokenize_pair(
 ) -> TokenizedPair | Problem:
     """Token ids of one preference pair.
 
-    The prompt is the common prefix of its own tokens, with the generation prompt, and those of the whole conversation.
-    The completion is the rest, including the template's end of turn; text records end with the tokenizer's
+    The prompt's ids are the common prefix of three tokenized texts: the prompt alone (with the generation prompt), with
+    chosen, and with rejected. The rest is the completion, with the template's end of turn; text records end with the
     end-of-sequence token. Completions over the limit are truncated without adding an end-of-sequence token.
 
     Args:
@@ -131,7 +131,7 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> "PreTrainedTo
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=is_folder)
-    except Exception as error:  # the hub client, its HTTP library and the tokenizer's parser each raise their own
+    except Exception as error:  # the hub client, its HTTP library and the tokenizer's parser each have own errors
         kind = "the directory holds no tokenizer that can be loaded" if is_folder else "not loaded from the hub"
         raise ValueError(f"model.path: {path}: {kind}: {error_summary(error)}") from error
     assert tokenizer is not None

@@ -62,7 +62,7 @@ def gpus_needed(config: ClusterConfig, engines: int) -> int:
 
 
 def set_environment(config: ClusterConfig) -> None:
-    """Sets the environment variables that Ray reads, some of them on import; existing values stay."""
+    """Sets the environment variables that Ray reads, some of them on import; existing values are kept."""
     filter_import_warnings()
     timeouts = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{config.start_timeout_s:g}"}
     for name, value in {**ENVIRONMENT, **timeouts}.items():
@@ -137,7 +137,7 @@ def same_node() -> Any:
 
 
 def validate_capacity(cluster: Cluster, config: ClusterConfig, engines: int) -> None:
-    """Raises a ValueError if the run does not fit the cluster: Ray would wait for resources without end."""
+    """Raises a ValueError if the run does not fit the cluster: otherwise Ray would wait for resources forever."""
     workers, rollout = f"cluster.train_workers={config.train_workers}", f"cluster.rollout_engines={engines}"
     if cluster.on_gpus:
         asked = workers + (f" + {rollout} x cluster.gpus_per_engine={config.gpus_per_engine}" if engines else "")

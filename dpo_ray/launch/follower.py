@@ -39,11 +39,11 @@ SAMPLES = 4
 
 
 class Position(NamedTuple):
-    """A line of metrics.jsonl; positions are ordered as the lines are."""
+    """Position of a line in metrics.jsonl; positions compare in the order of the lines."""
 
     step: int = -1
     line: int = 0
-    """Counts the lines of a step from 1; held-out metrics have one of their own."""
+    """Number of the line within its step, from 1; held-out metrics are on a line of their own."""
 
 
 class Tail:
@@ -172,9 +172,9 @@ def _samples(run_dir: Path, round: int) -> list[Row]:
 
 
 def main() -> None:
-    """The process: reads the run from standard input and ends with it; its output are sentences for the user."""
+    """Entry point of the process: reads the settings from stdin, prints messages for the user, ends with the run."""
     output = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # trackers print
+    os.dup2(2, 1)  # prints of trackers go to the log
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     run = json.loads(sys.stdin.readline())
 
@@ -183,7 +183,7 @@ def main() -> None:
             print(text, file=output)
 
     feed = TrackerFeed(Config.model_validate(run["config"]), run["group"], report)
-    finished = sys.stdin.readline()  # empty where the driver failed or was killed
+    finished = sys.stdin.readline()  # empty if the driver failed or was killed
     signal.alarm(CLOSE_TIMEOUT_S + 10)  # ends the process even if its exit handlers hang
     if not feed.close(failed=not finished):
         os._exit(0)
@@ -242,7 +242,7 @@ def _live_report(run_dir: Path) -> Iterator[None]:
     def rewrite() -> None:
         due = False
         while not ended.wait(REMOTE_POLL_S):
-            with contextlib.suppress(Exception):  # an object store that cannot be reached is asked again
+            with contextlib.suppress(Exception):  # an unreachable object store is polled again
                 due |= any("round" in metrics or "eval/loss" in metrics for _, metrics in tail.read())
             due = due and not report.maybe_write()
 
@@ -257,7 +257,7 @@ def _live_report(run_dir: Path) -> Iterator[None]:
 
 def _start_process(config: Config, group: str | None) -> Any:
     run_dir = config.run.path
-    if not has_work(run_dir):  # a new run, whatever an earlier one left
+    if not has_work(run_dir):  # a new run: delete files of an earlier one
         for name in ("trackers.json", "metrics.jsonl"):
             (run_dir / name).unlink(missing_ok=True)
     with open_appendable(run_dir / "logs" / "trackers.log").open("ab") as log:

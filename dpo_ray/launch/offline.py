@@ -69,5 +69,5 @@ def validate_training(config: Config) -> None:
 
 
 def train(config: Config, cluster: Cluster, status_actor: Any, callbacks: list[Any] | None = None) -> Metrics:
-    """One offline training run, as of ``jobs.offline`` or of one trial of a sweep."""
+    """Runs one offline training, for ``jobs.offline`` or for a trial of a sweep."""
     return train_on_workers(config, cluster, LOOP, status_actor=status_actor, handles={}, callbacks=callbacks)

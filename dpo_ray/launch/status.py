@@ -75,7 +75,7 @@ class StatusActor:
         return self.status
 
     def request_stop(self) -> bool:
-        """Requests a stop at the next checkpoint; returns True if a step has been taken since the workers started."""
+        """Requests a stop at the next checkpoint; returns True if the workers have taken steps since they started."""
         self.stopping = True
         return self.stepped
 

@@ -12,15 +12,15 @@ Row = Mapping[str, Any]
 """A pair of a round: round, prompt, chosen, rejected, chosen_score, rejected_score."""
 
 PROJECT = "dpo-ray"
-"""Default project or experiment."""
+"""Default name of the W&B or Trackio project, or of the MLflow experiment."""
 
 
 class Tracker(Protocol):
     """A run in a tracker, called from one thread.
 
-    Built with ``run.tracker_args[name]`` and, as far as its signature takes them: ``name``, ``group`` (its sweep
-    or None), ``folder`` (run directory; None in an object store), ``config`` (secrets masked), ``id`` (of the run to
-    continue, or None) and ``next_step`` (the first step that a continued run lacks).
+    Built with ``run.tracker_args[name]`` and with those of these arguments that its signature has: ``name``, ``group``
+    (the sweep or None), ``folder`` (run directory; None in an object store), ``config`` (secrets masked), ``id`` (of
+    the run to continue, or None) and ``next_step`` (the first step that a continued run lacks).
     """
 
     id: str
@@ -29,7 +29,7 @@ class Tracker(Protocol):
     """URL of the run, or the command that shows it."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log metrics. Steps never decrease; held-out metrics of a step come after its own."""
+        """Log metrics. Steps never decrease; held-out metrics follow the training metrics of their step."""
 
     def log_samples(self, rows: Sequence[Row], step: int) -> None:
         """Log the first pairs of the round that ended with ``step``."""

@@ -79,7 +79,7 @@ def train_on_workers(
     try:
         returned = _fit(trainer, status_actor, config.cluster.stop_timeout_s).return_value or {}
     except ray.train.TrainingFailedError as error:
-        # The error that a worker reported is the cause; Ray may name what the other workers saw of it.
+        # The error that a worker reported is the cause; Ray may name an error of another worker that follows from it.
         fatal_error = ray.get(status_actor.fatal_error.remote(), timeout=STATUS_TIMEOUT_S)
         returned = {"failed": fatal_error or _first_failure(error)}
     finally:

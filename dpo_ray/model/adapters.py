@@ -22,10 +22,10 @@ ADAPTER = "default"
 
 
 def add_adapters(model: "PreTrainedModel", lora: LoraConfig) -> None:
-    """Add adapters, initialized to change nothing, and freeze all other weights, in 4 bits with ``lora.quantize``.
+    """Add adapters that initially change nothing; freeze the other weights, quantized if ``lora.quantize`` is set.
 
     Raises:
-        ValueError: ``model.lora.targets`` matches no module, or a module without support.
+        ValueError: ``model.lora.targets`` matches no module, or a module that cannot have adapters.
     """
     from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer

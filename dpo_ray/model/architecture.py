@@ -42,7 +42,7 @@ def read_model_config(path: str) -> "PreTrainedConfig":
 
 
 def model_digest(path: str, cache_dir: Path) -> str:
-    """Digest of everything that log-probabilities depend on: architecture and weights, whatever the folder's name.
+    """Digest of everything that log-probabilities depend on: architecture and weights, not the folder's name.
 
     Files in the hub's cache are links to blobs named by their hash; other files are read.
 

@@ -50,8 +50,8 @@ def named_weights(policy: Scorer, dtype: torch.dtype) -> Iterator[tuple[str, Ten
 def export_policy(policy: Scorer, model: ModelConfig, tokenizer: PreTrainedTokenizerBase, run_dir: Path) -> None:
     """Save the policy to the run directory, replacing an earlier export. Every rank must call; rank 0 writes.
 
-    ``policy/`` is a Hugging Face directory in the compute dtype. With ``model.lora`` it is only written if
-    ``model.lora.merge`` is set, and ``adapter/`` always.
+    ``policy/`` is a Hugging Face directory in the compute dtype. With ``model.lora``, ``adapter/`` is always
+    written, and ``policy/`` only if ``model.lora.merge`` is set.
     """
     if model.lora is not None:
         adapters = ((name, p) for name, p in policy.model.named_parameters() if ".lora_" in name)

@@ -36,7 +36,7 @@ class Scorer(nn.Module):
 
     Args:
         model: a transformers causal language model; its parameter names get the prefix ``model.``.
-        context: the ranks that split each row; all of them call with the same rows.
+        context: the ranks that split each row; all of them must pass the same rows.
     """
 
     def __init__(self, model: "PreTrainedModel", context: ContextParallel = NO_CONTEXT_PARALLEL) -> None:
@@ -55,7 +55,7 @@ class Scorer(nn.Module):
     def forward(self, row: PackedRow, head_fn: HeadFn) -> Any:
         """Returns ``head_fn`` of the hidden states before the completion tokens.
 
-        It is called within the forward pass, because only there FSDP has gathered the weights of the head.
+        ``head_fn`` runs inside the forward pass, because FSDP has gathered the weights of the head only there.
         """
         shard = self.context.shard(row)
         hidden = self.model.get_decoder()(

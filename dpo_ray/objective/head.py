@@ -55,7 +55,7 @@ class Head:
     """Token id of the first row on this rank."""
 
     def for_products(self) -> "Head":
-        """The head with a float32 bias and, on a CPU, bfloat16 weights as float32, as ``_product`` takes them."""
+        """The head with a float32 bias and, on a CPU, bfloat16 weights as float32, as ``_product`` expects."""
         on_cpu = self.weight.device.type == "cpu"
         bias = None if self.bias is None else self.bias.float()
         weight = self.weight.float() if on_cpu and self.weight.dtype == torch.bfloat16 else self.weight
@@ -87,7 +87,7 @@ class ChunkedLosses(NamedTuple):
     total: Tensor
     """() sum of the losses; the only output with a gradient."""
     each: Tensor
-    """(B,) float32."""
+    """(B,) loss of each pair, float32."""
     token_logps: TokenLogps
     """Log-probabilities of all N completion tokens."""
 

@@ -16,11 +16,11 @@ class PairLogps:
     chosen: Tensor
     """(B,) summed over tokens, nats."""
     rejected: Tensor
-    """(B,)"""
+    """(B,) summed over tokens, nats."""
     chosen_tokens: Tensor
     """(B,) completion lengths in tokens."""
     rejected_tokens: Tensor
-    """(B,)"""
+    """(B,) completion lengths in tokens."""
     weights: Tensor | None = None
     """(B,) weights of the pairs' losses, without gradient; None is 1 for each."""
 

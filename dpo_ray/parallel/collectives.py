@@ -1,4 +1,4 @@
-"""Small collectives over Python values, for decisions that all ranks must take alike."""
+"""Small collectives over Python values, for decisions on which all ranks must agree."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def broadcast_from_rank0(compute: Callable[[], Value]) -> Value:
-    """Returns rank 0's ``compute()`` on every rank; shared storage may look different to each for a moment."""
+    """Returns rank 0's ``compute()`` on every rank, since ranks may briefly see different states of shared storage."""
     values: list[Any] = [compute() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(values, src=0)
     return values[0]

@@ -1,11 +1,11 @@
 """Context parallelism: the tokens of each row are split over ranks, and with them the activations of a long pair.
 
-Outside attention, a model treats tokens independently. In attention, keys and values are all-gathered (few heads under
+Outside attention, a model treats tokens independently. In attention, keys and values are all-gathered (cheap with
 grouped-query attention) and local queries attend to the whole row, under any mask (arXiv:2407.21783, section 3.3.2).
 Losses need all completion tokens of a pair: log-probabilities are all-gathered, so every rank computes the same losses
 and backpropagates through its own tokens. The gradient of a weight is the sum over the ranks.
 
-T = tokens of the row, t = T / ranks local tokens, N = completion tokens of the row, n = those predicted locally
+T = tokens of the row, t = T / ranks local tokens, N = completion tokens of the row, n = number predicted locally
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Reference log-probabilities of a fixed set of pairs: taken from the store, and computed where it lacks them.
+"""Reference log-probabilities of a fixed set of pairs: read from the store, or computed if missing.
 
 Independent of the model: log-probabilities come from a function. Every rank calls with the same arguments. One run
 computes at a time, others wait and then read its entries.
@@ -25,14 +25,14 @@ WAIT_S = 6 * 3600.0
 """Longest wait for another run that computes the same reference."""
 POLL_S = 0.5
 SPOT_CHECKS = 4
-"""Most cached entries that are computed again."""
+"""Maximum number of cached entries that are recomputed to check them."""
 SPOT_TOKENS = 1024
-"""Most tokens of these entries, unless a single one has more: the check should cost no noticeable time."""
+"""Maximum tokens of these entries in total, unless a single entry has more: keeps the check fast."""
 SPOT_TOLERANCE = 0.05
 """Largest mean difference of a cached entry from its recomputation, nats per token: far above the effect of the
 micro-batch composition in bfloat16, far below the difference between two models."""
 SPOT_FLOOR = 0.5
-"""Difference in nats always allowed to the checked entries together: over few tokens, errors do not average out."""
+"""Nats added to the tolerance for the sum over the checked entries: over few tokens, errors do not average out."""
 
 Progress = Callable[[int, int], None]
 """(done, total) of a long pass."""
@@ -110,7 +110,7 @@ def _build(
 
 
 def _spot_check(source: PairStore, view: Path, compute_logps: ComputeLogps) -> bool:
-    """True if a few entries of a view, short ones, agree with the policy."""
+    """True if a few short entries of a view agree with their recomputation."""
     evenly = np.linspace(0, len(source) - 1, min(len(source), 16 * SPOT_CHECKS), dtype=np.int64)
     tokens = source.lengths[evenly].sum(1)
     shortest = np.argsort(tokens, kind="stable")[:SPOT_CHECKS]

@@ -81,7 +81,7 @@ class RemoteEntries:
 
     def _acquire(self) -> bool:
         try:
-            # "create" is one request that fails where the object exists.
+            # "create" is one request that fails if the object exists.
             self._client.pipe_file(_key(self._lock), f"{self.token} 0".encode(), mode="create")
         except FileExistsError:
             try:

@@ -13,7 +13,7 @@ from dpo_ray.report.record import Curve, RunRecord, number
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Key figures of a run; None where the run has no data for one."""
+    """Key figures of a run; None for figures without data."""
 
     score_before: float | None
     """Mean judge score on the held-out prompts, untrained policy."""

@@ -59,7 +59,7 @@ TREND_MIN_ROUNDS = 4
 TIE_SHARE = 0.3
 """Share of prompts: a third of the generated tokens then gives no training signal."""
 DROP_SHARE = 0.3
-"""As for ties, all other reasons together."""
+"""Share of prompts, over all reasons other than ties."""
 TRUNCATED_SHARE_WARNING = 0.5
 """Share of candidates: the judge then mostly reads unfinished text."""
 TRUNCATED_SHARE_NOTE = 0.2
@@ -286,8 +286,8 @@ def few_ties(record: RunRecord) -> Finding | None:
         return ok("Few ties", f"{share:.0%} of {total:,.0f} prompts were dropped as ties.")
     return warning(
         "Many ties",
-        f"{share:.0%} of {total:,.0f} prompts were dropped because the judge scored their candidates alike. Raise "
-        "online.candidates or online.sampling.temperature, or use a judge with a finer scale.",
+        f"{share:.0%} of {total:,.0f} prompts were dropped because all their candidates have the same judge score. "
+        "Raise online.candidates or online.sampling.temperature, or use a judge with a finer scale.",
     )
 
 

@@ -47,7 +47,7 @@ MAX_POINTS = 400
 MAX_BARS = 40
 """Bars per plot that remain readable; more rounds than that are averaged in groups."""
 SMOOTH_FROM = 40
-"""Points from which a line is drawn pale with its running mean on top."""
+"""Minimum number of points of a line that is drawn pale, with its running mean on top."""
 LOG_PEAK = 20.0
 """Ratio of the largest value to the median from which a series with peaks has a logarithmic axis."""
 LOG_RATIO = 3.0
@@ -66,7 +66,7 @@ class Series(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """Axes with one quantity."""
+    """One set of axes, for one quantity."""
 
     label: str
     """Quantity and unit."""
@@ -138,7 +138,7 @@ def run_plots(record: RunRecord) -> list[Plot]:
     unit, ln2 = (" (nats)", math.log(2)) if record.setting("loss.use") == "sigmoid" else ("", None)
     norms, max_norm = steps("optim/grad_norm"), record.setting("optim.max_grad_norm")
     if max_norm and len(norms[1]) and max_norm > 1.5 * norms[1].max():
-        max_norm = None  # would flatten the curve far below it
+        max_norm = None  # a limit far above the curve would flatten it
     gradients, rates = [Series("", norms, style="peaks")], [Series("", steps("optim/lr"), "sand")]
     table = [
         Plot(
@@ -150,7 +150,7 @@ def run_plots(record: RunRecord) -> list[Plot]:
         Plot(
             "KL to the reference",
             [Panel("nats per completion", with_heldout("prompts", rounds("kl"), versions("kl")), 0.0)],
-            "Distance from the reference on the policy's own completions: the price of the score. A steep rise without "
+            "Distance from the reference on the policy's own completions. A steep rise without "
             "a gain in score is a sign that the policy exploits the judge.",
         ),
         Plot(
@@ -199,7 +199,7 @@ def run_plots(record: RunRecord) -> list[Plot]:
         Plot(
             "Pairs kept and dropped",
             [Panel("prompts", outcomes)],
-            "Each bar has all prompts of the round; dropped ones were generated and judged for nothing.",
+            "Each bar has all prompts of the round; generating and judging the dropped ones was wasted.",
         ),
         Plot(
             "Time by phase",

@@ -1,4 +1,4 @@
-"""A run as its directory holds it, read from files alone: finished, killed or still running."""
+"""A finished, killed or running run, read from the files of its directory alone."""
 
 import json
 import logging

@@ -81,7 +81,7 @@ class RoundStore:
             weights_digest: digest of the weights that generated the candidates.
             seed: ``run.seed``.
             sampling: ``online.sampling`` as plain values.
-            sync_probe: the measurement that the engines had those weights, as plain values.
+            sync_probe: comparison of the engines' log-probabilities with the trainer's, as plain values.
 
         Raises:
             FileExistsError: the round is finished; the policy may have been trained on its pairs.

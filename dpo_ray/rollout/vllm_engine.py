@@ -1,6 +1,6 @@
 """The rollout engine: vLLM in the process that builds it.
 
-Independent of Ray; of a weight transport it uses only the import path of the receiver, which vLLM loads in its workers.
+Independent of Ray and of weight transports, except for the import path of the receiver that vLLM's workers load.
 vLLM is imported when an engine is built, so ``engine_environment`` works without it.
 """
 
@@ -20,7 +20,7 @@ Render = Callable[[Messages], list[int]]
 UNPUSHED = -1
 """Policy version of the weights that an engine loaded from disk, before the first push."""
 CPU_BATCH_TOKENS = 4096
-"""Prompt tokens per step on a CPU, at least."""
+"""Minimum limit of prompt tokens per step on a CPU."""
 
 
 class VLLMEngine:
@@ -36,14 +36,14 @@ class VLLMEngine:
         engine: vLLM's settings; ``engine.args`` are passed to ``vllm.LLM`` last and override everything here.
         max_model_len: longest prompt plus completion, in tokens.
         tensor_parallel: GPUs of this engine. Always 1 on a CPU.
-        executor: what runs the workers of several GPUs. ``ray``: Ray, in this process's placement group. ``mp``:
+        executor: backend of the workers of several GPUs. ``ray``: Ray, in this process's placement group. ``mp``:
             processes on the GPUs visible to this process.
         sleeps: True for an engine that shares its GPUs with another process and can ``sleep``.
         worker_extension: ``WeightSync.worker_extension``, the dotted import path of the class that vLLM mixes into its
             workers; None for an engine that never gets new weights. Importing the class registers the transport's
-            receiver with vLLM under the same path, and its ``received_digest()`` returns the digest of what arrived.
+            receiver with vLLM under the same path, and its ``received_digest()`` returns the digest of its weights.
         on_cpu: True for the CPU build of vLLM.
-        seed: seed of everything that requests do not seed.
+        seed: default seed of vLLM; every request has its own.
 
     Example:
         engine.start_update()
@@ -114,8 +114,8 @@ class VLLMEngine:
     ) -> list[CompletionGroup]:
         """Generate completions, one group per prompt, in the order of ``prompts``.
 
-        The same call with the same weights gives the same completions, as far as the engine's arithmetic does not
-        depend on the rest of the batch.
+        The same call with the same weights gives the same completions, unless the engine's arithmetic depends on the
+        rest of the batch.
 
         Args:
             prompts: at least one message each; the chat template is applied here.
@@ -190,7 +190,7 @@ class VLLMEngine:
     def start_update(self) -> None:
         """Start a weight update; the engine cannot generate until it is finished.
 
-        A sleeping engine wakes up: its weights here, its cache in ``finish_update``.
+        A sleeping engine is woken: its weights here, its cache in ``finish_update``.
 
         Raises:
             RuntimeError: an update is unfinished. Some layers are half loaded, so the engine must be replaced.
@@ -219,7 +219,7 @@ class VLLMEngine:
         if len(digests) != 1:
             raise RuntimeError(f"the workers of one engine received different weights: digests {sorted(digests)}")
         if self._asleep:
-            # Not earlier: during the transfer the sender's buckets need the memory.
+            # The cache is allocated only now: during the transfer the sender's buckets need the memory.
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
         # vLLM keeps its prefix cache over an update: known prompts would reuse keys and values of the old weights.

@@ -23,7 +23,7 @@ NamedTensor = tuple[str, Tensor]
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer dtype by size of an element, in bytes."""
 DIGEST_BLOCK = {"cpu": 2**17, "cuda": 2**22}
-"""Elements per step of a digest, which takes 24 bytes for each: a block fits a CPU's cache, or fills a GPU."""
+"""Elements per step of a digest, at 24 bytes of memory each: a block fits a CPU's cache, or fills a GPU."""
 
 
 class SyncMismatch(NonRetryableError):
@@ -135,7 +135,7 @@ def dtype_name(tensor: Tensor) -> str:
 
 
 class EngineGroup(Protocol):
-    """All engines of the pool as one receiver.
+    """All engines of the pool, called together.
 
     Each call returns when every engine has answered, and raises if one fails or does not answer in time.
     """

@@ -174,7 +174,7 @@ def open_communicator(host: str, port: int, world_size: int, device: int, bucket
 
 
 def validate_nccl(group: Any) -> None:
-    """Raise a RuntimeError if vLLM's communicator has no NCCL library; it would silently send nothing."""
+    """Raise a RuntimeError if vLLM's communicator has no NCCL library: it would silently send nothing."""
     if not group.available or group.disabled:
         raise RuntimeError("vLLM found no NCCL library to send weights with; set online.sync.use: object_store")
 

@@ -37,7 +37,7 @@ class RecordingModel:
 class DigestMixin:
     """Mixed in before a ``WeightTransferEngine``: its updates load through a ``RecordingModel``.
 
-    Every transport sends a message as the value of ``bucket``; the engine below gets it as its own update info.
+    Every transport sends a message as the value of ``bucket``; the ``WeightTransferEngine`` gets it as update info.
     """
 
     model: Any

@@ -1,6 +1,6 @@
-"""Saving and resuming: sharded checkpoints (DCP), written beside training, complete or ignored, verified before use.
+"""Saving and resuming: sharded checkpoints (DCP), written in the background and verified before use.
 
-A damaged or unfinished checkpoint is named in the log, and the one before it is used.
+A damaged or unfinished checkpoint is named in the log, and the previous one is used.
 """
 
 import functools
@@ -53,7 +53,7 @@ class CheckpointFailed(NonRetryableError):
 def save_due(run: RunConfig, position: int, total: int, *, stopping: bool = False) -> bool:
     """True if a checkpoint is saved at ``position`` (steps offline, rounds online) of ``total``.
 
-    Every ``run.save_every`` and at the end, unless that is None; and always when the run stops early.
+    Every ``run.save_every`` and at the end, unless ``run.save_every`` is None; always if the run stops early.
     """
     return stopping or (run.save_every is not None and (position == total or position % run.save_every == 0))
 
@@ -152,7 +152,7 @@ class Checkpointer:
             self._remove_superseded(path)
 
     def _remove_superseded(self, newest: Path) -> None:
-        """Deletes old checkpoints; a failure does not make the new one a failure."""
+        """Deletes old checkpoints; a failure is only logged, because the new checkpoint is complete."""
         try:
             for old in superseded(newest, self.config.run):
                 remove_folder(old)

@@ -70,7 +70,7 @@ def finished_checkpoints(folder: Path) -> list[Path]:
 
 
 def best_checkpoint(finished: list[Path], run: RunConfig) -> Path | None:
-    """The checkpoint with the best ``run.best_metric``; None without that setting or such a checkpoint."""
+    """The checkpoint with the best ``run.best_metric``; None without the setting or any checkpoint with it."""
     values = {path: read_marker(path)["metrics"].get(run.best_metric) for path in finished}
     known = {path: value for path, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
     if not known:
@@ -81,7 +81,7 @@ def best_checkpoint(finished: list[Path], run: RunConfig) -> Path | None:
 def superseded(newest: Path, run: RunConfig) -> list[Path]:
     """Checkpoints that need not be kept beside one just written: neither recent nor the best.
 
-    Later ones do not count: they are damaged, or the run would have resumed from them.
+    Later checkpoints are ignored: they are damaged, otherwise the run would have resumed from them.
     """
     finished = [path for path in finished_checkpoints(newest.parent) if path <= newest]
     best = best_checkpoint(finished, run)

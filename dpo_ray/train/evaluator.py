@@ -1,4 +1,4 @@
-"""When and on what the policy is evaluated during a run."""
+"""Evaluations of the policy during a run, and their schedule."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -23,7 +23,7 @@ def evaluation_due(run: RunConfig, position: int, total: int, *, stopping: bool 
     """True if the policy is evaluated at ``position`` (steps offline, rounds online) of ``total``.
 
     At the start, at the end, every ``run.eval_every``, and with ``run.best_metric`` before each checkpoint, which is
-    compared by it.
+    ranked by that metric.
     """
     if run.best_metric is not None and save_due(run, position, total, stopping=stopping):
         return True
@@ -61,7 +61,7 @@ class PairEvaluator:
 
 
 class HeldOutPrompts(Protocol):
-    """Source of held-out completions, and keeper of their log-probabilities."""
+    """Source of held-out completions, and storage for their log-probabilities."""
 
     def held_out(self, version: int) -> Sequence[TokenSample]:
         """Completions of the held-out prompts by the engines' weights; empty without held-out prompts."""

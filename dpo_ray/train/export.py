@@ -57,9 +57,9 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) ->
     """Writes the policy of a finished checkpoint to ``folder``; returns the configuration of its run.
 
     Args:
-        folder: must not exist; appears whole or not at all. A Hugging Face directory, or with adapters a peft
+        folder: must not exist; created atomically. A Hugging Face directory, or with adapters a peft
             directory.
-        merge: merge adapters into the model, and write that.
+        merge: export the model with its adapters merged.
 
     Raises:
         ValueError: ``folder`` exists.

@@ -16,7 +16,7 @@ from dpo_ray.train.trainer import Trainer
 from dpo_ray.types import TokenSample
 
 PAIRS_PER_BLOCK = 512
-"""Pairs that are split over the ranks together."""
+"""Pairs per block; each block is split over the ranks."""
 
 
 def no_progress(done: int, total: int) -> None:
@@ -33,7 +33,7 @@ def compute_logps(
 
     Args:
         pairs: indices into ``source``.
-        progress: called with (pairs done, pairs in all).
+        progress: called with the number of finished and of all pairs.
 
     Returns:
         (len(pairs), 2) float64, chosen and rejected, nats; the same on every rank.

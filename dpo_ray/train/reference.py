@@ -83,7 +83,7 @@ def _cached_reference(trainer: Trainer, pairs: PairStore, name: str, reporter: R
 
 
 def _open_store(config: Config, device: torch.device, attention: str | None) -> ReferenceStore:
-    """The store of this reference model under everything that changes its log-probabilities."""
+    """The store for this reference model and all settings that affect its log-probabilities."""
     weights = broadcast_from_rank0(lambda: model_digest(config.model.path, config.reference.cache_path / "models"))
     numerics = f"{config.model.dtype}-{device.type}-{attention}"
     if config.model.lora is not None and config.model.lora.quantize:

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 """The frozen model under adapters is not saved."""
 PAIRS_NAMED = 8
-"""Most pairs of a skipped step that are named."""
+"""Maximum number of pairs of a skipped step that the log names."""
 
 
 class NotFinite(ValueError):
@@ -31,7 +31,7 @@ class TrainState:
     policy: nn.Module
     optimizer: torch.optim.Optimizer
     max_skipped_steps: int = 0
-    """Most skipped steps in a row."""
+    """Maximum number of skipped steps in a row."""
     step: int = 0
     """Optimizer steps taken."""
     round: int = 0
@@ -77,7 +77,7 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads what ``state_dict`` returned."""
+        """Loads a state returned by ``state_dict``."""
         set_state_dict(
             self.policy,
             self.optimizer,

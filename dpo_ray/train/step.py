@@ -86,7 +86,7 @@ def evaluate_pairs(trainer: Trainer, batches: Iterable[StepBatch], reference: Re
 def _nonfinite_pairs(
     pairs_and_losses: list[tuple[tuple[int, ...], Tensor]], group: dist.ProcessGroup
 ) -> tuple[int, ...]:
-    """The pairs of all ranks whose loss is NaN or infinite."""
+    """Indices of the pairs, over all ranks, with a NaN or infinite loss."""
     nonfinite = [
         pair
         for pairs, losses in pairs_and_losses

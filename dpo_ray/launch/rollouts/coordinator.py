@@ -1,7 +1,7 @@
 """The coordinator: one actor that owns the engines, the judge and the stream of rounds.
 
-Text, scores and token ids pass through it, one message a group; tensors never do. Training workers ask it for rounds;
-whichever worker asks first starts a round's collection, and all get the same data.
+Text, scores and token ids pass through it; tensors never do. Training workers request rounds from it: the first request
+for a round starts its collection, and all workers get the same data.
 """
 
 import json
@@ -33,9 +33,9 @@ from dpo_ray.types import CompletionGroup, NonRetryableError, Prompt, RoundData,
 logger = logging.getLogger(__name__)
 
 HELD_OUT_ROUND = 2**20
-"""Stands in for the round where the seeds of held-out completions are drawn: the same at every evaluation."""
+"""Round number from which the seeds of held-out completions are derived: the same at every evaluation."""
 SPARE_THREADS = 8
-"""Calls that the coordinator holds beside those in which the training workers wait, one each."""
+"""Threads besides one per training worker, whose call may block while it waits for a round."""
 JUDGE_ATTEMPTS = 2
 
 
@@ -44,7 +44,7 @@ class JudgeFailed(NonRetryableError):
 
 
 class JudgeActor:
-    """The judge in a process of its own, so that one that hangs can be given up."""
+    """The judge in its own process, so that a judge that hangs can be killed."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         parsed = Config.model_validate(config)
@@ -58,9 +58,9 @@ class JudgeActor:
 
 
 class Coordinator:
-    """See the module. Runs with a thread for each training worker and SPARE_THREADS.
+    """See the module. Has one thread per training worker and SPARE_THREADS.
 
-    Only the collecting thread touches the pool's work.
+    ``generating`` and ``pushing``, guarded by ``pool_state``, keep generation and weight pushes from overlapping.
 
     Args:
         prompts: the training prompts.
@@ -102,9 +102,9 @@ class Coordinator:
         self.placing = threading.Lock()
 
     def start(self) -> None:
-        """Start the judge and the engines; those who ask for engines wait until they are up.
+        """Start the judge and the engines; ``begin_push`` waits until the engines are up.
 
-        Engines on the training workers' GPUs start when those are known; see ``place_engines``.
+        Colocated engines are started by ``place_engines``, when the GPUs of the training workers are known.
         """
         size = self.config.cluster
         try:
@@ -117,12 +117,12 @@ class Coordinator:
             self.started.set_result(None)
 
     def close(self) -> None:
-        """Take engines and judge down."""
+        """Shut down the engines and the judge."""
         self.pool.close()
         if self.judge_actor is not None:
             ray.kill(self.judge_actor)
 
-    # ------------------------------------------------------------------------------------ asked by the training workers
+    # ----------------------------------------------------------------------------------- called by the training workers
 
     def place_engines(self, slots: Sequence[GpuSlot]) -> None:
         """Start the engines on the training workers' GPUs, or move them to the GPUs of restarted workers.
@@ -131,7 +131,7 @@ class Coordinator:
         """
         with self.placing:
             if slots == self.gpu_slots:
-                with self.pool_state:  # of the workers before these
+                with self.pool_state:  # generation for the workers before the restart may still run
                     self.pool_state.wait_for(lambda: not self.generating, timeout=self.online.generate_timeout_s)
                 self.pool.sleep()
                 return
@@ -145,18 +145,18 @@ class Coordinator:
             self.gpu_slots = slots
 
     def take(self, round: int) -> RoundData:
-        """The pairs of a round; blocks until they are there."""
+        """The pairs of a round; blocks until they are ready."""
         data = self.stream.take(round)
         if self.config.cluster.colocate:
-            # A round from disk needs no generation, after which engines sleep: they are awake since the push.
+            # Engines are awake after a push, and only generation puts them to sleep; a round on disk needs none.
             with self.placing:
                 self.pool.sleep()
         return data
 
     def held_out(self, version: int) -> list[TokenSample]:
-        """Judged completions of the held-out prompts by the engines' current weights; none when they are on record."""
+        """Judged completions of the held-out prompts by the engines' current weights; empty if already recorded."""
         with self.evaluation_lock:
-            # Decided once a version: every rank must get the same answer, also after rank 0 has put it on record.
+            # Decided once per version: every rank must get the same answer, even after rank 0 has recorded it.
             if version not in self.evaluations:
                 on_record = self._evaluation(version).exists()
                 self.evaluations = {version: [] if on_record else self._complete_held_out()}
@@ -183,9 +183,9 @@ class Coordinator:
         self.status_actor.metrics.remote({"heldout/score": float(np.mean([line["score"] for line in lines]))})
 
     def begin_push(self) -> list[Any]:
-        """Handles of all engines, idle until ``pushed``; waits for them to start and for a running collection.
+        """Return all engines, idle until ``pushed``; waits until they are up and a running collection is finished.
 
-        A trainer that died in the middle of a push leaves it open: the next one simply begins again.
+        A push that a dead trainer left unfinished needs no clean-up: the next push starts over.
         """
         self.started.result()
         with self.pool_state:
@@ -199,15 +199,15 @@ class Coordinator:
         return list(self.pool.engines)
 
     def replace(self, index: int) -> Any:
-        """A fresh engine in the place of one that a push finds dead or half loaded."""
+        """Replace an engine that is dead or half loaded when a push starts; returns the new engine."""
         return self.pool.replace(index)
 
     def pushed(self, version: int, buckets: list[list[Any] | None], digest: str, without: Sequence[int]) -> None:
-        """Note that the engines hold ``version``, and the references it can be given from to an engine that joins.
+        """Record the version that the engines hold, and the references from which a new engine can load it.
 
         Args:
-            buckets: one list of references; None in its place when the push cannot be given again.
-            without: engines that the push did without.
+            buckets: one element: the references, or None if the transport cannot replay the push.
+            without: indices of the engines that the push left out.
         """
         self.pool.weights = version, buckets[0], digest
         self.pool.lost = set(without)
@@ -218,7 +218,7 @@ class Coordinator:
     # -------------------------------------------------------------------------------------------------- the collection
 
     def _collect(self, round: int) -> RoundData:
-        """A round's pairs: read where the round was finished before, else generated, judged, selected and written."""
+        """A round's pairs: read from disk if the round is finished, else generated, judged, selected and saved."""
         if self.store.finished(round):
             logger.info("round %d was collected before; using its files", round)
             return self.store.read(round)
@@ -293,10 +293,10 @@ class Coordinator:
         self.judge_actor = ray.remote(num_cpus=0)(JudgeActor).remote(self.config.model_dump(mode="json"))
 
     def _judge(self, groups: list[CompletionGroup]) -> list[list[float]]:
-        """Scores from the judge's process; one that hangs or dies is replaced and asked once more.
+        """Scores from the judge's process; a judge that hangs or dies is restarted and called once more.
 
         Raises:
-            JudgeFailed: it hung or died twice, or raised.
+            JudgeFailed: the judge hung or died twice, or raised.
         """
         self.status_actor.phase.remote("judging", 0, 0)
         timeout = self.online.judge_timeout_s
@@ -305,11 +305,11 @@ class Coordinator:
             try:
                 return ray.get(self.judge_actor.score.remote(groups), timeout=timeout)
             except GetTimeoutError:
-                problem = f"gave no scores for {len(groups)} prompts in {timeout:.0f} s (online.judge_timeout_s)"
+                problem = f"returned no scores for {len(groups)} prompts in {timeout:.0f} s (online.judge_timeout_s)"
             except RayActorError:
                 problem = "died"
             except RayTaskError as error:
                 raise JudgeFailed(f"judge {self.online.judge.use!r} raised {error.cause!r}") from None
-            logger.warning("judge %r %s; starting it again", self.online.judge.use, problem)
+            logger.warning("judge %r %s; restarting it", self.online.judge.use, problem)
             self._start_judge()
         raise JudgeFailed(f"judge {self.online.judge.use!r} {problem}, twice; its log is {Path('logs') / 'judge.log'}")

@@ -1,4 +1,4 @@
-"""One vLLM engine as a Ray actor. Light to import: the pool imports it too, and does not need what an engine needs."""
+"""One vLLM engine as a Ray actor. Light to import, for the pool: vLLM is imported when an engine is built."""
 
 from typing import Any
 

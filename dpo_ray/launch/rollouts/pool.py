@@ -23,23 +23,23 @@ from dpo_ray.types import CompletionGroup, NonRetryableError, Prompt
 logger = logging.getLogger(__name__)
 
 CHUNKS_PER_ENGINE = 4
-"""A round goes to the engines in about this many pieces each: enough to even out their speeds and to show progress."""
+"""A round is split into about this many chunks per engine: enough to balance their speeds and to show progress."""
 MIN_CHUNK_COMPLETIONS = 128
-"""Smaller pieces would leave an engine's batches half empty."""
+"""Smaller chunks would leave an engine's batches half empty."""
 ENGINE_ATTEMPTS = 2
-"""Attempts per piece of work: if a second engine dies over the same prompts, the prompts are the cause."""
+"""Attempts per chunk: if a second engine dies on the same prompts, the prompts are the cause."""
 
 
 class EngineFailed(NonRetryableError):
-    """An engine could not be started, or the same work killed two engines."""
+    """An engine could not be started, or the same prompts killed two engines."""
 
 
 class EnginesLost(RuntimeError):
-    """No engine is left that holds the policy's weights; the training workers start again and push them."""
+    """No engine with the policy's weights is left; the training workers restart and push them again."""
 
 
 class RolloutPool:
-    """Engines and the work dealt to them. Held by one coordinator; not safe to call from two threads at once.
+    """The engines, and the distribution of prompts over them. Not thread-safe.
 
     Args:
         worker_extension: import path of the transport's receiving end.
@@ -51,15 +51,15 @@ class RolloutPool:
         self.groups: list[Any] = []
         self.engines: list[Any] = []
         self.lost: set[int] = set()
-        """Engines that died since the last push, or that it did without; the next one starts others in their place."""
+        """Engines that died since the last push or were left out of it; the next push replaces them."""
         self.weights: tuple[int, list[Any] | None, str] | None = None
-        """Version, bucket references and digest of the last push; no references where it cannot be given again."""
+        """Version, bucket references and digest of the last push; the references are None if it cannot be replayed."""
 
     def start(self, placements: Sequence[EnginePlacement]) -> None:
-        """Start an engine in each place and wait for all.
+        """Start one engine per placement and wait for all.
 
         Raises:
-            EngineFailed: one did not come up in ``cluster.start_timeout_s``.
+            EngineFailed: an engine was not up after ``cluster.start_timeout_s``.
         """
         size = self.config.cluster
         self.placements = list(placements)
@@ -72,7 +72,7 @@ class RolloutPool:
         _, missing = ray.wait(waited_for, num_returns=len(waited_for), timeout=size.start_timeout_s)
         if missing:
             raise EngineFailed(
-                f"{len(missing)} of {len(waited_for)} engines got no place in {size.start_timeout_s:.0f} s "
+                f"{len(missing)} of {len(waited_for)} engines got no resources in {size.start_timeout_s:.0f} s "
                 "(cluster.start_timeout_s): other work holds the cluster's CPUs or GPUs"
             )
         self.engines = [self._start_engine(index) for index in range(len(placements))]
@@ -115,10 +115,10 @@ class RolloutPool:
             raise EngineFailed(f"engine {index} failed to start: {error_summary(error)}; see {logs}") from None
 
     def replace(self, index: int) -> Any:
-        """A new engine in the place of a dead one, for a push that is about to give it weights.
+        """Replace a dead engine for a push that is about to send weights; waits until the new engine is up.
 
         Raises:
-            EngineFailed: it did not come up.
+            EngineFailed: the new engine did not start.
         """
         engine = self._start_another(index)
         self._await_ready(index, engine)
@@ -126,7 +126,7 @@ class RolloutPool:
         return engine
 
     def _start_another(self, index: int) -> Any:
-        """A new engine in the place of a dead one. It comes up by itself, and counts as lost until it has weights."""
+        """Replace a dead engine without waiting for the new one, which counts as lost until it has weights."""
         logger.warning("engine %d died; starting another in its place", index)
         self.lost.add(index)
         with contextlib.suppress(Exception):
@@ -135,10 +135,10 @@ class RolloutPool:
         return engine
 
     def _rejoin(self, index: int) -> Any:
-        """A new engine in the place of a dead one, given the weights of the last push.
+        """Replace a dead engine and send the weights of the last push to the new one.
 
         Returns:
-            What will be the digest of the weights that it has.
+            Object reference of the digest of the weights that it received.
         """
         assert self.weights is not None
         version, buckets, _ = self.weights
@@ -149,16 +149,16 @@ class RolloutPool:
         return engine.finish_update.remote(version)
 
     def _rejoined(self, index: int, digest: Any) -> bool:
-        """True if a new engine is up with the right weights.
+        """True if the new engine is up with the weights of the last push.
 
         Raises:
-            EngineFailed: it received something else than was pushed.
+            EngineFailed: the weights that it received differ from those pushed.
         """
         assert self.weights is not None
         try:
             found = ray.get(digest)
         except RayError as error:
-            logger.warning("no engine could be started in the place of engine %d: %s", index, error_summary(error))
+            logger.warning("engine %d could not be replaced: %s", index, error_summary(error))
             return False
         version, _, pushed = self.weights
         if found != pushed:
@@ -175,13 +175,13 @@ class RolloutPool:
         timeout_s: float,
         progress: Callable[[int, int], None],
     ) -> list[CompletionGroup]:
-        """One group a prompt, in order, the prompts shared by all engines.
+        """Generate one group per prompt, in order; the prompts are split over all engines.
 
-        The prompts of a dead engine are queued again, once. Another is started in its place and joins in as soon as it
-        has the weights, if these can be given again; otherwise the next push starts one.
+        The prompts of a dead engine are queued again, once. If the transport can replay the last push, a new engine
+        joins as soon as it has the weights; otherwise the next push replaces the dead engine.
 
         Args:
-            progress: (prompts done, prompts in all).
+            progress: called with the number of finished and of all prompts.
 
         Raises:
             TimeoutError: not all prompts were done in ``timeout_s``.
@@ -209,7 +209,7 @@ class RolloutPool:
             if not done:
                 finished = sum(len(r) for r in results if r)
                 raise TimeoutError(
-                    f"the engines wrote candidates for {finished} of {len(prompts)} prompts in {timeout_s:.0f} s "
+                    f"the engines generated candidates for {finished} of {len(prompts)} prompts in {timeout_s:.0f} s "
                     "(online.generate_timeout_s)"
                 )
             if done[0] in joining:
@@ -229,22 +229,22 @@ class RolloutPool:
                 if self.weights is not None and self.weights[1] is not None:
                     joining[self._rejoin(engine)] = engine
                 else:
-                    logger.warning("engine %d died; the next push of weights starts another in its place", engine)
+                    logger.warning("engine %d died; the next push of weights replaces it", engine)
                 continue
             idle.append(engine)
             progress(sum(len(r) for r in results if r), len(prompts))
         return [group for part in results if part for group in part]
 
     def sleep(self) -> None:
-        """Let every engine give its GPUs up."""
+        """Put every engine to sleep, which frees its GPU memory."""
         self._each("falling asleep", lambda engine: engine.sleep.remote())
 
     def wake(self) -> None:
-        """Let every engine take its GPUs again."""
+        """Wake every engine, which allocates its GPU memory again."""
         self._each("waking up", lambda engine: engine.wake.remote())
 
     def _each(self, doing: str, call: Callable[[Any], Any]) -> None:
-        """Wait for all engines to do something; a dead one is found when it is next given work."""
+        """Call every engine and wait for all; dead engines are skipped here and noticed when they next get prompts."""
         assert self.config.online is not None
         timeout = self.config.online.sync_timeout_s
         for index, answer in enumerate([call(engine) for engine in self.engines]):
@@ -258,7 +258,7 @@ class RolloutPool:
                 continue
 
     def close(self) -> None:
-        """Take the engines down and free their places."""
+        """Shut down the engines and remove their placement groups."""
         for engine in self.engines:
             with contextlib.suppress(Exception):
                 ray.kill(engine)

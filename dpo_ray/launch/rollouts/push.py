@@ -1,4 +1,4 @@
-"""Weights on their way to the engines: the transport, and the pool as the receiver of a push from rank 0."""
+"""Weight pushes from rank 0 to the engines of the pool: building the transport, calling every engine."""
 
 import logging
 import time
@@ -17,14 +17,14 @@ from dpo_ray.sync.base import WeightSync
 logger = logging.getLogger(__name__)
 
 BETWEEN_GPUS = ("nccl", "ipc")
-"""Transports that are nothing without GPUs."""
+"""Transports that need GPUs."""
 
 
 def build_transport(config: Config, *, on_gpus: bool) -> WeightSync:
-    """The configured transport; ``auto`` decided by what the cluster has.
+    """The configured transport, with ``auto`` resolved for the cluster.
 
     Raises:
-        ValueError: it needs GPUs that are not there or not shared, or its arguments are wrong.
+        ValueError: the transport does not suit the cluster, or its arguments are wrong.
     """
     assert config.online is not None
     sync, shared = config.online.sync, config.cluster.colocate
@@ -40,14 +40,14 @@ def build_transport(config: Config, *, on_gpus: bool) -> WeightSync:
 
 
 class PoolReceiver:
-    """The engines as one receiver of weights: the EngineGroup of rank 0, straight from trainer to engines.
+    """The EngineGroup of rank 0: sends weights from the trainer directly to all engines.
 
-    Neither driver nor coordinator sees a tensor. Of a transport that replays, a message is put into the object store
-    once and fetched once a node, and the references of a push are kept until the next one, for an engine that joins. An
-    engine that dies during the push is left out until the next.
+    No tensor passes through the driver or the coordinator. With a transport that replays, each message is put into the
+    object store once and fetched once per node; the references are kept until the next push, for engines that join, and
+    an engine that dies during a push is left out until the next one.
 
     Args:
-        coordinator: knows the engines and replaces dead ones.
+        coordinator: handle of the Coordinator, which owns the engines.
         timeout_s: longest wait for one call.
         workers_per_engine: GPUs of one engine.
         replays: see ``WeightSync.replays``.
@@ -61,13 +61,13 @@ class PoolReceiver:
         self.messages: list[Any] = []
 
     def start_update(self) -> Sequence[Hashable]:
-        """Open an update on every engine that the pool has; returns their handles.
+        """Start an update on every engine of the pool; returns their handles.
 
-        An engine that is dead, or that an interrupted push left half loaded, is replaced; one that cannot be is left
-        out until the next push.
+        An engine that is dead, or half loaded by an interrupted push, is replaced; if that fails, it is left out until
+        the next push.
 
         Raises:
-            EngineFailed: none is left.
+            EngineFailed: no engine is left.
         """
         self.messages, self.dead = [], []
         self.engines = dict(enumerate(ray.get(self.coordinator.begin_push.remote())))
@@ -88,7 +88,7 @@ class PoolReceiver:
             self.dead.append(index)
             if not self.engines:
                 raise
-            logger.warning("no engine could be started in the place of engine %d: %s", index, error_summary(error))
+            logger.warning("engine %d could not be replaced: %s", index, error_summary(error))
 
     def init_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
         """Initialize the receiving end of every engine."""
@@ -106,23 +106,23 @@ class PoolReceiver:
         self._call_each("loading weights", lambda engine: engine.load.remote(message))
 
     def finish_update(self, version: int) -> list[str]:
-        """Put the weights to use; returns every digest."""
+        """Switch every engine to the received weights; returns their digests."""
         digests = self._call_each("finishing a weight update", lambda engine: engine.finish_update.remote(version))
-        # The list wraps the references, so that they travel as references and not as what they stand for.
+        # Inside a list, Ray passes references on as they are; as arguments it would replace them by their values.
         kept = [self.messages if self.replays else None]
         ray.get(self.coordinator.pushed.remote(version, kept, digests[0], self.dead), timeout=self.timeout_s)
         return digests
 
     def token_logps(self, token_ids: Sequence[int]) -> list[list[float]]:
-        """Every engine's log-probabilities of a text."""
-        return self._call_each("scoring the probe text", lambda engine: engine.token_logps.remote(list(token_ids)))
+        """Each engine's log-probability of each token after the first, nats."""
+        return self._call_each("computing log-probabilities", lambda engine: engine.token_logps.remote(list(token_ids)))
 
     def _call_each(self, doing: str, call: Callable[[Any], Any]) -> list[Any]:
-        """The answers of all engines; an engine found dead is left out from here on, if the push can do without it.
+        """Call every engine and return all results; if the transport replays, dead engines are left out from here on.
 
         Raises:
             TimeoutError: an engine did not answer in time.
-            RayActorError: no engine is left, or one has died that the others wait for.
+            RayActorError: no engine is left, or an engine died and the transport does not replay.
         """
         pending = {index: call(engine) for index, engine in self.engines.items()}
         missing = self._unanswered(list(pending.values()))
@@ -143,7 +143,7 @@ class PoolReceiver:
         return answers
 
     def _unanswered(self, waiting: list[Any]) -> list[Any]:
-        """Calls without an answer in time. A failure ends the wait if the other engines wait for the failed one."""
+        """Calls that time out. Without replay a failure raises at once, since the others wait for the dead engine."""
         deadline = time.monotonic() + self.timeout_s
         while waiting:
             done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
