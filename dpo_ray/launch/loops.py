@@ -14,6 +14,7 @@ from dpo_ray.launch.data import open_pairs
 from dpo_ray.launch.reporter import RunReporter
 from dpo_ray.launch.rollouts.placement import GpuSlot
 from dpo_ray.launch.rollouts.push import PoolReceiver, build_transport
+from dpo_ray.parallel.collectives import gather_values
 from dpo_ray.sync.ipc import free_cuda_cache
 from dpo_ray.train.offline import train_offline
 from dpo_ray.train.online import train_online
@@ -91,6 +92,4 @@ def _gather_gpu_slots() -> list[GpuSlot]:
     """The GPUs of all ranks. A collective."""
     context = ray.get_runtime_context()
     (gpu,) = context.get_accelerator_ids()["GPU"]
-    slots: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(slots, GpuSlot(context.get_node_id(), str(gpu)))
-    return slots
+    return gather_values(GpuSlot(context.get_node_id(), str(gpu)))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dpo_ray.parallel.collectives import gather_values
 from dpo_ray.sync.base import Digest, NamedTensor, Sender, check_digests
 
 Handles = dict[str, tuple[Any, ...]]
@@ -46,7 +47,7 @@ class IPCSync(Sender):
                 self._initialized = identities
         for bucket in self.buckets(weights, current_device()):
             for chunk in export(bucket):  # yields once; the buffer is as large as the bucket and freed afterwards
-                handles = merge_handles(_all_gather(chunk.ipc_handle))
+                handles = merge_handles(gather_values(chunk.ipc_handle))
                 if engines is not None:
                     engines.load(update_info(chunk, handles))
                     sent.update(bucket)
@@ -112,12 +113,6 @@ def merge_handles(per_rank: Sequence[Handles]) -> Handles:
             raise ValueError(f"two training workers are on GPU {min(shared)}; each needs one of its own")
         merged |= handles
     return merged
-
-
-def _all_gather(handles: Handles) -> list[Handles]:
-    per_rank: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(per_rank, handles)
-    return per_rank
 
 
 @functools.cache
