@@ -33,12 +33,6 @@ ATTENTION: Mapping[str, str] = {"packed": PACKED, "flex": FLEX, "sdpa": "sdpa"}
 """Setting of ``model.attention`` -> name in transformers' ``AttentionInterface``."""
 
 
-def register_attention() -> None:
-    """Register our attention functions with transformers."""
-    AttentionInterface.register(PACKED, packed_attention)
-    AttentionInterface.register(FLEX, flex_packed_attention)
-
-
 def resolve_attention(setting: str, device_type: str) -> str:
     """``model.attention`` with ``auto`` resolved: flex on GPUs, packed elsewhere, where flex has no gradients."""
     auto = "flex" if device_type == "cuda" else "packed"
@@ -67,7 +61,8 @@ def build_model(
     for name, value in vars(config).items():
         if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
             setattr(config, name, 0.0)
-    register_attention()
+    AttentionInterface.register(PACKED, packed_attention)
+    AttentionInterface.register(FLEX, flex_packed_attention)
     attention = ATTENTION[resolve_attention(model.attention, device_type)]
     if with_weights:
         built = AutoModelForCausalLM.from_pretrained(
