@@ -34,7 +34,6 @@ class Cluster:
 
     gpus: int
     cpus: int
-    nodes: int
 
     @property
     def on_gpus(self) -> bool:
@@ -90,8 +89,7 @@ def ray_cluster(config: ClusterConfig, *, engines: int, local_runs: int = 1) -> 
     try:
         with _sigterm_as_interrupt():
             resources = ray.cluster_resources()
-            nodes = [node for node in ray.nodes() if node["Alive"]]
-            cluster = Cluster(int(resources.get("GPU", 0)), int(resources.get("CPU", 0)), len(nodes))
+            cluster = Cluster(gpus=int(resources.get("GPU", 0)), cpus=int(resources.get("CPU", 0)))
             validate_capacity(cluster, config, engines)
             yield cluster
     finally:

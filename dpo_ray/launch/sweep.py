@@ -7,7 +7,8 @@ import csv
 import importlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_ray.config import Config, override, with_absolute_paths, write_config
-from dpo_ray.launch.cluster import SPARE_CPUS, Cluster
+from dpo_ray.launch.cluster import SPARE_CPUS, Cluster, cpus_needed, gpus_needed
 from dpo_ray.launch.command import TrainingFailed
 from dpo_ray.launch.data import prepare_data
 from dpo_ray.launch.display import live_display, text_console
@@ -108,24 +109,24 @@ def _validate_sweep(config: Config, sweep: Sweep) -> None:
         raise ValueError(f"run.dir is {config.run.dir!r}: a sweep needs a path that all nodes mount")
     validate_offline(config)
     for key in sweep.space:
-        section, _, name = key.rpartition(".")
-        parent = config
-        for part in section.split(".") if section else []:
-            parent = getattr(parent, part, None)
-        if not hasattr(parent, name):
-            raise ValueError(f"the space varies {key!r}, which is not a key of the configuration")
+        try:
+            attrgetter(key)(config)
+        except AttributeError:
+            raise ValueError(f"the space varies {key!r}, which is not a key of the configuration") from None
 
 
 def _fit(
     config: Config, sweep: Sweep, samples: int, concurrent: int, run_dir: Path, progress: "_Progress", cluster: Cluster
 ) -> Any:
     def run_trial(sample: dict[str, Any]) -> None:
-        trial_config = _trial_config(config, sample, run_dir, ray.tune.get_context().get_trial_id())
+        name, folder = ray.tune.get_context().get_trial_id(), str(run_dir / "trials")
+        trial = {"run.dir": folder, "run.name": name, "run.export": False, "run.save_every": None}
+        trial_config = override(config, {**sample, **trial})
         make_run_dir(trial_config)
         with follow_run(trial_config, logger.warning, group=config.run.name):
             train(trial_config, cluster, start_status_actor(), callbacks=[TuneReportCallback()])
 
-    tuner = ray.tune.Tuner(
+    return ray.tune.Tuner(
         ray.tune.with_resources(run_trial, {"CPU": TRIAL_CPUS}),
         param_space=dict(sweep.space),
         tune_config=ray.tune.TuneConfig(
@@ -138,54 +139,32 @@ def _fit(
         run_config=ray.tune.RunConfig(
             name="tune", storage_path=str(run_dir / "ray"), verbose=0, callbacks=[progress], log_to_file=True
         ),
-    )
-    return tuner.fit()
-
-
-def _trial_config(config: Config, sample: Mapping[str, Any], run_dir: Path, name: str) -> Config:
-    """The sample's configuration, with a directory of its own and neither checkpoints nor export."""
-    return override(
-        config,
-        {**sample, "run.dir": str(run_dir / "trials"), "run.name": name, "run.export": False, "run.save_every": None},
-    )
+    ).fit()
 
 
 def _trials_that_fit(config: Config, cluster: Cluster) -> int:
-    size = config.cluster
-    trials = (cluster.cpus - SPARE_CPUS) // (size.train_workers * size.cpus_per_worker)
+    trials = (cluster.cpus - SPARE_CPUS) // cpus_needed(config.cluster, 0)
     if cluster.on_gpus:
-        trials = min(trials, cluster.gpus // size.train_workers)
+        trials = min(trials, cluster.gpus // gpus_needed(config.cluster, 0))
     return max(1, trials)
 
 
 class _Progress(ray.tune.Callback):
-    """Counts trials in the driver's process, for the display."""
+    """Counts finished and failed trials in the driver's process, for the display."""
 
     def __init__(self, samples: int) -> None:
-        self.samples, self.finished = samples, 0
         self.status = Status(phase="starting", total=samples)
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Shows that trials are running."""
-        self._update(self.status.metrics)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Shows the latest held-out metrics."""
-        self._update(without_ties(result))
+        self.status = replace(self.status, metrics=without_ties(result))
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Counts a successful trial."""
-        self.finished += 1
-        self._update(self.status.metrics)
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Counts a failed trial."""
-        self.on_trial_complete(iteration, trials, trial)
-
-    def _update(self, metrics: dict[str, Any]) -> None:
-        self.status = Status(phase="training", done=self.finished, total=self.samples, metrics=metrics)
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Counts the trials that have ended."""
+        if trials:
+            self.status = replace(self.status, phase="training", done=sum(trial.is_finished() for trial in trials))
 
 
 def _outcome(result: Any, sweep: Sweep) -> Trial:
@@ -230,9 +209,8 @@ def _write_results(
 def _print_results(
     sweep: Sweep, ranked: Sequence[Trial], failed: Sequence[Trial], run_dir: Path, report: Path, console: Console
 ) -> None:
-    table = Table(title=f"Trials by {sweep.metric}, best first", title_justify="left")
+    table = Table("trial", title=f"Trials by {sweep.metric}, best first", title_justify="left")
     keys = [*sweep.space, sweep.metric, TIE_BREAK, "seconds"]
-    table.add_column("trial")
     for key in keys:
         table.add_column(key, justify="right")
     for trial in [*ranked, *failed]:

@@ -74,7 +74,7 @@ class VLLMEngine:
         self._update_open = self._asleep = False
         arguments: dict[str, Any] = {
             "model": model_path,
-            "dtype": _fast_dtype(dtype) if on_cpu else dtype,
+            "dtype": dtype,
             "max_model_len": max_model_len,
             "seed": seed,
             "enforce_eager": is_eager(engine, on_cpu=on_cpu),
@@ -85,6 +85,10 @@ class VLLMEngine:
             "use_tqdm_on_load": False,
         }
         if on_cpu:
+            import torch
+
+            if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+                arguments["dtype"] = "float32"  # bfloat16 would be multiplied at a hundredth of the rate
             arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * 2**30)
             # On a CPU, whose generators have no offset, a seeded request fails if its prompt is split over two steps.
             arguments["enable_chunked_prefill"] = False
@@ -166,8 +170,7 @@ class VLLMEngine:
             use_tqdm=False,
         )
         prompt_logprobs: Any = output.prompt_logprobs  # requested, so only its first entry is None
-        after_the_first = zip(token_ids[1:], prompt_logprobs[1:], strict=True)
-        return [logprobs[token].logprob for token, logprobs in after_the_first]
+        return [logps[token].logprob for token, logps in zip(token_ids[1:], prompt_logprobs[1:], strict=True)]
 
     def sleep(self) -> None:
         """Free the GPU for the process that shares it: weights move to host memory, the key-value cache is dropped."""
@@ -247,13 +250,7 @@ class VLLMEngine:
 
 
 def engine_environment(engine: EngineConfig, *, on_cpu: bool, threads: int) -> dict[str, str]:
-    """Environment variables that a process needs before it imports torch and builds a ``VLLMEngine``.
-
-    Args:
-        engine: vLLM's settings.
-        on_cpu: True for the CPU build of vLLM.
-        threads: CPU threads of the engine.
-    """
+    """Environment variables that a process needs before it imports torch and builds a ``VLLMEngine``."""
     environment = {
         # The scheduler stays in this process: buckets reach it without a copy, and no process outlives it.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -275,26 +272,12 @@ def is_eager(engine: EngineConfig, *, on_cpu: bool) -> bool:
     return on_cpu if engine.enforce_eager is None else engine.enforce_eager
 
 
-def _fast_dtype(dtype: str) -> str:
-    # Without bfloat16 instructions, a CPU multiplies bfloat16 at a hundredth of its float32 rate.
-    import torch
-
-    return dtype if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
-
-
 def _sampling_params(sampling: SamplingConfig, candidates: int, seed: int) -> "SamplingParams":
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        n=candidates,
-        seed=seed,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        max_tokens=sampling.max_tokens,
-        stop=list(sampling.stop),
-        output_kind=RequestOutputKind.FINAL_ONLY,
+        n=candidates, seed=seed, output_kind=RequestOutputKind.FINAL_ONLY, **sampling.model_dump(mode="json")
     )
 
 
@@ -308,11 +291,7 @@ def _completion_group(prompt: Prompt, output: "RequestOutput", seed: int) -> Com
         prompt=prompt,
         prompt_token_ids=tuple(output.prompt_token_ids),
         completions=tuple(
-            Completion(
-                text=completion.text,
-                token_ids=tuple(completion.token_ids),
-                finished=completion.finish_reason == "stop",
-            )
+            Completion(completion.text, tuple(completion.token_ids), finished=completion.finish_reason == "stop")
             for completion in outputs
         ),
         policy_version=versions.pop(),

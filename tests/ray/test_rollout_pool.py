@@ -32,7 +32,7 @@ def cluster(shared_cluster: SharedCluster) -> Iterator[None]:
 def pool_of(*deadly: tuple[int, ...]) -> RolloutPool:
     """As many engines as are given, each with the prompts that kill it; none can be given the weights again."""
     config = {"model": {"path": "tiny"}, "cluster": {"rollout_engines": len(deadly)}, "online": {"prompts": "p.jsonl"}}
-    pool = RolloutPool(Config.model_validate(config), Cluster(gpus=0, cpus=8, nodes=1), "none")
+    pool = RolloutPool(Config.model_validate(config), Cluster(gpus=0, cpus=8), "none")
     pool.engines = [ray.remote(num_cpus=0)(Engine).remote(index, of) for index, of in enumerate(deadly)]
     pool.weights = NOT_AGAIN
     return pool

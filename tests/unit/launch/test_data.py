@@ -13,7 +13,7 @@ from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.data import prepare_data
 from tests.conftest import ragged_texts
 
-LOCAL = Cluster(gpus=0, cpus=2, nodes=1)
+LOCAL = Cluster(gpus=0, cpus=2)
 
 
 def test_a_run_with_work_rejects_other_pairs_under_the_same_path(

@@ -57,9 +57,9 @@ def test_workers_spread_too_thin_for_an_engine_are_rejected():
 
 def test_colocated_engines_need_no_gpus_of_their_own():
     size = ClusterConfig(train_workers=1, rollout_engines=1, colocate=True)
-    validate_capacity(Cluster(gpus=1, cpus=1, nodes=1), size, 1)
+    validate_capacity(Cluster(gpus=1, cpus=1), size, 1)
     with pytest.raises(ValueError, match="need 2 GPUs; the cluster has 1"):
-        validate_capacity(Cluster(gpus=1, cpus=2, nodes=1), size.model_copy(update={"colocate": False}), 1)
+        validate_capacity(Cluster(gpus=1, cpus=2), size.model_copy(update={"colocate": False}), 1)
 
 
 @pytest.mark.parametrize(
