@@ -140,11 +140,8 @@ def _usage(command: Callable[[Sequence[str]], None]) -> str:
 
 
 def _help() -> str:
-    lines = (f"  {name:10}{_usage(command).splitlines()[0]}" for name, command in COMMANDS.items())
-    return "\n".join(
-        [
-            "Preference tuning of language models on Ray.\n\nusage: dpo-ray COMMAND ...\n\ncommands:",
-            *lines,
-            "\ndpo-ray COMMAND --help describes a command and lists every configuration key.",
-        ]
+    commands = "".join(f"  {name:10}{_usage(command).splitlines()[0]}\n" for name, command in COMMANDS.items())
+    return (
+        "Preference tuning of language models on Ray.\n\nusage: dpo-ray COMMAND ...\n\ncommands:\n"
+        f"{commands}\ndpo-ray COMMAND --help describes a command and lists every configuration key."
     )

@@ -90,11 +90,10 @@ class TrackerFeed:
         self.config, self.group, self.report, self.failed = config, group, report, True
         self.file, self.lock, self.end = config.run.path / "trackers.json", threading.Lock(), threading.Event()
         self.states: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
-        self.threads = {
-            name: threading.Thread(target=self._feed, args=(name,), daemon=True) for name in config.run.trackers
-        }
-        for thread in self.threads.values():
-            thread.start()
+        self.threads: dict[str, threading.Thread] = {}
+        for name in config.run.trackers:
+            self.threads[name] = threading.Thread(target=self._feed, args=(name,), daemon=True)
+            self.threads[name].start()
 
     def close(self, *, failed: bool, timeout_s: float = CLOSE_TIMEOUT_S) -> bool:
         """Wait until all lines are sent and the trackers closed; False if one hangs."""
@@ -206,15 +205,13 @@ def follow_run(config: Config, report: Callable[[str], None], *, group: str | No
         report: prints a sentence for the user.
         group: name of the sweep that the run is a trial of; trials have no report.
     """
-    with _trackers(config, report, group), contextlib.nullcontext() if group else _live_report(config.run.path):
+    trackers = _trackers(config, report, group) if config.run.trackers else contextlib.nullcontext()
+    with trackers, contextlib.nullcontext() if group else _live_report(config.run.path):
         yield
 
 
 @contextlib.contextmanager
 def _trackers(config: Config, report: Callable[[str], None], group: str | None) -> Iterator[None]:
-    if not config.run.trackers:
-        yield
-        return
     process = _start_process(config, group)
     relay = threading.Thread(target=lambda: [report(line.rstrip("\n")) for line in process.stdout], daemon=True)
     relay.start()

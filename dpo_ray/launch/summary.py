@@ -49,8 +49,7 @@ def _print_all(config: Config, console: Console, seconds: float) -> None:
 def _print_figures(console: Console, figures: "Summary", seconds: float) -> None:
     table = Table(title="Result", title_justify="left", show_header=False, box=None, padding=(0, 2))
     if figures.score_after is not None:
-        score = _change(figures.score_before, figures.score_after, "{:+.3f}")
-        table.add_row("judge score, held-out prompts", score)
+        table.add_row("judge score, held-out prompts", _change(figures.score_before, figures.score_after, "{:+.3f}"))
         table.add_row("completion length, tokens", _change(figures.tokens_before, figures.tokens_after, "{:.1f}"))
     if figures.accuracy_after is not None:
         table.add_row("held-out accuracy", _change(figures.accuracy_before, figures.accuracy_after, "{:.2f}"))

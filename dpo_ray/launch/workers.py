@@ -11,7 +11,6 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -154,7 +153,7 @@ def _fit(trainer: Any, status_actor: Any, stop_timeout_s: float) -> Any:
 
 
 def _request_stop(status_actor: Any) -> bool:
-    """Requests a stop; returns True if the workers have a step to save."""
+    """Returns True if the workers have a step to save."""
     try:
         return ray.get(status_actor.request_stop.remote(), timeout=STATUS_TIMEOUT_S)
     except ray.exceptions.RayError:
@@ -180,8 +179,11 @@ def _run_worker(arguments: dict[str, Any]) -> Metrics:
         return {"failed": fatal_error}
 
     try:
-        if not config.run.remote:
-            _validate_run_dir_visible(config.run.path)
+        if not config.run.remote and not (config.run.path / "config.yaml").exists():
+            raise ValueError(
+                f"run.dir: {config.run.path} does not exist on node {ray.util.get_node_ip_address()}; set run.dir to a "
+                "folder that all nodes mount, or for an offline run to an object store"
+            )
         log_to_run(config.run.path, f"worker-{rank}")
         logging.getLogger("ray.train").setLevel(logging.WARNING)
 
@@ -203,15 +205,6 @@ def _run_worker(arguments: dict[str, Any]) -> Metrics:
         # The logs of a failed run, if the storage still accepts them.
         with contextlib.suppress(StorageFailed):
             upload_appendable()
-
-
-def _validate_run_dir_visible(run_dir: Path) -> None:
-    """Raises a ValueError if this node does not see the driver's run directory."""
-    if not (run_dir / "config.yaml").exists():
-        raise ValueError(
-            f"run.dir: {run_dir} does not exist on node {ray.util.get_node_ip_address()}; set run.dir to a folder that "
-            "all nodes mount, or for an offline run to an object store"
-        )
 
 
 def _is_retryable(error: Exception) -> bool:

@@ -19,8 +19,6 @@ from dpo_ray.types import CompletionGroup, Dropped, RoundData, ScoredPair, Token
 Line = dict[str, Any]
 """One line of pairs.jsonl: a prompt, its candidates, their scores, and the pair or the reason for having none."""
 
-Choices = Sequence[ScoredPair | Dropped]
-
 LINE_KEYS = (
     "prompt",
     "prompt_index",
@@ -55,17 +53,12 @@ class RoundStore:
         """True if the round is complete on disk."""
         return (self.path(index) / "manifest.json").exists()
 
-    def finished_rounds(self) -> list[int]:
-        """Indices of the finished rounds, in order."""
-        names = (manifest.parent.name for manifest in self.folder.glob("*/manifest.json"))
-        return sorted(int(name) for name in names if name.isdecimal())
-
     def write(
         self,
         index: int,
         groups: Sequence[CompletionGroup],
         scores: Sequence[Sequence[float]],
-        choices: Choices,
+        choices: Sequence[ScoredPair | Dropped],
         *,
         timings: Mapping[str, float],
         weights_digest: str | None,
@@ -148,11 +141,16 @@ class RoundStore:
         """
         manifest = self.manifest(index)
         lines = list(self.lines(index))
-        _validate_counts(lines, manifest["counts"], self.path(index) / "pairs.jsonl")
+        for name, count in _counts(lines).items():
+            if (expected := manifest["counts"].get(name)) != count:
+                raise ValueError(
+                    f"{self.path(index) / 'pairs.jsonl'}:{len(lines)}: damaged: up to this last line the file has "
+                    f"{name} {count}, the manifest counted {name} {expected}; {_REMEDY}"
+                )
         return RoundData(
             index=index,
             pairs=tuple(_token_pair(line) for line in lines if line["dropped"] is None),
-            samples=tuple(sample for line in lines if (sample := _token_sample(line)) is not None),
+            samples=tuple(filter(None, map(_token_sample, lines))),
             policy_version=manifest["policy_version"],
             metrics=_metrics(manifest),
         )
@@ -195,12 +193,8 @@ def _parse_line(text: bytes, location: str) -> Line:
 
 
 def _token_pair(line: Line) -> TokenPair:
-    chosen, rejected = (line["candidates"][line[side]] for side in ("chosen", "rejected"))
-    return TokenPair(
-        prompt=tuple(line["prompt_token_ids"]),
-        chosen=tuple(chosen["token_ids"]),
-        rejected=tuple(rejected["token_ids"]),
-    )
+    chosen, rejected = (tuple(line["candidates"][line[side]]["token_ids"]) for side in ("chosen", "rejected"))
+    return TokenPair(prompt=tuple(line["prompt_token_ids"]), chosen=chosen, rejected=rejected)
 
 
 def _token_sample(line: Line) -> TokenSample | None:
@@ -228,15 +222,6 @@ def _counts(lines: Sequence[Line]) -> dict[str, Any]:
         "truncated": sum(not candidate["finished"] for candidate in candidates),
         "tokens": sum(len(candidate["token_ids"]) for candidate in candidates),
     }
-
-
-def _validate_counts(lines: Sequence[Line], expected: Mapping[str, Any], path: Path) -> None:
-    for name, count in _counts(lines).items():
-        if expected.get(name) != count:
-            raise ValueError(
-                f"{path}:{len(lines)}: damaged: up to this last line the file has {name} {count}, "
-                f"the manifest counted {name} {expected.get(name)}; {_REMEDY}"
-            )
 
 
 def _mean_scores(lines: Sequence[Line]) -> dict[str, float | None]:

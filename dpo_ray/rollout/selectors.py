@@ -46,9 +46,9 @@ def best_vs_worst(
         ``truncated`` (only empty or truncated completions beat the others), ``small_gap``.
     """
     candidates = usable_candidates(group, scores)
-    return (
-        candidates if isinstance(candidates, Dropped) else _prefer(group, scores, candidates, min_gap, choose_truncated)
-    )
+    if isinstance(candidates, Dropped):
+        return candidates
+    return _prefer(group, scores, candidates, min_gap, choose_truncated)
 
 
 def random_pair(group: CompletionGroup, scores: Sequence[float], *, min_gap: float = 0.0) -> ScoredPair | Dropped:

@@ -158,15 +158,6 @@ def test_a_round_is_finished_once_it_has_a_manifest(written):
     assert not written.finished(3)
 
 
-def test_finished_rounds_are_listed_in_order_without_the_unfinished(store, group):
-    assert store.finished_rounds() == []
-    for index in (10, 2, 1_000_000):
-        write(store, index, [group("a", "b")], [[0.0, 1.0]])
-    store.path(4).mkdir()
-    pairs_file(store, 4).write_text("{}\n")
-    assert store.finished_rounds() == [2, 10, 1_000_000]
-
-
 def test_an_unfinished_attempt_is_replaced_and_leaves_nothing_behind(store, group):
     store.path(0).mkdir(parents=True)
     pairs_file(store, 0).write_text('{"trunc')
