@@ -1,4 +1,4 @@
-"""The run that the distributed tests vary, on how many ranks, and what makes two runs the same."""
+"""The run that distributed tests vary, and the comparison of two runs."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,7 +35,7 @@ def assert_same(first: list[dict[str, Any]], second: list[dict[str, Any]], *, ab
 
 
 def over(ranks: int, config: dict[str, Any], **shard: Any) -> dict[str, Any]:
-    """The run on ``ranks`` workers, its model laid over them as ``shard`` says."""
+    """The run on ``ranks`` workers with a ``shard`` section."""
     changed = config | {"shard": shard, "cluster": {"train_workers": ranks}}
     Config.model_validate(changed)
     return changed

@@ -1,4 +1,4 @@
-"""Run a function on several gloo processes of this machine and collect what each returns."""
+"""Run a function on several gloo processes of this machine and collect the results."""
 
 import multiprocessing
 import os
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# Ranks are forked from a server that has imported once what all of them need, which takes longer than most tests.
+# Ranks are forked from a server that has imported their modules once, which takes longer than most tests.
 multiprocessing.set_forkserver_preload(["tests.distributed.runs", "transformers.models.llama.modeling_llama", "peft"])
 
 

@@ -1,4 +1,4 @@
-"""What the processes of the distributed tests run: real training on a tiny model, reported to a list."""
+"""Functions that distributed tests run on every rank: training of a tiny model, reported to a list."""
 
 import os
 from functools import partial
@@ -30,40 +30,40 @@ def nan_for_one_pair(policy: PairLogps, reference: PairLogps, *, beta: float) ->
 
 
 class ListReporter:
-    """Keeps every line of metrics."""
+    """Records all metrics."""
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.stop_after = stop_after
         self.lines: list[Metrics] = []
 
     def phase(self, name: str, done: int = 0, total: int = 0) -> None:
-        """Not kept."""
+        """Ignored."""
 
     def note(self, text: str) -> None:
-        """Not kept."""
+        """Ignored."""
 
     def start(self, step: int, round: int = 0) -> None:
-        """Not kept."""
+        """Ignored."""
 
     def step(self, metrics: Metrics) -> None:
-        """Keep a step."""
+        """Record a step."""
         self.lines.append(metrics)
 
     def round(self, metrics: Metrics) -> None:
-        """Keep a round."""
+        """Record a round."""
         self.lines.append(metrics)
 
     def evaluation(self, metrics: Metrics) -> None:
-        """Keep an evaluation."""
+        """Record an evaluation."""
         self.lines.append(metrics)
 
     def stop_requested(self) -> bool:
-        """After the step that was given."""
+        """True after step ``stop_after``."""
         return bool(self.lines) and self.lines[-1]["step"] == self.stop_after
 
 
 def offline(rank: int, config: dict[str, Any], stop_after: int | None = None) -> list[Metrics]:
-    """Train offline, asked by rank 0 to stop after a step; returns the lines of metrics."""
+    """Train offline; rank 0 asks to stop after a step. Returns the metrics."""
     parsed = Config.model_validate(config)
     tokenizer, folder = load_tokenizer(parsed.model.path), parsed.reference.cache_path / f"data-{rank}"
     pairs = prepare_pairs(parsed.data.train, tokenizer, parsed.data, folder=folder)
@@ -74,7 +74,7 @@ def offline(rank: int, config: dict[str, Any], stop_after: int | None = None) ->
 
 
 def offline_counting_graphs(rank: int, config: dict[str, Any]) -> tuple[list[Metrics], int]:
-    """``offline``, and how many graphs torch.compile made for it."""
+    """``offline``; also returns the number of graphs that torch.compile made."""
     from torch._dynamo.utils import counters
 
     lines = offline(rank, config)
@@ -82,7 +82,7 @@ def offline_counting_graphs(rank: int, config: dict[str, Any]) -> tuple[list[Met
 
 
 def offline_uncompiled(rank: int, config: dict[str, Any]) -> list[Metrics]:
-    """``offline`` without compiling what a library compiles for itself."""
+    """``offline`` with torch.compile disabled, also inside libraries."""
     with torch.compiler.set_stance("force_eager"):
         return offline(rank, config)
 
@@ -95,7 +95,7 @@ def offline_emulating_float8(rank: int, config: dict[str, Any]) -> list[Metrics]
 
 
 def gathered_ahead(rank: int, model: dict[str, Any], sharding: dict[str, Any]) -> dict[str, list[Any]]:
-    """For each pass, in order, the layers that are asked for ahead, by the root and by other layers."""
+    """Names of prefetched layers in order, for the forward and the backward pass."""
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
     settings, device = ShardConfig.model_validate(sharding), torch.device("cpu")
@@ -118,6 +118,6 @@ def offline_in_store(
     rank: int, environment: dict[str, str], config: dict[str, Any], stop_after: int | None = None
 ) -> list[Metrics]:
     """``offline`` with the credentials and endpoint of an object store."""
-    # Ranks are forked from a server that began with another environment.
+    # Ranks are forked from a server whose environment is older.
     os.environ.update(environment)
     return offline(rank, config, stop_after)

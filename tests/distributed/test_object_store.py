@@ -1,4 +1,4 @@
-"""Runs whose directory is in an object store: the same numbers, and the same care for checkpoints."""
+"""Runs in an object store: the same numbers and checkpoints as on a disk."""
 
 import threading
 import time
@@ -40,7 +40,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def config(tmp_path: Path, tiny_model: Path, write_pairs: WritePairs) -> dict[str, Any]:
-    """Four steps in float32, saved after each second one."""
+    """Four steps in float32, saved every second step."""
     return {
         "run": {"dir": f"{BUCKET}/{tmp_path.name}", "name": "run", "steps": 4, "save_every": 2, "export": False},
         "model": {"path": str(tiny_model), "dtype": "float32"},
@@ -80,7 +80,7 @@ def test_a_run_in_a_store_resumes_to_the_last_digit_and_exports(
     assert (checkpoints(config).parent / "policy/config.json").exists()
 
 
-def test_a_damaged_object_is_noticed_and_the_checkpoint_before_it_used(
+def test_a_damaged_object_is_detected_and_the_previous_checkpoint_loaded(
     store: dict[str, str], config: dict[str, Any]
 ) -> None:
     run_ranks(2, offline_in_store, store, config)
@@ -93,7 +93,7 @@ def test_a_damaged_object_is_noticed_and_the_checkpoint_before_it_used(
     assert [line["step"] for line in resumed] == [3, 4]
 
 
-def test_the_newest_and_the_best_checkpoints_stay(store: dict[str, str], config: dict[str, Any]) -> None:
+def test_the_newest_and_the_best_checkpoints_are_kept(store: dict[str, str], config: dict[str, Any]) -> None:
     name = "eval/rewards/rejected"
     config["run"] |= {"save_every": 1, "eval_every": 1, "keep_checkpoints": 1, "best_metric": name}
     config |= {"data": config["data"] | {"eval": config["data"]["train"]}, "cluster": {"train_workers": 1}}
@@ -131,7 +131,7 @@ def test_a_server_that_dies_ends_the_run_and_names_the_last_good_checkpoint(
 
 
 def sharing(config: dict[str, Any], cluster: Path) -> dict[str, Any]:
-    """The run on a cluster of its own, whose reference cache is shared through the bucket."""
+    """The run on a cluster of its own, that shares its reference cache through the bucket."""
     return config | {
         "run": {"dir": str(cluster / "runs"), "steps": 2, "export": False, "save_every": None},
         "reference": {"cache_dir": str(cluster / "cache"), "object_store": f"{BUCKET}/reference"},
@@ -142,7 +142,7 @@ def cached(config: dict[str, Any], pattern: str) -> list[Path]:
     return sorted((Path(config["reference"]["cache_dir"]) / "reference").rglob(pattern))
 
 
-def test_a_cluster_finds_what_another_has_scored_in_the_store_and_adds_what_is_missing(
+def test_a_cluster_loads_references_that_another_computed_and_adds_missing_ones(
     store: dict[str, str], config: dict[str, Any], tmp_path: Path, write_pairs: WritePairs
 ) -> None:
     here, there = sharing(config, tmp_path / "here"), sharing(config, tmp_path / "there")
@@ -150,7 +150,7 @@ def test_a_cluster_finds_what_another_has_scored_in_the_store_and_adds_what_is_m
     run_ranks(2, offline_in_store, store, there)
     assert [file.name for file in cached(there, "*.npy")] == [
         file.name for file in cached(here, "*.npy") if file.name.startswith("view")
-    ], "the view was enough, and nothing was scored"
+    ], "the view sufficed, and nothing was computed"
     assert not list((folder_at(BUCKET) / "reference").rglob("*.lock"))
 
     more = {"data": {"train": str(write_pairs(ragged_texts(17)))}}
@@ -160,7 +160,7 @@ def test_a_cluster_finds_what_another_has_scored_in_the_store_and_adds_what_is_m
     assert shared == {file.name for file in cached(there, "shard-*.npy")}
 
 
-def test_a_damaged_view_in_the_store_is_noticed_and_made_again(
+def test_a_damaged_view_in_the_store_is_detected_and_rebuilt(
     store: dict[str, str], config: dict[str, Any], tmp_path: Path
 ) -> None:
     here, there = sharing(config, tmp_path / "here"), sharing(config, tmp_path / "there")
@@ -170,7 +170,7 @@ def test_a_damaged_view_in_the_store_is_noticed_and_made_again(
     view.write_bytes(intact[:-3] + b"###")
     (lines,) = run_ranks(1, offline_in_store, store, there)
     assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
-    assert view.read_bytes() == intact, "made again of the entries, which are the same"
+    assert view.read_bytes() == intact, "rebuilt from the entries, which are equal"
 
 
 def test_clusters_build_one_at_a_time_and_take_over_from_one_that_died(
@@ -186,7 +186,7 @@ def test_clusters_build_one_at_a_time_and_take_over_from_one_that_died(
         time.sleep(0.2)
         first.heartbeat()
     time.sleep(0.6)
-    assert not second.acquire(), "the first look at what the last beat wrote"
+    assert not second.acquire(), "the first look at the last heartbeat"
     time.sleep(0.6)
     assert [second.acquire(), second.acquire()] == [False, True], "silent for 0.6 s: removed, then free"
     first.release()
@@ -195,7 +195,7 @@ def test_clusters_build_one_at_a_time_and_take_over_from_one_that_died(
     assert RemoteEntries(folder, stale_s=0.5).acquire()
 
 
-def test_a_store_that_is_lost_leaves_the_run_its_own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_store_a_run_keeps_its_own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in environment(free_port()).items():
         monkeypatch.setenv(key, value)
     S3FileSystem.clear_instance_cache()

@@ -1,4 +1,4 @@
-"""Offline training over gloo: the same numbers whatever the ranks, micro-batches and layout; resuming; exporting."""
+"""Offline training over gloo: equal numbers for any ranks, micro-batches and layout; resuming; exporting."""
 
 import subprocess
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ def test_one_and_two_workers_report_the_same_steps(config: dict[str, Any]) -> No
 def test_the_first_loss_is_ln_2(config: dict[str, Any]) -> None:
     (lines,) = run_ranks(1, offline, config)
     assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
-    assert lines[-1]["loss"] < 0.6, "six steps at this learning rate must have learned something"
+    assert lines[-1]["loss"] < 0.6, "six steps reduce the loss"
 
 
 def test_neither_micro_batches_nor_the_layout_change_the_steps(config: dict[str, Any]) -> None:
@@ -52,8 +52,8 @@ def test_neither_micro_batches_nor_the_layout_change_the_steps(config: dict[str,
 def test_gradients_of_micro_batches_add_up_over_shards_and_replicas(config: dict[str, Any]) -> None:
     config["run"]["epochs"] = 1
     (alone,) = run_ranks(1, offline, config)
-    config["optim"]["tokens_per_micro_batch"] = 1  # a pair each, and five pairs on four ranks
-    for reshard in (True, False):  # reduced with each micro-batch, and once a step
+    config["optim"]["tokens_per_micro_batch"] = 1  # one pair each, and five pairs on four ranks
+    for reshard in (True, False):  # reduced per micro-batch, and once per step
         for lines in run_ranks(4, offline, over(4, config, replicate=2, reshard_after_forward=reshard)):
             assert_same(alone, lines, absolute=1e-4)
 
@@ -67,7 +67,7 @@ def test_a_weighted_sum_of_losses_is_the_same_on_two_workers_in_plain_rows(confi
 
 
 @pytest.mark.parametrize("use", ["simpo", "orpo"])
-def test_a_reference_free_loss_learns_without_scoring_a_reference(
+def test_a_reference_free_loss_learns_without_computing_a_reference(
     config: dict[str, Any], use: str, tmp_path: Path
 ) -> None:
     (lines,) = run_ranks(1, offline, config | {"loss": {"use": use, "beta": 2.0}})
@@ -95,22 +95,22 @@ def test_recomputing_resharding_and_prefetching_change_nothing(config: dict[str,
         assert_same(lines, lean, absolute=1e-5)
 
 
-def test_layers_are_gathered_ahead_in_both_passes_as_many_as_asked(config: dict[str, Any], tmp_path: Path) -> None:
+def test_layers_are_prefetched_in_both_passes_as_configured(config: dict[str, Any], tmp_path: Path) -> None:
     config["model"]["path"] = str(save_tiny_model(tmp_path / "deep", num_hidden_layers=4))
     of_two, _ = run_ranks(2, gathered_ahead, config["model"], {"prefetch": 2})
-    # The root asks for two, then each layer for the two behind it.
+    # The root prefetches two layers, then each layer the next two.
     assert of_two["forward"] == [f"model.model.layers.{i}" for i in (0, 1, 1, 2, 2, 3, 3)]
     assert of_two["backward"] == [f"model.model.layers.{i}" for i in (3, 2, 2, 1, 1, 0, 0)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recomputed", ["none", "full"])
-def test_compiled_layers_give_the_steps_of_others(config: dict[str, Any], recomputed: str) -> None:
+def test_compiled_layers_give_the_steps_of_uncompiled_ones(config: dict[str, Any], recomputed: str) -> None:
     (lines,) = run_ranks(1, offline, config)
     shard = {"compile": True, "activation_checkpointing": recomputed}
     ((compiled, graphs),) = run_ranks(1, offline_counting_graphs, config | {"shard": shard})
     assert_same(lines, compiled, absolute=1e-4)
-    assert 0 < graphs <= 12, "layers share their graphs, and rows of other lengths add few"
+    assert 0 < graphs <= 12, "layers share graphs, and rows of other lengths add few"
 
 
 def test_eight_bit_averages_learn_and_resume_exactly(config: dict[str, Any]) -> None:
@@ -131,7 +131,7 @@ def test_eight_bit_averages_learn_and_resume_exactly(config: dict[str, Any]) -> 
         run_ranks(1, offline_uncompiled, low | {"run": saving, "cluster": {"train_workers": 1}})
 
 
-def test_an_optimizer_of_ones_own_is_resumed(config: dict[str, Any]) -> None:
+def test_a_custom_optimizer_is_resumed(config: dict[str, Any]) -> None:
     two = config | {"cluster": {"train_workers": 2}}
     two["optim"] |= {"use": "torch.optim:Adagrad", "args": {"initial_accumulator_value": 0.1}}
     undisturbed, _ = run_ranks(2, offline, two)
@@ -151,7 +151,7 @@ def test_products_in_eight_bits_learn_alike_on_one_and_two_workers(config: dict[
         run_ranks(1, offline, config)
     (alone,) = run_ranks(1, offline_emulating_float8, config)
     first, _ = run_ranks(2, offline_emulating_float8, config | {"cluster": {"train_workers": 2}})
-    assert alone[0]["loss"] == pytest.approx(0.693147, abs=1e-5), "the reference has the same products"
+    assert alone[0]["loss"] == pytest.approx(0.693147, abs=1e-5), "the reference uses the same float8 products"
     assert alone[0]["logps/chosen"] != full[0]["logps/chosen"]
     assert alone[-1]["loss"] == pytest.approx(full[-1]["loss"], abs=0.1)
     assert_same(alone[:1], first[:1], absolute=0.5)
@@ -168,7 +168,7 @@ def test_a_resumed_run_reports_the_steps_of_an_undisturbed_one(config: dict[str,
     assert_same(undisturbed[4:], resumed, absolute=1e-4)
 
 
-def test_a_damaged_checkpoint_is_left_out_and_the_one_before_it_used(config: dict[str, Any]) -> None:
+def test_a_damaged_checkpoint_is_skipped_and_the_previous_one_loaded(config: dict[str, Any]) -> None:
     saving = config | {"run": config["run"] | {"save_every": 2}}
     run_ranks(1, offline, saving | {"run": saving["run"] | {"steps": 4}})
     shard = next((Path(config["run"]["dir"]) / "run/checkpoints/000004").glob("*.distcp"))
@@ -179,7 +179,7 @@ def test_a_damaged_checkpoint_is_left_out_and_the_one_before_it_used(config: dic
     assert [line["step"] for line in resumed] == [3, 4, 5, 6]
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_in_silence(config: dict[str, Any]) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_restart_silently(config: dict[str, Any]) -> None:
     saving = config | {"run": config["run"] | {"save_every": 2, "steps": 2}}
     run_ranks(1, offline, saving)
     next((Path(config["run"]["dir"]) / "run/checkpoints/000002").glob("*.distcp")).unlink()
@@ -187,7 +187,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_in_silence
         run_ranks(1, offline, saving)
 
 
-def test_a_run_whose_only_marker_was_cut_does_not_begin_again_in_silence(config: dict[str, Any]) -> None:
+def test_a_run_whose_only_marker_is_truncated_does_not_restart_silently(config: dict[str, Any]) -> None:
     saving = config | {"run": config["run"] | {"save_every": 2, "steps": 2}}
     run_ranks(1, offline, saving)
     (Path(config["run"]["dir"]) / "run/checkpoints/000002/complete.json").write_text("")
@@ -195,7 +195,7 @@ def test_a_run_whose_only_marker_was_cut_does_not_begin_again_in_silence(config:
         run_ranks(1, offline, saving)
 
 
-def test_a_run_asked_to_stop_writes_a_checkpoint_and_goes_on_from_it(config: dict[str, Any]) -> None:
+def test_a_run_asked_to_stop_saves_a_checkpoint_and_resumes_from_it(config: dict[str, Any]) -> None:
     two = config | {"cluster": {"train_workers": 2}}
     undisturbed, _ = run_ranks(2, offline, two)
     stopping = two | {"run": config["run"] | {"name": "stopped", "save_every": 100}}
@@ -206,7 +206,7 @@ def test_a_run_asked_to_stop_writes_a_checkpoint_and_goes_on_from_it(config: dic
         assert {key: one[key] for key in COMPARED} == {key: other[key] for key in COMPARED}, "to the last digit"
 
 
-def test_the_best_checkpoint_stays_beside_the_newest(config: dict[str, Any]) -> None:
+def test_the_best_and_the_newest_checkpoint_are_kept(config: dict[str, Any]) -> None:
     run = {"save_every": 1, "eval_every": 1, "keep_checkpoints": 1, "best_metric": "eval/rewards/rejected"}
     config |= {"run": config["run"] | run, "data": config["data"] | {"eval": config["data"]["train"]}}
     (lines,) = run_ranks(1, offline, config)
@@ -254,7 +254,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint_intact(config: 
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_resuming_under_another_train_set_is_refused_naming_the_key(config: dict[str, Any]) -> None:
+def test_resuming_with_another_train_set_is_rejected_with_the_key(config: dict[str, Any]) -> None:
     saving = config | {"run": config["run"] | {"save_every": 2, "steps": 2}}
     run_ranks(1, offline, saving)
     other = Path(config["data"]["train"]).with_name("other.jsonl")
@@ -272,7 +272,7 @@ def again(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return config | {"loss": {"beta": 0.5}, "run": config["run"] | {"name": "again", "seed": 7}} | changes
 
 
-def test_a_second_run_with_another_beta_scores_nothing(config: dict[str, Any]) -> None:
+def test_a_second_run_with_another_beta_computes_no_reference(config: dict[str, Any]) -> None:
     run_ranks(1, offline, config)
     before = cache_files(config, "*.npy")
     (lines,) = run_ranks(1, offline, again(config))
@@ -281,7 +281,7 @@ def test_a_second_run_with_another_beta_scores_nothing(config: dict[str, Any]) -
     assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
 
 
-def test_more_pairs_are_added_to_what_the_cache_has(config: dict[str, Any], write_pairs: WritePairs) -> None:
+def test_only_new_pairs_are_added_to_the_reference_cache(config: dict[str, Any], write_pairs: WritePairs) -> None:
     run_ranks(1, offline, config)
     more = config["data"] | {"train": str(write_pairs(ragged_texts(17)))}
     first, _ = run_ranks(2, offline, again(config, data=more))
@@ -290,7 +290,7 @@ def test_more_pairs_are_added_to_what_the_cache_has(config: dict[str, Any], writ
 
 
 @pytest.mark.parametrize("pattern", ["shard-*.npy", "view-*.npy"])
-def test_a_corrupted_cache_file_is_noticed_and_scored_again(config: dict[str, Any], pattern: str) -> None:
+def test_a_corrupted_cache_file_is_detected_and_recomputed(config: dict[str, Any], pattern: str) -> None:
     run_ranks(1, offline, config)
     (file,) = cache_files(config, pattern)
     if pattern.startswith("shard"):
@@ -302,7 +302,7 @@ def test_a_corrupted_cache_file_is_noticed_and_scored_again(config: dict[str, An
     assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
 
 
-def test_entries_of_another_model_are_found_out_by_scoring_some_again(config: dict[str, Any]) -> None:
+def test_entries_of_another_model_are_detected_by_recomputing_some(config: dict[str, Any]) -> None:
     run_ranks(1, offline, config)
     (view,) = cache_files(config, "view-*.npy")
     store, pairs_digest = ReferenceStore(view.parent), view.name.split("-")[1]
@@ -340,13 +340,13 @@ def test_adapters_train_alike_on_one_and_two_workers_and_without_a_second_model(
         with_lora | {"cluster": {"train_workers": 2}, "reference": with_lora["reference"] | {"kind": "adapters_off"}},
     )
     assert alone[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
-    assert alone[-1]["loss"] < 0.68, "the adapters must have learned something"
+    assert alone[-1]["loss"] < 0.68, "the adapters reduce the loss"
     assert_same(alone, first, absolute=1e-4)
     assert_same(first, off, absolute=1e-5)
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["embed_tokens"], ["no_such_module"]])
-def test_adapters_where_they_cannot_be_are_refused(with_lora: dict[str, Any], targets: list[str]) -> None:
+def test_unusable_adapter_targets_are_rejected(with_lora: dict[str, Any], targets: list[str]) -> None:
     with_lora["model"]["lora"]["targets"] = targets
     with pytest.raises(Exception, match=r"model\.lora\.targets"):
         run_ranks(1, offline, with_lora)
@@ -395,10 +395,10 @@ def test_adapters_on_four_bits_train_alike_on_one_and_two_workers_against_a_refe
     off = in_four_bits | {"reference": in_four_bits["reference"] | {"kind": "adapters_off"}}
     (without_cache,) = run_ranks(1, offline, off)
     assert alone[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
-    assert alone[-1]["loss"] < 0.68, "the adapters must have learned something"
+    assert alone[-1]["loss"] < 0.68, "the adapters reduce the loss"
     assert_same(alone, first, absolute=1e-4)
     assert_same(alone, without_cache, absolute=1e-5)
-    # The reference in full precision is another one, under another name in the cache.
+    # The full-precision reference has its own cache entry.
     in_four_bits["model"]["lora"]["quantize"] = None
     (full,) = run_ranks(1, offline, in_four_bits)
     assert full[0]["loss"] == pytest.approx(0.693147, abs=1e-5)

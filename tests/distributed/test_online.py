@@ -1,4 +1,4 @@
-"""The online loop over gloo: the rounds of one rank, whatever the ranks share, with a fresh model for an engine."""
+"""The online loop over gloo: equal rounds for any sharding, with a fresh model as the engine."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ ROUNDS, PAIRS = 3, 4
 
 
 class DrawnRounds:
-    """Rounds of random tokens, the same for every policy; keeps what is scored."""
+    """Rounds of random tokens, the same for every policy; records the computed log-probabilities."""
 
     def __init__(self) -> None:
         draw = np.random.default_rng(0)
@@ -44,13 +44,13 @@ class DrawnRounds:
 
 
 class FreshModel:
-    """A weight transport to a model of transformers that it makes anew for each push, in the place of an engine."""
+    """A weight transport to a transformers model that is built for each push in place of an engine."""
 
     def __init__(self, path: str) -> None:
         self.path = path
 
     def push(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> str:
-        """Load all that comes into a model that has had other weights."""
+        """Load all tensors into a model with other weights."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.path))
@@ -59,7 +59,7 @@ class FreshModel:
         return str(version)
 
     def verify(self, token_ids: Sequence[int], trainer: Sequence[float], *, tolerance: float) -> float:
-        """Hold the model's log-probabilities against the trainer's."""
+        """Compare the model's log-probabilities with the trainer's."""
         tokens = torch.tensor([token_ids])
         with torch.no_grad():
             logps = self.model(tokens).logits[0, :-1].log_softmax(-1)
@@ -67,7 +67,7 @@ class FreshModel:
 
 
 def online(rank: int, config: dict[str, Any]) -> tuple[list[Metrics], list[Any]]:
-    """Train through the rounds with an engine on every rank; returns the lines of metrics and what was scored."""
+    """Train through the rounds with an engine on every rank; returns the metrics and the computed log-probabilities."""
     parsed = Config.model_validate(config)
     rounds, reporter, sync = DrawnRounds(), ListReporter(), cast(WeightSync, FreshModel(parsed.model.path))
     train_online(parsed, rounds=rounds, sync=sync, device=torch.device("cpu"), reporter=reporter)
@@ -102,7 +102,7 @@ def test_two_ranks_that_share_weights_rows_or_layers_report_the_rounds_of_one(
 ) -> None:
     ((alone, scored_alone),) = run_ranks(1, online, config)
     assert [line["round"] for line in alone if "round" in line] == [0, 1, 2]
-    assert abs(alone[-1]["kl"]) > 0.1, "the policy must have left the reference"
+    assert abs(alone[-1]["kl"]) > 0.1, "the policy has moved away from the reference"
     for lines, scored in run_ranks(2, online, over(2, config, **shard)):
         assert_same(steps_of(alone), steps_of(lines), absolute=1e-3)
         for one, other in zip(alone, lines, strict=True):

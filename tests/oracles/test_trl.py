@@ -29,7 +29,7 @@ def our_steps(
     lr: float = LR,
     tokens_per_micro_batch: int = 300,
 ) -> list[dict[str, Any]]:
-    """The metrics of our run, four pairs a step, in float32."""
+    """Metrics of our run, four pairs per step, in float32."""
     config = {
         "run": {"dir": str(tmp_path), "save_every": None, "export": False},
         "model": {"path": str(model), "dtype": "float32", "lora": lora},
@@ -48,11 +48,11 @@ def assert_same_steps(
     assert len(ours) == len(theirs) >= 3
     for mine, other in zip(ours, theirs, strict=True):
         for name in names:
-            # TRL's log has four decimals or digits.
+            # TRL logs four decimals or digits.
             assert mine[name] == pytest.approx(float(other[name]), rel=1e-3, abs=1e-4), (mine["step"], name)
         assert mine["optim/grad_norm"] == pytest.approx(float(other["grad_norm"]), rel=1e-3), mine["step"]
         assert mine["optim/lr"] == pytest.approx(float(other["learning_rate"]), rel=1e-6)
-    assert ours[-1]["loss"] != pytest.approx(ours[0]["loss"], rel=1e-2), "a comparison of runs that stand still is none"
+    assert ours[-1]["loss"] != pytest.approx(ours[0]["loss"], rel=1e-2), "runs that do not learn compare nothing"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -100,7 +100,7 @@ def test_every_loss_trains_as_in_trl(
 
 
 def test_simpo_trains_as_in_trl(tmp_path: Path, tiny_model: Path) -> None:
-    # Plain text: behind a chat template's end of turn, TRL's CPO trainer puts a second end of sequence.
+    # Plain text: TRL's CPO trainer appends a second end of sequence to a chat template's end of turn.
     records = [dict(zip(("prompt", "chosen", "rejected"), texts, strict=True)) for texts in ragged_texts(12)]
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -109,7 +109,7 @@ def test_simpo_trains_as_in_trl(tmp_path: Path, tiny_model: Path) -> None:
     )
     ours = our_steps(1, tmp_path, tiny_model, file, {"use": "simpo", "beta": 2.0, "args": {"gamma": 0.5}})
     assert_same_steps(ours, theirs, ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins"))
-    assert not (tmp_path / "cache" / "reference").exists(), "SimPO loads and scores no reference"
+    assert not (tmp_path / "cache" / "reference").exists(), "SimPO uses no reference"
 
 
 def test_adapters_train_as_in_trl(tmp_path: Path, tiny_model: Path, write_pairs: WritePairs) -> None:

@@ -1,4 +1,4 @@
-"""TRL's trainers as independent oracles: the same pairs in the same order, one log line a step."""
+"""TRL's trainers as independent oracles: the same pairs in the same order, one log line per step."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,7 +43,7 @@ def trl_simpo_steps(
     beta: float,
     gamma: float,
 ) -> list[dict[str, Any]]:
-    """The same for SimPO, which TRL keeps in its CPO trainer."""
+    """Train SimPO, which is part of TRL's CPO trainer."""
     from torch.utils.data import SequentialSampler
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 

@@ -1,4 +1,4 @@
-"""The exported policy of the real model writes the same greedy text in transformers and in vLLM."""
+"""The exported policy of the real model generates the same greedy text in transformers and in vLLM."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ DATA = Path(__file__).parents[2] / "jobs/data/demo_heldout.jsonl"
 
 @pytest.fixture(scope="module")
 def exported(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model a little way from where it was, as the end of a run would write it, in float32."""
+    """The model with slightly changed weights, exported as at the end of a run, in float32."""
     config = ModelConfig(path=str(smollm2), dtype="float32")
     scorer = Scorer(build_model(config, with_weights=True))
     generator = torch.Generator().manual_seed(0)
@@ -34,7 +34,7 @@ def exported(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_transformers_and_vllm_write_the_same_greedy_text(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformers_and_vllm_generate_the_same_greedy_text(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM
 
     records = [r for r in read_prompts([str(DATA)]) if isinstance(r, PromptRecord)][:PROMPTS]
@@ -65,5 +65,5 @@ def test_transformers_and_vllm_write_the_same_greedy_text(exported: Path, monkey
     )
     found = [group.completions[0].token_ids for group in groups]
     same = sum(a == b for a, b in zip(found, expected, strict=True))
-    # Two float32 implementations part only where two tokens are equally likely to the last digits.
+    # Two float32 implementations differ only where two tokens are equally likely to the last digits.
     assert same >= PROMPTS - 2, f"{same} of {PROMPTS}"
