@@ -19,11 +19,13 @@ class RunReporter:
     """Implements ``train.reporter.Reporter`` for one rank; only rank 0 writes files and updates the status.
 
     Args:
+        online: steps end rounds, whose metrics belong to the line of the last step: each line waits for the next call.
         to_train: also report evaluations to Ray Train, for a sweep that compares trials.
     """
 
-    def __init__(self, run_dir: Path, status_actor: Any, rank: int, *, to_train: bool) -> None:
-        self.status_actor, self.rank, self.to_train = status_actor, rank, to_train
+    def __init__(self, run_dir: Path, status_actor: Any, rank: int, *, online: bool = False, to_train: bool) -> None:
+        self.status_actor, self.rank, self.online, self.to_train = status_actor, rank, online, to_train
+        self.last_step: Metrics = {}
         if rank == 0:
             self.file = open_appendable(run_dir / "metrics.jsonl")
         self.pending_answer: Any = None
@@ -51,13 +53,21 @@ class RunReporter:
     def step(self, metrics: Metrics) -> None:
         """Appends a line to metrics.jsonl and updates the status."""
         if self.rank == 0:
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({key: _finite_or_none(value) for key, value in metrics.items()}) + "\n")
+            self._append(self.last_step if self.online else metrics)
+            self.last_step = metrics
             self.status_actor.step.remote(metrics)
 
     def round(self, metrics: Metrics) -> None:
-        """Appends the line of a finished round and updates the status."""
-        self.step(metrics)
+        """Appends the line of a round's last step with the metrics of the round, and updates the status."""
+        if self.rank == 0:
+            self._append(self.last_step | metrics)
+            self.last_step = {}
+            self.status_actor.step.remote(metrics)
+
+    def _append(self, metrics: Metrics) -> None:
+        if metrics:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({key: _finite_or_none(value) for key, value in metrics.items()}) + "\n")
 
     def evaluation(self, metrics: Metrics) -> None:
         """Appends held-out metrics. With ``to_train`` a barrier: every rank reports them to Ray Train."""

@@ -190,7 +190,9 @@ def _run_worker(arguments: dict[str, Any]) -> Metrics:
         import torch  # after log_to_run, which records its warnings
 
         device = torch.device("cuda", torch.cuda.current_device()) if arguments["on_gpus"] else torch.device("cpu")
-        reporter = RunReporter(config.run.path, status_actor, rank, to_train=arguments["to_train"])
+        reporter = RunReporter(
+            config.run.path, status_actor, rank, online=config.online is not None, to_train=arguments["to_train"]
+        )
         result = resolve(arguments["loop"], {}, "loop")(config, device, reporter, arguments["handles"])
         upload_appendable()
         return asdict(result)

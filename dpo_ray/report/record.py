@@ -242,10 +242,8 @@ def _read_metrics(path: Path) -> tuple[tuple[Metrics, ...], tuple[Metrics, ...]]
         if not isinstance(line.get("step"), int):
             continue
         training = {key: value for key, value in line.items() if not key.startswith("eval/")}
-        if "round" in line:  # follows the line of the step that ended the round
-            steps[line["step"], line["round"]] = steps.pop((line["step"], -1), {}) | training
-        elif len(training) > 1:
-            steps[line["step"], -1] = training
+        if len(training) > 1:
+            steps[line["step"], line.get("round", -1)] = training
         if len(training) < len(line):
             evals[line["step"]] = {"step": line["step"], **{k: v for k, v in line.items() if k.startswith("eval/")}}
     return tuple(steps[key] for key in sorted(steps)), tuple(evals[step] for step in sorted(evals))

@@ -253,8 +253,8 @@ def test_a_sweep_computes_the_reference_once_and_its_best_config_runs_as_it_is(
     assert len(trials) == 2
     assert all(trial["eval/rewards/accuracies"] for trial in trials)
     assert len({trial["loss.beta"] for trial in trials}) == 2
-    scored = [log for log in (run / "trials").rglob("worker-0.log") if " 16 scored" in log.read_text()]
-    assert len(scored) == 1, "one trial computes the reference, the other loads it"
+    computed = [log for log in (run / "trials").rglob("worker-0.log") if " 16 computed" in log.read_text()]
+    assert len(computed) == 1, "one trial computes the reference, the other loads it"
     spans = sorted(
         ((trial / "config.yaml").stat().st_mtime, (trial / "metrics.jsonl").stat().st_mtime)
         for trial in (run / "trials").iterdir()
@@ -266,7 +266,7 @@ def test_a_sweep_computes_the_reference_once_and_its_best_config_runs_as_it_is(
     assert str(best["loss"]["beta"]) in {trial["loss.beta"] for trial in trials}
     trained = joining.run("offline", run / "best.yaml")
     assert trained.returncode == 0, trained.stdout + trained.stderr
-    assert "16 pairs found, 0 scored" in trained.stdout, trained.stdout
+    assert "16 pairs cached, 0 computed" in trained.stdout, trained.stdout
     assert (tmp_path / "runs" / best["run"]["name"] / "policy/config.json").exists()
     assert (tmp_path / "runs" / best["run"]["name"] / "report.html").exists()
     assert not joining.left_over()

@@ -46,6 +46,21 @@ def test_resuming_drops_the_lines_of_lost_work_and_an_incomplete_line(tmp_path: 
     assert status.read().metrics["loss"] == 0.25
 
 
+def test_the_metrics_of_a_round_stand_on_the_line_of_its_last_step(tmp_path: Path) -> None:
+    status = StatusActor()
+    reporter = RunReporter(tmp_path, InProcess(status), 0, online=True, to_train=False)
+    for step in (1, 2):
+        reporter.step({"step": step, "loss": step / 10})
+    assert status.read().metrics["loss"] == 0.2, "the display does not wait for the end of the round"
+    reporter.round({"step": 2, "round": 0, "kl": 0.5})
+    reporter.round({"step": 2, "round": 1, "kl": 0.6})
+    assert metrics_lines(tmp_path) == [
+        {"step": 1, "loss": 0.1},
+        {"step": 2, "loss": 0.2, "round": 0, "kl": 0.5},
+        {"step": 2, "round": 1, "kl": 0.6},
+    ]
+
+
 def test_the_status_counts_finished_rounds_and_keeps_the_latest_metrics() -> None:
     actor = StatusActor()
     actor.metrics({"step": 4, "round": 1, "judge/mean_score": 0.5})
