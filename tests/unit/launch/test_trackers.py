@@ -258,7 +258,11 @@ def wandb_records(file: Path) -> Iterator[Any]:
 
 
 def test_wandb_offline_has_each_step_once_under_one_run_id(recorded: Path) -> None:
+    import wandb
+
     record_run(recorded, "wandb", project="tests", mode="offline")
+    # finish() returns before wandb's own process has closed the file; at exit wandb waits for it.
+    wandb.teardown()
     records = [list(wandb_records(file)) for file in sorted((recorded / "r" / "wandb").glob("offline-run-*/*.wandb"))]
     runs = [record.run for part in records for record in part if record.HasField("run")]
     assert len(records) == 2
