@@ -105,11 +105,43 @@ def export(arguments: Sequence[str]) -> None:
     run_command(run)
 
 
+def inspect(arguments: Sequence[str]) -> None:
+    """Show what a run would train on: the data report, and records as the model reads them. Starts no cluster.
+
+    dpo-ray inspect CONFIG.yaml [key=value ...] [--json FILE] [--records N]
+    dpo-ray inspect jobs/offline_demo.yaml data.strings=raw --json records.jsonl
+
+    --json FILE writes one object per record: key, source, number, status, reason, detail, notes, prompt, chosen and
+    rejected (decoded with special tokens), and counts of tokens. --records N prints N records of each set (default 3).
+    Text in guillemets was added by the chat template or the tokenizer.
+    """
+    from pathlib import Path
+
+    from dpo_ray.config import INSPECT, config_from_argv
+
+    parser = argparse.ArgumentParser("dpo-ray inspect", add_help=False, allow_abbrev=False)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--records", type=int, default=3)
+    options, rest = parser.parse_known_args(arguments)
+    config = config_from_argv(_usage(inspect), INSPECT, rest)
+
+    from dpo_ray.warnings_filter import filter_import_warnings
+
+    filter_import_warnings()
+    from rich.console import Console
+
+    from dpo_ray.data.inspect import inspect_run
+    from dpo_ray.launch.command import run_command
+
+    run_command(inspect_run, config, Console(), json_file=options.json, shown=options.records)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "offline": offline,
     "online": online,
     "sweep": sweep,
     "export": export,
+    "inspect": inspect,
 }
 
 

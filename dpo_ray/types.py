@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-Message = Mapping[str, str]
-"""One chat turn: ``{"role": "user", "content": "..."}``."""
+Message = Mapping[str, Any]
+"""One chat turn: ``{"role": "user", "content": "..."}``, optionally with tool calls or reasoning."""
 
 Messages = tuple[Message, ...]
 
@@ -20,7 +20,11 @@ class Prompt:
     index: int
     """Position in the prompt set, from 0; the same in all rounds and after restarts."""
     messages: Messages
-    """The conversation before the turn to generate."""
+    """The conversation before the turn to generate, or up to where the turn is continued."""
+    token_ids: tuple[int, ...]
+    """The prompt as passed to an engine, with chat template and generation prompt."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """The other fields of the prompt's record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +71,11 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class TokenPair:
-    """A preference pair as token ids, for training."""
+    """A preference pair as token ids, for training.
+
+    Completion tokens that the model did not generate, such as the answers of tools, are stored as ``~id`` (negative):
+    they are part of the input and carry no loss.
+    """
 
     prompt: tuple[int, ...]
     chosen: tuple[int, ...]

@@ -1,6 +1,6 @@
 """The configuration and its loading. Imports neither torch nor Ray, so that a typo is reported within a second."""
 
-from dpo_ray.config.commands import OFFLINE, ONLINE, SWEEP
+from dpo_ray.config.commands import INSPECT, OFFLINE, ONLINE, SWEEP
 from dpo_ray.config.load import (
     config_from_argv,
     load_config,
@@ -14,6 +14,7 @@ from dpo_ray.config.schema import Component
 from dpo_ray.config.tree import Config
 
 __all__ = [
+    "INSPECT",
     "OFFLINE",
     "ONLINE",
     "SWEEP",

@@ -23,6 +23,7 @@ _ROUNDS_INSTEAD = "an online run trains on pairs from its engines, for online.ro
 
 OFFLINE = Command(required=_PAIRS, ignored=_NO_ROUNDS)
 SWEEP = Command(required=_PAIRS | {"data.eval": "a sweep compares trials on held-out pairs"}, ignored=_NO_ROUNDS)
+INSPECT = Command(required={}, ignored={})
 ONLINE = Command(
     required={"online": "this command needs an online section (prompts, rounds, judge, ...)"},
     ignored={

@@ -223,7 +223,8 @@ class DataConfig(Section):
     """Preference pairs."""
 
     train: Paths = ()
-    """Training pairs: files (JSON, JSONL, Parquet, Arrow) or hub datasets (name or name:split)."""
+    """Training pairs: files (JSON, JSONL, CSV, Parquet, Arrow), folders of files, patterns such as data/*.jsonl, or hub
+    datasets (name or name:split)."""
     weights: tuple[Annotated[float, Field(gt=0)], ...] = ()
     """Passes over each entry of data.train per epoch, such as [1, 0.25, 3]; over several epochs all pairs of an entry
     are seen equally often. Empty is one pass over each."""
@@ -233,6 +234,11 @@ class DataConfig(Section):
     """Maximum prompt length in tokens; records with longer prompts are dropped. null is no limit."""
     max_completion_tokens: int | None = Field(1024, ge=1)
     """Maximum completion length in tokens; longer completions are truncated at the end. null is no limit."""
+    strings: Literal["auto", "raw", "chat"] = "auto"
+    """Use of prompts and completions that are strings: chat puts them into the chat template, raw uses them as written.
+    auto is chat for a model with a chat template, except for records that contain special tokens."""
+    pairs_per_prompt: int = Field(1, ge=1)
+    """Maximum number of pairs of a ranked list, by decreasing difference of scores: best against worst first."""
     limit: int | None = Field(None, ge=1)
     """Use only the first records of data.train, up to this number."""
     shuffle: bool = True

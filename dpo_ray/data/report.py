@@ -1,5 +1,6 @@
 """Reports of data preparation: counts of the records read, kept, dropped and altered, with examples."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
@@ -11,6 +12,8 @@ from dpo_ray.data.records import Problem
 
 EXAMPLES = 3
 """Records named per reason."""
+
+UNREAD = "not used for training, carried along to judges online"
 
 MEANINGS: Mapping[str, str] = {
     "not_json": "not valid JSON",
@@ -26,11 +29,21 @@ MEANINGS: Mapping[str, str] = {
     "empty_prompt": "prompt without tokens",
     "prompt_too_long": "prompt too long",
     "completion_emptied": "completion without tokens",
+    "too_long_for_model": "longer than the model's positions",
+    "unknown_token": "token without an embedding",
+    "split_special_token": "special token split by the tokenizer",
+    "unpaired": "one completion with a label",
+    "strings_chat": "strings put into the chat template",
+    "strings_raw": "strings used as written",
+    "text_not_rendered": "text left out by the chat template",
     "boundary_moved": "prompt boundary moved by the tokenizer",
     "completion_cut": "completion truncated",
     "double_eos": "two end-of-sequence tokens in a row",
-    "no_eos": "no end-of-sequence token",
+    "no_eos": "no end-of-turn token",
 }
+
+WITHOUT_EXAMPLES = ("strings_chat", "strings_raw")
+"""Reasons that apply to whole data sets."""
 
 _MEANING_WIDTH = max(map(len, MEANINGS.values()))
 
@@ -77,6 +90,8 @@ class DataReport:
     """Dropped records by reason."""
     notes: Mapping[str, Tally]
     """Kept records that were altered or look unusual, by reason."""
+    unread: Mapping[str, int]
+    """Kept records with a field that is not part of the pair or prompt, by field."""
     prompt: LengthStats | None
     """None if no record was kept."""
     chosen: LengthStats | None
@@ -99,6 +114,8 @@ class DataReport:
         lines += _tally_lines(self.dropped)
         if self.notes:
             lines += ["  notes on kept records:", *_tally_lines(self.notes)]
+        if self.unread:
+            lines.append(f"  fields {UNREAD}: " + ", ".join(f"{field} ({n:,})" for field, n in self.unread.items()))
         for part in ("prompt", "chosen", "rejected"):
             if (stats := getattr(self, part)) is not None:
                 lines.append(f"  {part:<8} tokens: mean {stats.mean:.0f}, median {stats.median:.0f}, max {stats.max:,}")
@@ -153,6 +170,7 @@ class DataReportBuilder:
         self.kept = 0
         self._dropped: dict[str, Tally] = {}
         self._notes: dict[str, Tally] = {}
+        self._unread: Counter[str] = Counter()
 
     @property
     def read(self) -> int:
@@ -163,15 +181,17 @@ class DataReportBuilder:
         """Count a dropped record."""
         _count(self._dropped, problem.reason, Example(problem.source, problem.number, problem.detail))
 
-    def keep(self, source: str, number: int, notes: Sequence[str] = ()) -> None:
-        """Count a kept record and the notes on it."""
+    def keep(self, source: str, number: int, notes: Sequence[tuple[str, str]] = (), unread: Sequence[str] = ()) -> None:
+        """Count a kept record, the notes on it (reason and detail) and its fields that were not read."""
         self.kept += 1
-        for note in notes:
-            _count(self._notes, note, Example(source, number))
+        self._unread.update(unread)
+        for note, detail in notes:
+            _count(self._notes, note, Example(source, number, detail))
 
     def add(self, other: "DataReportBuilder") -> None:
         """Add the counts of another builder, whose records follow."""
         self.kept += other.kept
+        self._unread.update(other._unread)
         for tallies, added in ((self._dropped, other._dropped), (self._notes, other._notes)):
             for reason, tally in added.items():
                 before = tallies.get(reason, Tally(0, ()))
@@ -185,7 +205,7 @@ class DataReportBuilder:
         """
         stats = [_length_stats(tokens) if tokens.size else None for tokens in lengths.T]
         stats += [None] * (3 - len(stats))
-        return DataReport(self.read, self.kept, dict(self._dropped), dict(self._notes), *stats)
+        return DataReport(self.read, self.kept, dict(self._dropped), dict(self._notes), dict(self._unread), *stats)
 
 
 def _count(tallies: dict[str, Tally], reason: str, example: Example) -> None:
@@ -203,6 +223,9 @@ def _tally_lines(tallies: Mapping[str, Tally]) -> list[str]:
     for reason, tally in tallies.items():
         meaning = MEANINGS.get(reason, reason.replace("_", " "))
         prefix = f"  {tally.count:>6,} {meaning:<{_MEANING_WIDTH}}  "
+        if reason in WITHOUT_EXAMPLES:
+            lines.append(f"{prefix}data.strings: auto, chat or raw")
+            continue
         for example in tally.first:
             lines.append(f"{prefix}{example}")
             prefix = " " * len(prefix)

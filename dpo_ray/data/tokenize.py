@@ -1,4 +1,4 @@
-"""From text to token ids: the chat template, the boundary between prompt and completion, the length limits.
+"""From text to token ids: the chat template, the boundary between prompt and completion, special tokens and limits.
 
 Prompt and completion are tokenised as one text and split afterwards, so that the policy trains on the tokens that it
 would generate. Independent of files.
@@ -6,15 +6,19 @@ would generate. Independent of files.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from transformers import AutoTokenizer
 
-from dpo_ray.data.records import PairRecord, Problem
+from dpo_ray.config import Config
+from dpo_ray.config.schema import DataConfig
+from dpo_ray.data.layouts import transcript_turns
+from dpo_ray.data.records import PairRecord, Problem, PromptRecord
+from dpo_ray.data.template import SPECIAL_TOKEN, ChatTemplateError, render, unrendered_texts, validate_template
 from dpo_ray.storage import error_summary
 from dpo_ray.types import Messages, TokenPair
 
@@ -23,95 +27,303 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """Limits of a model's inputs; None is no limit."""
+
+    vocabulary: int | None = None
+    """Rows of the embedding."""
+    positions: int | None = None
+    """Longest sequence in tokens."""
+    engine_prompt: int | None = None
+    """Longest prompt that leaves an engine room for a completion."""
+
+
+@dataclass(frozen=True, slots=True)
 class TokenizedPair:
     """A kept pair and notes on it."""
 
     pair: TokenPair
-    notes: tuple[str, ...] = ()
-    """Counted in the data report: boundary_moved, completion_cut, double_eos, no_eos."""
+    notes: tuple[tuple[str, str], ...] = ()
+    """Reason and detail, counted in the data report: boundary_moved, completion_cut, double_eos, no_eos, ..."""
+    removed: tuple[int, int] = (0, 0)
+    """Tokens by which chosen and rejected were truncated."""
 
 
-def tokenize_pair(
-    record: PairRecord,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    max_prompt_tokens: int | None,
-    max_completion_tokens: int | None,
-) -> TokenizedPair | Problem:
-    """Token ids of one preference pair.
+@dataclass(frozen=True, slots=True)
+class TokenizedPrompt:
+    """A kept prompt and notes on it."""
 
-    The prompt's ids are the common prefix of three tokenized texts: the prompt alone (with the generation prompt), with
-    chosen, and with rejected. The rest is the completion, with the template's end of turn; text records end with the
-    end-of-sequence token. Completions over the limit are truncated without adding an end-of-sequence token.
+    token_ids: tuple[int, ...]
+    messages: Messages
+    """The prompt as a conversation; a string that is used as written is one user turn."""
+    notes: tuple[tuple[str, str], ...] = ()
+
+
+class _Drop(Exception):
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+class RecordTokenizer:
+    """Tokenises records as the model reads them.
 
     Args:
-        record: text or messages.
-        tokenizer: with a chat template when the record holds messages.
-        max_prompt_tokens: longer prompts are dropped; None is no limit.
-        max_completion_tokens: longer completions are truncated; None is no limit.
-
-    Returns:
-        The pair, or the reason to drop it: template_refused, empty_prompt, prompt_too_long, completion_emptied,
-        identical, identical_after_truncation.
+        tokenizer: the policy's tokenizer.
+        data: limits on prompts and completions, and the treatment of strings.
+        limits: of the model.
 
     Raises:
-        ValueError: the tokenizer lacks the chat template or the end-of-sequence token that the record needs.
+        ValueError: the chat template writes special tokens that the tokenizer splits.
     """
-    from jinja2 import TemplateError
 
-    def drop(reason: str, detail: str) -> Problem:
-        return Problem(reason, record.source, record.number, detail)
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, limits: ModelLimits | None = None
+    ) -> None:
+        validate_template(tokenizer)
+        self.tokenizer, self.data, self.limits = tokenizer, data, limits or ModelLimits()
+        added = tokenizer.added_tokens_decoder
+        self.special = {*tokenizer.all_special_ids, *(id for id, token in added.items() if token.special)}
+        self.special_texts = [*filter(None, map(str, tokenizer.convert_ids_to_tokens(sorted(self.special))))]
+        with_special, without = tokenizer("a")["input_ids"], self._ids("a")
+        self.bos = with_special[: with_special.index(without[0])] if without else []
+        """Tokens that the tokenizer adds in front of text."""
 
-    try:
-        prompt_ids, with_chosen, with_rejected = _encode(record, tokenizer)
-    except TemplateError as error:
-        return drop("template_refused", f"the chat template raised: {error}")
+    def pair(self, record: PairRecord) -> TokenizedPair | Problem:
+        """Token ids of one preference pair.
 
-    # As in TRL's DPOTrainer: a template may render a prompt alone differently than before a completion.
-    start = min(_common_prefix(prompt_ids, with_chosen), _common_prefix(prompt_ids, with_rejected))
-    if not start:
-        return drop("empty_prompt", f"none of the prompt's {len(prompt_ids)} tokens precede both completions")
-    if max_prompt_tokens is not None and start > max_prompt_tokens:
-        return drop("prompt_too_long", f"{start} tokens; data.max_prompt_tokens is {max_prompt_tokens}")
+        The prompt's ids are the common prefix of three tokenized texts: the prompt alone (up to where the model
+        continues), with chosen, and with rejected. The rest is the completion, with the template's end of turn; a
+        string ends with the end-of-sequence token unless it ends with a special token of its own. Tool turns of a
+        completion carry no loss. Completions over the limit are truncated without adding an end-of-sequence token.
 
-    chosen, rejected = with_chosen[start:][:max_completion_tokens], with_rejected[start:][:max_completion_tokens]
-    truncated = len(chosen) < len(with_chosen) - start or len(rejected) < len(with_rejected) - start
-    for name, completion in (("chosen", chosen), ("rejected", rejected)):
-        if not completion:
-            return drop("completion_emptied", f"{name}: the completion has no tokens after the prompt")
-    if chosen == rejected:
-        if truncated:
-            return drop("identical_after_truncation", f"data.max_completion_tokens is {max_completion_tokens}")
-        return drop("identical", "chosen and rejected give the same tokens")
+        Returns:
+            The pair, or the reason to drop it: template_refused, empty_prompt, prompt_too_long, completion_emptied,
+            identical, identical_after_truncation, unknown_token, too_long_for_model, bad_field.
 
-    eos = tokenizer.eos_token_id
-    notes = {
-        "boundary_moved": start < len(prompt_ids),
-        "completion_cut": truncated,
-        "double_eos": any(_has_double(completion, eos) for completion in (chosen, rejected)),
-        "no_eos": eos is not None and any(eos not in ids[start:] for ids in (with_chosen, with_rejected)),
-    }
-    pair = TokenPair(tuple(prompt_ids[:start]), tuple(chosen), tuple(rejected))
-    return TokenizedPair(pair, tuple(note for note, applies in notes.items() if applies))
+        Raises:
+            ValueError: the tokenizer lacks the chat template or the end-of-sequence token that the record needs.
+        """
+        try:
+            return self._pair(record)
+        except _Drop as drop:
+            return Problem(drop.reason, record.source, record.number, drop.detail)
+        except ChatTemplateError as error:
+            return Problem("template_refused", record.source, record.number, str(error))
+
+    def prompt(self, record: PromptRecord) -> TokenizedPrompt | Problem:
+        """Token ids of a prompt, up to where the model continues.
+
+        Returns:
+            The prompt, or the reason to drop it: template_refused, prompt_too_long, unknown_token, bad_field.
+
+        Raises:
+            ValueError: the tokenizer has no chat template.
+        """
+        try:
+            messages, treatment = self._conversation(record, record.prompt)
+            if messages is None:
+                assert isinstance(record.prompt, str)
+                messages, ids = ({"role": "user", "content": record.prompt},), self._with_bos(record.prompt)
+                unrendered = []
+            else:
+                text = render(messages, self.tokenizer, record.tools, answer_follows=True)
+                unrendered = list(unrendered_texts(text, messages, _names("prompt", messages), record.tools))
+                ids = self._ids(text)
+            self._check_limits({"prompt": ids}, len(ids), 0)
+        except _Drop as drop:
+            return Problem(drop.reason, record.source, record.number, drop.detail)
+        except ChatTemplateError as error:
+            return Problem("template_refused", record.source, record.number, str(error))
+        return TokenizedPrompt(tuple(ids), messages, (*_treated(treatment), *_unrendered(unrendered)))
+
+    def _pair(self, record: PairRecord) -> TokenizedPair:
+        prompt, treatment = self._conversation(record, record.prompt, record.chosen, record.rejected)
+        unrendered: list[str] = []
+        if prompt is None:
+            prompt_ids, with_chosen, with_rejected = self._encode_strings(record)
+        else:
+            prompt_ids = self._ids(render(prompt, self.tokenizer, record.tools, answer_follows=True))
+            with_chosen, with_rejected = (
+                self._encode_conversation(record, prompt, name, unrendered) for name in ("chosen", "rejected")
+            )
+
+        # As in TRL's DPOTrainer: a template may render a prompt alone differently than before a completion.
+        start = min(_common_prefix(prompt_ids, with_chosen), _common_prefix(prompt_ids, with_rejected))
+        if not start:
+            raise _Drop("empty_prompt", f"none of the prompt's {len(prompt_ids)} tokens precede both completions")
+
+        limit = self.data.max_completion_tokens
+        whole = with_chosen[start:], with_rejected[start:]
+        chosen, rejected = (ids[:limit] for ids in whole)
+        removed = len(whole[0]) - len(chosen), len(whole[1]) - len(rejected)
+        self._check_limits(
+            {"prompt": prompt_ids[:start], "chosen": chosen, "rejected": rejected},
+            start,
+            max(len(chosen), len(rejected)),
+        )
+        for name, completion in (("chosen", chosen), ("rejected", rejected)):
+            if not any(token >= 0 for token in completion):
+                raise _Drop("completion_emptied", f"{name}: the completion has no tokens after the prompt")
+        if chosen == rejected:
+            if any(removed):
+                raise _Drop("identical_after_truncation", f"data.max_completion_tokens is {limit}")
+            raise _Drop("identical", "chosen and rejected give the same tokens")
+
+        notes = {
+            "boundary_moved": start < len(prompt_ids),
+            "completion_cut": any(removed),
+            "double_eos": any(
+                _has_double(completion, self.tokenizer.eos_token_id) for completion in (chosen, rejected)
+            ),
+            "no_eos": bool(self.special) and any(self.special.isdisjoint(ids) for ids in whole),
+        }
+        pair = TokenPair(tuple(prompt_ids[:start]), tuple(chosen), tuple(rejected))
+        applying = tuple((note, "") for note, applies in notes.items() if applies)
+        return TokenizedPair(pair, (*_treated(treatment), *applying, *_unrendered(unrendered)), removed)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens and tokens without loss included."""
+        return str(self.tokenizer.decode([token if token >= 0 else ~token for token in ids]))
+
+    # ------------------------------------------------------------------------------------------------------- strings
+
+    def _conversation(
+        self, record: PairRecord | PromptRecord, prompt: Messages | str, *completions: Messages | str
+    ) -> tuple[Messages | None, str | None]:
+        """The prompt as messages, or None for a string used as written; and the treatment of strings, chat or raw."""
+        if not isinstance(prompt, str):
+            return prompt, None
+        texts = (prompt, *(text for text in completions if isinstance(text, str)))
+        for marker in dict.fromkeys(marker for text in texts for marker in SPECIAL_TOKEN.findall(text)):
+            if len(self._ids(marker)) > 1:
+                raise _Drop(
+                    "split_special_token", f"{marker}: the tokenizer of model.path splits it into several tokens"
+                )
+        treatment = self.data.strings
+        if treatment == "auto":
+            rendered = any(special in text for text in texts for special in self.special_texts)
+            treatment = "raw" if rendered or self.tokenizer.chat_template is None else "chat"
+        if treatment == "chat":
+            return (*record.system, *(transcript_turns(prompt) or ({"role": "user", "content": prompt},))), "chat"
+        for name, value in (("system", record.system), ("tools", record.tools)):
+            if value:
+                raise _Drop("bad_field", f"{name}: beside a prompt used as written; accepted with data.strings: chat")
+        return None, "raw"
+
+    def _encode_strings(self, record: PairRecord) -> tuple[list[int], list[int], list[int]]:
+        """Token ids of the prompt alone, with chosen and with rejected, as written."""
+        prompt, chosen, rejected = record.prompt, record.chosen, record.rejected
+        assert isinstance(prompt, str)
+        assert isinstance(chosen, str)
+        assert isinstance(rejected, str)
+        return self._with_bos(prompt), self._ended(prompt + chosen), self._ended(prompt + rejected)
+
+    def _ended(self, text: str) -> list[int]:
+        ids, eos = self._with_bos(text), self.tokenizer.eos_token_id
+        if ids[-1] in self.special:
+            return ids
+        if eos is None:
+            raise ValueError("model.path: the tokenizer has no end-of-sequence token, which plain-text pairs need")
+        return [*ids, eos]
+
+    def _with_bos(self, text: str) -> list[int]:
+        ids = self._ids(text)
+        return ids if ids[: len(self.bos)] == self.bos else self.bos + ids
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    # ------------------------------------------------------------------------------------------------- conversations
+
+    def _encode_conversation(
+        self, record: PairRecord, prompt: Messages, name: Literal["chosen", "rejected"], unrendered: list[str]
+    ) -> list[int]:
+        """Token ids of the prompt with a completion; those of tool turns are stored as ``~id``."""
+        completion = getattr(record, name)
+        if isinstance(completion, str):
+            transcript = isinstance(record.prompt, str) and transcript_turns(record.prompt)
+            completion = ({"role": "assistant", "content": completion.strip() if transcript else completion},)
+        names = [*_names("prompt", prompt), *_names(name, completion)]
+        if prompt[-1]["role"] == "assistant":
+            # The completion continues the prompt's last turn.
+            begun, first, prompt = prompt[-1], completion[0], prompt[:-1]
+            completion = ({**begun, **first, "content": begun["content"] + (first["content"] or "")}, *completion[1:])
+            del names[len(prompt)]
+        messages = (*prompt, *completion)
+        text = render(messages, self.tokenizer, record.tools)
+        unrendered += [
+            field for field in unrendered_texts(text, messages, names, record.tools) if field not in unrendered
+        ]
+        ids = self._ids(text)
+        return self._mask_tools(ids, messages, len(prompt), record) if len(completion) > 1 else ids
+
+    def _mask_tools(self, ids: list[int], messages: Messages, prompt_turns: int, record: PairRecord) -> list[int]:
+        """The ids of the prompt, and of the completion with those outside assistant turns as ``~id``."""
+        masked: list[int] = []
+        for i in range(prompt_turns, len(messages)):
+            if messages[i]["role"] == "assistant":
+                before = messages[:i]
+                # The turn starts after the generation prompt, which follows every turn but an assistant turn.
+                follows = before[-1]["role"] != "assistant"
+                starts = self._ids(render(before, self.tokenizer, record.tools, answer_follows=follows))
+                ends = self._ids(render(messages[: i + 1], self.tokenizer, record.tools))
+                start, end = _common_prefix(starts, ids), _common_prefix(ends, ids)
+                between = ids[len(masked) : start]
+                masked += [*([~token for token in between] if masked else between), *ids[start:end]]
+        return masked + [~token for token in ids[len(masked) :]]
+
+    # -------------------------------------------------------------------------------------------------------- limits
+
+    def _check_limits(self, parts: dict[str, Sequence[int]], prompt: int, completion: int) -> None:
+        prompt_limits = {
+            "data.max_prompt_tokens": self.data.max_prompt_tokens,
+            "online.engine.max_model_len - online.sampling.max_tokens": self.limits.engine_prompt,
+        }
+        for key, limit in prompt_limits.items():
+            if limit is not None and prompt > limit:
+                raise _Drop("prompt_too_long", f"{prompt} tokens; {key} is {limit}")
+        positions, rows = self.limits.positions, self.limits.vocabulary
+        if positions is not None and prompt + completion > positions:
+            raise _Drop(
+                "too_long_for_model",
+                f"{prompt + completion} tokens; the model of model.path takes {positions} (max_position_embeddings)",
+            )
+        if rows is not None and len(self.tokenizer) > rows:
+            for name, ids in parts.items():
+                token = max((token if token >= 0 else ~token for token in ids), default=0)
+                if token >= rows:
+                    text = self.tokenizer.convert_ids_to_tokens(token)
+                    raise _Drop(
+                        "unknown_token",
+                        f"{name}: token {text} has id {token}; the model of model.path has {rows} embeddings",
+                    )
 
 
-class ChatTemplateError(ValueError):
-    """A chat template rejects a conversation."""
+def _names(name: str, messages: Messages) -> list[str]:
+    return [f"{name}[{i}]" for i in range(len(messages))]
 
 
-def render_prompt(messages: Messages, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
-    """Token ids of a conversation with the generation prompt.
+def _treated(treatment: str | None) -> tuple[tuple[str, str], ...]:
+    return ((f"strings_{treatment}", ""),) if treatment else ()
 
-    Raises:
-        ChatTemplateError: the chat template rejects the conversation.
-        ValueError: the tokenizer has no chat template, or the template is not valid.
-    """
-    from jinja2 import TemplateError
 
-    try:
-        return tuple(_render(messages, tokenizer, generation_prompt=True))
-    except TemplateError as error:
-        raise ChatTemplateError(f"the chat template raised: {error}") from None
+def _unrendered(fields: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    return (("text_not_rendered", ", ".join(fields)),) if fields else ()
+
+
+def _common_prefix(ids: Sequence[int], other: Sequence[int]) -> int:
+    for i, (token, other_token) in enumerate(zip(ids, other, strict=False)):
+        if token != other_token:
+            return i
+    return min(len(ids), len(other))
+
+
+def _has_double(ids: Sequence[int], token: int | None) -> bool:
+    return token is not None and any(a == b == token for a, b in pairwise(ids))
+
+
+# ------------------------------------------------------------------------------------------------ tokenizer and limits
 
 
 def load_tokenizer(path: str, chat_template: str | None = None) -> "PreTrainedTokenizerBase":
@@ -140,6 +352,37 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> "PreTrainedTo
     return tokenizer
 
 
+def load_limits(path: str) -> ModelLimits:
+    """Limits of the model at ``path``, from its configuration; no limits if it has none that can be loaded."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir()).get_text_config()
+    except Exception:  # reported when the model is loaded
+        return ModelLimits()
+    positions, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
+    if positions and rope.get("rope_type") in ("linear", "dynamic", "yarn"):
+        # Where the scaling is not part of max_position_embeddings, it extends it.
+        positions = max(positions, int(rope.get("factor", 1) * rope.get("original_max_position_embeddings", positions)))
+    return ModelLimits(getattr(config, "vocab_size", None), positions)
+
+
+def engine_limits(config: Config, limits: ModelLimits) -> ModelLimits:
+    """Limits of an online run: a prompt leaves an engine room for a completion.
+
+    Raises:
+        ValueError: ``online.engine.max_model_len`` is longer than the model's positions.
+    """
+    assert config.online is not None
+    if limits.positions is not None and config.max_model_len > limits.positions:
+        raise ValueError(
+            f"online.engine.max_model_len: prompts and completions of up to {config.max_model_len} tokens do not fit "
+            f"the {limits.positions} positions of the model of model.path; lower it, data.max_prompt_tokens or "
+            "online.sampling.max_tokens"
+        )
+    return replace(limits, engine_prompt=config.max_model_len - config.online.sampling.max_tokens)
+
+
 def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Hash of everything that determines token ids: vocabulary and rules, special tokens, chat template."""
     if getattr(tokenizer, "backend_tokenizer", None) is not None:
@@ -152,58 +395,6 @@ def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     content = json.dumps([rules, special, tokenizer.chat_template], sort_keys=True)
     return sha256(content.encode()).hexdigest()
-
-
-def _encode(record: PairRecord, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int], list[int]]:
-    """Token ids of the prompt alone, with chosen and with rejected."""
-    prompt, chosen, rejected = record.prompt, record.chosen, record.rejected
-    if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
-        eos = tokenizer.eos_token
-        if not eos:
-            raise ValueError("model.path: the tokenizer has no end-of-sequence token, which plain-text pairs need")
-        texts = [prompt, *(prompt + text + ("" if text.endswith(eos) else eos) for text in (chosen, rejected))]
-        prompt_ids, with_chosen, with_rejected = tokenizer(texts, verbose=False)["input_ids"]
-        return prompt_ids, with_chosen, with_rejected
-    assert not isinstance(prompt, str)
-    assert not isinstance(chosen, str)
-    assert not isinstance(rejected, str)
-    return (
-        _render(prompt, tokenizer, generation_prompt=True),
-        _render((*prompt, *chosen), tokenizer, generation_prompt=False),
-        _render((*prompt, *rejected), tokenizer, generation_prompt=False),
-    )
-
-
-def _render(messages: Messages, tokenizer: "PreTrainedTokenizerBase", *, generation_prompt: bool) -> list[int]:
-    from jinja2 import TemplateSyntaxError
-
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "model.chat_template: the data holds messages and the model's tokenizer has no chat template; "
-            "give the path of a Jinja template"
-        )
-    try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=False,
-            add_generation_prompt=generation_prompt,
-            return_dict=False,
-        )
-    except TemplateSyntaxError as error:
-        raise ValueError(f"model.chat_template: line {error.lineno} of the template: {error.message}") from None
-    # Templates add the special tokens themselves.
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _common_prefix(ids: Sequence[int], other: Sequence[int]) -> int:
-    for i, (token, other_token) in enumerate(zip(ids, other, strict=False)):
-        if token != other_token:
-            return i
-    return min(len(ids), len(other))
-
-
-def _has_double(ids: Sequence[int], token: int | None) -> bool:
-    return token is not None and any(a == b == token for a, b in pairwise(ids))
 
 
 def _read_template(path: str) -> str:

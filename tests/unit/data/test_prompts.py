@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from dpo_ray.config.schema import DataConfig
 from dpo_ray.data.prompts import load_prompts
-from dpo_ray.data.tokenize import load_tokenizer
+from dpo_ray.data.tokenize import ModelLimits, RecordTokenizer, load_tokenizer
 
 TEMPLATE = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn here') }}{% endif %}"
@@ -27,9 +28,9 @@ def load(folder: Path, model: Path, *, max_engine_tokens: int = 1000, strict: bo
     template.write_text(TEMPLATE)
     prompts, report = load_prompts(
         [str(source)],
-        load_tokenizer(str(model), str(template)),
-        max_prompt_tokens=1024,
-        max_engine_tokens=max_engine_tokens,
+        RecordTokenizer(
+            load_tokenizer(str(model), str(template)), DataConfig(), ModelLimits(engine_prompt=max_engine_tokens)
+        ),
         strict=strict,
     )
     assert [prompt.index for prompt in prompts] == list(range(len(prompts)))

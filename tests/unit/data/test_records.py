@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dpo_ray.data.records import PairRecord, Problem, PromptRecord, read_pairs, read_prompts
+from dpo_ray.data.records import PairRecord, Problem, read_pairs, read_prompts
 from dpo_ray.data.sources import Part, Unreadable, source_digest, split_sources
 
 Write = Callable[..., str]
@@ -241,9 +241,9 @@ def test_a_missing_source_is_an_error_before_anything_is_read(name: str):
 
 
 def test_a_file_of_another_format_is_an_error(tmp_path: Path):
-    (tmp_path / "pairs.csv").write_text("prompt,chosen\n")
-    with pytest.raises(ValueError, match=r"a file ending in '\.csv' is not supported; accepted"):
-        read_pairs([Part(str(tmp_path / "pairs.csv"))])
+    (tmp_path / "pairs.xlsx").write_text("prompt,chosen\n")
+    with pytest.raises(ValueError, match=r"a file ending in '\.xlsx' is not supported; accepted"):
+        read_pairs([Part(str(tmp_path / "pairs.xlsx"))])
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
@@ -307,7 +307,7 @@ PROBLEMS = [
     ("not_a_record", "[1, 2]", "found a list of 2"),
     ("not_a_record", '"text"', 'found "text"'),
     ("missing_field", {"prompt": "a", "chosen": "b"}, "rejected: found chosen, prompt; accepted are prompt/"),
-    ("missing_field", {"question": "a", "chosen": "b", "rejected": "c"}, "prompt: found chosen, question, rejected"),
+    ("missing_field", {"topic": "a", "chosen": "b", "rejected": "c"}, "prompt: found chosen, rejected, topic"),
     ("missing_field", {"chosen": [assistant("b")], "rejected": [assistant("c")]}, "prompt: found chosen, rejected"),
     ("missing_field", {"prompt": "a", "chosen": None, "rejected": "c"}, "chosen: found"),
     ("missing_field", {"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}, "prompt[0].content: found role"),
@@ -318,8 +318,8 @@ PROBLEMS = [
     ("bad_field", {**SKY, "chosen": 3}, "chosen: found 3; accepted: text or a list of messages"),
     (
         "bad_field",
-        {**SKY, "prompt": [{"role": "user", "content": ["a"]}]},
-        "prompt[0].content: found a list of 1; accepted: text",
+        {**SKY, "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]},
+        'prompt[0].content[0]: found a part of type "image"; accepted: parts of type text',
     ),
     ("bad_field", {**SKY, "prompt": [{"role": "robot", "content": "a"}]}, 'prompt[0].role: found "robot"; accepted'),
     ("bad_field", {**SKY, "chosen": [assistant("a")]}, "found text and messages"),
@@ -348,8 +348,12 @@ PROBLEMS = [
     ("bad_score", {"messages": HELLO, "completions": ["a", "b"], "scores": [math.inf, 1]}, "score Infinity"),
     ("bad_score", {"messages": HELLO, "completions": ["a", "b"], "scores": [10**400, 1]}, "completions[0]"),
     ("bad_score", {"messages": HELLO, "completions": ["a", "b"], "scores": [1]}, "a list of 1 for 2 completions"),
-    ("bad_score", {"messages": HELLO, "completions": ["a", "b"]}, "found score null"),
-    ("bad_score", {"messages": HELLO, "completions": [{"content": "a"}, {"content": "b"}]}, "found score null"),
+    ("bad_score", {"messages": HELLO, "completions": ["a", "b"]}, "completions: no scores; accepted are"),
+    (
+        "bad_score",
+        {"messages": HELLO, "completions": [{"content": "a", "score": 1}, {"content": "b"}]},
+        "[1]: found score null",
+    ),
 ]
 
 
@@ -374,17 +378,16 @@ def test_an_empty_system_turn_is_kept(write: Write):
 @pytest.mark.parametrize(
     "record",
     [
-        {"prompt": "sky?"},
         {"prompt": [user("sky?")]},
         {"messages": [user("sky?"), assistant("blue")]},
         {"conversations": [{"from": "human", "value": "sky?"}, {"from": "gpt", "value": "blue"}]},
         {"chosen": [user("sky?"), assistant("blue")], "rejected": [user("sky?"), assistant("green")]},
-        SKY,
+        {**SKY, "prompt": [user("sky?")]},
     ],
 )
 def test_a_prompt_is_what_leads_to_the_last_answer(record: dict[str, Any], write: Write):
     source = write([record])
-    assert list(read_prompts([source])) == [PromptRecord((user("sky?"),), source, 1)]
+    assert [record.prompt for record in read_prompts([source])] == [(user("sky?"),)]
 
 
 def test_unusable_prompts_are_named(write: Write):

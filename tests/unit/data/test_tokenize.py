@@ -4,14 +4,9 @@ from typing import Any
 
 import pytest
 
-from dpo_ray.data.records import PairRecord, Problem
-from dpo_ray.data.tokenize import (
-    TokenizedPair,
-    load_tokenizer,
-    render_prompt,
-    tokenize_pair,
-    tokenizer_digest,
-)
+from dpo_ray.config.schema import DataConfig
+from dpo_ray.data.records import PairRecord, Problem, PromptRecord
+from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPair, load_tokenizer, tokenizer_digest
 
 USER = {"role": "user", "content": "What is the color of the sky?"}
 
@@ -22,7 +17,19 @@ def answers(chosen: str, rejected: str) -> PairRecord:
 
 
 def tokenized(record: PairRecord, tokenizer: Any, prompt: int | None = None, completion: int | None = None) -> Any:
-    return tokenize_pair(record, tokenizer, max_prompt_tokens=prompt, max_completion_tokens=completion)
+    return record_tokenizer(tokenizer, max_prompt_tokens=prompt, max_completion_tokens=completion).pair(record)
+
+
+def record_tokenizer(tokenizer: Any, **data: Any) -> RecordTokenizer:
+    return RecordTokenizer(tokenizer, DataConfig(**{"max_prompt_tokens": None, "max_completion_tokens": None, **data}))
+
+
+def prompt_ids(tokenizer: Any, **data: Any) -> Any:
+    return record_tokenizer(tokenizer, **data).prompt(PromptRecord((USER,), "prompts.jsonl", 1))
+
+
+def reasons(result: TokenizedPair) -> list[str]:
+    return [reason for reason, _ in result.notes]
 
 
 # ----------------------------------------------------------------------------------------------------------- boundary
@@ -42,19 +49,19 @@ def test_completion_tokens_are_those_the_template_adds_after_the_generation_prom
 
 def test_the_prompt_of_a_pair_is_the_prompt_an_engine_is_given(tokenizer: Any):
     pair = tokenized(answers("The sky is blue.", "Grass is green."), tokenizer).pair
-    assert pair.prompt == render_prompt((USER,), tokenizer)
+    assert pair.prompt == prompt_ids(tokenizer).token_ids
 
 
 def test_no_end_of_turn_is_added_where_the_template_has_none(tokenizer: Any):
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     result = tokenized(answers("blue", "green"), tokenizer)
     assert tokenizer.eos_token_id not in result.pair.chosen
-    assert result.notes == ("no_eos",)
+    assert reasons(result) == ["no_eos"]
 
 
 def test_an_end_of_turn_in_the_text_before_that_of_the_template_is_noted(tokenizer: Any):
     result = tokenized(answers("blue<|im_end|>", "green"), tokenizer)
-    assert result.notes == ("double_eos",)
+    assert reasons(result) == ["double_eos"]
 
 
 def test_the_boundary_moves_back_where_the_template_renders_the_prompt_otherwise_alone(tokenizer: Any):
@@ -62,15 +69,15 @@ def test_the_boundary_moves_back_where_the_template_renders_the_prompt_otherwise
         "assistant\n{% endif", "assistant\n<think></think>{% endif"
     )
     result = tokenized(answers("The sky", "Grass"), tokenizer)
-    assert result.notes == ("boundary_moved",)
+    assert reasons(result) == ["boundary_moved"]
     assert tokenizer.decode(result.pair.prompt).endswith("<|im_start|>assistant\n")
     assert tokenizer.decode(result.pair.chosen) == "The sky<|im_end|>\n"
 
 
 def test_the_boundary_moves_back_where_tokens_merge_over_it(tokenizer: Any):
     record = PairRecord("The sky is bl", "ue.", "ack.", "pairs.jsonl", 1)
-    result = tokenized(record, tokenizer)
-    assert result.notes == ("boundary_moved",)
+    result = record_tokenizer(tokenizer, strings="raw").pair(record)
+    assert reasons(result) == ["strings_raw", "boundary_moved"]
     whole = tokenizer("The sky is blue.<|im_end|>")["input_ids"]
     assert [*result.pair.prompt, *result.pair.chosen] == whole
 
@@ -95,10 +102,10 @@ def test_ids_are_split_as_trls_dpo_trainer_splits_them(tokenizer: Any):
 
 def test_text_ends_with_one_end_of_sequence_token(tokenizer: Any):
     record = PairRecord("sky?", " blue", " green<|im_end|>", "pairs.jsonl", 1)
-    result = tokenized(record, tokenizer)
+    result = record_tokenizer(tokenizer, strings="raw").pair(record)
     assert tokenizer.decode(result.pair.chosen) == " blue<|im_end|>"
     assert tokenizer.decode(result.pair.rejected) == " green<|im_end|>"
-    assert result.notes == ()
+    assert reasons(result) == ["strings_raw"]
 
 
 # -------------------------------------------------------------------------------------------------------------- limits
@@ -109,7 +116,8 @@ def test_a_long_completion_loses_its_end_and_no_token_takes_its_place(tokenizer:
     whole, cut = tokenized(record, tokenizer).pair, tokenized(record, tokenizer, completion=6)
     assert cut.pair.chosen == whole.chosen[:6]
     assert cut.pair.rejected == whole.rejected
-    assert cut.notes == ("completion_cut",)
+    assert reasons(cut) == ["completion_cut"]
+    assert cut.removed == (len(whole.chosen) - 6, 0)
 
 
 def test_a_completion_at_the_limit_is_not_cut(tokenizer: Any):
@@ -153,8 +161,7 @@ def test_a_conversation_that_the_template_refuses_is_dropped_with_its_words(toke
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     problem = tokenized(answers("blue", "green"), tokenizer)
     assert (problem.reason, problem.detail) == ("template_refused", "the chat template raised: roles must alternate")
-    with pytest.raises(ValueError, match="the chat template raised: roles must alternate"):
-        render_prompt((USER,), tokenizer)
+    assert prompt_ids(tokenizer) == Problem("template_refused", "prompts.jsonl", 1, problem.detail)
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
@@ -162,7 +169,7 @@ def test_a_conversation_that_the_template_refuses_is_dropped_with_its_words(toke
 
 def test_messages_without_a_chat_template_are_an_error_that_names_the_key(tokenizer: Any):
     tokenizer.chat_template = None
-    for attempt in (lambda: tokenized(answers("a", "b"), tokenizer), lambda: render_prompt((USER,), tokenizer)):
+    for attempt in (lambda: tokenized(answers("a", "b"), tokenizer), lambda: prompt_ids(tokenizer)):
         with pytest.raises(ValueError, match=r"model\.chat_template: the data holds messages"):
             attempt()
 
@@ -199,7 +206,7 @@ def test_a_template_file_replaces_the_tokenizers_own(tokenizer: Any, tmp_path: P
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "chat.jinja").write_text("{{ messages[0]['content'] }}!")
     loaded = load_tokenizer(str(tmp_path / "model"), str(tmp_path / "chat.jinja"))
-    assert loaded.decode(list(render_prompt((USER,), loaded))) == "What is the color of the sky?!"
+    assert loaded.decode(list(prompt_ids(loaded).token_ids)) == "What is the color of the sky?!"
     assert load_tokenizer(str(tmp_path / "model")).chat_template == tokenizer.chat_template
     with pytest.raises(ValueError, match=r"model\.chat_template: .*none\.jinja: cannot be read: No such file"):
         load_tokenizer(str(tmp_path / "model"), str(tmp_path / "none.jinja"))

@@ -1,0 +1,235 @@
+"""Fields of a record: text, messages, conversations and tools, validated.
+
+A field that cannot be used raises ``Unusable`` with its name, what was found and what is accepted.
+"""
+
+import ast
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from dpo_ray.data.sources import Unusable, show
+from dpo_ray.types import Message, Messages
+
+ROLES = {
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
+    "human": "user",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+}
+"""Values accepted in ``role`` and ``from``, and their roles."""
+
+MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
+"""Keys of a message that reach the chat template."""
+
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+_PLACEHOLDER = re.compile(r"<(?:image|audio|video)(?:_\d+)?>|<\|(?:image|audio|video)(?:_pad|_\d+)?\|>")
+
+
+class Fields:
+    """The fields of one record; counts those that nobody read.
+
+    Null fields count as missing: Arrow pads records with nulls.
+    """
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        self.record = record
+        self._read: set[str] = set()
+        self._unread_keys: Counter[str] = Counter()
+        for name in MEDIA:
+            if record.get(name):
+                bad_field(name, show(record[name]), "text records only; remove the record or the field")
+
+    def has(self, name: str) -> bool:
+        """True if the field is present and not null."""
+        return self.record.get(name) is not None
+
+    def first_of(self, *names: str) -> str | None:
+        """The first of ``names`` that is present, or None."""
+        return next(filter(self.has, names), None)
+
+    def read(self, name: str) -> Any:
+        """The value of a field; None if it is missing."""
+        self._read.add(name)
+        value = self.record.get(name)
+        if isinstance(value, Unusable):
+            raise Unusable(value.reason, f"{name}: {value.detail}")
+        return value
+
+    def text(self, name: str) -> str:
+        """A field that must be text with more than white space."""
+        return text(name, self.read(name))
+
+    def conversation(self, name: str, value: Any = None) -> Messages | str:
+        """A field with text, one message, a list of messages, or such a list as JSON text."""
+        value = self.read(name) if value is None else value
+        if isinstance(value, str):
+            value = _parse_messages(name, value)
+        if isinstance(value, str):
+            return text(name, value)
+        if isinstance(value, dict):
+            value = [value]
+        if not isinstance(value, list):
+            bad_field(name, show(value), "text or a list of messages")
+        turns = [self._message(f"{name}[{i}]", turn) for i, turn in enumerate(value)]
+        if not any(turns):
+            raise Unusable("empty_field", f"{name}: an empty list")
+        return tuple(turn for turn in turns if turn)
+
+    def system(self) -> Messages:
+        """The column ``system`` (or ``system_prompt``) as a turn; an empty one is no turn."""
+        name = self.first_of("system", "system_prompt")
+        value = self.read(name) if name else None
+        return (turn("system", text(name, value)),) if name and value != "" else ()
+
+    def tools(self) -> tuple[Mapping[str, Any], ...]:
+        """The column ``tools``: a list of JSON schemas, or such a list as JSON text."""
+        inner = self.record.get("input")
+        value = self.read("tools") or (inner.get("tools") if isinstance(inner, dict) else None)
+        if isinstance(value, str) and value.strip():
+            value = _parse_json("tools", value)
+        if not value:
+            return ()
+        if not isinstance(value, list):
+            bad_field("tools", show(value), "a list of JSON schemas")
+        schemas = [_parse_json(f"tools[{i}]", tool) if isinstance(tool, str) else tool for i, tool in enumerate(value)]
+        for i, schema in enumerate(schemas):
+            if not isinstance(schema, dict):
+                bad_field(f"tools[{i}]", show(schema), "a JSON schema")
+        return tuple(schemas)
+
+    def unread(self) -> tuple[str, ...]:
+        """Names of the fields that are present and were not read, and of such keys of messages as ``chosen[].KEY``."""
+        columns = (
+            name for name in self.record if self.has(name) and name not in self._read and self.record[name] != []
+        )
+        return (*map(str, columns), *self._unread_keys)
+
+    def skip_key(self, name: str) -> None:
+        """Count a key inside a field as not read."""
+        self._unread_keys[name] += 1
+
+    def _message(self, name: str, value: Any) -> Message | None:
+        """A message, or None for a system turn without content."""
+        accepted = "a message, {role, content} or {from, value}"
+        if not isinstance(value, dict):
+            bad_field(name, show(value), accepted)
+        speaker_key, text_key = ("from", "value") if value.get("from") is not None else ("role", "content")
+        speaker = value.get(speaker_key)
+        if speaker is None:
+            missing_field(value, f"{name}.{speaker_key}", f"accepted is {accepted}")
+        if not isinstance(speaker, str) or speaker not in ROLES:
+            bad_field(f"{name}.{speaker_key}", show(speaker), ", ".join(ROLES))
+        extra = {key: value[key] for key in MESSAGE_KEYS[2:] if value.get(key) not in (None, [], "")}
+        for key in value:
+            if key not in (speaker_key, text_key, *MESSAGE_KEYS) and value[key] not in (None, [], ""):
+                self.skip_key(f"{name.partition('[')[0]}[].{key}")
+        content = value.get(text_key)
+        if speaker == "function_call":
+            return {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": _called_functions(f"{name}.{text_key}", content),
+            }
+        if "tool_calls" in extra:
+            extra["tool_calls"] = _tool_calls(f"{name}.tool_calls", extra["tool_calls"])
+        for key in ("reasoning_content", "thinking", "name", "tool_call_id"):
+            if key in extra:
+                extra[key] = text(f"{name}.{key}", extra[key])
+        return _turn(name, text_key, ROLES[speaker], value, content, extra)
+
+
+def _turn(name: str, text_key: str, role: str, value: Any, content: Any, extra: dict[str, Any]) -> Message | None:
+    if content is None:
+        if role == "system":
+            return None
+        if "tool_calls" not in extra:
+            missing_field(value, f"{name}.{text_key}", "accepted is a message, {role, content} or {from, value}")
+        return {"role": role, "content": None, **extra}
+    # An empty system turn is valid: it prevents templates from inserting their default. Tools may return nothing.
+    may_be_empty = role in ("system", "tool") or bool(extra)
+    joined = _joined(f"{name}.{text_key}", content)
+    return {"role": role, "content": text(f"{name}.{text_key}", joined, may_be_empty=may_be_empty), **extra}
+
+
+def turn(role: str, content: str) -> Message:
+    """A chat turn."""
+    return {"role": role, "content": content}
+
+
+def text(name: str, value: Any, *, may_be_empty: bool = False) -> str:
+    """``value`` if it is text that a model can be trained on."""
+    if not isinstance(value, str):
+        bad_field(name, show(value), "text")
+    if not value.strip() and not may_be_empty:
+        raise Unusable("empty_field", f"{name}: {show(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        bad_field(name, f"half of a surrogate pair at character {error.start + 1}", "Unicode text")
+    if placeholder := _PLACEHOLDER.search(value):
+        bad_field(name, f"the placeholder {placeholder[0]}", "text without images, audio or video")
+    return value
+
+
+def missing_field(record: Mapping[str, Any], name: str, accepted: str) -> NoReturn:
+    """Raise Unusable for a field that is missing or null."""
+    raise Unusable("missing_field", f"{name}: found {', '.join(sorted(map(str, record))) or 'no fields'}; {accepted}")
+
+
+def bad_field(name: str, found: str, accepted: str) -> NoReturn:
+    """Raise Unusable for a field that cannot be used."""
+    raise Unusable("bad_field", f"{name}: found {found}; accepted: {accepted}")
+
+
+def _joined(name: str, content: Any) -> Any:
+    """Content parts of text as one text; other values unchanged."""
+    if not isinstance(content, list) or not content:
+        return content
+    parts = []
+    for i, part in enumerate(content):
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind != "text":
+            bad_field(f"{name}[{i}]", f"a part of type {show(kind)}", "parts of type text")
+        parts.append(text(f"{name}[{i}]", part.get("text") if isinstance(part, dict) else part, may_be_empty=True))
+    return "".join(parts)
+
+
+def _parse_messages(name: str, value: str) -> Any:
+    """A list of messages stored as JSON or Python text; other text unchanged."""
+    if not re.match(r"""\s*\[\s*\{\s*["'](?:role|from|content|value)["']\s*:""", value):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        try:
+            return ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            bad_field(name, f"{show(value)}, which starts like a list of messages", "a list of messages as JSON text")
+
+
+def _parse_json(name: str, value: str) -> Any:
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        bad_field(name, f"text that is not JSON: {error}", "a list, or JSON text of one")
+
+
+def _tool_calls(name: str, value: Any) -> list[Any]:
+    calls = _parse_json(name, value) if isinstance(value, str) else value
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        bad_field(name, show(calls), "a list of tool calls")
+    return calls
+
+
+def _called_functions(name: str, value: Any) -> list[Any]:
+    """Calls of a ShareGPT turn by ``function_call``: JSON of one call or of several, {name, arguments}."""
+    calls = _parse_json(name, text(name, value))
+    calls = calls if isinstance(calls, list) else [calls]
+    for call in calls:
+        if not isinstance(call, dict) or "name" not in call:
+            bad_field(name, show(call), "a call, {name, arguments}")
+    return [{"type": "function", "function": call} for call in calls]

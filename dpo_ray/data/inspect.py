@@ -1,0 +1,221 @@
+"""The records of a run as the model will read them, decoded."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from dpo_ray.config import Config
+from dpo_ray.data.records import PairRecord, Problem, read_pairs, read_prompts
+from dpo_ray.data.report import MEANINGS, DataReport, DataReportBuilder
+from dpo_ray.data.sources import expand_source, split_sources
+from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPair, engine_limits, load_limits, load_tokenizer
+from dpo_ray.types import Messages
+
+SIDES = ("prompt", "chosen", "rejected")
+
+
+@dataclass(frozen=True, slots=True)
+class InspectedRecord:
+    """A record and what the run makes of it; texts are decoded with special tokens."""
+
+    key: str
+    """data.train, data.eval, online.prompts or online.eval_prompts."""
+    source: str
+    number: int
+    status: Literal["kept", "dropped"]
+    reason: str | None = None
+    detail: str | None = None
+    notes: tuple[str, ...] = ()
+    """``reason: detail``; of fields that are not used, ``not_used: names``."""
+    prompt: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    """Length of each part."""
+    truncated: Mapping[str, int] = field(default_factory=dict)
+    """Tokens removed from the end of a completion."""
+    no_loss: Mapping[str, int] = field(default_factory=dict)
+    """Tokens of a completion that carry no loss, such as the answers of tools."""
+    written: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Texts of the record that each part consists of; the template added everything else."""
+
+    def to_json(self) -> str:
+        """One line of ``--json``."""
+        return json.dumps(
+            {name: value for name, value in asdict(self).items() if name != "written"}, ensure_ascii=False
+        )
+
+
+def inspect_run(config: Config, console: Console, *, json_file: Path | None = None, shown: int = 3) -> None:
+    """Print the data report and the first records of every data set of a run; write all records to ``json_file``.
+
+    Raises:
+        ValueError: a source or the tokenizer cannot be loaded, or no record of a data set is usable.
+    """
+    tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
+    limits = load_limits(config.model.path)
+    pairs = RecordTokenizer(tokenizer, config.data, limits)
+    sets = {
+        key: (_pairs(key, sources, pairs, limit), sources)
+        for key, sources, limit in (
+            ("data.train", config.data.train, config.data.limit), ("data.eval", config.data.eval, None)
+        )
+    }  # fmt: skip
+    if config.online:
+        prompts = RecordTokenizer(tokenizer, config.data, engine_limits(config, limits))
+        for name in ("prompts", "eval_prompts"):
+            sources = getattr(config.online, name)
+            sets[f"online.{name}"] = (_prompts(f"online.{name}", sources, prompts), sources)
+    if not any(sources for _, sources in sets.values()):
+        raise ValueError("data.train, data.eval and online.prompts are empty: nothing to inspect")
+    lines = json_file.open("w", encoding="utf-8") if json_file else None
+    try:
+        for key, (records, sources) in sets.items():
+            if sources:
+                _inspect_set(key, records, sources, console, lines, shown)
+    finally:
+        if lines:
+            lines.close()
+
+
+def _inspect_set(
+    key: str, records: Iterator[InspectedRecord], sources: Sequence[str], console: Console, lines: Any, shown: int
+) -> None:
+    counts, first, lengths = DataReportBuilder(), [], []
+    with console.status(f"{key}: reading") as status:
+        for record in records:
+            if lines:
+                lines.write(record.to_json() + "\n")
+            _count(counts, record)
+            if record.status == "kept":
+                lengths.append(tuple(record.tokens.values()))
+                first += [record] if len(first) < shown else []
+            if counts.read % 1000 == 0:
+                status.update(f"{key}: {counts.read:,} records read")
+    columns = len(lengths[0]) if lengths else 3
+    report: DataReport = counts.build(np.array(lengths, np.int64).reshape(-1, columns))
+    report.check(strict=False, name=key, sources=sources)
+    console.print(report.text(key), highlight=False, markup=False, soft_wrap=True)
+    for record in first:
+        console.print(to_text(record), soft_wrap=True)
+
+
+def _count(counts: DataReportBuilder, record: InspectedRecord) -> None:
+    if record.status == "dropped":
+        counts.drop(Problem(record.reason or "", record.source, record.number, record.detail or ""))
+        return
+    notes = [tuple(note.split(": ", 1)) if ": " in note else (note, "") for note in record.notes]
+    unread = [names for reason, names in notes if reason == "not_used"]
+    counts.keep(
+        record.source,
+        record.number,
+        [(reason, detail) for reason, detail in notes if reason != "not_used"],
+        unread[0].split(", ") if unread else (),
+    )
+
+
+def _pairs(
+    key: str, sources: Sequence[str], tokenizer: RecordTokenizer, limit: int | None
+) -> Iterator[InspectedRecord]:
+    files = [file for source in sources for file in expand_source(source)]
+    parts = split_sources(files, rows_per_part=1 << 62, limit=limit)
+    for record in read_pairs(parts, pairs_per_prompt=tokenizer.data.pairs_per_prompt):
+        result = record if isinstance(record, Problem) else tokenizer.pair(record)
+        if isinstance(record, Problem) or isinstance(result, Problem):
+            yield _dropped(key, result)
+            continue
+        yield _kept_pair(key, record, result, tokenizer)
+
+
+def _prompts(key: str, sources: Sequence[str], tokenizer: RecordTokenizer) -> Iterator[InspectedRecord]:
+    for record in read_prompts(sources):
+        result = record if isinstance(record, Problem) else tokenizer.prompt(record)
+        if isinstance(record, Problem) or isinstance(result, Problem):
+            yield _dropped(key, result)
+            continue
+        yield InspectedRecord(
+            key, record.source, record.number, "kept",
+            notes=_notes(result.notes, tuple(record.columns)),
+            prompt=tokenizer.decode(result.token_ids),
+            tokens={"prompt": len(result.token_ids)},
+            written={"prompt": _written(result.messages)},
+        )  # fmt: skip
+
+
+def _dropped(key: str, problem: Any) -> InspectedRecord:
+    return InspectedRecord(key, problem.source, problem.number, "dropped", problem.reason, problem.detail)
+
+
+def _kept_pair(key: str, record: PairRecord, result: TokenizedPair, tokenizer: RecordTokenizer) -> InspectedRecord:
+    ids = {side: getattr(result.pair, side) for side in SIDES}
+    no_loss = {side: sum(token < 0 for token in ids[side]) for side in SIDES}
+    written = {side: _written(getattr(record, side)) for side in SIDES}
+    return InspectedRecord(
+        key, record.source, record.number, "kept",
+        notes=_notes(result.notes, record.unread),
+        **{side: tokenizer.decode(ids[side]) for side in SIDES},
+        tokens={side: len(ids[side]) for side in SIDES},
+        truncated={side: n for side, n in zip(SIDES[1:], result.removed, strict=True) if n},
+        no_loss={side: n for side, n in no_loss.items() if n},
+        written={**written, "prompt": (*_written(record.system), *written["prompt"])},
+    )  # fmt: skip
+
+
+def _notes(notes: Sequence[tuple[str, str]], unread: Sequence[str]) -> tuple[str, ...]:
+    described = tuple(f"{reason}: {detail}" if detail else reason for reason, detail in notes)
+    return (*described, f"not_used: {', '.join(unread)}") if unread else described
+
+
+def _written(part: Messages | str) -> tuple[str, ...]:
+    if isinstance(part, str):
+        return (part,)
+    keys = ("reasoning_content", "thinking", "content")
+    return tuple(message[key] for message in part for key in keys if message.get(key))
+
+
+def to_text(record: InspectedRecord) -> Text:
+    """A kept record for the terminal; what the template added is dim and in guillemets."""
+    counts = " | ".join(
+        f"{side} {count:,} tokens"
+        + (f" ({record.truncated[side]:,} more truncated)" if side in record.truncated else "")
+        + (f" ({record.no_loss[side]:,} without loss)" if side in record.no_loss else "")
+        for side, count in record.tokens.items()
+    )
+    text = Text(f"\n{record.source}:{record.number}  ", style="bold").append(counts, style="not bold")
+    for note in record.notes:
+        reason, _, detail = note.partition(": ")
+        text.append(
+            f"\n  note: {MEANINGS.get(reason, reason.replace('_', ' '))}" + (f": {detail}" if detail else ""), "yellow"
+        )
+    for side in record.tokens:
+        text.append(f"\n| {side}\n", style="bold cyan")
+        for part, added in _segments(getattr(record, side), record.written.get(side, ())):
+            text.append(f"«{part}»" if added else part, style="dim" if added else "not bold")
+        if side in record.truncated:
+            text.append(" [truncated]", style="bold red")
+    return text.append("\n|", style="bold cyan")
+
+
+def _segments(text: str, written: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """The parts of a text in order, and True for those that do not occur in ``written``."""
+    at = 0
+    for part in written:
+        part = part.strip() if part.strip() in text[at:] and part not in text[at:] else part
+        # A truncated completion ends within its text.
+        start = text.find(part, at)
+        if start < 0 and part.startswith(text[at:].strip()) and text[at:].strip():
+            start, part = at, text[at:]
+        if start < 0:
+            continue
+        if start > at:
+            yield text[at:start], True
+        yield part, False
+        at = start + len(part)
+    if at < len(text):
+        yield text[at:], True

@@ -1,0 +1,381 @@
+"""Layouts of records: which fields hold the prompt, the completions and their scores.
+
+A layout is recognised by its fields. Each is read into ``Candidates``, whatever it is named after:
+
+    labelled      prompt, chosen, rejected (also instruction, question, history, chosen_response, ...)
+    implicit      chosen and rejected as whole conversations, or as Human/Assistant transcripts
+    verdict       two completions and a verdict (HelpSteer 2 and 3, PKU-SafeRLHF, SHP, arena battles)
+    ranked        a list of completions with scores or ranks (UltraFeedback, Nectar, distilabel)
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from typing import Any, NamedTuple
+
+from dpo_ray.data.fields import Fields, bad_field, missing_field, text, turn
+from dpo_ray.data.sources import Unusable, show
+from dpo_ray.types import Message, Messages
+
+LAYOUTS_ACCEPTED = (
+    "accepted are prompt/chosen/rejected, chosen/rejected as whole conversations, "
+    "messages/completions with scores, conversations/chosen/rejected, two responses with a verdict, "
+    "and the layouts in docs/data.md"
+)
+
+PROMPT = ("prompt", "conversations", "instruction", "question", "input", "context", "history", "messages")
+"""Fields that may hold the prompt, in the order in which they are looked for."""
+_CHOSEN = ("chosen", "chosen_response", "response_j", "preferred_output")
+_REJECTED = ("rejected", "rejected_response", "response_k", "non_preferred_output")
+_LISTS = ("completions", "answers", "generations", "responses")
+_SCORES = ("scores", "score", "ratings", "rating", "ranks", "rank")
+_TEXTS = ("content", "text", "completion", "response", "answer", "value", "generated_text")
+_ITEM_SCORES = ("score", "overall_score", "rating", "rank")
+_LOWER_IS_BETTER = ("rank", "ranks")
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+"""Tags of the turns of a transcript."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """A prompt and its completions: all texts, or all messages."""
+
+    prompt: Messages | str
+    completions: tuple[Messages | str, ...]
+    scores: tuple[Any, ...]
+    """Higher is better; not yet validated."""
+    names: tuple[str, ...]
+    """Field of each completion, for messages."""
+
+
+def read_candidates(fields: Fields) -> Candidates:
+    """The prompt, completions and scores of a record in any layout.
+
+    Raises:
+        Unusable: no layout fits, or a field cannot be used.
+    """
+    chosen, rejected = fields.first_of(*_CHOSEN), fields.first_of(*_REJECTED)
+    if chosen and rejected:
+        return _labelled(fields, chosen, rejected)
+    if verdict := _verdict_of(fields):
+        return _judged(fields, verdict)
+    if name := fields.first_of(*_LISTS):
+        return _ranked(fields, name)
+    if fields.has("label") and fields.first_of("completion", "response"):
+        raise Unusable("unpaired", "completion and label: one completion per record; accepted are pairs of completions")
+    missing_field(fields.record, "rejected" if chosen else "chosen", LAYOUTS_ACCEPTED)
+
+
+def read_prompt(fields: Fields) -> Messages | str:
+    """The prompt of a record in any layout, with or without completions.
+
+    The last assistant turns of ``messages`` and ``conversations`` are the answer; those of ``prompt`` are the beginning
+    of one, which the completion continues.
+
+    Raises:
+        Unusable: the record has no prompt.
+    """
+    name = fields.first_of(*PROMPT)
+    chosen, rejected = fields.first_of(*_CHOSEN), fields.first_of(*_REJECTED)
+    if chosen and rejected:
+        implicit = name is None or not isinstance(fields.conversation(chosen), str)
+    else:
+        implicit = name is None and _verdict_of(fields) is not None
+    if implicit:
+        return read_candidates(fields).prompt
+    if name is None:
+        missing_field(fields.record, "prompt", f"accepted are {', '.join(PROMPT)}, and the prompt of a pair")
+    prompt = _prompt(fields)
+    if isinstance(prompt, tuple):
+        while prompt and name in ("messages", "conversations") and prompt[-1]["role"] == "assistant":
+            prompt = prompt[:-1]
+        if all(message["role"] == "assistant" for message in prompt):
+            bad_field(name, "only assistant turns", "a conversation with another turn")
+    return prompt
+
+
+def transcript_turns(transcript: str) -> Messages | None:
+    """The turns of a Human/Assistant transcript, without a final empty one; None for other text."""
+    if not transcript.startswith((HUMAN, HUMAN.lstrip())):
+        return None
+    parts = re.split(r"(?:\A|\n\n)(Human|Assistant):", transcript)[1:]
+    turns = [
+        turn("user" if speaker == "Human" else "assistant", content.strip())
+        for speaker, content in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    return tuple(message for i, message in enumerate(turns) if message["content"] or i < len(turns) - 1)
+
+
+# ------------------------------------------------------------------------------------------------------------- prompts
+
+
+def _prompt(fields: Fields) -> Messages | str:
+    """The prompt field, with ``system``, ``input`` and ``history`` where a record has them."""
+    name = fields.first_of(*PROMPT)
+    assert name is not None
+    prompt = _openai_input(fields) if name == "input" and isinstance(fields.record["input"], dict) else None
+    prompt = prompt or fields.conversation(name)
+    if isinstance(prompt, str):
+        if name == "instruction" and fields.record.get("input"):
+            prompt = f"{prompt}\n{fields.text('input')}"
+        earlier = _history(fields) if name != "history" else ()
+        if earlier:
+            prompt = (*earlier, turn("user", prompt))
+    return prompt
+
+
+def _pair_prompt(fields: Fields) -> Messages | str:
+    """The prompt field of a record with completions."""
+    prompt, name = _prompt(fields), fields.first_of(*PROMPT)
+    if isinstance(prompt, tuple) and prompt[-1]["role"] == "assistant" and name != "prompt":
+        bad_field(
+            f"{name}", "an assistant turn at the end, beside completions", "a conversation that ends with another turn"
+        )
+    return prompt
+
+
+def _openai_input(fields: Fields) -> Messages | str:
+    value = fields.read("input")
+    for key in value:
+        if key not in ("messages", "tools") and value[key] is not None:
+            fields.skip_key(f"input.{key}")
+    return fields.conversation("input.messages", value.get("messages") or [])
+
+
+def _history(fields: Fields) -> Messages:
+    """Earlier exchanges of Alpaca-style records: a list of [question, answer]."""
+    if not isinstance(fields.record.get("history"), list):
+        return ()
+    exchanges = fields.read("history")
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in exchanges):
+        bad_field("history", show(exchanges), "a list of [question, answer]")
+    return tuple(
+        turn(role, text(f"history[{i}][{j}]", pair[j]))
+        for i, pair in enumerate(exchanges)
+        for j, role in enumerate(("user", "assistant"))
+    )
+
+
+# ----------------------------------------------------------------------------------------------- chosen and rejected
+
+
+def _labelled(fields: Fields, *names: str) -> Candidates:
+    """Layouts with a chosen and a rejected completion."""
+    chosen, rejected = map(fields.conversation, names)
+    if not fields.first_of(*PROMPT[:-1]) and not (fields.has("messages") and _is_answer(chosen)):
+        prompt, chosen, rejected = _split(fields, names, chosen, rejected)
+    else:
+        prompt = _pair_prompt(fields)
+        if isinstance(chosen, str) != isinstance(rejected, str):
+            bad_field(" and ".join(names), "text and messages", "two texts or two lists of messages")
+        if not isinstance(prompt, str) or not isinstance(chosen, str):
+            prompt = (turn("user", prompt),) if isinstance(prompt, str) else prompt
+            prompt, chosen, rejected = _split_after(names, prompt, _as_turns(chosen), _as_turns(rejected))
+    for name, completion in zip(names, (chosen, rejected), strict=True):
+        _validate_completion(name, completion)
+    return Candidates(prompt, (chosen, rejected), (1, 0), names)
+
+
+def _validate_completion(name: str, completion: Messages | str) -> None:
+    """Reject completions with turns of the user: the model would be trained to write them."""
+    if isinstance(completion, str):
+        return
+    for message in completion:
+        if message["role"] not in ("assistant", "tool"):
+            bad_field(name, f"a turn by {message['role']!r} after the prompt", "assistant and tool turns")
+    if completion[-1]["role"] != "assistant":
+        bad_field(name, "a tool turn at the end", "an assistant turn at the end")
+
+
+def _is_answer(completion: Messages | str) -> bool:
+    return isinstance(completion, str) or completion[0]["role"] == "assistant"
+
+
+def _as_turns(completion: Messages | str) -> Messages:
+    return (turn("assistant", completion),) if isinstance(completion, str) else completion
+
+
+def _split(fields: Fields, names: Sequence[str], chosen: Messages | str, rejected: Messages | str) -> Any:
+    """Split two whole conversations without a prompt field at the end of their common start."""
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        return _split_transcripts(fields, names, chosen, rejected)
+    if isinstance(chosen, str) or isinstance(rejected, str) or _is_answer(chosen) or _is_answer(rejected):
+        missing_field(fields.record, "prompt", LAYOUTS_ACCEPTED)
+    shared = _shared_turns(chosen, rejected)
+    if not shared:
+        bad_field(" and ".join(names), "conversations without a shared start", "a prompt field, or a shared start")
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _shared_turns(chosen: Messages, rejected: Messages) -> int:
+    """Number of turns of the prompt of two whole conversations: their common start, up to an assistant turn of each."""
+    shared = 0
+    for one, other in zip(chosen[:-1], rejected[:-1], strict=False):
+        if one != other:
+            break
+        shared += 1
+    # Completions start with an assistant turn, and both turns of an exchange with a tool belong to a completion.
+    while shared and chosen[shared - 1]["role"] in ("assistant", "tool"):
+        shared -= 1
+    return shared
+
+
+def _split_after(names: Sequence[str], prompt: Messages, chosen: Messages, rejected: Messages) -> Any:
+    """Split off a prompt that chosen and rejected may repeat, whole or from one of its turns on."""
+    if _is_answer(chosen) and _is_answer(rejected):
+        return prompt, chosen, rejected
+    shared = _shared_turns(chosen, rejected)
+    start = chosen[:shared]
+    if not _contains(start, prompt):
+        overlap = next((n for n in range(min(len(prompt), shared), 0, -1) if _same(prompt[-n:], start[:n])), 0)
+        if not overlap and prompt[-1]["role"] == "user":
+            bad_field(
+                " and ".join(names), "whole conversations without the prompt", "answers, or the prompt and an answer"
+            )
+        start = (*prompt[: len(prompt) - overlap], *start)
+    return start, chosen[shared:], rejected[shared:]
+
+
+def _contains(conversation: Messages, turns: Messages) -> bool:
+    """True if ``turns`` occur in ``conversation`` in this order."""
+    rest = iter(conversation)
+    return all(any(_same((message,), (other,)) for other in rest) for message in turns)
+
+
+def _same(turns: Messages, others: Messages) -> bool:
+    def key(message: Message) -> Any:
+        return {**message, "content": (message["content"] or "").strip()}
+
+    return list(map(key, turns)) == list(map(key, others))
+
+
+def _split_transcripts(fields: Fields, names: Sequence[str], chosen: str, rejected: str) -> tuple[str, str, str]:
+    """Split two Human/Assistant transcripts after their last common Assistant tag."""
+    before, tag, _ = commonprefix([chosen, rejected]).rpartition(ASSISTANT)
+    if not tag:
+        missing_field(fields.record, "prompt", LAYOUTS_ACCEPTED)
+    end = len(before) + len(tag)
+    for name, transcript in zip(names, (chosen, rejected), strict=True):
+        if HUMAN in transcript[end:]:
+            bad_field(name, "a turn by 'Human' after the prompt", "transcripts that part in their last answer")
+    return chosen[:end], text(names[0], chosen[end:]), text(names[1], rejected[end:])
+
+
+# ------------------------------------------------------------------------------------------- verdicts and ranked lists
+
+
+def finite_number(value: Any) -> float | None:
+    """A finite number, or None; CSV files hold numbers as text."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    try:
+        return (
+            value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+        )
+    except OverflowError:  # an integer beyond the range of floats
+        return None
+
+
+class _Verdict(NamedTuple):
+    first: str
+    second: str
+    field: str
+    """The verdict."""
+    second_is_better: Callable[[Any], float | None]
+    """Above 0 if the second completion is better, below 0 if the first is, 0 for a tie, None if unknown."""
+
+
+def _by_value(values: Mapping[Any, float]) -> Callable[[Any], float | None]:
+    return lambda value: values.get(value.strip().lower() if isinstance(value, str) else value)
+
+
+_VERDICTS = (
+    _Verdict("response_1", "response_2", "preference_strength", finite_number),
+    _Verdict("response1", "response2", "overall_preference", finite_number),
+    _Verdict("response_0", "response_1", "better_response_id", _by_value({0: -1, 1: 1, "0": -1, "1": 1})),
+    _Verdict("human_ref_A", "human_ref_B", "labels", _by_value({1: -1, 0: 1, "1": -1, "0": 1})),
+    _Verdict(
+        "conversation_a", "conversation_b", "winner",
+        _by_value({"model_a": -1, "model_b": 1, "tie": 0, "tie (bothbad)": 0, "both_bad": 0}),
+    ),
+)  # fmt: skip
+"""HelpSteer 2, HelpSteer 3, PKU-SafeRLHF, Stanford Human Preferences, arena battles."""
+
+
+def _verdict_of(fields: Fields) -> _Verdict | None:
+    return next((v for v in _VERDICTS if all(map(fields.has, (v.first, v.second, v.field)))), None)
+
+
+def _judged(fields: Fields, verdict: _Verdict) -> Candidates:
+    """Two completions and a verdict on them."""
+    better = verdict.second_is_better(fields.read(verdict.field))
+    if better is None:
+        raise Unusable("bad_score", f"{verdict.field}: found {show(fields.record[verdict.field])}")
+    names = (verdict.first, verdict.second)
+    first, second = map(fields.conversation, names)
+    if fields.first_of(*PROMPT):
+        prompt = _pair_prompt(fields)
+        if not isinstance(prompt, str):
+            first, second = _as_turns(first), _as_turns(second)
+    else:
+        prompt, first, second = _split(fields, names, first, second)
+    return Candidates(prompt, (first, second), (-better, better), names)
+
+
+def _ranked(fields: Fields, name: str) -> Candidates:
+    """A list of completions of one prompt, with scores or ranks in the items or in a field of their own."""
+    items = fields.read(name)
+    if not fields.first_of(*PROMPT):
+        missing_field(fields.record, "prompt", LAYOUTS_ACCEPTED)
+    prompt = _pair_prompt(fields)
+    if not isinstance(items, list) or len(items) < 2:
+        bad_field(name, show(items), "a list of two or more")
+    names = tuple(f"{name}[{i}]" for i in range(len(items)))
+    scores = _scores(fields, name, items)
+    completions = tuple(_completion(fields, *named) for named in zip(names, items, strict=True))
+    if not isinstance(prompt, str) or not all(isinstance(completion, str) for completion in completions):
+        prompt = (turn("user", prompt),) if isinstance(prompt, str) else prompt
+        completions = tuple(map(_as_turns, completions))
+    return Candidates(prompt, completions, scores, names)
+
+
+def _scores(fields: Fields, name: str, items: Sequence[Any]) -> tuple[Any, ...]:
+    if column := fields.first_of(*_SCORES):
+        scores = fields.read(column)
+        if not isinstance(scores, list) or len(scores) != len(items):
+            raise Unusable("bad_score", f"{column}: found {show(scores)} for {len(items)} completions")
+        key = column
+    else:
+        keys = [
+            key for key in _ITEM_SCORES if any(isinstance(item, dict) and item.get(key) is not None for item in items)
+        ]
+        if not keys:
+            raise Unusable(
+                "bad_score",
+                f"{name}: no scores; accepted are a field {' or '.join(_SCORES[::2])}, or {', '.join(_ITEM_SCORES)} "
+                "in every completion",
+            )
+        key = keys[0]
+        scores = [item.get(key) if isinstance(item, dict) else None for item in items]
+    sign = -1 if key in _LOWER_IS_BETTER else 1
+    return tuple(score if (number := finite_number(score)) is None else sign * number for score in scores)
+
+
+def _completion(fields: Fields, name: str, item: Any) -> Messages | str:
+    if not isinstance(item, dict):
+        return fields.conversation(name, item)
+    if item.get("role") is not None or item.get("from") is not None:
+        return fields.conversation(name, item)
+    key = next((key for key in _TEXTS if item.get(key) is not None), None)
+    if key is None:
+        missing_field(item, f"{name}.content", f"accepted are {', '.join(_TEXTS)}")
+    for other in item:
+        if other != key and other not in _ITEM_SCORES and item[other] is not None:
+            fields.skip_key(f"{name.partition('[')[0]}[].{other}")
+    return text(name, item[key]) if isinstance(item[key], str) else fields.conversation(name, item[key])

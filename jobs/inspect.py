@@ -1,0 +1,11 @@
+"""What a run would train on, decoded; the same as ``dpo-ray inspect``.
+
+python -m jobs.inspect CONFIG.yaml [key=value ...] [--json FILE]
+"""
+
+import sys
+
+from dpo_ray.cli import main
+
+if __name__ == "__main__":
+    main(["inspect", *sys.argv[1:]])

@@ -1,0 +1,279 @@
+"""Layouts of public preference sets: small records in their form."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dpo_ray.data.fields import Fields
+from dpo_ray.data.layouts import transcript_turns
+from dpo_ray.data.records import PairRecord, Problem, PromptRecord, read_pairs, read_prompts
+from dpo_ray.data.sources import Part
+
+Write = Callable[..., str]
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+ASK, OAK, HERRING = user("Name a tree."), assistant("An oak."), assistant("A herring.")
+SYSTEM = {"role": "system", "content": "Be brief."}
+STRINGS = ("Name a tree.", "An oak.", "A herring.")
+MESSAGES = ((ASK,), (OAK,), (HERRING,))
+HH = "\n\nHuman: Name a tree.\n\nAssistant:"
+
+# Record; prompt, chosen and rejected; fields that are not used.
+LAYOUTS: dict[str, tuple[dict[str, Any], tuple[Any, Any, Any], set[str]]] = {
+    "HH-RLHF": ({"chosen": f"{HH} An oak.", "rejected": f"{HH} A herring."}, (HH, " An oak.", " A herring."), set()),
+    "UltraFeedback, binarized": (
+        {
+            "prompt": "Name a tree.", "prompt_id": "1", "chosen": [ASK, OAK], "rejected": [ASK, HERRING],
+            "messages": [ASK, OAK], "score_chosen": 8.0, "score_rejected": 2.0,
+        },
+        MESSAGES, {"prompt_id", "messages", "score_chosen", "score_rejected"},
+    ),
+    "UltraFeedback, raw": (
+        {
+            "source": "x", "instruction": "Name a tree.", "models": ["a", "b"],
+            "completions": [
+                {"model": "a", "response": "An oak.", "overall_score": 9.0, "custom_system_prompt": "Be kind."},
+                {"model": "b", "response": "A herring.", "overall_score": 2.0, "custom_system_prompt": "Be odd."},
+            ],
+        },
+        STRINGS, {"source", "models", "completions[].model", "completions[].custom_system_prompt"},
+    ),
+    "HelpSteer 2": (
+        {
+            "split": "train", "prompt": "Name a tree.", "response_1": "A herring.", "response_2": "An oak.",
+            "preference_strength": 2, "preference_statement": "2 is right",
+        },
+        STRINGS, {"split", "preference_statement"},
+    ),
+    "HelpSteer 3": (
+        {
+            "domain": "general", "context": [ASK], "response1": "An oak.", "response2": "A herring.",
+            "overall_preference": -3,
+        },
+        MESSAGES, {"domain"},
+    ),
+    "Nectar": (
+        {
+            "prompt": f"{HH} ", "turns": 1, "answers": [
+                {"answer": "A bush.", "model": "m", "rank": 2.0}, {"answer": "An oak.", "model": "m", "rank": 1.0},
+                {"answer": "A herring.", "model": "m", "rank": 3.0},
+            ],
+        },
+        (f"{HH} ", "An oak.", "A herring."), {"turns", "answers[].model"},
+    ),
+    "PKU-SafeRLHF": (
+        {
+            "prompt": "Name a tree.", "response_0": "A herring.", "response_1": "An oak.", "better_response_id": 1,
+            "safer_response_id": 0, "is_response_0_safe": True,
+        },
+        STRINGS, {"safer_response_id", "is_response_0_safe"},
+    ),
+    "Argilla, UltraFeedback": (
+        {
+            "instruction": "Name a tree.", "chosen_response": "An oak.", "rejected_response": "A herring.",
+            "chosen_avg_rating": 5,
+        },
+        STRINGS, {"chosen_avg_rating"},
+    ),
+    "distilabel, generations": (
+        {"instruction": "Name a tree.", "generations": ["A herring.", "An oak."], "ratings": [1.0, 5.0], "model": "m"},
+        STRINGS, {"model"},
+    ),
+    "distilabel, orca": (
+        {"system": "Be brief.", "input": "Name a tree.", "chosen": [OAK], "rejected": [HERRING], "status": "ok"},
+        ((SYSTEM, ASK), (OAK,), (HERRING,)), {"status"},
+    ),
+    "Skywork": (
+        {"chosen": [ASK, OAK], "rejected": [ASK, HERRING], "source": "magpie"}, MESSAGES, {"source"},
+    ),
+    "Tulu 3 preference mixture": (
+        {
+            "id": "7", "source": "x", "prompt": "Name a tree.", "chosen": [ASK, OAK], "rejected": [ASK, HERRING],
+            "chosen_rating": 4.5, "chosen_model": "m",
+        },
+        MESSAGES, {"id", "source", "chosen_rating", "chosen_model"},
+    ),
+    "ShareGPT with tools of text": (
+        {
+            "conversations": [{"from": "human", "value": "Name a tree."}],
+            "chosen": {"from": "gpt", "value": "An oak."},
+            "rejected": {"from": "gpt", "value": "A herring."}, "tools": "[]",
+        },
+        MESSAGES, set(),
+    ),
+    "Alpaca with input and history": (
+        {
+            "instruction": "Name a tree.", "input": "In one word.", "history": [["Hello", "Hi"]], "chosen": "Oak.",
+            "rejected": "A herring.",
+        },
+        (
+            (user("Hello"), assistant("Hi"), user("Name a tree.\nIn one word.")), (assistant("Oak."),), (HERRING,)
+        ), set(),
+    ),
+    "OpenAI preference fine-tuning": (
+        {
+            "input": {"messages": [ASK], "tools": [], "parallel_tool_calls": True}, "preferred_output": [OAK],
+            "non_preferred_output": [HERRING],
+        },
+        MESSAGES, {"input.parallel_tool_calls"},
+    ),
+    "Stanford Human Preferences": (
+        {"history": "Name a tree.", "human_ref_A": "A herring.", "human_ref_B": "An oak.", "labels": 0, "score_A": 3},
+        STRINGS, {"score_A"},
+    ),
+    "Stack Exchange pairs": (
+        {"question": "Name a tree.", "response_j": "An oak.", "response_k": "A herring.", "qid": 4}, STRINGS, {"qid"},
+    ),
+    "arena battle": (
+        {
+            "question_id": "q", "conversation_a": [ASK, HERRING], "conversation_b": [ASK, OAK], "winner": "model_b",
+            "turn": 1,
+        },
+        MESSAGES, {"question_id", "turn"},
+    ),
+    "messages as JSON text": (
+        {"prompt": '[{"role": "user", "content": "Name a tree."}]', "chosen": "An oak.", "rejected": "A herring."},
+        MESSAGES, set(),
+    ),
+    "messages as Python text": (
+        {
+            "chosen": "[{'content': 'Name a tree.', 'role': 'user'}, {'content': 'An oak.', 'role': 'assistant'}]",
+            "rejected": "[{'content': 'Name a tree.', 'role': 'user'}, {'content': 'A herring.', 'role': 'assistant'}]",
+        },
+        MESSAGES, set(),
+    ),
+    "chosen and rejected beside completions without scores": (
+        {"prompt": [ASK], "chosen": [OAK], "rejected": [HERRING], "completions": ["An oak.", "A bush."]},
+        MESSAGES, {"completions"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_layout_of_a_public_set_gives_its_pair_and_names_its_other_fields(name: str, write: Write):
+    record, expected, unread = LAYOUTS[name]
+    (pair,) = read_pairs([Part(write([record]))])
+    assert isinstance(pair, PairRecord), pair
+    assert (*pair.system, pair.prompt, pair.chosen, pair.rejected) == expected
+    assert set(pair.unread) == unread
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_pairs_of_every_layout_serve_as_prompts(name: str, write: Write):
+    record, (expected, _, _), _ = LAYOUTS[name]
+    (prompt,) = read_prompts([write([record])])
+    assert isinstance(prompt, PromptRecord), prompt
+    assert prompt.prompt == expected
+
+
+def test_other_fields_of_a_prompt_are_carried_along(write: Write):
+    (prompt,) = read_prompts([write([{"prompt": [user("What is 6 x 7?")], "answer": "42", "level": 3, "note": None}])])
+    assert isinstance(prompt, PromptRecord)
+    assert prompt.columns == {"answer": "42", "level": 3}
+
+
+def test_a_ranked_list_gives_its_pairs_by_decreasing_difference_and_no_ties(write: Write):
+    source = write([{"prompt": "q", "completions": ["a", "b", "c", "d"], "scores": [1, 4, 4, 2]}])
+
+    def pairs(count: int) -> list[Any]:
+        records = [pair for pair in read_pairs([Part(source)], pairs_per_prompt=count) if isinstance(pair, PairRecord)]
+        return [(pair.chosen, pair.rejected, pair.number) for pair in records]
+
+    assert pairs(1) == [("b", "a", 1)]
+    assert pairs(3) == [("b", "a", 1), ("c", "a", 1), ("b", "d", 1)]
+    assert pairs(99) == [("b", "a", 1), ("c", "a", 1), ("b", "d", 1), ("c", "d", 1), ("d", "a", 1)]
+
+
+TOOLS = [{"type": "function", "function": {"name": "forecast", "description": "Weather of a city"}}]
+CALL = {
+    "role": "assistant", "content": None,
+    "tool_calls": [{"type": "function", "function": {"name": "forecast", "arguments": {"city": "Oslo"}}}],
+}  # fmt: skip
+RAIN, WET, DRY = {"role": "tool", "content": "rain", "name": "forecast"}, assistant("Take a coat."), assistant("Sunny.")
+
+
+def test_a_prompt_and_whole_conversations_keep_every_turn(write: Write):
+    earlier = [user("Hello"), assistant("Hi")]
+    cases = [
+        # The conversations repeat the end of the prompt, the whole of it, or nothing of a system turn.
+        ({"prompt": [SYSTEM, ASK], "chosen": [ASK, OAK], "rejected": [ASK, HERRING]}, (SYSTEM, ASK)),
+        ({"prompt": [*earlier, ASK], "chosen": [ASK, OAK], "rejected": [ASK, HERRING]}, (*earlier, ASK)),
+        ({"prompt": [SYSTEM], "chosen": [ASK, OAK], "rejected": [ASK, HERRING]}, (SYSTEM, ASK)),
+        ({"prompt": [ASK], "chosen": [*earlier, ASK, OAK], "rejected": [*earlier, ASK, HERRING]}, (*earlier, ASK)),
+    ]
+    for record, expected in cases:
+        (pair,) = read_pairs([Part(write([record]))])
+        assert isinstance(pair, PairRecord), pair
+        assert (pair.prompt, pair.chosen, pair.rejected) == (expected, (OAK,), (HERRING,))
+
+
+def test_completions_may_be_trajectories_and_start_where_the_model_answers(write: Write):
+    record = {"tools": TOOLS, "chosen": [ASK, CALL, RAIN, WET], "rejected": [ASK, CALL, RAIN, DRY]}
+    (pair,) = read_pairs([Part(write([record]))])
+    assert isinstance(pair, PairRecord), pair
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((ASK,), (CALL, RAIN, WET), (CALL, RAIN, DRY))
+    assert pair.tools == tuple(TOOLS)
+
+
+PROBLEMS = [
+    ({"images": ["wren.png"], "prompt": "Which?", "chosen": "a", "rejected": "b"}, "images: found a list of 1"),
+    ({"prompt": "<image>Which bird?", "chosen": "a", "rejected": "b"}, "prompt: found the placeholder <image>"),
+    ({"prompt": [user("See <|image_pad|>")], "chosen": "a", "rejected": "b"}, "the placeholder <|image_pad|>"),
+    ({"prompt": "q", "chosen": [OAK, RAIN], "rejected": [HERRING]}, "chosen: found a tool turn at the end"),
+    ({"prompt": [SYSTEM, ASK], "system": "Be long.", "chosen": "a", "rejected": "b"}, 'system: found "Be long."'),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "tools": "{"}, "tools: found text that is not JSON"),
+    ({"prompt": "[{'role': 'user', }", "chosen": "a", "rejected": "b"}, "which starts like a list of messages"),
+    ({"prompt": "q", "completion": "a", "label": True}, "completion and label: one completion per record"),
+    (
+        {"chosen": f"{HH} No.\n\nHuman: Why?\n\nAssistant: So.", "rejected": f"{HH} Go on."},
+        "chosen: found a turn by 'Human' after the prompt",
+    ),
+    ({"messages": [ASK, OAK], "chosen": [OAK], "rejected": [HERRING]}, "messages: found an assistant turn at the end"),
+    ({"prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": "?"}, 'strength: found "?"'),
+]
+
+
+@pytest.mark.parametrize(("record", "detail"), PROBLEMS)
+def test_a_record_whose_content_would_be_lost_is_rejected_by_field(record: dict[str, Any], detail: str, write: Write):
+    (problem,) = read_pairs([Part(write([record]))])
+    assert isinstance(problem, Problem), problem
+    assert detail in problem.detail
+
+
+def test_null_and_empty_fields_are_no_content(write: Write):
+    record = {
+        "prompt": [{"role": "system", "content": None}, {**ASK, "tool_calls": None, "name": None}], "system": None,
+        "images": [], "tools": None, "chosen": "An oak.", "rejected": "A herring.", "extra": None,
+    }  # fmt: skip
+    (pair,) = read_pairs([Part(write([record]))])
+    assert isinstance(pair, PairRecord), pair
+    assert (pair.prompt, pair.unread) == ((ASK,), ())
+
+
+def test_unknown_keys_of_messages_are_named(write: Write):
+    record = {"prompt": [{**ASK, "weight": 0}], "chosen": [OAK], "rejected": [{**HERRING, "model": "m"}]}
+    (pair,) = read_pairs([Part(write([record]))])
+    assert isinstance(pair, PairRecord), pair
+    assert set(pair.unread) == {"prompt[].weight", "rejected[].model"}
+
+
+def test_transcripts_become_turns():
+    assert transcript_turns(f"{HH} An oak.\n\nHuman: Thanks") == (ASK, OAK, user("Thanks"))
+    assert transcript_turns(HH) == (ASK,)
+    assert transcript_turns("Name a tree.") is None
+
+
+def test_content_parts_of_text_are_joined_and_function_calls_become_tool_calls():
+    parts = {"role": "user", "content": [{"type": "text", "text": "Name "}, {"type": "text", "text": "a tree."}]}
+    assert Fields({"prompt": [parts]}).conversation("prompt") == (ASK,)
+    call = {"from": "function_call", "value": '{"name": "forecast", "arguments": {"city": "Oslo"}}'}
+    assert Fields({"conversations": [call]}).conversation("conversations") == (CALL,)

@@ -1,0 +1,139 @@
+"""Files, compressed files, folders and patterns as sources."""
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from dpo_ray.data.records import PairRecord, Problem, read_pairs
+from dpo_ray.data.sources import Part, Unreadable, expand_source, source_digest, split_sources
+
+ROWS = [{"prompt": f"q{i}", "chosen": "a, b\nc", "rejected": 'say "d"'} for i in range(5)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+def as_csv() -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ROWS[0])
+    writer.writeheader()
+    writer.writerows(ROWS)
+    return text.getvalue().encode()
+
+
+def zstd(content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+FILES: dict[str, Callable[[], bytes]] = {
+    "pairs.jsonl": lambda: LINES,
+    "pairs.ndjson": lambda: LINES,
+    "pairs.jsonl.gz": lambda: gzip.compress(LINES),
+    "pairs.jsonl.zst": lambda: zstd(LINES),
+    "pairs.json.gz": lambda: gzip.compress(json.dumps(ROWS).encode()),
+    "pairs.csv": as_csv,
+    "pairs.csv.gz": lambda: gzip.compress(as_csv()),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_format_has_the_same_records_whole_and_in_parts(name: str, tmp_path: Path):
+    (tmp_path / name).write_bytes(FILES[name]())
+    source = str(tmp_path / name)
+    expected = [PairRecord(**row, source=source, number=i) for i, row in enumerate(ROWS, start=1)]
+    assert list(read_pairs([Part(source)])) == expected
+    parts = split_sources([source], rows_per_part=2)
+    assert list(read_pairs(parts)) == expected
+    assert sum(part.rows or 0 for part in parts) == 5
+    assert list(read_pairs(split_sources([source], rows_per_part=2, limit=3))) == expected[:3]
+
+
+def test_a_damaged_compressed_file_is_named(tmp_path: Path):
+    (tmp_path / "pairs.jsonl.gz").write_bytes(gzip.compress(LINES)[:-20])
+    with pytest.raises(Unreadable, match=r"pairs\.jsonl\.gz: cannot be read"):
+        list(read_pairs([Part(str(tmp_path / "pairs.jsonl.gz"))]))
+
+
+def test_a_csv_row_with_too_many_cells_is_named(tmp_path: Path):
+    (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\nq,a,b,c\nq,a,b\n")
+    problem, record = read_pairs([Part(str(tmp_path / "pairs.csv"))])
+    assert isinstance(problem, Problem)
+    assert (problem.number, problem.detail) == (1, "more cells than the header's 3")
+    assert isinstance(record, PairRecord)
+
+
+def test_a_folder_or_pattern_is_its_files_in_order(tmp_path: Path):
+    for name in ("b.jsonl", "a.jsonl.gz", "sub/c.csv", "README.md", ".cache/d.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(LINES)
+    folder = str(tmp_path)
+    assert expand_source(folder) == [f"{folder}/{name}" for name in ("a.jsonl.gz", "b.jsonl", "sub/c.csv")]
+    assert expand_source(f"{folder}/*.jsonl") == [f"{folder}/b.jsonl"]
+    assert expand_source(f"{folder}/**/*.csv") == [f"{folder}/sub/c.csv"]
+    assert expand_source(f"{folder}/b.jsonl") == [f"{folder}/b.jsonl"]
+
+
+def test_a_folder_of_several_splits_needs_one_of_them(tmp_path: Path):
+    for name in ("train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"):
+        (tmp_path / name).write_bytes(LINES)
+    assert expand_source(f"{tmp_path}:train") == [f"{tmp_path}/train-00000-of-00001.jsonl"]
+    with pytest.raises(Unreadable, match=rf"holds several splits; accepted are {tmp_path}:train, {tmp_path}:test"):
+        expand_source(str(tmp_path))
+    with pytest.raises(Unreadable, match=r"no file of the folder has 'prefs' in its path; found test-00000"):
+        expand_source(f"{tmp_path}:prefs")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{}/*.parquet", "no file matches the pattern; accepted are .json"),
+        ("{}", "notes.xlsx is not supported; accepted are .json"),
+        ("{}/empty", "the folder has no data files; accepted are .json"),
+        ("{}/pairs.tsv", "no such file or folder; accepted are .json"),
+    ],
+)
+def test_whatever_is_not_read_is_rejected_with_the_formats_that_are(source: str, message: str, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.xlsx").touch()
+    with pytest.raises(Unreadable, match=message):
+        expand_source(source.format(tmp_path))
+
+
+def test_a_column_that_python_has_no_type_for_does_not_end_the_reading(tmp_path: Path):
+    far = pa.array([2**40, None, 5, 6, 7], pa.timestamp("s"))
+    table = pa.Table.from_pylist(ROWS).append_column("created", far)
+    pa.parquet.write_table(table, tmp_path / "far.parquet")
+    records = [record for record in read_pairs([Part(f"{tmp_path}/far.parquet")]) if isinstance(record, PairRecord)]
+    assert [record.prompt for record in records] == ["q0", "q1", "q2", "q3", "q4"]
+    assert [record.unread for record in records] == [("created",), (), ("created",), ("created",), ("created",)]
+    pa.parquet.write_table(
+        table.drop(["chosen"]).rename_columns(["prompt", "rejected", "chosen"]), tmp_path / "x.parquet"
+    )
+    first, *_ = read_pairs([Part(f"{tmp_path}/x.parquet")])
+    assert isinstance(first, Problem)
+    assert first.detail.startswith("chosen: a value of type timestamp[ms] cannot be read: ")
+
+
+def test_nulls_that_arrow_pads_structs_with_are_no_fields(tmp_path: Path):
+    messages: list[Any] = [{"role": "user", "content": "q"}]
+    call = {"role": "assistant", "content": "a", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+    rows = [{"prompt": messages, "chosen": [call], "rejected": [{"role": "assistant", "content": "b"}], "at": None}]
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    (record,) = read_pairs([Part(f"{tmp_path}/pairs.parquet")])
+    assert isinstance(record, PairRecord), record
+    assert (record.prompt, record.chosen, record.unread) == (tuple(messages), (call,), ())
+
+
+def test_the_digest_of_a_compressed_file_differs_from_the_plain_one(tmp_path: Path):
+    for name in ("a.jsonl", "b.ndjson", "c.jsonl.gz"):
+        (tmp_path / name).write_bytes(LINES)
+    assert len({source_digest(f"{tmp_path}/{name}") for name in ("a.jsonl", "b.ndjson", "c.jsonl.gz")}) == 3

@@ -1,0 +1,220 @@
+"""Chat templates, special tokens and limits: the record reaches the model as written, or is named."""
+
+from typing import Any
+
+import pytest
+
+from dpo_ray.config.schema import DataConfig
+from dpo_ray.data.records import PairRecord, Problem, PromptRecord
+from dpo_ray.data.tokenize import ModelLimits, RecordTokenizer, TokenizedPair
+from dpo_ray.types import Messages
+
+LLAMA = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+TOOLS_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m['content'] or '' }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+USER = {"role": "user", "content": "Name a tree."}
+TOOLS = ({"type": "function", "function": {"name": "forecast", "description": "Weather of a city"}},)
+CALL = {
+    "role": "assistant", "content": None,
+    "tool_calls": [{"type": "function", "function": {"name": "forecast", "arguments": {"city": "Oslo"}}}],
+}  # fmt: skip
+RAIN = {"role": "tool", "content": "rain all day"}
+
+
+@pytest.fixture
+def llama(trained_tokenizer: Any) -> Any:
+    """A tokenizer whose end of turn is not its end of sequence, and that adds a BOS to text, as Llama 3's."""
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_str(trained_tokenizer.backend_tokenizer.to_str())
+    names = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    backend.add_special_tokens(names)
+    bos = backend.token_to_id("<|begin_of_text|>")
+    backend.post_processor = processors.TemplateProcessing("<|begin_of_text|> $A", special_tokens=[(names[0], bos)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=names[0], eos_token=names[1])
+    tokenizer.chat_template = LLAMA
+    return tokenizer
+
+
+def pair(tokenizer: Any, prompt: Any, chosen: Any, rejected: Any, limits: Any = None, **record: Any) -> Any:
+    data = DataConfig(**record.pop("data", {}))
+    return RecordTokenizer(tokenizer, data, limits).pair(PairRecord(prompt, chosen, rejected, "f", 1, **record))
+
+
+def answer(text: str, **keys: Any) -> Messages:
+    return ({"role": "assistant", "content": text, **keys},)
+
+
+def reasons(result: TokenizedPair) -> list[str]:
+    return [reason for reason, _ in result.notes]
+
+
+# ------------------------------------------------------------------------------------------------------ special tokens
+
+
+def test_text_with_and_without_a_bos_has_one(llama: Any):
+    turn = "<|start_header_id|>user<|end_header_id|>\n\nName a tree.<|eot_id|>"
+    with_bos = pair(llama, f"<|begin_of_text|>{turn}", "An oak.<|eot_id|>", "No.<|eot_id|>").pair
+    without = pair(llama, turn, "An oak.<|eot_id|>", "No.<|eot_id|>").pair
+    assert with_bos.prompt == without.prompt
+    assert with_bos.prompt.count(llama.bos_token_id) == 1
+
+
+def test_nothing_is_appended_after_an_end_of_turn(llama: Any):
+    result = pair(llama, "<|start_header_id|>", "An oak.<|eot_id|>", "No.")
+    eot = llama.convert_tokens_to_ids("<|eot_id|>")
+    assert result.pair.chosen[-1] == eot
+    assert llama.eos_token_id not in result.pair.chosen
+    assert result.pair.rejected[-1] == llama.eos_token_id
+    assert reasons(result) == ["strings_raw"]
+
+
+def test_an_end_of_turn_that_is_not_the_end_of_sequence_is_no_alarm(llama: Any):
+    result = pair(llama, (USER,), answer("An oak."), answer("No."))
+    assert result.notes == ()
+    assert llama.decode(result.pair.chosen) == "An oak.<|eot_id|>"
+
+
+def test_special_tokens_of_another_model_in_text_are_rejected(tokenizer: Any):
+    problem = pair(tokenizer, "<|start_header_id|>user", "a", "b")
+    assert (problem.reason, problem.detail.partition(":")[0]) == ("split_special_token", "<|start_header_id|>")
+
+
+def test_a_template_whose_special_tokens_the_tokenizer_splits_is_rejected(tokenizer: Any):
+    tokenizer.chat_template = LLAMA
+    with pytest.raises(ValueError, match=r"model\.chat_template: the template writes <\|start_header_id\|>, which the"):
+        RecordTokenizer(tokenizer, DataConfig())
+
+
+# ------------------------------------------------------------------------------------------------------------- strings
+
+
+def test_strings_become_a_user_turn_for_a_model_with_a_template_offline_and_online(tokenizer: Any):
+    result = pair(tokenizer, "Name a tree.", "An oak.", "No.")
+    same = pair(tokenizer, (USER,), answer("An oak."), answer("No."))
+    assert (result.pair, reasons(result)) == (same.pair, ["strings_chat"])
+    online = RecordTokenizer(tokenizer, DataConfig()).prompt(PromptRecord("Name a tree.", "f", 1))
+    assert not isinstance(online, Problem)
+    assert (online.token_ids, online.messages) == (same.pair.prompt, (USER,))
+
+
+@pytest.mark.parametrize(
+    ("strings", "prompt", "raw"),
+    [("raw", "Name a tree.", True), ("auto", "<|im_start|>user", True), ("chat", "<|im_start|>user", False)],
+)
+def test_strings_are_used_as_written_where_asked_or_already_rendered(
+    strings: str, prompt: str, raw: bool, tokenizer: Any
+):
+    result = pair(tokenizer, prompt, "An oak.", "No.", data={"strings": strings})
+    assert reasons(result) == ["strings_raw" if raw else "strings_chat"]
+    assert (tokenizer.decode(result.pair.prompt) == prompt) == raw
+    online = RecordTokenizer(tokenizer, DataConfig(strings=strings)).prompt(PromptRecord(prompt, "f", 1))
+    assert not isinstance(online, Problem)
+    assert online.token_ids == result.pair.prompt
+
+
+def test_a_system_prompt_beside_raw_text_is_rejected_and_in_the_template_rendered(tokenizer: Any):
+    system = ({"role": "system", "content": "Be brief."},)
+    problem = pair(tokenizer, "Name a tree.", "a", "b", system=system, data={"strings": "raw"})
+    assert problem.detail.startswith("system: beside a prompt used as written")
+    result = pair(tokenizer, "Name a tree.", "a", "b", system=system)
+    assert "<|im_start|>system\nBe brief.<|im_end|>" in tokenizer.decode(result.pair.prompt)
+
+
+def test_a_transcript_becomes_its_turns(tokenizer: Any):
+    result = pair(tokenizer, "\n\nHuman: Name a tree.\n\nAssistant:", " An oak.", " No.")
+    assert result.pair == pair(tokenizer, (USER,), answer("An oak."), answer("No.")).pair
+
+
+# ------------------------------------------------------------------------------------------------------- conversations
+
+
+def test_a_begun_answer_is_continued_offline_and_online(tokenizer: Any):
+    prompt = (USER, {"role": "assistant", "content": "The name is"})
+    result = pair(tokenizer, prompt, answer(" oak."), answer(" unknown."))
+    assert tokenizer.decode(result.pair.prompt + result.pair.chosen) == (
+        "<|im_start|>user\nName a tree.<|im_end|>\n<|im_start|>assistant\nThe name is oak.<|im_end|>\n"
+    )
+    online = RecordTokenizer(tokenizer, DataConfig()).prompt(PromptRecord(prompt, "f", 1))
+    assert not isinstance(online, Problem)
+    assert tokenizer.decode(list(online.token_ids)).endswith("<|im_start|>assistant\nThe name is")
+    assert online.messages == prompt
+
+
+def test_tools_calls_and_reasoning_are_rendered_token_for_token_as_the_template_does(tokenizer: Any):
+    tokenizer.chat_template = TOOLS_TEMPLATE
+    chosen = (CALL, RAIN, *answer("Take a coat.", reasoning_content="It rains."))
+    result = pair(tokenizer, (USER,), chosen, answer("Sunny."), tools=TOOLS)
+    assert result.notes == ()
+    for side, completion in (("chosen", chosen), ("rejected", answer("Sunny."))):
+        ids = [token if token >= 0 else ~token for token in (*result.pair.prompt, *getattr(result.pair, side))]
+        assert ids == tokenizer.apply_chat_template(
+            [USER, *completion], tools=list(TOOLS), tokenize=True, return_dict=False
+        )
+
+
+def test_only_assistant_turns_of_a_trajectory_carry_loss(tokenizer: Any):
+    tokenizer.chat_template = TOOLS_TEMPLATE
+    result = pair(tokenizer, (USER,), (CALL, RAIN, *answer("Take a coat.")), answer("Sunny."), tools=TOOLS)
+    scored = tokenizer.decode([token for token in result.pair.chosen if token >= 0])
+    assert scored == (
+        '<tool_call>{"name": "forecast", "arguments": {"city": "Oslo"}}</tool_call><|im_end|>\nTake a coat.<|im_end|>\n'
+    )
+    silent = tokenizer.decode([~token for token in result.pair.chosen if token < 0])
+    assert silent == "<|im_start|>tool\nrain all day<|im_end|>\n<|im_start|>assistant\n"
+    assert all(token >= 0 for token in result.pair.rejected)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "fields"),
+    [
+        (answer("Oak.", reasoning_content="Trees."), "chosen[0].reasoning_content"),
+        (answer("<think>Trees.</think>Oak."), "chosen[0].content"),
+        ((CALL, RAIN, *answer("Oak.")), "chosen[0].tool_calls"),
+    ],
+)
+def test_text_that_the_template_leaves_out_is_named(chosen: Messages, fields: str, tokenizer: Any):
+    drops_reasoning = tokenizer.chat_template.replace(
+        "message['content'] ", "(message['content'] or '').split('</think>')[-1] "
+    )
+    tokenizer.chat_template = drops_reasoning
+    result = pair(tokenizer, (USER,), chosen, answer("No."))
+    assert result.notes == (("text_not_rendered", fields),)
+
+
+def test_tools_that_the_template_leaves_out_are_named(tokenizer: Any):
+    result = pair(tokenizer, (USER,), answer("Oak."), answer("No."), tools=TOOLS)
+    assert result.notes == (("text_not_rendered", "tools"),)
+
+
+def test_white_space_that_the_template_trims_is_no_loss(llama: Any):
+    assert pair(llama, (USER,), answer("  Oak. \n"), answer("No.")).notes == ()
+
+
+# -------------------------------------------------------------------------------------------------------------- limits
+
+
+def test_records_longer_than_the_models_positions_are_dropped_with_the_limit(tokenizer: Any):
+    kept = pair(tokenizer, (USER,), answer("Oak."), answer("No."))
+    length = len(kept.pair.prompt) + max(len(kept.pair.chosen), len(kept.pair.rejected))
+    assert pair(tokenizer, (USER,), answer("Oak."), answer("No."), ModelLimits(positions=length)) == kept
+    problem = pair(tokenizer, (USER,), answer("Oak."), answer("No."), ModelLimits(positions=length - 1))
+    assert problem.reason == "too_long_for_model"
+    assert problem.detail == (f"{length} tokens; the model of model.path takes {length - 1} (max_position_embeddings)")
+
+
+def test_tokens_without_an_embedding_are_dropped_with_token_and_limit(llama: Any):
+    eot = llama.convert_tokens_to_ids("<|eot_id|>")
+    problem = pair(llama, (USER,), answer("Oak."), answer("No."), ModelLimits(vocabulary=eot))
+    assert problem.reason == "unknown_token"
+    assert problem.detail == f"prompt: token <|eot_id|> has id {eot}; the model of model.path has {eot} embeddings"
