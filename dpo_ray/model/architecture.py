@@ -44,10 +44,7 @@ def read_model_config(path: str) -> "PreTrainedConfig":
 def model_digest(path: str, cache_dir: Path) -> str:
     """Digest of everything that log-probabilities depend on: architecture and weights, not the folder's name.
 
-    Files in the hub's cache are links to blobs named by their hash; other files are read.
-
-    Args:
-        cache_dir: folder that caches the digests of files, so that each file is read once.
+    Files in the hub's cache are links to blobs named by their hash; other files are read, once per ``cache_dir``.
     """
     config = read_model_config(path).to_dict()
     for name in ("_name_or_path", "transformers_version", "dtype", "architectures"):
