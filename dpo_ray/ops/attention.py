@@ -49,7 +49,7 @@ def packed_attention(
         query_slices: the local tokens as slices of the row; None if all tokens are local.
         gather_kv: gathers keys and values over the context-parallel ranks; None if all tokens are local.
         scaling: scale of the logits; defaults to 1 / sqrt(D).
-        kwargs: ignored, like ``dropout``, which is off in preference training.
+        kwargs: see ``validate_attention_call``; ``dropout`` is off in preference training and ignored.
 
     Returns:
         (1, T, H, D), and None in place of the attention weights.

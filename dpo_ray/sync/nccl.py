@@ -37,7 +37,7 @@ class NCCLSync(Sender):
     def __init__(self, bucket_mib: int = 512, dtype: str = "bfloat16") -> None:
         super().__init__(bucket_mib, dtype)
         self._group: Any = None
-        """vLLM's ``PyNcclCommunicator``, of which this process is rank 0."""
+        """vLLM's ``PyNcclCommunicator``; this process is its rank 0."""
 
     def push(self, weights: Iterable[NamedTensor], *, version: int) -> str:
         """Send all weights and switch the engines to them; see ``WeightSync.push``.
