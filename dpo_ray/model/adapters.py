@@ -1,13 +1,12 @@
 """LoRA adapters (peft) in a frozen model: adding them, disabling them for the reference, merging them."""
 
-import contextlib
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from dpo_ray.config.schema import LoraConfig
 from dpo_ray.model.quantized import quantize_base
+from dpo_ray.parallel.collectives import full_tensor
 from dpo_ray.storage import error_summary
 
 if TYPE_CHECKING:
@@ -40,52 +39,39 @@ def add_adapters(model: "PreTrainedModel", lora: LoraConfig) -> None:
         ):
             raise ValueError(f"model.lora.targets: {name} cannot have adapters; only linear layers except the head can")
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad != (".lora_" in name):
-            raise AssertionError(f"{name} is {'not ' * (not parameter.requires_grad)}trainable")
+        assert parameter.requires_grad == (".lora_" in name), name
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if lora.quantize is not None:
         quantize_base(model)
 
 
-@contextlib.contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Run ``model`` without its adapters.
+class WithoutAdapters:
+    """A policy with its adapters disabled, as its own reference model; called like a Scorer.
 
     peft's own switch also changes ``requires_grad``, from which FSDP derives its dtypes.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
-
-
-class WithoutAdapters:
-    """A policy with its adapters disabled, as its own reference model; called like a Scorer."""
 
     def __init__(self, policy: "Scorer") -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
         self.policy = policy
+        self.layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
 
     def __call__(self, row: "PackedRow", head_fn: "HeadFn") -> Any:
         """See ``Scorer.forward``."""
-        with adapters_off(self.policy):
+        for layer in self.layers:
+            layer._disable_adapters = True
+        try:
             return self.policy(row, head_fn)
+        finally:
+            for layer in self.layers:
+                layer._disable_adapters = False
 
 
-def adapter_product(layer: Any, gather: Callable[[Tensor], Tensor]) -> Tensor:
-    """Weight update of a linear layer by its adapters: scale * B A, (out, in).
-
-    Args:
-        layer: peft's layer.
-        gather: returns the full tensor of a sharded one; a collective.
-    """
-    a, b = (gather(getattr(layer, name)[ADAPTER].weight) for name in ("lora_A", "lora_B"))
+def adapter_product(layer: Any) -> Tensor:
+    """Weight update of one of peft's linear layers by its adapters: scale * B A, (out, in). A collective."""
+    a, b = (full_tensor(getattr(layer, name)[ADAPTER].weight) for name in ("lora_A", "lora_B"))
     return layer.scaling[ADAPTER] * (b @ a)
 
 

@@ -6,19 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import AutoConfig
-from transformers.utils import cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
 
 from dpo_ray.storage import cached_text, error_summary, file_version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-WEIGHT_INDEX_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+WEIGHT_INDEX_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
 def read_model_config(path: str) -> "PreTrainedConfig":
@@ -44,10 +39,7 @@ def read_model_config(path: str) -> "PreTrainedConfig":
 def model_digest(path: str, cache_dir: Path) -> str:
     """Digest of everything that log-probabilities depend on: architecture and weights, not the folder's name.
 
-    Files in the hub's cache are links to blobs named by their hash; other files are read.
-
-    Args:
-        cache_dir: folder that caches the digests of files, so that each file is read once.
+    Files in the hub's cache are links to blobs named by their hash; other files are read, once per ``cache_dir``.
     """
     config = read_model_config(path).to_dict()
     for name in ("_name_or_path", "transformers_version", "dtype", "architectures"):

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dpo_ray.config.schema import ModelConfig
@@ -19,6 +18,7 @@ from dpo_ray.model.load import build_model
 from dpo_ray.model.quantized import NF4Linear
 from dpo_ray.model.scorer import Scorer
 from dpo_ray.objective.precision import DTYPES
+from dpo_ray.parallel.collectives import full_tensor
 from dpo_ray.storage import atomic_folder, is_remote, storage_errors, upload_folder
 
 BASE_LAYER = ".base_layer."
@@ -40,11 +40,14 @@ def named_weights(policy: Scorer, dtype: torch.dtype) -> Iterator[tuple[str, Ten
         if ".lora_" in name:
             continue
         if name.endswith(f"{BASE_LAYER}weight"):
-            layer = policy.model.get_submodule(name.removesuffix(f"{BASE_LAYER}weight"))
-            merged = _base_weight(layer, parameter).float() + adapter_product(layer, _full_tensor)
-            yield name.replace(BASE_LAYER, "."), merged.to(dtype)
+            layer: Any = policy.model.get_submodule(name.removesuffix(f"{BASE_LAYER}weight"))
+            weight = full_tensor(parameter)
+            if isinstance(layer.base_layer, NF4Linear):
+                weight = layer.base_layer.dequantize(weight)
+            weight = (weight.float() + adapter_product(layer)).to(dtype)
         else:
-            yield name.replace(BASE_LAYER, "."), _full_tensor(parameter.detach().to(dtype))
+            weight = full_tensor(parameter.detach().to(dtype))
+        yield name.replace(BASE_LAYER, "."), weight
 
 
 def export_policy(policy: Scorer, model: ModelConfig, tokenizer: PreTrainedTokenizerBase, run_dir: Path) -> None:
@@ -55,7 +58,7 @@ def export_policy(policy: Scorer, model: ModelConfig, tokenizer: PreTrainedToken
     """
     if model.lora is not None:
         adapters = ((name, p) for name, p in policy.model.named_parameters() if ".lora_" in name)
-        weights = _collect_on_rank0((name, _full_tensor(p.detach())) for name, p in adapters)
+        weights = _collect_on_rank0((name, full_tensor(p.detach())) for name, p in adapters)
         if dist.get_rank() == 0:
             write_model_folder(run_dir / "adapter", partial(save_adapter, weights, model), tokenizer)
     if model.lora is None or model.lora.merge:
@@ -79,28 +82,12 @@ def save_adapter(weights: dict[str, Tensor], model: ModelConfig, folder: Path) -
 
 
 def save_policy(weights: Mapping[str, Tensor], model: ModelConfig, folder: Path) -> None:
-    """Save full weights as a Hugging Face directory.
-
-    Args:
-        weights: weights under the names of the Hugging Face checkpoint; tied weights once.
-        model: configuration of the architecture.
-        folder: the directory, created if missing.
-    """
+    """Save full weights, under the names of the Hugging Face checkpoint, as a Hugging Face directory."""
     empty = build_model(model, with_weights=False, dtype=DTYPES[model.dtype])
     empty.config.use_cache = True
     with contextlib.suppress(OSError):  # a model without this file uses its configuration
         empty.generation_config = GenerationConfig.from_pretrained(model.path)
     empty.save_pretrained(folder, state_dict=dict(weights))
-
-
-def _base_weight(layer: Any, parameter: Tensor) -> Tensor:
-    """Full frozen weight of a layer with adapters, (out, in)."""
-    weight = _full_tensor(parameter)
-    return layer.base_layer.dequantize(weight) if isinstance(layer.base_layer, NF4Linear) else weight
-
-
-def _full_tensor(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _collect_on_rank0(weights: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:

@@ -40,17 +40,12 @@ def resolve_attention(setting: str, device_type: str) -> str:
 
 
 def build_model(
-    model: ModelConfig,
-    *,
-    with_weights: bool,
-    dtype: torch.dtype = torch.float32,
-    device_type: str = "cpu",
+    model: ModelConfig, *, with_weights: bool, dtype: torch.dtype = torch.float32, device_type: str = "cpu"
 ) -> "PreTrainedModel":
     """The causal language model at ``model.path`` on the CPU, without dropout.
 
     Args:
         with_weights: False leaves parameters on the meta device; buffers are computed.
-        dtype: dtype of the parameters.
         device_type: type of the device that will compute; resolves ``model.attention: auto``.
 
     Raises:
@@ -127,11 +122,7 @@ def load_sharded(
 
 
 def validate_tensor_parallel(model: ModelConfig, ranks: int) -> None:
-    """Check, without loading weights, that a model can be split over ``ranks``.
-
-    Raises:
-        ValueError: see ``tensor_parallel_plan``.
-    """
+    """Check ``tensor_parallel_plan`` without loading weights."""
     tensor_parallel_plan(build_model(model, with_weights=False), ranks)
 
 

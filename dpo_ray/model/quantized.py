@@ -48,11 +48,7 @@ class NF4Linear(nn.Module):
         return product if self.bias is None else product + self.bias
 
     def dequantize(self, packed: Tensor) -> Tensor:
-        """Dequantized weight, (out, in).
-
-        Args:
-            packed: the full ``weight``, gathered if it is sharded.
-        """
+        """Dequantized weight, (out, in), from the full ``weight``, which may be sharded in the layer."""
         return dequantize_nf4(packed, (self.out_features, self.in_features))
 
 

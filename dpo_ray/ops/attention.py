@@ -37,13 +37,11 @@ def packed_attention(
     query_slices: Sequence[slice] | None = None,
     gather_kv: GatherKV | None = None,
     scaling: float | None = None,
-    dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention within the spans of one row, with the signature that transformers calls.
 
     Args:
-        module: the attention layer.
         query: (1, H, T, D); with context parallelism (1, H, t, D), like key and value.
         key, value: (1, K, T, D).
         attention_mask: ignored in favour of ``spans``.
@@ -51,8 +49,7 @@ def packed_attention(
         query_slices: the local tokens as slices of the row; None if all tokens are local.
         gather_kv: gathers keys and values over the context-parallel ranks; None if all tokens are local.
         scaling: scale of the logits; defaults to 1 / sqrt(D).
-        dropout: ignored; dropout is off in preference training.
-        kwargs: other arguments of the architecture.
+        kwargs: see ``validate_attention_call``; ``dropout`` is off in preference training and ignored.
 
     Returns:
         (1, T, H, D), and None in place of the attention weights.
@@ -98,12 +95,7 @@ class Segment(NamedTuple):
 
 
 def causal_segments(spans: Sequence[Span], query_slices: Sequence[slice] | None = None) -> Iterator[Segment]:
-    """Segments of a row in the order of the queries; together they cover all queries.
-
-    Args:
-        spans: spans of the row.
-        query_slices: the local queries as slices of the row; None for all tokens.
-    """
+    """Segments of a row in the order of the queries; together they cover all queries; see ``packed_attention``."""
     offset = 0
     for local in query_slices or [slice(0, sum(map(sum, spans)))]:
         for prompt, own in _prompts_and_segments(spans):
@@ -200,7 +192,6 @@ def _segment_gradients(
         logsumexp: (H, Q) log-sum-exp of the logits.
         delta: (H, Q) grad_out * out, summed over D.
         key, value: (K, S, D); the last Q entries belong to the queries.
-        scale: scale of the logits.
     """
     grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
     queries, keys = query.shape[1], key.shape[1]

@@ -59,8 +59,6 @@ def span_mask(spans: Sequence[Span], device: torch.device, queries: np.ndarray |
     """flex_attention's block mask of a row.
 
     Args:
-        spans: spans of the row.
-        device: device of the mask.
         queries: (t,) positions of the local tokens in the row; None for all tokens.
     """
     limits = token_limits(spans)
@@ -95,7 +93,6 @@ def flex_packed_attention(
     spans: BlockMask | None = None,
     gather_kv: GatherKV | None = None,
     scaling: float | None = None,
-    dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """``packed_attention`` with ``span_mask`` of the row as ``spans``; arguments and shapes are the same.

@@ -5,7 +5,6 @@ that rate. A float32 product that may round its inputs to bfloat16 gets the fast
 that are bfloat16 numbers.
 """
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -38,9 +37,9 @@ class _Float32Product(torch.autograd.Function):
         tokens, transposed = x.flatten(0, -2), weight.float().t()
         out = x.new_empty(tokens.shape[0], weight.shape[0])
         with bfloat16_products():
-            for block in _blocks(tokens):
-                product = tokens[block].float() @ transposed
-                out[block] = product if bias is None else product + bias
+            for block, result in zip(tokens.split(BLOCK), out.split(BLOCK), strict=True):
+                product = block.float() @ transposed
+                result.copy_(product if bias is None else product + bias)
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -51,7 +50,8 @@ class _Float32Product(torch.autograd.Function):
         grad_x = torch.empty_like(tokens) if needs_x else None
         grad_weight = torch.zeros_like(weight_f32) if needs_weight else None
         with bfloat16_products():
-            for block in _blocks(tokens):
+            for start in range(0, tokens.shape[0], BLOCK):
+                block = slice(start, start + BLOCK)
                 upstream_f32 = upstream[block].float()
                 if grad_x is not None:
                     grad_x[block] = upstream_f32 @ weight_f32
@@ -62,7 +62,3 @@ class _Float32Product(torch.autograd.Function):
             None if grad_weight is None else grad_weight.to(weight.dtype),
             upstream.sum(0, dtype=torch.float32).to(weight.dtype) if needs_bias else None,
         )
-
-
-def _blocks(tokens: Tensor) -> Iterator[slice]:
-    return (slice(start, start + BLOCK) for start in range(0, tokens.shape[0], BLOCK))

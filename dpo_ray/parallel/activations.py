@@ -54,12 +54,7 @@ def apply_activation_checkpointing(layers: Iterable[nn.Module], kind: Literal["n
 
 
 def offload_activations(decoder: nn.Module, device: torch.device) -> None:
-    """Save the activations of ``decoder`` in host memory; no effect on a CPU.
-
-    Args:
-        decoder: the module with all layers; its forward is replaced.
-        device: the device that computes.
-    """
+    """Save the activations of ``decoder``, whose forward is replaced, in host memory; no effect on a CPU."""
     if device.type != "cpu":
         host = HostMemory(device)
         decoder.forward = functools.partial(_forward_with_offload, decoder.forward, host.offload, host.fetch)

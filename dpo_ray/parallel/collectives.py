@@ -1,10 +1,12 @@
-"""Small collectives over Python values, for decisions on which all ranks must agree."""
+"""Small collectives: over Python values, for decisions on which all ranks must agree, and over one tensor."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 Value = TypeVar("Value")
 
@@ -41,3 +43,8 @@ def gather_or_raise(compute: Callable[[], Value], group: dist.ProcessGroup | Non
     if failures := [error for _, error in outcomes if error is not None]:
         raise failures[0]
     return [value for value, _ in outcomes]
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Returns the whole of a sharded tensor, and any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from dpo_ray.data.assignment import shard_row
 from dpo_ray.data.packing import PackedRow
@@ -91,12 +90,6 @@ class ContextParallel:
 
 NO_CONTEXT_PARALLEL = ContextParallel()
 """Every rank has whole rows."""
-
-
-def build_context(compute_mesh: DeviceMesh) -> ContextParallel:
-    """The ranks along the ``context`` dimension of ``build_compute_mesh``."""
-    mesh = compute_mesh["context"]
-    return ContextParallel(mesh.get_local_rank(), mesh.size(), mesh.get_group())
 
 
 def _gather_kv(key: Tensor, value: Tensor, *, order: Tensor, inverse: Tensor, group: Any) -> tuple[Tensor, Tensor]:

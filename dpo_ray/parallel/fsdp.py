@@ -43,12 +43,7 @@ def apply_fsdp(
     compute_dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Shard each of ``layers``, and the remaining parameters of ``root``, over the mesh.
-
-    Args:
-        compute_dtype: dtype of the forward and backward passes; gradients are reduced in float32.
-        device: the device that computes.
-    """
+    """Shard each of ``layers``, and the remaining parameters of ``root``, over the mesh."""
     # Parameters of tensor parallelism are DTensors over the tensor dimension already, which FSDP2 takes into account.
     mesh = mesh[tuple(name for name in mesh.mesh_dim_names or () if name != "tensor")]
     offload = CPUOffloadPolicy() if shard.cpu_offload and device.type != "cpu" else OffloadPolicy()
@@ -72,11 +67,10 @@ def _prefetch(root: nn.Module, layers: nn.ModuleList, ahead: int) -> None:
 def load_full_state(
     model: nn.Module, weights: dict[str, Any], shard_device: torch.device, device: torch.device
 ) -> None:
-    """Load rank 0's full weights into the shards of all ranks.
+    """Load rank 0's full state dict ``weights`` into the shards of all ranks.
 
     Args:
-        weights: full state dict; only rank 0's is used.
-        shard_device: device of the shards: the CPU with ``shard.cpu_offload``.
+        shard_device: the CPU with ``shard.cpu_offload``.
         device: the device that computes.
     """
     if any(parameter.is_meta for parameter in model.parameters()):

@@ -162,11 +162,7 @@ def _distribute(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement)
 
 @contextmanager
 def _local_parameters(module: nn.Module, grad_placement: Placement | None = None) -> Iterator[dict[str, Any]]:
-    """Replace the parameters of ``module`` by their local tensors, which are also yielded.
-
-    Args:
-        grad_placement: placement of the gradients if it differs from that of the parameters.
-    """
+    """Replace the parameters of ``module`` by their local tensors, which are also yielded."""
     parameters: dict[str, Any] = dict(module._parameters)
     grad_placements = None if grad_placement is None else [grad_placement]
     local = {key: p.to_local(grad_placements=grad_placements) for key, p in parameters.items() if p is not None}

@@ -69,12 +69,11 @@ def to_buckets(
 ) -> Iterator[list[NamedTensor]]:
     """Prepare weights for a transfer and group them in order into buckets; a tensor above the limit gets its own.
 
-    One tensor is read ahead of a full bucket and no more, so that about one bucket is in memory at a time.
+    One tensor is read ahead of a full bucket and no more, so that about one bucket is in memory at a time. A tensor
+    that already has dtype and device is not copied, so its bucket must be sent before it changes.
 
     Args:
-        dtype: dtype of the transfer; integer tensors keep theirs. A tensor that already has dtype and device is not
-            copied, so its bucket must be sent before it changes.
-        bucket_bytes: largest size of a bucket, in bytes.
+        dtype: dtype of the transfer; integer tensors keep theirs.
     """
     bucket: list[NamedTensor] = []
     size = 0
@@ -113,22 +112,6 @@ class WireTensor:
             return torch.from_numpy(self.array).view(getattr(torch, self.dtype))
 
 
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """One message of whole tensors."""
-
-    tensors: tuple[WireTensor, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the values, in bytes."""
-        return sum(tensor.array.nbytes for tensor in self.tensors)
-
-    def named_tensors(self) -> list[NamedTensor]:
-        """The tensors under their checkpoint names; see ``WireTensor.to_tensor``."""
-        return [(tensor.name, tensor.to_tensor()) for tensor in self.tensors]
-
-
 def dtype_name(tensor: Tensor) -> str:
     """Name of the tensor's dtype without its package, e.g. ``bfloat16``."""
     return str(tensor.dtype).removeprefix("torch.")
@@ -153,15 +136,12 @@ class EngineGroup(Protocol):
         Returns:
             One identity per engine, in order; a replacement is not equal to the engine that it replaces.
         """
-        ...
 
     def init_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
         """Pass each engine's receivers their initialization info, one entry per engine."""
-        ...
 
     def load(self, bucket: Any) -> None:
         """Send a message to every engine. Its memory must not change until the update is finished."""
-        ...
 
     def finish_update(self, version: int) -> list[str]:
         """Switch every engine to the received weights.
@@ -169,11 +149,9 @@ class EngineGroup(Protocol):
         Returns:
             Each engine's digest of the weights it received.
         """
-        ...
 
     def token_logps(self, token_ids: Sequence[int]) -> list[list[float]]:
         """Each engine's log-probability of each token after the first, nats."""
-        ...
 
 
 class WeightSync(Protocol):
@@ -195,7 +173,6 @@ class WeightSync(Protocol):
 
     def connect(self, engines: EngineGroup | None) -> None:
         """Set the receiver of later pushes; None on all ranks except rank 0."""
-        ...
 
     def push(self, weights: Iterable[NamedTensor], *, version: int) -> str:
         """Send all weights and switch the engines to them.
@@ -210,7 +187,6 @@ class WeightSync(Protocol):
         Raises:
             SyncMismatch: an engine received other weights than those sent.
         """
-        ...
 
     def verify(self, token_ids: Sequence[int], trainer: Sequence[float], *, tolerance: float) -> float:
         """Compare the engines' log-probabilities of a probe text with the trainer's, after a push.
@@ -226,15 +202,13 @@ class WeightSync(Protocol):
         Raises:
             SyncMismatch: an engine differs by more than ``tolerance``.
         """
-        ...
 
     def close(self) -> None:
         """Disconnect from the engines and free the transport's resources."""
-        ...
 
 
 class Sender:
-    """The part of ``WeightSync`` that all transports share: everything except the push.
+    """The part of ``WeightSync`` that all transports share; each adds ``_send`` or a push of its own.
 
     Args:
         bucket_mib: largest size of a message, in MiB.
@@ -248,10 +222,26 @@ class Sender:
         self._dtype: torch.dtype = getattr(torch, dtype)
         self.engines: EngineGroup | None = None
         self._connected = False
+        self._members: list[Hashable] = []
+        self._device = torch.device("cpu")
 
     def connect(self, engines: EngineGroup | None) -> None:
         """Set the receiver of later pushes; None on all ranks except rank 0."""
         self.engines, self._connected = engines, True
+
+    def push(self, weights: Iterable[NamedTensor], *, version: int) -> str:
+        """Send all weights and switch the engines to them; see ``WeightSync.push``."""
+        self._require_connected()
+        if self.engines is None:
+            for _ in weights:  # rank 0 gathers with the help of all ranks
+                pass
+            return ""
+        sent = Digest()
+        self._start_update(self.engines)
+        for bucket in self._buckets(weights, self._device):
+            self._send(self.engines, bucket, version)
+            sent.update(bucket)
+        return self._finish_update(self.engines, sent, version)
 
     def verify(self, token_ids: Sequence[int], trainer: Sequence[float], *, tolerance: float) -> float:
         """Compare the engines with the trainer on a probe text; see ``WeightSync.verify``."""
@@ -261,42 +251,43 @@ class Sender:
 
     def close(self) -> None:
         """Disconnect from the engines."""
-        self.engines, self._connected = None, False
+        self.engines, self._connected, self._members = None, False, []
 
-    def require_connected(self) -> None:
-        """Raise a RuntimeError unless ``connect`` was called."""
+    def _require_connected(self) -> None:
         if not self._connected:
             raise RuntimeError("push before connect: the transport has no engines to send to")
 
-    def buckets(self, weights: Iterable[NamedTensor], device: torch.device) -> Iterator[list[NamedTensor]]:
-        """The weights on ``device`` in this transport's dtype and bucket size; see ``to_buckets``."""
+    def _start_update(self, engines: EngineGroup) -> None:
+        """Start an update, with a new transfer if the engines are not those of the last push."""
+        members = list(engines.start_update())
+        if members != self._members:
+            self._init_transfer(engines, len(members))
+            self._members = members
+
+    def _init_transfer(self, engines: EngineGroup, count: int) -> None:
+        """Prepare transfers to ``count`` engines."""
+
+    def _send(self, engines: EngineGroup, bucket: list[NamedTensor], version: int) -> None:
+        raise NotImplementedError
+
+    def _buckets(self, weights: Iterable[NamedTensor], device: torch.device) -> Iterator[list[NamedTensor]]:
         return to_buckets(weights, dtype=self._dtype, device=device, bucket_bytes=self._bucket_bytes)
 
-
-def check_digests(received: Sequence[str], sent: str, version: int) -> str:
-    """Compare the engines' digests with the digest of the weights sent, which is returned.
-
-    Raises:
-        SyncMismatch: an engine received other weights.
-    """
-    for index, digest in enumerate(received):
-        if digest != sent:
-            raise SyncMismatch(f"engine {index} received weights with digest {digest}; version {version} has {sent}")
-    return sent
+    def _finish_update(self, engines: EngineGroup, sent: Digest, version: int) -> str:
+        """Switch the engines to the weights sent and compare digests."""
+        expected = sent.hexdigest()
+        for index, digest in enumerate(engines.finish_update(version)):
+            if digest != expected:
+                raise SyncMismatch(
+                    f"engine {index} received weights with digest {digest}; version {version} has {expected}"
+                )
+        return expected
 
 
 def check_probe(trainer: Sequence[float], engines: Sequence[Sequence[float]], tolerance: float) -> float:
-    """Compare the engines' log-probabilities of a probe text with the trainer's.
+    """Compare log-probabilities of probe tokens; arguments and result as in ``WeightSync.verify``.
 
     This detects weights that arrived intact and are not used (a stale packed copy, a skipped layer).
-
-    Args:
-        trainer: the trainer's log-probability of each probe token, nats.
-        engines: the same per engine.
-        tolerance: largest accepted mean absolute difference, nats per token.
-
-    Returns:
-        The largest mean absolute difference over the engines, nats per token.
 
     Raises:
         SyncMismatch: an engine differs by more than ``tolerance``, or a log-probability is not finite.

@@ -6,14 +6,14 @@ engine worker opens the handle of its own GPU. No weights leave the GPU.
 """
 
 import functools
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from dpo_ray.parallel.collectives import gather_values
-from dpo_ray.sync.base import Digest, NamedTensor, Sender, check_digests
+from dpo_ray.sync.base import Digest, EngineGroup, NamedTensor, Sender
 
 Handles = dict[str, tuple[Any, ...]]
 """CUDA IPC handles of one packed buffer by GPU UUID."""
@@ -30,22 +30,15 @@ class IPCSync(Sender):
     worker_extension = f"{__name__}.IPCWorker"
     replays = False
 
-    def __init__(self, bucket_mib: int = 256, dtype: str = "bfloat16") -> None:
-        super().__init__(bucket_mib, dtype)
-        self._initialized: list[Hashable] = []
-
     def push(self, weights: Iterable[NamedTensor], *, version: int) -> str:
         """Send all weights and switch the engines to them; see ``WeightSync.push``."""
-        self.require_connected()
+        self._require_connected()
         free_cuda_cache()  # for the engines, which wake up on the same GPUs
         dist.barrier()
         engines, sent = self.engines, Digest()
         if engines is not None:
-            identities = list(engines.start_update())
-            if identities != self._initialized:
-                engines.init_transfer([{"packed": True}] * len(identities))
-                self._initialized = identities
-        for bucket in self.buckets(weights, current_device()):
+            self._start_update(engines)
+        for bucket in self._buckets(weights, current_device()):
             for chunk in export(bucket):  # yields once; the buffer is as large as the bucket and freed afterwards
                 handles = merge_handles(gather_values(chunk.ipc_handle))
                 if engines is not None:
@@ -56,12 +49,10 @@ class IPCSync(Sender):
         dist.barrier()  # all buffers are freed before the engines allocate their key-value caches
         if engines is None:
             return ""
-        return check_digests(engines.finish_update(version), sent.hexdigest(), version)
+        return self._finish_update(engines, sent, version)
 
-    def close(self) -> None:
-        """Disconnect from the engines."""
-        self._initialized = []
-        super().close()
+    def _init_transfer(self, engines: EngineGroup, count: int) -> None:
+        engines.init_transfer([{"packed": True}] * count)
 
 
 def free_cuda_cache() -> None:
@@ -116,8 +107,10 @@ def merge_handles(per_rank: Sequence[Handles]) -> Handles:
 
 
 @functools.cache
-def _worker_extension() -> type:
-    """The class to mix into vLLM's workers; the first call registers the receiver with vLLM."""
+def __getattr__(name: str) -> Any:
+    """``IPCWorker``, the class to mix into vLLM's workers; its first use registers the receiver with vLLM."""
+    if name != "IPCWorker":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 
@@ -128,9 +121,3 @@ def _worker_extension() -> type:
 
     WeightTransferEngineFactory.register_engine(IPCSync.worker_extension, IPCReceiver)
     return DigestWorker
-
-
-def __getattr__(name: str) -> Any:
-    if name == "IPCWorker":
-        return _worker_extension()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,13 +9,13 @@ import functools
 import logging
 import socket
 import threading
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import Any
 
 import torch
 
-from dpo_ray.sync.base import Digest, EngineGroup, NamedTensor, Sender, check_digests, dtype_name
+from dpo_ray.sync.base import EngineGroup, NamedTensor, Sender, dtype_name
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,8 @@ class NCCLSync(Sender):
 
     def __init__(self, bucket_mib: int = 512, dtype: str = "bfloat16") -> None:
         super().__init__(bucket_mib, dtype)
-        self._communicator: Communicator | None = None
-        self._members: list[Hashable] = []
+        self._group: Any = None
+        """vLLM's ``PyNcclCommunicator``; this process is its rank 0."""
 
     def push(self, weights: Iterable[NamedTensor], *, version: int) -> str:
         """Send all weights and switch the engines to them; see ``WeightSync.push``.
@@ -45,13 +45,8 @@ class NCCLSync(Sender):
         Raises:
             TimeoutError: an engine did not take part in a broadcast in time.
         """
-        self.require_connected()
-        if self.engines is None:
-            for _ in weights:  # rank 0 gathers with the help of all ranks
-                pass
-            return ""
         try:
-            return self._push(self.engines, weights, version)
+            return super().push(weights, version=version)
         except BaseException:
             self._destroy_group()  # unusable after an interrupted broadcast
             raise
@@ -61,58 +56,40 @@ class NCCLSync(Sender):
         self._destroy_group()
         super().close()
 
-    def _push(self, engines: EngineGroup, weights: Iterable[NamedTensor], version: int) -> str:
-        members = list(engines.start_update())
-        if self._communicator is None or members != self._members:
-            self._destroy_group()
-            self._communicator, self._members = init_group(engines, len(members), self._bucket_bytes), members
-        communicator, sent = self._communicator, Digest()
-        for bucket in self.buckets(weights, communicator.device):
-            run_concurrently(
-                functools.partial(engines.load, update_info(bucket)),
-                functools.partial(communicator.broadcast, bucket),
-                timeout_s=engines.timeout_s + GRACE_S,
-                action=f"broadcasting {len(bucket)} tensors of version {version} to {len(members)} engines",
-            )
-            sent.update(bucket)
-        return check_digests(engines.finish_update(version), sent.hexdigest(), version)
+    def _init_transfer(self, engines: EngineGroup, count: int) -> None:
+        self._destroy_group()
+        self._group = init_group(engines, count, self._bucket_bytes)
+        self._device = self._group.device
+
+    def _send(self, engines: EngineGroup, bucket: list[NamedTensor], version: int) -> None:
+        run_concurrently(
+            functools.partial(engines.load, update_info(bucket)),
+            functools.partial(broadcast, bucket, self._group, self._bucket_bytes),
+            timeout_s=engines.timeout_s + GRACE_S,
+            action=f"broadcasting {len(bucket)} tensors of version {version} to {len(self._members)} engines",
+        )
 
     def _destroy_group(self) -> None:
-        if self._communicator is not None:
-            self._communicator.close()
-        self._communicator, self._members = None, []
+        if self._group is not None:
+            self._group.destroy()  # aborts a broadcast in progress
+        self._group, self._members = None, []
 
 
-class Communicator:
-    """The sender's end of the NCCL group, rank 0.
+def broadcast(bucket: Sequence[NamedTensor], group: Any, bucket_bytes: int) -> None:
+    """Broadcast a bucket in one message and wait until it is sent. Callable from any thread."""
+    from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
-    Args:
-        group: vLLM's ``PyNcclCommunicator``.
-    """
-
-    def __init__(self, group: Any, bucket_bytes: int) -> None:
-        self.device: torch.device = group.device
-        self._group, self._bucket_bytes = group, bucket_bytes
-
-    def broadcast(self, bucket: Sequence[NamedTensor]) -> None:
-        """Broadcast a bucket in one message and wait until it is sent. Callable from any thread."""
-        from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
-
-        with torch.accelerator.device_index(self.device.index):  # a new thread is on device 0
-            torch.accelerator.synchronize()  # vLLM's own streams do not wait for the gather
-            packed_nccl_broadcast_producer(
-                iter(bucket),
-                self._group,
-                src=0,
-                post_iter_func=lambda item: item[1],
-                # A tensor above the limit is a message of its own, for sender and receiver.
-                buffer_size_bytes=max(self._bucket_bytes, sum(tensor.nbytes for _, tensor in bucket)),
-                num_buffers=1,
-            )
-
-    def close(self) -> None:
-        """Leave the group; aborts a broadcast in progress."""
-        self._group.destroy()
+    with torch.accelerator.device_index(group.device.index):  # a new thread is on device 0
+        torch.accelerator.synchronize()  # vLLM's own streams do not wait for the gather
+        packed_nccl_broadcast_producer(
+            iter(bucket),
+            group,
+            src=0,
+            post_iter_func=lambda item: item[1],
+            # A tensor above the limit is a message of its own, for sender and receiver.
+            buffer_size_bytes=max(bucket_bytes, sum(tensor.nbytes for _, tensor in bucket)),
+            num_buffers=1,
+        )
 
 
 def update_info(bucket: Sequence[NamedTensor]) -> dict[str, Any]:
@@ -143,7 +120,7 @@ def init_infos(host: str, port: int, engines: int, workers_per_engine: int, buck
     ]
 
 
-def init_group(engines: EngineGroup, count: int, bucket_bytes: int) -> Communicator:
+def init_group(engines: EngineGroup, count: int, bucket_bytes: int) -> Any:
     """Build the NCCL group of this process and all workers of ``count`` engines.
 
     Raises:
@@ -153,24 +130,24 @@ def init_group(engines: EngineGroup, count: int, bucket_bytes: int) -> Communica
     infos = init_infos(engines.host, port, count, engines.workers_per_engine, bucket_bytes)
     world_size = infos[0]["world_size"]
     device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else 0
-    _, communicator = run_concurrently(
+    _, group = run_concurrently(
         lambda: engines.init_transfer(infos),
-        lambda: open_communicator(engines.host, port, world_size, device, bucket_bytes),
+        lambda: join_group(engines.host, port, world_size, device),
         timeout_s=engines.timeout_s + GRACE_S,
         action=f"building an NCCL group of {world_size} at {engines.host}:{port} with {count} engines",
     )
     logger.info("NCCL group of %d: this process and %d engines of %d", world_size, count, engines.workers_per_engine)
-    return communicator
+    return group
 
 
-def open_communicator(host: str, port: int, world_size: int, device: int, bucket_bytes: int) -> Communicator:
+def join_group(host: str, port: int, world_size: int, device: int) -> Any:
     """Join the group as rank 0; returns when all ranks have joined."""
     from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
     with torch.accelerator.device_index(device):
         group = trainer_init({"master_address": host, "master_port": port, "world_size": world_size})
     validate_nccl(group)
-    return Communicator(group, bucket_bytes)
+    return group
 
 
 def validate_nccl(group: Any) -> None:
@@ -218,8 +195,10 @@ def _in_thread(call: Callable[[], Any]) -> Future[Any]:
 
 
 @functools.cache
-def _worker_extension() -> type:
-    """The class to mix into vLLM's workers; the first call registers the receiver with vLLM."""
+def __getattr__(name: str) -> Any:
+    """``NCCLWorker``, the class to mix into vLLM's workers; its first use registers the receiver with vLLM."""
+    if name != "NCCLWorker":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
@@ -235,9 +214,3 @@ def _worker_extension() -> type:
 
     WeightTransferEngineFactory.register_engine(NCCLSync.worker_extension, NCCLReceiver)
     return DigestWorker
-
-
-def __getattr__(name: str) -> Any:
-    if name == "NCCLWorker":
-        return _worker_extension()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,17 +5,9 @@ half of this file imports vLLM on first use.
 """
 
 import functools
-import logging
-from collections.abc import Iterable
 from typing import Any
 
-import torch
-
-from dpo_ray.sync.base import Bucket, Digest, NamedTensor, Sender, WireTensor, check_digests
-
-logger = logging.getLogger(__name__)
-
-CPU = torch.device("cpu")
+from dpo_ray.sync.base import EngineGroup, NamedTensor, Sender, WireTensor
 
 
 class ObjectStoreSync(Sender):
@@ -29,26 +21,15 @@ class ObjectStoreSync(Sender):
     worker_extension = f"{__name__}.ObjectStoreWorker"
     replays = True
 
-    def push(self, weights: Iterable[NamedTensor], *, version: int) -> str:
-        """Send all weights and switch the engines to them; see ``WeightSync.push``."""
-        self.require_connected()
-        if self.engines is None:
-            for _ in weights:  # rank 0 gathers with the help of all ranks
-                pass
-            return ""
-        sent = Digest()
-        self.engines.start_update()
-        for tensors in self.buckets(weights, CPU):
-            bucket = Bucket(tuple(WireTensor.from_tensor(name, tensor) for name, tensor in tensors))
-            self.engines.load(bucket)
-            sent.update(tensors)
-            logger.debug("version %d: sent %d tensors, %.1f MiB", version, len(tensors), bucket.nbytes / 2**20)
-        return check_digests(self.engines.finish_update(version), sent.hexdigest(), version)
+    def _send(self, engines: EngineGroup, bucket: list[NamedTensor], version: int) -> None:
+        engines.load([WireTensor.from_tensor(name, tensor) for name, tensor in bucket])
 
 
 @functools.cache
-def _worker_extension() -> type:
-    """The class to mix into vLLM's workers; the first call registers the receiver with vLLM."""
+def __getattr__(name: str) -> Any:
+    """``ObjectStoreWorker``, the class to mix into vLLM's workers; its first use registers the receiver with vLLM."""
+    if name != "ObjectStoreWorker":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from vllm.distributed.weight_transfer.base import WeightTransferEngine
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -63,13 +44,13 @@ def _worker_extension() -> type:
         def init_transfer_engine(self, init_info: Any) -> None: ...
 
         def parse_update_info(self, update_dict: Any) -> Any:
-            return update_dict  # a Bucket already
+            return update_dict  # a list of WireTensor already
 
         def start_weight_update(self) -> None:
             initialize_layerwise_reload(self.model)
 
-        def receive_weights(self, update_info: Bucket) -> None:
-            self.model.load_weights(update_info.named_tensors())
+        def receive_weights(self, update_info: list[WireTensor]) -> None:
+            self.model.load_weights((tensor.name, tensor.to_tensor()) for tensor in update_info)
 
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)
@@ -85,9 +66,3 @@ def _worker_extension() -> type:
 
     WeightTransferEngineFactory.register_engine(ObjectStoreSync.worker_extension, ObjectStoreReceiver)
     return DigestWorker
-
-
-def __getattr__(name: str) -> Any:
-    if name == "ObjectStoreWorker":
-        return _worker_extension()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

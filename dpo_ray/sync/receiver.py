@@ -25,14 +25,6 @@ class RecordingModel:
         self.missing -= loaded
         return loaded
 
-    def validate_complete(self) -> None:
-        """Raise a ValueError if a parameter got no weights: its layer would keep old or undefined ones."""
-        if self.missing:
-            raise ValueError(
-                f"the push left out {len(self.missing)} parameters of the engine's model, "
-                f"first {min(self.missing)!r}; a layer would keep old or undefined weights"
-            )
-
 
 class DigestMixin:
     """Mixed in before a ``WeightTransferEngine``: its updates load through a ``RecordingModel``.
@@ -62,7 +54,11 @@ class DigestMixin:
             ValueError: a parameter got no weights.
         """
         recording: RecordingModel = self.model
-        recording.validate_complete()
+        if recording.missing:
+            raise ValueError(
+                f"the push left out {len(recording.missing)} parameters of the engine's model, "
+                f"first {min(recording.missing)!r}; a layer would keep old or undefined weights"
+            )
         self.digest = recording.digest.hexdigest()
         self.reset_weight_update_target()  # pyrefly: ignore
         super().finish_weight_update()  # pyrefly: ignore

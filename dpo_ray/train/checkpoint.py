@@ -59,13 +59,7 @@ def save_due(run: RunConfig, position: int, total: int, *, stopping: bool = Fals
 
 
 class Checkpointer:
-    """Saves and loads the checkpoints of one run. Every rank calls the same methods.
-
-    Args:
-        folder: shared by all ranks.
-        config: saved with each checkpoint and compared on resume.
-        total: last position of the run: steps offline, rounds online.
-    """
+    """Saves and loads the checkpoints of one run in a shared folder. Every rank calls the same methods."""
 
     def __init__(self, folder: Path, config: Config, *, total: int) -> None:
         self.folder, self.config, self.total = folder, config, total
@@ -86,12 +80,7 @@ class Checkpointer:
             self.save(state, position, metrics)
 
     def save(self, state: TrainState, position: int, metrics: Mapping[str, Any] | None = None) -> None:
-        """Starts writing a checkpoint; returns when the state has been copied.
-
-        Args:
-            position: names the folder.
-            metrics: of the current policy, including ``run.best_metric`` if it was evaluated.
-        """
+        """Starts writing a checkpoint; returns when the state has been copied."""
         self.wait()
         path = self.writing = self.folder / f"{position:06d}"
         if dist.get_rank() == 0:

@@ -19,7 +19,6 @@ from typing import Any, cast
 
 import torch.distributed.checkpoint as dcp
 import xxhash
-from torch import Tensor
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 
 from dpo_ray.config.schema import RunConfig
@@ -30,8 +29,7 @@ logger = logging.getLogger(__name__)
 MARKER = "complete.json"
 INDEX = ".metadata"
 NICENESS = 10
-"""Niceness of the thread that writes; not the highest, since it may hold the interpreter's lock while it waits for a
-core."""
+"""Niceness of the thread that writes; below the highest, since it may hold the GIL while it waits for a core."""
 
 
 def write_marker(path: Path, digests: Mapping[str, str], metrics: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -117,16 +115,6 @@ def open_writer(path: Path) -> tuple[dcp.FileSystemWriter, dict[str, str]]:
     digests: dict[str, str] = {}
     writer.fs.create_stream = functools.partial(_hashed_stream, writer.fs.create_stream, digests)
     return writer, digests
-
-
-def load_weights(path: Path, weights: dict[str, Tensor]) -> None:
-    """Loads the policy's full weights from a checkpoint of any number of ranks, in a single process.
-
-    Args:
-        path: a finished checkpoint.
-        weights: full tensors under the parameter names of the policy; filled in place.
-    """
-    dcp.load({"model": weights}, storage_reader=open_reader(path), no_dist=True)
 
 
 @contextlib.contextmanager

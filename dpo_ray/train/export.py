@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -17,7 +18,6 @@ from dpo_ray.train.checkpoint_files import (
     best_checkpoint,
     damaged_files,
     finished_checkpoints,
-    load_weights,
     open_reader,
     read_marker,
 )
@@ -57,8 +57,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) ->
     """Writes the policy of a finished checkpoint to ``folder``; returns the configuration of its run.
 
     Args:
-        folder: must not exist; created atomically. A Hugging Face directory, or with adapters a peft
-            directory.
+        folder: must not exist; created atomically. A Hugging Face directory, or with adapters a peft directory.
         merge: export the model with its adapters merged.
 
     Raises:
@@ -97,5 +96,5 @@ def _trained_weights(checkpoint: Path) -> dict[str, Tensor]:
         for name, entry in written.items()
         if name.startswith(f"{WEIGHTS}{WEIGHTS}") and isinstance(entry, TensorStorageMetadata)
     }
-    load_weights(checkpoint, weights)
+    dcp.load({"model": weights}, storage_reader=open_reader(checkpoint), no_dist=True)
     return {name.removeprefix(WEIGHTS): weight for name, weight in weights.items()}

@@ -19,15 +19,8 @@ PAIRS_PER_BLOCK = 512
 """Pairs per block; each block is split over the ranks."""
 
 
-def no_progress(done: int, total: int) -> None:
-    """Ignores the progress of a short pass."""
-
-
 def compute_logps(
-    trainer: Trainer,
-    source: PairSource,
-    pairs: Sequence[int],
-    progress: Callable[[int, int], None] = no_progress,
+    trainer: Trainer, source: PairSource, pairs: Sequence[int], progress: Callable[[int, int], None]
 ) -> np.ndarray:
     """Log-probabilities of pairs under the current policy.
 

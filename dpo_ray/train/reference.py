@@ -31,13 +31,9 @@ def load_frozen_reference(trainer: Trainer) -> LogpsModel | None:
     match config.reference_kind:
         case "live":
             # Sharded like the policy, in the compute dtype.
+            context = trainer.policy.context
             return load_sharded(
-                config.model,
-                config.shard,
-                trainer.mesh,
-                trainer.device,
-                context=trainer.policy.context,
-                trainable=False,
+                config.model, config.shard, trainer.mesh, trainer.device, context=context, trainable=False
             )
         case "adapters_off":
             return WithoutAdapters(trainer.policy)
@@ -68,7 +64,7 @@ def round_reference(trainer: Trainer, pairs: PairList, frozen: LogpsModel | None
         return live_reference(partial(pair_logps, frozen))
     if trainer.config.reference_kind == "none":
         return no_reference
-    return cached_reference(compute_logps(trainer, pairs, range(len(pairs))))
+    return cached_reference(compute_logps(trainer, pairs, range(len(pairs)), lambda done, total: None))
 
 
 def _cached_reference(trainer: Trainer, pairs: PairStore, name: str, reporter: Reporter) -> Reference:

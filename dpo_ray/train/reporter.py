@@ -31,18 +31,10 @@ class Reporter(Protocol):
 
     def stop_requested(self) -> bool:
         """True if this rank knows that the run should stop early."""
-        ...
 
 
 class PhaseTimer:
-    """Wall-clock seconds of named phases.
-
-    Example:
-        timer = PhaseTimer()
-        with timer("perf/train_s"):
-            train()
-        reporter.round({**metrics, **timer.seconds})
-    """
+    """Wall-clock seconds of named phases."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

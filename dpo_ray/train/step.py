@@ -8,12 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from dpo_ray.data.loader import StepBatch
 from dpo_ray.model.scorer import pair_losses
 from dpo_ray.objective.metrics import PAIR_METRICS, pair_metric_sums
-from dpo_ray.parallel.collectives import gather_values
+from dpo_ray.parallel.collectives import full_tensor, gather_values
 from dpo_ray.parallel.fsdp import reshard, set_last_micro_batch
 from dpo_ray.reference.reference import Reference
 from dpo_ray.train.optim import set_learning_rate
@@ -47,7 +46,7 @@ def dpo_step(trainer: Trainer, batch: StepBatch, reference: Reference, *, lr: fl
     dist.all_reduce(sums, group=trainer.dp_group)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optim.max_grad_norm)
     # Reading the numbers waits for a GPU to finish the backward pass, before a step that cannot be undone.
-    means, grad_norm = _means(sums, len(batch.pairs)), _full_tensor(norm).item()
+    means, grad_norm = _means(sums, len(batch.pairs)), full_tensor(norm).item()
     finite = math.isfinite(means["loss"]) and math.isfinite(grad_norm)
     if finite:
         set_learning_rate(trainer.optimizer, lr)
@@ -102,7 +101,3 @@ def _zero_sums(trainer: Trainer) -> Tensor:
 
 def _means(sums: Tensor, pairs: int) -> dict[str, Any]:
     return dict(zip(PAIR_METRICS, (sums / pairs).tolist(), strict=True))
-
-
-def _full_tensor(norm: Tensor) -> Tensor:
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm

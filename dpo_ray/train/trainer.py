@@ -13,7 +13,7 @@ from dpo_ray.data.tokenize import load_tokenizer
 from dpo_ray.model.load import load_sharded
 from dpo_ray.model.scorer import Scorer
 from dpo_ray.objective.losses import PairLoss, build_loss
-from dpo_ray.parallel.context import build_context
+from dpo_ray.parallel.context import ContextParallel
 from dpo_ray.parallel.fsdp import build_compute_mesh, build_mesh
 from dpo_ray.train.optim import build_optimizer
 
@@ -68,7 +68,9 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
     """Builds the parts of a run. A collective: torch.distributed is initialised."""
     torch.manual_seed(config.run.seed)
     mesh, compute_mesh = build_mesh(config.shard, device), build_compute_mesh(config.shard, device)
-    policy = load_sharded(config.model, config.shard, mesh, device, context=build_context(compute_mesh), trainable=True)
+    ranks = compute_mesh["context"]
+    context = ContextParallel(ranks.get_local_rank(), ranks.size(), ranks.get_group())
+    policy = load_sharded(config.model, config.shard, mesh, device, context=context, trainable=True)
     return Trainer(
         config,
         load_tokenizer(config.model.path, config.model.chat_template),

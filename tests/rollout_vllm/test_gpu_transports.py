@@ -77,7 +77,7 @@ def test_a_bucket_is_one_broadcast_for_sender_and_receiver_also_when_its_tensor_
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
     for bucket in (BUCKET, [("large", torch.randn(50))]):
         group = Group()
-        nccl.Communicator(group, 40).broadcast(bucket)
+        nccl.broadcast(bucket, group, 40)
         assert len(group.sent) == 1
         in_transit, info, loaded = group.sent, nccl.update_info(bucket), []
         dtypes = [getattr(torch, name) for name in info["dtype_names"]]
@@ -130,7 +130,7 @@ def test_a_push_over_nccl_loads_a_real_engine_when_only_the_broadcast_is_replace
     in_transit: queue.Queue[list[tuple[str, Tensor]]] = queue.Queue()
 
     class Group:
-        available, disabled = True, False
+        available, disabled, device = True, False, torch.device("cpu")
 
         def destroy(self) -> None: ...
 
@@ -143,17 +143,10 @@ def test_a_push_over_nccl_loads_a_real_engine_when_only_the_broadcast_is_replace
         assert [(name, list(shape)) for name, (shape, _) in info] == [(n, list(t.shape)) for n, t in bucket]
         post_unpack_func(bucket)
 
-    class Sender:
-        device = torch.device("cpu")
-
-        def broadcast(self, bucket: Sequence[tuple[str, Tensor]]) -> None:
-            in_transit.put(list(bucket))
-
-        def close(self) -> None: ...
-
     monkeypatch.setattr(nccl_engine, "worker_init_process_group", join)
     monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_consumer", consumer)
-    monkeypatch.setattr(nccl, "open_communicator", lambda *where: Sender())
+    monkeypatch.setattr(nccl, "join_group", lambda *where: Group())
+    monkeypatch.setattr(nccl, "broadcast", lambda bucket, group, bucket_bytes: in_transit.put(list(bucket)))
     engine = start_engine(policy_a, worker_extension=NCCLSync.worker_extension)
 
     class One(EngineGroup):

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpo_ray.config.schema import EngineConfig, SamplingConfig
 from dpo_ray.rollout.vllm_engine import UNPUSHED
-from dpo_ray.sync.base import Bucket, EngineGroup, WireTensor, to_buckets
+from dpo_ray.sync.base import EngineGroup, WireTensor, to_buckets
 from dpo_ray.sync.object_store import ObjectStoreSync
 from dpo_ray.types import Messages, Prompt
 
@@ -175,7 +175,7 @@ class OneEngine(EngineGroup):
     def init_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
         raise NotImplementedError
 
-    def load(self, bucket: Bucket) -> None:
+    def load(self, bucket: list[WireTensor]) -> None:
         self.buckets += 1
         self.engine.load(bucket)
 
@@ -186,9 +186,9 @@ class OneEngine(EngineGroup):
         return [self.engine.token_logps(token_ids)]
 
 
-def pack(weights: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[Bucket]:
+def pack(weights: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[list[WireTensor]]:
     for tensors in to_buckets(weights, dtype=torch.bfloat16, device=torch.device("cpu"), bucket_bytes=bucket_bytes):
-        yield Bucket(tuple(WireTensor.from_tensor(name, tensor) for name, tensor in tensors))
+        yield [WireTensor.from_tensor(name, tensor) for name, tensor in tensors]
 
 
 def push(engine: "VLLMEngine", policy: Policy, version: int) -> OneEngine:

@@ -14,6 +14,7 @@ from dpo_ray.data.packing import Layout, build_row
 from dpo_ray.model.architecture import model_digest, read_model_config
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer, pair_logps, pair_losses
+from dpo_ray.objective import head
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.types import TokenPair
 from tests.conftest import gradient, save_tiny_model
@@ -40,7 +41,11 @@ def preference(policy: PairLogps, reference: PairLogps | None) -> torch.Tensor:
 @pytest.mark.parametrize("chunk", [None, 60, 9], ids=["one-group", "groups", "parts"])
 @pytest.mark.parametrize("layout", ["shared", "plain"])
 def test_logps_and_gradients_equal_those_of_separate_float64_forwards(
-    tiny_model: Path, layout: Layout, attention: Literal["auto", "sdpa"], chunk: int | None
+    tiny_model: Path,
+    layout: Layout,
+    attention: Literal["auto", "sdpa"],
+    chunk: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pairs = ragged_pairs(7)
     exact = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
@@ -50,7 +55,9 @@ def test_logps_and_gradients_equal_those_of_separate_float64_forwards(
     exact_loss.backward()
 
     scorer = Scorer(build_model(ModelConfig(path=str(tiny_model), attention=attention), with_weights=True))
-    losses = pair_losses(scorer, build_row(pairs, layout), preference, chunk=chunk)
+    if chunk is not None:
+        monkeypatch.setitem(head.CHUNK_BYTES, "cpu", chunk * 4 * scorer.model.config.vocab_size)
+    losses = pair_losses(scorer, build_row(pairs, layout), preference)
     losses.total.backward()
 
     assert losses.total.item() == pytest.approx(exact_loss.item(), rel=1e-5)

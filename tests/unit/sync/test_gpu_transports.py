@@ -97,7 +97,7 @@ class Communicator:
         self.engines.in_transit.append(list(bucket))
         self.engines.sent.release()
 
-    def close(self) -> None:
+    def destroy(self) -> None:
         self.closed = True
 
 
@@ -105,12 +105,13 @@ class Communicator:
 def sync(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[nccl.NCCLSync, Engines, list[Communicator]]]:
     engines, communicators = Engines(), []
 
-    def open_communicator(host: str, port: int, world_size: int, device: int, bucket_bytes: int) -> Communicator:
+    def join_group(host: str, port: int, world_size: int, device: int) -> Communicator:
         assert (host, world_size) == ("10.0.0.7", 5)
         communicators.append(Communicator(engines))
         return communicators[-1]
 
-    monkeypatch.setattr(nccl, "open_communicator", open_communicator)
+    monkeypatch.setattr(nccl, "join_group", join_group)
+    monkeypatch.setattr(nccl, "broadcast", lambda bucket, group, bucket_bytes: group.broadcast(bucket))
     sync = nccl.NCCLSync()
     sync._bucket_bytes = 60  # 20, 40, 60, 10 and 10 bytes in bfloat16
     sync.connect(engines)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dpo_ray.plugins import build
 from dpo_ray.sync import TRANSPORTS, base
-from dpo_ray.sync.base import Bucket, Digest, EngineGroup, NamedTensor, SyncMismatch, WireTensor, to_buckets
+from dpo_ray.sync.base import Digest, EngineGroup, NamedTensor, SyncMismatch, WireTensor, to_buckets
 from dpo_ray.sync.object_store import ObjectStoreSync
 
 
@@ -33,14 +33,15 @@ class Memory(EngineGroup):
     def init_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
         raise NotImplementedError
 
-    def load(self, bucket: Bucket) -> None:
+    def load(self, bucket: list[WireTensor]) -> None:
         self.calls.append("load")
         for index, digest in enumerate(self.digests):
             received = pickle.loads(pickle.dumps(bucket))
             if self.damaged and index == 1:
-                received.tensors[0].array.flat[0] += 1
-            digest.update(received.named_tensors())
-        self.weights |= dict(received.named_tensors())
+                received[0].array.flat[0] += 1
+            tensors = [(tensor.name, tensor.to_tensor()) for tensor in received]
+            digest.update(tensors)
+        self.weights |= dict(tensors)
 
     def finish_update(self, version: int) -> list[str]:
         self.calls.append(f"finish {version}")
