@@ -13,7 +13,8 @@ from dpo_ray.report.formatting import format_duration
 from dpo_ray.storage import is_remote
 
 if TYPE_CHECKING:
-    from dpo_ray.report.figures import Comparison, Summary
+    from dpo_ray.report.figures import KeyFigure
+    from dpo_ray.report.record import Comparison
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def print_summary(config: Config, console: Console, *, seconds: float) -> None:
 
 def _print_all(config: Config, console: Console, seconds: float) -> None:
     # Imported late: workers import this module's siblings and do not need matplotlib.
-    from dpo_ray.report.figures import comparisons, summary
+    from dpo_ray.report.figures import comparisons, key_figures
     from dpo_ray.report.health import diagnose
     from dpo_ray.report.page import write_report
     from dpo_ray.report.record import read_run
@@ -37,7 +38,7 @@ def _print_all(config: Config, console: Console, seconds: float) -> None:
     run_dir = config.run.path
     report = write_report(run_dir)
     record = read_run(run_dir)
-    _print_figures(console, summary(record), seconds)
+    _print_figures(console, key_figures(record), seconds)
     _print_comparisons(console, comparisons(record, n=3))
     for finding in diagnose(record):
         if finding.level != "ok":
@@ -46,27 +47,12 @@ def _print_all(config: Config, console: Console, seconds: float) -> None:
     _print_suggestions(console, config)
 
 
-def _print_figures(console: Console, figures: "Summary", seconds: float) -> None:
+def _print_figures(console: Console, figures: "Sequence[KeyFigure]", seconds: float) -> None:
     table = Table(title="Result", title_justify="left", show_header=False, box=None, padding=(0, 2))
-    if figures.score_after is not None:
-        table.add_row("judge score, held-out prompts", _change(figures.score_before, figures.score_after, "{:+.3f}"))
-        table.add_row("completion length, tokens", _change(figures.tokens_before, figures.tokens_after, "{:.1f}"))
-    if figures.accuracy_after is not None:
-        table.add_row("held-out accuracy", _change(figures.accuracy_before, figures.accuracy_after, "{:.2f}"))
-    if figures.kl is not None:
-        table.add_row("KL to the reference", f"{figures.kl:.1f} nats per sequence")
-    speed = f"{_value(figures.pairs_per_s, '{:.2f}')} pairs/s, {_value(figures.tokens_per_s, '{:.0f}')} tokens/s"
-    table.add_row("training", speed)
-    table.add_row("wall time", format_duration(seconds))
+    for label, value, detail, before in figures:
+        table.add_row(label, f"{before} -> {value}" if before else value, detail)
+    table.add_row("Wall time", format_duration(seconds))
     console.print(table)
-
-
-def _change(before: float | None, after: float | None, form: str) -> str:
-    return f"{_value(before, form)} -> {_value(after, form)}"
-
-
-def _value(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
 
 
 def _print_comparisons(console: Console, rows: "Sequence[Comparison]") -> None:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -48,3 +49,12 @@ def count_noun(number: int, noun: str) -> str:
 def shorten(text: str, characters: int) -> str:
     """At most ``characters`` of a text, and the number of those left out."""
     return text if len(text) <= characters else f"{text[:characters]} … ({len(text) - characters:,} more characters)"
+
+
+def prompt_text(prompt: Sequence[Mapping[str, str]] | str) -> str:
+    """A conversation as plain text: a single user turn alone, several turns with their roles."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1 and prompt[0].get("role", "user") == "user":
+        return prompt[0].get("content", "")
+    return "\n".join(f"{message.get('role', 'user')}: {message.get('content', '')}" for message in prompt)

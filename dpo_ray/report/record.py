@@ -6,14 +6,14 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import yaml
 
+from dpo_ray.report.formatting import prompt_text
 from dpo_ray.storage import folder_at, read_jsonl
 from dpo_ray.types import Messages, Metrics
 
@@ -55,6 +55,21 @@ class Evaluation:
         return fmean(values) if values else None
 
 
+class Comparison(NamedTuple):
+    """A held-out prompt that has a judge score before and after training."""
+
+    prompt: str
+    before: str
+    before_score: float
+    after: str
+    after_score: float
+
+    @property
+    def gain(self) -> float:
+        """Change of the judge score."""
+        return self.after_score - self.before_score
+
+
 @dataclass(frozen=True, slots=True)
 class ScoreGain:
     """Judge scores of the same held-out prompts before and after training."""
@@ -92,9 +107,6 @@ class RunRecord:
     groups_round: int | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
     """The data report; empty if the file is missing."""
-    running: bool = False
-    last_step_at: datetime | None = None
-    """Local time of the last write to metrics.jsonl."""
 
     def setting(self, dotted: str, default: Any = None) -> Any:
         """A value of the configuration; ``default`` if it is absent or null."""
@@ -144,26 +156,30 @@ class RunRecord:
         return self.evaluations[-1] if self.evaluations and self.evaluations[-1].version > 0 else None
 
     @property
-    def matched_samples(self) -> tuple[tuple[HeldOutSample, HeldOutSample], ...]:
-        """Samples before and after of each held-out prompt that has a score in both."""
+    def comparisons(self) -> list[Comparison]:
+        """The held-out prompts that have a score before and after training."""
         if self.before is None or self.after is None:
-            return ()
+            return []
         after = defaultdict(list)
         for sample in self.after.samples:
             after[json.dumps(sample.prompt)].append(sample)
         pairs = [(s, after[json.dumps(s.prompt)].pop(0)) for s in self.before.samples if after[json.dumps(s.prompt)]]
-        return tuple((old, new) for old, new in pairs if old.score is not None and new.score is not None)
+        return [
+            Comparison(prompt_text(old.prompt), old.completion, old.score, new.completion, new.score)
+            for old, new in pairs
+            if old.score is not None and new.score is not None
+        ]
 
     @property
     def score_gain(self) -> ScoreGain | None:
         """Effect of training on the held-out judge score; None without evaluations before and after."""
-        if not self.matched_samples:
+        rows = self.comparisons
+        if not rows:
             return None
-        before = [old.score or 0.0 for old, _ in self.matched_samples]
-        after = [new.score or 0.0 for _, new in self.matched_samples]
-        gains = [b - a for a, b in zip(before, after, strict=True)]
+        before, after = fmean(row.before_score for row in rows), fmean(row.after_score for row in rows)
+        gains = [row.gain for row in rows]
         error = stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
-        return ScoreGain(fmean(before), fmean(after), fmean(gains), error, len(gains))
+        return ScoreGain(before, after, fmean(gains), error, len(gains))
 
     @property
     def kl(self) -> float | None:
@@ -229,8 +245,6 @@ def read_run(run_dir: str | Path, *, running: bool = False) -> RunRecord:
         groups=groups,
         groups_round=groups_round,
         data=_read_mapping(path / "data.json", json.loads),
-        running=running,
-        last_step_at=_modified_at(path / "metrics.jsonl"),
     )
 
 
@@ -278,14 +292,6 @@ def _read_mapping(path: Path, parse: Callable[[str], Any]) -> Metrics:
         logger.warning("%s: skipped, not valid: %s", path, error)
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _modified_at(path: Path) -> datetime | None:
-    """Local time of the last write; None if the file is missing or its store has no times."""
-    try:
-        return datetime.fromtimestamp(path.stat().st_mtime).astimezone()
-    except (OSError, AttributeError, TypeError):
-        return None
 
 
 def _curve(lines: Iterable[Mapping[str, Any]], x: str, y: str) -> Curve:
