@@ -24,10 +24,11 @@ from dpo_ray.launch.command import TrainingFailed
 from dpo_ray.launch.data import prepare_data
 from dpo_ray.launch.display import live_display, text_console
 from dpo_ray.launch.follower import follow_run
-from dpo_ray.launch.offline import train, validate_offline
+from dpo_ray.launch.offline import LOOP, validate_offline
 from dpo_ray.launch.run_dir import make_run_dir
 from dpo_ray.launch.spaces import find_space
 from dpo_ray.launch.status import Status, start_status_actor, without_ties
+from dpo_ray.launch.workers import train_on_workers
 from dpo_ray.report.figures import TIE_BREAK, Rows, rank_trials
 from dpo_ray.report.formatting import format_number
 
@@ -106,7 +107,8 @@ def _fit(
         trial_config = override(config, {**sample, **trial})
         make_run_dir(trial_config)
         with follow_run(trial_config, logger.warning, group=config.run.name):
-            train(trial_config, cluster, start_status_actor(), callbacks=[TuneReportCallback()])
+            callbacks = [TuneReportCallback()]
+            train_on_workers(trial_config, cluster, LOOP, status_actor=start_status_actor(), callbacks=callbacks)
 
     return ray.tune.Tuner(
         ray.tune.with_resources(run_trial, {"CPU": TRIAL_CPUS}),

@@ -14,10 +14,7 @@ MAX_LOAD = 0.05
 
 
 class LiveReport:
-    """Keeps ``report.html`` of a running run up to date; call ``maybe_write`` after each evaluation or round.
-
-    At the end of the run, ``page.write_report(run_dir)`` writes the final page.
-    """
+    """Keeps ``report.html`` of a running run up to date; call ``maybe_write`` after each evaluation or round."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir

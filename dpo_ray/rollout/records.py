@@ -64,7 +64,6 @@ class RoundStore:
         weights_digest: str | None,
         seed: int,
         sampling: Mapping[str, Any],
-        sync_probe: Any = None,
     ) -> None:
         """Write a round in which every prompt occurs once; replaces an unfinished earlier attempt.
 
@@ -74,7 +73,6 @@ class RoundStore:
             weights_digest: digest of the weights that generated the candidates.
             seed: ``run.seed``.
             sampling: ``online.sampling`` as plain values.
-            sync_probe: comparison of the engines' log-probabilities with the trainer's, as plain values.
 
         Raises:
             FileExistsError: the round is finished; the policy may have been trained on its pairs.
@@ -95,7 +93,6 @@ class RoundStore:
             "scores": _mean_scores(lines),
             "timings": dict(timings),
             "weights_digest": weights_digest,
-            "sync_probe": sync_probe,
             "seed": seed,
             "sampling": dict(sampling),
         }
