@@ -51,10 +51,8 @@ def shorten(text: str, characters: int) -> str:
     return text if len(text) <= characters else f"{text[:characters]} … ({len(text) - characters:,} more characters)"
 
 
-def prompt_text(prompt: Sequence[Mapping[str, str]] | str) -> str:
+def prompt_text(prompt: Sequence[Mapping[str, str]]) -> str:
     """A conversation as plain text: a single user turn alone, several turns with their roles."""
-    if isinstance(prompt, str):
-        return prompt
     if len(prompt) == 1 and prompt[0].get("role", "user") == "user":
         return prompt[0].get("content", "")
     return "\n".join(f"{message.get('role', 'user')}: {message.get('content', '')}" for message in prompt)

@@ -167,8 +167,7 @@ def _group_examples(record: RunRecord) -> list[Example]:
 def _group_example(group: Mapping[str, Any]) -> Example:
     """All candidates of a group, best first; those without a score last."""
     candidates = group.get("candidates") or ()
-    scores = [number(score) for score in (group.get("scores") or [])[: len(candidates)]]
-    scores += [None] * (len(candidates) - len(scores))
+    scores = [number(score) for score in group.get("scores") or ()]
     score_texts = same_decimals(*scores)
     ranking = sorted(range(len(candidates)), key=lambda i: math.inf if (score := scores[i]) is None else -score)
     reason = group.get("dropped")

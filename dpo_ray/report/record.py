@@ -272,9 +272,8 @@ def _read_last_groups(folder: Path) -> tuple[int | None, tuple[Metrics, ...]]:
 
 def _held_out_sample(line: Mapping[str, Any]) -> HeldOutSample:
     policy, reference = number(line.get("policy_logp")), number(line.get("reference_logp"))
-    prompt = line.get("prompt") or ()
     return HeldOutSample(
-        prompt=({"role": "user", "content": prompt},) if isinstance(prompt, str) else tuple(prompt),
+        prompt=tuple(line.get("prompt") or ()),
         completion=str(line.get("completion") or ""),
         tokens=int(number(line.get("tokens")) or 0),
         score=number(line.get("score")),

@@ -25,7 +25,5 @@ class Sentiment:
         self._analyzer = SentimentIntensityAnalyzer()
 
     def __call__(self, groups: Sequence[CompletionGroup]) -> list[list[float]]:
-        return [[self._score(completion.text) for completion in group.completions] for group in groups]
-
-    def _score(self, text: str) -> float:
-        return float(self._analyzer.polarity_scores(text)["compound"])
+        score = self._analyzer.polarity_scores
+        return [[score(completion.text)["compound"] for completion in group.completions] for group in groups]
