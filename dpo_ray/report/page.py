@@ -18,12 +18,9 @@ from dpo_ray.report.plots import PALETTE, render, run_plots, sweep_plots
 from dpo_ray.report.record import RunRecord, number, read_run
 from dpo_ray.storage import write_atomically
 
-MAX_COMPARISONS = 7
-"""Held-out prompts on the page; odd, so that the median gain is among them."""
-MAX_GROUPS = 4
-"""Completion groups of the last round on the page."""
-MAX_CHARACTERS = 4000
-"""Characters per text on the page; the run directory holds the rest."""
+MAX_COMPARISONS = 7  # held-out prompts on the page; odd, so that the median gain is among them
+MAX_GROUPS = 4  # completion groups of the last round on the page
+MAX_CHARACTERS = 4000  # per text on the page; the run directory holds the rest
 
 
 class Text(NamedTuple):
@@ -95,7 +92,7 @@ def write_sweep_report(run_dir: str | Path, rows: Rows, metric: str, mode: str) 
         raise ValueError(f"no trial of the sweep has the metric {metric!r}; found: {', '.join(sorted(keys)) or 'none'}")
     finished, failed = rank_trials(rows, metric, mode)
     swept = [key for key in keys if "." in key and "/" not in key]
-    columns = list(dict.fromkeys((*(key for key in keys if key == "trial"), *swept, metric, *keys)))
+    columns = list(dict.fromkeys(("trial", *swept, metric, *keys)))
     plots = sweep_plots(finished, [key for key in swept if finished and _varies(finished, key)], metric, mode)
     cells = [_column([row.get(key) for row in (*finished, *failed)], key in swept) for key in columns]
     return _write_page(

@@ -39,19 +39,13 @@ LIGHT = {name: light for name, (light, _) in PALETTE.items()}
 DROP_COLOURS = ("rejected", "sand", "rose", "stone", "heldout", "policy")
 """Colours of the reasons for dropping a prompt, repeated where there are more reasons."""
 
-WIDTH_IN, PANEL_IN = 6.2, 2.35
-"""Inches of 72 SVG units: a page about 500 pixels wide shows the text at its nominal size."""
+WIDTH_IN, PANEL_IN = 6.2, 2.35  # inches of 72 SVG units: text has its nominal size on a page of about 500 pixels
 TEXT_PT = 11.5
-MAX_POINTS = 400
-"""Points per line; longer series are averaged in groups, which keeps the page of a long run small."""
-MAX_BARS = 40
-"""Bars per plot that remain readable; more rounds than that are averaged in groups."""
-SMOOTH_FROM = 40
-"""Minimum number of points of a line that is drawn pale, with its running mean on top."""
-LOG_PEAK = 20.0
-"""Ratio of the largest value to the median from which a series with peaks has a logarithmic axis."""
-LOG_RATIO = 3.0
-"""Ratio of the largest to the smallest swept value from which their axis is logarithmic."""
+MAX_POINTS = 400  # per line; longer series are averaged in groups, which keeps the page of a long run small
+MAX_BARS = 40  # per plot; more rounds than that are averaged in groups
+SMOOTH_FROM = 40  # points from which a line is drawn pale, with its running mean on top
+LOG_PEAK = 20.0  # ratio of the largest value to the median from which a series with peaks has a logarithmic axis
+LOG_RATIO = 3.0  # ratio of the largest to the smallest swept value from which their axis is logarithmic
 
 
 class Series(NamedTuple):

@@ -119,15 +119,10 @@ class VLLMEngine:
             seeds: one per prompt; the i-th completion of a prompt uses its seed + i.
 
         Raises:
-            ValueError: a prompt leaves no room for ``sampling.max_tokens``, or several candidates are greedy.
+            ValueError: a prompt leaves no room for ``sampling.max_tokens``.
             RuntimeError: a weight update is unfinished, or the engine sleeps.
         """
         self._require_ready()
-        if sampling.temperature == 0 and candidates > 1:
-            raise ValueError(
-                f"temperature 0 would generate the same completion {candidates} times; "
-                "request one candidate, or set online.sampling.temperature above 0"
-            )
         prompt_tokens = [self._render(prompt.messages) for prompt in prompts]
         longest = self._max_model_len - sampling.max_tokens
         for prompt, tokens in zip(prompts, prompt_tokens, strict=True):
