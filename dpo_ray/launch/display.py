@@ -20,7 +20,6 @@ PHASES = {
     "scoring": "computing reference log-probabilities",
     "generating": "generating candidates",
     "judging": "judging candidates",
-    "training": "training",
     "syncing": "sending weights to the engines",
     "evaluating": "evaluating on held-out data",
     "exporting": "exporting the policy",

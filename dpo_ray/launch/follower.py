@@ -188,9 +188,6 @@ def main() -> None:
         os._exit(0)
 
 
-# ---------------------------------------------------------------------------------------------------------- the driver
-
-
 def validate_trackers(config: Config) -> None:
     """Raise a ValueError for a tracker that cannot be imported or does not take its arguments."""
     for name in config.run.trackers:

@@ -3,18 +3,16 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from dpo_ray.config import Config
+from dpo_ray.report.figures import KeyFigure, comparisons, key_figures
 from dpo_ray.report.formatting import format_duration
+from dpo_ray.report.health import diagnose
+from dpo_ray.report.record import Comparison, read_run
 from dpo_ray.storage import is_remote
-
-if TYPE_CHECKING:
-    from dpo_ray.report.figures import KeyFigure
-    from dpo_ray.report.record import Comparison
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +27,7 @@ def print_summary(config: Config, console: Console, *, seconds: float) -> None:
 
 
 def _print_all(config: Config, console: Console, seconds: float) -> None:
-    # Imported late: workers import this module's siblings and do not need matplotlib.
-    from dpo_ray.report.figures import comparisons, key_figures
-    from dpo_ray.report.health import diagnose
-    from dpo_ray.report.page import write_report
-    from dpo_ray.report.record import read_run
+    from dpo_ray.report.page import write_report  # takes seconds to import, for matplotlib
 
     run_dir = config.run.path
     report = write_report(run_dir)
@@ -47,7 +41,7 @@ def _print_all(config: Config, console: Console, seconds: float) -> None:
     _print_suggestions(console, config)
 
 
-def _print_figures(console: Console, figures: "Sequence[KeyFigure]", seconds: float) -> None:
+def _print_figures(console: Console, figures: Sequence[KeyFigure], seconds: float) -> None:
     table = Table(title="Result", title_justify="left", show_header=False, box=None, padding=(0, 2))
     for label, value, detail, before in figures:
         table.add_row(label, f"{before} -> {value}" if before else value, detail)
@@ -55,7 +49,7 @@ def _print_figures(console: Console, figures: "Sequence[KeyFigure]", seconds: fl
     console.print(table)
 
 
-def _print_comparisons(console: Console, rows: "Sequence[Comparison]") -> None:
+def _print_comparisons(console: Console, rows: Sequence[Comparison]) -> None:
     if not rows:
         return
     table = Table(title="Held-out prompts, before and after", title_justify="left", show_lines=True)

@@ -46,7 +46,7 @@ def count_noun(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
-def shorten(text: str, characters: int) -> str:
+def shorten(text: str, characters: int = 4000) -> str:
     """At most ``characters`` of a text, and the number of those left out."""
     return text if len(text) <= characters else f"{text[:characters]} … ({len(text) - characters:,} more characters)"
 

@@ -3,8 +3,6 @@
 A check is a function of the record that returns one finding, or None where the run has no data for it.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable

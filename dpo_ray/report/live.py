@@ -1,7 +1,5 @@
 """Rewrites the report of a run that is still training. Imports matplotlib only when it writes."""
 
-from __future__ import annotations
-
 import logging
 import time
 from pathlib import Path

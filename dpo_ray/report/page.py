@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import yaml
 from jinja2 import Environment, FileSystemLoader
-from markupsafe import Markup
 
 from dpo_ray.config.secrets import mask_secrets
 from dpo_ray.report.figures import Rows, comparisons, evenly_spaced, key_figures, rank_trials, verdict
@@ -20,7 +19,6 @@ from dpo_ray.storage import write_atomically
 
 MAX_COMPARISONS = 7  # held-out prompts on the page; odd, so that the median gain is among them
 MAX_GROUPS = 4  # completion groups of the last round on the page
-MAX_CHARACTERS = 4000  # per text on the page; the run directory holds the rest
 
 
 class Text(NamedTuple):
@@ -29,8 +27,6 @@ class Text(NamedTuple):
     heading: str
     text: str
     score: str
-    tone: str = ""
-    """chosen | rejected | empty."""
     remark: str = ""
 
 
@@ -116,7 +112,7 @@ def _write_page(folder: Path, **content: Any) -> Path:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["svg"] = Markup
+    environment.filters["shorten"] = shorten
     page = folder / "report.html"
     write_atomically(page, environment.get_template("report.html.j2").render(palette=PALETTE, **content))
     return page
@@ -147,9 +143,9 @@ def _comparison_examples(record: RunRecord) -> list[Example]:
     examples = []
     for row in comparisons(record, MAX_COMPARISONS):
         before, after = same_decimals(row.before_score, row.after_score)
-        texts = [Text("before", _text(row.before), before), Text("after", _text(row.after), after)]
+        texts = [Text("before", row.before, before), Text("after", row.after, after)]
         tone = "up" if row.gain > 0 else "down" if row.gain < 0 else ""
-        examples.append(Example(_text(row.prompt), texts, f"{row.gain:+.2g}", tone))
+        examples.append(Example(row.prompt, texts, f"{row.gain:+.2g}", tone))
     return examples
 
 
@@ -169,7 +165,7 @@ def _group_example(group: Mapping[str, Any]) -> Example:
     ranking = sorted(range(len(candidates)), key=lambda i: math.inf if (score := scores[i]) is None else -score)
     reason = group.get("dropped")
     return Example(
-        prompt=_text(prompt_text(group.get("prompt") or ())),
+        prompt=prompt_text(group.get("prompt") or ()),
         texts=[_candidate_text(group, i, score_texts[i]) for i in ranking],
         badge=f"no pair: {str(reason).replace('_', ' ')}" if reason else "",
     )
@@ -181,11 +177,7 @@ def _candidate_text(group: Mapping[str, Any], i: int, score: str) -> Text:
     tokens = len(candidate.get("token_ids") or ())
     remarks = ((f"{tokens} tokens", tokens > 0), ("truncated", not candidate.get("finished", True)))
     remark = ", ".join(remark for remark, applies in remarks if applies)
-    return Text(role or f"candidate {i}", _text(candidate.get("text", "")), score, role, remark)
-
-
-def _text(text: str) -> str:
-    return shorten(text, MAX_CHARACTERS)
+    return Text(role or f"candidate {i}", candidate.get("text", ""), score, remark)
 
 
 def _yaml(node: Mapping[str, Any]) -> str:

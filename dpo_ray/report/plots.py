@@ -3,8 +3,6 @@
 In an SVG, colours are CSS variables and text stays text: the page decides on a light or a dark theme and on the font.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import re
