@@ -76,7 +76,6 @@ def ray_cluster(config: ClusterConfig, *, engines: int, local_runs: int = 1) -> 
     the run as Ctrl-C does.
 
     Args:
-        engines: rollout engines of the run.
         local_runs: concurrent runs for which a local cluster is sized.
 
     Raises:

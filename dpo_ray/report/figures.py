@@ -79,11 +79,7 @@ def comparisons(record: RunRecord, n: int = 3) -> list[Comparison]:
 
 
 def rank_trials(rows: Rows, metric: str, mode: str) -> tuple[Rows, Rows]:
-    """The trials of a sweep from best to worst, and those without a finite ``metric``.
-
-    Args:
-        mode: min | max, the better end of the metric.
-    """
+    """The trials of a sweep from best to worst (``mode``: min | max), and those without a finite ``metric``."""
     sign = -1.0 if mode == "max" else 1.0
     finished = [row for row in rows if number(row.get(metric)) is not None]
     finished.sort(key=lambda row: (sign * row[metric], number(row.get(TIE_BREAK)) or 0.0))

@@ -73,9 +73,8 @@ def write_sweep_report(run_dir: str | Path, rows: Rows, metric: str, mode: str) 
     """Write ``report.html`` of a sweep: its trials from best to worst, and the metric over the swept values.
 
     Args:
-        rows: one mapping per trial: ``trial``, the swept dotted keys, metrics, times. A trial without a finite
-            ``metric`` counts as failed and comes last.
-        metric: the key of ``rows`` that ranks the trials.
+        rows: one mapping per trial: ``trial``, the swept dotted keys, metrics, times. Trials without a finite
+            ``metric`` come last.
         mode: min | max, the better end of the metric.
 
     Raises:

@@ -204,11 +204,9 @@ def run_plots(record: RunRecord) -> list[Plot]:
 
 
 def sweep_plots(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], metric: str, mode: str) -> list[Plot]:
-    """The metric of each trial over each swept number, with a ring around the best trial.
+    """The metric of each trial over each swept number, with a ring around the best trial (``mode``: min | max).
 
-    Args:
-        rows: trials, each with a finite ``metric`` and numeric values of all ``keys``.
-        mode: min | max, the better end of the metric.
+    All ``rows`` have a finite ``metric`` and numeric values of all ``keys``.
     """
     plots = []
     for key in keys:
@@ -369,11 +367,7 @@ def _grouped(values: np.ndarray, size: int, reduce: Callable[..., np.ndarray] = 
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """The figure as an ``<svg>`` element of a page.
-
-    Args:
-        name: unique on the page; prefixes every id, so that plots do not use each other's clip paths.
-    """
+    """The figure as an ``<svg>`` element, whose ids start with ``name``: plots of a page must not share clip paths."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})

@@ -13,9 +13,6 @@ from dpo_ray.types import Completion, CompletionGroup, Messages, Prompt
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
 
-Render = Callable[[Messages], list[int]]
-"""Chat template and tokenizer: a conversation to token ids, with the generation prompt at the end."""
-
 UNPUSHED = -1
 """Policy version of the weights that an engine loaded from disk, before the first push."""
 CPU_BATCH_TOKENS = 4096
@@ -29,7 +26,7 @@ class VLLMEngine:
 
     Args:
         model_path: hub id or Hugging Face directory.
-        render: conversation to prompt tokens.
+        render: conversation to token ids, with the generation prompt at the end.
         engine: vLLM's settings; ``engine.args`` override every other argument of ``vllm.LLM``.
         max_model_len: longest prompt plus completion, in tokens.
         tensor_parallel: GPUs of this engine; 1 on a CPU.
@@ -51,7 +48,7 @@ class VLLMEngine:
         self,
         model_path: str,
         *,
-        render: Render,
+        render: Callable[[Messages], list[int]],
         dtype: str,
         engine: EngineConfig,
         max_model_len: int,
