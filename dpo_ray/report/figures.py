@@ -28,7 +28,7 @@ class KeyFigure(NamedTuple):
 def key_figures(record: RunRecord) -> list[KeyFigure]:
     """The figures for which the run has data."""
     gain, accuracies, losses = record.score_gain, record.accuracies("eval/")[1], record.over_evals("eval/loss")[1]
-    scores = same_decimals(*(evaluation and evaluation.mean("score") for evaluation in (record.before, record.after)))
+    scores = same_decimals(*(e.mean("score") if e else None for e in (record.before, record.after)))
     interval = f"{gain.mean:+.2g} ± {gain.error:.1g}, {count_noun(gain.prompts, 'prompt')}" if gain else ""
     shares = [
         f"{accuracies[0]:.0%}" if len(accuracies) == len(record.evals) > 1 else "-",

@@ -258,8 +258,7 @@ def judge_score_rises(record: RunRecord) -> Finding | None:
 
 def few_ties(record: RunRecord) -> Finding | None:
     """Prompts whose candidates all have the same judge score."""
-    kept, dropped = record.kept_and_dropped
-    total = kept + sum(dropped.values())
+    dropped, total = record.dropped, record.prompts
     if not total:
         return None
     share = dropped.get("tie", 0) / total
@@ -274,16 +273,14 @@ def few_ties(record: RunRecord) -> Finding | None:
 
 def few_dropped(record: RunRecord) -> Finding | None:
     """Prompts dropped for reasons other than ties."""
-    kept, dropped = record.kept_and_dropped
-    others = Counter({reason: count for reason, count in dropped.items() if reason != "tie"})
-    total = kept + sum(dropped.values())
-    if not total or sum(others.values()) / total <= DROP_SHARE:
+    others = Counter({reason: count for reason, count in record.dropped.items() if reason != "tie"})
+    if others.total() <= DROP_SHARE * record.prompts:
         return None
     reason, count = others.most_common(1)[0]
     return warning(
         "Many prompts gave no pair",
-        f"{sum(others.values()) / total:.0%} of {total:,.0f} prompts were dropped, most often for '{reason}' "
-        f"({count:,.0f} times). rounds/*/pairs.jsonl has the reason of each prompt.",
+        f"{others.total() / record.prompts:.0%} of {record.prompts:,.0f} prompts were dropped, most often for "
+        f"'{reason}' ({count:,.0f} times). rounds/*/pairs.jsonl has the reason of each prompt.",
     )
 
 

@@ -89,15 +89,6 @@ class Swatch(NamedTuple):
     """line | dashed | point | dot | ring | box."""
 
 
-class Picture(NamedTuple):
-    """A plot as SVG."""
-
-    title: str
-    svg: str
-    caption: str
-    legend: Sequence[Swatch]
-
-
 def run_plots(record: RunRecord) -> list[Plot]:
     """The plots that the run has data for, the most telling first."""
     steps, evals, rounds, versions = record.over_steps, record.over_evals, record.over_rounds, record.over_versions
@@ -113,7 +104,7 @@ def run_plots(record: RunRecord) -> list[Plot]:
     ]
     logps = [Series(role, steps(f"logps/{role}"), role) for role in ("chosen", "rejected")]
     outcomes = [Series("kept as a pair", rounds("rollout/kept"), "chosen", "left bar")]
-    dropped = [reason for reason, count in record.kept_and_dropped[1].items() if count]
+    dropped = [reason for reason, count in record.dropped.items() if count]
     for reason, colour in zip(dropped, cycle(DROP_COLOURS), strict=False):
         label = f"dropped: {reason.replace('_', ' ')}"
         outcomes.append(Series(label, rounds(f"rollout/dropped_{reason}"), colour, "left bar"))
@@ -231,8 +222,8 @@ def legend(plot: Plot) -> list[Swatch]:
     return list(dict.fromkeys(swatch for swatch in swatches + levels if swatch.label))
 
 
-def render(plots: Sequence[Plot]) -> list[Picture]:
-    """Plots of a page as SVG."""
+def render(plots: Sequence[Plot]) -> list[tuple[Plot, str, list[Swatch]]]:
+    """The plots of a page, each with its SVG and its legend."""
     pictures = []
     for number, plot in enumerate(plots):
         height = 1.25 if len(plot.panels) == 1 else 0.85 * len(plot.panels)
@@ -240,7 +231,7 @@ def render(plots: Sequence[Plot]) -> list[Picture]:
         figure = Figure(figsize=(WIDTH_IN, PANEL_IN * height + 0.3), layout=layout)
         figure.patch.set_visible(False)
         draw(plot, figure)
-        pictures.append(Picture(plot.title, _svg(figure, f"plot{number}"), plot.caption, legend(plot)))
+        pictures.append((plot, _svg(figure, f"plot{number}"), legend(plot)))
     return pictures
 
 

@@ -200,12 +200,16 @@ class RunRecord:
         return (float(values[0]), float(values[-1])) if len(values) > 1 else None
 
     @property
-    def kept_and_dropped(self) -> tuple[float, dict[str, float]]:
-        """Prompts that became a pair, and dropped prompts by reason, over all rounds."""
+    def dropped(self) -> dict[str, float]:
+        """Prompts without a pair, by reason, over all rounds."""
         prefix = "rollout/dropped_"
         reasons = sorted({key for line in self.rounds for key in line if key.startswith(prefix)})
-        dropped = {key.removeprefix(prefix): float(self.over_rounds(key)[1].sum()) for key in reasons}
-        return float(self.over_rounds("rollout/kept")[1].sum()), dropped
+        return {key.removeprefix(prefix): float(self.over_rounds(key)[1].sum()) for key in reasons}
+
+    @property
+    def prompts(self) -> float:
+        """Prompts of all rounds, with and without a pair."""
+        return float(self.over_rounds("rollout/kept")[1].sum()) + sum(self.dropped.values())
 
 
 def read_run(run_dir: str | Path, *, running: bool = False) -> RunRecord:

@@ -98,19 +98,6 @@ class RoundStore:
         write_atomically(folder / "pairs.jsonl", (to_json(line) + "\n" for line in lines))
         write_atomically(folder / "manifest.json", to_json(manifest, indent=2) + "\n")
 
-    def manifest(self, index: int) -> dict[str, Any]:
-        """The manifest of a finished round.
-
-        Raises:
-            FileNotFoundError: the round is not finished.
-            ValueError: the file is damaged.
-        """
-        path = self.path(index) / "manifest.json"
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: damaged: {error}; {_REMEDY}") from None
-
     def lines(self, index: int) -> Iterator[Line]:
         """Yield the lines of a round's pairs.jsonl, validated one by one.
 
@@ -133,9 +120,13 @@ class RoundStore:
 
         Raises:
             FileNotFoundError: the round is not finished.
-            ValueError: pairs.jsonl is damaged or does not match the manifest's counts.
+            ValueError: a file is damaged, or pairs.jsonl does not match the manifest's counts.
         """
-        manifest = self.manifest(index)
+        file = self.path(index) / "manifest.json"
+        try:
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file}: damaged: {error}; {_REMEDY}") from None
         lines = list(self.lines(index))
         for name, count in _counts(lines).items():
             if (expected := manifest["counts"].get(name)) != count:
