@@ -20,25 +20,19 @@ logger = logging.getLogger(__name__)
 def print_summary(config: Config, console: Console, *, seconds: float) -> None:
     """Writes report.html and prints the results; an error here does not fail the run."""
     try:
-        _print_all(config, console, seconds)
+        from dpo_ray.report.page import write_report  # takes seconds to import, for matplotlib
+
+        report, record = write_report(config.run.path), read_run(config.run.path)
+        _print_figures(console, key_figures(record), seconds)
+        _print_comparisons(console, comparisons(record, n=3))
+        for finding in diagnose(record):
+            if finding.level != "ok":
+                console.print(f"{finding.level}: {finding.title}. {finding.text}")
+        _print_paths(console, config, report)
+        _print_suggestions(console, config)
     except Exception:
         logger.exception("the run has finished, but its report or summary failed")
         console.print(f"run directory: {config.run.path}", soft_wrap=True)
-
-
-def _print_all(config: Config, console: Console, seconds: float) -> None:
-    from dpo_ray.report.page import write_report  # takes seconds to import, for matplotlib
-
-    run_dir = config.run.path
-    report = write_report(run_dir)
-    record = read_run(run_dir)
-    _print_figures(console, key_figures(record), seconds)
-    _print_comparisons(console, comparisons(record, n=3))
-    for finding in diagnose(record):
-        if finding.level != "ok":
-            console.print(f"{finding.level}: {finding.title}. {finding.text}")
-    _print_paths(console, config, report)
-    _print_suggestions(console, config)
 
 
 def _print_figures(console: Console, figures: Sequence[KeyFigure], seconds: float) -> None:

@@ -35,10 +35,8 @@ NON_RETRYABLE = (
 )  # fmt: skip
 """Non-retryable errors; crashes and lost connections are retried."""
 NON_RETRYABLE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-"""Non-retryable errors of the operating system."""
 STATUS_TIMEOUT_S = 30.0
-MIN_COLLECTIVE_TIMEOUT_S = 1800
-"""Ray Train's default."""
+MIN_COLLECTIVE_TIMEOUT_S = 1800  # Ray Train's default
 
 
 def train_on_workers(
@@ -49,8 +47,8 @@ def train_on_workers(
     status_actor: Any,
     coordinator: Any = None,
     callbacks: list[Any] | None = None,
-) -> Metrics:
-    """Runs ``loop`` on ``cluster.train_workers`` workers and returns rank 0's metrics.
+) -> None:
+    """Runs ``loop`` on ``cluster.train_workers`` workers.
 
     Args:
         loop: import path of a function in ``launch.loops``; imported by the workers only.
@@ -85,7 +83,6 @@ def train_on_workers(
         raise TrainingFailed(f"{returned['failed']}\nThe logs of all processes are in {config.run.path / 'logs'}")
     if returned.get("stopped_at"):
         raise Stopped(f"stopped after {returned['stopped_at']}")
-    return returned.get("metrics", {})
 
 
 def _build_trainer(
@@ -160,8 +157,7 @@ def _request_stop(status_actor: Any) -> bool:
 def collective_timeout_s(config: Config) -> int:
     """Seconds that a worker may wait for the others in a collective.
 
-    All ranks wait while one waits for engines or judge, whose own timeouts must expire first: their errors name the
-    cause.
+    The timeouts of engines and judge, for which one rank may wait, must expire first: their errors name the cause.
     """
     waits = 0.0
     if (online := config.online) is not None:

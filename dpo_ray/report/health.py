@@ -98,8 +98,8 @@ def first_loss_is_ln2(record: RunRecord) -> Finding | None:
 def chosen_stays_likely(record: RunRecord) -> Finding | None:
     """Chosen completions may become much less likely while the margin grows.
 
-    Measured as the implicit reward over beta, the log ratio to the reference: unlike the log-probability itself it does
-    not depend on the lengths of the pairs in a batch. Falls back to the log-probability if beta is unknown.
+    Measured by the log ratio to the reference, which depends less on the lengths of a batch's pairs than the
+    log-probability does; by the latter if beta is unknown.
     """
     beta = record.setting("loss.beta")
     chosen = record.over_steps("rewards/chosen")[1] / beta if beta else record.over_steps("logps/chosen")[1]

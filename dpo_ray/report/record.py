@@ -135,8 +135,7 @@ class RunRecord:
     def accuracies(self, prefix: Literal["", "eval/"] = "") -> Curve:
         """Share of training (``""``) or held-out (``"eval/"``) pairs with the higher reward on the chosen completion.
 
-        Leaves out the point before the first update if policy and reference are equal there: every pair ties, and the
-        metric only shows rounding.
+        Leaves out the point before the first update if policy and reference are equal there: every pair ties.
         """
         lines, untrained = (self.evals, 0) if prefix else (self.steps, 1)
         if lines and lines[0]["step"] == untrained:
@@ -217,11 +216,8 @@ def read_run(run_dir: str | Path, *, running: bool = False) -> RunRecord:
 
     Skips incomplete lines; where a resumed run repeats a step or a round, its later line counts.
 
-    Args:
-        running: the run is still training, so that files may be missing or incomplete.
-
     Raises:
-        ValueError: the directory is missing, or has neither metrics nor evaluations and the run is not running.
+        ValueError: the directory is missing, or has neither metrics nor evaluations and the run is not ``running``.
     """
     path = folder_at(run_dir) if isinstance(run_dir, str) else run_dir
     if not path.is_dir():

@@ -1,7 +1,4 @@
-"""A round's prompts, sampling seeds and pairs, as pure functions.
-
-There is no state and no cursor, so a restarted run gets the same round again.
-"""
+"""A round's prompts, sampling seeds and pairs, as pure functions: a restarted run gets the same round again."""
 
 import hashlib
 from collections.abc import Sequence
@@ -37,10 +34,7 @@ def prompts_of_round(prompts: Sequence[Prompt], *, seed: int, round: int, per_ro
 
 
 def seed_of(run_seed: int, round: int, prompt_index: int) -> int:
-    """Sampling seed of a prompt's first candidate in a round, in [0, SEEDS); the i-th candidate uses ``seed + i``.
-
-    Hashed, so that neighbouring prompts do not share seeds.
-    """
+    """Sampling seed of a prompt's first candidate, hashed so that neighbouring prompts do not share seeds."""
     return stable_hash(run_seed, round, prompt_index) % SEEDS
 
 

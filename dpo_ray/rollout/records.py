@@ -99,11 +99,7 @@ class RoundStore:
         write_atomically(folder / "manifest.json", to_json(manifest, indent=2) + "\n")
 
     def lines(self, index: int) -> Iterator[Line]:
-        """Yield the lines of a round's pairs.jsonl, validated one by one.
-
-        Raises:
-            ValueError: a line is damaged; the message names file and line.
-        """
+        """Yield the lines of a round's pairs.jsonl; raises a ValueError that names the first damaged line."""
         path = self.path(index) / "pairs.jsonl"
         with path.open("rb") as file:
             for number, text in enumerate(file, start=1):
