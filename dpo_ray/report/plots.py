@@ -118,6 +118,8 @@ def run_plots(record: RunRecord) -> list[Plot]:
     margins = with_heldout("pairs", steps("rewards/margins"), evals("eval/rewards/margins"))
     accuracies = with_heldout("pairs", record.accuracies(), record.accuracies("eval/"))
     losses = with_heldout("pairs", steps("loss"), evals("eval/loss"))
+    lengths = with_heldout("prompts", rounds("rollout/mean_tokens"), versions("tokens"))
+    divergences = with_heldout("prompts", rounds("kl"), versions("kl"))
     unit, ln2 = (" (nats)", math.log(2)) if record.setting("loss.use") == "sigmoid" else ("", None)
     norms, max_norm = steps("optim/grad_norm"), record.setting("optim.max_grad_norm")
     if max_norm and len(norms[1]) and max_norm > 1.5 * norms[1].max():
@@ -132,7 +134,7 @@ def run_plots(record: RunRecord) -> list[Plot]:
         ),
         Plot(
             "KL to the reference",
-            [Panel("nats per completion", with_heldout("prompts", rounds("kl"), versions("kl")), 0.0)],
+            [Panel("nats per completion", divergences, 0.0)],
             "Distance from the reference on the policy's own completions. A steep rise without "
             "a gain in score is a sign that the policy exploits the judge.",
         ),
@@ -170,13 +172,7 @@ def run_plots(record: RunRecord) -> list[Plot]:
         ),
         Plot(
             "Completion length",
-            [
-                Panel(
-                    "tokens per completion",
-                    with_heldout("prompts", rounds("rollout/mean_tokens"), versions("tokens")),
-                    limits=(0.0, None),
-                )
-            ],
+            [Panel("tokens per completion", lengths, limits=(0.0, None))],
             "Should stay level; where length rises together with the score, the judge may reward length.",
         ),
         Plot(
