@@ -76,7 +76,6 @@ def ray_cluster(config: ClusterConfig, *, engines: int, local_runs: int = 1) -> 
     the run as Ctrl-C does.
 
     Args:
-        engines: rollout engines of the run.
         local_runs: concurrent runs for which a local cluster is sized.
 
     Raises:
@@ -159,10 +158,7 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         yield
         return
 
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

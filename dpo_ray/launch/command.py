@@ -29,12 +29,9 @@ def run_command(command: Callable[..., Any], *arguments: Any, **named: Any) -> N
     """
     try:
         command(*arguments, **named)
-    except ValueError as error:
+    except (ValueError, TrainingFailed, StorageFailed) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(BAD_INPUT) from None
-    except (TrainingFailed, StorageFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(FAILED) from None
+        raise SystemExit(BAD_INPUT if isinstance(error, ValueError) else FAILED) from None
     except Stopped as error:
         print(f"{error}; rerun the same command to resume", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None

@@ -20,7 +20,6 @@ PHASES = {
     "scoring": "computing reference log-probabilities",
     "generating": "generating candidates",
     "judging": "judging candidates",
-    "training": "training",
     "syncing": "sending weights to the engines",
     "evaluating": "evaluating on held-out data",
     "exporting": "exporting the policy",
@@ -77,14 +76,8 @@ def text_console() -> Console:
 class _Display:
     def __init__(self, title: str, rounds: int | None, console: Console) -> None:
         self.rounds, self.console = rounds, console
-        self.progress = Progress(
-            SpinnerColumn(),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            "elapsed{task.fields[left]}",
-            console=console,
-        )
+        columns = (SpinnerColumn(), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        self.progress = Progress(*columns, "elapsed{task.fields[left]}", console=console)
         self.task = self.progress.add_task("", total=None, left="")
         self.first: tuple[float, int] | None = None
         """Time and finished units of the first counted status."""

@@ -1,4 +1,4 @@
-"""Feeds experiment trackers from metrics.jsonl during a run.
+"""Feeds experiment trackers and rewrites report.html from metrics.jsonl during a run.
 
 The driver starts one process for the trackers of a run, so that their imports, hangs and crashes do not reach it.
 There, each tracker has a thread that reads metrics.jsonl at its own pace. ``trackers.json`` in the run directory holds
@@ -24,7 +24,6 @@ from dpo_ray.config.secrets import mask_secrets
 from dpo_ray.launch.run_dir import has_work
 from dpo_ray.launch.trackers import TRACKERS, Row, Tracker
 from dpo_ray.plugins import build, check_arguments, resolve
-from dpo_ray.report.live import LiveReport
 from dpo_ray.rollout.records import RoundStore
 from dpo_ray.storage import error_summary, open_appendable, write_atomically
 from dpo_ray.types import Metrics
@@ -36,6 +35,9 @@ CLOSE_TIMEOUT_S = 120
 """Longest wait at the end of a run for trackers to send the last lines."""
 SAMPLES = 4
 """Pairs per round that trackers get as a table."""
+REPORT_INTERVAL_S = 60.0
+REPORT_LOAD = 0.05
+"""Share of the driver's time that report.html may take: a report that takes longer is written less often."""
 
 
 class Position(NamedTuple):
@@ -79,12 +81,7 @@ class Tail:
 
 
 class TrackerFeed:
-    """Feeds the trackers of a run, each in a thread. An error stops its tracker only, and is reported once.
-
-    Args:
-        group: name of the sweep that the run is a trial of.
-        report: prints a sentence for the user.
-    """
+    """Feeds the trackers of a run, each in a thread. An error stops its tracker only, and is reported once."""
 
     def __init__(self, config: Config, group: str | None, report: Callable[[str], None]) -> None:
         self.config, self.group, self.report, self.failed = config, group, report, True
@@ -188,9 +185,6 @@ def main() -> None:
         os._exit(0)
 
 
-# ---------------------------------------------------------------------------------------------------------- the driver
-
-
 def validate_trackers(config: Config) -> None:
     """Raise a ValueError for a tracker that cannot be imported or does not take its arguments."""
     for name in config.run.trackers:
@@ -230,6 +224,35 @@ def _trackers(config: Config, report: Callable[[str], None], group: str | None) 
         relay.join(timeout=5)
         if process.wait():
             report(f"the trackers ended with exit code {process.returncode}; see {config.run.path}/logs/trackers.log")
+
+
+class LiveReport:
+    """Keeps ``report.html`` of a running run up to date; call ``maybe_write`` after each evaluation or round."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir, self.next_write_s, self.failed = run_dir, 0.0, False
+
+    def maybe_write(self, now: float | None = None) -> bool:
+        """Write the report unless the last attempt is too recent; returns True if it was written.
+
+        Never raises: the first failure is logged, and later calls try again.
+        """
+        started = time.monotonic()
+        now = started if now is None else now
+        if now < self.next_write_s:
+            return False
+        try:
+            from dpo_ray.report.page import write_report  # takes seconds to import, for matplotlib
+
+            write_report(self.run_dir, running=True)
+            return True
+        except Exception as error:
+            if not self.failed:
+                logger.warning("report.html is not up to date: %s", error_summary(error))
+            self.failed = True
+            return False
+        finally:
+            self.next_write_s = now + max(REPORT_INTERVAL_S, (time.monotonic() - started) / REPORT_LOAD)
 
 
 @contextlib.contextmanager

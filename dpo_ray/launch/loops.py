@@ -21,7 +21,7 @@ from dpo_ray.train.online import train_online
 from dpo_ray.types import RoundData, TokenSample, TrainResult
 
 
-def offline(config: Config, device: torch.device, reporter: RunReporter, handles: dict[str, Any]) -> TrainResult:
+def offline(config: Config, device: torch.device, reporter: RunReporter, coordinator: Any) -> TrainResult:
     """Trains on the pairs that the driver has tokenized."""
     pairs, held_out = open_pairs(config)
     return train_offline(config, pairs=pairs, held_out=held_out, device=device, reporter=reporter)
@@ -65,11 +65,10 @@ class CoordinatorRounds:
             dist.barrier()
 
 
-def online(config: Config, device: torch.device, reporter: RunReporter, handles: dict[str, Any]) -> TrainResult:
+def online(config: Config, device: torch.device, reporter: RunReporter, coordinator: Any) -> TrainResult:
     """Trains in rounds, whose pairs the coordinator collects."""
     assert config.online is not None
-    coordinator, rank = handles["coordinator"], ray.train.get_context().get_world_rank()
-    on_gpus = device.type == "cuda"
+    rank, on_gpus = ray.train.get_context().get_world_rank(), device.type == "cuda"
     colocated = on_gpus and config.cluster.colocate
     sync = build_transport(config, on_gpus=on_gpus)
     if colocated:

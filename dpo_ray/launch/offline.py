@@ -1,10 +1,13 @@
 """``jobs.offline``: prepares the data, trains on Ray, prints the result."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import ray
+from rich.console import Console
 
 from dpo_ray import storage
 from dpo_ray.config import Config, with_absolute_paths
@@ -19,7 +22,6 @@ from dpo_ray.launch.workers import train_on_workers
 from dpo_ray.model.architecture import read_model_config
 from dpo_ray.objective.losses import build_loss
 from dpo_ray.train.optim import bind_optimizer
-from dpo_ray.types import Metrics
 
 LOOP = "dpo_ray.launch.loops:offline"
 
@@ -36,14 +38,26 @@ def run_offline(config: Config, cluster: Cluster) -> None:
     validate_offline(config)
     started = time.monotonic()
     prepare_data(config, cluster, console)
+    with monitored(config, console, title=config.run.name, started=started) as status_actor:
+        train_on_workers(config, cluster, LOOP, status_actor=status_actor)
+
+
+@contextlib.contextmanager
+def monitored(config: Config, console: Console, *, title: str, started: float) -> Iterator[Any]:
+    """Displays the StatusActor that it yields, feeds trackers and report.html, and prints the summary at the end.
+
+    Args:
+        started: ``time.monotonic()`` at the start of the run.
+    """
     status_actor = start_status_actor()
+    rounds = config.online.rounds if config.online else None
     with (
         live_display(
-            lambda: ray.get(status_actor.read.remote(), timeout=5), title=config.run.name, rounds=None, console=console
+            lambda: ray.get(status_actor.read.remote(), timeout=5), title=title, rounds=rounds, console=console
         ),
         follow_run(config, partial(console.print, soft_wrap=True)),
     ):
-        train(config, cluster, status_actor)
+        yield status_actor
     print_summary(config, console, seconds=time.monotonic() - started)
 
 
@@ -66,8 +80,3 @@ def validate_training(config: Config) -> None:
         from dpo_ray.model.load import validate_tensor_parallel  # takes seconds to import
 
         validate_tensor_parallel(config.model, config.shard.tensor_parallel)
-
-
-def train(config: Config, cluster: Cluster, status_actor: Any, callbacks: list[Any] | None = None) -> Metrics:
-    """Runs one offline training, for ``jobs.offline`` or for a trial of a sweep."""
-    return train_on_workers(config, cluster, LOOP, status_actor=status_actor, handles={}, callbacks=callbacks)

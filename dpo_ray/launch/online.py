@@ -2,7 +2,6 @@
 
 import logging
 import time
-from functools import partial
 from typing import Any
 
 import ray
@@ -10,15 +9,13 @@ import ray
 from dpo_ray.config import Config, with_absolute_paths
 from dpo_ray.launch.cluster import Cluster, same_node
 from dpo_ray.launch.data import prepare_prompts
-from dpo_ray.launch.display import live_display, text_console
-from dpo_ray.launch.follower import follow_run
-from dpo_ray.launch.offline import validate_training
+from dpo_ray.launch.display import text_console
+from dpo_ray.launch.offline import monitored, validate_training
 from dpo_ray.launch.rollouts.coordinator import SPARE_THREADS, Coordinator
 from dpo_ray.launch.rollouts.push import BETWEEN_GPUS, build_transport
 from dpo_ray.launch.run_dir import make_run_dir
-from dpo_ray.launch.status import start_status_actor
-from dpo_ray.launch.summary import print_summary
 from dpo_ray.launch.workers import train_on_workers
+from dpo_ray.rollout.collect import validate_round_size
 from dpo_ray.rollout.judges import build_judge
 from dpo_ray.rollout.selectors import build_selector
 from dpo_ray.types import Prompt
@@ -42,32 +39,18 @@ def run_online(config: Config, cluster: Cluster) -> None:
     assert config.online is not None
     prompts = prepare_prompts(config, config.online.prompts, "online.prompts", console)
     held_out = prepare_prompts(config, config.online.eval_prompts, "online.eval_prompts", console)
-    if config.online.prompts_per_round > len(prompts):
-        raise ValueError(
-            f"online.prompts_per_round is {config.online.prompts_per_round}; "
-            f"online.prompts has {len(prompts)} usable prompts"
-        )
+    validate_round_size(prompts, config.online.prompts_per_round)
     make_run_dir(config)
     started = time.monotonic()
-    status_actor = start_status_actor()
     title = f"{config.run.name}: {config.online.rounds} rounds of {config.online.prompts_per_round} prompts"
-    with (
-        live_display(
-            lambda: ray.get(status_actor.read.remote(), timeout=5),
-            title=title,
-            rounds=config.online.rounds,
-            console=console,
-        ),
-        follow_run(config, partial(console.print, soft_wrap=True)),
-    ):
+    with monitored(config, console, title=title, started=started) as status_actor:
         coordinator = _start_coordinator(config, cluster, prompts, held_out, status_actor)
         try:
             # Engines and training workers start concurrently; the first push of weights waits for the engines.
             coordinator.start.remote()
-            train_on_workers(config, cluster, LOOP, status_actor=status_actor, handles={"coordinator": coordinator})
+            train_on_workers(config, cluster, LOOP, status_actor=status_actor, coordinator=coordinator)
         finally:
             _shut_down(coordinator)
-    print_summary(config, console, seconds=time.monotonic() - started)
 
 
 def _start_coordinator(

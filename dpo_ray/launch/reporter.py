@@ -67,7 +67,9 @@ class RunReporter:
     def _append(self, metrics: Metrics) -> None:
         if metrics:
             with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({key: _finite_or_none(value) for key, value in metrics.items()}) + "\n")
+                # JSON has no NaN and no infinity: both become null.
+                nonfinite = {k: None for k, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)}
+                file.write(json.dumps(metrics | nonfinite) + "\n")
 
     def evaluation(self, metrics: Metrics) -> None:
         """Appends held-out metrics. With ``to_train`` a barrier: every rank reports them to Ray Train."""
@@ -89,8 +91,3 @@ class RunReporter:
             return ray.get(ready[0])
         except ray.exceptions.RayActorError:
             return False  # the driver is gone, and nobody is left to request a stop
-
-
-def _finite_or_none(value: Any) -> Any:
-    """JSON has no NaN and no infinity: both become null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

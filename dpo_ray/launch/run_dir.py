@@ -1,12 +1,16 @@
-"""The run directory: created by the driver, and protected from runs that cannot resume its work."""
+"""The run directory: created by the driver, protected from runs that cannot resume its work, with a log per process."""
 
+import logging
+import os
+import sys
+import time
 from pathlib import Path
 
 import yaml
 
 from dpo_ray.config import Config, first_difference, write_config
 from dpo_ray.config.schema import RunConfig
-from dpo_ray.storage import storage_errors
+from dpo_ray.storage import open_appendable, storage_errors
 
 WORK = ("rounds/*/manifest.json", "checkpoints/*/complete.json", "evaluations/*.jsonl")
 """Files from which a later run of the same name resumes."""
@@ -44,3 +48,18 @@ def make_run_dir(config: Config) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_config(config, file)
     return run_dir
+
+
+def log_to_run(run_dir: Path, name: str) -> None:
+    """Sends everything that this process prints and logs to ``logs/NAME.log`` in the run directory.
+
+    Redirects the file descriptors, which includes child processes and C++ libraries.
+    """
+    file = os.open(open_appendable(run_dir / "logs" / f"{name}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    logging.getLogger(__name__).info("pid %d, started %s", os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))

@@ -10,11 +10,7 @@ PACKAGES = ("tune_spaces", "dpo_ray.tune_spaces")
 
 
 def find_space(name: str) -> str:
-    """The import path of a module of ``tune_spaces``, or of any importable module.
-
-    Raises:
-        ValueError: the module does not exist; lists the modules of ``tune_spaces``.
-    """
+    """Import path of a module of ``tune_spaces`` or of any importable module; a ValueError lists the known spaces."""
     if name:
         own, built_in = (f"{package}.{name}" for package in PACKAGES)
         for module in (own, name, built_in):

@@ -19,7 +19,6 @@ class Status:
     """Size of the phase in steps, trials, pairs or prompts; 0 if unknown."""
     round: int | None = None
     """Finished rounds."""
-    step: int = 0
     metrics: Metrics = field(default_factory=dict)
     """Latest value of every metric."""
     notes: tuple[str, ...] = ()
@@ -60,15 +59,13 @@ class StatusActor:
     def resumed(self, metrics: Metrics) -> None:
         """Adds the metrics up to the checkpoint from which the workers resume; no step is unsaved."""
         self.stepped = False
-        if metrics:
-            self.metrics(metrics)
+        self.metrics(metrics)
 
     def metrics(self, metrics: Metrics) -> None:
         """Merges a line of metrics into the latest ones."""
         merged = self.status.metrics | without_ties(metrics)
         last_round = merged.get("round")
-        finished = None if last_round is None else last_round + 1
-        self.status = replace(self.status, metrics=merged, step=merged.get("step", 0), round=finished)
+        self.status = replace(self.status, metrics=merged, round=None if last_round is None else last_round + 1)
 
     def read(self) -> Status:
         """The latest Status."""

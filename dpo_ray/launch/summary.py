@@ -3,17 +3,16 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from dpo_ray.config import Config
+from dpo_ray.report.figures import KeyFigure, comparisons, key_figures
 from dpo_ray.report.formatting import format_duration
+from dpo_ray.report.health import diagnose
+from dpo_ray.report.record import Comparison, read_run
 from dpo_ray.storage import is_remote
-
-if TYPE_CHECKING:
-    from dpo_ray.report.figures import Comparison, Summary
 
 logger = logging.getLogger(__name__)
 
@@ -21,55 +20,30 @@ logger = logging.getLogger(__name__)
 def print_summary(config: Config, console: Console, *, seconds: float) -> None:
     """Writes report.html and prints the results; an error here does not fail the run."""
     try:
-        _print_all(config, console, seconds)
+        from dpo_ray.report.page import write_report  # takes seconds to import, for matplotlib
+
+        report, record = write_report(config.run.path), read_run(config.run.path)
+        _print_figures(console, key_figures(record), seconds)
+        _print_comparisons(console, comparisons(record, n=3))
+        for finding in diagnose(record):
+            if finding.level != "ok":
+                console.print(f"{finding.level}: {finding.title}. {finding.text}")
+        _print_paths(console, config, report)
+        _print_suggestions(console, config)
     except Exception:
         logger.exception("the run has finished, but its report or summary failed")
         console.print(f"run directory: {config.run.path}", soft_wrap=True)
 
 
-def _print_all(config: Config, console: Console, seconds: float) -> None:
-    # Imported late: workers import this module's siblings and do not need matplotlib.
-    from dpo_ray.report.figures import comparisons, summary
-    from dpo_ray.report.health import diagnose
-    from dpo_ray.report.page import write_report
-    from dpo_ray.report.record import read_run
-
-    run_dir = config.run.path
-    report = write_report(run_dir)
-    record = read_run(run_dir)
-    _print_figures(console, summary(record), seconds)
-    _print_comparisons(console, comparisons(record, n=3))
-    for finding in diagnose(record):
-        if finding.level != "ok":
-            console.print(f"{finding.level}: {finding.title}. {finding.text}")
-    _print_paths(console, config, report)
-    _print_suggestions(console, config)
-
-
-def _print_figures(console: Console, figures: "Summary", seconds: float) -> None:
+def _print_figures(console: Console, figures: Sequence[KeyFigure], seconds: float) -> None:
     table = Table(title="Result", title_justify="left", show_header=False, box=None, padding=(0, 2))
-    if figures.score_after is not None:
-        table.add_row("judge score, held-out prompts", _change(figures.score_before, figures.score_after, "{:+.3f}"))
-        table.add_row("completion length, tokens", _change(figures.tokens_before, figures.tokens_after, "{:.1f}"))
-    if figures.accuracy_after is not None:
-        table.add_row("held-out accuracy", _change(figures.accuracy_before, figures.accuracy_after, "{:.2f}"))
-    if figures.kl is not None:
-        table.add_row("KL to the reference", f"{figures.kl:.1f} nats per sequence")
-    speed = f"{_value(figures.pairs_per_s, '{:.2f}')} pairs/s, {_value(figures.tokens_per_s, '{:.0f}')} tokens/s"
-    table.add_row("training", speed)
-    table.add_row("wall time", format_duration(seconds))
+    for label, value, detail, before in figures:
+        table.add_row(label, f"{before} -> {value}" if before else value, detail)
+    table.add_row("Wall time", format_duration(seconds))
     console.print(table)
 
 
-def _change(before: float | None, after: float | None, form: str) -> str:
-    return f"{_value(before, form)} -> {_value(after, form)}"
-
-
-def _value(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
-
-
-def _print_comparisons(console: Console, rows: "Sequence[Comparison]") -> None:
+def _print_comparisons(console: Console, rows: Sequence[Comparison]) -> None:
     if not rows:
         return
     table = Table(title="Held-out prompts, before and after", title_justify="left", show_lines=True)

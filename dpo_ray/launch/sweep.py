@@ -6,7 +6,7 @@ All trials share cached reference log-probabilities: the cache does not depend o
 import csv
 import importlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
@@ -24,17 +24,18 @@ from dpo_ray.launch.command import TrainingFailed
 from dpo_ray.launch.data import prepare_data
 from dpo_ray.launch.display import live_display, text_console
 from dpo_ray.launch.follower import follow_run
-from dpo_ray.launch.offline import train, validate_offline
+from dpo_ray.launch.offline import LOOP, validate_offline
 from dpo_ray.launch.run_dir import make_run_dir
 from dpo_ray.launch.spaces import find_space
 from dpo_ray.launch.status import Status, start_status_actor, without_ties
+from dpo_ray.launch.workers import train_on_workers
+from dpo_ray.report.figures import TIE_BREAK, Rows, rank_trials
+from dpo_ray.report.formatting import format_number
 
 logger = logging.getLogger(__name__)
 
 TRIAL_CPUS = 0.01
 """CPUs of a trial's driver, which only waits for its workers. Tune rejects trials that need no resource."""
-TIE_BREAK = "eval/loss"
-"""Ranks trials of equal metric, smaller is better: accuracies on few held-out pairs are often equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +49,6 @@ class Sweep:
     mode: Literal["max", "min"] = "max"
     samples: int = 16
     """Trials."""
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """The outcome of one trial."""
-
-    name: str
-    sample: Mapping[str, Any]
-    metrics: Mapping[str, Any]
-    error: str | None = None
-
-    def row(self) -> dict[str, Any]:
-        """A line of sweep.csv."""
-        evaluated = {key: value for key, value in self.metrics.items() if key.startswith("eval/") or key == "step"}
-        seconds = self.metrics.get("time_total_s")
-        return {"trial": self.name, **self.sample, **evaluated, "seconds": seconds, "error": self.error}
 
 
 def load_sweep(name: str) -> Sweep:
@@ -97,9 +82,7 @@ def run_sweep(config: Config, cluster: Cluster, space: str) -> None:
     title = f"{config.run.name}: sweep of {samples} trials"
     with live_display(lambda: progress.status, title=title, rounds=None, console=console):
         results = _fit(config, sweep, samples, concurrent, run_dir, progress, cluster)
-    trials = [_outcome(result, sweep) for result in results]
-    ranked = rank(trials, sweep)
-    failed = [trial for trial in trials if trial not in ranked]
+    ranked, failed = rank_trials([_row(result, sweep) for result in results], sweep.metric, sweep.mode)
     report = _write_results(config, sweep, ranked, failed, run_dir)
     _print_results(sweep, ranked, failed, run_dir, report, console)
 
@@ -124,7 +107,8 @@ def _fit(
         trial_config = override(config, {**sample, **trial})
         make_run_dir(trial_config)
         with follow_run(trial_config, logger.warning, group=config.run.name):
-            train(trial_config, cluster, start_status_actor(), callbacks=[TuneReportCallback()])
+            callbacks = [TuneReportCallback()]
+            train_on_workers(trial_config, cluster, LOOP, status_actor=start_status_actor(), callbacks=callbacks)
 
     return ray.tune.Tuner(
         ray.tune.with_resources(run_trial, {"CPU": TRIAL_CPUS}),
@@ -167,11 +151,16 @@ class _Progress(ray.tune.Callback):
             self.status = replace(self.status, phase="training", done=sum(trial.is_finished() for trial in trials))
 
 
-def _outcome(result: Any, sweep: Sweep) -> Trial:
+def _row(result: Any, sweep: Sweep) -> dict[str, Any]:
+    """A line of sweep.csv."""
     metrics = result.metrics or {}
-    sample = {key: (result.config or {}).get(key) for key in sweep.space}
-    error = None if result.error is None else _error_line(str(result.error))
-    return Trial(metrics.get("trial_id", Path(result.path).name), sample, metrics, error)
+    return {
+        "trial": metrics.get("trial_id", Path(result.path).name),
+        **{key: (result.config or {}).get(key) for key in sweep.space},
+        **{key: value for key, value in metrics.items() if key.startswith("eval/") or key == "step"},
+        "seconds": metrics.get("time_total_s"),
+        "error": None if result.error is None else _error_line(str(result.error)),
+    }
 
 
 def _error_line(traceback: str) -> str:
@@ -181,48 +170,32 @@ def _error_line(traceback: str) -> str:
     return (causes or lines)[-1].rpartition("TrainingFailed: ")[2]
 
 
-def rank(trials: Sequence[Trial], sweep: Sweep) -> list[Trial]:
-    """Trials that have the metric, best first."""
-    sign = -1.0 if sweep.mode == "max" else 1.0
-    scored = [trial for trial in trials if isinstance(trial.metrics.get(sweep.metric), int | float)]
-    return sorted(scored, key=lambda trial: (sign * trial.metrics[sweep.metric], trial.metrics.get(TIE_BREAK, 0.0)))
-
-
-def _write_results(
-    config: Config, sweep: Sweep, ranked: Sequence[Trial], failed: Sequence[Trial], run_dir: Path
-) -> Path:
+def _write_results(config: Config, sweep: Sweep, ranked: Rows, failed: Rows, run_dir: Path) -> Path:
     """Writes sweep.csv, best.yaml and the report; returns the report's path."""
     from dpo_ray.report.page import write_sweep_report
 
-    rows = [trial.row() for trial in [*ranked, *failed]]
+    rows = [*ranked, *failed]
     with (run_dir / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
     if not ranked:
-        raise TrainingFailed(f"all {len(failed)} trials failed; the error of the first: {failed[0].error}")
-    best = override(config, {**ranked[0].sample, "run.name": f"{config.run.name}-best"})
-    write_config(best, run_dir / "best.yaml")
+        raise TrainingFailed(f"all {len(failed)} trials failed; the error of the first: {failed[0]['error']}")
+    sample = {key: ranked[0][key] for key in sweep.space}
+    write_config(override(config, {**sample, "run.name": f"{config.run.name}-best"}), run_dir / "best.yaml")
     return write_sweep_report(run_dir, rows, sweep.metric, sweep.mode)
 
 
-def _print_results(
-    sweep: Sweep, ranked: Sequence[Trial], failed: Sequence[Trial], run_dir: Path, report: Path, console: Console
-) -> None:
+def _print_results(sweep: Sweep, ranked: Rows, failed: Rows, run_dir: Path, report: Path, console: Console) -> None:
     table = Table("trial", title=f"Trials by {sweep.metric}, best first", title_justify="left")
     keys = [*sweep.space, sweep.metric, TIE_BREAK, "seconds"]
     for key in keys:
         table.add_column(key, justify="right")
-    for trial in [*ranked, *failed]:
-        row = trial.row()
-        table.add_row(trial.name, *(_short(row.get(key)) for key in keys))
+    for row in [*ranked, *failed]:
+        table.add_row(row["trial"], *(format_number(row.get(key)) for key in keys))
     console.print(table)
-    for trial in failed:
-        console.print(f"failed: {trial.name}: {trial.error}")
+    for row in failed:
+        console.print(f"failed: {row['trial']}: {row['error'] or f'no finite {sweep.metric}'}")
     best = run_dir / "best.yaml"
     console.print(f"best: {best}   train it: dpo-ray offline {best}", soft_wrap=True)
     console.print(f"all:  {run_dir / 'sweep.csv'}   plots: {report}", soft_wrap=True)
-
-
-def _short(value: Any) -> str:
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -20,8 +20,8 @@ import ray.train.torch
 from dpo_ray.config import Config
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.command import Stopped, TrainingFailed
-from dpo_ray.launch.process_logs import log_to_run
 from dpo_ray.launch.reporter import RunReporter
+from dpo_ray.launch.run_dir import log_to_run
 from dpo_ray.ops.cpu import cpu_environment
 from dpo_ray.plugins import resolve
 from dpo_ray.storage import StorageFailed, upload_appendable
@@ -35,10 +35,8 @@ NON_RETRYABLE = (
 )  # fmt: skip
 """Non-retryable errors; crashes and lost connections are retried."""
 NON_RETRYABLE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-"""Non-retryable errors of the operating system."""
 STATUS_TIMEOUT_S = 30.0
-MIN_COLLECTIVE_TIMEOUT_S = 1800
-"""Ray Train's default."""
+MIN_COLLECTIVE_TIMEOUT_S = 1800  # Ray Train's default
 
 
 def train_on_workers(
@@ -47,16 +45,14 @@ def train_on_workers(
     loop: str,
     *,
     status_actor: Any,
-    handles: dict[str, Any],
+    coordinator: Any = None,
     callbacks: list[Any] | None = None,
-) -> Metrics:
-    """Runs ``loop`` on ``cluster.train_workers`` workers and returns rank 0's metrics.
+) -> None:
+    """Runs ``loop`` on ``cluster.train_workers`` workers.
 
     Args:
-        loop: import path of a function of (config, device, reporter, handles) that returns a TrainResult; imported by
-            the workers only.
-        status_actor: handle of the StatusActor.
-        handles: actor handles and object references for the loop.
+        loop: import path of a function in ``launch.loops``; imported by the workers only.
+        status_actor, coordinator: actor handles; an offline run has no coordinator.
         callbacks: Ray Train callbacks of a sweep; with them, evaluations are reported to Ray Train.
 
     Raises:
@@ -71,12 +67,11 @@ def train_on_workers(
         "status_actor": status_actor,
         "on_gpus": cluster.on_gpus,
         "to_train": bool(callbacks),
-        "handles": handles,
+        "coordinator": coordinator,
     }
     trainer = _build_trainer(config, cluster, arguments, ray_dir, callbacks)
-    returned: dict[str, Any]
     try:
-        returned = _fit(trainer, status_actor, config.cluster.stop_timeout_s).return_value or {}
+        returned: dict[str, Any] = _fit(trainer, status_actor, config.cluster.stop_timeout_s).return_value or {}
     except ray.train.TrainingFailedError as error:
         # The error that a worker reported is the cause; Ray may name an error of another worker that follows from it.
         fatal_error = ray.get(status_actor.fatal_error.remote(), timeout=STATUS_TIMEOUT_S)
@@ -88,7 +83,6 @@ def train_on_workers(
         raise TrainingFailed(f"{returned['failed']}\nThe logs of all processes are in {config.run.path / 'logs'}")
     if returned.get("stopped_at"):
         raise Stopped(f"stopped after {returned['stopped_at']}")
-    return returned.get("metrics", {})
 
 
 def _build_trainer(
@@ -163,8 +157,7 @@ def _request_stop(status_actor: Any) -> bool:
 def collective_timeout_s(config: Config) -> int:
     """Seconds that a worker may wait for the others in a collective.
 
-    All ranks wait while one waits for engines or judge, whose own timeouts must expire first: their errors name the
-    cause.
+    The timeouts of engines and judge, for which one rank may wait, must expire first: their errors name the cause.
     """
     waits = 0.0
     if (online := config.online) is not None:
@@ -193,7 +186,7 @@ def _run_worker(arguments: dict[str, Any]) -> Metrics:
         reporter = RunReporter(
             config.run.path, status_actor, rank, online=config.online is not None, to_train=arguments["to_train"]
         )
-        result = resolve(arguments["loop"], {}, "loop")(config, device, reporter, arguments["handles"])
+        result = resolve(arguments["loop"], {}, "loop")(config, device, reporter, arguments["coordinator"])
         upload_appendable()
         return asdict(result)
     except Exception as error:

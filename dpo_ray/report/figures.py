@@ -1,110 +1,94 @@
-"""Key figures of a run, held-out completions side by side, and the outcome in one sentence."""
+"""Key figures of a run, its outcome in one sentence, and the trials of a sweep in order."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_ray.report.formatting import count_noun, same_decimals
+from dpo_ray.report.formatting import count_noun, format_duration, format_number, same_decimals
 from dpo_ray.report.health import Finding
-from dpo_ray.report.record import Curve, RunRecord, number
+from dpo_ray.report.record import Comparison, Curve, RunRecord, number
+
+Rows = Sequence[Mapping[str, Any]]
+"""Trials of a sweep, as lines of sweep.csv."""
+TIE_BREAK = "eval/loss"
+"""Ranks trials of equal metric, smaller is better: accuracies on few held-out pairs are often equal."""
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """Key figures of a run; None for figures without data."""
+class KeyFigure(NamedTuple):
+    """A number that describes the outcome of a run, as text."""
 
-    score_before: float | None
-    """Mean judge score on the held-out prompts, untrained policy."""
-    score_after: float | None
-    accuracy_before: float | None
-    """Share of held-out pairs ordered right at the first evaluation; None if every pair ties, as at step 0."""
-    accuracy_after: float | None
-    loss_before: float | None
-    """Loss on held-out pairs at the first evaluation."""
-    loss_after: float | None
-    kl: float | None
-    """Final distance between policy and reference, nats per completion."""
-    tokens_before: float | None
-    """Mean completion length in tokens."""
-    tokens_after: float | None
-    pairs_per_s: float | None
-    """Median over steps."""
-    tokens_per_s: float | None
-    """Training tokens, median over steps."""
-    generate_tokens_per_s: float | None
-    """Generated tokens, median over rounds."""
-    rounds: int
-    steps: int
-    wall_s: float | None
-    """Time of training, syncing, generating and judging, without start-up, evaluation and saving."""
+    label: str
+    value: str
+    detail: str = ""
+    before: str = ""
+    """Value before training; "-" if it is unknown, empty if the figure has none."""
 
 
-class Comparison(NamedTuple):
-    """One held-out prompt before and after training."""
+def key_figures(record: RunRecord) -> list[KeyFigure]:
+    """The figures for which the run has data."""
+    gain, accuracies, losses = record.score_gain, record.accuracies("eval/")[1], record.over_evals("eval/loss")[1]
+    scores = same_decimals(*(e.mean("score") if e else None for e in (record.before, record.after)))
+    interval = f"{gain.mean:+.2g} ± {gain.error:.1g}, {count_noun(gain.prompts, 'prompt')}" if gain else ""
+    shares = [
+        f"{accuracies[0]:.0%}" if len(accuracies) == len(record.evals) > 1 else "-",
+        f"{accuracies[-1]:.0%}" if len(accuracies) else "-",
+    ]
+    tied = " (all tie at step 0)" if record.evals and record.evals[0]["step"] == 0 and shares[0] == "-" else ""
+    eval_losses = same_decimals(losses[0] if len(losses) else None, losses[-1] if len(losses) > 1 else None)
+    changes = [
+        KeyFigure("Held-out judge score", scores[1], interval, scores[0]),
+        KeyFigure("Held-out accuracy", shares[1], f"of pairs ordered right{tied}", shares[0]),
+        KeyFigure("Held-out loss", eval_losses[1], "mean over pairs", eval_losses[0]),
+    ]
+    figures = [figure for figure in changes if not figure.before == figure.value == "-"]
+    if record.kl is not None:
+        figures.append(KeyFigure("KL to the reference", f"{record.kl:.1f}", "nats per completion"))
+    if (lengths := record.completion_tokens) and all(lengths):
+        before, after = lengths
+        change = f"tokens, {after / before - 1:+.0%}"
+        figures.append(KeyFigure("Completion length", f"{after:.0f}", change, f"{before:.0f}"))
+    return figures + _speed_figures(record)
 
-    prompt: str
-    before: str
-    before_score: float
-    after: str
-    after_score: float
 
-    @property
-    def gain(self) -> float:
-        """Change of the judge score."""
-        return self.after_score - self.before_score
-
-
-def summary(record: RunRecord) -> Summary:
-    """Key figures of a run."""
-    lengths = record.completion_tokens or (None, None)
-    accuracies, losses = record.accuracies("eval/")[1], record.over_evals("eval/loss")[1]
-    return Summary(
-        score_before=record.before.mean("score") if record.before else None,
-        score_after=record.after.mean("score") if record.after else None,
-        accuracy_before=float(accuracies[0]) if len(accuracies) == len(record.evals) > 1 else None,
-        accuracy_after=float(accuracies[-1]) if len(accuracies) else None,
-        loss_before=float(losses[0]) if len(losses) else None,
-        loss_after=float(losses[-1]) if len(losses) > 1 else None,
-        kl=record.kl,
-        tokens_before=lengths[0],
-        tokens_after=lengths[1],
-        pairs_per_s=_median(record.over_steps("perf/pairs_per_s")),
-        tokens_per_s=_median(record.over_steps("perf/tokens_per_s")),
-        generate_tokens_per_s=_median(record.over_rounds("rollout/tokens_per_s")),
-        rounds=len(record.rounds),
-        steps=len(record.steps),
-        wall_s=_wall_s(record),
-    )
+def _speed_figures(record: RunRecord) -> list[KeyFigure]:
+    """Medians over steps and rounds, and the length of the run."""
+    figures = []
+    pairs, tokens = (_median(record.over_steps(f"perf/{unit}_per_s")) for unit in ("pairs", "tokens"))
+    if pairs is not None:
+        detail = f"{format_number(tokens, 3)} tokens/s" if tokens is not None else ""
+        figures.append(KeyFigure("Training", f"{format_number(pairs, 3)} pairs/s", detail))
+    if (generated := _median(record.over_rounds("rollout/tokens_per_s"))) is not None:
+        figures.append(KeyFigure("Generation", f"{format_number(generated, 3)} tokens/s", "median over rounds"))
+    if record.rounds:
+        steps = count_noun(len(record.steps), "optimizer step")
+        figures.append(KeyFigure("Trained for", count_noun(len(record.rounds), "round"), steps))
+    elif record.steps:
+        epoch = number(record.steps[-1].get("epoch"))
+        detail = f"{epoch:.3g} epochs" if epoch else ""
+        figures.append(KeyFigure("Trained for", count_noun(len(record.steps), "step"), detail))
+    if (seconds := _wall_s(record)) is not None:
+        figures.append(KeyFigure("Time", format_duration(seconds), "without start-up and evaluation"))
+    return figures
 
 
 def comparisons(record: RunRecord, n: int = 3) -> list[Comparison]:
-    """Held-out prompts before and after, evenly spaced from the largest gain to the largest loss.
-
-    With ``n=3``: the largest gain, the median, and the largest loss or smallest gain. Fewer if fewer prompts were
-    scored both before and after.
-    """
-    rows = [
-        Comparison(prompt_text(old.prompt), old.completion, old.score or 0.0, new.completion, new.score or 0.0)
-        for old, new in record.matched_samples
-    ]
-    rows.sort(key=lambda row: -row.gain)
+    """At most ``n`` held-out prompts, evenly spaced from the largest gain to the largest loss."""
+    rows = sorted(record.comparisons, key=lambda row: -row.gain)
     return [rows[i] for i in evenly_spaced(len(rows), n)]
+
+
+def rank_trials(rows: Rows, metric: str, mode: str) -> tuple[Rows, Rows]:
+    """The trials of a sweep from best to worst (``mode``: min | max), and those without a finite ``metric``."""
+    sign = -1.0 if mode == "max" else 1.0
+    finished = [row for row in rows if number(row.get(metric)) is not None]
+    finished.sort(key=lambda row: (sign * row[metric], number(row.get(TIE_BREAK)) or 0.0))
+    return finished, [row for row in rows if number(row.get(metric)) is None]
 
 
 def evenly_spaced(total: int, n: int) -> list[int]:
     """At most ``n`` indices from the first to the last of ``total``."""
     return np.unique(np.linspace(0, total - 1, min(n, total)).round().astype(int)).tolist() if total else []
-
-
-def prompt_text(prompt: Sequence[Mapping[str, str]] | str) -> str:
-    """A conversation as plain text: a single user turn alone, several turns with their roles."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1 and prompt[0].get("role", "user") == "user":
-        return prompt[0].get("content", "")
-    return "\n".join(f"{message.get('role', 'user')}: {message.get('content', '')}" for message in prompt)
 
 
 def verdict(record: RunRecord, findings: Sequence[Finding]) -> str:

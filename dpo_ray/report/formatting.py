@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -45,6 +46,13 @@ def count_noun(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
-def shorten(text: str, characters: int) -> str:
+def shorten(text: str, characters: int = 4000) -> str:
     """At most ``characters`` of a text, and the number of those left out."""
     return text if len(text) <= characters else f"{text[:characters]} … ({len(text) - characters:,} more characters)"
+
+
+def prompt_text(prompt: Sequence[Mapping[str, str]]) -> str:
+    """A conversation as plain text: a single user turn alone, several turns with their roles."""
+    if len(prompt) == 1 and prompt[0].get("role", "user") == "user":
+        return prompt[0].get("content", "")
+    return "\n".join(f"{message.get('role', 'user')}: {message.get('content', '')}" for message in prompt)

@@ -3,8 +3,6 @@
 A check is a function of the record that returns one finding, or None where the run has no data for it.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -30,43 +28,26 @@ class Finding(NamedTuple):
 
 
 warning, note, ok = (partial(Finding, level) for level in ("warning", "note", "ok"))
-Check = Callable[["RunRecord"], Finding | None]
 
-FIRST_LOSS_TOLERANCE = 0.02
-"""Nats around ln 2. Before the first update policy and reference are equal, so every margin is 0 up to rounding."""
-CHOSEN_FALL_NATS = 20.0
-"""Nats per chosen completion: an implicit reward of -2 at beta = 0.1, as large as typical margins."""
-CHOSEN_NOISE_NATS = 2.0
-"""A smaller fall is within the noise of a batch."""
-SATURATED_MARGIN = 5.0
-"""sigmoid(-5) = 0.7 %: a pair at this margin has almost no gradient left."""
+FIRST_LOSS_TOLERANCE = 0.02  # nats around ln 2; before the first update every margin is 0 up to rounding
+CHOSEN_FALL_NATS = 20.0  # per chosen completion: an implicit reward of -2 at beta = 0.1, as large as typical margins
+CHOSEN_NOISE_NATS = 2.0  # a smaller fall is within the noise of a batch
+SATURATED_MARGIN = 5.0  # sigmoid(-5) = 0.7 %: a pair at this margin has almost no gradient left
 SATURATED_ACCURACY = 0.98
-EVAL_LOSS_RISE = 0.02
-"""Nats above the minimum that are not noise."""
-KL_HIGH_NATS = 30.0
-"""Nats per completion: the reference would rarely generate the policy's completions."""
+EVAL_LOSS_RISE = 0.02  # nats above the minimum that are not noise
+KL_HIGH_NATS = 30.0  # per completion: the reference would rarely generate the policy's completions
 KL_NOTABLE_NATS = 15.0
-LENGTH_DRIFT = 1 / 3
-"""Judges often favour length; a change by a third can explain a better score without better text."""
-GRAD_SPIKE = 10.0
-"""Multiple of the median gradient norm."""
-GRAD_MIN_STEPS = 10
-"""Fewer steps have no meaningful median."""
-CLIPPED_SHARE = 0.95
-"""Share of steps: the clipping norm then sets the size of nearly every step."""
-TREND_MIN_ROUNDS = 4
-"""Two rounds on each side of a comparison."""
-TIE_SHARE = 0.3
-"""Share of prompts: a third of the generated tokens then gives no training signal."""
-DROP_SHARE = 0.3
-"""Share of prompts, over all reasons other than ties."""
-TRUNCATED_SHARE_WARNING = 0.5
-"""Share of candidates: the judge then mostly reads unfinished text."""
+LENGTH_DRIFT = 1 / 3  # judges often favour length; such a change can explain a better score without better text
+GRAD_SPIKE = 10.0  # multiple of the median gradient norm
+GRAD_MIN_STEPS = 10  # fewer steps have no meaningful median
+CLIPPED_SHARE = 0.95  # of steps: the clipping norm then sets the size of nearly every step
+TREND_MIN_ROUNDS = 4  # two rounds on each side of a comparison
+TIE_SHARE = 0.3  # of prompts: a third of the generated tokens then gives no training signal
+DROP_SHARE = 0.3  # of prompts, over all reasons other than ties
+TRUNCATED_SHARE_WARNING = 0.5  # of candidates: the judge then mostly reads unfinished text
 TRUNCATED_SHARE_NOTE = 0.2
-WAIT_SHARE = 0.5
-"""Share of the training workers' time: they wait more than they train."""
-MAX_NAMED_STEPS = 4
-"""Steps that a text lists one by one."""
+WAIT_SHARE = 0.5  # of the training workers' time: they wait more than they train
+MAX_NAMED_STEPS = 4  # that a text lists one by one
 
 
 def diagnose(record: RunRecord) -> list[Finding]:
@@ -117,8 +98,8 @@ def first_loss_is_ln2(record: RunRecord) -> Finding | None:
 def chosen_stays_likely(record: RunRecord) -> Finding | None:
     """Chosen completions may become much less likely while the margin grows.
 
-    Measured as the implicit reward over beta, the log ratio to the reference: unlike the log-probability itself it does
-    not depend on the lengths of the pairs in a batch. Falls back to the log-probability if beta is unknown.
+    Measured by the log ratio to the reference, which depends less on the lengths of a batch's pairs than the
+    log-probability does; by the latter if beta is unknown.
     """
     beta = record.setting("loss.beta")
     chosen = record.over_steps("rewards/chosen")[1] / beta if beta else record.over_steps("logps/chosen")[1]
@@ -277,8 +258,7 @@ def judge_score_rises(record: RunRecord) -> Finding | None:
 
 def few_ties(record: RunRecord) -> Finding | None:
     """Prompts whose candidates all have the same judge score."""
-    kept, dropped = record.kept_and_dropped
-    total = kept + sum(dropped.values())
+    dropped, total = record.dropped, record.prompts
     if not total:
         return None
     share = dropped.get("tie", 0) / total
@@ -293,16 +273,14 @@ def few_ties(record: RunRecord) -> Finding | None:
 
 def few_dropped(record: RunRecord) -> Finding | None:
     """Prompts dropped for reasons other than ties."""
-    kept, dropped = record.kept_and_dropped
-    others = Counter({reason: count for reason, count in dropped.items() if reason != "tie"})
-    total = kept + sum(dropped.values())
-    if not total or sum(others.values()) / total <= DROP_SHARE:
+    others = Counter({reason: count for reason, count in record.dropped.items() if reason != "tie"})
+    if others.total() <= DROP_SHARE * record.prompts:
         return None
     reason, count = others.most_common(1)[0]
     return warning(
         "Many prompts gave no pair",
-        f"{sum(others.values()) / total:.0%} of {total:,.0f} prompts were dropped, most often for '{reason}' "
-        f"({count:,.0f} times). rounds/*/pairs.jsonl has the reason of each prompt.",
+        f"{others.total() / record.prompts:.0%} of {record.prompts:,.0f} prompts were dropped, most often for "
+        f"'{reason}' ({count:,.0f} times). rounds/*/pairs.jsonl has the reason of each prompt.",
     )
 
 
@@ -341,7 +319,7 @@ def trainers_are_busy(record: RunRecord) -> Finding | None:
     )
 
 
-CHECKS: tuple[Check, ...] = (
+CHECKS: tuple[Callable[[RunRecord], Finding | None], ...] = (
     values_are_finite,
     first_loss_is_ln2,
     judge_score_rises,

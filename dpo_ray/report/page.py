@@ -2,37 +2,23 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from jinja2 import Environment, FileSystemLoader
-from markupsafe import Markup
 
 from dpo_ray.config.secrets import mask_secrets
-from dpo_ray.report.figures import comparisons, evenly_spaced, prompt_text, summary, verdict
-from dpo_ray.report.formatting import count_noun, format_duration, format_number, same_decimals, shorten
+from dpo_ray.report.figures import Rows, comparisons, evenly_spaced, key_figures, rank_trials, verdict
+from dpo_ray.report.formatting import count_noun, format_number, prompt_text, same_decimals, shorten
 from dpo_ray.report.health import diagnose
 from dpo_ray.report.plots import PALETTE, render, run_plots, sweep_plots
 from dpo_ray.report.record import RunRecord, number, read_run
 from dpo_ray.storage import write_atomically
 
-MAX_COMPARISONS = 7
-"""Held-out prompts on the page; odd, so that the median gain is among them."""
-MAX_GROUPS = 4
-"""Completion groups of the last round on the page."""
-MAX_CHARACTERS = 4000
-"""Characters per text on the page; the run directory holds the rest."""
-
-
-class Tile(NamedTuple):
-    """A key figure."""
-
-    label: str
-    value: str
-    detail: str = ""
-    before: str = ""
-    """Value before training; shown with an arrow."""
+MAX_COMPARISONS = 7  # held-out prompts on the page; odd, so that the median gain is among them
+MAX_GROUPS = 4  # completion groups of the last round on the page
 
 
 class Text(NamedTuple):
@@ -41,8 +27,6 @@ class Text(NamedTuple):
     heading: str
     text: str
     score: str
-    tone: str = ""
-    """chosen | rejected | empty."""
     remark: str = ""
 
 
@@ -74,7 +58,7 @@ def write_report(run_dir: str | Path, *, running: bool = False) -> Path:
         running=_progress(record) if running else "",
         verdict=verdict(record, findings),
         facts=_facts(record),
-        tiles=_tiles(record),
+        tiles=key_figures(record),
         findings=findings,
         pictures=render(run_plots(record)),
         comparisons=_comparison_examples(record),
@@ -85,13 +69,12 @@ def write_report(run_dir: str | Path, *, running: bool = False) -> Path:
     )
 
 
-def write_sweep_report(run_dir: str | Path, rows: Sequence[Mapping[str, Any]], metric: str, mode: str) -> Path:
+def write_sweep_report(run_dir: str | Path, rows: Rows, metric: str, mode: str) -> Path:
     """Write ``report.html`` of a sweep: its trials from best to worst, and the metric over the swept values.
 
     Args:
-        rows: one mapping per trial: ``trial``, the swept dotted keys, metrics, times. A trial without a finite
-            ``metric`` counts as failed and comes last.
-        metric: the key of ``rows`` that ranks the trials.
+        rows: one mapping per trial: ``trial``, the swept dotted keys, metrics, times. Trials without a finite
+            ``metric`` come last.
         mode: min | max, the better end of the metric.
 
     Raises:
@@ -102,11 +85,9 @@ def write_sweep_report(run_dir: str | Path, rows: Sequence[Mapping[str, Any]], m
     keys = tuple(dict.fromkeys(key for row in rows for key in row))
     if metric not in keys:
         raise ValueError(f"no trial of the sweep has the metric {metric!r}; found: {', '.join(sorted(keys)) or 'none'}")
-    failed = [row for row in rows if number(row.get(metric)) is None]
-    finished = [row for row in rows if number(row.get(metric)) is not None]
-    finished.sort(key=lambda row: row[metric], reverse=mode == "max")
+    finished, failed = rank_trials(rows, metric, mode)
     swept = [key for key in keys if "." in key and "/" not in key]
-    columns = list(dict.fromkeys((*(key for key in keys if key == "trial"), *swept, metric, *keys)))
+    columns = list(dict.fromkeys(("trial", *swept, metric, *keys)))
     plots = sweep_plots(finished, [key for key in swept if finished and _varies(finished, key)], metric, mode)
     cells = [_column([row.get(key) for row in (*finished, *failed)], key in swept) for key in columns]
     return _write_page(
@@ -130,7 +111,7 @@ def _write_page(folder: Path, **content: Any) -> Path:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["svg"] = Markup
+    environment.filters["shorten"] = shorten
     page = folder / "report.html"
     write_atomically(page, environment.get_template("report.html.j2").render(palette=PALETTE, **content))
     return page
@@ -139,8 +120,7 @@ def _write_page(folder: Path, **content: Any) -> Path:
 def _progress(record: RunRecord) -> str:
     if not record.steps:
         return "Running: no step yet"
-    time = f" at {record.last_step_at:%Y-%m-%d %H:%M:%S %Z}" if record.last_step_at else ""
-    return f"Running: step {record.steps[-1]['step']:,}{time}"
+    return f"Running: step {record.steps[-1]['step']:,} at {datetime.now().astimezone():%Y-%m-%d %H:%M:%S %Z}"
 
 
 def _facts(record: RunRecord) -> list[str]:
@@ -158,57 +138,13 @@ def _facts(record: RunRecord) -> list[str]:
     return [f"{label}{format_number(value)}" for label, value in settings.items() if value is not None]
 
 
-def _tiles(record: RunRecord) -> list[Tile]:
-    figures, gain = summary(record), record.score_gain
-    scores = same_decimals(figures.score_before, figures.score_after)
-    detail = f"{gain.mean:+.2g} ± {gain.error:.1g}, {count_noun(gain.prompts, 'prompt')}" if gain else ""
-    accuracies = [_percent(figures.accuracy_before), _percent(figures.accuracy_after)]
-    tied = " (all tie at step 0)" if record.evals and record.evals[0]["step"] == 0 and accuracies[0] == "-" else ""
-    tiles = [
-        *_change("Held-out judge score", scores, detail),
-        *_change("Held-out accuracy", accuracies, f"of pairs ordered right{tied}"),
-        *_change("Held-out loss", same_decimals(figures.loss_before, figures.loss_after), "mean over pairs"),
-    ]
-    if figures.kl is not None:
-        tiles.append(Tile("KL to the reference", f"{figures.kl:.1f}", "nats per completion"))
-    if figures.tokens_before and figures.tokens_after:
-        change = figures.tokens_after / figures.tokens_before - 1
-        lengths = [f"{figures.tokens_before:.0f}", f"{figures.tokens_after:.0f}"]
-        tiles += _change("Completion length", lengths, f"tokens, {change:+.0%}")
-    if figures.pairs_per_s is not None:
-        tokens = f"{format_number(figures.tokens_per_s, 3)} tokens/s" if figures.tokens_per_s is not None else ""
-        tiles.append(Tile("Training", f"{format_number(figures.pairs_per_s, 3)} pairs/s", tokens))
-    if figures.generate_tokens_per_s is not None:
-        rate = format_number(figures.generate_tokens_per_s, 3)
-        tiles.append(Tile("Generation", f"{rate} tokens/s", "median over rounds"))
-    steps = count_noun(figures.steps, "optimizer step")
-    if figures.rounds:
-        tiles.append(Tile("Trained for", count_noun(figures.rounds, "round"), steps))
-    elif figures.steps:
-        epoch = number(record.steps[-1].get("epoch"))
-        tiles.append(Tile("Trained for", count_noun(figures.steps, "step"), f"{epoch:.3g} epochs" if epoch else ""))
-    if figures.wall_s is not None:
-        tiles.append(Tile("Time", format_duration(figures.wall_s), "without start-up and evaluation"))
-    return tiles
-
-
-def _change(label: str, texts: Sequence[str], detail: str) -> list[Tile]:
-    """A tile of the values before and after; none if both are missing."""
-    before, after = texts
-    return [] if before == after == "-" else [Tile(label, after, detail, before)]
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.0%}"
-
-
 def _comparison_examples(record: RunRecord) -> list[Example]:
     examples = []
     for row in comparisons(record, MAX_COMPARISONS):
         before, after = same_decimals(row.before_score, row.after_score)
-        texts = [Text("before", _text(row.before), before), Text("after", _text(row.after), after)]
+        texts = [Text("before", row.before, before), Text("after", row.after, after)]
         tone = "up" if row.gain > 0 else "down" if row.gain < 0 else ""
-        examples.append(Example(_text(row.prompt), texts, f"{row.gain:+.2g}", tone))
+        examples.append(Example(row.prompt, texts, f"{row.gain:+.2g}", tone))
     return examples
 
 
@@ -223,13 +159,12 @@ def _group_examples(record: RunRecord) -> list[Example]:
 def _group_example(group: Mapping[str, Any]) -> Example:
     """All candidates of a group, best first; those without a score last."""
     candidates = group.get("candidates") or ()
-    scores = [number(score) for score in (group.get("scores") or [])[: len(candidates)]]
-    scores += [None] * (len(candidates) - len(scores))
+    scores = [number(score) for score in group.get("scores") or ()]
     score_texts = same_decimals(*scores)
     ranking = sorted(range(len(candidates)), key=lambda i: math.inf if (score := scores[i]) is None else -score)
     reason = group.get("dropped")
     return Example(
-        prompt=_text(prompt_text(group.get("prompt") or ())),
+        prompt=prompt_text(group.get("prompt") or ()),
         texts=[_candidate_text(group, i, score_texts[i]) for i in ranking],
         badge=f"no pair: {str(reason).replace('_', ' ')}" if reason else "",
     )
@@ -241,18 +176,14 @@ def _candidate_text(group: Mapping[str, Any], i: int, score: str) -> Text:
     tokens = len(candidate.get("token_ids") or ())
     remarks = ((f"{tokens} tokens", tokens > 0), ("truncated", not candidate.get("finished", True)))
     remark = ", ".join(remark for remark, applies in remarks if applies)
-    return Text(role or f"candidate {i}", _text(candidate.get("text", "")), score, role, remark)
-
-
-def _text(text: str) -> str:
-    return shorten(text, MAX_CHARACTERS)
+    return Text(role or f"candidate {i}", candidate.get("text", ""), score, remark)
 
 
 def _yaml(node: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(node), sort_keys=False, allow_unicode=True) if node else ""
 
 
-def _sweep_verdict(finished: Sequence[Mapping[str, Any]], swept: Sequence[str], metric: str, mode: str) -> str:
+def _sweep_verdict(finished: Rows, swept: Sequence[str], metric: str, mode: str) -> str:
     if not finished:
         return "No trial finished with a result."
     best, worst = finished[0], finished[-1]
@@ -262,7 +193,7 @@ def _sweep_verdict(finished: Sequence[Mapping[str, Any]], swept: Sequence[str], 
     return f"The {extreme} {metric} is {format_number(best[metric])}, at {settings}{span}."
 
 
-def _varies(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
+def _varies(rows: Rows, key: str) -> bool:
     """True if a swept key is a number in every row, and not always the same."""
     values = [number(row.get(key)) for row in rows]
     return None not in values and (len(set(values)) > 1 or len(rows) == 1)

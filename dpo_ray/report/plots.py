@@ -3,8 +3,6 @@
 In an SVG, colours are CSS variables and text stays text: the page decides on a light or a dark theme and on the font.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import re
@@ -39,19 +37,13 @@ LIGHT = {name: light for name, (light, _) in PALETTE.items()}
 DROP_COLOURS = ("rejected", "sand", "rose", "stone", "heldout", "policy")
 """Colours of the reasons for dropping a prompt, repeated where there are more reasons."""
 
-WIDTH_IN, PANEL_IN = 6.2, 2.35
-"""Inches of 72 SVG units: a page about 500 pixels wide shows the text at its nominal size."""
+WIDTH_IN, PANEL_IN = 6.2, 2.35  # inches of 72 SVG units: text has its nominal size on a page of about 500 pixels
 TEXT_PT = 11.5
-MAX_POINTS = 400
-"""Points per line; longer series are averaged in groups, which keeps the page of a long run small."""
-MAX_BARS = 40
-"""Bars per plot that remain readable; more rounds than that are averaged in groups."""
-SMOOTH_FROM = 40
-"""Minimum number of points of a line that is drawn pale, with its running mean on top."""
-LOG_PEAK = 20.0
-"""Ratio of the largest value to the median from which a series with peaks has a logarithmic axis."""
-LOG_RATIO = 3.0
-"""Ratio of the largest to the smallest swept value from which their axis is logarithmic."""
+MAX_POINTS = 400  # per line; longer series are averaged in groups, which keeps the page of a long run small
+MAX_BARS = 40  # per plot; more rounds than that are averaged in groups
+SMOOTH_FROM = 40  # points from which a line is drawn pale, with its running mean on top
+LOG_PEAK = 20.0  # ratio of the largest value to the median from which a series with peaks has a logarithmic axis
+LOG_RATIO = 3.0  # ratio of the largest to the smallest swept value from which their axis is logarithmic
 
 
 class Series(NamedTuple):
@@ -97,15 +89,6 @@ class Swatch(NamedTuple):
     """line | dashed | point | dot | ring | box."""
 
 
-class Picture(NamedTuple):
-    """A plot as SVG."""
-
-    title: str
-    svg: str
-    caption: str
-    legend: Sequence[Swatch]
-
-
 def run_plots(record: RunRecord) -> list[Plot]:
     """The plots that the run has data for, the most telling first."""
     steps, evals, rounds, versions = record.over_steps, record.over_evals, record.over_rounds, record.over_versions
@@ -121,7 +104,7 @@ def run_plots(record: RunRecord) -> list[Plot]:
     ]
     logps = [Series(role, steps(f"logps/{role}"), role) for role in ("chosen", "rejected")]
     outcomes = [Series("kept as a pair", rounds("rollout/kept"), "chosen", "left bar")]
-    dropped = [reason for reason, count in record.kept_and_dropped[1].items() if count]
+    dropped = [reason for reason, count in record.dropped.items() if count]
     for reason, colour in zip(dropped, cycle(DROP_COLOURS), strict=False):
         label = f"dropped: {reason.replace('_', ' ')}"
         outcomes.append(Series(label, rounds(f"rollout/dropped_{reason}"), colour, "left bar"))
@@ -135,6 +118,8 @@ def run_plots(record: RunRecord) -> list[Plot]:
     margins = with_heldout("pairs", steps("rewards/margins"), evals("eval/rewards/margins"))
     accuracies = with_heldout("pairs", record.accuracies(), record.accuracies("eval/"))
     losses = with_heldout("pairs", steps("loss"), evals("eval/loss"))
+    lengths = with_heldout("prompts", rounds("rollout/mean_tokens"), versions("tokens"))
+    divergences = with_heldout("prompts", rounds("kl"), versions("kl"))
     unit, ln2 = (" (nats)", math.log(2)) if record.setting("loss.use") == "sigmoid" else ("", None)
     norms, max_norm = steps("optim/grad_norm"), record.setting("optim.max_grad_norm")
     if max_norm and len(norms[1]) and max_norm > 1.5 * norms[1].max():
@@ -149,7 +134,7 @@ def run_plots(record: RunRecord) -> list[Plot]:
         ),
         Plot(
             "KL to the reference",
-            [Panel("nats per completion", with_heldout("prompts", rounds("kl"), versions("kl")), 0.0)],
+            [Panel("nats per completion", divergences, 0.0)],
             "Distance from the reference on the policy's own completions. A steep rise without "
             "a gain in score is a sign that the policy exploits the judge.",
         ),
@@ -187,13 +172,7 @@ def run_plots(record: RunRecord) -> list[Plot]:
         ),
         Plot(
             "Completion length",
-            [
-                Panel(
-                    "tokens per completion",
-                    with_heldout("prompts", rounds("rollout/mean_tokens"), versions("tokens")),
-                    limits=(0.0, None),
-                )
-            ],
+            [Panel("tokens per completion", lengths, limits=(0.0, None))],
             "Should stay level; where length rises together with the score, the judge may reward length.",
         ),
         Plot(
@@ -212,11 +191,9 @@ def run_plots(record: RunRecord) -> list[Plot]:
 
 
 def sweep_plots(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], metric: str, mode: str) -> list[Plot]:
-    """The metric of each trial over each swept number, with a ring around the best trial.
+    """The metric of each trial over each swept number, with a ring around the best trial (``mode``: min | max).
 
-    Args:
-        rows: trials, each with a finite ``metric`` and numeric values of all ``keys``.
-        mode: min | max, the better end of the metric.
+    All ``rows`` have a finite ``metric`` and numeric values of all ``keys``.
     """
     plots = []
     for key in keys:
@@ -241,8 +218,8 @@ def legend(plot: Plot) -> list[Swatch]:
     return list(dict.fromkeys(swatch for swatch in swatches + levels if swatch.label))
 
 
-def render(plots: Sequence[Plot]) -> list[Picture]:
-    """Plots of a page as SVG."""
+def render(plots: Sequence[Plot]) -> list[tuple[Plot, str, list[Swatch]]]:
+    """The plots of a page, each with its SVG and its legend."""
     pictures = []
     for number, plot in enumerate(plots):
         height = 1.25 if len(plot.panels) == 1 else 0.85 * len(plot.panels)
@@ -250,7 +227,7 @@ def render(plots: Sequence[Plot]) -> list[Picture]:
         figure = Figure(figsize=(WIDTH_IN, PANEL_IN * height + 0.3), layout=layout)
         figure.patch.set_visible(False)
         draw(plot, figure)
-        pictures.append(Picture(plot.title, _svg(figure, f"plot{number}"), plot.caption, legend(plot)))
+        pictures.append((plot, _svg(figure, f"plot{number}"), legend(plot)))
     return pictures
 
 
@@ -377,11 +354,7 @@ def _grouped(values: np.ndarray, size: int, reduce: Callable[..., np.ndarray] = 
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """The figure as an ``<svg>`` element of a page.
-
-    Args:
-        name: unique on the page; prefixes every id, so that plots do not use each other's clip paths.
-    """
+    """The figure as an ``<svg>`` element, whose ids start with ``name``: plots of a page must not share clip paths."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})

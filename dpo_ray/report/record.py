@@ -6,14 +6,14 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import yaml
 
+from dpo_ray.report.formatting import prompt_text
 from dpo_ray.storage import folder_at, read_jsonl
 from dpo_ray.types import Messages, Metrics
 
@@ -55,6 +55,21 @@ class Evaluation:
         return fmean(values) if values else None
 
 
+class Comparison(NamedTuple):
+    """A held-out prompt that has a judge score before and after training."""
+
+    prompt: str
+    before: str
+    before_score: float
+    after: str
+    after_score: float
+
+    @property
+    def gain(self) -> float:
+        """Change of the judge score."""
+        return self.after_score - self.before_score
+
+
 @dataclass(frozen=True, slots=True)
 class ScoreGain:
     """Judge scores of the same held-out prompts before and after training."""
@@ -92,9 +107,6 @@ class RunRecord:
     groups_round: int | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
     """The data report; empty if the file is missing."""
-    running: bool = False
-    last_step_at: datetime | None = None
-    """Local time of the last write to metrics.jsonl."""
 
     def setting(self, dotted: str, default: Any = None) -> Any:
         """A value of the configuration; ``default`` if it is absent or null."""
@@ -123,8 +135,7 @@ class RunRecord:
     def accuracies(self, prefix: Literal["", "eval/"] = "") -> Curve:
         """Share of training (``""``) or held-out (``"eval/"``) pairs with the higher reward on the chosen completion.
 
-        Leaves out the point before the first update if policy and reference are equal there: every pair ties, and the
-        metric only shows rounding.
+        Leaves out the point before the first update if policy and reference are equal there: every pair ties.
         """
         lines, untrained = (self.evals, 0) if prefix else (self.steps, 1)
         if lines and lines[0]["step"] == untrained:
@@ -144,26 +155,30 @@ class RunRecord:
         return self.evaluations[-1] if self.evaluations and self.evaluations[-1].version > 0 else None
 
     @property
-    def matched_samples(self) -> tuple[tuple[HeldOutSample, HeldOutSample], ...]:
-        """Samples before and after of each held-out prompt that has a score in both."""
+    def comparisons(self) -> list[Comparison]:
+        """The held-out prompts that have a score before and after training."""
         if self.before is None or self.after is None:
-            return ()
+            return []
         after = defaultdict(list)
         for sample in self.after.samples:
             after[json.dumps(sample.prompt)].append(sample)
         pairs = [(s, after[json.dumps(s.prompt)].pop(0)) for s in self.before.samples if after[json.dumps(s.prompt)]]
-        return tuple((old, new) for old, new in pairs if old.score is not None and new.score is not None)
+        return [
+            Comparison(prompt_text(old.prompt), old.completion, old.score, new.completion, new.score)
+            for old, new in pairs
+            if old.score is not None and new.score is not None
+        ]
 
     @property
     def score_gain(self) -> ScoreGain | None:
         """Effect of training on the held-out judge score; None without evaluations before and after."""
-        if not self.matched_samples:
+        rows = self.comparisons
+        if not rows:
             return None
-        before = [old.score or 0.0 for old, _ in self.matched_samples]
-        after = [new.score or 0.0 for _, new in self.matched_samples]
-        gains = [b - a for a, b in zip(before, after, strict=True)]
+        before, after = fmean(row.before_score for row in rows), fmean(row.after_score for row in rows)
+        gains = [row.gain for row in rows]
         error = stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
-        return ScoreGain(fmean(before), fmean(after), fmean(gains), error, len(gains))
+        return ScoreGain(before, after, fmean(gains), error, len(gains))
 
     @property
     def kl(self) -> float | None:
@@ -184,12 +199,16 @@ class RunRecord:
         return (float(values[0]), float(values[-1])) if len(values) > 1 else None
 
     @property
-    def kept_and_dropped(self) -> tuple[float, dict[str, float]]:
-        """Prompts that became a pair, and dropped prompts by reason, over all rounds."""
+    def dropped(self) -> dict[str, float]:
+        """Prompts without a pair, by reason, over all rounds."""
         prefix = "rollout/dropped_"
         reasons = sorted({key for line in self.rounds for key in line if key.startswith(prefix)})
-        dropped = {key.removeprefix(prefix): float(self.over_rounds(key)[1].sum()) for key in reasons}
-        return float(self.over_rounds("rollout/kept")[1].sum()), dropped
+        return {key.removeprefix(prefix): float(self.over_rounds(key)[1].sum()) for key in reasons}
+
+    @property
+    def prompts(self) -> float:
+        """Prompts of all rounds, with and without a pair."""
+        return float(self.over_rounds("rollout/kept")[1].sum()) + sum(self.dropped.values())
 
 
 def read_run(run_dir: str | Path, *, running: bool = False) -> RunRecord:
@@ -197,11 +216,8 @@ def read_run(run_dir: str | Path, *, running: bool = False) -> RunRecord:
 
     Skips incomplete lines; where a resumed run repeats a step or a round, its later line counts.
 
-    Args:
-        running: the run is still training, so that files may be missing or incomplete.
-
     Raises:
-        ValueError: the directory is missing, or has neither metrics nor evaluations and the run is not running.
+        ValueError: the directory is missing, or has neither metrics nor evaluations and the run is not ``running``.
     """
     path = folder_at(run_dir) if isinstance(run_dir, str) else run_dir
     if not path.is_dir():
@@ -229,8 +245,6 @@ def read_run(run_dir: str | Path, *, running: bool = False) -> RunRecord:
         groups=groups,
         groups_round=groups_round,
         data=_read_mapping(path / "data.json", json.loads),
-        running=running,
-        last_step_at=_modified_at(path / "metrics.jsonl"),
     )
 
 
@@ -258,9 +272,8 @@ def _read_last_groups(folder: Path) -> tuple[int | None, tuple[Metrics, ...]]:
 
 def _held_out_sample(line: Mapping[str, Any]) -> HeldOutSample:
     policy, reference = number(line.get("policy_logp")), number(line.get("reference_logp"))
-    prompt = line.get("prompt") or ()
     return HeldOutSample(
-        prompt=({"role": "user", "content": prompt},) if isinstance(prompt, str) else tuple(prompt),
+        prompt=tuple(line.get("prompt") or ()),
         completion=str(line.get("completion") or ""),
         tokens=int(number(line.get("tokens")) or 0),
         score=number(line.get("score")),
@@ -278,14 +291,6 @@ def _read_mapping(path: Path, parse: Callable[[str], Any]) -> Metrics:
         logger.warning("%s: skipped, not valid: %s", path, error)
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _modified_at(path: Path) -> datetime | None:
-    """Local time of the last write; None if the file is missing or its store has no times."""
-    try:
-        return datetime.fromtimestamp(path.stat().st_mtime).astimezone()
-    except (OSError, AttributeError, TypeError):
-        return None
 
 
 def _curve(lines: Iterable[Mapping[str, Any]], x: str, y: str) -> Curve:

@@ -1,7 +1,4 @@
-"""A round's prompts, sampling seeds and pairs, as pure functions.
-
-There is no state and no cursor, so a restarted run gets the same round again.
-"""
+"""A round's prompts, sampling seeds and pairs, as pure functions: a restarted run gets the same round again."""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,30 +12,29 @@ SEEDS = 2**31 - 1000
 """Sampling seeds are in [0, SEEDS): the i-th of up to 1000 candidates, with ``seed + i``, still fits 31 bits."""
 
 
+def validate_round_size(prompts: Sequence[Prompt], per_round: int) -> None:
+    """Raise a ValueError if there are fewer prompts than ``per_round``."""
+    if per_round > len(prompts):
+        raise ValueError(
+            f"online.prompts_per_round is {per_round}, but online.prompts has {len(prompts)} usable prompts; "
+            f"set it to {len(prompts)} or less, or add prompts"
+        )
+
+
 def prompts_of_round(prompts: Sequence[Prompt], *, seed: int, round: int, per_round: int) -> list[Prompt]:
     """The prompts of a round.
 
     An epoch is one pass over a permutation that depends on (seed, epoch); each round takes the next ``per_round``
-    prompts. The remainder of an epoch, too small for a round, is skipped, so no round has a prompt twice.
-
-    Raises:
-        ValueError: there are fewer prompts than ``per_round``.
+    prompts, at most ``len(prompts)``. The remainder of an epoch, too small for a round, is skipped, so no round has a
+    prompt twice.
     """
-    if per_round > len(prompts):
-        raise ValueError(
-            f"online.prompts_per_round is {per_round}, but online.prompts has {len(prompts)} prompts; "
-            f"set it to {len(prompts)} or less, or add prompts"
-        )
     epoch, position = divmod(round, len(prompts) // per_round)
     order = np.random.default_rng([seed, epoch]).permutation(len(prompts))
     return [prompts[i] for i in order[position * per_round : (position + 1) * per_round].tolist()]
 
 
 def seed_of(run_seed: int, round: int, prompt_index: int) -> int:
-    """Sampling seed of a prompt's first candidate in a round, in [0, SEEDS); the i-th candidate uses ``seed + i``.
-
-    Hashed, so that neighbouring prompts do not share seeds.
-    """
+    """Sampling seed of a prompt's first candidate, hashed so that neighbouring prompts do not share seeds."""
     return stable_hash(run_seed, round, prompt_index) % SEEDS
 
 
@@ -56,23 +52,13 @@ def select_pairs(
     Raises:
         ValueError: the selector returned neither a pair of two candidates of the group nor ``Dropped``.
     """
-    return [
-        _validated(selector(group, group_scores), group) for group, group_scores in zip(groups, scores, strict=True)
-    ]
-
-
-def _validated(choice: ScoredPair | Dropped, group: CompletionGroup) -> ScoredPair | Dropped:
-    if isinstance(choice, Dropped):
-        return choice
-    candidates = range(len(group.completions))
-    if (
-        isinstance(choice, ScoredPair)
-        and choice.chosen in candidates
-        and choice.rejected in candidates
-        and choice.chosen != choice.rejected
-    ):
-        return choice
-    raise ValueError(
-        f"the selector returned {choice!r} for prompt {group.prompt.index} with {len(candidates)} candidates; it must "
-        "return ScoredPair(chosen, rejected) with the indices of two candidates, or Dropped(reason)"
-    )
+    choices = [selector(group, row) for group, row in zip(groups, scores, strict=True)]
+    for group, choice in zip(groups, choices, strict=True):
+        candidates = len(group.completions)
+        indices = {choice.chosen, choice.rejected} if isinstance(choice, ScoredPair) else set()
+        if not isinstance(choice, Dropped) and (len(indices) < 2 or not indices <= set(range(candidates))):
+            raise ValueError(
+                f"the selector returned {choice!r} for prompt {group.prompt.index} with {candidates} candidates; "
+                "it must return ScoredPair(chosen, rejected) with the indices of two candidates, or Dropped(reason)"
+            )
+    return choices

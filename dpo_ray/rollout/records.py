@@ -8,6 +8,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 from dpo_ray.rollout.collect import stable_hash
 from dpo_ray.storage import remove_folder, write_atomically
 from dpo_ray.types import CompletionGroup, Dropped, RoundData, ScoredPair, TokenPair, TokenSample
+
+_REMEDY = "delete the folder of this round to collect it again"
 
 Line = dict[str, Any]
 """One line of pairs.jsonl: a prompt, its candidates, their scores, and the pair or the reason for having none."""
@@ -34,13 +37,7 @@ LINE_KEYS = (
 
 
 class RoundStore:
-    """The rounds of one run directory.
-
-    Example:
-        if not store.finished(index):
-            store.write(index, groups, scores, choices, timings=..., weights_digest=..., seed=..., sampling=...)
-        data = store.read(index)
-    """
+    """The rounds of one run directory."""
 
     def __init__(self, run_dir: str | Path) -> None:
         self.folder = Path(run_dir) / "rounds"
@@ -64,17 +61,13 @@ class RoundStore:
         weights_digest: str | None,
         seed: int,
         sampling: Mapping[str, Any],
-        sync_probe: Any = None,
     ) -> None:
         """Write a round in which every prompt occurs once; replaces an unfinished earlier attempt.
 
         Args:
             scores: one per completion; NaN if the judge has none.
             timings: seconds by name, including ``generate_s`` and ``judge_s``.
-            weights_digest: digest of the weights that generated the candidates.
-            seed: ``run.seed``.
-            sampling: ``online.sampling`` as plain values.
-            sync_probe: comparison of the engines' log-probabilities with the trainer's, as plain values.
+            seed, sampling: ``run.seed``, and ``online.sampling`` as plain values.
 
         Raises:
             FileExistsError: the round is finished; the policy may have been trained on its pairs.
@@ -95,51 +88,41 @@ class RoundStore:
             "scores": _mean_scores(lines),
             "timings": dict(timings),
             "weights_digest": weights_digest,
-            "sync_probe": sync_probe,
             "seed": seed,
             "sampling": dict(sampling),
         }
         folder = self.path(index)
         remove_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "pairs.jsonl", (_json(line) + "\n" for line in lines))
-        write_atomically(folder / "manifest.json", _json(manifest, indent=2) + "\n")
-
-    def manifest(self, index: int) -> dict[str, Any]:
-        """The manifest of a finished round.
-
-        Raises:
-            FileNotFoundError: the round is not finished.
-            ValueError: the file is damaged.
-        """
-        path = self.path(index) / "manifest.json"
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: damaged: {error}; {_REMEDY}") from None
-        if not isinstance(manifest, dict) or manifest.get("round") != index:
-            raise ValueError(f"{path}: not the manifest of round {index}; {_REMEDY}")
-        return manifest
+        to_json = partial(json.dumps, ensure_ascii=False, allow_nan=False)
+        write_atomically(folder / "pairs.jsonl", (to_json(line) + "\n" for line in lines))
+        write_atomically(folder / "manifest.json", to_json(manifest, indent=2) + "\n")
 
     def lines(self, index: int) -> Iterator[Line]:
-        """Yield the lines of a round's pairs.jsonl, validated one by one.
-
-        Raises:
-            ValueError: a line is damaged; the message names file and line.
-        """
+        """Yield the lines of a round's pairs.jsonl; raises a ValueError that names the first damaged line."""
         path = self.path(index) / "pairs.jsonl"
         with path.open("rb") as file:
             for number, text in enumerate(file, start=1):
-                yield _parse_line(text, f"{path}:{number}")
+                try:
+                    line = json.loads(text)
+                except ValueError as error:
+                    raise ValueError(f"{path}:{number}: damaged: not valid JSON: {error}; {_REMEDY}") from None
+                if missing := [key for key in LINE_KEYS if key not in line]:
+                    raise ValueError(f"{path}:{number}: damaged: has no {missing[0]!r}; {_REMEDY}")
+                yield line
 
     def read(self, index: int) -> RoundData:
         """A finished round for training: token ids exactly as sampled.
 
         Raises:
             FileNotFoundError: the round is not finished.
-            ValueError: pairs.jsonl is damaged or does not match the manifest's counts.
+            ValueError: a file is damaged, or pairs.jsonl does not match the manifest's counts.
         """
-        manifest = self.manifest(index)
+        file = self.path(index) / "manifest.json"
+        try:
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file}: damaged: {error}; {_REMEDY}") from None
         lines = list(self.lines(index))
         for name, count in _counts(lines).items():
             if (expected := manifest["counts"].get(name)) != count:
@@ -154,12 +137,6 @@ class RoundStore:
             policy_version=manifest["policy_version"],
             metrics=_metrics(manifest),
         )
-
-
-_REMEDY = "delete the folder of this round to collect it again"
-
-
-# ---------------------------------------------------------------------------------------------------- lines of a round
 
 
 def _line(group: CompletionGroup, scores: Sequence[float], choice: ScoredPair | Dropped) -> Line:
@@ -181,17 +158,6 @@ def _line(group: CompletionGroup, scores: Sequence[float], choice: ScoredPair | 
     }
 
 
-def _parse_line(text: bytes, location: str) -> Line:
-    try:
-        line = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{location}: damaged: not valid JSON: {error}; {_REMEDY}") from None
-    missing = [key for key in LINE_KEYS if not isinstance(line, dict) or key not in line]
-    if missing:
-        raise ValueError(f"{location}: damaged: has no {missing[0]!r}; {_REMEDY}")
-    return line
-
-
 def _token_pair(line: Line) -> TokenPair:
     chosen, rejected = (tuple(line["candidates"][line[side]]["token_ids"]) for side in ("chosen", "rejected"))
     return TokenPair(prompt=tuple(line["prompt_token_ids"]), chosen=chosen, rejected=rejected)
@@ -203,9 +169,6 @@ def _token_sample(line: Line) -> TokenSample | None:
         return None
     picked = nonempty[stable_hash(line["seed"], line["prompt_index"]) % len(nonempty)]
     return TokenSample(prompt=tuple(line["prompt_token_ids"]), completion=tuple(picked["token_ids"]))
-
-
-# -------------------------------------------------------------------------------------------------- counts and metrics
 
 
 def _counts(lines: Sequence[Line]) -> dict[str, Any]:
@@ -250,7 +213,3 @@ def _metrics(manifest: Mapping[str, Any]) -> dict[str, float]:
     if timings.get("generate_s"):
         metrics["rollout/tokens_per_s"] = counts["tokens"] / timings["generate_s"]
     return metrics | {f"perf/{name}": seconds for name, seconds in timings.items()}
-
-
-def _json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)

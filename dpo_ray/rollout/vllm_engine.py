@@ -1,7 +1,6 @@
 """The rollout engine: vLLM in the process that builds it.
 
-Independent of Ray and of weight transports, except for the import path of the receiver that vLLM's workers load.
-vLLM is imported when an engine is built, so ``engine_environment`` works without it.
+Independent of Ray. vLLM is imported when an engine is built, so ``engine_environment`` works without it.
 """
 
 import warnings
@@ -13,9 +12,6 @@ from dpo_ray.types import Completion, CompletionGroup, Messages, Prompt
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
-
-Render = Callable[[Messages], list[int]]
-"""Chat template and tokenizer: a conversation to token ids, with the generation prompt at the end."""
 
 UNPUSHED = -1
 """Policy version of the weights that an engine loaded from disk, before the first push."""
@@ -30,20 +26,15 @@ class VLLMEngine:
 
     Args:
         model_path: hub id or Hugging Face directory.
-        render: conversation to prompt tokens.
-        dtype: compute dtype, ``bfloat16`` or ``float32``. A CPU without bfloat16 instructions keeps bfloat16 weights
-            in float32.
-        engine: vLLM's settings; ``engine.args`` are passed to ``vllm.LLM`` last and override everything here.
+        render: conversation to token ids, with the generation prompt at the end.
+        engine: vLLM's settings; ``engine.args`` override every other argument of ``vllm.LLM``.
         max_model_len: longest prompt plus completion, in tokens.
-        tensor_parallel: GPUs of this engine. Always 1 on a CPU.
-        executor: backend of the workers of several GPUs. ``ray``: Ray, in this process's placement group. ``mp``:
-            processes on the GPUs visible to this process.
-        sleeps: True for an engine that shares its GPUs with another process and can ``sleep``.
-        worker_extension: ``WeightSync.worker_extension``, the dotted import path of the class that vLLM mixes into its
-            workers; None for an engine that never gets new weights. Importing the class registers the transport's
-            receiver with vLLM under the same path, and its ``received_digest()`` returns the digest of its weights.
+        tensor_parallel: GPUs of this engine; 1 on a CPU.
+        executor: ``ray`` runs the workers of several GPUs in this process's placement group, ``mp`` on the GPUs visible
+            to this process.
+        sleeps: True for an engine that shares its GPUs with another process.
+        worker_extension: ``WeightSync.worker_extension``; None for an engine that never gets new weights.
         on_cpu: True for the CPU build of vLLM.
-        seed: default seed of vLLM; every request has its own.
 
     Example:
         engine.start_update()
@@ -57,7 +48,7 @@ class VLLMEngine:
         self,
         model_path: str,
         *,
-        render: Render,
+        render: Callable[[Messages], list[int]],
         dtype: str,
         engine: EngineConfig,
         max_model_len: int,
@@ -100,6 +91,7 @@ class VLLMEngine:
             if tensor_parallel > 1:
                 arguments["distributed_executor_backend"] = executor
         if worker_extension is not None:
+            # Importing this class registers the transport's receiver with vLLM, under the same path.
             arguments["worker_extension_cls"] = worker_extension
             arguments["weight_transfer_config"] = {"backend": worker_extension}
         with warnings.catch_warnings():
@@ -118,26 +110,16 @@ class VLLMEngine:
     ) -> list[CompletionGroup]:
         """Generate completions, one group per prompt, in the order of ``prompts``.
 
-        The same call with the same weights gives the same completions, unless the engine's arithmetic depends on the
-        rest of the batch.
-
         Args:
-            prompts: at least one message each; the chat template is applied here.
-            sampling: temperature, nucleus, token limit and stop strings. A stop string is not part of the text;
-                ``token_ids`` end with the token that completed it, without an end-of-turn token.
+            sampling: a stop string is not part of the text, but ``token_ids`` end with the token that completed it.
             candidates: completions per prompt.
             seeds: one per prompt; the i-th completion of a prompt uses its seed + i.
 
         Raises:
-            ValueError: a prompt leaves no room for ``sampling.max_tokens``, or several candidates are greedy.
+            ValueError: a prompt leaves no room for ``sampling.max_tokens``.
             RuntimeError: a weight update is unfinished, or the engine sleeps.
         """
         self._require_ready()
-        if sampling.temperature == 0 and candidates > 1:
-            raise ValueError(
-                f"temperature 0 would generate the same completion {candidates} times; "
-                "request one candidate, or set online.sampling.temperature above 0"
-            )
         prompt_tokens = [self._render(prompt.messages) for prompt in prompts]
         longest = self._max_model_len - sampling.max_tokens
         for prompt, tokens in zip(prompts, prompt_tokens, strict=True):

@@ -374,11 +374,6 @@ def test_a_prompt_without_room_for_its_completion_is_rejected_by_index(engine: "
         engine.generate(batch, sampling=GREEDY, candidates=1, seeds=[0, 0])
 
 
-def test_several_greedy_candidates_are_rejected(engine: "VLLMEngine"):
-    with pytest.raises(ValueError, match=r"online\.sampling\.temperature"):
-        engine.generate(prompts(3), sampling=GREEDY, candidates=2, seeds=[0])
-
-
 def test_an_engine_does_not_generate_until_an_update_is_finished(engine: "VLLMEngine", policy_a: Policy):
     engine.start_update()
     with pytest.raises(RuntimeError, match="not finished"):

@@ -19,9 +19,9 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from dpo_ray.config import Config
 from dpo_ray.launch.cluster import Cluster
-from dpo_ray.launch.process_logs import log_to_run
 from dpo_ray.launch.rollouts.placement import GpuSlot, colocated_placements, dedicated_placement
 from dpo_ray.launch.rollouts.pool import EngineFailed, RolloutPool
+from dpo_ray.launch.run_dir import log_to_run
 from dpo_ray.rollout.collect import prompts_of_round, seed_of, select_pairs
 from dpo_ray.rollout.judges import build_judge, check_scores
 from dpo_ray.rollout.records import RoundStore

@@ -3,7 +3,7 @@
 from typing import Any
 
 from dpo_ray.config import Config
-from dpo_ray.launch.process_logs import log_to_run
+from dpo_ray.launch.run_dir import log_to_run
 from dpo_ray.rollout.vllm_engine import VLLMEngine
 from dpo_ray.types import CompletionGroup, Prompt
 

@@ -29,8 +29,7 @@ class Judge(Protocol):
 def build_judge(component: Component) -> Judge:
     """The judge of ``online.judge``.
 
-    An import path names a judge function (see ``is_judge_function``), to which ``args`` are bound, or a factory: a
-    class or function that is called with ``args`` and returns the judge.
+    An import path names a judge function, to which ``args`` are bound, or a factory that is called with ``args``.
 
     Raises:
         ValueError: the name or an argument is unknown, an argument is missing, or the factory returned no callable.

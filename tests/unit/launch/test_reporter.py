@@ -66,7 +66,7 @@ def test_the_status_counts_finished_rounds_and_keeps_the_latest_metrics() -> Non
     actor.metrics({"step": 4, "round": 1, "judge/mean_score": 0.5})
     actor.metrics({"step": 5, "loss": 0.6})
     status = actor.read()
-    assert (status.round, status.step) == (2, 5)
+    assert (status.round, status.metrics["step"]) == (2, 5)
     assert status.metrics["judge/mean_score"] == 0.5
 
 
@@ -86,7 +86,7 @@ def test_a_stopping_run_has_something_to_save_once_it_has_taken_a_step(tmp_path:
     reporter.step({"step": 1, "loss": 0.5})
     assert status.request_stop()
     reporter.start(1)
-    assert status.read().step == 1
+    assert status.read().metrics["step"] == 1
     assert not status.request_stop(), "restarted workers have not gone beyond the checkpoint"
     assert status.stop_requested()
 

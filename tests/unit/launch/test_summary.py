@@ -31,13 +31,13 @@ def test_an_offline_run_shows_held_out_accuracy_before_and_after_and_a_dash_if_a
     evaluated = [{"step": n, "eval/loss": 0.6, "eval/rewards/accuracies": a} for n, a in ((2, 0.52), (4, 0.71))]
     write_run(config, [tie, step, evaluated[1]])
     shown = summary_of(config)
-    assert shown.splitlines()[1].split() == ["held-out", "accuracy", "-", "->", "0.71"], shown
-    assert "8.00 pairs/s, 800 tokens/s" in shown
+    assert shown.splitlines()[1].split()[:5] == ["Held-out", "accuracy", "-", "->", "71%"], shown
+    assert "8 pairs/s" in shown
     assert "3 min 20 s" in shown
     assert "metrics.jsonl" in shown
 
     (config.run.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [step, *evaluated]))
-    assert "0.52 -> 0.71" in summary_of(config)
+    assert "52% -> 71%" in summary_of(config)
 
 
 def test_completions_are_printed_as_they_are(tmp_path: Path) -> None:
@@ -52,4 +52,4 @@ def test_completions_are_printed_as_they_are(tmp_path: Path) -> None:
         (config.run.path / f"evaluations/{version:06d}.jsonl").write_text(json.dumps(line) + "\n")
     shown = summary_of(config)
     assert "(+1.00) [bold]answer[/INST]" in shown, shown
-    assert "judge score, held-out prompts" in shown
+    assert "Held-out judge score" in shown

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dpo_ray.report.live import LiveReport
+from dpo_ray.launch.follower import LiveReport
 from dpo_ray.report.page import write_report
 
 
@@ -47,5 +47,5 @@ def test_a_live_report_that_fails_warns_once_and_tries_again(tmp_path, caplog):
 
 
 def test_importing_the_live_report_leaves_matplotlib_out():
-    code = "import sys, dpo_ray.report.live; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, dpo_ray.launch.follower; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dpo_ray.report.figures import comparisons, summary, verdict
+from dpo_ray.report.figures import KeyFigure, comparisons, key_figures, verdict
 from dpo_ray.report.formatting import format_duration
 from dpo_ray.report.page import write_report, write_sweep_report
 from dpo_ray.report.record import read_run
@@ -173,25 +173,30 @@ def test_a_run_without_config_is_read(tmp_path):
 # ------------------------------------------------------------------------------------------------------- key figures
 
 
-def test_summary_of_an_online_run(tmp_path):
+def figures_of(run: Path) -> dict[str, KeyFigure]:
+    return {figure.label: figure for figure in key_figures(read_run(run))}
+
+
+def test_key_figures_of_an_online_run(tmp_path):
     run = online_run(tmp_path, rounds=4)
     write_evaluation(run, 0, [0.0, 0.2], tokens=40, kl=0.0)
     write_evaluation(run, 2, [0.9, 0.9], tokens=90, kl=9.0)
-    write_evaluation(run, 4, [0.4, 0.6], tokens=50, kl=3.0)
-    figures = summary(read_run(run))
-    assert figures.score_before == pytest.approx(0.1)
-    assert figures.score_after == pytest.approx(0.5)
-    assert figures.kl == pytest.approx(3.0)
-    assert (figures.tokens_before, figures.tokens_after) == (40, 50)
-    assert (figures.pairs_per_s, figures.tokens_per_s, figures.generate_tokens_per_s) == (8.0, 800.0, 100.0)
-    assert (figures.rounds, figures.steps) == (4, 4)
-    assert figures.wall_s == pytest.approx(4 * (4.0 + 0.5 + 6.5))
+    write_evaluation(run, 4, [0.4, 0.7], tokens=50, kl=3.0)
+    assert key_figures(read_run(run)) == [
+        ("Held-out judge score", "0.550", "+0.45 ± 0.05, 2 prompts", "0.100"),
+        ("KL to the reference", "3.0", "nats per completion", ""),
+        ("Completion length", "50", "tokens, +25%", "40"),
+        ("Training", "8 pairs/s", "800 tokens/s", ""),
+        ("Generation", "100 tokens/s", "median over rounds", ""),
+        ("Trained for", "4 rounds", "4 optimizer steps", ""),
+        ("Time", "44 s", "without start-up and evaluation", ""),  # 4 * (4.0 + 0.5 + 6.5)
+    ]
 
 
-def test_summary_of_an_offline_run_has_no_judge_figures(tmp_path):
-    figures = summary(read_run(offline_run(tmp_path, [step_line(s) for s in (1, 2, 3)])))
-    assert (figures.score_before, figures.score_after, figures.kl, figures.generate_tokens_per_s) == (None,) * 4
-    assert (figures.rounds, figures.steps, figures.wall_s) == (0, 3, 6.0)
+def test_an_offline_run_has_no_figures_of_judge_and_rounds(tmp_path):
+    figures = figures_of(offline_run(tmp_path, [step_line(s) for s in (1, 2, 3)]))
+    assert list(figures) == ["Training", "Trained for", "Time"]
+    assert (figures["Trained for"].value, figures["Time"].value) == ("3 steps", "6.0 s")
 
 
 def test_held_out_accuracy_is_none_at_step_0_where_policy_and_reference_are_equal(tmp_path):
@@ -200,13 +205,12 @@ def test_held_out_accuracy_is_none_at_step_0_where_policy_and_reference_are_equa
 
     tied = offline_run(tmp_path / "tied", [evaluation_line(0, 0.0, 0.0), evaluation_line(9, 0.8, 0.3)])
     assert read_run(tied).accuracies("eval/")[0].tolist() == [9]
-    assert (summary(read_run(tied)).accuracy_before, summary(read_run(tied)).accuracy_after) == (None, 0.8)
+    accuracy = figures_of(tied)["Held-out accuracy"]
+    assert (accuracy.before, accuracy.value) == ("-", "80%")
     assert "all tie at step 0" in write_report(tied).read_text(encoding="utf-8")
     no_reference = offline_run(tmp_path / "other", [evaluation_line(0, 0.6, -0.2), evaluation_line(9, 0.8, -0.1)])
-    assert (summary(read_run(no_reference)).accuracy_before, summary(read_run(no_reference)).accuracy_after) == (
-        0.6,
-        0.8,
-    )
+    accuracy = figures_of(no_reference)["Held-out accuracy"]
+    assert (accuracy.before, accuracy.value) == ("60%", "80%")
 
 
 @pytest.mark.parametrize(
@@ -220,7 +224,7 @@ def test_durations_are_rounded_to_two_units(seconds, text):
 def test_an_untrained_policy_alone_has_a_score_before_and_none_after(tmp_path):
     run = online_run(tmp_path)
     write_evaluation(run, 0, [0.5])
-    assert (summary(read_run(run)).score_before, summary(read_run(run)).score_after) == (0.5, None)
+    assert figures_of(run)["Held-out judge score"] == ("Held-out judge score", "-", "", "0.500")
 
 
 def test_comparisons_are_the_largest_gain_the_median_and_the_largest_loss(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpo_ray.rollout.collect import SEEDS, prompts_of_round, seed_of, select_pairs
+from dpo_ray.rollout.collect import SEEDS, prompts_of_round, seed_of, select_pairs, validate_round_size
 from dpo_ray.rollout.selectors import best_vs_worst
 from dpo_ray.types import Dropped, Prompt, ScoredPair
 
@@ -45,7 +45,7 @@ def test_a_round_may_have_all_prompts():
 
 def test_more_prompts_per_round_than_prompts_are_rejected():
     with pytest.raises(ValueError, match=r"online.prompts_per_round is 8, but online.prompts has 5"):
-        indices(5, 0, 8)
+        validate_round_size(prompts(5), 8)
 
 
 def test_seeds_leave_room_for_a_thousand_candidates_below_two_to_the_31():

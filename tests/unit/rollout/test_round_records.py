@@ -38,7 +38,6 @@ def write(store, index, groups, scores):
         weights_digest="abc",
         seed=11,
         sampling={"temperature": 1.0},
-        sync_probe={"difference_nats": 0.001},
     )
 
 
@@ -88,7 +87,6 @@ def test_the_manifest_counts_candidates_and_dropped_groups_by_reason(written):
         "scores": {"mean": pytest.approx(8 / 6), "chosen": 3.0, "rejected": 1.0},  # 1 + 3 + 2 + 0.5 + 0.5 + 1 over 6
         "timings": {"generate_s": 5.0, "judge_s": 0.5},
         "weights_digest": "abc",
-        "sync_probe": {"difference_nats": 0.001},
         "seed": 11,
         "sampling": {"temperature": 1.0},
     }
