@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_ray.data.packing import Span, label_sources, token_limits
+from dpo_ray.data.packing import Span, token_limits
 
 PIECES = 4
 """Pieces of a row per rank."""
@@ -47,7 +47,7 @@ class RowSplit:
     @property
     def sources(self) -> np.ndarray:
         """(N,) position whose hidden state predicts each label."""
-        return label_sources(self.spans)
+        return token_limits(self.spans).sources
 
     def labels(self, rank: int) -> np.ndarray:
         """(n,) indices of the labels that a rank predicts, because it holds their source."""
@@ -62,7 +62,7 @@ def shard_row(spans: Sequence[Span], ranks: int) -> RowSplit:
     by less than one piece.
     """
     padding = -sum(map(sum, spans)) % (PIECES * ranks)
-    padded = (*spans, Span(padding, 0, 0)) if padding else tuple(spans)
+    padded = (*spans, Span(padding, 0)) if padding else tuple(spans)
     costs = token_limits(padded).seen.reshape(PIECES * ranks, -1).sum(1)
     turns = np.argsort(-costs, kind="stable").reshape(PIECES, ranks)
     turns[1::2] = turns[1::2, ::-1]

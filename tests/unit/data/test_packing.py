@@ -15,7 +15,6 @@ from dpo_ray.data.packing import (
     attention_mask,
     build_row,
     build_sample_row,
-    label_sources,
     row_tokens,
     token_limits,
 )
@@ -206,7 +205,7 @@ def test_a_cut_row_has_each_token_once_and_each_label_where_its_source_is(spans:
     np.testing.assert_array_equal(np.sort(np.concatenate(parts)), row)
     for rank, part in enumerate(parts):
         np.testing.assert_array_equal(np.concatenate([row[piece] for piece in cut.stretches(rank)]), part)
-        assert set(label_sources(spans)[cut.labels(rank)]) <= set(part.tolist())
+        assert set(token_limits(spans).sources[cut.labels(rank)]) <= set(part.tolist())
     labels = np.concatenate([cut.labels(rank) for rank in range(ranks)])
     np.testing.assert_array_equal(np.sort(labels), np.arange(sum(first + second for _, first, second in spans)))
     assert 0 <= cut.padding < PIECES * ranks
