@@ -72,11 +72,9 @@ class Head:
             dist.all_reduce(values, op, group=self.group)
         return values
 
-    def local_rows(self, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(n, 1) local row of each label, and (n, 1) True if it exists, else row 0; None for an unsharded head."""
+    def local_rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, 1) local row of each label, and (n, 1) True if this rank has it, else row 0."""
         rows = labels[:, None] - self.first
-        if self.group is None:
-            return rows, None
         is_local = (rows >= 0) & (rows < self.weight.shape[0])
         return torch.where(is_local, rows, 0), is_local
 
@@ -238,9 +236,7 @@ def _softmax(hidden: Tensor, head: Head, labels: Tensor) -> _Softmax:
     derivative = head.transform.derivative(logits)
     largest = head.all_reduce(logits.amax(-1, keepdim=True), dist.ReduceOp.MAX)  # (n, 1)
     rows, is_local = head.local_rows(labels)
-    label_logits = logits.gather(-1, rows) - largest
-    if is_local is not None:
-        label_logits.masked_fill_(~is_local, 0.0)
+    label_logits = (logits.gather(-1, rows) - largest).masked_fill_(~is_local, 0.0)
     # In place and not divided by the sums: each pass over (n, V) costs memory bandwidth.
     exponentials = logits.sub_(largest).exp_()
     sums, label_logits = head.all_reduce(torch.stack((exponentials.sum(-1), label_logits.squeeze(-1))))  # (n,) each
@@ -280,7 +276,7 @@ class _Gradients:
         """
         rows, is_local = head.local_rows(labels[part])
         sums = softmax.sums[:, None]  # (n, 1)
-        label_sums = sums if is_local is None else torch.where(is_local, sums, 0.0)
+        label_sums = torch.where(is_local, sums, 0.0)
         logits_grad = softmax.exponentials.scatter_add_(-1, rows, -label_sums)  # (n, V), times ``factor``
         if isinstance(softmax.derivative, Tensor) or softmax.derivative != 1.0:
             logits_grad.mul_(softmax.derivative)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dpo_ray.objective.logps import PairLogps
+from dpo_ray.objective.losses import log_ratios, per_token
 
 PAIR_METRICS = (
     "loss",
@@ -32,10 +33,7 @@ def pair_metric_sums(losses: Tensor, policy: PairLogps, reference: PairLogps | N
     Returns:
         (7,) float64, in the order of PAIR_METRICS.
     """
-    if reference is None:
-        chosen, rejected = policy.chosen / policy.chosen_tokens, policy.rejected / policy.rejected_tokens
-    else:
-        chosen, rejected = policy.chosen - reference.chosen, policy.rejected - reference.rejected
-    chosen, rejected = beta * chosen, beta * rejected
+    scores = per_token(policy) if reference is None else log_ratios(policy, reference)
+    chosen, rejected = (beta * score for score in scores)
     rows = (losses, chosen, rejected, chosen - rejected, (chosen > rejected).float(), policy.chosen, policy.rejected)
     return torch.stack([row.detach().double().sum() for row in rows])
