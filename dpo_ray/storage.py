@@ -6,6 +6,7 @@ files work the same on both. This module adds atomic writes, appending to remote
 
 import atexit
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -232,7 +233,7 @@ def open_appendable(path: Path) -> Path:
     if not is_remote(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
-    return _uploader().copy_of(path)
+    return _UPLOADER.copy_of(path)
 
 
 def upload_appendable() -> None:
@@ -241,22 +242,26 @@ def upload_appendable() -> None:
     Raises:
         StorageFailed: an upload failed.
     """
-    if _active_uploader is not None:
-        _active_uploader.upload()
+    _UPLOADER.upload()
 
 
 class _Uploader:
     """Local copies of the remote files that this process appends to, and the thread that uploads them."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="dpo_ray-"))
         self.files: dict[Path, Path] = {}
         """Local copy of each remote file."""
         self.uploaded: dict[Path, tuple[int, int]] = {}
         """Size and time of each local copy at its last upload."""
         self.lock = threading.Lock()
-        atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """Folder of the copies. The first file creates it and starts the thread."""
         threading.Thread(target=self._keep_uploading, name="uploads", daemon=True).start()
+        folder = Path(tempfile.mkdtemp(prefix="dpo_ray-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return folder
 
     def copy_of(self, path: Path) -> Path:
         with self.lock, storage_errors(path):
@@ -287,16 +292,7 @@ class _Uploader:
                 logger.warning("%s", error)
 
 
-_active_uploader: _Uploader | None = None
-_uploader_lock = threading.Lock()
-
-
-def _uploader() -> _Uploader:
-    global _active_uploader
-    with _uploader_lock:
-        if _active_uploader is None:
-            _active_uploader = _Uploader()
-        return _active_uploader
+_UPLOADER = _Uploader()
 
 
 def _version(file: Path) -> tuple[int, int]:
