@@ -64,15 +64,14 @@ class ReferenceStore:
     def __init__(self, folder: Path, object_store: Path | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.shared = None if object_store is None else RemoteEntries(object_store, stale_s=LOCK_STALE_S)
+        self.shared = RemoteEntries(object_store, stale_s=LOCK_STALE_S)
         self.token = uuid.uuid4().hex
 
     def fetch(self, pairs_digest: str) -> None:
         """Downloads files missing here from the object store: the view of a set of pairs, or else all entries."""
-        if self.shared is not None:
-            self.shared.fetch(f"view-{pairs_digest}-*.npy", self.folder)
-            if self.find_view(pairs_digest) is None:
-                self.shared.fetch("shard-*.npy", self.folder)
+        self.shared.fetch(f"view-{pairs_digest}-*.npy", self.folder)
+        if self.find_view(pairs_digest) is None:
+            self.shared.fetch("shard-*.npy", self.folder)
 
     def lookup(self, keys: np.ndarray) -> np.ndarray:
         """Log-probabilities by key, in the shape of ``keys``; NaN for missing entries."""
@@ -112,16 +111,14 @@ class ReferenceStore:
 
     def _remove(self, path: Path) -> None:
         path.unlink(missing_ok=True)
-        if self.shared is not None:
-            self.shared.remove(path.name)
+        self.shared.remove(path.name)
 
     def _write(self, array: np.ndarray, name: str) -> Path:
         draft = self.folder / f".{uuid.uuid4().hex}.npy"
         np.save(draft, array)
         path = self.folder / f"{name}-{_digest(draft)}.npy"
         draft.rename(path)
-        if self.shared is not None:
-            self.shared.upload(path)
+        self.shared.upload(path)
         return path
 
     def _intact(self, path: Path) -> bool:
@@ -135,7 +132,7 @@ class ReferenceStore:
         """Takes the builder's lock if it is free or its holder is dead; returns whether it is held."""
         if not self._acquire_local():
             return False
-        if self.shared is not None and not self.shared.acquire():
+        if not self.shared.acquire():
             self._release_local()
             return False
         return True
@@ -157,13 +154,11 @@ class ReferenceStore:
         """Keeps the lock alive; call it more often than every LOCK_STALE_S."""
         with contextlib.suppress(FileNotFoundError):
             os.utime(self._lock)
-        if self.shared is not None:
-            self.shared.heartbeat()
+        self.shared.heartbeat()
 
     def release(self) -> None:
         """Releases the lock, unless another builder has taken it over."""
-        if self.shared is not None:
-            self.shared.release()
+        self.shared.release()
         self._release_local()
 
     def _release_local(self) -> None:
