@@ -51,7 +51,7 @@ def test_the_store_gives_back_every_pair_and_where_it_came_from(prepare: Any, wr
         tokenize_pair(record, tokenizer, max_prompt_tokens=None, max_completion_tokens=None).pair  # pyrefly: ignore
         for record in read_pairs([Part(sources[0]), Part(write(GOOD[3:], "rest.jsonl"))])
     ]
-    assert list(store) == direct
+    assert [store[i] for i in range(len(store))] == direct
     assert store[-1] == direct[-1]
     assert [store.record_of(i) for i in range(5)] == [
         *((sources[0], n) for n in (1, 2, 3)),
