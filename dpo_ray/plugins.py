@@ -58,10 +58,7 @@ def check_arguments(function: Callable[..., Any], args: Mapping[str, Any], use: 
     """
     if not callable(function):
         raise ValueError(f"{kind} {use!r} is a {type(function).__name__}; it must be a function or a class")
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return
+    signature = inspect.signature(function)
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values()):
         return
     unknown = [name for name in args if name not in signature.parameters]
