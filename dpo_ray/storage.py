@@ -7,6 +7,7 @@ files work the same on both. This module adds atomic writes, appending to remote
 import atexit
 import contextlib
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -16,10 +17,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 from uuid import uuid4
+
+import xxhash
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +185,7 @@ def cached_text(version: str, folder: Path, compute: Callable[[], str]) -> str:
         folder: created if missing.
         compute: called only if the cache has no entry.
     """
-    entry = folder / sha256(version.encode()).hexdigest()[:32]
+    entry = folder / hashlib.sha256(version.encode()).hexdigest()[:32]
     if entry.exists() and (text := entry.read_text(encoding="utf-8")):
         return text
     text = compute()
@@ -196,6 +198,12 @@ def file_version(file: Path) -> str:
     """Path, size and times of a local file: a string that changes whenever the file is written."""
     status = file.stat()
     return f"{file.absolute()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+
+
+def file_digest(file: Path) -> str:
+    """XXH3 digest of a file's content, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
 
 
 def remove_folder(folder: Path) -> None:

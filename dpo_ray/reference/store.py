@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 from dpo_ray.data.loader import PairSource
 from dpo_ray.reference.shared import RemoteEntries
+from dpo_ray.storage import file_digest
 
 logger = logging.getLogger(__name__)
 
@@ -116,14 +116,14 @@ class ReferenceStore:
     def _write(self, array: np.ndarray, name: str) -> Path:
         draft = self.folder / f".{uuid.uuid4().hex}.npy"
         np.save(draft, array)
-        path = self.folder / f"{name}-{_digest(draft)}.npy"
+        path = self.folder / f"{name}-{file_digest(draft)}.npy"
         draft.rename(path)
         self.shared.upload(path)
         return path
 
     def _intact(self, path: Path) -> bool:
         with contextlib.suppress(FileNotFoundError):
-            if _digest(path) == path.stem.rpartition("-")[2]:
+            if file_digest(path) == path.stem.rpartition("-")[2]:
                 return True
             logger.warning("reference cache: skipping damaged file %s", path)
         return False
@@ -169,8 +169,3 @@ class ReferenceStore:
     @property
     def _lock(self) -> Path:
         return self.folder / "building.lock"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
