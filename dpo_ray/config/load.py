@@ -99,7 +99,7 @@ def validate_extras(config: Config) -> None:
             raise ValueError(f"run.trackers: {name} is not installed: pip install 'dpo-ray[{name}]'")
 
 
-def config_from_argv(usage: str, command: Command, argv: Sequence[str] | None = None) -> Config:
+def config_from_argv(usage: str, command: Command, arguments: Sequence[str]) -> Config:
     """The configuration of a command line: ``CONFIG.yaml [key=value ...]``.
 
     ``--help`` prints every key. An invalid configuration or a missing file exits with code 2 and a message.
@@ -107,10 +107,9 @@ def config_from_argv(usage: str, command: Command, argv: Sequence[str] | None = 
     Args:
         usage: description of the command, printed above the keys.
         command: required and ignored keys.
-        argv: arguments; None for ``sys.argv``.
+        arguments: the command line without the command.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or any(a in ("-h", "--help") for a in arguments):
+    if not arguments or {"-h", "--help"} & set(arguments):
         print(f"{usage.strip()}\n\nKeys (key: type = default):\n\n{help_text()}")
         raise SystemExit(0 if arguments else 2)
     try:

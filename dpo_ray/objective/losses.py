@@ -5,7 +5,7 @@ To add a loss, write a function here, add it to ``LOSSES`` and its name to ``con
 one loss per pair; the training step takes the mean over the global step.
 
 Throughout: ``policy`` and ``reference`` hold completion log-probabilities, (B,) each, summed over tokens, in nats;
-``beta`` is the scale of the implicit reward, 1/nat; the result is (B,).
+``beta`` is the scale of the implicit reward, 1/nat; the result is (B,); a ValueError names an argument out of range.
 """
 
 from collections.abc import Callable
@@ -50,14 +50,8 @@ def log_ratio_margin_per_token(policy: PairLogps, reference: PairLogps) -> Tenso
 def sigmoid(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """DPO: negative log-likelihood of the preferences under Bradley-Terry.
 
-    arXiv:2305.18290, Eq. 7; with ``label_smoothing`` > 0, conservative DPO (ericmitchell.ai/cdpo.pdf, Eq. 3).
-
-    Args:
-        policy, reference, beta: as above.
-        label_smoothing: probability in [0, 0.5) that a preference is flipped.
-
-    Raises:
-        ValueError: ``label_smoothing`` is outside [0, 0.5).
+    arXiv:2305.18290, Eq. 7; with ``label_smoothing`` > 0, the probability in [0, 0.5) that a preference is flipped,
+    conservative DPO (ericmitchell.ai/cdpo.pdf, Eq. 3).
     """
     return _cross_entropy(beta * log_ratio_margin(policy, reference), label_smoothing)
 
@@ -101,10 +95,7 @@ def ipo(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
 def exo_pair(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float = 1e-3) -> Tensor:
     """EXO on pairs: reverse KL from the policy's preference to the smoothed label.
 
-    arXiv:2402.00856, Eq. 16.
-
-    Raises:
-        ValueError: ``label_smoothing`` is outside (0, 0.5).
+    arXiv:2402.00856, Eq. 16; ``label_smoothing`` is in (0, 0.5).
     """
     if not 0 < label_smoothing < 0.5:
         raise ValueError(f"loss.args.label_smoothing is {label_smoothing}; for exo_pair it must lie in (0, 0.5)")

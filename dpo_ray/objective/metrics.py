@@ -25,11 +25,6 @@ def pair_metric_sums(losses: Tensor, policy: PairLogps, reference: PairLogps | N
     prompt's constant). Without a reference it is ``beta`` times the policy's log-probability per token
     (arXiv:2405.14734, Eq. 4), because sums would compare lengths.
 
-    Args:
-        losses: (B,).
-        policy, reference: (B,) each, nats; the reference is None for reference-free losses.
-        beta: 1/nat.
-
     Returns:
         (7,) float64, in the order of PAIR_METRICS.
     """
