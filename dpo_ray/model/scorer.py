@@ -121,7 +121,6 @@ def pair_losses(
     reference: PairLogps | None = None,
     *,
     weighting: Weighting = "none",
-    chunk: int | None = None,
 ) -> PairLosses:
     """Losses of the pairs in ``row``; gradients are computed in the same pass if they are enabled.
 
@@ -131,7 +130,6 @@ def pair_losses(
         loss: (policy, reference) -> (b,) losses of some consecutive pairs. Each must depend only on its own pair.
         reference: reference log-probabilities of the B pairs; None for losses without a reference.
         weighting: ``wpo`` sets ``weights`` of the log-probabilities.
-        chunk: tokens whose logits exist at a time; defaults to the number that fits ``head.CHUNK_BYTES``.
     """
     with_squares = weighting == "wpo"
     token_ends = (0, *itertools.accumulate(row.pair_tokens))
@@ -158,7 +156,6 @@ def pair_losses(
             shard.row.labels,
             row.pair_tokens,
             objective,
-            chunk=chunk,
             with_squares=with_squares,
             together=shard.is_partial,
         )
