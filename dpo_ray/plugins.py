@@ -85,13 +85,9 @@ def bind(
 
 
 def build(use: str, args: Mapping[str, Any], registry: Mapping[str, Any], kind: str, **runtime: Any) -> Any:
-    """Call the factory named by ``use`` with ``args`` and return the result: for judges and transports.
+    """Call the factory named by ``use`` and return the result: for judges and transports.
 
-    Args:
-        runtime: arguments that dpo_ray supplies; passed only if the signature accepts them.
-
-    Raises:
-        ValueError: the name is unknown, or an argument is not accepted or missing.
+    Arguments and errors are those of ``bind``; a missing positional argument is an error too.
     """
     factory, arguments, signature = _resolve_arguments(use, args, registry, kind, runtime)
     try:

@@ -135,7 +135,6 @@ def atomic_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
     """A new folder to write to, moved to ``folder`` on success and deleted on failure; local only.
 
     Args:
-        folder: final path.
         replace: True replaces an existing folder and expects a single writer. False keeps a folder that another
             process has completed in the meantime.
     """
@@ -178,13 +177,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def cached_text(version: str, folder: Path, compute: Callable[[], str]) -> str:
-    """Result of ``compute()``, cached in ``folder`` under a hash of ``version``.
-
-    Args:
-        version: changes whenever the result may; see ``file_version``.
-        folder: created if missing.
-        compute: called only if the cache has no entry.
-    """
+    """Result of ``compute()``, cached in ``folder``. ``version`` changes whenever it may, such as ``file_version``."""
     entry = folder / hashlib.sha256(version.encode()).hexdigest()[:32]
     if entry.exists() and (text := entry.read_text(encoding="utf-8")):
         return text
@@ -220,13 +213,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def upload_folder(source: Path, folder: Path, *, last: tuple[str, ...]) -> None:
-    """Copy a local folder to a remote one, replacing it.
-
-    Args:
-        source: local folder.
-        folder: remote folder.
-        last: names of the files that mark the folder as complete; uploaded last.
-    """
+    """Replace a remote folder with a copy of a local one. Files named in ``last``, which mark it complete, go last."""
     remove_folder(folder)
     store = cast("Any", folder).fs
     for file in sorted((path for path in source.rglob("*") if path.is_file()), key=lambda path: path.name in last):

@@ -102,12 +102,8 @@ def validate_extras(config: Config) -> None:
 def config_from_argv(usage: str, command: Command, arguments: Sequence[str]) -> Config:
     """The configuration of a command line: ``CONFIG.yaml [key=value ...]``.
 
-    ``--help`` prints every key. An invalid configuration or a missing file exits with code 2 and a message.
-
-    Args:
-        usage: description of the command, printed above the keys.
-        command: required and ignored keys.
-        arguments: the command line without the command.
+    ``--help`` prints ``usage`` and every key. An invalid configuration or a missing file exits with code 2 and a
+    message.
     """
     if not arguments or {"-h", "--help"} & set(arguments):
         print(f"{usage.strip()}\n\nKeys (key: type = default):\n\n{help_text()}")

@@ -88,7 +88,6 @@ def balance_micro_batches(
     Args:
         tokens: (B,) tokens of each item.
         costs: (B,) time of each item, in any unit.
-        ranks: number of ranks.
         tokens_per_micro_batch: maximum tokens of a micro-batch; a longer item forms its own.
     """
     largest_first = np.argsort(-costs, kind="stable").tolist()

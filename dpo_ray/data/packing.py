@@ -67,11 +67,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def attention_mask(row: PackedRow) -> Tensor:
-    """Dense attention mask: a token attends to earlier tokens of its span's prompt and of its own completion.
-
-    Returns:
-        (1, 1, T, T) bool.
-    """
+    """(1, 1, T, T) bool: a token attends to earlier tokens of its span's prompt and of its own completion."""
     device = row.input_ids.device
     lengths = torch.tensor(row.spans, device=device).flatten()
     part = torch.arange(lengths.numel(), device=device).repeat_interleave(lengths)  # (T,) 3 parts per span
@@ -81,13 +77,9 @@ def attention_mask(row: PackedRow) -> Tensor:
 
 
 def build_row(pairs: Sequence[TokenPair], layout: Layout) -> PackedRow:
-    """Pack pairs into one row.
+    """Pack pairs into one row, with one span per pair in the ``shared`` layout and two in the ``plain`` one.
 
     Without pairs, the row is a single token without labels: a rank without work still takes part in collectives.
-
-    Args:
-        pairs: B pairs.
-        layout: ``shared`` has one span per pair, ``plain`` two.
     """
     if layout == "plain":
         return _pack([(pair.prompt, completion) for pair in pairs for completion in (pair.chosen, pair.rejected)])
@@ -170,13 +162,5 @@ def token_limits(spans: Sequence[Span]) -> Limits:
 
 
 def row_tokens(lengths: np.ndarray, layout: Layout) -> np.ndarray:
-    """Row length of each pair in tokens.
-
-    Args:
-        lengths: (B, 3) tokens of prompt, chosen and rejected.
-        layout: ``plain`` counts the prompt twice.
-
-    Returns:
-        (B,)
-    """
+    """(B,) row length of each pair in tokens; ``lengths`` is (B, 3) tokens of prompt, chosen and rejected."""
     return lengths.sum(1) + (lengths[:, 0] if layout == "plain" else 0)

@@ -27,11 +27,8 @@ def load_prompts(
 
     Args:
         sources: files, saved datasets or hub datasets.
-        tokenizer: the policy's tokenizer.
         max_prompt_tokens: ``data.max_prompt_tokens``; None is no limit.
         max_engine_tokens: longest prompt that leaves an engine room for a completion.
-        strict: a dropped record is an error.
-        name: configuration key, for messages.
 
     Raises:
         ValueError: a source cannot be read, no prompt is usable, or ``strict`` and a record was dropped.

@@ -95,13 +95,7 @@ class DataReport:
         return "\n".join(lines + _length_warning(self.chosen, self.rejected))
 
     def check(self, *, strict: bool, name: str = "data", sources: Sequence[str] = ()) -> None:
-        """Raise a ValueError with the whole report if no record was kept, or if ``strict`` and any was dropped.
-
-        Args:
-            strict: a dropped record is an error.
-            name: key of the data set, for the message.
-            sources: sources of the records, for the message.
-        """
+        """Raise a ValueError with the whole report if no record was kept, or if ``strict`` and any was dropped."""
         if not self.kept:
             where = f" of {', '.join(sources)}" if sources else ""
             raise ValueError(f"{name}: no record{where} can be used\n{self.text(name)}")
@@ -151,11 +145,7 @@ class DataReportBuilder:
                 _add(tallies, reason, tally)
 
     def build(self, lengths: np.ndarray) -> DataReport:
-        """The report.
-
-        Args:
-            lengths: (kept, 3) tokens of prompt, chosen and rejected; (kept, 1) for prompts alone.
-        """
+        """The report. ``lengths`` is (kept, 3) tokens of prompt, chosen and rejected, or (kept, 1) of prompts alone."""
         stats = [_length_stats(tokens) if tokens.size else None for tokens in lengths.T]
         stats += [None] * (3 - len(stats))
         return DataReport(self.read, self.kept, dict(self._dropped), dict(self._notes), *stats)

@@ -114,8 +114,6 @@ def prepare_pairs(
 
     Args:
         sources: files, saved datasets or hub datasets.
-        tokenizer: the policy's tokenizer.
-        data_config: limits, and whether a dropped record is an error.
         folder: parent of stores; may be shared by runs and machines.
         kind: ``data.limit`` applies to train only.
         run_parts: tokenises parts of ``PART_RECORDS``; by default sequentially in this process.
