@@ -122,7 +122,7 @@ def config_from_argv(usage: str, command: Command, arguments: Sequence[str]) -> 
 def help_text() -> str:
     """All dotted keys with type, default and meaning."""
     lines = []
-    for key, field in _fields().items():
+    for key, field in config_fields().items():
         default = field.get("default")
         value = (
             f"= {default if isinstance(default, str) else json.dumps(default)}" if "default" in field else "(required)"
@@ -205,7 +205,7 @@ def _explain(error: Any) -> str:
 
 
 def _suggestion(dotted: str) -> str:
-    keys = list(_fields())
+    keys = list(config_fields())
     keys += sorted({key.rpartition(".")[0] for key in keys if "." in key})
     keys = [key for key in keys if not dotted.startswith(f"{key}.")]
     section, _, leaf = dotted.rpartition(".")
@@ -217,7 +217,7 @@ def _suggestion(dotted: str) -> str:
     return f"; {section} has the keys {', '.join(siblings)}" if siblings else "; --help lists every key"
 
 
-def _fields() -> dict[str, dict[str, Any]]:
+def config_fields() -> dict[str, dict[str, Any]]:
     """JSON schema of each dotted key."""
     schema = Config.model_json_schema()
 
