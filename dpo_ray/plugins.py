@@ -58,10 +58,7 @@ def check_arguments(function: Callable[..., Any], args: Mapping[str, Any], use: 
     """
     if not callable(function):
         raise ValueError(f"{kind} {use!r} is a {type(function).__name__}; it must be a function or a class")
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return
+    signature = inspect.signature(function)
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values()):
         return
     unknown = [name for name in args if name not in signature.parameters]
@@ -88,13 +85,9 @@ def bind(
 
 
 def build(use: str, args: Mapping[str, Any], registry: Mapping[str, Any], kind: str, **runtime: Any) -> Any:
-    """Call the factory named by ``use`` with ``args`` and return the result: for judges and transports.
+    """Call the factory named by ``use`` and return the result: for judges and transports.
 
-    Args:
-        runtime: arguments that dpo_ray supplies; passed only if the signature accepts them.
-
-    Raises:
-        ValueError: the name is unknown, or an argument is not accepted or missing.
+    Arguments and errors are those of ``bind``; a missing positional argument is an error too.
     """
     factory, arguments, signature = _resolve_arguments(use, args, registry, kind, runtime)
     try:

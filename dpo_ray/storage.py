@@ -6,6 +6,8 @@ files work the same on both. This module adds atomic writes, appending to remote
 
 import atexit
 import contextlib
+import functools
+import hashlib
 import json
 import logging
 import os
@@ -15,10 +17,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 from uuid import uuid4
+
+import xxhash
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +135,6 @@ def atomic_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
     """A new folder to write to, moved to ``folder`` on success and deleted on failure; local only.
 
     Args:
-        folder: final path.
         replace: True replaces an existing folder and expects a single writer. False keeps a folder that another
             process has completed in the meantime.
     """
@@ -175,14 +177,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def cached_text(version: str, folder: Path, compute: Callable[[], str]) -> str:
-    """Result of ``compute()``, cached in ``folder`` under a hash of ``version``.
-
-    Args:
-        version: changes whenever the result may; see ``file_version``.
-        folder: created if missing.
-        compute: called only if the cache has no entry.
-    """
-    entry = folder / sha256(version.encode()).hexdigest()[:32]
+    """Result of ``compute()``, cached in ``folder``. ``version`` changes whenever it may, such as ``file_version``."""
+    entry = folder / hashlib.sha256(version.encode()).hexdigest()[:32]
     if entry.exists() and (text := entry.read_text(encoding="utf-8")):
         return text
     text = compute()
@@ -195,6 +191,12 @@ def file_version(file: Path) -> str:
     """Path, size and times of a local file: a string that changes whenever the file is written."""
     status = file.stat()
     return f"{file.absolute()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+
+
+def file_digest(file: Path) -> str:
+    """XXH3 digest of a file's content, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
 
 
 def remove_folder(folder: Path) -> None:
@@ -211,13 +213,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def upload_folder(source: Path, folder: Path, *, last: tuple[str, ...]) -> None:
-    """Copy a local folder to a remote one, replacing it.
-
-    Args:
-        source: local folder.
-        folder: remote folder.
-        last: names of the files that mark the folder as complete; uploaded last.
-    """
+    """Replace a remote folder with a copy of a local one. Files named in ``last``, which mark it complete, go last."""
     remove_folder(folder)
     store = cast("Any", folder).fs
     for file in sorted((path for path in source.rglob("*") if path.is_file()), key=lambda path: path.name in last):
@@ -232,7 +228,7 @@ def open_appendable(path: Path) -> Path:
     if not is_remote(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
-    return _uploader().copy_of(path)
+    return _UPLOADER.copy_of(path)
 
 
 def upload_appendable() -> None:
@@ -241,22 +237,26 @@ def upload_appendable() -> None:
     Raises:
         StorageFailed: an upload failed.
     """
-    if _active_uploader is not None:
-        _active_uploader.upload()
+    _UPLOADER.upload()
 
 
 class _Uploader:
     """Local copies of the remote files that this process appends to, and the thread that uploads them."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="dpo_ray-"))
         self.files: dict[Path, Path] = {}
         """Local copy of each remote file."""
         self.uploaded: dict[Path, tuple[int, int]] = {}
         """Size and time of each local copy at its last upload."""
         self.lock = threading.Lock()
-        atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """Folder of the copies. The first file creates it and starts the thread."""
         threading.Thread(target=self._keep_uploading, name="uploads", daemon=True).start()
+        folder = Path(tempfile.mkdtemp(prefix="dpo_ray-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return folder
 
     def copy_of(self, path: Path) -> Path:
         with self.lock, storage_errors(path):
@@ -287,16 +287,7 @@ class _Uploader:
                 logger.warning("%s", error)
 
 
-_active_uploader: _Uploader | None = None
-_uploader_lock = threading.Lock()
-
-
-def _uploader() -> _Uploader:
-    global _active_uploader
-    with _uploader_lock:
-        if _active_uploader is None:
-            _active_uploader = _Uploader()
-        return _active_uploader
+_UPLOADER = _Uploader()
 
 
 def _version(file: Path) -> tuple[int, int]:

@@ -81,11 +81,6 @@ class TokenPair:
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
 
-    @property
-    def tokens(self) -> int:
-        """Number of tokens; the prompt counts once."""
-        return len(self.prompt) + len(self.chosen) + len(self.rejected)
-
 
 @dataclass(frozen=True, slots=True)
 class TokenSample:

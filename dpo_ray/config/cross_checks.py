@@ -2,20 +2,10 @@
 
 import math
 
-from dpo_ray.config.schema import (
-    ClusterConfig,
-    DataConfig,
-    LossConfig,
-    ModelConfig,
-    OnlineConfig,
-    OptimConfig,
-    ReferenceConfig,
-    RunConfig,
-    ShardConfig,
-)
+from dpo_ray.config import schema
 
 
-def validate_mesh(shard: ShardConfig, cluster: ClusterConfig) -> None:
+def validate_mesh(shard: schema.ShardConfig, cluster: schema.ClusterConfig) -> None:
     """Check that the parallel sizes divide the workers."""
     sizes = {name: getattr(shard, name) for name in ("replicate", "context_parallel", "tensor_parallel")}
     if cluster.train_workers % math.prod(sizes.values()):
@@ -23,7 +13,7 @@ def validate_mesh(shard: ShardConfig, cluster: ClusterConfig) -> None:
         raise ValueError(f"{product} must divide cluster.train_workers ({cluster.train_workers})")
 
 
-def validate_layers(shard: ShardConfig, model: ModelConfig, optim: OptimConfig) -> None:
+def validate_layers(shard: schema.ShardConfig, model: schema.ModelConfig, optim: schema.OptimConfig) -> None:
     """Check that layers can be sharded, compiled and checkpointed as configured."""
     if shard.context_parallel > 1 and model.attention == "sdpa":
         raise ValueError(
@@ -51,7 +41,10 @@ def validate_layers(shard: ShardConfig, model: ModelConfig, optim: OptimConfig) 
 
 
 def validate_reference(
-    reference: ReferenceConfig, model: ModelConfig, loss: LossConfig, online: OnlineConfig | None
+    reference: schema.ReferenceConfig,
+    model: schema.ModelConfig,
+    loss: schema.LossConfig,
+    online: schema.OnlineConfig | None,
 ) -> None:
     """Check that the reference can be computed."""
     kind, refresh, lora = reference.kind, reference.refresh, model.lora
@@ -81,7 +74,7 @@ def validate_reference(
         )
 
 
-def validate_run(run: RunConfig, data: DataConfig, online: OnlineConfig | None) -> None:
+def validate_run(run: schema.RunConfig, data: schema.DataConfig, online: schema.OnlineConfig | None) -> None:
     """Check that the run directory and the best metric suit the kind of run."""
     if online is not None and run.remote:
         raise ValueError(
@@ -92,8 +85,8 @@ def validate_run(run: RunConfig, data: DataConfig, online: OnlineConfig | None) 
         raise ValueError("run.best_metric needs evaluations to compare; it is for offline runs with data.eval")
 
 
-def validate_transport(online: OnlineConfig, cluster: ClusterConfig) -> None:
-    """Check that the weight transport suits the placement of engines."""
+def validate_engines(online: schema.OnlineConfig, cluster: schema.ClusterConfig) -> None:
+    """Check that the weight transport suits the placement of engines, and that colocated ones fit."""
     if online.sync.use == "ipc" and not cluster.colocate:
         raise ValueError(
             "online.sync.use: ipc needs engine and trainer on the same GPU; set cluster.colocate: true, or "
@@ -104,10 +97,6 @@ def validate_transport(online: OnlineConfig, cluster: ClusterConfig) -> None:
             "online.sync.use: nccl is not supported with cluster.colocate, because NCCL rejects two ranks on one "
             "GPU; set online.sync.use: auto"
         )
-
-
-def validate_colocation(online: OnlineConfig, cluster: ClusterConfig) -> None:
-    """Check that engines fit on the GPUs of the training workers."""
     if not cluster.colocate:
         return
     if online.max_lag > 0:

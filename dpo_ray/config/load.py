@@ -5,23 +5,26 @@ Values on the command line are parsed as YAML, for example ``optim.lr=1e-6``, ``
 ``loss.args={label_smoothing: 0.1}``.
 """
 
+import json
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from dpo_ray.config.commands import Command, validate_command
 from dpo_ray.config.paths import validate_paths
-from dpo_ray.config.schema import TRACKERS, Section
+from dpo_ray.config.schema import TRACKERS
 from dpo_ray.config.tree import Config
 from dpo_ray.storage import StorageFailed, folder_at, storage_errors
+
+_TYPES = {"integer": "int", "number": "float", "string": "str", "boolean": "bool", "object": "mapping", "null": "null"}
+_BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 
 
 class ConfigError(ValueError):
@@ -82,33 +85,27 @@ def write_config(config: Config, path: Path) -> None:
 
 def validate_extras(config: Config) -> None:
     """Raise a ValueError for a setting whose optional package is not installed."""
-    lora = config.model.lora
-    if lora is not None and lora.quantize is not None and find_spec("bitsandbytes") is None:
-        raise ValueError(
-            f"model.lora.quantize: {lora.quantize} needs bitsandbytes, which is not installed: "
-            "pip install 'dpo-ray[qlora]'"
-        )
-    low_bit = "optim.use: adamw_8bit" if config.optim.use == "adamw_8bit" else "model.fp8" if config.model.fp8 else None
-    if low_bit is not None and find_spec("torchao") is None:
-        raise ValueError(f"{low_bit} needs torchao, which is not installed: pip install 'dpo-ray[low_bit]'")
+    quantize = config.model.lora.quantize if config.model.lora else None
+    for setting, is_set, package, extra in (
+        (f"model.lora.quantize: {quantize}", quantize is not None, "bitsandbytes", "qlora"),
+        ("optim.use: adamw_8bit", config.optim.use == "adamw_8bit", "torchao", "low_bit"),
+        ("model.fp8", config.model.fp8, "torchao", "low_bit"),
+    ):
+        if is_set and find_spec(package) is None:
+            raise ValueError(f"{setting} needs {package}, which is not installed: pip install 'dpo-ray[{extra}]'")
     for name in config.run.trackers:
         # A folder of this name, such as ./wandb, can be imported too but has no origin.
         if name in TRACKERS and ((spec := find_spec(name)) is None or spec.origin is None):
             raise ValueError(f"run.trackers: {name} is not installed: pip install 'dpo-ray[{name}]'")
 
 
-def config_from_argv(usage: str, command: Command, argv: Sequence[str] | None = None) -> Config:
+def config_from_argv(usage: str, command: Command, arguments: Sequence[str]) -> Config:
     """The configuration of a command line: ``CONFIG.yaml [key=value ...]``.
 
-    ``--help`` prints every key. An invalid configuration or a missing file exits with code 2 and a message.
-
-    Args:
-        usage: description of the command, printed above the keys.
-        command: required and ignored keys.
-        argv: arguments; None for ``sys.argv``.
+    ``--help`` prints ``usage`` and every key. An invalid configuration or a missing file exits with code 2 and a
+    message.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or any(a in ("-h", "--help") for a in arguments):
+    if not arguments or {"-h", "--help"} & set(arguments):
         print(f"{usage.strip()}\n\nKeys (key: type = default):\n\n{help_text()}")
         raise SystemExit(0 if arguments else 2)
     try:
@@ -125,9 +122,13 @@ def config_from_argv(usage: str, command: Command, argv: Sequence[str] | None = 
 def help_text() -> str:
     """All dotted keys with type, default and meaning."""
     lines = []
-    for key, kind, default, meaning in _leaves(Config, ""):
-        lines.append(f"{key}: {kind}{default}")
-        lines.append("    " + " ".join(meaning.split()))
+    for key, field in config_fields().items():
+        default = field.get("default")
+        value = (
+            f"= {default if isinstance(default, str) else json.dumps(default)}" if "default" in field else "(required)"
+        )
+        lines.append(f"{key}: {_type_name(field)} {value}")
+        lines.append("    " + " ".join(field.get("description", "").split()))
     return "\n".join(lines)
 
 
@@ -204,7 +205,7 @@ def _explain(error: Any) -> str:
 
 
 def _suggestion(dotted: str) -> str:
-    keys = [key for key, *_ in _leaves(Config, "")]
+    keys = list(config_fields())
     keys += sorted({key.rpartition(".")[0] for key in keys if "." in key})
     keys = [key for key in keys if not dotted.startswith(f"{key}.")]
     section, _, leaf = dotted.rpartition(".")
@@ -216,49 +217,28 @@ def _suggestion(dotted: str) -> str:
     return f"; {section} has the keys {', '.join(siblings)}" if siblings else "; --help lists every key"
 
 
-def _leaves(section: type[Section], prefix: str) -> Iterator[tuple[str, str, str, str]]:
-    for name, field in section.model_fields.items():
-        subsection = _section_of(field.annotation)
-        if subsection is not None:
-            yield from _leaves(subsection, f"{prefix}{name}.")
-            continue
-        default = " (required)" if field.is_required() else f" = {_format(field.default)}"
-        yield f"{prefix}{name}", _type_name(field.annotation, field.metadata), default, field.description or ""
+def config_fields() -> dict[str, dict[str, Any]]:
+    """JSON schema of each dotted key."""
+    schema = Config.model_json_schema()
+
+    def walk(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for name, field in section["properties"].items():
+            references = [option["$ref"] for option in (field, *field.get("anyOf", ())) if "$ref" in option]
+            if references:
+                yield from walk(schema["$defs"][references[0].rpartition("/")[2]], f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", field
+
+    return dict(walk(schema, ""))
 
 
-def _section_of(annotation: Any) -> type[Section] | None:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return candidate
-    return None
-
-
-def _type_name(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    origin, args = get_origin(annotation), get_args(annotation)
-    if annotation in (None, NoneType):
-        name = "null"
-    elif origin is Literal:
-        name = " | ".join(str(a) for a in args)
-    elif origin in (Union, UnionType):
-        name = " | ".join(_type_name(a, a.__metadata__ if hasattr(a, "__metadata__") else ()) for a in args)
-    elif origin is tuple:
-        name = "list of " + _type_name(args[0])
-    elif origin is dict:
-        name = "mapping"
-    else:
-        name = getattr(annotation, "__name__", str(annotation))
-    bounds = [
-        f"{sign} {bound:g}"
-        for item in metadata
-        for attribute, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
-        if (bound := getattr(item, attribute, None)) is not None
-    ]
-    return f"{name} ({', '.join(bounds)})" if bounds else name
-
-
-def _format(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "[" + ", ".join(map(str, value)) + "]" if isinstance(value, tuple) else str(value)
+def _type_name(field: Mapping[str, Any]) -> str:
+    """The type of a JSON schema in Python's words, with its bounds."""
+    if "anyOf" in field:
+        return " | ".join(map(_type_name, field["anyOf"]))
+    if "enum" in field or "const" in field:
+        return " | ".join(field.get("enum") or [field["const"]])
+    if field["type"] == "array":
+        return "list of " + _type_name(field.get("items") or field["prefixItems"][0])
+    bounds = ", ".join(f"{sign} {field[bound]:g}" for bound, sign in _BOUNDS.items() if bound in field)
+    return _TYPES[field["type"]] + (f" ({bounds})" if bounds else "")

@@ -25,6 +25,13 @@ def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str | dict) else value
 
 
+def _folder_at(location: str, key: str) -> Path:
+    try:
+        return folder_at(location)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
 Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 """One path or a list of paths."""
 
@@ -111,10 +118,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _validate_location(self) -> Self:
-        try:
-            folder_at(self.dir)
-        except ValueError as error:
-            raise ValueError(f"run.dir: {error}") from None
+        _folder_at(self.dir, "run.dir")
         if not self.name or "/" in self.name or self.name in (".", ".."):
             raise ValueError(f"run.name is {self.name!r}: it must be a plain folder name")
         return self
@@ -202,11 +206,7 @@ class ReferenceConfig(Section):
                 f"reference.cache_dir is {self.cache_dir!r}: the cache is memory-mapped; give a local path or a mount, "
                 "and reference.object_store to share its log-probabilities through an object store"
             )
-        try:
-            local = self.object_store is not None and not is_remote(folder_at(self.object_store))
-        except ValueError as error:
-            raise ValueError(f"reference.object_store: {error}") from None
-        if local:
+        if self.object_store is not None and not is_remote(_folder_at(self.object_store, "reference.object_store")):
             raise ValueError(
                 f"reference.object_store is {self.object_store!r}: give s3://bucket/path, or set reference.cache_dir "
                 "to a path"

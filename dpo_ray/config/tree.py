@@ -4,36 +4,23 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from dpo_ray.config import cross_checks
-from dpo_ray.config.schema import (
-    ClusterConfig,
-    DataConfig,
-    LossConfig,
-    ModelConfig,
-    OnlineConfig,
-    OptimConfig,
-    ReferenceConfig,
-    RunConfig,
-    Section,
-    ShardConfig,
-    SweepConfig,
-)
+from dpo_ray.config import cross_checks, schema
 
 
-class Config(Section):
+class Config(schema.Section):
     """The whole configuration of a run."""
 
-    run: RunConfig = RunConfig()
-    model: ModelConfig
-    reference: ReferenceConfig = ReferenceConfig()
-    data: DataConfig = DataConfig()
-    loss: LossConfig = LossConfig()
-    optim: OptimConfig = OptimConfig()
-    shard: ShardConfig = ShardConfig()
-    cluster: ClusterConfig = ClusterConfig()
-    online: OnlineConfig | None = None
+    run: schema.RunConfig = schema.RunConfig()
+    model: schema.ModelConfig
+    reference: schema.ReferenceConfig = schema.ReferenceConfig()
+    data: schema.DataConfig = schema.DataConfig()
+    loss: schema.LossConfig = schema.LossConfig()
+    optim: schema.OptimConfig = schema.OptimConfig()
+    shard: schema.ShardConfig = schema.ShardConfig()
+    cluster: schema.ClusterConfig = schema.ClusterConfig()
+    online: schema.OnlineConfig | None = None
     """Online settings; null trains on a fixed preference set."""
-    sweep: SweepConfig = SweepConfig()
+    sweep: schema.SweepConfig = schema.SweepConfig()
 
     @property
     def max_model_len(self) -> int:
@@ -68,6 +55,5 @@ class Config(Section):
         cross_checks.validate_reference(self.reference, self.model, self.loss, self.online)
         cross_checks.validate_run(self.run, self.data, self.online)
         if self.online is not None:
-            cross_checks.validate_transport(self.online, self.cluster)
-            cross_checks.validate_colocation(self.online, self.cluster)
+            cross_checks.validate_engines(self.online, self.cluster)
         return self

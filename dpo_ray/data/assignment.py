@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_ray.data.packing import Span, label_sources, token_limits
+from dpo_ray.data.packing import Span, token_limits
 
 PIECES = 4
 """Pieces of a row per rank."""
@@ -25,33 +25,23 @@ class RowSplit:
     spans: tuple[Span, ...]
     """Spans of the padded row."""
     padding: int
-    piece: int
-    """Tokens per piece."""
-    pieces: tuple[tuple[int, ...], ...]
-    """Indices of the pieces of each rank, ascending; the same number for all."""
+    positions: np.ndarray
+    """(ranks, T / ranks) positions of each rank's tokens in the row, ascending."""
 
     def stretches(self, rank: int) -> tuple[slice, ...]:
-        """The pieces of a rank as slices of the row; adjacent pieces are merged."""
-        slices: list[slice] = []
-        for index in self.pieces[rank]:
-            start, stop = index * self.piece, (index + 1) * self.piece
-            if slices and slices[-1].stop == start:
-                start = slices.pop().start
-            slices.append(slice(start, stop))
-        return tuple(slices)
-
-    def tokens(self, rank: int) -> np.ndarray:
-        """(T / ranks,) positions of a rank's tokens in the row, ascending."""
-        return (np.array(self.pieces[rank])[:, None] * self.piece + np.arange(self.piece)).ravel()
+        """The adjacent tokens of a rank as slices of the row."""
+        tokens = self.positions[rank]
+        runs = np.split(tokens, np.flatnonzero(np.diff(tokens) > 1) + 1)
+        return tuple(slice(int(run[0]), int(run[-1]) + 1) for run in runs)
 
     @property
     def sources(self) -> np.ndarray:
         """(N,) position whose hidden state predicts each label."""
-        return label_sources(self.spans)
+        return token_limits(self.spans).sources
 
     def labels(self, rank: int) -> np.ndarray:
         """(n,) indices of the labels that a rank predicts, because it holds their source."""
-        return np.flatnonzero(np.isin(self.sources // self.piece, self.pieces[rank]))
+        return np.flatnonzero(np.isin(self.sources, self.positions[rank]))
 
 
 def shard_row(spans: Sequence[Span], ranks: int) -> RowSplit:
@@ -62,12 +52,13 @@ def shard_row(spans: Sequence[Span], ranks: int) -> RowSplit:
     by less than one piece.
     """
     padding = -sum(map(sum, spans)) % (PIECES * ranks)
-    padded = (*spans, Span(padding, 0, 0)) if padding else tuple(spans)
-    costs = token_limits(padded).seen.reshape(PIECES * ranks, -1).sum(1)
+    padded = (*spans, Span(padding, 0)) if padding else tuple(spans)
+    limits = token_limits(padded)
+    pieces = limits.here.reshape(PIECES * ranks, -1)  # (pieces, tokens per piece)
+    costs = limits.seen.reshape(pieces.shape).sum(1)
     turns = np.argsort(-costs, kind="stable").reshape(PIECES, ranks)
     turns[1::2] = turns[1::2, ::-1]
-    piece = sum(map(sum, padded)) // costs.size
-    return RowSplit(padded, padding, piece, tuple(tuple(sorted(column)) for column in turns.T.tolist()))
+    return RowSplit(padded, padding, pieces[np.sort(turns.T)].reshape(ranks, -1))
 
 
 def attended(lengths: np.ndarray) -> np.ndarray:
@@ -97,7 +88,6 @@ def balance_micro_batches(
     Args:
         tokens: (B,) tokens of each item.
         costs: (B,) time of each item, in any unit.
-        ranks: number of ranks.
         tokens_per_micro_batch: maximum tokens of a micro-batch; a longer item forms its own.
     """
     largest_first = np.argsort(-costs, kind="stable").tolist()

@@ -9,7 +9,7 @@ T = tokens of the row, N = completion tokens, B = pairs, S = 2B sequences
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ class Span(NamedTuple):
     prompt: int
     first: int
     """A completion, which attends to the prompt and itself."""
-    second: int
+    second: int = 0
     """Another completion of the same prompt, or 0; it attends to the prompt and itself."""
 
 
@@ -53,14 +53,12 @@ class PackedRow:
     @property
     def pair_tokens(self) -> tuple[int, ...]:
         """(B,) completion tokens of each pair, without a device synchronization."""
-        completions = [tokens for span in self.spans for tokens in (span.first, span.second) if tokens]
-        return tuple(map(sum, zip(completions[0::2], completions[1::2], strict=True)))
+        return tuple(_completion_lengths(self.spans).reshape(-1, 2).sum(1).tolist())
 
     def to(self, device: torch.device) -> "PackedRow":
         """The row on ``device``."""
-        tensors = (getattr(self, name) for name in self.__slots__ if name != "spans")
-        input_ids, position_ids, *rest = (to_device(tensor, device) for tensor in tensors)
-        return PackedRow(input_ids, position_ids, self.spans, *rest)
+        tensors = [name for name in self.__slots__ if name != "spans"]
+        return replace(self, **{name: to_device(getattr(self, name), device) for name in tensors})
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -69,11 +67,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def attention_mask(row: PackedRow) -> Tensor:
-    """Dense attention mask: a token attends to earlier tokens of its span's prompt and of its own completion.
-
-    Returns:
-        (1, 1, T, T) bool.
-    """
+    """(1, 1, T, T) bool: a token attends to earlier tokens of its span's prompt and of its own completion."""
     device = row.input_ids.device
     lengths = torch.tensor(row.spans, device=device).flatten()
     part = torch.arange(lengths.numel(), device=device).repeat_interleave(lengths)  # (T,) 3 parts per span
@@ -83,70 +77,41 @@ def attention_mask(row: PackedRow) -> Tensor:
 
 
 def build_row(pairs: Sequence[TokenPair], layout: Layout) -> PackedRow:
-    """Pack pairs into one row.
+    """Pack pairs into one row, with one span per pair in the ``shared`` layout and two in the ``plain`` one.
 
     Without pairs, the row is a single token without labels: a rank without work still takes part in collectives.
-
-    Args:
-        pairs: B pairs.
-        layout: ``shared`` has one span per pair, ``plain`` two.
     """
-    completions = [[pair.chosen, pair.rejected] for pair in pairs]
-    prompts = [pair.prompt for pair in pairs]
     if layout == "plain":
-        prompts = [prompt for prompt in prompts for _ in range(2)]
-        completions = [[completion] for pair in completions for completion in pair]
-    return _pack(prompts, completions)
+        return _pack([(pair.prompt, completion) for pair in pairs for completion in (pair.chosen, pair.rejected)])
+    return _pack([(pair.prompt, pair.chosen, pair.rejected) for pair in pairs])
 
 
 def build_sample_row(samples: Sequence[TokenSample]) -> PackedRow:
     """Pack single completions into one row; sample i is sequence i."""
-    return _pack([s.prompt for s in samples], [[s.completion] for s in samples])
+    return _pack([(sample.prompt, sample.completion) for sample in samples])
 
 
-def _pack(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]) -> PackedRow:
-    spans: list[Span] = []
-    tokens: list[Sequence[int]] = []
-    positions: list[np.ndarray] = []
-    labels: list[Sequence[int]] = []
-    lengths: list[int] = []
-    for prompt, answers in zip(prompts, completions, strict=True):
-        tokens.append(prompt)
-        positions.append(np.arange(len(prompt)))
-        for completion in answers:
-            count = len(completion)
-            tokens.append(completion)
-            positions.append(np.arange(len(prompt), len(prompt) + count))
-            labels.append(completion)
-            lengths.append(count)
-        spans.append(Span(len(prompt), len(answers[0]), len(answers[1]) if len(answers) > 1 else 0))
-    if not spans:
-        spans.append(Span(1, 0, 0))
-        tokens.append((0,))
-        positions.append(np.zeros(1))
-
-    def flat(parts: Sequence[Sequence[int] | np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate([np.asarray(p, np.int64) for p in parts] or [np.zeros(0, np.int64)]))
-
-    sequence = np.repeat(np.arange(len(lengths)), lengths) if lengths else np.zeros(0, np.int64)
+def _pack(segments: Sequence[tuple[Sequence[int], ...]]) -> PackedRow:
+    """Pack segments, each a prompt and one or two completions."""
+    spans = tuple(Span(*map(len, segment)) for segment in segments) or (Span(1, 0),)
+    parts = [ids for segment in segments for ids in segment] or [(0,)]
+    input_ids = np.concatenate([np.asarray(ids, np.int64) for ids in parts])
+    limits, lengths = token_limits(spans), _completion_lengths(spans)
     return PackedRow(
-        flat(tokens)[None], flat(positions)[None], tuple(spans),
-        torch.from_numpy(label_sources(spans)), flat(labels), torch.from_numpy(sequence),
-        torch.tensor(lengths, dtype=torch.int64),
-    )  # fmt: skip
+        input_ids=torch.from_numpy(input_ids)[None],
+        position_ids=torch.from_numpy(limits.seen - 1)[None],
+        spans=spans,
+        source=torch.from_numpy(limits.sources),
+        labels=torch.from_numpy(input_ids[limits.in_completion]),
+        sequence=torch.from_numpy(np.arange(len(lengths)).repeat(lengths)),
+        lengths=torch.from_numpy(lengths),
+    )
 
 
-def label_sources(spans: Sequence[Span]) -> np.ndarray:
-    """(N,) position whose hidden state predicts each label: the token before it, or the last prompt token."""
-    sources, start = [np.zeros(0, np.int64)], 0
-    for span in spans:
-        prompt_end = position = start + span.prompt
-        for count in (span.first, span.second):
-            if count:
-                sources += [np.array([prompt_end - 1]), np.arange(position, position + count - 1)]
-                position += count
-        start = position
-    return np.concatenate(sources)
+def _completion_lengths(spans: Sequence[Span]) -> np.ndarray:
+    """(S,) tokens of each completion."""
+    lengths = np.array(spans, np.int64)[:, 1:].ravel()
+    return lengths[lengths > 0]
 
 
 class Limits(NamedTuple):
@@ -168,7 +133,18 @@ class Limits(NamedTuple):
     @property
     def seen(self) -> np.ndarray:
         """(T,) number of tokens that each token attends to, including itself."""
-        return np.where(self.part > self.span, self.prompt_end - self.span, 0) + self.here + 1 - self.part
+        return np.where(self.in_completion, self.prompt_end - self.span, 0) + self.here + 1 - self.part
+
+    @property
+    def in_completion(self) -> np.ndarray:
+        """(T,) True for the tokens of completions, which are the labels."""
+        return self.part > self.span
+
+    @property
+    def sources(self) -> np.ndarray:
+        """(N,) position whose hidden state predicts each label: the token before it, or the last prompt token."""
+        labels = self.of(self.in_completion)
+        return np.where(labels.here == labels.part, labels.prompt_end, labels.here) - 1
 
 
 def token_limits(spans: Sequence[Span]) -> Limits:
@@ -186,13 +162,5 @@ def token_limits(spans: Sequence[Span]) -> Limits:
 
 
 def row_tokens(lengths: np.ndarray, layout: Layout) -> np.ndarray:
-    """Row length of each pair in tokens.
-
-    Args:
-        lengths: (B, 3) tokens of prompt, chosen and rejected.
-        layout: ``plain`` counts the prompt twice.
-
-    Returns:
-        (B,)
-    """
+    """(B,) row length of each pair in tokens; ``lengths`` is (B, 3) tokens of prompt, chosen and rejected."""
     return lengths.sum(1) + (lengths[:, 0] if layout == "plain" else 0)

@@ -2,11 +2,11 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
-from pydantic import TypeAdapter
+import pydantic
 
 from dpo_ray.data.records import Problem
 
@@ -80,9 +80,9 @@ class LengthStats:
     max: int
 
 
-@dataclass(frozen=True, slots=True)
+@pydantic.dataclasses.dataclass(frozen=True, slots=True)
 class DataReport:
-    """Counts of a data set's records, and lengths of those kept."""
+    """Counts of a data set's records, and lengths of those kept; loaded with ``DataReport(**asdict(report))``."""
 
     read: int
     kept: int
@@ -97,16 +97,6 @@ class DataReport:
     chosen: LengthStats | None
     rejected: LengthStats | None
 
-    @property
-    def length_gap(self) -> float:
-        """Mean chosen length minus mean rejected length, in tokens."""
-        return self.chosen.mean - self.rejected.mean if self.chosen and self.rejected else 0.0
-
-    @property
-    def relative_length_gap(self) -> float:
-        """The length gap as a fraction of the mean completion length."""
-        return 2 * self.length_gap / (self.chosen.mean + self.rejected.mean) if self.chosen and self.rejected else 0.0
-
     def text(self, name: str = "data") -> str:
         """The report as lines of text, prefixed with ``name``."""
         dropped = sum(tally.count for tally in self.dropped.values())
@@ -119,22 +109,10 @@ class DataReport:
         for part in ("prompt", "chosen", "rejected"):
             if (stats := getattr(self, part)) is not None:
                 lines.append(f"  {part:<8} tokens: mean {stats.mean:.0f}, median {stats.median:.0f}, max {stats.max:,}")
-        if abs(self.relative_length_gap) > MAX_LENGTH_GAP:
-            longer, shorter = ("chosen", "rejected") if self.length_gap > 0 else ("rejected", "chosen")
-            lines.append(
-                f"  warning: {longer} is {abs(self.length_gap):.0f} tokens longer than {shorter} on average "
-                f"({abs(self.relative_length_gap):.0%} of the mean completion); the policy may learn the length"
-            )
-        return "\n".join(lines)
+        return "\n".join(lines + _length_warning(self.chosen, self.rejected))
 
     def check(self, *, strict: bool, name: str = "data", sources: Sequence[str] = ()) -> None:
-        """Raise a ValueError with the whole report if no record was kept, or if ``strict`` and any was dropped.
-
-        Args:
-            strict: a dropped record is an error.
-            name: key of the data set, for the message.
-            sources: sources of the records, for the message.
-        """
+        """Raise a ValueError with the whole report if no record was kept, or if ``strict`` and any was dropped."""
         if not self.kept:
             where = f" of {', '.join(sources)}" if sources else ""
             raise ValueError(f"{name}: no record{where} can be used\n{self.text(name)}")
@@ -144,23 +122,13 @@ class DataReport:
     def renamed(self, names: Mapping[str, str]) -> Self:
         """The report with renamed sources."""
 
-        def rename(tally: Tally) -> Tally:
-            return replace(tally, first=tuple(replace(o, source=names.get(o.source, o.source)) for o in tally.first))
+        def rename(tallies: Mapping[str, Tally]) -> dict[str, Tally]:
+            return {
+                reason: Tally(tally.count, tuple(replace(e, source=names.get(e.source, e.source)) for e in tally.first))
+                for reason, tally in tallies.items()
+            }
 
-        return replace(
-            self,
-            dropped={reason: rename(tally) for reason, tally in self.dropped.items()},
-            notes={reason: rename(tally) for reason, tally in self.notes.items()},
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON types."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, tree: Mapping[str, Any]) -> Self:
-        """The report of ``to_dict``."""
-        return TypeAdapter(cls).validate_python(tree)
+        return replace(self, dropped=rename(self.dropped), notes=rename(self.notes))
 
 
 class DataReportBuilder:
@@ -179,14 +147,14 @@ class DataReportBuilder:
 
     def drop(self, problem: Problem) -> None:
         """Count a dropped record."""
-        _count(self._dropped, problem.reason, Example(problem.source, problem.number, problem.detail))
+        _add(self._dropped, problem.reason, Tally(1, (Example(problem.source, problem.number, problem.detail),)))
 
     def keep(self, source: str, number: int, notes: Sequence[tuple[str, str]] = (), unread: Sequence[str] = ()) -> None:
         """Count a kept record, the notes on it (reason and detail) and its fields that were not read."""
         self.kept += 1
         self._unread.update(unread)
         for note, detail in notes:
-            _count(self._notes, note, Example(source, number, detail))
+            _add(self._notes, note, Tally(1, (Example(source, number, detail),)))
 
     def add(self, other: "DataReportBuilder") -> None:
         """Add the counts of another builder, whose records follow."""
@@ -194,28 +162,36 @@ class DataReportBuilder:
         self._unread.update(other._unread)
         for tallies, added in ((self._dropped, other._dropped), (self._notes, other._notes)):
             for reason, tally in added.items():
-                before = tallies.get(reason, Tally(0, ()))
-                tallies[reason] = Tally(before.count + tally.count, (*before.first, *tally.first)[:EXAMPLES])
+                _add(tallies, reason, tally)
 
     def build(self, lengths: np.ndarray) -> DataReport:
-        """The report.
-
-        Args:
-            lengths: (kept, 3) tokens of prompt, chosen and rejected; (kept, 1) for prompts alone.
-        """
+        """The report. ``lengths`` is (kept, 3) tokens of prompt, chosen and rejected, or (kept, 1) of prompts alone."""
         stats = [_length_stats(tokens) if tokens.size else None for tokens in lengths.T]
         stats += [None] * (3 - len(stats))
         return DataReport(self.read, self.kept, dict(self._dropped), dict(self._notes), dict(self._unread), *stats)
 
 
-def _count(tallies: dict[str, Tally], reason: str, example: Example) -> None:
-    tally = tallies.get(reason, Tally(0, ()))
-    first = tally.first if len(tally.first) == EXAMPLES else (*tally.first, example)
-    tallies[reason] = Tally(tally.count + 1, first)
+def _add(tallies: dict[str, Tally], reason: str, tally: Tally) -> None:
+    before = tallies.get(reason, Tally(0, ()))
+    tallies[reason] = Tally(before.count + tally.count, (*before.first, *tally.first)[:EXAMPLES])
 
 
 def _length_stats(tokens: np.ndarray) -> LengthStats:
     return LengthStats(float(tokens.mean()), float(np.median(tokens)), int(tokens.max()))
+
+
+def _length_warning(chosen: LengthStats | None, rejected: LengthStats | None) -> list[str]:
+    if chosen is None or rejected is None:
+        return []
+    gap = abs(chosen.mean - rejected.mean)
+    relative_gap = 2 * gap / (chosen.mean + rejected.mean)
+    if relative_gap <= MAX_LENGTH_GAP:
+        return []
+    longer, shorter = ("chosen", "rejected") if chosen.mean > rejected.mean else ("rejected", "chosen")
+    return [
+        f"  warning: {longer} is {gap:.0f} tokens longer than {shorter} on average "
+        f"({relative_gap:.0%} of the mean completion); the policy may learn the length"
+    ]
 
 
 def _tally_lines(tallies: Mapping[str, Tally]) -> list[str]:

@@ -7,7 +7,8 @@ processes build the same store, the first to finish wins.
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -59,7 +60,7 @@ class PairStore:
             raise ValueError(f"{folder / _META}: {error}; delete the folder to rebuild it") from None
         self.digest: str = meta["digest"]
         self.sources = tuple(sources)
-        self.report = DataReport.from_dict(meta["report"]).renamed(dict(zip(meta["sources"], sources, strict=True)))
+        self.report = DataReport(**meta["report"]).renamed(dict(zip(meta["sources"], sources, strict=True)))
         """Counts of the records when the store was built."""
         self.sizes: tuple[int, ...] = tuple(meta["sizes"])
         """Number of pairs of each source; pairs are numbered source by source."""
@@ -88,9 +89,6 @@ class PairStore:
         end = int(self._ends[index])
         return self._tokens[part][end - int(self.lengths[index].sum()) : end]
 
-    def __iter__(self) -> Iterator[TokenPair]:
-        return (self[index] for index in range(len(self)))
-
     def name_of(self, index: int) -> str:
         """Source and record number of a pair, as in the data report."""
         source, number = self.record_of(index)
@@ -116,8 +114,6 @@ def prepare_pairs(
 
     Args:
         sources: files, saved datasets or hub datasets.
-        tokenizer: the policy's tokenizer.
-        data_config: limits, and whether a dropped record is an error.
         folder: parent of stores; may be shared by runs and machines.
         kind: ``data.limit`` applies to train only.
         run_parts: tokenises parts of ``PART_RECORDS``; by default sequentially in this process.
@@ -176,6 +172,12 @@ def _prepare_part(
     """Tokenise the records of a part into files named by its number, in constant memory."""
     number, part = numbered
     counts, tokens, source = DataReportBuilder(), 0, sources.index(part.source)
+    tokenize = partial(
+        tokenize_pair,
+        tokenizer=tokenizer,
+        max_prompt_tokens=data_config.max_prompt_tokens,
+        max_completion_tokens=data_config.max_completion_tokens,
+    )
     with (
         (folder / _tokens(number)).open("wb") as token_file,
         (folder / f"{number}.{_LENGTHS}").open("wb") as lengths,
@@ -183,15 +185,7 @@ def _prepare_part(
         (folder / f"{number}.{_ORIGINS}").open("wb") as origins,
     ):
         for record in read_pairs([part]):
-            if isinstance(record, Problem):
-                counts.drop(record)
-                continue
-            result = tokenize_pair(
-                record,
-                tokenizer,
-                max_prompt_tokens=data_config.max_prompt_tokens,
-                max_completion_tokens=data_config.max_completion_tokens,
-            )
+            result = record if isinstance(record, Problem) else tokenize(record)
             if isinstance(result, Problem):
                 counts.drop(result)
                 continue
@@ -224,7 +218,7 @@ def _join(building: Path, digest: str, sources: Sequence[str], counts: DataRepor
         "sources": list(sources),
         "sizes": np.bincount(origins[:, 0], minlength=len(sources)).tolist(),
         "parts": sizes,
-        "report": report.to_dict(),
+        "report": asdict(report),
     }
     (building / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
     return report

@@ -3,6 +3,7 @@
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -48,7 +49,7 @@ def prepare_data(config: Config, cluster: Cluster, console: Console) -> None:
     stores = {"data.train": pairs} | ({"data.eval": held_out} if held_out else {})
     for name, store in stores.items():
         console.print(store.report.text(name), soft_wrap=True)
-    reports = {name: {**store.report.to_dict(), "digest": store.digest} for name, store in stores.items()}
+    reports = {name: {**asdict(store.report), "digest": store.digest} for name, store in stores.items()}
     file = run_dir / "data.json"
     with storage_errors(run_dir):
         _validate_same_pairs(file, pairs)

@@ -63,7 +63,7 @@ class Head:
 
     @property
     def chunk(self) -> int:
-        """Number of tokens whose logits fit CHUNK_BYTES."""
+        """Number of tokens whose logits exist at a time: those that fit CHUNK_BYTES."""
         return max(1, CHUNK_BYTES.get(self.weight.device.type, 2**28) // (4 * self.weight.shape[0]))
 
     def all_reduce(self, values: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
@@ -72,11 +72,9 @@ class Head:
             dist.all_reduce(values, op, group=self.group)
         return values
 
-    def local_rows(self, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(n, 1) local row of each label, and (n, 1) True if it exists, else row 0; None for an unsharded head."""
+    def local_rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, 1) local row of each label, and (n, 1) True if this rank has it, else row 0."""
         rows = labels[:, None] - self.first
-        if self.group is None:
-            return rows, None
         is_local = (rows >= 0) & (rows < self.weight.shape[0])
         return torch.where(is_local, rows, 0), is_local
 
@@ -104,20 +102,17 @@ Objective = Callable[[Group, TokenLogps], Tensor]
 
 
 @torch.no_grad()
-def token_logps(
-    hidden: Tensor, head: Head, labels: Tensor, *, chunk: int | None = None, with_squares: bool = False
-) -> TokenLogps:
+def token_logps(hidden: Tensor, head: Head, labels: Tensor, *, with_squares: bool = False) -> TokenLogps:
     """Log-probability of each label, in float32 and without gradient.
 
     Args:
         hidden: (N, D) last hidden states, each at the position before its label.
         head: output projection.
         labels: (N,) token ids.
-        chunk: tokens whose logits exist at a time; by default ``head.chunk``.
         with_squares: also return sums of squared probabilities, for WPO weights.
     """
     head, logps = head.for_products(), _empty_logps(labels, with_squares)
-    for part in _parts(slice(0, labels.numel()), chunk or head.chunk):
+    for part in _parts(slice(0, labels.numel()), head.chunk):
         _softmax(hidden[part], head, labels[part]).store(logps, part, head)
     return logps
 
@@ -129,7 +124,6 @@ def chunked_pair_losses(
     pair_tokens: Sequence[int],
     objective: Objective,
     *,
-    chunk: int | None = None,
     with_squares: bool = False,
     together: bool = False,
 ) -> ChunkedLosses:
@@ -148,14 +142,13 @@ def chunked_pair_losses(
         pair_tokens: completion tokens of each of the B pairs, in the order of the labels; they sum to N, unless context
             parallel ranks hold some of the tokens.
         objective: losses of a group of pairs.
-        chunk: tokens whose logits exist at a time; by default ``head.chunk``.
         with_squares: also pass sums of squared probabilities to the objective.
         together: process all pairs as one group; required for an objective that communicates with context parallel
             ranks, which hold other tokens of the same pairs.
     """
     total, each, *logps = _PairLosses.apply(
-        hidden, head.weight, head.bias, head, labels, tuple(pair_tokens), objective, chunk or head.chunk,
-        with_squares, together, torch.is_grad_enabled(),
+        hidden, head.weight, head.bias, head, labels, tuple(pair_tokens), objective, with_squares,
+        together, torch.is_grad_enabled(),
     )  # fmt: skip
     return ChunkedLosses(total, each, TokenLogps(*logps))
 
@@ -171,7 +164,6 @@ class _PairLosses(torch.autograd.Function):
         labels: Tensor,
         pair_tokens: Sequence[int],
         objective: Objective,
-        chunk: int,
         with_squares: bool,
         together: bool,
         grad_enabled: bool,
@@ -181,8 +173,8 @@ class _PairLosses(torch.autograd.Function):
         needs_grad = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
         gradients = _Gradients(hidden, weight, bias, needs_grad)
         whole = Group(slice(0, len(pair_tokens)), slice(0, labels.numel()))
-        for group in [whole] if together else _groups(pair_tokens, chunk):
-            parts = list(_parts(group.tokens, chunk))
+        for group in [whole] if together else _groups(pair_tokens, head.chunk):
+            parts = list(_parts(group.tokens, head.chunk))
             for part in parts:
                 softmax = _softmax(hidden[part], head, labels[part])
                 softmax.store(logps, part, head)
@@ -207,7 +199,7 @@ class _PairLosses(torch.autograd.Function):
             raise RuntimeError("backward was called twice and the gradients are freed; compute the losses again")
         stored = (gradients.hidden, gradients.weight, gradients.bias)
         scaled = [None if g is None else g.mul_(grads[0]).to(d) for g, d in zip(stored, ctx.dtypes, strict=True)]
-        return *scaled, *[None] * 8
+        return *scaled, *[None] * 7
 
 
 class _Softmax(NamedTuple):
@@ -238,9 +230,7 @@ def _softmax(hidden: Tensor, head: Head, labels: Tensor) -> _Softmax:
     derivative = head.transform.derivative(logits)
     largest = head.all_reduce(logits.amax(-1, keepdim=True), dist.ReduceOp.MAX)  # (n, 1)
     rows, is_local = head.local_rows(labels)
-    label_logits = logits.gather(-1, rows) - largest
-    if is_local is not None:
-        label_logits.masked_fill_(~is_local, 0.0)
+    label_logits = (logits.gather(-1, rows) - largest).masked_fill_(~is_local, 0.0)
     # In place and not divided by the sums: each pass over (n, V) costs memory bandwidth.
     exponentials = logits.sub_(largest).exp_()
     sums, label_logits = head.all_reduce(torch.stack((exponentials.sum(-1), label_logits.squeeze(-1))))  # (n,) each
@@ -280,7 +270,7 @@ class _Gradients:
         """
         rows, is_local = head.local_rows(labels[part])
         sums = softmax.sums[:, None]  # (n, 1)
-        label_sums = sums if is_local is None else torch.where(is_local, sums, 0.0)
+        label_sums = torch.where(is_local, sums, 0.0)
         logits_grad = softmax.exponentials.scatter_add_(-1, rows, -label_sums)  # (n, V), times ``factor``
         if isinstance(softmax.derivative, Tensor) or softmax.derivative != 1.0:
             logits_grad.mul_(softmax.derivative)

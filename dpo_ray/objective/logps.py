@@ -42,16 +42,7 @@ class TokenLogps(NamedTuple):
 
 
 def sequence_sums(values: Tensor, sequence: Tensor, sequences: int) -> Tensor:
-    """Sum token values per sequence.
-
-    Args:
-        values: (N,) float32.
-        sequence: (N,) index in [0, S) of each token's sequence.
-        sequences: S.
-
-    Returns:
-        (S,) float32.
-    """
+    """(S,) sums of (N,) token values per sequence; ``sequence`` is (N,), the index in [0, S) of each sequence."""
     return values.new_zeros(sequences).index_add(0, sequence, values)
 
 

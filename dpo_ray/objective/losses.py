@@ -5,7 +5,7 @@ To add a loss, write a function here, add it to ``LOSSES`` and its name to ``con
 one loss per pair; the training step takes the mean over the global step.
 
 Throughout: ``policy`` and ``reference`` hold completion log-probabilities, (B,) each, summed over tokens, in nats;
-``beta`` is the scale of the implicit reward, 1/nat; the result is (B,).
+``beta`` is the scale of the implicit reward, 1/nat; the result is (B,); a ValueError names an argument out of range.
 """
 
 from collections.abc import Callable
@@ -30,6 +30,11 @@ def log_ratios(policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]
     return policy.chosen - reference.chosen, policy.rejected - reference.rejected
 
 
+def per_token(policy: PairLogps) -> tuple[Tensor, Tensor]:
+    """(B,) log-probabilities per token of chosen and of rejected completions, nats."""
+    return policy.chosen / policy.chosen_tokens, policy.rejected / policy.rejected_tokens
+
+
 def log_ratio_margin(policy: PairLogps, reference: PairLogps) -> Tensor:
     """(B,) log-ratio of the chosen completion minus log-ratio of the rejected one, nats."""
     chosen, rejected = log_ratios(policy, reference)
@@ -45,16 +50,9 @@ def log_ratio_margin_per_token(policy: PairLogps, reference: PairLogps) -> Tenso
 def sigmoid(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """DPO: negative log-likelihood of the preferences under Bradley-Terry.
 
-    arXiv:2305.18290, Eq. 7; with ``label_smoothing`` > 0, conservative DPO (ericmitchell.ai/cdpo.pdf, Eq. 3).
-
-    Args:
-        policy, reference, beta: as above.
-        label_smoothing: probability in [0, 0.5) that a preference is flipped.
-
-    Raises:
-        ValueError: ``label_smoothing`` is outside [0, 0.5).
+    arXiv:2305.18290, Eq. 7; with ``label_smoothing`` > 0, the probability in [0, 0.5) that a preference is flipped,
+    conservative DPO (ericmitchell.ai/cdpo.pdf, Eq. 3).
     """
-    _check_flip_rate(label_smoothing)
     return _cross_entropy(beta * log_ratio_margin(policy, reference), label_smoothing)
 
 
@@ -63,7 +61,6 @@ def sigmoid_norm(policy: PairLogps, reference: PairLogps, *, beta: float, label_
 
     Length-normalised DPO of Tulu 3, arXiv:2411.15124, section 5.
     """
-    _check_flip_rate(label_smoothing)
     return _cross_entropy(beta * log_ratio_margin_per_token(policy, reference), label_smoothing)
 
 
@@ -98,10 +95,7 @@ def ipo(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
 def exo_pair(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float = 1e-3) -> Tensor:
     """EXO on pairs: reverse KL from the policy's preference to the smoothed label.
 
-    arXiv:2402.00856, Eq. 16.
-
-    Raises:
-        ValueError: ``label_smoothing`` is outside (0, 0.5).
+    arXiv:2402.00856, Eq. 16; ``label_smoothing`` is in (0, 0.5).
     """
     if not 0 < label_smoothing < 0.5:
         raise ValueError(f"loss.args.label_smoothing is {label_smoothing}; for exo_pair it must lie in (0, 0.5)")
@@ -172,7 +166,8 @@ def simpo(policy: PairLogps, reference: PairLogps | None, *, beta: float, gamma:
 
     arXiv:2405.14734, Eq. 6. Typical ``beta`` is 2 to 10; ``gamma`` is the target margin of rewards, about beta / 2.
     """
-    return -F.logsigmoid(beta * (_per_token(policy)[0] - _per_token(policy)[1]) - gamma)
+    chosen, rejected = per_token(policy)
+    return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
 
 def orpo(policy: PairLogps, reference: PairLogps | None, *, beta: float) -> Tensor:
@@ -180,7 +175,7 @@ def orpo(policy: PairLogps, reference: PairLogps | None, *, beta: float) -> Tens
 
     arXiv:2403.07691, Eqs. 6 and 7, where beta is called lambda; probabilities are geometric means over the tokens.
     """
-    chosen, rejected = _per_token(policy)
+    chosen, rejected = per_token(policy)
     log_odds_ratio = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
     return -chosen - beta * F.logsigmoid(log_odds_ratio)
 
@@ -190,26 +185,16 @@ def nll(policy: PairLogps, reference: PairLogps | None) -> Tensor:
 
     arXiv:2404.19733, Eq. 1: ``loss.use: [sigmoid, nll]`` with ``loss.weights: [1, alpha]``.
     """
-    return -_per_token(policy)[0]
+    return -per_token(policy)[0]
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
-    "sigmoid": sigmoid,
-    "sigmoid_norm": sigmoid_norm,
-    "robust": robust,
-    "hinge": hinge,
-    "ipo": ipo,
-    "exo_pair": exo_pair,
-    "nca_pair": nca_pair,
-    "sppo_hard": sppo_hard,
-    "apo_zero": apo_zero,
-    "apo_down": apo_down,
-    "discopop": discopop,
-    "dpop": dpop,
-    "simpo": simpo,
-    "orpo": orpo,
-    "nll": nll,
-}
+    loss.__name__: loss
+    for loss in (
+        sigmoid, sigmoid_norm, robust, hinge, ipo, exo_pair, nca_pair, sppo_hard, apo_zero, apo_down, discopop, dpop,
+        simpo, orpo, nll,
+    )
+}  # fmt: skip
 
 
 def build_loss(loss: "LossConfig") -> PairLoss:
@@ -223,9 +208,9 @@ def build_loss(loss: "LossConfig") -> PairLoss:
     terms = []
     for name, weight in zip(loss.names, loss.weights or (1.0,) * len(loss.names), strict=True):
         args = loss.args if len(loss.names) == 1 else loss.args.get(name, {})
-        terms.append((weight, bind(name, args, LOSSES, kind="loss", beta=loss.beta)))
-    for name, (_, term) in zip(loss.names, terms, strict=True):
+        term = bind(name, args, LOSSES, kind="loss", beta=loss.beta)
         _validate_output(name, term)
+        terms.append((weight, term))
 
     def pair_loss(policy: PairLogps, reference: PairLogps | None) -> Tensor:
         losses = torch.stack([weight * term(policy, reference) for weight, term in terms]).sum(0)
@@ -235,16 +220,13 @@ def build_loss(loss: "LossConfig") -> PairLoss:
 
 
 def _cross_entropy(margin: Tensor, label_smoothing: float) -> Tensor:
+    _check_flip_rate(label_smoothing)
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 
 def _check_flip_rate(label_smoothing: float) -> None:
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"loss.args.label_smoothing is {label_smoothing}; it must lie in [0, 0.5)")
-
-
-def _per_token(policy: PairLogps) -> tuple[Tensor, Tensor]:
-    return policy.chosen / policy.chosen_tokens, policy.rejected / policy.rejected_tokens
 
 
 def _log1mexp(x: Tensor) -> Tensor:

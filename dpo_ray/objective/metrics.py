@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dpo_ray.objective.logps import PairLogps
+from dpo_ray.objective.losses import log_ratios, per_token
 
 PAIR_METRICS = (
     "loss",
@@ -24,18 +25,10 @@ def pair_metric_sums(losses: Tensor, policy: PairLogps, reference: PairLogps | N
     prompt's constant). Without a reference it is ``beta`` times the policy's log-probability per token
     (arXiv:2405.14734, Eq. 4), because sums would compare lengths.
 
-    Args:
-        losses: (B,).
-        policy, reference: (B,) each, nats; the reference is None for reference-free losses.
-        beta: 1/nat.
-
     Returns:
         (7,) float64, in the order of PAIR_METRICS.
     """
-    if reference is None:
-        chosen, rejected = policy.chosen / policy.chosen_tokens, policy.rejected / policy.rejected_tokens
-    else:
-        chosen, rejected = policy.chosen - reference.chosen, policy.rejected - reference.rejected
-    chosen, rejected = beta * chosen, beta * rejected
+    scores = per_token(policy) if reference is None else log_ratios(policy, reference)
+    chosen, rejected = (beta * score for score in scores)
     rows = (losses, chosen, rejected, chosen - rejected, (chosen > rejected).float(), policy.chosen, policy.rejected)
     return torch.stack([row.detach().double().sum() for row in rows])

@@ -63,8 +63,8 @@ class ContextParallel:
         if self.ranks == 1:
             return RowShard(row)
         split, device = shard_row(row.spans, self.ranks), row.input_ids.device
-        positions, labels = split.tokens(self.rank), split.labels(self.rank)
-        rank_order = np.concatenate([split.tokens(rank) for rank in range(self.ranks)])
+        positions, labels = split.positions[self.rank], split.labels(self.rank)
+        rank_order = split.positions.ravel()
         local_positions, local_labels, order, inverse = (
             torch.from_numpy(index).to(device, non_blocking=True)
             for index in (positions, labels, rank_order, np.argsort(rank_order))

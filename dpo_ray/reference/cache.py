@@ -8,6 +8,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -72,12 +73,12 @@ def _find_or_build(
     store: ReferenceStore, source: PairStore, compute_logps: ComputeLogps, progress: Progress
 ) -> tuple[Path, int]:
     """The view of the pairs, and the number of pairs that had to be computed for it."""
-    find_view = lambda: store.find_view(source.digest)  # noqa: E731
+    find_view = partial(store.find_view, source.digest)
     if (view := broadcast_from_rank0(find_view)) is not None:
         return view, 0
     with _sole_builder(store):
         # Another run, here or on another cluster, may have built it while this one waited for the lock.
-        broadcast_from_rank0(lambda: store.fetch(source.digest))
+        broadcast_from_rank0(partial(store.fetch, source.digest))
         if (view := broadcast_from_rank0(find_view)) is not None:
             return view, 0
         return _build(store, source, compute_logps, progress)

@@ -13,11 +13,7 @@ Reference = Callable[[Sequence[int], PackedRow], PairLogps | None]
 
 
 def cached_reference(logps: np.ndarray) -> Reference:
-    """Looks up reference log-probabilities by pair index.
-
-    Args:
-        logps: (n, 2) chosen and rejected log-probabilities of all pairs, nats.
-    """
+    """Looks up pairs by index in ``logps``, the (n, 2) chosen and rejected log-probabilities of all pairs, nats."""
 
     def reference(pairs: Sequence[int], row: PackedRow) -> PairLogps:
         lengths = row.lengths

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from dpo_ray.storage import error_summary
 
@@ -27,17 +27,18 @@ class RemoteEntries:
     """The files of one reference model in an object store, and the builder's lock.
 
     Args:
-        folder: remote.
+        folder: remote; None shares nothing.
         stale_s: a lock unchanged for this long belongs to a dead builder.
     """
 
-    def __init__(self, folder: Path, *, stale_s: float) -> None:
-        self.folder, self.stale_s = folder, stale_s
+    def __init__(self, folder: Path | None, *, stale_s: float) -> None:
+        self.folder: Any = folder  # a UPath, which is not typed as one
+        self.stale_s = stale_s
+        self.disabled = folder is None
         self.token = uuid.uuid4().hex
         self.beats = 0
         self.due = 0.0
         self.seen: tuple[bytes, float] = (b"", 0.0)
-        self.unreachable = False
 
     def fetch(self, pattern: str, into: Path) -> None:
         """Downloads matching files that ``into`` lacks; readers check them for damage."""
@@ -46,25 +47,25 @@ class RemoteEntries:
             for remote in self.folder.glob(pattern):
                 path, draft = into / remote.name, into / f".{uuid.uuid4().hex}.npy"
                 if not path.exists():
-                    self._client.get_file(_key(remote), str(draft))
+                    self.folder.fs.get_file(remote.path, str(draft))
                     draft.rename(path)
 
         self._attempt(fetch, None)
 
     def upload(self, file: Path) -> None:
         """Uploads a local file."""
-        self._attempt(lambda: self._client.put_file(str(file), _key(self.folder / file.name)), None)
+        self._attempt(lambda: self.folder.fs.put_file(str(file), (self.folder / file.name).path), None)
 
     def remove(self, name: str) -> None:
         """Deletes a file if it exists."""
         self._attempt(lambda: (self.folder / name).unlink(missing_ok=True), None)
 
     def acquire(self) -> bool:
-        """Takes the lock if it is free or stale; returns whether it is held. Always true for an unreachable store.
+        """Takes the lock if it is free or stale; returns whether it is held. Always true without a reachable store.
 
         A lock is stale if its content does not change for ``stale_s`` on this process's clock: clocks need not agree.
         """
-        if time.monotonic() < self.due:
+        if time.monotonic() < self.due and not self.disabled:
             return False
         self.due = time.monotonic() + LOCK_POLL_S
         return self._attempt(self._acquire, True)
@@ -82,7 +83,7 @@ class RemoteEntries:
     def _acquire(self) -> bool:
         try:
             # "create" is one request that fails if the object exists.
-            self._client.pipe_file(_key(self._lock), f"{self.token} 0".encode(), mode="create")
+            self.folder.fs.pipe_file(self._lock.path, f"{self.token} 0".encode(), mode="create")
         except FileExistsError:
             try:
                 content = self._lock.read_bytes()
@@ -109,12 +110,12 @@ class RemoteEntries:
             return False
 
     def _attempt(self, action: Callable[[], Result], default: Result) -> Result:
-        if self.unreachable:
+        if self.disabled:
             return default
         try:
             return action()
         except Exception as error:
-            self.unreachable = True
+            self.disabled = True
             logger.warning(
                 "reference.object_store: %s is unreachable (%s); continuing with reference.cache_dir alone",
                 self.folder,
@@ -123,13 +124,5 @@ class RemoteEntries:
             return default
 
     @property
-    def _client(self) -> Any:
-        return cast("Any", self.folder).fs
-
-    @property
-    def _lock(self) -> Path:
+    def _lock(self) -> Any:
         return self.folder / "building.lock"
-
-
-def _key(path: Path) -> str:
-    return cast("Any", path).path

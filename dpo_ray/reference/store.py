@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 from dpo_ray.data.loader import PairSource
 from dpo_ray.reference.shared import RemoteEntries
+from dpo_ray.storage import file_digest
 
 logger = logging.getLogger(__name__)
 
@@ -64,15 +64,14 @@ class ReferenceStore:
     def __init__(self, folder: Path, object_store: Path | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.shared = None if object_store is None else RemoteEntries(object_store, stale_s=LOCK_STALE_S)
+        self.shared = RemoteEntries(object_store, stale_s=LOCK_STALE_S)
         self.token = uuid.uuid4().hex
 
     def fetch(self, pairs_digest: str) -> None:
         """Downloads files missing here from the object store: the view of a set of pairs, or else all entries."""
-        if self.shared is not None:
-            self.shared.fetch(f"view-{pairs_digest}-*.npy", self.folder)
-            if self.find_view(pairs_digest) is None:
-                self.shared.fetch("shard-*.npy", self.folder)
+        self.shared.fetch(f"view-{pairs_digest}-*.npy", self.folder)
+        if self.find_view(pairs_digest) is None:
+            self.shared.fetch("shard-*.npy", self.folder)
 
     def lookup(self, keys: np.ndarray) -> np.ndarray:
         """Log-probabilities by key, in the shape of ``keys``; NaN for missing entries."""
@@ -112,21 +111,19 @@ class ReferenceStore:
 
     def _remove(self, path: Path) -> None:
         path.unlink(missing_ok=True)
-        if self.shared is not None:
-            self.shared.remove(path.name)
+        self.shared.remove(path.name)
 
     def _write(self, array: np.ndarray, name: str) -> Path:
         draft = self.folder / f".{uuid.uuid4().hex}.npy"
         np.save(draft, array)
-        path = self.folder / f"{name}-{_digest(draft)}.npy"
+        path = self.folder / f"{name}-{file_digest(draft)}.npy"
         draft.rename(path)
-        if self.shared is not None:
-            self.shared.upload(path)
+        self.shared.upload(path)
         return path
 
     def _intact(self, path: Path) -> bool:
         with contextlib.suppress(FileNotFoundError):
-            if _digest(path) == path.stem.rpartition("-")[2]:
+            if file_digest(path) == path.stem.rpartition("-")[2]:
                 return True
             logger.warning("reference cache: skipping damaged file %s", path)
         return False
@@ -135,7 +132,7 @@ class ReferenceStore:
         """Takes the builder's lock if it is free or its holder is dead; returns whether it is held."""
         if not self._acquire_local():
             return False
-        if self.shared is not None and not self.shared.acquire():
+        if not self.shared.acquire():
             self._release_local()
             return False
         return True
@@ -157,13 +154,11 @@ class ReferenceStore:
         """Keeps the lock alive; call it more often than every LOCK_STALE_S."""
         with contextlib.suppress(FileNotFoundError):
             os.utime(self._lock)
-        if self.shared is not None:
-            self.shared.heartbeat()
+        self.shared.heartbeat()
 
     def release(self) -> None:
         """Releases the lock, unless another builder has taken it over."""
-        if self.shared is not None:
-            self.shared.release()
+        self.shared.release()
         self._release_local()
 
     def _release_local(self) -> None:
@@ -174,8 +169,3 @@ class ReferenceStore:
     @property
     def _lock(self) -> Path:
         return self.folder / "building.lock"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()

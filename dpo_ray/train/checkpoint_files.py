@@ -6,7 +6,6 @@ every other file. A folder without a marker is unfinished; one whose files have 
 
 import contextlib
 import functools
-import hashlib
 import json
 import logging
 import math
@@ -22,7 +21,7 @@ import xxhash
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 
 from dpo_ray.config.schema import RunConfig
-from dpo_ray.storage import is_remote, upload_appendable, write_atomically
+from dpo_ray.storage import file_digest, is_remote, upload_appendable, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ NICENESS = 10
 def write_marker(path: Path, digests: Mapping[str, str], metrics: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Marks a checkpoint complete, once the metrics up to it are in the run directory too."""
     upload_appendable()
-    files = {**digests, INDEX: _digest(path / INDEX)}
+    files = {**digests, INDEX: file_digest(path / INDEX)}
     write_atomically(path / MARKER, json.dumps({"files": files, "metrics": metrics, "config": config}))
 
 
@@ -93,7 +92,7 @@ def damaged_files(path: Path, *, part: int = 0, parts: int = 1) -> list[str]:
         part, parts: check only every ``parts``-th file, starting at number ``part``.
     """
     files = sorted(read_marker(path)["files"].items())[part::parts]
-    return [name for name, digest in files if not (path / name).is_file() or _digest(path / name) != digest]
+    return [name for name, digest in files if not (path / name).is_file() or file_digest(path / name) != digest]
 
 
 def open_reader(path: Path) -> dcp.FileSystemReader:
@@ -149,8 +148,3 @@ class _HashedStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -92,8 +93,10 @@ def vocabulary_parallel_head(
     def objective(group: Group, tokens: TokenLogps) -> Tensor:
         return torch.stack([(pair.sum() / 100).square() for pair in tokens.logps.split(pair_tokens[group.pairs])])
 
-    tokens = head.token_logps(hidden, local_head, labels, chunk=16, with_squares=True)
-    losses = head.chunked_pair_losses(hidden, local_head, labels, pair_tokens, objective, chunk=28)
+    with patch.object(Head, "chunk", 16):
+        tokens = head.token_logps(hidden, local_head, labels, with_squares=True)
+    with patch.object(Head, "chunk", 28):
+        losses = head.chunked_pair_losses(hidden, local_head, labels, pair_tokens, objective)
     losses.total.backward()
     results: dict[str, Any] = {"logps": tokens.logps, "squares": tokens.log_sum_squares, "each": losses.each}
     results |= {"hidden": hidden.grad, "weight": weight.grad, "bias": bias.grad}

@@ -24,7 +24,7 @@ def pairs(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Token
     tokenizer, folder = load_tokenizer(str(smollm2)), tmp_path_factory.mktemp("pairs")
     store = prepare_pairs([str(PAIRS)], tokenizer, DataConfig(limit=8), folder=folder)
     assert store.lengths.max() > 1.5 * store.lengths[:, 1:].min(), "ragged"
-    return list(store)
+    return [store[i] for i in range(len(store))]
 
 
 def gradients(scorer: Scorer, pairs: list[TokenPair], layout: Layout) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -326,7 +326,7 @@ def test_help_lists_every_key_with_type_default_and_meaning(online, capsys):
     [
         "model.path: str (required)",
         "loss.beta: float (> 0) = 0.1",
-        "run.steps: int | null (>= 1) = null",
+        "run.steps: int (>= 1) | null = null",
         "optim.schedule: linear | cosine | constant = linear",
         "data.shuffle: bool = true",
         "data.train: list of str = []",

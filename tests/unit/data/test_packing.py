@@ -15,7 +15,6 @@ from dpo_ray.data.packing import (
     attention_mask,
     build_row,
     build_sample_row,
-    label_sources,
     row_tokens,
     token_limits,
 )
@@ -201,12 +200,12 @@ SPANS = st.lists(
 def test_a_cut_row_has_each_token_once_and_each_label_where_its_source_is(spans: list[Span], ranks: int) -> None:
     cut = shard_row(spans, ranks)
     row = np.arange(sum(map(sum, cut.spans)))
-    parts = [cut.tokens(rank) for rank in range(ranks)]
+    parts = [cut.positions[rank] for rank in range(ranks)]
     assert {len(part) for part in parts} == {len(row) // ranks}
     np.testing.assert_array_equal(np.sort(np.concatenate(parts)), row)
     for rank, part in enumerate(parts):
         np.testing.assert_array_equal(np.concatenate([row[piece] for piece in cut.stretches(rank)]), part)
-        assert set(label_sources(spans)[cut.labels(rank)]) <= set(part.tolist())
+        assert set(token_limits(spans).sources[cut.labels(rank)]) <= set(part.tolist())
     labels = np.concatenate([cut.labels(rank) for rank in range(ranks)])
     np.testing.assert_array_equal(np.sort(labels), np.arange(sum(first + second for _, first, second in spans)))
     assert 0 <= cut.padding < PIECES * ranks
@@ -218,16 +217,16 @@ def test_a_cut_row_has_each_token_once_and_each_label_where_its_source_is(spans:
 def test_what_ranks_attend_to_differs_by_less_than_one_piece_has(spans: list[Span], ranks: int) -> None:
     cut = shard_row(spans, ranks)
     seen = token_limits(cut.spans).seen
-    of_ranks = [seen[cut.tokens(rank)].sum() for rank in range(ranks)]
-    assert max(of_ranks) - min(of_ranks) < seen.reshape(-1, cut.piece).sum(1).max() or ranks == 1
+    of_ranks = [seen[cut.positions[rank]].sum() for rank in range(ranks)]
+    assert max(of_ranks) - min(of_ranks) < seen.reshape(PIECES * ranks, -1).sum(1).max() or ranks == 1
 
 
 def test_a_causal_stretch_is_cut_evenly() -> None:
     # Eight pieces of 100 tokens, the n-th with 100 * 100 n + 5050 pairs of tokens: 7 + 4 + 3 + 0 and 6 + 5 + 2 + 1.
     cut = shard_row([Span(800, 0, 0)], 2)
-    assert cut.pieces == ((0, 3, 4, 7), (1, 2, 5, 6))
     assert cut.stretches(0) == (slice(0, 100), slice(300, 500), slice(700, 800))
-    assert [token_limits(cut.spans).seen[cut.tokens(rank)].sum() for rank in range(2)] == [160_200, 160_200]
+    assert cut.stretches(1) == (slice(100, 300), slice(500, 700))
+    assert [token_limits(cut.spans).seen[cut.positions[rank]].sum() for rank in range(2)] == [160_200, 160_200]
 
 
 def test_what_tokens_see_counts_the_row_of_the_mask() -> None:
@@ -238,5 +237,5 @@ def test_what_tokens_see_counts_the_row_of_the_mask() -> None:
 def test_the_row_of_a_rank_without_pairs_can_be_cut() -> None:
     cut = shard_row(build_row([], "shared").spans, 2)
     assert cut.spans == ((1, 0, 0), (7, 0, 0))
-    assert [len(cut.tokens(rank)) for rank in range(2)] == [4, 4]
+    assert [len(cut.positions[rank]) for rank in range(2)] == [4, 4]
     assert [len(cut.labels(rank)) for rank in range(2)] == [0, 0]

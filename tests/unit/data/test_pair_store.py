@@ -51,7 +51,7 @@ def test_the_store_gives_back_every_pair_and_where_it_came_from(prepare: Any, wr
         tokenize_pair(record, tokenizer, max_prompt_tokens=None, max_completion_tokens=None).pair  # pyrefly: ignore
         for record in read_pairs([Part(sources[0]), Part(write(GOOD[3:], "rest.jsonl"))])
     ]
-    assert list(store) == direct
+    assert [store[i] for i in range(len(store))] == direct
     assert store[-1] == direct[-1]
     assert [store.record_of(i) for i in range(5)] == [
         *((sources[0], n) for n in (1, 2, 3)),
@@ -194,7 +194,7 @@ def test_a_store_of_many_parts_is_that_of_one(
         sources, tokenizer, LIMITS, folder=tmp_path / "other", run_parts=backwards,
         on_progress=lambda done, total: told.append((done, total)),
     )  # fmt: skip
-    assert list(parts) == list(whole)
+    assert [parts[i] for i in range(5)] == [whole[i] for i in range(5)]
     assert parts.report == whole.report
     assert parts.report.dropped["not_json"].count == 4
     assert [parts.name_of(i) for i in range(5)] == [whole.name_of(i) for i in range(5)]

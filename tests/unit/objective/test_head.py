@@ -1,5 +1,7 @@
 """The chunked head against a float64 softmax over all logits at once."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
@@ -40,7 +42,8 @@ def run(hidden: torch.Tensor, head: Head, labels: torch.Tensor, upstream: torch.
     def objective(group: Group, scores: TokenLogps) -> torch.Tensor:
         return losses_of(scores.logps * upstream[group.tokens], group.pairs)
 
-    return chunked_pair_losses(hidden, head, labels, PAIRS, objective, chunk=chunk)
+    with patch.object(Head, "chunk", chunk):
+        return chunked_pair_losses(hidden, head, labels, PAIRS, objective)
 
 
 def relative(found: torch.Tensor | None, expected: torch.Tensor | None) -> float:
@@ -78,7 +81,8 @@ def test_losses_and_gradients_in_chunks_are_those_of_a_float64_softmax(
 def test_log_probabilities_alone_are_the_same_and_have_no_history(chunk: int) -> None:
     hidden, weight, labels, upstream = inputs(torch.float32)
     head = Head(weight.requires_grad_())
-    scores = token_logps(hidden, head, labels, chunk=chunk)
+    with patch.object(Head, "chunk", chunk):
+        scores = token_logps(hidden, head, labels)
     assert (scores.logps - oracle(hidden, head, labels)).abs().max() < 5e-5
     assert not scores.logps.requires_grad
     assert torch.allclose(scores.logps, run(hidden, head, labels, upstream, 1000).token_logps.logps, atol=1e-5)
@@ -133,9 +137,12 @@ def test_no_tokens_give_no_losses_and_zero_gradients() -> None:
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_sums_of_squared_probabilities_are_those_of_a_float64_softmax(chunk: int) -> None:
+def test_sums_of_squared_probabilities_are_those_of_a_float64_softmax(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Head, "chunk", chunk)
     hidden, weight, labels, _ = inputs(torch.float32)
-    scores = token_logps(hidden, Head(weight), labels, chunk=chunk, with_squares=True)
+    scores = token_logps(hidden, Head(weight), labels, with_squares=True)
     expected = (hidden.double() @ weight.double().t()).softmax(-1).square().sum(-1).log()
     assert (scores.log_sum_squares - expected).abs().max() < 5e-5
     assert token_logps(hidden, Head(weight), labels).log_sum_squares.numel() == 0, "only computed when asked for"
@@ -145,5 +152,5 @@ def test_sums_of_squared_probabilities_are_those_of_a_float64_softmax(chunk: int
         seen.append(scores.log_sum_squares)
         return scores.logps.new_zeros(len(PAIRS[group.pairs])) + scores.logps.sum()
 
-    chunked_pair_losses(hidden, Head(weight), labels, PAIRS, objective, chunk=chunk, with_squares=True)
+    chunked_pair_losses(hidden, Head(weight), labels, PAIRS, objective, with_squares=True)
     assert (torch.cat(seen) - expected).abs().max() < 5e-5

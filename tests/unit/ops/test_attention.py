@@ -87,7 +87,7 @@ def test_context_parallel_ranks_have_together_the_values_and_gradients_of_the_ro
     def sharded(q: Tensor, k: Tensor, v: Tensor, spans: list[Span]) -> Tensor:
         out = torch.zeros_like(q).transpose(1, 2)
         for rank in range(ranks):
-            tokens, slices = torch.from_numpy(split.tokens(rank)), split.stretches(rank)
+            tokens, slices = torch.from_numpy(split.positions[rank]), split.stretches(rank)
             local, _ = packed_attention(nn.Identity(), q[:, :, tokens], k, v, None, spans=spans, query_slices=slices)
             out = out.index_copy(1, tokens, local)
         return out

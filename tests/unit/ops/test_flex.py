@@ -66,7 +66,7 @@ def test_blocks_of_a_ranks_tokens_equal_those_of_their_rows_of_the_dense_mask(
     split = shard_row(spans, ranks)
     mask = dense_mask(split.spans)
     for rank in range(ranks):
-        queries = split.tokens(rank)
+        queries = split.positions[rank]
         rows = mask[queries]
         blocks = visible_blocks(token_limits(split.spans).of(queries), len(mask), block)
         for q in range(-(-len(queries) // block)):
@@ -80,7 +80,7 @@ def test_the_mask_of_a_ranks_tokens_equals_their_rows_of_the_dense_mask() -> Non
     split = shard_row([Span(200, 90, 150), Span(300, 0, 0), Span(3, 401, 260)], 2)
     dense = dense_mask(split.spans)
     for rank in range(2):
-        queries = split.tokens(rank)
+        queries = split.positions[rank]
         mask = span_mask(split.spans, torch.device("cpu"), queries)
         shape = (len(queries), len(dense))
         assert mask.mask_mod is not None
