@@ -24,7 +24,7 @@ from benchmarks.offline import fast_dtype
 from benchmarks.pairs import generate_pairs
 from dpo_ray.config import Config
 from dpo_ray.data.store import prepare_pairs
-from dpo_ray.data.tokenize import load_tokenizer
+from dpo_ray.data.tokenize import load_record_tokenizer
 from dpo_ray.train.checkpoint import Checkpointer
 from dpo_ray.train.offline import train_offline
 from dpo_ray.types import Metrics
@@ -68,9 +68,7 @@ def run(_: int, tree: dict[str, Any], threads: int, results: Any) -> None:
     torch.set_num_threads(threads)
     dist.init_process_group("gloo", rank=0, world_size=1)
     config = Config.model_validate(tree)
-    pairs = prepare_pairs(
-        config.data.train, load_tokenizer(config.model.path), config.data, folder=config.reference.cache_path
-    )
+    pairs = prepare_pairs(config.data.train, load_record_tokenizer(config), folder=config.reference.cache_path)
     blocked: list[float] = []
     taken: list[float] = []
     save = Checkpointer.save

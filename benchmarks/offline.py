@@ -97,15 +97,15 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The task of both sides: a file of pairs that fit TRL's default of 1024 tokens per sequence, and their sizes."""
     from dpo_ray.config.schema import DataConfig
     from dpo_ray.data.store import prepare_pairs
-    from dpo_ray.data.tokenize import load_tokenizer
+    from dpo_ray.data.tokenize import RecordTokenizer, load_tokenizer
 
     tokenizer = load_tokenizer(arguments.model)
     source = arguments.pairs
     if source is None:
         source = str(folder / "generated.jsonl")
         Path(source).write_text("".join(json.dumps(pair) + "\n" for pair in generate_pairs(arguments.kind, 200)))
-    store = prepare_pairs([source], tokenizer, DataConfig(max_prompt_tokens=None, max_completion_tokens=None),
-                          folder=folder / "all")  # fmt: skip
+    data = DataConfig(max_prompt_tokens=None, max_completion_tokens=None)
+    store = prepare_pairs([source], RecordTokenizer(tokenizer, data), folder=folder / "all")
     fitting = [i for i, (p, c, r) in enumerate(store.lengths.tolist()) if p + max(c, r) <= 1024][: arguments.limit]
     from dpo_ray.data.records import read_pairs
     from dpo_ray.data.sources import Part

@@ -24,7 +24,7 @@ def ours(task: dict[str, Any], folder: Path) -> dict[str, float]:
 
     from dpo_ray.config import Config
     from dpo_ray.data.store import prepare_pairs
-    from dpo_ray.data.tokenize import load_tokenizer
+    from dpo_ray.data.tokenize import load_record_tokenizer
     from dpo_ray.train.offline import train_offline
 
     config = Config.model_validate(
@@ -42,7 +42,7 @@ def ours(task: dict[str, Any], folder: Path) -> dict[str, float]:
     )
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(20000 + os.getpid() % 20000), RANK="0", WORLD_SIZE="1")
     dist.init_process_group("gloo")
-    pairs = prepare_pairs(config.data.train, load_tokenizer(task["model"]), config.data, folder=folder / "data")
+    pairs = prepare_pairs(config.data.train, load_record_tokenizer(config), folder=folder / "data")
     clock = _Clock()
     train_offline(config, pairs=pairs, held_out=None, device=torch.device("cpu"), reporter=clock)
     return {"reference_s": clock.reference_s, "train_s": clock.train_s, "loss": clock.loss}

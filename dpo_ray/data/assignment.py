@@ -34,14 +34,13 @@ class RowSplit:
         runs = np.split(tokens, np.flatnonzero(np.diff(tokens) > 1) + 1)
         return tuple(slice(int(run[0]), int(run[-1]) + 1) for run in runs)
 
-    @property
-    def sources(self) -> np.ndarray:
-        """(N,) position whose hidden state predicts each label."""
-        return token_limits(self.spans).sources
+    def sources(self, scored: np.ndarray) -> np.ndarray:
+        """(N,) position whose hidden state predicts each label; ``scored`` as in the row."""
+        return token_limits(self.spans).sources[scored]
 
-    def labels(self, rank: int) -> np.ndarray:
+    def labels(self, rank: int, scored: np.ndarray) -> np.ndarray:
         """(n,) indices of the labels that a rank predicts, because it holds their source."""
-        return np.flatnonzero(np.isin(self.sources, self.positions[rank]))
+        return np.flatnonzero(np.isin(self.sources(scored), self.positions[rank]))
 
 
 def shard_row(spans: Sequence[Span], ranks: int) -> RowSplit:

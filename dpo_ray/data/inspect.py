@@ -14,7 +14,7 @@ from dpo_ray.config import Config
 from dpo_ray.data.records import PairRecord, Problem, read_pairs, read_prompts
 from dpo_ray.data.report import MEANINGS, DataReport, DataReportBuilder
 from dpo_ray.data.sources import expand_source, split_sources
-from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPair, engine_limits, load_limits, load_tokenizer
+from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPair, load_record_tokenizer
 from dpo_ray.types import Messages
 
 SIDES = ("prompt", "chosen", "rejected")
@@ -58,20 +58,17 @@ def inspect_run(config: Config, console: Console, *, json_file: Path | None = No
     Raises:
         ValueError: a source or the tokenizer cannot be loaded, or no record of a data set is usable.
     """
-    tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
-    limits = load_limits(config.model.path)
-    pairs = RecordTokenizer(tokenizer, config.data, limits)
+    tokenizer = load_record_tokenizer(config)
     sets = {
-        key: (_pairs(key, sources, pairs, limit), sources)
+        key: (_pairs(key, sources, tokenizer, limit), sources)
         for key, sources, limit in (
             ("data.train", config.data.train, config.data.limit), ("data.eval", config.data.eval, None)
         )
     }  # fmt: skip
     if config.online:
-        prompts = RecordTokenizer(tokenizer, config.data, engine_limits(config, limits))
         for name in ("prompts", "eval_prompts"):
             sources = getattr(config.online, name)
-            sets[f"online.{name}"] = (_prompts(f"online.{name}", sources, prompts), sources)
+            sets[f"online.{name}"] = (_prompts(f"online.{name}", sources, tokenizer), sources)
     if not any(sources for _, sources in sets.values()):
         raise ValueError("data.train, data.eval and online.prompts are empty: nothing to inspect")
     lines = json_file.open("w", encoding="utf-8") if json_file else None

@@ -5,7 +5,7 @@ completions attend to the prompt and to themselves, and their positions continue
 computed once. In the plain layout each completion has a span of its own, with a copy of the prompt; tests compare the
 shared layout with it.
 
-T = tokens of the row, N = completion tokens, B = pairs, S = 2B sequences
+T = tokens of the row, C = completion tokens, N = labels: completion tokens that carry loss, B = pairs, S = 2B sequences
 """
 
 from collections.abc import Sequence
@@ -44,20 +44,22 @@ class PackedRow:
     source: Tensor
     """(N,) position whose hidden state predicts the label."""
     labels: Tensor
-    """(N,) completion tokens."""
+    """(N,) completion tokens that carry loss."""
     sequence: Tensor
     """(N,) index in [0, S): the pair's chosen is 2i, its rejected 2i + 1."""
     lengths: Tensor
-    """(S,) completion lengths in tokens."""
+    """(S,) labels of each completion."""
+    scored: np.ndarray
+    """(C,) True for the completion tokens that are labels; on the host."""
 
     @property
     def pair_tokens(self) -> tuple[int, ...]:
-        """(B,) completion tokens of each pair, without a device synchronization."""
-        return tuple(_completion_lengths(self.spans).reshape(-1, 2).sum(1).tolist())
+        """(B,) labels of each pair, without a device synchronization."""
+        return tuple(_label_counts(self.spans, self.scored).reshape(-1, 2).sum(1).tolist())
 
     def to(self, device: torch.device) -> "PackedRow":
         """The row on ``device``."""
-        tensors = [name for name in self.__slots__ if name != "spans"]
+        tensors = [name for name in self.__slots__ if name not in ("spans", "scored")]
         return replace(self, **{name: to_device(getattr(self, name), device) for name in tensors})
 
 
@@ -95,23 +97,28 @@ def _pack(segments: Sequence[tuple[Sequence[int], ...]]) -> PackedRow:
     """Pack segments, each a prompt and one or two completions."""
     spans = tuple(Span(*map(len, segment)) for segment in segments) or (Span(1, 0),)
     parts = [ids for segment in segments for ids in segment] or [(0,)]
-    input_ids = np.concatenate([np.asarray(ids, np.int64) for ids in parts])
-    limits, lengths = token_limits(spans), _completion_lengths(spans)
+    stored_ids = np.concatenate([np.asarray(ids, np.int64) for ids in parts])
+    input_ids = np.where(stored_ids < 0, ~stored_ids, stored_ids)
+    limits = token_limits(spans)
+    scored = stored_ids[limits.in_completion] >= 0
+    lengths = _label_counts(spans, scored)
     return PackedRow(
         input_ids=torch.from_numpy(input_ids)[None],
         position_ids=torch.from_numpy(limits.seen - 1)[None],
         spans=spans,
-        source=torch.from_numpy(limits.sources),
-        labels=torch.from_numpy(input_ids[limits.in_completion]),
+        source=torch.from_numpy(limits.sources[scored]),
+        labels=torch.from_numpy(input_ids[limits.in_completion][scored]),
         sequence=torch.from_numpy(np.arange(len(lengths)).repeat(lengths)),
         lengths=torch.from_numpy(lengths),
+        scored=scored,
     )
 
 
-def _completion_lengths(spans: Sequence[Span]) -> np.ndarray:
-    """(S,) tokens of each completion."""
+def _label_counts(spans: Sequence[Span], scored: np.ndarray) -> np.ndarray:
+    """(S,) labels of each completion."""
     lengths = np.array(spans, np.int64)[:, 1:].ravel()
-    return lengths[lengths > 0]
+    ends = lengths[lengths > 0].cumsum()
+    return np.diff(np.concatenate([[0], scored.cumsum()])[np.concatenate([[0], ends])])
 
 
 class Limits(NamedTuple):

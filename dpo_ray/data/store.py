@@ -11,28 +11,26 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from dpo_ray.config.schema import DataConfig
 from dpo_ray.data.records import Problem, read_pairs
 from dpo_ray.data.report import DataReport, DataReportBuilder
-from dpo_ray.data.sources import Part, Unreadable, source_digest, source_version, split_sources
-from dpo_ray.data.tokenize import tokenize_pair, tokenizer_digest
+from dpo_ray.data.sources import Part, Unreadable, expand_source, source_digest, source_version, split_sources
+from dpo_ray.data.tokenize import RecordTokenizer, tokenizer_digest
 from dpo_ray.storage import atomic_folder, cached_text
 from dpo_ray.types import TokenPair
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of every digest: increment it when the file format, record layouts or tokenisation change."""
 
 PART_RECORDS = 4096
 """Records per part: seconds of work, longer than the start of a process."""
 
+_TOKENIZATION_KEYS = ("max_prompt_tokens", "max_completion_tokens", "strings", "pairs_per_prompt")
 _LENGTHS, _ENDS, _ORIGINS, _META = "lengths.i32", "ends.i64", "origins.i64", "meta.json"
 
 Prepare = Callable[[tuple[int, Part]], DataReportBuilder]
@@ -44,12 +42,13 @@ RunParts = Callable[[Prepare, Sequence[tuple[int, Part]]], Iterable[DataReportBu
 class PairStore:
     """Memory-mapped tokenised preference pairs."""
 
-    def __init__(self, folder: Path, sources: Sequence[str]) -> None:
+    def __init__(self, folder: Path, sources: Sequence[str], groups: Sequence[Sequence[str]]) -> None:
         """Open a finished store.
 
         Args:
             folder: written by ``prepare_pairs``.
             sources: current names of its sources, in the same order.
+            groups: current names of the files of each source.
 
         Raises:
             ValueError: the store is damaged.
@@ -60,9 +59,11 @@ class PairStore:
             raise ValueError(f"{folder / _META}: {error}; delete the folder to rebuild it") from None
         self.digest: str = meta["digest"]
         self.sources = tuple(sources)
-        self.report = DataReport(**meta["report"]).renamed(dict(zip(meta["sources"], sources, strict=True)))
+        self.files = tuple(file for group in groups for file in group)
+        self.report = DataReport(**meta["report"]).renamed(dict(zip(meta["files"], self.files, strict=True)))
         """Counts of the records when the store was built."""
-        self.sizes: tuple[int, ...] = tuple(meta["sizes"])
+        file_sizes = iter(meta["sizes"])
+        self.sizes: tuple[int, ...] = tuple(sum(islice(file_sizes, len(group))) for group in groups)
         """Number of pairs of each source; pairs are numbered source by source."""
         pairs = sum(self.sizes)
         self.lengths = _open_array(folder / _LENGTHS, "<i4", (pairs, 3))
@@ -90,20 +91,19 @@ class PairStore:
         return self._tokens[part][end - int(self.lengths[index].sum()) : end]
 
     def name_of(self, index: int) -> str:
-        """Source and record number of a pair, as in the data report."""
-        source, number = self.record_of(index)
-        return f"{source}:{number}"
+        """File and record number of a pair, as in the data report."""
+        file, number = self.record_of(index)
+        return f"{file}:{number}"
 
     def record_of(self, index: int) -> tuple[str, int]:
-        """The source and the record number a pair was read from."""
-        source, number = self._origins[index].tolist()
-        return self.sources[source], number
+        """The file and the record number a pair was read from."""
+        file, number = self._origins[index].tolist()
+        return self.files[file], number
 
 
 def prepare_pairs(
     sources: Sequence[str],
-    tokenizer: "PreTrainedTokenizerBase",
-    data_config: DataConfig,
+    tokenizer: RecordTokenizer,
     *,
     folder: Path,
     kind: Literal["train", "eval"] = "train",
@@ -113,7 +113,8 @@ def prepare_pairs(
     """The tokenised pairs of ``sources``, from an existing store or a new one.
 
     Args:
-        sources: files, saved datasets or hub datasets.
+        sources: files, folders, patterns, saved datasets or hub datasets.
+        tokenizer: of the policy, with the data section.
         folder: parent of stores; may be shared by runs and machines.
         kind: ``data.limit`` applies to train only.
         run_parts: tokenises parts of ``PART_RECORDS``; by default sequentially in this process.
@@ -122,36 +123,36 @@ def prepare_pairs(
     Raises:
         ValueError: a source is missing or unreadable, no pair is usable, or ``data.strict`` and a record was dropped.
     """
-    name = f"data.{kind}"
-    limit = data_config.limit if kind == "train" else None
+    name, data = f"data.{kind}", tokenizer.data
+    limit = data.limit if kind == "train" else None
     try:
+        groups = [expand_source(source) for source in sources]
+        files = [file for group in groups for file in group]
         recipe = {
             "format": FORMAT_VERSION,
-            "sources": [_cached_digest(source, folder / "sources") for source in sources],
-            "tokenizer": tokenizer_digest(tokenizer),
+            "sources": [[_cached_digest(file, folder / "sources") for file in group] for group in groups],
+            "tokenizer": tokenizer_digest(tokenizer.tokenizer),
             "limit": limit,
-            "max_prompt_tokens": data_config.max_prompt_tokens,
-            "max_completion_tokens": data_config.max_completion_tokens,
+            **{key: getattr(data, key) for key in _TOKENIZATION_KEYS},
+            "model": asdict(tokenizer.limits),
         }
         digest = sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
         store_folder = folder / digest[:32]
         if not store_folder.exists():
             with atomic_folder(store_folder, replace=False) as building:
-                parts = split_sources(sources, rows_per_part=PART_RECORDS, limit=limit)
-                prepare = partial(
-                    _prepare_part, folder=building, sources=sources, tokenizer=tokenizer, data_config=data_config
-                )
+                parts = split_sources(files, rows_per_part=PART_RECORDS, limit=limit)
+                prepare = partial(_prepare_part, folder=building, files=files, tokenizer=tokenizer)
                 counts, total = DataReportBuilder(), sum(part.rows or 0 for part in parts)
                 for part_counts in run_parts(prepare, list(enumerate(parts))):
                     counts.add(part_counts)
                     if on_progress:
                         on_progress(counts.read, total)
-                report = _join(building, digest, sources, counts, len(parts))
+                report = _join(building, digest, files, counts, len(parts))
                 report.check(strict=False, name=name, sources=sources)
     except Unreadable as error:
         raise Unreadable(f"{name}: {error}") from None
-    store = PairStore(store_folder, sources)
-    store.report.check(strict=data_config.strict, name=name)
+    store = PairStore(store_folder, sources, groups)
+    store.report.check(strict=data.strict, name=name)
     return store
 
 
@@ -165,42 +166,35 @@ def _prepare_part(
     numbered: tuple[int, Part],
     *,
     folder: Path,
-    sources: Sequence[str],
-    tokenizer: "PreTrainedTokenizerBase",
-    data_config: DataConfig,
+    files: Sequence[str],
+    tokenizer: RecordTokenizer,
 ) -> DataReportBuilder:
     """Tokenise the records of a part into files named by its number, in constant memory."""
     number, part = numbered
-    counts, tokens, source = DataReportBuilder(), 0, sources.index(part.source)
-    tokenize = partial(
-        tokenize_pair,
-        tokenizer=tokenizer,
-        max_prompt_tokens=data_config.max_prompt_tokens,
-        max_completion_tokens=data_config.max_completion_tokens,
-    )
+    counts, tokens, file = DataReportBuilder(), 0, files.index(part.source)
     with (
         (folder / _tokens(number)).open("wb") as token_file,
         (folder / f"{number}.{_LENGTHS}").open("wb") as lengths,
         (folder / f"{number}.{_ENDS}").open("wb") as ends,
         (folder / f"{number}.{_ORIGINS}").open("wb") as origins,
     ):
-        for record in read_pairs([part]):
-            result = record if isinstance(record, Problem) else tokenize(record)
-            if isinstance(result, Problem):
+        for record in read_pairs([part], pairs_per_prompt=tokenizer.data.pairs_per_prompt):
+            result = record if isinstance(record, Problem) else tokenizer.pair(record)
+            if isinstance(record, Problem) or isinstance(result, Problem):
                 counts.drop(result)
                 continue
-            counts.keep(record.source, record.number, result.notes)
+            counts.keep(record.source, record.number, result.notes, record.unread)
             pair = result.pair
             ids = np.array(pair.prompt + pair.chosen + pair.rejected, "<i4")
             tokens += len(ids)
             ids.tofile(token_file)
             np.array((len(pair.prompt), len(pair.chosen), len(pair.rejected)), "<i4").tofile(lengths)
             np.array((tokens,), "<i8").tofile(ends)
-            np.array((source, record.number), "<i8").tofile(origins)
+            np.array((file, record.number), "<i8").tofile(origins)
     return counts
 
 
-def _join(building: Path, digest: str, sources: Sequence[str], counts: DataReportBuilder, parts: int) -> DataReport:
+def _join(building: Path, digest: str, files: Sequence[str], counts: DataReportBuilder, parts: int) -> DataReport:
     """Concatenate the files of all parts, except the token files."""
     sizes = [_part_size(building, number) for number in range(parts)]
     for name in (_LENGTHS, _ENDS, _ORIGINS):
@@ -215,8 +209,8 @@ def _join(building: Path, digest: str, sources: Sequence[str], counts: DataRepor
     report = counts.build(lengths)
     meta = {
         "digest": digest,
-        "sources": list(sources),
-        "sizes": np.bincount(origins[:, 0], minlength=len(sources)).tolist(),
+        "files": list(files),
+        "sizes": np.bincount(origins[:, 0], minlength=len(files)).tolist(),
         "parts": sizes,
         "report": asdict(report),
     }

@@ -367,6 +367,17 @@ def load_limits(path: str) -> ModelLimits:
     return ModelLimits(getattr(config, "vocab_size", None), positions)
 
 
+def load_record_tokenizer(config: Config) -> RecordTokenizer:
+    """The tokenizer of a run's records, with the limits of its model and engines.
+
+    Raises:
+        ValueError: the tokenizer cannot be loaded, or does not fit the chat template or the limits.
+    """
+    limits = load_limits(config.model.path)
+    tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
+    return RecordTokenizer(tokenizer, config.data, engine_limits(config, limits) if config.online else limits)
+
+
 def engine_limits(config: Config, limits: ModelLimits) -> ModelLimits:
     """Limits of an online run: a prompt leaves an engine room for a completion.
 

@@ -17,7 +17,7 @@ from dpo_ray.data.prompts import load_prompts
 from dpo_ray.data.report import DataReportBuilder
 from dpo_ray.data.sources import Part
 from dpo_ray.data.store import PairStore, Prepare, RunParts, prepare_pairs
-from dpo_ray.data.tokenize import load_tokenizer
+from dpo_ray.data.tokenize import load_record_tokenizer
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.display import live_display
 from dpo_ray.launch.run_dir import has_work, make_run_dir
@@ -70,11 +70,9 @@ def open_pairs(
     config: Config, *, run_parts: RunParts = map, on_progress: Callable[[int, int], None] | None = None
 ) -> tuple[PairStore, PairStore | None]:
     """The tokenized training and held-out pairs; tokenizes those that are not in the cache."""
-    tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
     prepare = partial(
         prepare_pairs,
-        tokenizer=tokenizer,
-        data_config=config.data,
+        tokenizer=load_record_tokenizer(config),
         folder=config.reference.cache_path / "data",
         run_parts=run_parts,
         on_progress=on_progress,
@@ -123,14 +121,6 @@ def prepare_prompts(config: Config, sources: Sequence[str], key: str, console: C
     """
     if not sources:
         return []
-    assert config.online is not None
-    prompts, report = load_prompts(
-        sources,
-        load_tokenizer(config.model.path, config.model.chat_template),
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        max_engine_tokens=config.max_model_len - config.online.sampling.max_tokens,
-        strict=config.data.strict,
-        name=key,
-    )
+    prompts, report = load_prompts(sources, load_record_tokenizer(config), strict=config.data.strict, name=key)
     console.print(report.text(key), highlight=False, markup=False, soft_wrap=True)
     return prompts

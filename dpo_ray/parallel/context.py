@@ -63,13 +63,13 @@ class ContextParallel:
         if self.ranks == 1:
             return RowShard(row)
         split, device = shard_row(row.spans, self.ranks), row.input_ids.device
-        positions, labels = split.positions[self.rank], split.labels(self.rank)
+        positions, labels = split.positions[self.rank], split.labels(self.rank, row.scored)
         rank_order = split.positions.ravel()
         local_positions, local_labels, order, inverse = (
             torch.from_numpy(index).to(device, non_blocking=True)
             for index in (positions, labels, rank_order, np.argsort(rank_order))
         )
-        source = np.searchsorted(positions, split.sources[labels])
+        source = np.searchsorted(positions, split.sources(row.scored)[labels])
         local = replace(
             row,
             input_ids=F.pad(row.input_ids, (0, split.padding))[:, local_positions],

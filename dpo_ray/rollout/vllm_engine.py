@@ -4,11 +4,11 @@ Independent of Ray. vLLM is imported when an engine is built, so ``engine_enviro
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dpo_ray.config.schema import EngineConfig, SamplingConfig
-from dpo_ray.types import Completion, CompletionGroup, Messages, Prompt
+from dpo_ray.types import Completion, CompletionGroup, Prompt
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -26,7 +26,6 @@ class VLLMEngine:
 
     Args:
         model_path: hub id or Hugging Face directory.
-        render: conversation to token ids, with the generation prompt at the end.
         engine: vLLM's settings; ``engine.args`` override every other argument of ``vllm.LLM``.
         max_model_len: longest prompt plus completion, in tokens.
         tensor_parallel: GPUs of this engine; 1 on a CPU.
@@ -48,7 +47,6 @@ class VLLMEngine:
         self,
         model_path: str,
         *,
-        render: Callable[[Messages], list[int]],
         dtype: str,
         engine: EngineConfig,
         max_model_len: int,
@@ -61,7 +59,6 @@ class VLLMEngine:
     ) -> None:
         from vllm import LLM
 
-        self._render = render
         self._update_open = self._asleep = False
         arguments: dict[str, Any] = {
             "model": model_path,
@@ -120,19 +117,18 @@ class VLLMEngine:
             RuntimeError: a weight update is unfinished, or the engine sleeps.
         """
         self._require_ready()
-        prompt_tokens = [self._render(prompt.messages) for prompt in prompts]
         longest = self._max_model_len - sampling.max_tokens
-        for prompt, tokens in zip(prompts, prompt_tokens, strict=True):
-            if len(tokens) > longest:
+        for prompt in prompts:
+            if (length := len(prompt.token_ids)) > longest:
                 raise ValueError(
-                    f"prompt {prompt.index} has {len(tokens)} tokens; an engine of {self._max_model_len} tokens takes "
+                    f"prompt {prompt.index} has {length} tokens; an engine of {self._max_model_len} tokens takes "
                     f"at most {longest} beside {sampling.max_tokens} new ones; raise online.engine.max_model_len, or "
                     "lower data.max_prompt_tokens to drop such prompts"
                 )
         if not prompts:
             return []
         outputs = self._llm.generate(
-            [{"prompt_token_ids": tokens} for tokens in prompt_tokens],
+            [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts],
             [_sampling_params(sampling, candidates, seed) for seed in seeds],
             use_tqdm=False,
         )

@@ -14,7 +14,7 @@ from dpo_ray.config.schema import ModelConfig
 from dpo_ray.data.loader import PairLoader
 from dpo_ray.data.packing import build_row
 from dpo_ray.data.store import prepare_pairs
-from dpo_ray.data.tokenize import load_tokenizer
+from dpo_ray.data.tokenize import load_record_tokenizer
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer, Weighting, pair_losses, token_logps
 from dpo_ray.objective import head
@@ -61,8 +61,8 @@ def context_parallel_errors(rank: int, model: str, weighting: Weighting) -> dict
 def gradients(rank: int, config: dict[str, Any]) -> dict[str, np.ndarray]:
     """Full gradient of each parameter, for the sum of the log-probability margins of the first step's pairs."""
     parsed = Config.model_validate(config)
-    tokenizer, folder = load_tokenizer(parsed.model.path), parsed.reference.cache_path / f"data-{rank}"
-    pairs = prepare_pairs(parsed.data.train, tokenizer, parsed.data, folder=folder)
+    tokenizer, folder = load_record_tokenizer(parsed), parsed.reference.cache_path / f"data-{rank}"
+    pairs = prepare_pairs(parsed.data.train, tokenizer, folder=folder)
     trainer = build_trainer(parsed, torch.device("cpu"))
     batch = next(PairLoader(pairs, trainer.batch_shape, pairs_per_step=5, seed=0, shuffle=False))
     for micro in batch.micro_batches:

@@ -11,7 +11,7 @@ from dpo_ray.config import Config
 from dpo_ray.config.schema import ModelConfig, ShardConfig
 from dpo_ray.data.packing import build_row
 from dpo_ray.data.store import prepare_pairs
-from dpo_ray.data.tokenize import load_tokenizer
+from dpo_ray.data.tokenize import load_record_tokenizer
 from dpo_ray.model import load
 from dpo_ray.model.scorer import pair_losses
 from dpo_ray.objective.logps import PairLogps
@@ -65,9 +65,9 @@ class ListReporter:
 def offline(rank: int, config: dict[str, Any], stop_after: int | None = None) -> list[Metrics]:
     """Train offline; rank 0 asks to stop after a step. Returns the metrics."""
     parsed = Config.model_validate(config)
-    tokenizer, folder = load_tokenizer(parsed.model.path), parsed.reference.cache_path / f"data-{rank}"
-    pairs = prepare_pairs(parsed.data.train, tokenizer, parsed.data, folder=folder)
-    held_out = prepare_pairs(parsed.data.eval, tokenizer, parsed.data, folder=folder) if parsed.data.eval else None
+    tokenizer, folder = load_record_tokenizer(parsed), parsed.reference.cache_path / f"data-{rank}"
+    pairs = prepare_pairs(parsed.data.train, tokenizer, folder=folder)
+    held_out = prepare_pairs(parsed.data.eval, tokenizer, folder=folder) if parsed.data.eval else None
     reporter = ListReporter(stop_after if rank == 0 else None)
     train_offline(parsed, pairs=pairs, held_out=held_out, device=torch.device("cpu"), reporter=reporter)
     return reporter.lines

@@ -30,11 +30,10 @@ START_S, CALL_S = 300, 60
 def serve(calls: Any, path: str, worker_extension: str) -> None:
     """The engine's process: answers (method, arguments) until ``close``."""
     from dpo_ray.rollout.vllm_engine import VLLMEngine
-    from tests.rollout_vllm.test_weight_push import MAX_MODEL_LEN, render
+    from tests.rollout_vllm.test_weight_push import MAX_MODEL_LEN
 
     engine = VLLMEngine(
         path,
-        render=render,
         dtype="bfloat16",
         engine=ENGINE,
         max_model_len=MAX_MODEL_LEN,

@@ -14,7 +14,7 @@ from dpo_ray.types import CompletionGroup, Prompt
 from tests.ray.commands import SharedCluster
 from tests.ray.fakes import Engine, Pushing
 
-PROMPTS = [Prompt(index, ({"role": "user", "content": str(index)},)) for index in range(600)]
+PROMPTS = [Prompt(index, ({"role": "user", "content": str(index)},), (index,)) for index in range(600)]
 NOT_AGAIN: tuple[int, None, str] = (3, None, "digest")
 """The weights of a push that cannot be given to an engine that joins, as with nccl and ipc."""
 

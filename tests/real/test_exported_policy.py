@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_ray.config.schema import EngineConfig, ModelConfig, SamplingConfig
+from dpo_ray.config.schema import DataConfig, EngineConfig, ModelConfig, SamplingConfig
 from dpo_ray.data.records import PromptRecord, read_prompts
-from dpo_ray.data.tokenize import load_tokenizer, render_prompt
+from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPrompt, load_tokenizer
 from dpo_ray.model.export import named_weights, save_policy
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer
@@ -38,12 +38,13 @@ def test_transformers_and_vllm_generate_the_same_greedy_text(exported: Path, mon
     from transformers import AutoModelForCausalLM
 
     records = [r for r in read_prompts([str(DATA)]) if isinstance(r, PromptRecord)][:PROMPTS]
-    prompts = [Prompt(i, record.messages) for i, record in enumerate(records)]
-    tokenizer = load_tokenizer(str(exported))
+    tokenizer = RecordTokenizer(load_tokenizer(str(exported)), DataConfig())
+    tokenized = [prompt for prompt in map(tokenizer.prompt, records) if isinstance(prompt, TokenizedPrompt)]
+    prompts = [Prompt(i, prompt.messages, prompt.token_ids) for i, prompt in enumerate(tokenized)]
     model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     expected = []
     for prompt in prompts:
-        tokens = torch.tensor([render_prompt(prompt.messages, tokenizer)])
+        tokens = torch.tensor([prompt.token_ids])
         written = model.generate(tokens, max_new_tokens=TOKENS, do_sample=False, attention_mask=torch.ones_like(tokens))
         expected.append(tuple(written[0, tokens.shape[1] :].tolist()))
 
@@ -54,7 +55,6 @@ def test_transformers_and_vllm_generate_the_same_greedy_text(exported: Path, mon
 
     engine = VLLMEngine(
         str(exported),
-        render=lambda messages: list(render_prompt(messages, tokenizer)),
         dtype="float32",
         engine=EngineConfig(),
         max_model_len=512,

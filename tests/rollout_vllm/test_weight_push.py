@@ -123,7 +123,6 @@ def start_engine(policy: Policy, *, worker_extension: str | None) -> "VLLMEngine
 
     return VLLMEngine(
         str(policy.path),
-        render=render,
         dtype="bfloat16",
         engine=ENGINE,
         max_model_len=MAX_MODEL_LEN,
@@ -204,10 +203,11 @@ def words(numbers: Iterable[int]) -> str:
 
 
 def prompts(*lengths: int) -> list[Prompt]:
-    return [
-        Prompt(index, ({"role": "user", "content": words(range(7 * index, 7 * index + length))},))
+    messages: list[Messages] = [
+        ({"role": "user", "content": words(range(7 * index, 7 * index + length))},)
         for index, length in enumerate(lengths)
     ]
+    return [Prompt(index, turns, tuple(render(turns))) for index, turns in enumerate(messages)]
 
 
 def greedy(engine: "VLLMEngine") -> list[tuple[int, ...]]:
@@ -333,7 +333,7 @@ def test_groups_come_in_the_order_of_the_prompts_with_as_many_candidates_as_aske
     batch = prompts(40, 3, 10)
     groups = engine.generate(batch, sampling=SamplingConfig(max_tokens=8), candidates=5, seeds=[10, 20, 30])
     assert [group.prompt for group in groups] == batch
-    assert [list(group.prompt_token_ids) for group in groups] == [render(prompt.messages) for prompt in batch]
+    assert [list(group.prompt_token_ids) for group in groups] == [list(prompt.token_ids) for prompt in batch]
     assert [group.seed for group in groups] == [10, 20, 30]
     assert [len(group.completions) for group in groups] == [5, 5, 5]
 

@@ -16,14 +16,10 @@ class EngineActor(VLLMEngine):
     ) -> None:
         parsed = Config.model_validate(config)
         log_to_run(parsed.run.path, f"engine-{index}")
-        from dpo_ray.data.tokenize import load_tokenizer, render_prompt
-
         assert parsed.online is not None
         self.sampling = parsed.online.sampling
-        tokenizer = load_tokenizer(parsed.model.path, parsed.model.chat_template)
         super().__init__(
             parsed.model.path,
-            render=lambda messages: list(render_prompt(messages, tokenizer)),
             dtype=parsed.model.dtype,
             engine=parsed.online.engine,
             max_model_len=parsed.max_model_len,

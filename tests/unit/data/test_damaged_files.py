@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dpo_ray.config.schema import DataConfig
 from dpo_ray.data.store import PairStore, prepare_pairs
+from dpo_ray.data.tokenize import RecordTokenizer
 
 LIMITS = DataConfig(max_prompt_tokens=200, max_completion_tokens=200)
 GOOD: dict[str, Any] = {"prompt": "question?", "chosen": " yes", "rejected": " no"}
@@ -77,7 +78,7 @@ def prepared(folder: Path, tokenizer: Any, name: str, content: bytes) -> PairSto
     file = folder / name
     file.write_bytes(content)
     shutil.rmtree(folder / "stores", ignore_errors=True)
-    return prepare_pairs([str(file)], tokenizer, LIMITS, folder=folder / "stores")
+    return prepare_pairs([str(file)], RecordTokenizer(tokenizer, LIMITS), folder=folder / "stores")
 
 
 @pytest.mark.parametrize("kind", DAMAGED_RECORDS)

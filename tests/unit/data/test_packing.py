@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dpo_ray.data.assignment import PIECES, attended, balance_micro_batches, shard_row
 from dpo_ray.data.loader import BatchShape, Mixture, PairList, PairLoader, epoch_order
 from dpo_ray.data.packing import (
+    Layout,
     Span,
     attention_mask,
     build_row,
@@ -198,15 +199,15 @@ SPANS = st.lists(
 @settings(max_examples=200, deadline=None)
 @given(SPANS, st.integers(1, 5))
 def test_a_cut_row_has_each_token_once_and_each_label_where_its_source_is(spans: list[Span], ranks: int) -> None:
-    cut = shard_row(spans, ranks)
+    cut, scored = shard_row(spans, ranks), np.ones(sum(first + second for _, first, second in spans), bool)
     row = np.arange(sum(map(sum, cut.spans)))
     parts = [cut.positions[rank] for rank in range(ranks)]
     assert {len(part) for part in parts} == {len(row) // ranks}
     np.testing.assert_array_equal(np.sort(np.concatenate(parts)), row)
     for rank, part in enumerate(parts):
         np.testing.assert_array_equal(np.concatenate([row[piece] for piece in cut.stretches(rank)]), part)
-        assert set(token_limits(spans).sources[cut.labels(rank)]) <= set(part.tolist())
-    labels = np.concatenate([cut.labels(rank) for rank in range(ranks)])
+        assert set(token_limits(spans).sources[cut.labels(rank, scored)]) <= set(part.tolist())
+    labels = np.concatenate([cut.labels(rank, scored) for rank in range(ranks)])
     np.testing.assert_array_equal(np.sort(labels), np.arange(sum(first + second for _, first, second in spans)))
     assert 0 <= cut.padding < PIECES * ranks
     assert cut.spans[: len(spans)] == tuple(spans)
@@ -235,7 +236,25 @@ def test_what_tokens_see_counts_the_row_of_the_mask() -> None:
 
 
 def test_the_row_of_a_rank_without_pairs_can_be_cut() -> None:
-    cut = shard_row(build_row([], "shared").spans, 2)
+    empty = build_row([], "shared")
+    cut, scored = shard_row(empty.spans, 2), empty.scored
     assert cut.spans == ((1, 0, 0), (7, 0, 0))
     assert [len(cut.positions[rank]) for rank in range(2)] == [4, 4]
-    assert [len(cut.labels(rank)) for rank in range(2)] == [0, 0]
+    assert [len(cut.labels(rank, scored)) for rank in range(2)] == [0, 0]
+
+
+@pytest.mark.parametrize("layout", ["shared", "plain"])
+def test_tokens_without_loss_are_part_of_the_input_and_no_labels(layout: Layout) -> None:
+    # Tokens 7 and 8 of chosen are the answer of a tool.
+    row = build_row([TokenPair((1, 2), (5, ~7, ~8, 9), (6,)), TokenPair((3,), (4,), (~10, 11))], layout)
+    shared = [1, 2, 5, 7, 8, 9, 6, 3, 4, 10, 11]
+    plain = [1, 2, 5, 7, 8, 9, 1, 2, 6, 3, 4, 3, 10, 11]
+    assert row.input_ids[0].tolist() == (shared if layout == "shared" else plain)
+    assert row.labels.tolist() == [5, 9, 6, 4, 11]
+    assert row.lengths.tolist() == [2, 1, 1, 1]
+    assert row.pair_tokens == (3, 2)
+    assert row.sequence.tolist() == [0, 0, 1, 2, 3]
+    # The hidden state before a label predicts it: 2 -> 5, 8 -> 9, 2 -> 6, 3 -> 4, 10 -> 11.
+    assert row.input_ids[0][row.source].tolist() == [2, 8, 2, 3, 10]
+    split = [shard_row(row.spans, 2).labels(rank, row.scored) for rank in range(2)]
+    assert sorted(np.concatenate(split).tolist()) == [0, 1, 2, 3, 4]

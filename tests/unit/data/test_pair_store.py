@@ -11,7 +11,7 @@ from dpo_ray.data import store as store_module
 from dpo_ray.data.records import read_pairs
 from dpo_ray.data.sources import Part
 from dpo_ray.data.store import PairStore, prepare_pairs
-from dpo_ray.data.tokenize import tokenize_pair
+from dpo_ray.data.tokenize import RecordTokenizer
 
 Write = Callable[..., str]
 GOOD = [{"prompt": f"question {i}?", "chosen": " yes" * (i + 1), "rejected": " no"} for i in range(5)]
@@ -21,7 +21,7 @@ LIMITS = DataConfig(max_prompt_tokens=1024, max_completion_tokens=1024)
 @pytest.fixture
 def prepare(tokenizer: Any, tmp_path: Path) -> Callable[..., PairStore]:
     def prepare_sources(*sources: str, config: DataConfig = LIMITS, **kwargs: Any) -> PairStore:
-        return prepare_pairs(sources, tokenizer, config, folder=tmp_path / "stores", **kwargs)
+        return prepare_pairs(sources, RecordTokenizer(tokenizer, config), folder=tmp_path / "stores", **kwargs)
 
     return prepare_sources
 
@@ -29,13 +29,13 @@ def prepare(tokenizer: Any, tmp_path: Path) -> Callable[..., PairStore]:
 @pytest.fixture
 def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The record numbers tokenised so far."""
-    numbers = []
+    numbers, pair = [], RecordTokenizer.pair
 
-    def counting(record: Any, *args: Any, **kwargs: Any) -> Any:
+    def counting(self: RecordTokenizer, record: Any) -> Any:
         numbers.append(record.number)
-        return tokenize_pair(record, *args, **kwargs)
+        return pair(self, record)
 
-    monkeypatch.setattr(store_module, "tokenize_pair", counting)
+    monkeypatch.setattr(RecordTokenizer, "pair", counting)
     return numbers
 
 
@@ -47,8 +47,8 @@ def built(tmp_path: Path) -> list[Path]:
 def test_the_store_gives_back_every_pair_and_where_it_came_from(prepare: Any, write: Write, tokenizer: Any):
     sources = [write(GOOD[:3], "one.jsonl"), write(["{", *GOOD[3:]], "two.jsonl")]
     store = prepare(*sources)
-    direct = [
-        tokenize_pair(record, tokenizer, max_prompt_tokens=None, max_completion_tokens=None).pair  # pyrefly: ignore
+    direct: list[Any] = [
+        RecordTokenizer(tokenizer, LIMITS).pair(record).pair  # pyrefly: ignore[bad-argument-type, missing-attribute]
         for record in read_pairs([Part(sources[0]), Part(write(GOOD[3:], "rest.jsonl"))])
     ]
     assert [store[i] for i in range(len(store))] == direct
@@ -164,7 +164,7 @@ def test_a_failed_build_leaves_nothing_behind(
     def fail(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store_module, "tokenize_pair", fail)
+    monkeypatch.setattr(RecordTokenizer, "pair", fail)
     with pytest.raises(KeyboardInterrupt):
         prepare(write(GOOD))
     assert built(tmp_path) == []
@@ -191,7 +191,7 @@ def test_a_store_of_many_parts_is_that_of_one(
         return reversed([function(part) for part in reversed(parts)])
 
     parts = prepare_pairs(
-        sources, tokenizer, LIMITS, folder=tmp_path / "other", run_parts=backwards,
+        sources, RecordTokenizer(tokenizer, LIMITS), folder=tmp_path / "other", run_parts=backwards,
         on_progress=lambda done, total: told.append((done, total)),
     )  # fmt: skip
     assert [parts[i] for i in range(5)] == [whole[i] for i in range(5)]

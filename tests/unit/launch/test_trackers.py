@@ -204,7 +204,7 @@ def write_round(store: RoundStore, round: int) -> None:
     completion = lambda text: Completion(text, (1, 2), True)  # noqa: E731
     groups = [
         CompletionGroup(
-            Prompt(n, ({"role": "user", "content": f"question {n} | of round {round}"},)),
+            Prompt(n, ({"role": "user", "content": f"question {n} | of round {round}"},), (1,)),
             (1,),
             (completion("yes"), completion("no")),
             round,

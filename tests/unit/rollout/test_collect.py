@@ -8,7 +8,7 @@ from dpo_ray.types import Dropped, Prompt, ScoredPair
 
 
 def prompts(n: int) -> list[Prompt]:
-    return [Prompt(i, ({"role": "user", "content": str(i)},)) for i in range(n)]
+    return [Prompt(i, ({"role": "user", "content": str(i)},), (i,)) for i in range(n)]
 
 
 def indices(n: int, round: int, per_round: int, seed: int = 0) -> list[int]:
