@@ -13,8 +13,6 @@ from dpo_ray.data.records import Problem
 EXAMPLES = 3
 """Records named per reason."""
 
-UNREAD = "not used for training, carried along to judges online"
-
 MEANINGS: Mapping[str, str] = {
     "not_json": "not valid JSON",
     "not_a_record": "not an object of fields",
@@ -105,7 +103,8 @@ class DataReport:
         if self.notes:
             lines += ["  notes on kept records:", *_tally_lines(self.notes)]
         if self.unread:
-            lines.append(f"  fields {UNREAD}: " + ", ".join(f"{field} ({n:,})" for field, n in self.unread.items()))
+            fate = "not used" if self.chosen else "carried along for judges"
+            lines.append(f"  fields {fate}: " + ", ".join(f"{field} ({n:,})" for field, n in self.unread.items()))
         for part in ("prompt", "chosen", "rejected"):
             if (stats := getattr(self, part)) is not None:
                 lines.append(f"  {part:<8} tokens: mean {stats.mean:.0f}, median {stats.median:.0f}, max {stats.max:,}")

@@ -13,8 +13,10 @@ def example() -> DataReport:
     counts.drop(Problem("not_json", "a.jsonl", 17, "Expecting value"))
     for number in range(20, 25):
         counts.drop(Problem("prompt_too_long", "b.jsonl", number, "9 tokens"))
-    counts.keep("a.jsonl", 1, ("completion_cut",))
-    counts.keep("a.jsonl", 2)
+    counts.keep(
+        "a.jsonl", 1, [("completion_cut", ""), ("text_not_rendered", "tools"), ("strings_chat", "")], ["id", "source"]
+    )
+    counts.keep("a.jsonl", 2, [("strings_chat", "")], ["id"])
     return counts.build(np.array([[3, 10, 6], [5, 20, 6]]))
 
 
@@ -29,6 +31,9 @@ def test_the_report_counts_each_reason_and_names_its_first_records():
         "and 2 more",
         "notes on kept records:",
         "1 completion truncated a.jsonl:1",
+        "1 text left out by the chat template a.jsonl:1 (tools)",
+        "2 strings put into the chat template data.strings: auto, chat or raw",
+        "fields not used: id (2), source (1)",
         "prompt tokens: mean 4, median 4, max 5",
         "chosen tokens: mean 15, median 15, max 20",
         "rejected tokens: mean 6, median 6, max 6",
@@ -62,7 +67,7 @@ def test_strict_rejects_dropped_records_and_names_them():
 
 def test_notes_alone_pass_strict():
     counts = DataReportBuilder()
-    counts.keep("a.jsonl", 1, ("completion_cut",))
+    counts.keep("a.jsonl", 1, [("completion_cut", "")])
     counts.build(np.ones((1, 3))).check(strict=True)
 
 

@@ -43,7 +43,7 @@ def test_records_are_shown_with_boundaries_and_what_the_template_added(model: Pa
     pair = {"prompt": [USER], "chosen": [OAK], "rejected": [HERRING], "id": 7}
     text, (line, dropped) = inspect(tmp_path, model, {"train": [pair, {"prompt": "q"}]}, max_completion_tokens=4)
     assert "data.train: 2 records read, 1 kept, 1 dropped" in text
-    assert "fields not used for training, carried along to judges online: id (1)" in text
+    assert "fields not used: id (1)" in text
     assert "| prompt\n«<|im_start|>user\n»Name a tree.«<|im_end|>\n<|im_start|>assistant\n»\n| chosen\nAn" in text
     assert "[truncated]" in text
     assert line["notes"] == ["completion_cut", "not_used: id"]
@@ -61,6 +61,7 @@ def test_held_out_pairs_and_prompts_are_shown_too(model: Path, tmp_path: Path):
     assert lines[1]["notes"] == ["strings_chat", "not_used: answer"]
     assert lines[1]["prompt"] == lines[0]["prompt"]
     assert "online.prompts: 1 records read, 1 kept" in text
+    assert "fields carried along for judges: answer (1)" in text
 
 
 def test_nothing_to_inspect_is_an_error(model: Path, tmp_path: Path):

@@ -26,7 +26,7 @@ SPANS = st.lists(
 def dense_mask(spans: Sequence[Span]) -> np.ndarray:
     ids = torch.zeros(1, sum(map(sum, spans)), dtype=torch.int64)
     none = torch.zeros(0, dtype=torch.int64)
-    return attention_mask(PackedRow(ids, ids, tuple(spans), none, none, none, none))[0, 0].numpy()
+    return attention_mask(PackedRow(ids, ids, tuple(spans), none, none, none, none, np.zeros(0, bool)))[0, 0].numpy()
 
 
 @settings(max_examples=200, deadline=None)
