@@ -23,8 +23,8 @@ class Prompt:
     """The conversation before the turn to generate, or up to where the turn is continued."""
     token_ids: tuple[int, ...]
     """The prompt as passed to an engine, with chat template and generation prompt."""
-    columns: Mapping[str, Any] = field(default_factory=dict)
-    """The other fields of the prompt's record."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """The other fields of the prompt's record, such as a reference answer, for judges and selectors."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,7 +138,7 @@ def _prompts(key: str, sources: Sequence[str], tokenizer: RecordTokenizer) -> It
             continue
         yield InspectedRecord(
             key, record.source, record.number, "kept",
-            notes=_notes(result.notes, tuple(record.columns)),
+            notes=_notes(result.notes, tuple(record.fields)),
             prompt=tokenizer.decode(result.token_ids),
             tokens={"prompt": len(result.token_ids)},
             written={"prompt": _written(result.messages)},

@@ -31,8 +31,8 @@ def load_prompts(
         if isinstance(record, Problem) or isinstance(result, Problem):
             counts.drop(result)
             continue
-        counts.keep(record.source, record.number, result.notes, tuple(record.columns))
-        prompts.append(Prompt(len(prompts), result.messages, result.token_ids, record.columns))
+        counts.keep(record.source, record.number, result.notes, tuple(record.fields))
+        prompts.append(Prompt(len(prompts), result.messages, result.token_ids, record.fields))
     report = counts.build(np.array([len(prompt.token_ids) for prompt in prompts]).reshape(-1, 1))
     report.check(strict=strict, name=name, sources=sources)
     return prompts, report

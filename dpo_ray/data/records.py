@@ -42,7 +42,7 @@ class PromptRecord:
     number: int
     tools: Tools = ()
     system: Messages = ()
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
     """The other fields of the record, for judges and selectors."""
 
 
@@ -88,8 +88,8 @@ def read_prompts(sources: Sequence[str]) -> Iterator[PromptRecord | Problem]:
     def build(fields: Fields, source: str, number: int) -> Iterator[PromptRecord]:
         prompt, system = _with_system(fields, read_prompt(fields))
         used = (*PROMPT, "system", "system_prompt", "tools")
-        columns = {name: value for name, value in fields.record.items() if name not in used and value is not None}
-        yield PromptRecord(prompt, source, number, fields.tools(), system, columns)
+        other = {name: value for name, value in fields.record.items() if name not in used and value is not None}
+        yield PromptRecord(prompt, source, number, fields.tools(), system, other)
 
     return _read([Part(file) for source in sources for file in expand_source(source)], build)
 

@@ -94,7 +94,7 @@ class RoundStore:
         folder = self.path(index)
         remove_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        to_json = partial(json.dumps, ensure_ascii=False, allow_nan=False)
+        to_json = partial(json.dumps, ensure_ascii=False, allow_nan=False, default=str)
         write_atomically(folder / "pairs.jsonl", (to_json(line) + "\n" for line in lines))
         write_atomically(folder / "manifest.json", to_json(manifest, indent=2) + "\n")
 
@@ -155,6 +155,7 @@ def _line(group: CompletionGroup, scores: Sequence[float], choice: ScoredPair | 
         "dropped": choice.reason if isinstance(choice, Dropped) else None,
         "policy_version": group.policy_version,
         "seed": group.seed,
+        "fields": dict(group.prompt.fields),
     }
 
 

@@ -102,6 +102,9 @@ def validate(words: list[str]) -> None:
             assert not source.startswith("-")
             assert not destination.startswith("-")
             assert set(options) <= {"--best", "--merge"}
+        case ["dpo-ray", "inspect", config, *options]:
+            validate_paths(load_config(config))
+            assert {option for option in options if option.startswith("--")} <= {"--json", "--records"}
         case ["dpo-ray", name, config, *overrides]:
             if name == "sweep":
                 space, *overrides = overrides
@@ -136,8 +139,9 @@ def test_configurations_of_the_documentation_are_valid(block: Block) -> None:
 @pytest.mark.parametrize("block", blocks("jsonl"), ids=lambda block: block.text[:20])
 def test_records_of_the_documentation_can_be_used(block: Block, tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text(block.text)
-    (pair,) = read_pairs([Part(str(tmp_path / "pairs.jsonl"))])
-    assert not isinstance(pair, Problem), pair
+    pairs = list(read_pairs([Part(str(tmp_path / "pairs.jsonl"))]))
+    assert pairs
+    assert not [pair for pair in pairs if isinstance(pair, Problem)]
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.page.name)

@@ -178,7 +178,7 @@ def test_pairs_of_every_layout_serve_as_prompts(name: str, write: Write):
 def test_other_fields_of_a_prompt_are_carried_along(write: Write):
     (prompt,) = read_prompts([write([{"prompt": [user("What is 6 x 7?")], "answer": "42", "level": 3, "note": None}])])
     assert isinstance(prompt, PromptRecord)
-    assert prompt.columns == {"answer": "42", "level": 3}
+    assert prompt.fields == {"answer": "42", "level": 3}
 
 
 def test_a_ranked_list_gives_its_pairs_by_decreasing_difference_and_no_ties(write: Write):
