@@ -48,7 +48,7 @@ def pairs_file(store, index=3):
 def test_each_prompt_is_one_line_with_every_candidate_and_score(written):
     lines = [json.loads(text) for text in pairs_file(written).read_text().splitlines()]
     assert [line["prompt_index"] for line in lines] == [0, 1, 2]
-    assert all(tuple(line) == LINE_KEYS for line in lines)
+    assert all(tuple(line) == (*LINE_KEYS, "fields") for line in lines)
     assert lines[0] == {
         "prompt": [{"role": "user", "content": "question 0"}],
         "prompt_index": 0,
