@@ -18,6 +18,8 @@ from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPair, load_record_to
 from dpo_ray.types import Messages
 
 SIDES = ("prompt", "chosen", "rejected")
+UNREAD = ("not_used", "carried")
+"""Reasons of the notes that list fields."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class InspectedRecord:
     reason: str | None = None
     detail: str | None = None
     notes: tuple[str, ...] = ()
-    """``reason: detail``; of fields that are not used, ``not_used: names``."""
+    """``reason: detail``; ``not_used: names`` and ``carried: names`` list fields."""
     prompt: str | None = None
     chosen: str | None = None
     rejected: str | None = None
@@ -108,11 +110,11 @@ def _count(counts: DataReportBuilder, record: InspectedRecord) -> None:
         counts.drop(Problem(record.reason or "", record.source, record.number, record.detail or ""))
         return
     notes = [tuple(note.split(": ", 1)) if ": " in note else (note, "") for note in record.notes]
-    unread = [names for reason, names in notes if reason == "not_used"]
+    unread = [names for reason, names in notes if reason in UNREAD]
     counts.keep(
         record.source,
         record.number,
-        [(reason, detail) for reason, detail in notes if reason != "not_used"],
+        [(reason, detail) for reason, detail in notes if reason not in UNREAD],
         unread[0].split(", ") if unread else (),
     )
 
@@ -138,7 +140,7 @@ def _prompts(key: str, sources: Sequence[str], tokenizer: RecordTokenizer) -> It
             continue
         yield InspectedRecord(
             key, record.source, record.number, "kept",
-            notes=_notes(result.notes, tuple(record.fields)),
+            notes=_notes(result.notes, tuple(record.fields), "carried"),
             prompt=tokenizer.decode(result.token_ids),
             tokens={"prompt": len(result.token_ids)},
             written={"prompt": _written(result.messages)},
@@ -164,9 +166,9 @@ def _kept_pair(key: str, record: PairRecord, result: TokenizedPair, tokenizer: R
     )  # fmt: skip
 
 
-def _notes(notes: Sequence[tuple[str, str]], unread: Sequence[str]) -> tuple[str, ...]:
+def _notes(notes: Sequence[tuple[str, str]], unread: Sequence[str], fate: str = "not_used") -> tuple[str, ...]:
     described = tuple(f"{reason}: {detail}" if detail else reason for reason, detail in notes)
-    return (*described, f"not_used: {', '.join(unread)}") if unread else described
+    return (*described, f"{fate}: {', '.join(unread)}") if unread else described
 
 
 def _written(part: Messages | str) -> tuple[str, ...]:

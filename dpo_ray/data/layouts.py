@@ -69,6 +69,24 @@ def read_candidates(fields: Fields) -> Candidates:
     missing_field(fields.record, "rejected" if chosen else "chosen", LAYOUTS_ACCEPTED)
 
 
+def validate_completions(candidates: Candidates) -> None:
+    """Reject completions with turns of the user: the model would be trained to write them.
+
+    Raises:
+        Unusable: a completion has such a turn, or ends with the turn of a tool.
+    """
+    for name, completion in zip(candidates.names, candidates.completions, strict=True):
+        if isinstance(completion, str):
+            if HUMAN in completion and HUMAN.strip() in str(candidates.prompt):
+                bad_field(name, "a turn by 'Human' after the prompt", "transcripts that part in their last answer")
+            continue
+        for message in completion:
+            if message["role"] not in ("assistant", "tool"):
+                bad_field(name, f"a turn by {message['role']!r} after the prompt", "assistant and tool turns")
+        if completion[-1]["role"] != "assistant":
+            bad_field(name, "a tool turn at the end", "an assistant turn at the end")
+
+
 def read_prompt(fields: Fields) -> Messages | str:
     """The prompt of a record in any layout, with or without completions.
 
@@ -174,20 +192,7 @@ def _labelled(fields: Fields, *names: str) -> Candidates:
         if not isinstance(prompt, str) or not isinstance(chosen, str):
             prompt = (turn("user", prompt),) if isinstance(prompt, str) else prompt
             prompt, chosen, rejected = _split_after(names, prompt, _as_turns(chosen), _as_turns(rejected))
-    for name, completion in zip(names, (chosen, rejected), strict=True):
-        _validate_completion(name, completion)
     return Candidates(prompt, (chosen, rejected), (1, 0), names)
-
-
-def _validate_completion(name: str, completion: Messages | str) -> None:
-    """Reject completions with turns of the user: the model would be trained to write them."""
-    if isinstance(completion, str):
-        return
-    for message in completion:
-        if message["role"] not in ("assistant", "tool"):
-            bad_field(name, f"a turn by {message['role']!r} after the prompt", "assistant and tool turns")
-    if completion[-1]["role"] != "assistant":
-        bad_field(name, "a tool turn at the end", "an assistant turn at the end")
 
 
 def _is_answer(completion: Messages | str) -> bool:
@@ -258,9 +263,6 @@ def _split_transcripts(fields: Fields, names: Sequence[str], chosen: str, reject
     if not tag:
         missing_field(fields.record, "prompt", LAYOUTS_ACCEPTED)
     end = len(before) + len(tag)
-    for name, transcript in zip(names, (chosen, rejected), strict=True):
-        if HUMAN in transcript[end:]:
-            bad_field(name, "a turn by 'Human' after the prompt", "transcripts that part in their last answer")
     return chosen[:end], text(names[0], chosen[end:]), text(names[1], rejected[end:])
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_ray.data.fields import Fields, bad_field
-from dpo_ray.data.layouts import PROMPT, Candidates, finite_number, read_candidates, read_prompt
+from dpo_ray.data.layouts import PROMPT, Candidates, finite_number, read_candidates, read_prompt, validate_completions
 from dpo_ray.data.sources import Part, Unusable, check_sources, expand_source, read_rows, show
 from dpo_ray.types import Messages
 
@@ -70,6 +70,7 @@ def read_pairs(parts: Sequence[Part], *, pairs_per_prompt: int = 1) -> Iterator[
 
     def build(fields: Fields, source: str, number: int) -> Iterator[PairRecord]:
         candidates = read_candidates(fields)
+        validate_completions(candidates)
         tools, (prompt, system) = fields.tools(), _with_system(fields, candidates.prompt)
         for chosen, rejected in _pairs(candidates, pairs_per_prompt):
             yield PairRecord(prompt, chosen, rejected, source, number, tools, system, fields.unread())

@@ -31,6 +31,8 @@ MEANINGS: Mapping[str, str] = {
     "unknown_token": "token without an embedding",
     "split_special_token": "special token split by the tokenizer",
     "unpaired": "one completion with a label",
+    "not_used": "fields not used",
+    "carried": "fields carried along for judges",
     "strings_chat": "strings put into the chat template",
     "strings_raw": "strings used as written",
     "text_not_rendered": "text left out by the chat template",

@@ -58,7 +58,7 @@ def test_held_out_pairs_and_prompts_are_shown_too(model: Path, tmp_path: Path):
     pair = {"prompt": [USER], "chosen": [OAK], "rejected": [HERRING]}
     text, lines = inspect(tmp_path, model, {"eval": [pair], "prompts": [{"prompt": "Name a tree.", "answer": "oak"}]})
     assert [line["key"] for line in lines] == ["data.eval", "online.prompts"]
-    assert lines[1]["notes"] == ["strings_chat", "not_used: answer"]
+    assert lines[1]["notes"] == ["strings_chat", "carried: answer"]
     assert lines[1]["prompt"] == lines[0]["prompt"]
     assert "online.prompts: 1 records read, 1 kept" in text
     assert "fields carried along for judges: answer (1)" in text

@@ -175,6 +175,13 @@ def test_pairs_of_every_layout_serve_as_prompts(name: str, write: Write):
     assert prompt.prompt == expected
 
 
+def test_transcripts_that_part_early_serve_as_prompts(write: Write):
+    record = {"chosen": f"{HH} No.\n\nHuman: Why?\n\nAssistant: So.", "rejected": f"{HH} Go on."}
+    (prompt,) = read_prompts([write([record])])
+    assert isinstance(prompt, PromptRecord)
+    assert prompt.prompt == HH
+
+
 def test_other_fields_of_a_prompt_are_carried_along(write: Write):
     (prompt,) = read_prompts([write([{"prompt": [user("What is 6 x 7?")], "answer": "42", "level": 3, "note": None}])])
     assert isinstance(prompt, PromptRecord)
@@ -236,6 +243,10 @@ PROBLEMS = [
     (
         {"chosen": f"{HH} No.\n\nHuman: Why?\n\nAssistant: So.", "rejected": f"{HH} Go on."},
         "chosen: found a turn by 'Human' after the prompt",
+    ),
+    (
+        {"prompt": [ASK], "completions": [[OAK, ASK, OAK], [HERRING]], "scores": [1, 0]},
+        "completions[0]: found a turn by 'user' after the prompt",
     ),
     ({"messages": [ASK, OAK], "chosen": [OAK], "rejected": [HERRING]}, "messages: found an assistant turn at the end"),
     ({"prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": "?"}, 'strength: found "?"'),
