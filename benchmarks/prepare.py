@@ -19,7 +19,7 @@ from benchmarks.pairs import TEXTS
 from dpo_ray.config.schema import ClusterConfig, DataConfig
 from dpo_ray.data.loader import BatchShape, PairLoader
 from dpo_ray.data.store import prepare_pairs
-from dpo_ray.data.tokenize import load_tokenizer
+from dpo_ray.data.tokenize import RecordTokenizer, load_tokenizer
 from dpo_ray.launch.cluster import ray_cluster
 from dpo_ray.launch.data import tokenize_on_cluster
 
@@ -70,13 +70,13 @@ def main() -> None:
     parser.add_argument("--cpus", type=int, default=2, help="concurrent tasks")
     parser.add_argument("--folder", help="keep the data here; usable as cache_dir of runs on the same pairs.jsonl")
     arguments = parser.parse_args()
-    tokenizer = load_tokenizer(arguments.model)
+    tokenizer = RecordTokenizer(load_tokenizer(arguments.model), DataConfig())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(arguments.folder or name)
         folder.mkdir(parents=True, exist_ok=True)
         write_pairs(folder / "pairs.jsonl", arguments.pairs, arguments.words)
         print(f"{arguments.pairs:,} pairs, {(folder / 'pairs.jsonl').stat().st_size / 2**20:.0f} MiB of JSONL")
-        prepare = partial(prepare_pairs, [str(folder / "pairs.jsonl")], tokenizer, DataConfig(), folder=folder / "data")
+        prepare = partial(prepare_pairs, [str(folder / "pairs.jsonl")], tokenizer, folder=folder / "data")
         watch = MemoryWatch()
 
         def progress(done: int, total: int) -> None:

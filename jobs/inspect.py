@@ -1,4 +1,4 @@
-"""What a run would train on, decoded; the same as ``dpo-ray inspect``.
+"""Shows the records that a run would train on; the same as ``dpo-ray inspect``.
 
 python -m jobs.inspect CONFIG.yaml [key=value ...] [--json FILE]
 """

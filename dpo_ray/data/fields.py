@@ -1,6 +1,6 @@
 """Fields of a record: text, messages, conversations and tools, validated.
 
-A field that cannot be used raises ``Unusable`` with its name, what was found and what is accepted.
+An invalid field raises ``Unusable`` with its name, its content and the accepted ones.
 """
 
 import ast
@@ -102,7 +102,7 @@ class Fields:
         return tuple(schemas)
 
     def unread(self) -> tuple[str, ...]:
-        """Names of the fields that are present and were not read, and of such keys of messages as ``chosen[].KEY``."""
+        """Names of the non-null fields that were not read; keys inside a field as ``chosen[].KEY``."""
         columns = (
             name for name in self.record if self.has(name) and name not in self._read and self.record[name] != []
         )

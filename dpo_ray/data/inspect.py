@@ -11,10 +11,16 @@ from rich.console import Console
 from rich.text import Text
 
 from dpo_ray.config import Config
-from dpo_ray.data.records import PairRecord, Problem, read_pairs, read_prompts
+from dpo_ray.data.records import PairRecord, Problem
 from dpo_ray.data.report import MEANINGS, DataReport, DataReportBuilder
 from dpo_ray.data.sources import expand_source, split_sources
-from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPair, load_record_tokenizer
+from dpo_ray.data.tokenize import (
+    RecordTokenizer,
+    TokenizedPair,
+    load_record_tokenizer,
+    tokenize_pairs,
+    tokenize_prompts,
+)
 from dpo_ray.types import Messages
 
 SIDES = ("prompt", "chosen", "rejected")
@@ -124,20 +130,16 @@ def _pairs(
 ) -> Iterator[InspectedRecord]:
     files = [file for source in sources for file in expand_source(source)]
     parts = split_sources(files, rows_per_part=1 << 62, limit=limit)
-    for record in read_pairs(parts, pairs_per_prompt=tokenizer.data.pairs_per_prompt):
-        result = record if isinstance(record, Problem) else tokenizer.pair(record)
-        if isinstance(record, Problem) or isinstance(result, Problem):
-            yield _dropped(key, result)
-            continue
-        yield _kept_pair(key, record, result, tokenizer)
+    for item in tokenize_pairs(parts, tokenizer):
+        yield _dropped(key, item) if isinstance(item, Problem) else _kept_pair(key, *item, tokenizer)
 
 
 def _prompts(key: str, sources: Sequence[str], tokenizer: RecordTokenizer) -> Iterator[InspectedRecord]:
-    for record in read_prompts(sources):
-        result = record if isinstance(record, Problem) else tokenizer.prompt(record)
-        if isinstance(record, Problem) or isinstance(result, Problem):
-            yield _dropped(key, result)
+    for item in tokenize_prompts(sources, tokenizer):
+        if isinstance(item, Problem):
+            yield _dropped(key, item)
             continue
+        record, result = item
         yield InspectedRecord(
             key, record.source, record.number, "kept",
             notes=_notes(result.notes, tuple(record.fields), "carried"),
@@ -147,7 +149,7 @@ def _prompts(key: str, sources: Sequence[str], tokenizer: RecordTokenizer) -> It
         )  # fmt: skip
 
 
-def _dropped(key: str, problem: Any) -> InspectedRecord:
+def _dropped(key: str, problem: Problem) -> InspectedRecord:
     return InspectedRecord(key, problem.source, problem.number, "dropped", problem.reason, problem.detail)
 
 

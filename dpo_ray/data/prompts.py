@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dpo_ray.data.records import Problem, read_prompts
+from dpo_ray.data.records import Problem
 from dpo_ray.data.report import DataReport, DataReportBuilder
-from dpo_ray.data.tokenize import RecordTokenizer
+from dpo_ray.data.tokenize import RecordTokenizer, tokenize_prompts
 from dpo_ray.types import Prompt
 
 
@@ -26,11 +26,11 @@ def load_prompts(
     """
     prompts: list[Prompt] = []
     counts = DataReportBuilder()
-    for record in read_prompts(sources):
-        result = record if isinstance(record, Problem) else tokenizer.prompt(record)
-        if isinstance(record, Problem) or isinstance(result, Problem):
-            counts.drop(result)
+    for item in tokenize_prompts(sources, tokenizer):
+        if isinstance(item, Problem):
+            counts.drop(item)
             continue
+        record, result = item
         counts.keep(record.source, record.number, result.notes, tuple(record.fields))
         prompts.append(Prompt(len(prompts), result.messages, result.token_ids, record.fields))
     report = counts.build(np.array([len(prompt.token_ids) for prompt in prompts]).reshape(-1, 1))

@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dpo_ray.data.records import Problem, read_pairs
+from dpo_ray.data.records import Problem
 from dpo_ray.data.report import DataReport, DataReportBuilder
 from dpo_ray.data.sources import Part, Unreadable, expand_source, source_digest, source_version, split_sources
-from dpo_ray.data.tokenize import RecordTokenizer, tokenizer_digest
+from dpo_ray.data.tokenize import RecordTokenizer, tokenize_pairs, tokenizer_digest
 from dpo_ray.storage import atomic_folder, cached_text
 from dpo_ray.types import TokenPair
 
@@ -178,11 +178,11 @@ def _prepare_part(
         (folder / f"{number}.{_ENDS}").open("wb") as ends,
         (folder / f"{number}.{_ORIGINS}").open("wb") as origins,
     ):
-        for record in read_pairs([part], pairs_per_prompt=tokenizer.data.pairs_per_prompt):
-            result = record if isinstance(record, Problem) else tokenizer.pair(record)
-            if isinstance(record, Problem) or isinstance(result, Problem):
-                counts.drop(result)
+        for item in tokenize_pairs([part], tokenizer):
+            if isinstance(item, Problem):
+                counts.drop(item)
                 continue
+            record, result = item
             counts.keep(record.source, record.number, result.notes, record.unread)
             pair = result.pair
             ids = np.array(pair.prompt + pair.chosen + pair.rejected, "<i4")

@@ -47,7 +47,7 @@ def render(
         )
     continues = answer_follows and messages[-1]["role"] == "assistant"
     try:
-        return tokenizer.apply_chat_template(
+        text: Any = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             tools=list(tools) or None,  # pyrefly: ignore[bad-argument-type]
             tokenize=False,
@@ -55,6 +55,7 @@ def render(
             continue_final_message=continues,
             return_dict=False,
         )
+        return text
     except TemplateSyntaxError as error:
         raise ValueError(f"model.chat_template: line {error.lineno} of the template: {error.message}") from None
     # Templates raise TypeErrors of their own, such as the sum of a text and a null content.

@@ -5,7 +5,7 @@ would generate. Independent of files.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import pairwise
@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 from dpo_ray.config import Config
 from dpo_ray.config.schema import DataConfig
 from dpo_ray.data.layouts import transcript_turns
-from dpo_ray.data.records import PairRecord, Problem, PromptRecord
+from dpo_ray.data.records import PairRecord, Problem, PromptRecord, read_pairs, read_prompts
+from dpo_ray.data.sources import Part
 from dpo_ray.data.template import SPECIAL_TOKEN, ChatTemplateError, render, unrendered_texts, validate_template
 from dpo_ray.storage import error_summary
 from dpo_ray.types import Messages, TokenPair
@@ -259,7 +260,7 @@ class RecordTokenizer:
         return self._mask_tools(ids, messages, len(prompt), record) if len(completion) > 1 else ids
 
     def _mask_tools(self, ids: list[int], messages: Messages, prompt_turns: int, record: PairRecord) -> list[int]:
-        """The ids of the prompt, and of the completion with those outside assistant turns as ``~id``."""
+        """Token ids; the completion's tokens outside assistant turns become ``~id``."""
         masked: list[int] = []
         for i in range(prompt_turns, len(messages)):
             if messages[i]["role"] == "assistant":
@@ -298,6 +299,30 @@ class RecordTokenizer:
                         "unknown_token",
                         f"{name}: token {text} has id {token}; the model of model.path has {rows} embeddings",
                     )
+
+
+def tokenize_pairs(
+    parts: Sequence[Part], tokenizer: RecordTokenizer
+) -> Iterator[tuple[PairRecord, TokenizedPair] | Problem]:
+    """Read and tokenise the pairs of ``parts``, in order; a problem per record that is dropped."""
+    for record in read_pairs(parts, pairs_per_prompt=tokenizer.data.pairs_per_prompt):
+        if isinstance(record, Problem):
+            yield record
+        else:
+            tokenized = tokenizer.pair(record)
+            yield tokenized if isinstance(tokenized, Problem) else (record, tokenized)
+
+
+def tokenize_prompts(
+    sources: Sequence[str], tokenizer: RecordTokenizer
+) -> Iterator[tuple[PromptRecord, TokenizedPrompt] | Problem]:
+    """Read and tokenise the prompts of ``sources``, in order; a problem per record that is dropped."""
+    for record in read_prompts(sources):
+        if isinstance(record, Problem):
+            yield record
+        else:
+            tokenized = tokenizer.prompt(record)
+            yield tokenized if isinstance(tokenized, Problem) else (record, tokenized)
 
 
 def _names(name: str, messages: Messages) -> list[str]:
@@ -362,7 +387,7 @@ def load_limits(path: str) -> ModelLimits:
         return ModelLimits()
     positions, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
     if positions and rope.get("rope_type") in ("linear", "dynamic", "yarn"):
-        # Where the scaling is not part of max_position_embeddings, it extends it.
+        # Some configurations scale the positions beyond max_position_embeddings, as vLLM does.
         positions = max(positions, int(rope.get("factor", 1) * rope.get("original_max_position_embeddings", positions)))
     return ModelLimits(getattr(config, "vocab_size", None), positions)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dpo_ray.data.records import PairRecord, Problem, read_pairs, read_prompts
+from dpo_ray.data.records import PairRecord, Problem, PromptRecord, read_pairs, read_prompts
 from dpo_ray.data.sources import Part, Unreadable, source_digest, split_sources
 
 Write = Callable[..., str]
@@ -387,7 +387,9 @@ def test_an_empty_system_turn_is_kept(write: Write):
 )
 def test_a_prompt_is_what_leads_to_the_last_answer(record: dict[str, Any], write: Write):
     source = write([record])
-    assert [record.prompt for record in read_prompts([source])] == [(user("sky?"),)]
+    (prompt,) = read_prompts([source])
+    assert isinstance(prompt, PromptRecord)
+    assert prompt.prompt == (user("sky?"),)
 
 
 def test_unusable_prompts_are_named(write: Write):

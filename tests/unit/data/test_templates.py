@@ -118,7 +118,9 @@ def test_strings_are_used_as_written_where_asked_or_already_rendered(
     result = pair(tokenizer, prompt, "An oak.", "No.", data={"strings": strings})
     assert reasons(result) == ["strings_raw" if raw else "strings_chat"]
     assert (tokenizer.decode(result.pair.prompt) == prompt) == raw
-    online = RecordTokenizer(tokenizer, DataConfig(strings=strings)).prompt(PromptRecord(prompt, "f", 1))
+    online = RecordTokenizer(tokenizer, DataConfig.model_validate({"strings": strings})).prompt(
+        PromptRecord(prompt, "f", 1)
+    )
     assert not isinstance(online, Problem)
     assert online.token_ids == result.pair.prompt
 

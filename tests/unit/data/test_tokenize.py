@@ -21,7 +21,8 @@ def tokenized(record: PairRecord, tokenizer: Any, prompt: int | None = None, com
 
 
 def record_tokenizer(tokenizer: Any, **data: Any) -> RecordTokenizer:
-    return RecordTokenizer(tokenizer, DataConfig(**{"max_prompt_tokens": None, "max_completion_tokens": None, **data}))
+    no_limits: dict[str, Any] = {"max_prompt_tokens": None, "max_completion_tokens": None}
+    return RecordTokenizer(tokenizer, DataConfig.model_validate(no_limits | data))
 
 
 def prompt_ids(tokenizer: Any, **data: Any) -> Any:
@@ -76,7 +77,7 @@ def test_the_boundary_moves_back_where_the_template_renders_the_prompt_otherwise
 
 def test_the_boundary_moves_back_where_tokens_merge_over_it(tokenizer: Any):
     record = PairRecord("The sky is bl", "ue.", "ack.", "pairs.jsonl", 1)
-    result = record_tokenizer(tokenizer, strings="raw").pair(record)
+    result: Any = record_tokenizer(tokenizer, strings="raw").pair(record)
     assert reasons(result) == ["strings_raw", "boundary_moved"]
     whole = tokenizer("The sky is blue.<|im_end|>")["input_ids"]
     assert [*result.pair.prompt, *result.pair.chosen] == whole
@@ -102,7 +103,7 @@ def test_ids_are_split_as_trls_dpo_trainer_splits_them(tokenizer: Any):
 
 def test_text_ends_with_one_end_of_sequence_token(tokenizer: Any):
     record = PairRecord("sky?", " blue", " green<|im_end|>", "pairs.jsonl", 1)
-    result = record_tokenizer(tokenizer, strings="raw").pair(record)
+    result: Any = record_tokenizer(tokenizer, strings="raw").pair(record)
     assert tokenizer.decode(result.pair.chosen) == " blue<|im_end|>"
     assert tokenizer.decode(result.pair.rejected) == " green<|im_end|>"
     assert reasons(result) == ["strings_raw"]

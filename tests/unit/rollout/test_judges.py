@@ -68,6 +68,8 @@ def test_sentiment_is_the_compound_score_of_vader(group):
     assert bad == -0.5719  # hate: s = -2.7
     assert neutral == 0.0
     assert empty == 0.0
+    [[once, repeated]] = judge([group("I love it. It is red.", "I love it. It is red. I love it.\nI love it.")])
+    assert once == repeated == good
 
 
 def test_sentiment_without_its_package_names_the_extra(monkeypatch):
