@@ -1,6 +1,7 @@
 """Functions that the processes of the distributed tests run: heads, rows and gradients of a step."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -29,11 +30,14 @@ from tests.conftest import gradient
 def context_parallel_errors(rank: int, model: str, weighting: Weighting) -> dict[str, float]:
     """Largest differences between a forward and backward pass over sharded rows and one over whole rows.
 
-    The rows: five pairs of uneven lengths; one pair whose prompt is most of the row; no pairs.
+    The rows: five pairs of uneven lengths, one with tokens that carry no loss; one pair whose prompt is most of the row;
+    no pairs.
     """
     draw = np.random.default_rng(0)
     pair = lambda *lengths: TokenPair(*(tuple(draw.integers(0, 256, n).tolist()) for n in lengths))  # noqa: E731
-    pairs = [pair(*draw.integers(1, 40, 3)) for _ in range(5)]
+    pairs = [pair(*draw.integers(1, 40, 3)) for _ in range(4)]
+    trajectory = pair(9, 24, 17)
+    pairs.append(replace(trajectory, chosen=tuple(t if i // 5 % 2 else ~t for i, t in enumerate(trajectory.chosen))))
     rows = [build_row(some, "shared") for some in (pairs, [pair(201, 37, 56)], [])]
 
     def loss(policy: PairLogps, reference: PairLogps | None) -> torch.Tensor:

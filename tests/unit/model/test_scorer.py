@@ -21,16 +21,17 @@ from tests.conftest import gradient, save_tiny_model
 
 
 def ragged_pairs(count: int, seed: int = 0) -> list[TokenPair]:
-    """Pairs of uneven lengths, including a completion of a single token."""
+    """Pairs of uneven lengths, including a completion of a single token and one with tokens that carry no loss."""
     draw = np.random.default_rng(seed)
     tokens = lambda most: tuple(draw.integers(0, 256, draw.integers(1, most)).tolist())  # noqa: E731
-    return [TokenPair(tokens(40), tokens(30), tokens(20)) for _ in range(count - 1)] + [TokenPair((1,), (2,), (3, 4))]
+    pairs = [TokenPair(tokens(40), tokens(30), tokens(20)) for _ in range(count - 2)]
+    return [*pairs, TokenPair((1,), (2,), (3, 4)), TokenPair((1, 2), (5, ~6, ~7, 8, ~9), (~3, 4))]
 
 
 def exact_logp(model: torch.nn.Module, prompt: tuple[int, ...], completion: tuple[int, ...]) -> torch.Tensor:
-    ids = torch.tensor([prompt + completion])
+    ids = torch.tensor([prompt + tuple(token if token >= 0 else ~token for token in completion)])
     logps = model(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None]).squeeze(-1)
-    return logps[len(prompt) - 1 :].sum()
+    return (logps[len(prompt) - 1 :] * (torch.tensor(completion) >= 0)).sum()
 
 
 def preference(policy: PairLogps, reference: PairLogps | None) -> torch.Tensor:
@@ -63,7 +64,7 @@ def test_logps_and_gradients_equal_those_of_separate_float64_forwards(
     assert losses.each.sum().item() == pytest.approx(exact_loss.item(), rel=1e-5)
     assert (losses.policy.chosen - chosen).abs().max() < 1e-4
     assert (losses.policy.rejected - rejected).abs().max() < 1e-4
-    assert losses.policy.chosen_tokens.tolist() == [len(pair.chosen) for pair in pairs]
+    assert losses.policy.chosen_tokens.tolist() == [sum(token >= 0 for token in pair.chosen) for pair in pairs]
     expected = dict(exact.named_parameters())
     for name, parameter in scorer.model.named_parameters():
         assert (parameter.grad - expected[name].grad).norm() / expected[name].grad.norm() < 1e-3, name

@@ -64,6 +64,7 @@ def test_each_prompt_is_one_line_with_every_candidate_and_score(written):
         "dropped": None,
         "policy_version": 3,
         "seed": 7,
+        "fields": {},
     }
     assert [line["dropped"] for line in lines] == [None, "tie", "bad_score"]
     assert lines[2]["scores"] == [None, 1.0]
