@@ -41,7 +41,7 @@ class ModelLimits:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPair:
-    """A kept pair and notes on it."""
+    """A pair that was not dropped."""
 
     pair: TokenPair
     notes: tuple[tuple[str, str], ...] = ()
@@ -52,7 +52,7 @@ class TokenizedPair:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPrompt:
-    """A kept prompt and notes on it."""
+    """A prompt that was not dropped."""
 
     token_ids: tuple[int, ...]
     messages: Messages

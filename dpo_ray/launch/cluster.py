@@ -72,8 +72,8 @@ def set_environment(config: ClusterConfig) -> None:
 def ray_cluster(config: ClusterConfig, *, engines: int, local_runs: int = 1) -> Iterator[Cluster]:
     """Connects to the running cluster (``RAY_ADDRESS``, a submitted job, ``ray start``) or starts a local one.
 
-    A local cluster has as many logical CPUs as the run needs: two cores serve two workers and an engine. SIGTERM ends
-    the run as Ctrl-C does.
+    A local cluster gets enough logical CPUs for the run, even on a machine with fewer cores. SIGTERM ends the run like
+    Ctrl-C.
 
     Args:
         local_runs: concurrent runs for which a local cluster is sized.

@@ -93,7 +93,7 @@ class TrackerFeed:
             self.threads[name].start()
 
     def close(self, *, failed: bool, timeout_s: float = CLOSE_TIMEOUT_S) -> bool:
-        """Wait until all lines are sent and the trackers closed; False if one hangs."""
+        """Send remaining metrics, then close all trackers; False if one times out."""
         self.failed, deadline = failed, time.monotonic() + timeout_s
         self.end.set()
         for name, thread in self.threads.items():

@@ -175,7 +175,7 @@ def _run_worker(arguments: dict[str, Any]) -> Metrics:
         if not config.run.remote and not (config.run.path / "config.yaml").exists():
             raise ValueError(
                 f"run.dir: {config.run.path} does not exist on node {ray.util.get_node_ip_address()}; set run.dir to a "
-                "folder that all nodes mount, or for an offline run to an object store"
+                "folder that all nodes mount or, for offline runs, an object store"
             )
         log_to_run(config.run.path, f"worker-{rank}")
         logging.getLogger("ray.train").setLevel(logging.WARNING)

@@ -39,7 +39,7 @@ def read_model_config(path: str) -> "PreTrainedConfig":
 def model_digest(path: str, cache_dir: Path) -> str:
     """Digest of everything that log-probabilities depend on: architecture and weights, not the folder's name.
 
-    Files in the hub's cache are links to blobs named by their hash; other files are read, once per ``cache_dir``.
+    Hub-cache files are symlinks to blobs named by hash; hashes of other files are cached in ``cache_dir``.
     """
     config = read_model_config(path).to_dict()
     for name in ("_name_or_path", "transformers_version", "dtype", "architectures"):

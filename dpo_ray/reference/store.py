@@ -38,7 +38,7 @@ def store_digest(weights: str, numerics: str) -> str:
 
 
 def entry_keys(source: PairSource, pairs: Sequence[int]) -> np.ndarray:
-    """(len(pairs), 2) S16 keys of the chosen and rejected entries of some pairs."""
+    """(len(pairs), 2) S16 keys: hashes of prompt + chosen and prompt + rejected."""
     keys = np.empty((len(pairs), 2), "S16")
     for row, pair in enumerate(pairs):
         prompt, chosen, _ = source.lengths[pair].tolist()

@@ -73,7 +73,7 @@ def _speed_figures(record: RunRecord) -> list[KeyFigure]:
 
 
 def comparisons(record: RunRecord, n: int = 3) -> list[Comparison]:
-    """At most ``n`` held-out prompts, evenly spaced from the largest gain to the largest loss."""
+    """At most ``n`` held-out prompts, evenly spaced by rank from best to worst score change."""
     rows = sorted(record.comparisons, key=lambda row: -row.gain)
     return [rows[i] for i in evenly_spaced(len(rows), n)]
 

@@ -75,7 +75,7 @@ def write_sweep_report(run_dir: str | Path, rows: Rows, metric: str, mode: str) 
     Args:
         rows: one mapping per trial: ``trial``, the swept dotted keys, metrics, times. Trials without a finite
             ``metric`` come last.
-        mode: min | max, the better end of the metric.
+        mode: min | max; max if higher is better.
 
     Raises:
         ValueError: no rows, an unknown mode, or a metric that no row has.

@@ -30,7 +30,7 @@ from tests.conftest import gradient
 def context_parallel_errors(rank: int, model: str, weighting: Weighting) -> dict[str, float]:
     """Largest differences between a forward and backward pass over sharded rows and one over whole rows.
 
-    The rows: five pairs of uneven lengths, one with tokens that carry no loss; one pair whose prompt is most of the row;
+    The rows: five pairs of uneven lengths, one with tokens without loss; one pair whose prompt is most of the row;
     no pairs.
     """
     draw = np.random.default_rng(0)

@@ -406,7 +406,7 @@ def test_adapters_on_four_bits_train_alike_on_one_and_two_workers_against_a_refe
     assert len(list((Path(in_four_bits["reference"]["cache_dir"]) / "reference").iterdir())) == 2
 
 
-def test_the_merged_policy_of_four_bits_is_what_peft_makes_of_the_adapter_and_the_restored_weights(
+def test_the_merged_four_bit_policy_equals_pefts_merge_of_the_adapter(
     in_four_bits: dict[str, Any],
 ) -> None:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -435,7 +435,7 @@ def test_the_merged_policy_of_four_bits_is_what_peft_makes_of_the_adapter_and_th
     [None, {"rank": 4, "alpha": 16}, {"rank": 4, "alpha": 16, "quantize": "nf4"}],
     ids=["all-weights", "adapters", "adapters-on-four-bits"],
 )
-def test_a_checkpoint_of_two_workers_exports_to_what_the_run_exported(
+def test_exporting_a_checkpoint_of_two_workers_gives_the_export_of_the_run(
     config: dict[str, Any], tmp_path: Path, lora: dict[str, Any] | None
 ) -> None:
     from transformers import AutoModelForCausalLM

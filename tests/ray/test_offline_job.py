@@ -105,7 +105,7 @@ def finished(
             yield Finished(folder, done.stdout, commands)
 
 
-def test_damaged_records_are_named_and_counted_and_the_rest_is_trained_on(finished: Finished) -> None:
+def test_damaged_records_are_counted_and_the_rest_is_trained_on(finished: Finished) -> None:
     named, reason = {}, ""
     for line in finished.stdout.splitlines():
         # Each reason precedes the records that it applies to.
@@ -146,7 +146,7 @@ def test_a_run_in_an_object_store_puts_every_file_there_and_leaves_no_process(fi
     assert not finished.commands.left_over()
 
 
-def test_an_unreachable_store_is_named(finished: Finished, joining: Commands) -> None:
+def test_the_error_names_an_unreachable_store(finished: Finished, joining: Commands) -> None:
     port = free_port()
     joining.environment.update(environment(port))
     failed = joining.run("offline", finished.folder / "run.yaml")

@@ -48,7 +48,7 @@ def generate(pool: RolloutPool, timeout_s: float = 60) -> tuple[list[CompletionG
     return pool.generate(PROMPTS, seeds, candidates=2, timeout_s=timeout_s, progress=progress), said
 
 
-def test_others_write_what_a_dead_engine_had_and_it_is_left_out_until_a_push() -> None:
+def test_other_engines_generate_the_prompts_of_a_dead_one_which_is_left_out_until_a_push() -> None:
     pool = pool_of((), tuple(range(600)), ())
     groups, said = generate(pool)
     assert [(group.prompt.index, group.seed) for group in groups] == [(index, 7 * index) for index in range(600)]

@@ -51,7 +51,7 @@ def test_a_wrong_key_or_value_ends_the_command_in_under_three_seconds(job: str, 
     assert seconds < WITHIN_S
 
 
-def test_a_missing_file_is_named() -> None:
+def test_the_error_names_a_missing_file() -> None:
     done, _ = command("online", "jobs/nothing.yaml")
     assert done.returncode == 2
     assert "jobs/nothing.yaml" in done.stderr
@@ -66,7 +66,7 @@ def test_help_lists_every_key_with_type_default_and_meaning(job: str) -> None:
     assert f"dpo-ray {job} CONFIG.yaml" in done.stdout
 
 
-def test_a_misspelt_search_space_is_answered_as_fast_with_those_there_are() -> None:
+def test_a_misspelt_search_space_fails_fast_and_lists_the_available_ones() -> None:
     done, seconds = command("sweep", "jobs/offline_demo.yaml", "beta_rl")
     assert done.returncode == 2
     assert "no search space is called 'beta_rl'; tune_spaces has: beta_lr" in done.stderr, done.stderr

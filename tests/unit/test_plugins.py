@@ -37,7 +37,7 @@ def test_a_built_in_name_wins_and_an_import_path_is_imported():
         ("json:no_such_function", "module 'json' has no attribute 'no_such_function'"),
     ],
 )
-def test_a_name_that_leads_nowhere_is_refused_with_what_is_accepted(use, message):
+def test_an_unknown_name_is_rejected_with_the_accepted_ones(use, message):
     with pytest.raises(ValueError, match=message):
         resolve(use, REGISTRY, "loss")
 
@@ -47,14 +47,14 @@ def test_bind_leaves_the_positional_arguments_to_the_caller():
     assert bound(3, 1) == (2, 0.1, 0.0)
 
 
-def test_bind_refuses_an_unknown_argument_and_prints_the_signature():
+def test_bind_rejects_an_unknown_argument_and_prints_the_signature():
     with pytest.raises(
         ValueError, match=r"loss 'sigmoid' takes no argument 'bta'; .*sigmoid\(policy, reference, \*, beta"
     ):
         bind("sigmoid", {"beta": 0.1, "bta": 1}, REGISTRY, "loss")
 
 
-def test_bind_refuses_a_missing_keyword_that_only_the_arguments_can_give():
+def test_bind_rejects_a_missing_keyword_argument():
     with pytest.raises(ValueError, match="loss 'sigmoid' needs the argument 'beta'"):
         bind("sigmoid", {}, REGISTRY, "loss")
 
@@ -68,7 +68,7 @@ def test_build_lets_the_configured_argument_win_over_the_runtime_one():
     assert build("disk", {"engines": ("b",)}, REGISTRY, "transport", engines=("a",)).engines == ("b",)
 
 
-def test_build_refuses_a_missing_argument():
+def test_build_rejects_a_missing_argument():
     with pytest.raises(ValueError, match=r"loss 'sigmoid': missing a required argument: 'policy'; its signature is"):
         build("sigmoid", {}, REGISTRY, "loss")
 
@@ -77,6 +77,6 @@ def test_arguments_of_a_function_that_takes_any_are_not_checked():
     check_arguments(lambda **anything: anything, {"x": 1}, "f", "judge")
 
 
-def test_what_cannot_be_called_is_refused():
+def test_a_component_that_is_not_callable_is_rejected():
     with pytest.raises(ValueError, match="judge 'm:x' is a int; it must be a function or a class"):
         check_arguments(3, {}, "m:x", "judge")  # type: ignore[arg-type]

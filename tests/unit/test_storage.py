@@ -53,7 +53,7 @@ def test_an_unusable_location_is_rejected_with_its_key(tree: dict[str, object], 
         Config.model_validate({"model": {"path": "a/b"}} | tree)
 
 
-def test_a_missing_client_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_a_missing_client_and_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     registry = import_module("fsspec.registry")  # the name fsspec.registry is also that of a mapping
     monkeypatch.delitem(registry._registry, "s3", raising=False)
     monkeypatch.setitem(sys.modules, "s3fs", None)

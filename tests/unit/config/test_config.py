@@ -278,12 +278,12 @@ def test_all_problems_are_reported_at_once(offline):
         ("- a\n- b\n", "found a list; a configuration is a mapping of sections"),
     ],
 )
-def test_a_file_without_a_configuration_is_named(tmp_path, text, message):
+def test_the_error_names_an_invalid_configuration_file(tmp_path, text, message):
     with pytest.raises(ConfigError, match=rf"broken.yaml: .*{message}"):
         load(write(tmp_path / "broken.yaml", text))
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_the_error_names_a_missing_file(tmp_path):
     with pytest.raises(ConfigError, match=r"absent.yaml: cannot be read: No such file"):
         load(tmp_path / "absent.yaml")
 

@@ -13,7 +13,7 @@ BASE = Config.model_validate({"model": {"path": "org/model"}, "online": {"prompt
     ("key", "value"),
     [("model.path", "org/other"), ("data.limit", 5), ("online.candidates", 8), ("online.judge.use", "sentiment")],
 )
-def test_another_model_data_set_or_judge_is_named(key: str, value: object) -> None:
+def test_the_error_names_a_changed_model_data_set_or_judge(key: str, value: object) -> None:
     difference = first_difference(BASE.model_dump(mode="json"), override(BASE, {key: value}))
     assert difference is not None
     assert difference.startswith(key.removesuffix(".use"))

@@ -82,7 +82,7 @@ def prepared(folder: Path, tokenizer: Any, name: str, content: bytes) -> PairSto
 
 
 @pytest.mark.parametrize("kind", DAMAGED_RECORDS)
-def test_a_damaged_record_is_named_and_the_rest_is_kept(kind: str, tmp_path: Path, tokenizer: Any) -> None:
+def test_damaged_records_are_reported_and_the_rest_is_kept(kind: str, tmp_path: Path, tokenizer: Any) -> None:
     record, reason = DAMAGED_RECORDS[kind]
     store = prepared(tmp_path, tokenizer, "pairs.jsonl", lines(GOOD, record, GOOD | {"chosen": " perhaps"}))
     assert (store.report.read, len(store)) == (3, 2)
@@ -115,7 +115,7 @@ LINE = RECORD | JSON.map(json.dumps).map(str.encode) | st.binary(max_size=40)
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(LINE, min_size=1, max_size=4))
-def test_any_lines_at_all_are_counted_or_refused(tmp_path: Path, tokenizer: Any, noise: list[bytes]) -> None:
+def test_arbitrary_lines_are_counted_or_rejected(tmp_path: Path, tokenizer: Any, noise: list[bytes]) -> None:
     content = lines(GOOD, *noise)
     store = prepared(tmp_path, tokenizer, "pairs.jsonl", content)
     written = sum(1 for line in content.split(b"\n") if line.strip())
@@ -126,6 +126,6 @@ def test_any_lines_at_all_are_counted_or_refused(tmp_path: Path, tokenizer: Any,
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(["pairs.json", "pairs.parquet", "pairs.arrow"]), st.binary(max_size=200))
-def test_any_bytes_at_all_are_counted_or_refused(tmp_path: Path, tokenizer: Any, name: str, content: bytes) -> None:
+def test_arbitrary_bytes_are_counted_or_rejected(tmp_path: Path, tokenizer: Any, name: str, content: bytes) -> None:
     with pytest.raises(ValueError, match=f"data.train.*{name}"):
         prepared(tmp_path, tokenizer, name, content)

@@ -148,7 +148,7 @@ def marked_records(draw: Any) -> tuple[dict[str, Any], dict[str, str]]:
 @hypothesis.settings(
     deadline=None, max_examples=60, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
-def test_every_text_of_a_record_is_read_by_the_model_or_its_field_is_named(
+def test_every_text_of_a_record_is_read_by_the_model_or_its_field_is_reported(
     model: Path, tmp_path: Path, marked: tuple[dict[str, Any], dict[str, str]]
 ):
     record, fields = marked

@@ -270,7 +270,7 @@ def test_null_and_empty_fields_are_no_content(write: Write):
     assert (pair.prompt, pair.unread) == ((ASK,), ())
 
 
-def test_unknown_keys_of_messages_are_named(write: Write):
+def test_unknown_keys_of_messages_are_reported(write: Write):
     record = {"prompt": [{**ASK, "weight": 0}], "chosen": [OAK], "rejected": [{**HERRING, "model": "m"}]}
     (pair,) = read_pairs([Part(write([record]))])
     assert isinstance(pair, PairRecord), pair

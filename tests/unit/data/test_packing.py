@@ -64,7 +64,7 @@ def test_sample_rows_hold_one_sequence_each() -> None:
     assert row.spans == ((1, 2, 0), (2, 1, 0))
 
 
-def test_lengths_give_the_tokens_of_both_layouts_and_what_attends_to_what() -> None:
+def test_row_tokens_and_attended_pairs_follow_from_the_lengths() -> None:
     lengths = np.array([[2, 2, 1]])
     assert row_tokens(lengths, "shared").tolist() == [5]
     assert row_tokens(lengths, "plain").tolist() == [7]
@@ -74,7 +74,7 @@ def test_lengths_give_the_tokens_of_both_layouts_and_what_attends_to_what() -> N
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 @pytest.mark.parametrize("items", [0, 1, 4, 29])
-def test_every_item_is_dealt_once_and_every_rank_gets_as_many_micro_batches(ranks: int, items: int) -> None:
+def test_every_item_is_assigned_once_and_ranks_get_equal_micro_batch_counts(ranks: int, items: int) -> None:
     tokens = np.random.default_rng(items).integers(1, 500, items)
     shares = balance_micro_batches(tokens, tokens, ranks=ranks, tokens_per_micro_batch=400).micro_batches
     assert len(shares) == ranks
@@ -110,7 +110,7 @@ def test_items_longer_than_a_micro_batch_run_alone_and_none_is_empty_for_their_s
     assert [len(batch) for share in shares for batch in share].count(0) == ranks * turns - 5
 
 
-def test_a_large_step_is_dealt_in_milliseconds() -> None:
+def test_a_large_step_is_balanced_in_milliseconds() -> None:
     tokens = np.random.default_rng(0).integers(50, 4000, 4096)
     started = time.perf_counter()
     balance_micro_batches(tokens, tokens, ranks=256, tokens_per_micro_batch=8192)
@@ -123,7 +123,7 @@ def loader(pairs: int, consumed: int = 0, **changes: int | bool) -> PairLoader:
     return PairLoader(source, BatchShape(0, 1, 64, 0.001), consumed=consumed, **settings)  # type: ignore[arg-type]
 
 
-def test_an_epoch_holds_every_pair_once_and_its_last_step_takes_what_is_left() -> None:
+def test_an_epoch_has_every_pair_once_and_its_last_step_the_remaining_ones() -> None:
     steps = [next(batches) for batches in [loader(10)] for _ in range(3)]
     assert [len(step.pairs) for step in steps] == [4, 4, 2]
     assert sorted(pair for step in steps for pair in step.pairs) == list(range(10))
@@ -139,7 +139,7 @@ def test_epochs_come_in_different_orders_fixed_by_the_seed() -> None:
     assert first != epoch_order(Mixture((50,), (1.0,)), seed=4, epoch=0, shuffle=True).tolist()
 
 
-def test_an_epoch_of_a_mixture_has_each_source_as_often_as_its_weight_says():
+def test_an_epoch_of_a_mixture_has_each_source_in_proportion_to_its_weight():
     mixture = Mixture((10, 4, 6), (0.5, 2.0, 1.0))
     assert len(mixture) == 5 + 8 + 6
     first, second = (epoch_order(mixture, seed=1, epoch=epoch, shuffle=True) for epoch in (0, 1))
@@ -173,7 +173,7 @@ def test_a_loader_of_a_mixture_steps_through_its_epochs():
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
-def test_a_loader_that_starts_after_what_was_consumed_goes_on_where_the_other_stopped(steps: int) -> None:
+def test_a_loader_resumes_after_the_consumed_pairs(steps: int) -> None:
     undisturbed = loader(10)
     for _ in range(steps):
         next(undisturbed)
@@ -198,7 +198,9 @@ SPANS = st.lists(
 
 @settings(max_examples=200, deadline=None)
 @given(SPANS, st.integers(1, 5))
-def test_a_cut_row_has_each_token_once_and_each_label_where_its_source_is(spans: list[Span], ranks: int) -> None:
+def test_a_sharded_row_has_each_token_once_and_each_label_on_the_rank_of_its_source(
+    spans: list[Span], ranks: int
+) -> None:
     cut, scored = shard_row(spans, ranks), np.ones(sum(first + second for _, first, second in spans), bool)
     row = np.arange(sum(map(sum, cut.spans)))
     parts = [cut.positions[rank] for rank in range(ranks)]
@@ -215,14 +217,14 @@ def test_a_cut_row_has_each_token_once_and_each_label_where_its_source_is(spans:
 
 @settings(max_examples=200, deadline=None)
 @given(SPANS, st.integers(1, 5))
-def test_what_ranks_attend_to_differs_by_less_than_one_piece_has(spans: list[Span], ranks: int) -> None:
+def test_the_attention_of_ranks_differs_by_less_than_one_piece(spans: list[Span], ranks: int) -> None:
     cut = shard_row(spans, ranks)
     seen = token_limits(cut.spans).seen
     of_ranks = [seen[cut.positions[rank]].sum() for rank in range(ranks)]
     assert max(of_ranks) - min(of_ranks) < seen.reshape(PIECES * ranks, -1).sum(1).max() or ranks == 1
 
 
-def test_a_causal_stretch_is_cut_evenly() -> None:
+def test_a_causal_row_is_sharded_evenly() -> None:
     # Eight pieces of 100 tokens, the n-th with 100 * 100 n + 5050 pairs of tokens: 7 + 4 + 3 + 0 and 6 + 5 + 2 + 1.
     cut = shard_row([Span(800, 0, 0)], 2)
     assert cut.stretches(0) == (slice(0, 100), slice(300, 500), slice(700, 800))
@@ -230,12 +232,12 @@ def test_a_causal_stretch_is_cut_evenly() -> None:
     assert [token_limits(cut.spans).seen[cut.positions[rank]].sum() for rank in range(2)] == [160_200, 160_200]
 
 
-def test_what_tokens_see_counts_the_row_of_the_mask() -> None:
+def test_seen_tokens_equal_the_row_sums_of_the_mask() -> None:
     row = build_row([PAIR, TokenPair((6,), (7,), (8, 9))], "shared")
     assert token_limits(row.spans).seen.tolist() == attention_mask(row)[0, 0].sum(1).tolist()
 
 
-def test_the_row_of_a_rank_without_pairs_can_be_cut() -> None:
+def test_a_row_without_pairs_can_be_sharded() -> None:
     empty = build_row([], "shared")
     cut, scored = shard_row(empty.spans, 2), empty.scored
     assert cut.spans == ((1, 0, 0), (7, 0, 0))

@@ -63,7 +63,7 @@ def test_the_store_gives_back_every_pair_and_where_it_came_from(prepare: Any, wr
         store[5]
 
 
-def test_bad_records_are_named_and_counted_and_the_rest_is_kept(prepare: Any, write: Write):
+def test_bad_records_are_counted_and_the_rest_is_kept(prepare: Any, write: Write):
     source = write(
         [
             GOOD[0],
@@ -170,7 +170,7 @@ def test_a_failed_build_leaves_nothing_behind(
     assert built(tmp_path) == []
 
 
-def test_a_damaged_store_is_named(prepare: Any, write: Write, tmp_path: Path):
+def test_the_error_names_a_damaged_store(prepare: Any, write: Write, tmp_path: Path):
     source = write(GOOD)
     prepare(source)
     (folder,) = built(tmp_path)
@@ -203,7 +203,7 @@ def test_a_store_of_many_parts_is_that_of_one(
     assert told == [(2, 9), (4, 9), (6, 9), (8, 9), (9, 9)]
 
 
-def test_parts_that_are_not_seen_here_are_named(prepare: Any, write: Write):
+def test_the_error_names_parts_that_are_not_visible_on_this_node(prepare: Any, write: Write):
     with pytest.raises(ValueError, match=r"reference\.cache_dir: .*tokens\.i32 was written on another node"):
         prepare(write(GOOD), run_parts=lambda function, parts: [])
 

@@ -37,7 +37,9 @@ def load(folder: Path, model: Path, *, max_engine_tokens: int = 1000, strict: bo
     return [texts.index(list(map(dict, prompt.messages))) + 1 for prompt in prompts], report.text("online.prompts")
 
 
-def test_a_prompt_that_the_template_rejects_is_named_by_file_and_record(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_report_names_file_and_record_of_a_prompt_that_the_template_rejects(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     kept, text = load(tmp_path, tiny_model)
     assert kept == [1, 3, 4]
     assert "online.prompts: 4 records read, 3 kept, 1 dropped" in text

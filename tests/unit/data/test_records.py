@@ -45,7 +45,7 @@ SKY = {"prompt": "sky?", "chosen": "blue", "rejected": "green"}
 # ------------------------------------------------------------------------------------------------------------ layouts
 
 
-def test_strings_stay_strings(write: Write):
+def test_text_pairs_stay_text(write: Write):
     source = write([SKY])
     assert only(source) == PairRecord("sky?", "blue", "green", source, 1)
 
@@ -223,7 +223,7 @@ def test_a_hub_dataset_is_asked_for_its_split(monkeypatch: pytest.MonkeyPatch):
     assert asked == [("org/name", "train"), ("org/name", "test[:5]")]
 
 
-def test_a_hub_dataset_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch):
+def test_the_error_names_a_hub_dataset_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch):
     import datasets
 
     def load_dataset(name: str, split: str) -> None:
@@ -358,7 +358,7 @@ PROBLEMS = [
 
 
 @pytest.mark.parametrize(("reason", "line", "detail"), PROBLEMS)
-def test_an_unusable_record_is_named_and_the_next_one_is_read(reason: str, line: Any, detail: str, write: Write):
+def test_an_unusable_record_is_reported_and_the_next_one_is_read(reason: str, line: Any, detail: str, write: Write):
     source = write([line, SKY])
     problem, next_record = read_pairs([Part(source)])
     assert isinstance(problem, Problem), problem
@@ -385,14 +385,14 @@ def test_an_empty_system_turn_is_kept(write: Write):
         {**SKY, "prompt": [user("sky?")]},
     ],
 )
-def test_a_prompt_is_what_leads_to_the_last_answer(record: dict[str, Any], write: Write):
+def test_a_prompt_ends_before_the_last_answer(record: dict[str, Any], write: Write):
     source = write([record])
     (prompt,) = read_prompts([source])
     assert isinstance(prompt, PromptRecord)
     assert prompt.prompt == (user("sky?"),)
 
 
-def test_unusable_prompts_are_named(write: Write):
+def test_bad_prompts_carry_a_reason(write: Write):
     source = write([{"text": "a"}, {"prompt": ""}, {"messages": [assistant("a")]}])
     problems = [problem for problem in read_prompts([source]) if isinstance(problem, Problem)]
     assert [problem.reason for problem in problems] == ["missing_field", "empty_field", "bad_field"]

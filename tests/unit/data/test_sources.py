@@ -57,13 +57,13 @@ def test_every_format_has_the_same_records_whole_and_in_parts(name: str, tmp_pat
     assert list(read_pairs(split_sources([source], rows_per_part=2, limit=3))) == expected[:3]
 
 
-def test_a_damaged_compressed_file_is_named(tmp_path: Path):
+def test_the_error_names_a_damaged_gzip_file(tmp_path: Path):
     (tmp_path / "pairs.jsonl.gz").write_bytes(gzip.compress(LINES)[:-20])
     with pytest.raises(Unreadable, match=r"pairs\.jsonl\.gz: cannot be read"):
         list(read_pairs([Part(str(tmp_path / "pairs.jsonl.gz"))]))
 
 
-def test_a_csv_row_with_too_many_cells_is_named(tmp_path: Path):
+def test_a_csv_row_with_too_many_cells_is_reported(tmp_path: Path):
     (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\nq,a,b,c\nq,a,b\n")
     problem, record = read_pairs([Part(str(tmp_path / "pairs.csv"))])
     assert isinstance(problem, Problem)

@@ -153,7 +153,7 @@ def test_a_begun_answer_is_continued_offline_and_online(tokenizer: Any):
     assert online.messages == prompt
 
 
-def test_tools_calls_and_reasoning_are_rendered_token_for_token_as_the_template_does(tokenizer: Any):
+def test_tools_tool_calls_and_reasoning_match_apply_chat_template_token_for_token(tokenizer: Any):
     tokenizer.chat_template = TOOLS_TEMPLATE
     chosen = (CALL, RAIN, *answer("Take a coat.", reasoning_content="It rains."))
     result = pair(tokenizer, (USER,), chosen, answer("Sunny."), tools=TOOLS)
@@ -185,7 +185,7 @@ def test_only_assistant_turns_of_a_trajectory_carry_loss(tokenizer: Any):
         ((CALL, RAIN, *answer("Oak.")), "chosen[0].tool_calls"),
     ],
 )
-def test_text_that_the_template_leaves_out_is_named(chosen: Messages, fields: str, tokenizer: Any):
+def test_text_that_the_template_leaves_out_is_reported(chosen: Messages, fields: str, tokenizer: Any):
     drops_reasoning = tokenizer.chat_template.replace(
         "message['content'] ", "(message['content'] or '').split('</think>')[-1] "
     )
@@ -194,7 +194,7 @@ def test_text_that_the_template_leaves_out_is_named(chosen: Messages, fields: st
     assert result.notes == (("text_not_rendered", fields),)
 
 
-def test_tools_that_the_template_leaves_out_are_named(tokenizer: Any):
+def test_tools_that_the_template_leaves_out_are_reported(tokenizer: Any):
     result = pair(tokenizer, (USER,), answer("Oak."), answer("No."), tools=TOOLS)
     assert result.notes == (("text_not_rendered", "tools"),)
 

@@ -36,7 +36,7 @@ def reasons(result: TokenizedPair) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------- boundary
 
 
-def test_completion_tokens_are_those_the_template_adds_after_the_generation_prompt(tokenizer: Any):
+def test_completion_tokens_start_after_the_generation_prompt(tokenizer: Any):
     result = tokenized(answers("The sky is blue.", "Grass is green."), tokenizer)
     assert isinstance(result, TokenizedPair)
     assert result.notes == ()
@@ -121,7 +121,7 @@ def test_a_long_completion_loses_its_end_and_no_token_takes_its_place(tokenizer:
     assert cut.removed == (len(whole.chosen) - 6, 0)
 
 
-def test_a_completion_at_the_limit_is_not_cut(tokenizer: Any):
+def test_a_completion_at_the_limit_is_not_truncated(tokenizer: Any):
     record = answers("one two three", "blue")
     whole = tokenized(record, tokenizer).pair
     at_limit = tokenized(record, tokenizer, completion=max(len(whole.chosen), len(whole.rejected)))
@@ -137,7 +137,7 @@ def test_a_prompt_over_the_limit_is_dropped_and_one_at_it_is_kept(tokenizer: Any
     )
 
 
-def test_completions_equal_after_the_cut_are_dropped(tokenizer: Any):
+def test_completions_equal_after_truncation_are_dropped(tokenizer: Any):
     record = answers("one two three four five", "one two three six")
     assert isinstance(tokenized(record, tokenizer), TokenizedPair)
     assert tokenized(record, tokenizer, completion=2).reason == "identical_after_truncation"
@@ -158,7 +158,7 @@ def test_a_prompt_that_shares_no_token_with_the_conversation_is_dropped(tokenize
     assert tokenized(answers("blue", "green"), tokenizer).reason == "empty_prompt"
 
 
-def test_a_conversation_that_the_template_refuses_is_dropped_with_its_words(tokenizer: Any):
+def test_a_conversation_is_dropped_with_the_error_its_template_raised(tokenizer: Any):
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     problem = tokenized(answers("blue", "green"), tokenizer)
     assert (problem.reason, problem.detail) == ("template_refused", "the chat template raised: roles must alternate")
@@ -213,7 +213,7 @@ def test_a_template_file_replaces_the_tokenizers_own(tokenizer: Any, tmp_path: P
         load_tokenizer(str(tmp_path / "model"), str(tmp_path / "none.jinja"))
 
 
-def test_the_tokenizers_digest_follows_what_decides_the_ids(tokenizer: Any):
+def test_the_tokenizer_digest_changes_only_with_the_token_ids(tokenizer: Any):
     digest = tokenizer_digest(tokenizer)
     tokenizer(["a", "longer text"], padding=True, truncation=True, max_length=2)
     assert tokenizer_digest(tokenizer) == digest

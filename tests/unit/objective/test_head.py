@@ -55,7 +55,7 @@ def relative(found: torch.Tensor | None, expected: torch.Tensor | None) -> float
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.5, 30.0)], ids=["plain", "scaled-and-capped"])
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize(("dtype", "gradient_error"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_losses_and_gradients_in_chunks_are_those_of_a_float64_softmax(
+def test_chunked_losses_and_gradients_equal_a_float64_softmax(
     transform: LogitTransform, chunk: int, dtype: torch.dtype, gradient_error: float
 ) -> None:
     hidden, weight, labels, upstream = inputs(dtype)
@@ -137,9 +137,7 @@ def test_no_tokens_give_no_losses_and_zero_gradients() -> None:
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_sums_of_squared_probabilities_are_those_of_a_float64_softmax(
-    chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sums_of_squared_probabilities_equal_a_float64_softmax(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Head, "chunk", chunk)
     hidden, weight, labels, _ = inputs(torch.float32)
     scores = token_logps(hidden, Head(weight), labels, with_squares=True)

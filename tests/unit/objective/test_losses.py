@@ -38,7 +38,7 @@ def test_label_smoothing_mixes_in_the_flipped_preference() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [-0.1, 0.5, 1.0])
-def test_label_smoothing_outside_its_range_is_refused(smoothing: float) -> None:
+def test_label_smoothing_outside_its_range_is_rejected(smoothing: float) -> None:
     with pytest.raises(ValueError, match=r"label_smoothing.*\[0, 0\.5\)"):
         sigmoid(pairs([0.0], [0.0]), pairs([0.0], [0.0]), beta=0.1, label_smoothing=smoothing)
 
@@ -92,7 +92,7 @@ def pair(chosen: float, rejected: float) -> PairLogps:
     return PairLogps(torch.tensor([chosen]), torch.tensor([rejected]), torch.tensor([4]), torch.tensor([5]))
 
 
-def test_hinge_is_what_is_missing_to_a_margin_of_one() -> None:
+def test_hinge_is_one_minus_the_margin_and_never_negative() -> None:
     # log-ratios 1 and 0.5, margin 0.5 * 0.5 = 0.25
     loss = build_loss(LossConfig(use="hinge", beta=0.5))
     assert loss(pair(-10.0, -14.5), pair(-11.0, -15.0)).item() == pytest.approx(0.75)
@@ -155,7 +155,7 @@ def test_a_pairs_weight_scales_its_loss() -> None:
         ({"use": "tests.unit.objective.test_losses:needs_more"}, "needs the argument 'alpha'"),
     ],
 )
-def test_a_loss_that_cannot_work_is_refused_when_it_is_built(loss: dict[str, object], message: str) -> None:
+def test_an_invalid_loss_is_rejected_when_it_is_built(loss: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_loss(LossConfig.model_validate(loss))
 

@@ -21,7 +21,7 @@ def test_an_entry_is_known_by_its_prompt_and_completion_alone() -> None:
     assert keys[0, 0] != keys[1, 0], "(1 2)+(3) and (1)+(2 3) are the same tokens with another prompt"
 
 
-def test_what_was_added_is_found_and_what_was_not_is_nan(tmp_path: Path) -> None:
+def test_lookup_returns_added_entries_and_nan_for_missing_ones(tmp_path: Path) -> None:
     store, keys = ReferenceStore(tmp_path), entry_keys(PAIRS, ALL)
     assert np.isnan(store.lookup(keys)).all()
     store.add(keys[:1], np.array([[-1.5, -2.5]]), np.array([[1, 2]]))

@@ -398,7 +398,7 @@ def test_trials_are_sorted_from_best_to_worst_with_failures_last(tmp_path):
     assert rows_in_order(html) == ["a", "b", "c"]
 
 
-def test_each_swept_number_has_a_plot_and_words_have_none(tmp_path):
+def test_each_swept_number_has_a_plot_and_text_values_have_none(tmp_path):
     html = write_sweep_report(tmp_path, ROWS, "eval/loss", "min").read_text(encoding="utf-8")
     assert "eval/loss over optim.lr" in html
     assert "eval/loss over loss.beta" in html

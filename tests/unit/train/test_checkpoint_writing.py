@@ -56,9 +56,7 @@ def test_the_next_copy_takes_the_memory_of_the_last_and_more_if_there_is_more_to
 
 
 @pytest.mark.parametrize(("keep", "old"), [(1, ["000010"]), (2, []), (3, [])])
-def test_a_checkpoint_ahead_of_the_one_just_written_takes_no_place_among_those_kept(
-    tmp_path: Path, keep: int, old: list[str]
-) -> None:
+def test_a_checkpoint_of_a_later_step_does_not_count_as_kept(tmp_path: Path, keep: int, old: list[str]) -> None:
     for name in ("000010", "000012", "000020"):  # the run went on from 10, since 20 was damaged
         (tmp_path / name).mkdir()
         (tmp_path / name / MARKER).write_text(json.dumps({"files": {}, "metrics": {}, "config": {}}))

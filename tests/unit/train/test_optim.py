@@ -11,7 +11,7 @@ from dpo_ray.train.optim import OPTIMIZERS, bind_optimizer, build_optimizer, lea
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 @pytest.mark.parametrize("warmup", [0, 4])
-def test_the_curves_are_those_of_transformers(schedule: str, warmup: int) -> None:
+def test_learning_rate_schedules_equal_those_of_transformers(schedule: str, warmup: int) -> None:
     optim = OptimConfig(lr=1e-3, schedule=schedule, warmup_steps=warmup)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
     name = "constant_with_warmup" if schedule == "constant" else schedule
@@ -33,13 +33,13 @@ def test_the_schema_knows_the_optimizers() -> None:
     assert set(schema.OPTIMIZERS) == set(OPTIMIZERS)
 
 
-def test_an_optimizer_of_ones_own_gets_what_it_takes_by_name() -> None:
+def test_a_custom_optimizer_gets_the_arguments_that_its_signature_names() -> None:
     optim = OptimConfig(use="torch.optim:SGD", args={"momentum": 0.5}, lr=0.25)
     (group,) = build_optimizer(torch.nn.Linear(4, 4, bias=False), optim).param_groups
     assert (group["lr"], group["momentum"]) == (0.25, 0.5)
 
 
-def test_an_argument_that_is_not_taken_is_refused_before_anything_is_loaded() -> None:
+def test_an_unknown_argument_is_rejected_before_anything_is_loaded() -> None:
     with pytest.raises(ValueError, match=r"optimizer 'adamw' takes no argument 'momentum'; its signature is adamw\("):
         bind_optimizer(OptimConfig(args={"momentum": 0.5}))
 
