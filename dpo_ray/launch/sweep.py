@@ -8,13 +8,13 @@ import importlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
 import ray
 import ray.tune
 from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.search.sample import Domain
 from rich.console import Console
 from rich.table import Table
 
@@ -90,12 +90,21 @@ def run_sweep(config: Config, cluster: Cluster, space: str) -> None:
 def _validate_sweep(config: Config, sweep: Sweep) -> None:
     if config.run.remote:
         raise ValueError(f"run.dir is {config.run.dir!r}: a sweep needs a path that all nodes mount")
-    validate_offline(config)
-    for key in sweep.space:
-        try:
-            attrgetter(key)(config)
-        except AttributeError:
-            raise ValueError(f"the space varies {key!r}, which is not a key of the configuration") from None
+    samples = {key: _sample(domain) for key, domain in sweep.space.items()}
+    try:
+        # Each key alone names the one that is wrong; together they are the configuration of a trial.
+        for trial in (*({key: value} for key, value in samples.items()), samples):
+            trial_config = override(config, trial)
+        validate_offline(trial_config)
+    except ValueError as error:
+        raise ValueError(f"a trial of the space, with {samples}: {error}") from None
+
+
+def _sample(domain: Any) -> Any:
+    """A value that a trial may get."""
+    if isinstance(domain, Domain):
+        return domain.sample()
+    return domain["grid_search"][0] if isinstance(domain, dict) and "grid_search" in domain else domain
 
 
 def _fit(

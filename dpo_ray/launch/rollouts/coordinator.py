@@ -293,10 +293,10 @@ class Coordinator:
         self.judge_actor = ray.remote(num_cpus=0)(JudgeActor).remote(self.config.model_dump(mode="json"))
 
     def _judge(self, groups: list[CompletionGroup]) -> list[list[float]]:
-        """Scores from the judge's process; a judge that hangs or dies is restarted and called once more.
+        """Scores from the judge's process; a judge that hangs, dies or raises is restarted and called once more.
 
         Raises:
-            JudgeFailed: the judge hung or died twice, or raised.
+            JudgeFailed: the judge failed twice.
         """
         self.status_actor.phase.remote("judging", 0, 0)
         timeout = self.online.judge_timeout_s
@@ -309,7 +309,7 @@ class Coordinator:
             except RayActorError:
                 problem = "died"
             except RayTaskError as error:
-                raise JudgeFailed(f"judge {self.online.judge.use!r} raised {error.cause!r}") from None
+                problem = f"raised {error.cause!r}"
             logger.warning("judge %r %s; restarting it", self.online.judge.use, problem)
             self._start_judge()
         raise JudgeFailed(f"judge {self.online.judge.use!r} {problem}, twice; its log is {Path('logs') / 'judge.log'}")
