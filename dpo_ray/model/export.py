@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dpo_ray.config.schema import ModelConfig
 from dpo_ray.model.adapters import ADAPTER, adapter_product, peft_config
-from dpo_ray.model.load import build_model
+from dpo_ray.model.load import build_model, head_is_tied, untie_head
 from dpo_ray.model.quantized import NF4Linear
 from dpo_ray.model.scorer import Scorer
 from dpo_ray.objective.precision import DTYPES
@@ -84,10 +84,17 @@ def save_adapter(weights: dict[str, Tensor], model: ModelConfig, folder: Path) -
 def save_policy(weights: Mapping[str, Tensor], model: ModelConfig, folder: Path) -> None:
     """Save full weights, under the names of the Hugging Face checkpoint, as a Hugging Face directory."""
     empty = build_model(model, with_weights=False, dtype=DTYPES[model.dtype])
+    if head_is_tied(empty) and weight_name(empty.get_output_embeddings(), empty) in weights:
+        untie_head(empty)
     empty.config.use_cache = True
     with contextlib.suppress(OSError):  # a model without this file uses its configuration
         empty.generation_config = GenerationConfig.from_pretrained(model.path)
     empty.save_pretrained(folder, state_dict=dict(weights))
+
+
+def weight_name(layer: nn.Module, model: nn.Module) -> str:
+    """Name of the weight of a layer of ``model``."""
+    return next(f"{name}.weight" for name, module in model.named_modules() if module is layer)
 
 
 def _collect_on_rank0(weights: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:

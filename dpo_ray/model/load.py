@@ -4,7 +4,8 @@ Only rank 0 reads the weights. Other ranks build the model on the meta device an
 never holds more than one full copy.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,12 +23,15 @@ from dpo_ray.ops.flex import FLEX, flex_packed_attention
 from dpo_ray.ops.float8 import use_float8, validate_float8_device
 from dpo_ray.ops.linear import use_float32_products
 from dpo_ray.parallel.activations import apply_activation_checkpointing, offload_activations
+from dpo_ray.parallel.collectives import broadcast_from_rank0
 from dpo_ray.parallel.context import NO_CONTEXT_PARALLEL, ContextParallel
 from dpo_ray.parallel.fsdp import apply_fsdp, load_full_state
 from dpo_ray.parallel.tensor import apply_tensor_parallel, tensor_parallel_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 ATTENTION: Mapping[str, str] = {"packed": PACKED, "flex": FLEX, "sdpa": "sdpa"}
 """Setting of ``model.attention`` -> name in transformers' ``AttentionInterface``."""
@@ -60,9 +64,7 @@ def build_model(
     AttentionInterface.register(FLEX, flex_packed_attention)
     attention = ATTENTION[resolve_attention(model.attention, device_type)]
     if with_weights:
-        built = AutoModelForCausalLM.from_pretrained(
-            model.path, config=config, dtype=dtype, attn_implementation=attention
-        )
+        built = _load_weights(model.path, config=config, dtype=dtype, attn_implementation=attention)
     else:
         from accelerate import init_empty_weights
 
@@ -71,6 +73,50 @@ def build_model(
         built.tie_weights()
     built.config.use_cache = False
     return built
+
+
+def _load_weights(path: str, **arguments: Any) -> "PreTrainedModel":
+    """The model with all of its weights from the checkpoint; none is drawn at random.
+
+    Raises:
+        ValueError: weights are missing, or their shapes differ from the configuration.
+    """
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **arguments)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"model.path: {path!r} has weights of other shapes than config.json says, such as a padded vocabulary "
+            "without a changed vocab_size; correct config.json"
+        ) from None
+    built, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"model.path: {path!r} lacks {_some(missing)}, which would be random; give a complete checkpoint"
+        )
+    if extra := sorted(info["unexpected_keys"]):
+        logger.warning("model.path: %r has weights that the architecture has no place for: %s", path, _some(extra))
+    built.config.tie_word_embeddings = head_is_tied(built)
+    return built
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more weights" if len(names) > 3 else "")
+
+
+def head_is_tied(model: "PreTrainedModel") -> bool:
+    """True if the output projection has the weights of the embedding."""
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    return head is not None and head.weight is embedding.weight
+
+
+def untie_head(model: "PreTrainedModel") -> None:
+    """Give the output projection weights of its own, on the meta device, for a checkpoint whose head is not tied."""
+    head: Any = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(torch.empty_like(head.weight, device="meta"))
+    model.config.tie_word_embeddings = False
 
 
 def load_sharded(
@@ -93,6 +139,8 @@ def load_sharded(
     compute_dtype = DTYPES[model.dtype]
     dtype = torch.float32 if trainable and model.lora is None else compute_dtype
     built = build_model(model, with_weights=is_rank0, dtype=dtype, device_type=device.type)
+    if dist.get_world_size() > 1 and not broadcast_from_rank0(lambda: head_is_tied(built)) and head_is_tied(built):
+        untie_head(built)
     decoder: Any = built.get_decoder()
     if trainable and model.lora is not None:
         add_adapters(built, model.lora)

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from dpo_ray.config import Config
 from dpo_ray.data.tokenize import load_tokenizer
 from dpo_ray.model.adapters import add_adapters
-from dpo_ray.model.export import named_weights, save_adapter, save_policy, write_model_folder
+from dpo_ray.model.export import named_weights, save_adapter, save_policy, weight_name, write_model_folder
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer
 from dpo_ray.objective.precision import DTYPES
@@ -73,6 +73,12 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) ->
         if config.model.lora is None:
             empty = build_model(config.model, with_weights=False)
             names = {name for name, _ in (*empty.named_parameters(), *empty.named_buffers())}  # tied weights once
+            head, embedding = (
+                weight_name(empty.get_output_embeddings(), empty),
+                weight_name(empty.get_input_embeddings(), empty),
+            )
+            if not torch.equal(weights[head], weights[embedding]):
+                names.add(head)
             unique = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items() if name in names}
             save_policy(unique, config.model, draft)
         elif merge:

@@ -1,5 +1,6 @@
 """Offline training over gloo: equal numbers for any ranks, micro-batches and layout; resuming; exporting."""
 
+import json
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +34,23 @@ def test_one_and_two_workers_report_the_same_steps(config: dict[str, Any]) -> No
     assert len(alone) == 6
     assert_same(alone, first, absolute=1e-4)
     assert [line["loss"] for line in first] == [line["loss"] for line in second]
+
+
+def test_a_head_of_its_own_beside_a_tied_configuration_trains_alike_and_is_exported(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    model = save_tiny_model(tmp_path / "model", tied=False)
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": True}))
+    config["model"]["path"] = str(model)
+    (alone,) = run_ranks(1, offline, config | {"run": config["run"] | {"name": "alone", "export": True}})
+    first, _ = run_ranks(2, offline, config | {"cluster": {"train_workers": 2}})
+    assert_same(alone, first, absolute=1e-4)
+    folder = tmp_path / "alone" / "policy"
+    weights = load_file(folder / "model.safetensors")
+    assert not torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
+    assert not torch.equal(weights["lm_head.weight"].float(), load_file(model / "model.safetensors")["lm_head.weight"])
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_the_first_loss_is_ln_2(config: dict[str, Any]) -> None:
