@@ -92,7 +92,7 @@ def save_policy(weights: Mapping[str, Tensor], model: ModelConfig, folder: Path)
     empty.save_pretrained(folder, state_dict=dict(weights))
 
 
-def weight_name(layer: nn.Module, model: nn.Module) -> str:
+def weight_name(layer: nn.Module | None, model: nn.Module) -> str:
     """Name of the weight of a layer of ``model``."""
     return next(f"{name}.weight" for name, module in model.named_modules() if module is layer)
 
