@@ -3,37 +3,79 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
 
+from dpo_ray.ops.windows import layer_windows
 from dpo_ray.storage import cached_text, error_summary, file_version
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 WEIGHT_INDEX_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+
+PACKED_WINDOWS = frozenset(
+    [
+        "afmoe",
+        "cohere2",
+        "exaone4",
+        "gemma2",
+        "gemma3_text",
+        "gemma4_text",
+        "gpt_oss",
+        "llama4_text",
+        "ministral",
+        "mistral",
+        "mixtral",
+        "olmo3",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+        "starcoder2",
+    ]
+)
+"""Architectures (text configurations) whose local attention is tested to be exact in packed rows."""
 
 
 def read_model_config(path: str) -> "PreTrainedConfig":
     """Configuration of the model at ``path``.
 
     Raises:
-        ValueError: no model can be read from ``path``, or some layers do not have full causal attention.
+        ValueError: no model can be read from ``path``, or packed rows do not support some layers.
     """
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         where = "" if Path(path).is_dir() else " (not a local folder, so taken as a name on the hub)"
         raise ValueError(f"model.path: cannot read a model from {path!r}{where}: {error_summary(error)}") from None
-    windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if windowed else "full_attention"])
-    if kinds != {"full_attention"}:
-        raise ValueError(
-            f"model.path: {path!r} has layers with {', '.join(sorted(kinds))}; packed rows support only full_attention"
-        )
+    _validate_layer_types(path, config.get_text_config())
     return config
+
+
+def _validate_layer_types(path: str, config: "PreTrainedConfig") -> None:
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    windows = layer_windows(config)
+    is_local = any(windows.values()) and config.model_type not in PACKED_WINDOWS
+    if unsupported := layer_types - set(windows) or {name for name, window in windows.items() if window and is_local}:
+        raise ValueError(
+            f"model.path: {path!r} is a {config.model_type} with layers of {', '.join(sorted(unsupported))}, which are "
+            "not supported in packed rows"
+        )
+
+
+def decoder_of(model: "PreTrainedModel") -> nn.Module:
+    """The part of a causal language model that maps token ids to hidden states."""
+    decoder: Any = model.get_decoder()
+    return decoder.model if decoder is model else decoder
+
+
+def decoder_layers(model: "PreTrainedModel") -> nn.ModuleList:
+    """The layers of ``decoder_of(model)``, under the name that the architecture gives them."""
+    return next(child for child in decoder_of(model).children() if isinstance(child, nn.ModuleList))
 
 
 def model_digest(path: str, cache_dir: Path) -> str:

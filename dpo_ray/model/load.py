@@ -15,7 +15,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoMo
 
 from dpo_ray.config.schema import ModelConfig, ShardConfig
 from dpo_ray.model.adapters import add_adapters
-from dpo_ray.model.architecture import read_model_config
+from dpo_ray.model.architecture import decoder_layers, decoder_of, read_model_config
 from dpo_ray.model.scorer import Scorer
 from dpo_ray.objective.precision import DTYPES
 from dpo_ray.ops.attention import PACKED, packed_attention
@@ -141,11 +141,11 @@ def load_sharded(
     built = build_model(model, with_weights=is_rank0, dtype=dtype, device_type=device.type)
     if dist.get_world_size() > 1 and not broadcast_from_rank0(lambda: head_is_tied(built)) and head_is_tied(built):
         untie_head(built)
-    decoder: Any = built.get_decoder()
+    layers = decoder_layers(built)
     if trainable and model.lora is not None:
         add_adapters(built, model.lora)
     if model.fp8:
-        use_float8(decoder.layers)
+        use_float8(layers)
     if device.type == "cpu" and compute_dtype == torch.bfloat16:
         use_float32_products(built)
 
@@ -153,12 +153,12 @@ def load_sharded(
     if shard.tensor_parallel > 1:
         apply_tensor_parallel(built, mesh["tensor"])
     if shard.compile:
-        for layer in decoder.layers:  # before FSDP adds its hooks, which cannot be compiled
+        for layer in layers:  # before FSDP adds its hooks, which cannot be compiled
             layer.forward = torch.compile(layer.forward, dynamic=True)
     if trainable:
-        apply_activation_checkpointing(decoder.layers, shard.activation_checkpointing)
+        apply_activation_checkpointing(layers, shard.activation_checkpointing)
         if shard.activation_offload:
-            offload_activations(decoder, device)
+            offload_activations(decoder_of(built), device)
 
     scorer = Scorer(built, context).train(trainable)
     if not trainable:
@@ -182,6 +182,9 @@ def _validate_attention(model: ModelConfig, config: "PreTrainedConfig") -> None:
         raise ValueError(
             f"{subject}, whose layers carry state across the sequences of a packed row; such models cannot be trained"
         )
+    needs_packed = getattr(config, "attn_logit_softcapping", None) or not getattr(architecture, "_supports_sdpa", True)
+    if model.attention == "sdpa" and needs_packed:
+        raise ValueError(f"{subject}, whose attention torch's sdpa does not compute; set model.attention: auto")
     if model.attention != "sdpa" and not getattr(architecture, "_supports_attention_backend", True):
         has_sdpa = getattr(architecture, "_supports_sdpa", False)
         remedy = "set model.attention: sdpa" if has_sdpa else "such models cannot be trained"

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from dpo_ray.data.packing import PackedRow, attention_mask
+from dpo_ray.model.architecture import decoder_layers, decoder_of
 from dpo_ray.objective import head
 from dpo_ray.objective.head import ChunkedLosses, Group, Head, LogitTransform
 from dpo_ray.objective.logps import PairLogps, TokenLogps, as_pairs, sequence_sums, wpo_weights
 from dpo_ray.ops.attention import PACKED
-from dpo_ray.ops.flex import FLEX, span_mask
+from dpo_ray.ops.flex import FLEX, span_masks
+from dpo_ray.ops.windows import Window, layer_windows
 from dpo_ray.parallel.context import NO_CONTEXT_PARALLEL, ContextParallel, RowShard
 from dpo_ray.parallel.tensor import local_head
 
@@ -44,13 +46,13 @@ class Scorer(nn.Module):
         self.model = model
         self.context = context
         self.transform = logit_transform(model.config)
+        self.windows = layer_windows(model.config.get_text_config())
         self.attention_inputs = ATTENTION_INPUTS.get(model.config._attn_implementation or "", _mask_inputs)
 
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers, each a unit of FSDP and of activation checkpointing."""
-        decoder: Any = self.model.get_decoder()
-        return decoder.layers
+        return decoder_layers(self.model)
 
     def forward(self, row: PackedRow, head_fn: HeadFn) -> Any:
         """Returns ``head_fn`` of the hidden states before the completion tokens.
@@ -58,25 +60,35 @@ class Scorer(nn.Module):
         ``head_fn`` runs inside the forward pass, because FSDP has gathered the weights of the head only there.
         """
         shard = self.context.shard(row)
-        hidden = self.model.get_decoder()(
+        hidden = decoder_of(self.model)(
             input_ids=shard.row.input_ids,
             position_ids=shard.row.position_ids,
             use_cache=False,
-            **self.attention_inputs(shard),
+            **self.attention_inputs(shard, self.windows),
         ).last_hidden_state  # (1, t, D)
         return head_fn(hidden[0, shard.row.source], local_head(self.model, self.transform), shard)
 
 
-def _mask_inputs(shard: RowShard) -> dict[str, Any]:
+Windows = Mapping[str, Window | None]
+"""Window by layer type; see ``layer_windows``."""
+
+
+def _mask_inputs(shard: RowShard, windows: Windows) -> dict[str, Any]:
     if shard.is_partial:
         raise NotImplementedError("shard.context_parallel needs model.attention: auto or flex")
-    return {"attention_mask": attention_mask(shard.row)}
+    full, positions = attention_mask(shard.row), shard.row.position_ids[0]
+    masks = {
+        name: full if window is None else full & (positions >= window.start(positions)[:, None])
+        for name, window in windows.items()
+    }
+    # Architectures with several layer types take a mask for each.
+    return {"attention_mask": next(iter(masks.values())) if len(masks) == 1 else masks}
 
 
-ATTENTION_INPUTS: Mapping[str, Callable[[RowShard], dict[str, Any]]] = {
-    PACKED: lambda shard: {"spans": shard.row.spans, "query_slices": shard.slices, "gather_kv": shard.gather_kv},
-    FLEX: lambda shard: {
-        "spans": span_mask(shard.row.spans, shard.row.input_ids.device, shard.positions),
+ATTENTION_INPUTS: Mapping[str, Callable[[RowShard, Windows], dict[str, Any]]] = {
+    PACKED: lambda shard, _: {"spans": shard.row.spans, "query_slices": shard.slices, "gather_kv": shard.gather_kv},
+    FLEX: lambda shard, windows: {
+        "spans": span_masks(shard.row.spans, set(windows.values()), shard.row.input_ids.device, shard.positions),
         "gather_kv": shard.gather_kv,
     },
 }

@@ -1,7 +1,8 @@
 """Attention over packed rows with torch's own kernels: masked query-key blocks are never computed.
 
 A span is two causal segments: the prompt with the first completion, and the second completion, which also attends to
-the prompt. Each segment is one kernel call, so no (T, T) tensor exists and half of it is never computed.
+the prompt. Each segment is one kernel call, so no (T, T) tensor exists and half of it is never computed. Layers with
+local attention split segments further, so that keys outside the window are not computed.
 
 T = tokens of the row, H = query heads, K = key heads, D = head size
 """
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from dpo_ray.data.packing import Span
 from dpo_ray.objective.precision import bfloat16_products
+from dpo_ray.ops.windows import Window, layer_window
 
 PACKED = "dpo_ray_packed"
 """Name of ``packed_attention`` in transformers' ``AttentionInterface``."""
@@ -37,6 +39,9 @@ def packed_attention(
     query_slices: Sequence[slice] | None = None,
     gather_kv: GatherKV | None = None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention within the spans of one row, with the signature that transformers calls.
@@ -49,6 +54,9 @@ def packed_attention(
         query_slices: the local tokens as slices of the row; None if all tokens are local.
         gather_kv: gathers keys and values over the context-parallel ranks; None if all tokens are local.
         scaling: scale of the logits; defaults to 1 / sqrt(D).
+        sliding_window: see ``layer_window``.
+        softcap: logits x become softcap * tanh(x / softcap), before the mask (Gemma 2, arXiv:2408.00118, section 2).
+        s_aux: (H,) sinks: logits of one more key per head, without a value (gpt-oss, arXiv:2508.10925, section 2.2).
         kwargs: see ``validate_attention_call``; ``dropout`` is off in preference training and ignored.
 
     Returns:
@@ -62,9 +70,14 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if gather_kv is not None:
         key, value = gather_kv(key, value)
-    segments = tuple(causal_segments(spans, query_slices))
+    segments = tuple(causal_segments(spans, query_slices, layer_window(module, sliding_window)))
     if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
-        out = _SegmentAttention.apply(query[0], key[0], value[0], segments, scale)[None]
+        out = _SegmentAttention.apply(query[0], key[0], value[0], s_aux, segments, scale, softcap)[None]
+    elif softcap is not None or s_aux is not None:
+        raise NotImplementedError(
+            f"{type(module).__name__} caps its logits or has sinks, which model.attention: packed computes on CPUs "
+            "only; set model.attention: auto"
+        )
     else:
         out = torch.cat([_attend(query, key, value, segment, scale) for segment in segments], 2)
     return out.transpose(1, 2), None
@@ -72,7 +85,7 @@ def packed_attention(
 
 def validate_attention_call(module: nn.Module, spans: object, kwargs: Mapping[str, Any]) -> None:
     """Raise NotImplementedError if an architecture needs more than softmax attention or does not pass ``spans`` on."""
-    if spans is None or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+    if spans is None or kwargs.get("position_bias") is not None:
         raise NotImplementedError(
             f"{type(module).__name__} cannot run on packed rows without a mask; set model.attention: sdpa"
         )
@@ -87,6 +100,8 @@ class Segment(NamedTuple):
     """The segment's own tokens, as a slice of the row."""
     queries: slice
     """Slice of the local queries: the last tokens of ``own``, or all of them."""
+    window: int = 0
+    """Each query attends to at most this many of the keys, the last ones; 0 is no limit."""
 
     def keys(self, row: Tensor) -> Tensor:
         """Entries of the prompt and of the segment, (..., S, D), of a tensor over the row, (..., T, D)."""
@@ -94,7 +109,9 @@ class Segment(NamedTuple):
         return own if self.prompt.start == self.prompt.stop else torch.cat((row[..., self.prompt, :], own), -2)
 
 
-def causal_segments(spans: Sequence[Span], query_slices: Sequence[slice] | None = None) -> Iterator[Segment]:
+def causal_segments(
+    spans: Sequence[Span], query_slices: Sequence[slice] | None = None, window: Window | None = None
+) -> Iterator[Segment]:
     """Segments of a row in the order of the queries; together they cover all queries; see ``packed_attention``."""
     offset = 0
     for local in query_slices or [slice(0, sum(map(sum, spans)))]:
@@ -102,8 +119,30 @@ def causal_segments(spans: Sequence[Span], query_slices: Sequence[slice] | None 
             start, stop = max(own.start, local.start), min(own.stop, local.stop)
             if start < stop:
                 first = offset + start - local.start
-                yield Segment(prompt, slice(own.start, stop), slice(first, first + stop - start))
+                segment = Segment(prompt, slice(own.start, stop), slice(first, first + stop - start))
+                yield from [segment] if window is None else _local_segments(segment, window)
         offset += local.stop - local.start
+
+
+def _local_segments(segment: Segment, window: Window) -> Iterator[Segment]:
+    """Split a segment by queries, each part with the keys of its window."""
+    (prompt, own, queries, _), size = segment, window.size
+    behind_prompt = prompt.stop - prompt.start  # position of the first of the segment's own tokens
+    end = behind_prompt + own.stop - own.start
+    first = start = end - (queries.stop - queries.start)
+    while start < end:
+        if window.chunked:
+            stop = min((start // size + 1) * size, end)
+        else:  # up to ``size``, tokens attend to all earlier ones, and kernels need no mask
+            stop = min(size if start < size else start + QUERY_BLOCK, end)
+        seen = window.start(start)
+        yield Segment(
+            slice(prompt.start + min(seen, behind_prompt), prompt.stop),
+            slice(own.start + max(seen - behind_prompt, 0), own.start + stop - behind_prompt),
+            slice(queries.start + start - first, queries.start + stop - first),
+            0 if window.chunked else size,
+        )
+        start = stop
 
 
 def _prompts_and_segments(spans: Sequence[Span]) -> Iterator[tuple[slice, slice]]:
@@ -118,7 +157,7 @@ def _prompts_and_segments(spans: Sequence[Span]) -> Iterator[tuple[slice, slice]
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, segment: Segment, scale: float) -> Tensor:
     q, k, v = query[:, :, segment.queries], segment.keys(key), segment.keys(value)
-    mask = _bottom_right_causal_mask(q, k)
+    mask = _bottom_right_causal_mask(q, k, segment.window)
     if mask is not None:
         # No fused kernel takes a mask with grouped heads: the fallback materializes all logits.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
@@ -128,85 +167,158 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, segment: Segment, scale: 
     )
 
 
-def _bottom_right_causal_mask(query: Tensor, key: Tensor) -> Tensor | None:
+def _bottom_right_causal_mask(query: Tensor, key: Tensor, window: int) -> Tensor | None:
     """(queries, keys) additive mask, causal from the bottom right corner; None if square, where kernels need none."""
     queries, keys = query.shape[-2], key.shape[-2]
-    if queries == keys:
+    if queries == keys and not 0 < window < keys:
         return None
-    mask = torch.full((queries, keys), float("-inf"), dtype=query.dtype, device=query.device)
-    return mask.triu(keys - queries + 1)
+    hidden = _hidden(queries, keys, window, query.device)
+    return torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill_(hidden, float("-inf"))
+
+
+def _hidden(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """(queries, keys) bool: keys behind the query, or out of its window; the last key is that of the last query."""
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    return (distance < 0) | (distance >= window) if window else distance < 0
 
 
 class _SegmentAttention(torch.autograd.Function):
     """Attention over the segments of a row on a CPU: torch's flash kernel forward, blocked matrix products backward.
 
-    The backward pass of torch's kernel takes three times its forward pass, this one about one and a half times.
+    The backward pass of torch's kernel takes three times its forward pass, this one about one and a half times. A sink
+    only scales the result and adds to the normalizer.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        segments: Sequence[Segment],
+        scale: float,
+        softcap: float | None,
     ) -> Tensor:
         out = torch.empty_like(query)  # (H, T, D)
         logsumexp = query.new_empty(query.shape[:2], dtype=torch.float32)  # (H, T)
         groups = query.shape[0] // key.shape[0]
         for segment in segments:
-            q = query[:, segment.queries]
-            k, v = (segment.keys(x).repeat_interleave(groups, 0) for x in (key, value))
-            mask = _bottom_right_causal_mask(q, k)
-            attended, normalizers = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q[None], k[None], v[None], 0.0, mask is None, attn_mask=mask, scale=scale
-            )
-            out[:, segment.queries], logsumexp[:, segment.queries] = attended[0], normalizers[0]
-        ctx.save_for_backward(query, key, value, out, logsumexp)
-        ctx.segments, ctx.scale = segments, scale
+            q, k, v = query[:, segment.queries], segment.keys(key), segment.keys(value)
+            if softcap is None:
+                k, v = (x.repeat_interleave(groups, 0) for x in (k, v))
+                mask = _bottom_right_causal_mask(q, k, segment.window)
+                attended, normalizers = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    q[None], k[None], v[None], 0.0, mask is None, attn_mask=mask, scale=scale
+                )
+                out[:, segment.queries], logsumexp[:, segment.queries] = attended[0], normalizers[0]
+            else:
+                q, k, v = q.float(), k.float(), v.float()
+                out[:, segment.queries], logsumexp[:, segment.queries] = _capped_segment(
+                    q, k, v, segment.window, scale, softcap
+                )
+        if sinks is not None:
+            with_sinks = torch.logaddexp(logsumexp, sinks.float()[:, None])
+            out.mul_((logsumexp - with_sinks).exp_()[..., None])
+            logsumexp = with_sinks
+        ctx.save_for_backward(query, key, value, out, logsumexp, sinks)
+        ctx.segments, ctx.scale, ctx.softcap = segments, scale, softcap
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dtype = grads[0].dtype
         # bfloat16 numbers multiply faster as float32 tensors than as bfloat16 tensors, and with less rounding.
-        query, key, value, out, logsumexp, grad_out = (tensor.float() for tensor in (*ctx.saved_tensors, *grads))
+        *saved, sinks = ctx.saved_tensors
+        query, key, value, out, logsumexp, grad_out = (tensor.float() for tensor in (*saved, *grads))
         grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
         delta = (grad_out * out).sum(-1)  # (H, T)
         with bfloat16_products() if dtype == torch.bfloat16 else contextlib.nullcontext():
             for segment in ctx.segments:
                 q, grad, lse, shift = (x[:, segment.queries] for x in (query, grad_out, logsumexp, delta))
                 grad_query[:, segment.queries], *grad_kv = _segment_gradients(
-                    q, grad, lse, shift, segment.keys(key), segment.keys(value), ctx.scale
+                    q, grad, lse, shift, segment.keys(key), segment.keys(value), segment.window, ctx.scale, ctx.softcap
                 )
                 for total, part in zip((grad_key, grad_value), grad_kv, strict=True):
                     prompt = segment.prompt.stop - segment.prompt.start
                     total[:, segment.prompt] += part[:, :prompt]
                     total[:, segment.own] += part[:, prompt:]
-        return grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype), None, None
+        grad_sinks = None
+        if sinks is not None:
+            grad_sinks = -((sinks.float()[:, None] - logsumexp).exp_() * delta).sum(1).to(sinks.dtype)
+        return grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype), grad_sinks, None, None, None
+
+
+def _blocks(queries: int, keys: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of queries, each with the keys up to its last query, as slices."""
+    for start in range(0, queries, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, queries)
+        yield slice(start, stop), slice(keys - queries + stop)
+
+
+def _stack(x: Tensor, key_heads: int) -> Tensor:
+    """(H, q) or (H, q, D) -> (K, H / K * q, 1 or D): query heads with the same key head are stacked."""
+    return x.reshape(key_heads, x.shape[0] // key_heads * x.shape[1], -1)
+
+
+def _capped_segment(
+    query: Tensor, key: Tensor, value: Tensor, window: int, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """(H, Q, D) attention of one segment with capped logits, and (H, Q) log-sum-exp; see ``_segment_gradients``."""
+    out, logsumexp = torch.empty_like(query), query.new_empty(query.shape[:2])
+    for block, visible in _blocks(query.shape[1], key.shape[1]):
+        q = query[:, block]
+        logits = _stack(q, len(key)) @ key[:, visible].transpose(1, 2)
+        logits.mul_(scale / softcap).tanh_().mul_(softcap)
+        by_head = logits.view(len(query), q.shape[1], -1)
+        by_head.masked_fill_(_hidden(q.shape[1], by_head.shape[2], window, q.device), float("-inf"))
+        lse = logits.logsumexp(-1, keepdim=True)
+        out[:, block] = (logits.sub_(lse).exp_() @ value[:, visible]).view_as(q)
+        logsumexp[:, block] = lse.view(q.shape[:2])
+    return out, logsumexp
 
 
 def _segment_gradients(
-    query: Tensor, grad_out: Tensor, logsumexp: Tensor, delta: Tensor, key: Tensor, value: Tensor, scale: float
+    query: Tensor,
+    grad_out: Tensor,
+    logsumexp: Tensor,
+    delta: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one segment with respect to query, key and value, per block of queries (arXiv:2205.14135, Alg. 4).
 
     Args:
         query, grad_out: (H, Q, D).
-        logsumexp: (H, Q) log-sum-exp of the logits.
+        logsumexp: (H, Q) log-sum-exp of the logits, including the sink.
         delta: (H, Q) grad_out * out, summed over D.
         key, value: (K, S, D); the last Q entries belong to the queries.
+        window: as in ``Segment``.
     """
     grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    queries, keys = query.shape[1], key.shape[1]
-    for start in range(0, queries, QUERY_BLOCK):
-        block = slice(start, min(start + QUERY_BLOCK, queries))
-        size = block.stop - start
-        visible = slice(keys - queries + block.stop)
-        q, grad, lse, shift = (  # (K, H / K * size, D or 1): query heads with the same key head are stacked
-            x[:, block].reshape(key.shape[0], size * query.shape[0] // key.shape[0], -1)
-            for x in (query, grad_out, logsumexp, delta)
-        )
-        p = torch.baddbmm(lse, q, key[:, visible].transpose(1, 2), beta=-1, alpha=scale).exp_()
-        p.view(-1, size, p.shape[-1])[:, :, -size:].tril_()
+    for block, visible in _blocks(query.shape[1], key.shape[1]):
+        size = block.stop - block.start
+        q, grad, lse, shift = (_stack(x[:, block], len(key)) for x in (query, grad_out, logsumexp, delta))
+        visible_keys = key[:, visible].transpose(1, 2)
+        if softcap is None:
+            slope = None
+            p = torch.baddbmm(lse, q, visible_keys, beta=-1, alpha=scale).exp_()
+        else:
+            capped = (q @ visible_keys).mul_(scale / softcap).tanh_()
+            p = torch.exp(softcap * capped - lse)
+            slope = capped.square_().neg_().add_(1)  # d tanh(x) / dx
+        by_head = p.view(len(query), size, -1)
+        by_head[:, :, -size:].tril_()
+        first = visible.stop - size - window + 1  # first key of the first query
+        if window and first + size > 1:
+            by_head[:, :, : first + size].triu_(first)
         grad_value[:, visible].baddbmm_(p.transpose(1, 2), grad)
         grad_logits = torch.baddbmm(shift, grad, value[:, visible].transpose(1, 2), beta=-1).mul_(p)
+        if slope is not None:
+            grad_logits.mul_(slope)
         grad_key[:, visible].baddbmm_(grad_logits.transpose(1, 2), q, alpha=scale)
         grad_query[:, block] = (grad_logits @ key[:, visible]).mul_(scale).view(-1, size, query.shape[-1])
     return grad_query, grad_key, grad_value

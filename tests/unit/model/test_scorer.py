@@ -11,11 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_ray.config.schema import ModelConfig
 from dpo_ray.data.packing import Layout, build_row
-from dpo_ray.model.architecture import model_digest, read_model_config
+from dpo_ray.model.architecture import PACKED_WINDOWS, model_digest, read_model_config
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer, pair_logps, pair_losses
 from dpo_ray.objective.head import Head
 from dpo_ray.objective.logps import PairLogps
+from dpo_ray.parallel.activations import apply_activation_checkpointing
 from dpo_ray.types import TokenPair
 from tests.conftest import gradient, save_tiny_model
 
@@ -97,35 +98,141 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("architecture", "settings"),
-    [
-        ("qwen3", {"head_dim": 16}),
-        ("mistral", {"sliding_window": None}),
-        ("gemma", {"head_dim": 16}),
-        ("olmo2", {}),
-        ("gpt2", {}),
-        ("gpt_neox", {}),
-        ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
-        ("cohere", {"logit_scale": 0.25}),
-        ("granite", {"logits_scaling": 4.0}),
-        ("hyperclovax", {"logits_scaling": 4.0}),
-    ],
-)
-def test_logps_of_packed_rows_equal_those_of_separate_forwards_for_each_architecture(
-    tmp_path: Path, architecture: str, settings: dict[str, Any]
-) -> None:
+WINDOW = {"sliding_window": 6, "head_dim": 16}
+MIXED = WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "gemma": {"head_dim": 16},
+    "olmo2": {},
+    "gpt2": {},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 4.0},
+    "hyperclovax": {"logits_scaling": 4.0},
+    # Local attention
+    "afmoe": MIXED | EXPERTS | {"num_dense_layers": 1},
+    "cohere2": MIXED | {"logit_scale": 0.25},
+    "exaone4": MIXED,
+    "gemma2": MIXED | {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    "gemma3_text": MIXED,
+    "gemma4_text": WINDOW
+    | {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "global_head_dim": 32,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 261,
+    },
+    "gpt_oss": MIXED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama4_text": {
+        "attention_chunk_size": 6,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "intermediate_size_mlp": 96,
+        "no_rope_layers": [1, 0],
+        "layer_types": ["chunked_attention", "full_attention"],
+        "attn_temperature_tuning": False,
+        "interleave_moe_layer_step": 2,
+    },
+    "ministral": WINDOW,
+    "mistral": WINDOW,
+    "mixtral": WINDOW | {"num_local_experts": 4},
+    "olmo3": MIXED,
+    "phi3": {"sliding_window": 6},
+    "qwen2": MIXED | {"use_sliding_window": True},
+    "qwen3": MIXED | {"use_sliding_window": True},
+    "smollm3": {"sliding_window": 6, "use_sliding_window": True, "no_rope_layers": [1, 0]},
+    "starcoder2": {"sliding_window": 6},
+    # Mixtures of experts
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 4.0},
+    "olmoe": EXPERTS,
+    "qwen2_moe": EXPERTS,
+    "qwen3_moe": EXPERTS | {"head_dim": 16},
+}
+
+
+def save_small_model(folder: Path, architecture: str, settings: dict[str, Any]) -> Path:
+    """A random model of an architecture, whose attention, sinks included, is far from uniform."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **SMALL | settings)).save_pretrained(tmp_path)
-    pairs = ragged_pairs(5)
-    exact = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
-    with torch.no_grad():
-        rejected = torch.stack([exact_logp(exact, pair.prompt, pair.rejected) for pair in pairs])
-    actual = pair_logps(
-        Scorer(build_model(ModelConfig(path=str(tmp_path)), with_weights=True)), build_row(pairs, "shared")
-    )
-    assert rejected.abs().max() > 20, "differences would be visible"
-    assert (actual.rejected - rejected).abs().max() < 1e-3
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **SMALL | settings))
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder)
+    return folder
+
+
+def exact_results(folder: Path, pairs: list[TokenPair]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(S,) log-probabilities by separate forward passes of transformers' eager attention in float64, and gradients."""
+    exact = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
+    logps = [exact_logp(exact, pair.prompt, ids) for pair in pairs for ids in (pair.chosen, pair.rejected)]
+    each = torch.stack(logps)
+    torch.nn.functional.logsigmoid(0.1 * (each[::2] - each[1::2])).sum().backward()
+    return each.detach(), {name: gradient(p) for name, p in exact.named_parameters() if p.grad is not None}
+
+
+OTHER_ATTENTION = {
+    "gemma2": ["flex"],
+    "gpt_oss": ["flex"],
+    "llama4_text": ["flex", "sdpa"],
+    "mistral": ["flex", "sdpa"],
+    "qwen2": ["flex", "sdpa"],
+}
+"""One architecture for each feature of attention: caps, sinks, chunks, windows in all layers and in some."""
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_rows_equal_separate_forwards_for_each_architecture(tmp_path: Path, architecture: str) -> None:
+    folder, pairs = save_small_model(tmp_path, architecture, ARCHITECTURES[architecture]), ragged_pairs(4)
+    logps, gradients = exact_results(folder, pairs)
+    assert logps.abs().max() > 20, "differences would be visible"
+    for attention in ("auto", *OTHER_ATTENTION.get(architecture, ())):
+        config = ModelConfig.model_validate({"path": str(folder), "attention": attention})
+        scorer = Scorer(build_model(config, with_weights=True))
+        with torch.set_grad_enabled(attention != "flex"):
+            losses = pair_losses(scorer, build_row(pairs, "shared"), preference)
+        actual = torch.stack((losses.policy.chosen, losses.policy.rejected), 1).flatten()
+        assert (actual - logps).abs().max() < 1e-4, attention
+        if attention != "flex":  # no gradients on a CPU
+            losses.total.backward()
+            assert_gradients_equal(scorer, gradients)
+
+
+def assert_gradients_equal(scorer: Scorer, gradients: dict[str, torch.Tensor]) -> None:
+    actual = {name: p.grad for name, p in scorer.model.named_parameters() if p.grad is not None}
+    assert actual.keys() == gradients.keys()
+    for name, expected in gradients.items():
+        # Biases of keys have no gradient but rounding.
+        assert (actual[name] - expected).norm() < 1e-3 * expected.norm() + 1e-6, name
+
+
+def test_every_architecture_with_windows_in_packed_rows_is_tested() -> None:
+    local = {"sliding_window", "attention_chunk_size"}
+    assert {name for name, settings in ARCHITECTURES.items() if local & settings.keys()} == PACKED_WINDOWS
+
+
+def test_activation_checkpointing_leaves_the_gradients_of_layers_that_share_keys(tmp_path: Path) -> None:
+    folder, pairs = save_small_model(tmp_path, "gemma4_text", ARCHITECTURES["gemma4_text"]), ragged_pairs(5)
+    scorer = Scorer(build_model(ModelConfig(path=str(folder)), with_weights=True))
+    apply_activation_checkpointing(scorer.layers, "full")
+    pair_losses(scorer, build_row(pairs, "shared"), preference).total.backward()
+    assert_gradients_equal(scorer, exact_results(folder, pairs)[1])
+
+
+def test_attention_that_sdpa_does_not_compute_is_rejected(tmp_path: Path) -> None:
+    folder = save_small_model(tmp_path, "gemma2", ARCHITECTURES["gemma2"])
+    with pytest.raises(ValueError, match=r"whose attention torch's sdpa does not compute; set model\.attention: auto"):
+        build_model(ModelConfig(path=str(folder), attention="sdpa"), with_weights=True)
+
+
+def test_windows_of_an_architecture_that_is_not_tested_are_rejected(tmp_path: Path) -> None:
+    AutoConfig.for_model("vaultgemma").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a vaultgemma with layers of sliding_attention, which are not supported"):
+        read_model_config(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Attention over packed rows: values and gradients against a masked float64 softmax and torch's own kernels."""
 
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from dpo_ray.data.assignment import shard_row
 from dpo_ray.data.packing import Span
 from dpo_ray.ops.attention import QUERY_BLOCK, _attend, causal_segments, packed_attention
+from dpo_ray.ops.windows import Window
 
 LENGTH = st.integers(0, 2 * QUERY_BLOCK + 3)
 Attend = Callable[[Tensor, Tensor, Tensor, list[Span]], Tensor]
@@ -25,9 +28,34 @@ def inputs(spans: list[Span], heads: int, key_heads: int, dtype: torch.dtype, si
     return [*(x.to(dtype) for x in tensors), torch.randn(1, tokens, heads, size, generator=generator).to(dtype)]
 
 
-def packed(q: Tensor, k: Tensor, v: Tensor, spans: list[Span]) -> Tensor:
+WINDOWS = st.one_of(st.none(), st.builds(Window, st.sampled_from([3, QUERY_BLOCK, 300]), st.booleans()))
+
+
+def layer(window: Window | None) -> nn.Module:
+    """An attention layer as ``layer_window`` sees it."""
+    module = nn.Identity()
+    chunk = window.size if window is not None and window.chunked else None
+    kind = "full_attention" if chunk is None else "chunked_attention"
+    module.config = SimpleNamespace(layer_types=[kind], attention_chunk_size=chunk)  # type: ignore[assignment]
+    module.layer_idx = 0  # type: ignore[assignment]
+    return module
+
+
+def packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: list[Span],
+    *,
+    window: Window | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """The attention of the policy."""
-    return packed_attention(nn.Identity(), q, k, v, None, spans=spans)[0]
+    sliding = None if window is None or window.chunked else window.size
+    return packed_attention(
+        layer(window), q, k, v, None, spans=spans, sliding_window=sliding, softcap=softcap, s_aux=sinks
+    )[0]
 
 
 def by_torch(q: Tensor, k: Tensor, v: Tensor, spans: list[Span]) -> Tensor:
@@ -36,20 +64,38 @@ def by_torch(q: Tensor, k: Tensor, v: Tensor, spans: list[Span]) -> Tensor:
     return torch.cat(parts, 2).transpose(1, 2)
 
 
-def by_mask(q: Tensor, k: Tensor, v: Tensor, spans: list[Span]) -> Tensor:
-    """Softmax over the whole row with masked logits at minus infinity."""
+def by_mask(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: list[Span],
+    *,
+    window: Window | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Softmax over the whole row with masked logits at minus infinity, and the sinks as one more key."""
     tokens = q.shape[2]
-    seen = torch.zeros(tokens, tokens, dtype=torch.bool)
+    seen, position = torch.zeros(tokens, tokens, dtype=torch.bool), torch.zeros(tokens, dtype=torch.int64)
     start = 0
     for prompt, first, second in spans:
         end, behind = start + prompt, start + prompt + first
         seen[start : behind + second, start:end] = True
         seen[end:behind, end:behind] = seen[behind : behind + second, behind : behind + second] = True
+        position[start:behind] = torch.arange(prompt + first)
+        position[behind : behind + second] = torch.arange(prompt, prompt + second)
         start = behind + second
+    if window is not None:
+        query, key = position[:, None], position[None]
+        seen &= (query // window.size == key // window.size) if window.chunked else (query - key < window.size)
     groups = q.shape[1] // k.shape[1]
     scores = q @ k.repeat_interleave(groups, 1).transpose(2, 3) * q.shape[-1] ** -0.5
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     scores = scores.masked_fill(~seen.tril(), float("-inf"))
-    return (scores.softmax(-1) @ v.repeat_interleave(groups, 1)).transpose(1, 2)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks[None, :, None, None].expand(1, -1, tokens, 1)), -1)
+    return (scores.softmax(-1)[..., :tokens] @ v.repeat_interleave(groups, 1)).transpose(1, 2)
 
 
 def value_and_gradients(attend: Attend, tensors: list[Tensor], spans: list[Span], dtype: torch.dtype) -> list[Tensor]:
@@ -66,29 +112,61 @@ def errors(actual: list[Tensor], exact: list[Tensor]) -> list[float]:
 
 
 @settings(max_examples=30, deadline=None)
-@given(SPANS, st.sampled_from([(4, 4), (6, 2), (3, 1)]))
+@given(SPANS, st.sampled_from([(4, 4), (6, 2), (3, 1)]), WINDOWS, st.sampled_from([None, 1.5]))
 def test_values_and_gradients_are_those_of_a_float64_softmax_over_the_masked_row(
-    spans: list[Span], heads: tuple[int, int]
+    spans: list[Span], heads: tuple[int, int], window: Window | None, softcap: float | None
 ) -> None:
     tensors = inputs(spans, *heads, torch.float32)
-    exact = value_and_gradients(by_mask, tensors, spans, torch.float64)
-    assert max(errors(value_and_gradients(packed, tensors, spans, torch.float32), exact)) < 1e-5
+    ours, oracle = (partial(attend, window=window, softcap=softcap) for attend in (packed, by_mask))
+    exact = value_and_gradients(oracle, tensors, spans, torch.float64)
+    assert max(errors(value_and_gradients(ours, tensors, spans, torch.float32), exact)) < 1e-5
+
+
+@pytest.mark.parametrize("window", [None, Window(7)])
+def test_values_and_gradients_with_sinks_are_those_of_a_float64_softmax_with_one_more_key(window: Window) -> None:
+    spans = [Span(20, 140, 9), Span(1, 3, 2)]
+    tensors, sinks = inputs(spans, 4, 2, torch.float32), torch.tensor([-3.0, 0.0, 2.0, 9.0])
+
+    def results(attend: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        sink = sinks.to(dtype, copy=True).requires_grad_()
+        values = value_and_gradients(partial(attend, window=window, sinks=sink), tensors, spans, dtype)
+        attend(*(x.to(dtype) for x in tensors[:3]), spans, window=window, sinks=sink).square().sum().backward()
+        assert sink.grad is not None
+        return [*values, sink.grad]
+
+    assert max(errors(results(packed, torch.float32), results(by_mask, torch.float64))) < 1e-5
+
+
+def test_keys_outside_the_window_are_not_computed() -> None:
+    spans = [Span(2000, 1000, 1000)]
+    computed = [
+        sum(
+            (s.queries.stop - s.queries.start) * (s.prompt.stop - s.prompt.start + s.own.stop - s.own.start)
+            for s in causal_segments(spans, None, window)
+        )
+        for window in (Window(100), Window(100, chunked=True))
+    ]
+    assert computed[0] <= 4000 * (100 + QUERY_BLOCK)
+    assert computed[1] == 4000 * 100
 
 
 @settings(max_examples=20, deadline=None)
-@given(SPANS, st.sampled_from([1, 2, 3]))
+@given(SPANS, st.sampled_from([1, 2, 3]), WINDOWS)
 def test_context_parallel_ranks_have_together_the_values_and_gradients_of_the_row(
-    spans: list[Span], ranks: int
+    spans: list[Span], ranks: int, window: Window | None
 ) -> None:
     split = shard_row(spans, ranks)
     tensors = inputs(list(split.spans), 4, 2, torch.float32)
-    exact = value_and_gradients(by_mask, tensors, list(split.spans), torch.float64)
+    exact = value_and_gradients(partial(by_mask, window=window), tensors, list(split.spans), torch.float64)
+    sliding = None if window is None or window.chunked else window.size
 
     def sharded(q: Tensor, k: Tensor, v: Tensor, spans: list[Span]) -> Tensor:
         out = torch.zeros_like(q).transpose(1, 2)
         for rank in range(ranks):
             tokens, slices = torch.from_numpy(split.positions[rank]), split.stretches(rank)
-            local, _ = packed_attention(nn.Identity(), q[:, :, tokens], k, v, None, spans=spans, query_slices=slices)
+            local, _ = packed_attention(
+                layer(window), q[:, :, tokens], k, v, None, spans=spans, query_slices=slices, sliding_window=sliding
+            )
             out = out.index_copy(1, tokens, local)
         return out
 

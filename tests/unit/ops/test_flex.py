@@ -15,24 +15,31 @@ from dpo_ray.data.assignment import shard_row
 from dpo_ray.data.packing import PackedRow, Span, attention_mask, build_row
 from dpo_ray.model.load import build_model, resolve_attention
 from dpo_ray.model.scorer import Scorer, pair_logps, pair_losses
-from dpo_ray.ops.flex import BLOCK, span_mask, token_limits, visible_blocks
+from dpo_ray.ops.flex import BLOCK, local_limits, span_mask, token_limits, visible_blocks
+from dpo_ray.ops.windows import Window
 from tests.unit.model.test_scorer import preference, ragged_pairs
 
 SPANS = st.lists(
     st.builds(Span, st.integers(1, 40), st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=6
 )  # fmt: skip
+WINDOWS = st.one_of(st.none(), st.builds(Window, st.sampled_from([1, 5, 20]), st.booleans()))
 
 
-def dense_mask(spans: Sequence[Span]) -> np.ndarray:
+def dense_mask(spans: Sequence[Span], window: Window | None = None) -> np.ndarray:
     ids = torch.zeros(1, sum(map(sum, spans)), dtype=torch.int64)
     none = torch.zeros(0, dtype=torch.int64)
-    return attention_mask(PackedRow(ids, ids, tuple(spans), none, none, none, none, np.zeros(0, bool)))[0, 0].numpy()
+    mask = attention_mask(PackedRow(ids, ids, tuple(spans), none, none, none, none, np.zeros(0, bool)))[0, 0].numpy()
+    if window is None:
+        return mask
+    position = np.concatenate([np.r_[0 : s.prompt + s.first, s.prompt : s.prompt + s.second] for s in spans])
+    query, key = position[:, None], position[None]
+    return mask & (query // window.size == key // window.size if window.chunked else query - key < window.size)
 
 
 @settings(max_examples=200, deadline=None)
-@given(SPANS, st.sampled_from([4, 8, 16]))
-def test_blocks_equal_those_of_the_dense_mask(spans: list[Span], block: int) -> None:
-    mask = dense_mask(spans)
+@given(SPANS, st.sampled_from([4, 8, 16]), WINDOWS)
+def test_blocks_equal_those_of_the_dense_mask(spans: list[Span], block: int, window: Window | None) -> None:
+    mask = dense_mask(spans, window)
     blocks = -(-len(mask) // block)
     padded = np.zeros((blocks * block,) * 2, bool)
     padded[: len(mask), : len(mask)] = mask
@@ -41,21 +48,23 @@ def test_blocks_equal_those_of_the_dense_mask(spans: list[Span], block: int) -> 
     # A short last block is full if its existing rows are.
     padded[len(mask) :] = True
     full = padded.reshape(blocks, block, blocks, block).swapaxes(1, 2).all((2, 3)) & some
-    visible = visible_blocks(token_limits(spans), len(mask), block)
+    limits = token_limits(spans)
+    visible = visible_blocks(limits if window is None else local_limits(limits, window), len(mask), block)
     np.testing.assert_array_equal(visible.full, full)
     np.testing.assert_array_equal(visible.partial, some & ~full)
 
 
-def test_the_block_mask_equals_the_one_that_torch_creates_from_its_mask_function() -> None:
+@pytest.mark.parametrize("window", [None, Window(140), Window(140, chunked=True)])
+def test_the_block_mask_equals_the_one_that_torch_creates_from_its_mask_function(window: Window | None) -> None:
     spans = [Span(200, 90, 150), Span(300, 0, 0), Span(3, 400, 260)]
-    mask = span_mask(spans, torch.device("cpu"))
+    mask = span_mask(spans, torch.device("cpu"), window=window)
     tokens = sum(map(sum, spans))
     assert mask.mask_mod is not None
     evaluated = create_block_mask(mask.mask_mod, 1, None, tokens, tokens, device="cpu", BLOCK_SIZE=BLOCK)
     assert torch.equal(mask.to_dense(), evaluated.to_dense())
     query, key = torch.arange(tokens)[:, None], torch.arange(tokens)[None]
     seen = mask.mask_mod(torch.tensor(0), torch.tensor(0), query.expand(tokens, tokens), key.expand(tokens, tokens))
-    np.testing.assert_array_equal(seen.numpy(), dense_mask(spans))
+    np.testing.assert_array_equal(seen.numpy(), dense_mask(spans, window))
 
 
 @settings(max_examples=100, deadline=None)
