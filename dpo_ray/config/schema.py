@@ -40,9 +40,14 @@ Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 # compares them with the registries.
 LOSSES = (
     "sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down",
-    "discopop", "dpop", "simpo", "orpo", "nll",
+    "discopop", "dpop", "bco_pair", "aot", "aot_unpaired", "simpo", "orpo", "nll",
 )  # fmt: skip
 REFERENCE_FREE_LOSSES = ("simpo", "orpo", "nll")
+MARGIN_LOSSES = ("sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "discopop")
+"""Losses of the margin of log-ratios only, which loss.divergence generalizes."""
+DIVERGENCES = ("reverse_kl", "forward_kl", "js")
+RANKED_LOSSES = ("aot", "aot_unpaired")
+"""Losses that compare each pair with the pair of equal rank in its step."""
 JUDGES = ("length", "sentiment")
 SELECTORS = ("best_vs_worst", "random_pair")
 TRANSPORTS = ("object_store", "nccl", "ipc")
@@ -60,6 +65,13 @@ def _one_of(kind: str, names: tuple[str, ...]) -> Any:
         return use
 
     return AfterValidator(validate)
+
+
+def _divergence(value: str | float) -> str | float:
+    if value in DIVERGENCES or (isinstance(value, float) and 0 < value < 1):
+        return value
+    names = ", ".join(DIVERGENCES)
+    raise PydanticCustomError("divergence", "input should be {names} or a number between 0 and 1", {"names": names})
 
 
 class Component(Section):
@@ -258,11 +270,16 @@ class LossConfig(Section):
 
     use: Annotated[str | tuple[str, ...], _one_of("loss", LOSSES)] = "sigmoid"
     """Loss name or import path, or a list of losses to sum: sigmoid, sigmoid_norm, robust, hinge, ipo, exo_pair,
-    nca_pair, sppo_hard, apo_zero, apo_down, discopop, dpop, and reference-free simpo, orpo, nll."""
+    nca_pair, sppo_hard, apo_zero, apo_down, discopop, dpop, bco_pair, aot, aot_unpaired, and reference-free simpo,
+    orpo, nll."""
     weights: tuple[float, ...] = ()
     """Weight of each loss in loss.use; empty is 1 for each."""
     weighting: Literal["none", "wpo"] = "none"
     """Weight of each pair. wpo: likelihood of both completions under the policy (arXiv:2406.11827)."""
+    divergence: Annotated[str | float, AfterValidator(_divergence)] = "reverse_kl"
+    """Divergence from the reference that the policy is regularized with (f-DPO, arXiv:2309.16240): reverse_kl, which is
+    DPO, forward_kl, js, or a number between 0 and 1: the alpha-divergence between reverse_kl (0) and forward_kl (1).
+    For sigmoid, sigmoid_norm, robust, hinge, ipo, exo_pair and discopop."""
     beta: float = Field(0.1, gt=0)
     """Strength of the penalty for diverging from the reference. Typical values are 0.01 to 0.5, or 2 to 10 for losses
     on log-probabilities per token."""
@@ -283,6 +300,28 @@ class LossConfig(Section):
     def needing_reference(self) -> list[str]:
         """The built-in losses in use that take a reference."""
         return [name for name in self.names if name in LOSSES and name not in REFERENCE_FREE_LOSSES]
+
+    @property
+    def ranked(self) -> bool:
+        """True if a loss in use compares pairs of equal rank."""
+        return any(name in RANKED_LOSSES for name in self.names)
+
+    @model_validator(mode="after")
+    def _validate_combination(self) -> Self:
+        if self.divergence != "reverse_kl":
+            accepted = (*MARGIN_LOSSES, "nll")
+            if unsupported := [name for name in self.names if name not in accepted]:
+                raise ValueError(
+                    f"loss.divergence is {self.divergence!r}: it applies to losses of the margin of log-ratios, and "
+                    f"loss.use has {unsupported[0]!r}; use {', '.join(MARGIN_LOSSES)}, or set loss.divergence: "
+                    "reverse_kl"
+                )
+        if self.weighting == "wpo" and self.ranked:
+            raise ValueError(
+                "loss.weighting: wpo multiplies the loss of a pair, and each term of aot and aot_unpaired belongs to "
+                "two pairs; set loss.weighting: none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _validate_terms(self) -> Self:

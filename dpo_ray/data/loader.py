@@ -188,6 +188,20 @@ class PairLoader:
         """Optimizer steps per epoch."""
         return -(-len(self.mixture) // self.pairs_per_step)
 
+    def steps_until(self, consumed: int) -> int:
+        """Number of steps from here until at least ``consumed`` pairs have been returned."""
+        size, step = len(self.mixture), self.pairs_per_step
+        (epoch, start), (last_epoch, end) = divmod(self.consumed, size), divmod(consumed, size)
+        if epoch == last_epoch:
+            return max(0, -((start - end) // step))
+        return max(0, -((start - size) // step) + (last_epoch - epoch - 1) * self.steps_per_epoch - (-end // step))
+
+    def epochs_after(self, steps: int = 0) -> float:
+        """Passes over the data after ``steps`` further steps; each step counts as an equal part of an epoch."""
+        epoch, start = divmod(self.consumed, len(self.mixture))
+        whole = epoch * self.steps_per_epoch + steps
+        return (whole + start / self.pairs_per_step) / self.steps_per_epoch
+
     def __iter__(self) -> Iterator[StepBatch]:
         return self
 

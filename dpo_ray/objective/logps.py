@@ -3,8 +3,8 @@
 N = completion tokens, S = sequences, B = pairs
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -23,13 +23,13 @@ class PairLogps:
     """(B,) completion lengths in tokens."""
     weights: Tensor | None = None
     """(B,) weights of the pairs' losses, without gradient; None is 1 for each."""
+    ranked: Tensor | None = None
+    """(B, 3) values of the pairs of equal rank in the step, see ``losses.rank_matches``; of a reference only."""
 
     def of(self, pairs: slice) -> "PairLogps":
         """Log-probabilities of a slice of the pairs."""
-        weights = None if self.weights is None else self.weights[pairs]
-        return PairLogps(
-            self.chosen[pairs], self.rejected[pairs], self.chosen_tokens[pairs], self.rejected_tokens[pairs], weights
-        )
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value[pairs] for name, value in values.items() if value is not None})
 
 
 class TokenLogps(NamedTuple):

@@ -4,17 +4,23 @@ To add a loss, write a function here, add it to ``LOSSES`` and its name to ``con
 ``loss.use: my_lab.losses:mine``. Each takes ``(policy, reference, *, beta, ...)``, with ``beta`` optional, and returns
 one loss per pair; the training step takes the mean over the global step.
 
+A loss that takes ``log_ratio_totals`` gets the (2,) sum and number of log-ratios of all completions in former steps.
+
 Throughout: ``policy`` and ``reference`` hold completion log-probabilities, (B,) each, summed over tokens, in nats;
 ``beta`` is the scale of the implicit reward, 1/nat; the result is (B,); a ValueError names an argument out of range.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_ray.config.schema import REFERENCE_FREE_LOSSES
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.plugins import bind
 
@@ -161,6 +167,39 @@ def dpop(policy: PairLogps, reference: PairLogps, *, beta: float, penalty: float
     return -F.logsigmoid(beta * (chosen - rejected - penalty * torch.relu(-chosen)))
 
 
+def bco_pair(
+    policy: PairLogps, reference: PairLogps, *, beta: float, log_ratio_totals: Tensor, shift: bool = True
+) -> Tensor:
+    """BCO on pairs: binary classification of completions, by their reward minus the mean reward so far.
+
+    arXiv:2404.04656. The reward shift is the mean over the completions of all former steps; TRL's former BCO trainer
+    included the current micro-batch. ``shift: false`` is TRL's ``bco_pair``, which has no shift.
+    """
+    chosen, rejected = (beta * ratio for ratio in log_ratios(policy, reference))
+    mean = beta * log_ratio_totals[0] / log_ratio_totals[1].clamp(min=1) if shift else 0.0
+    return -F.logsigmoid(chosen - mean) - F.logsigmoid(mean - rejected)
+
+
+def aot(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """AOT on pairs: the policy's margins stochastically dominate the reference's, quantile by quantile in a step.
+
+    arXiv:2406.05882, paired, with the logistic loss. A pair is compared with the reference's margin of equal rank.
+    """
+    return _cross_entropy(beta * (policy.chosen - policy.rejected - _ranked(reference)[:, 0]), label_smoothing)
+
+
+def aot_unpaired(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """AOT without pairing: the log-ratios of chosen completions stochastically dominate those of rejected ones.
+
+    arXiv:2406.05882, unpaired, with the logistic loss. A term has one chosen and one rejected completion of equal rank.
+    A pair has half of the values of its two terms, and all of the gradient with respect to its own completions.
+    """
+    (chosen, rejected), (_, equal_rejected, equal_chosen) = log_ratios(policy, reference), _ranked(reference).unbind(1)
+    losses = _cross_entropy(beta * (chosen - equal_rejected), label_smoothing)
+    losses = losses + _cross_entropy(beta * (equal_chosen - rejected), label_smoothing)
+    return losses - losses.detach() / 2
+
+
 def simpo(policy: PairLogps, reference: PairLogps | None, *, beta: float, gamma: float = 0.5) -> Tensor:
     """SimPO: log-probability per token as reward, with a target margin; reference-free.
 
@@ -192,15 +231,44 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     loss.__name__: loss
     for loss in (
         sigmoid, sigmoid_norm, robust, hinge, ipo, exo_pair, nca_pair, sppo_hard, apo_zero, apo_down, discopop, dpop,
-        simpo, orpo, nll,
+        bco_pair, aot, aot_unpaired, simpo, orpo, nll,
     )
 }  # fmt: skip
 
 
-def build_loss(loss: "LossConfig") -> PairLoss:
+def alpha_score(log_t: Tensor, alpha: float) -> Tensor:
+    """(1 - t^-alpha) / alpha, where t^-alpha is clamped at e^80, far above any ratio of a healthy policy."""
+    return -torch.expm1((-alpha * log_t).clamp(max=80.0)) / alpha
+
+
+DIVERGENCES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "reverse_kl": lambda log_t: log_t,
+    "forward_kl": partial(alpha_score, alpha=1.0),
+    "js": lambda log_t: math.log(2) + F.logsigmoid(log_t),
+}
+"""f'(t) of each f-divergence as a function of log t, with 0 at t = 1: rewards of f-DPO (arXiv:2309.16240, Table 1)."""
+
+
+def rank_matches(policy: PairLogps, reference: PairLogps) -> Tensor:
+    """For each pair, what has its rank among all pairs of the step, which are given.
+
+    Returns:
+        (B, 3) reference margin with the rank of the pair's policy margin, rejected log-ratio with the rank of its
+        chosen log-ratio, and chosen log-ratio with the rank of its rejected log-ratio; nats, without gradient.
+    """
+    chosen, rejected = (ratio.detach() for ratio in log_ratios(policy, reference))
+    policy_margin, reference_margin = policy.chosen - policy.rejected, reference.chosen - reference.rejected
+    columns = ((policy_margin.detach(), reference_margin), (chosen, rejected), (rejected, chosen))
+    return torch.stack([other.sort().values[own.argsort().argsort()] for own, other in columns], 1)
+
+
+def build_loss(loss: "LossConfig", log_ratio_totals: Tensor | None = None) -> PairLoss:
     """The configured loss, or weighted sum of losses, with its arguments bound.
 
     Losses are multiplied by ``policy.weights`` if given (``loss.weighting: wpo``; arXiv:2406.11827, Eq. 2).
+
+    Args:
+        log_ratio_totals: (2,) sum, nats, and number of log-ratios in former steps, on the CPU; the caller adds to it.
 
     Raises:
         ValueError: a name or an argument is unknown or out of range, or a loss does not return one value per pair.
@@ -208,7 +276,10 @@ def build_loss(loss: "LossConfig") -> PairLoss:
     terms = []
     for name, weight in zip(loss.names, loss.weights or (1.0,) * len(loss.names), strict=True):
         args = loss.args if len(loss.names) == 1 else loss.args.get(name, {})
-        term = bind(name, args, LOSSES, kind="loss", beta=loss.beta)
+        totals = torch.zeros(2) if log_ratio_totals is None else log_ratio_totals
+        term = bind(name, args, LOSSES, kind="loss", beta=loss.beta, log_ratio_totals=totals)
+        if loss.divergence != "reverse_kl" and name not in REFERENCE_FREE_LOSSES:
+            term = _of_scores(term, loss.divergence)
         _validate_output(name, term)
         terms.append((weight, term))
 
@@ -217,6 +288,25 @@ def build_loss(loss: "LossConfig") -> PairLoss:
         return losses if policy.weights is None else losses * policy.weights
 
     return pair_loss
+
+
+def _of_scores(term: PairLoss, divergence: str | float) -> PairLoss:
+    """The loss ``term`` of the scores of another divergence instead of log-ratios."""
+    score = DIVERGENCES[divergence] if isinstance(divergence, str) else partial(alpha_score, alpha=divergence)
+
+    def of_scores(policy: PairLogps, reference: PairLogps | None) -> Tensor:
+        assert reference is not None
+        chosen, rejected = map(score, log_ratios(policy, reference))
+        zeros = torch.zeros_like(chosen)
+        return term(replace(policy, chosen=chosen, rejected=rejected), replace(reference, chosen=zeros, rejected=zeros))
+
+    return of_scores
+
+
+def _ranked(reference: PairLogps) -> Tensor:
+    if reference.ranked is None:
+        raise ValueError("aot and aot_unpaired need reference.ranked: rank_matches() of all pairs of the step")
+    return reference.ranked
 
 
 def _cross_entropy(margin: Tensor, label_smoothing: float) -> Tensor:
@@ -239,7 +329,7 @@ def _validate_output(name: str, term: Callable[..., Any]) -> None:
     """Call a loss on two pairs, so that errors appear before a model is loaded."""
     tokens = torch.tensor([2, 3])
     pairs = PairLogps(torch.tensor([-3.0, -4.0]), torch.tensor([-5.0, -2.0]), tokens, tokens)
-    losses = term(pairs, pairs)
+    losses = term(pairs, replace(pairs, ranked=rank_matches(pairs, pairs)))
     if not isinstance(losses, Tensor) or losses.shape != (2,):
         shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(f"loss {name!r} returned {shape} for two pairs; it must return one loss per pair, (2,)")

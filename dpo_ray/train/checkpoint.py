@@ -61,8 +61,8 @@ def save_due(run: RunConfig, position: int, total: int, *, stopping: bool = Fals
 class Checkpointer:
     """Saves and loads the checkpoints of one run in a shared folder. Every rank calls the same methods."""
 
-    def __init__(self, folder: Path, config: Config, *, total: int) -> None:
-        self.folder, self.config, self.total = folder, config, total
+    def __init__(self, folder: Path, config: Config) -> None:
+        self.folder, self.config = folder, config
         # The save thread's collectives must not interleave with those of training.
         self.group = cast("dist.ProcessGroup", dist.new_group(backend="gloo"))  # every rank is a member
         self.stager = CachedStager()
@@ -73,10 +73,16 @@ class Checkpointer:
         self.saved_position = 0
 
     def maybe_save(
-        self, state: TrainState, position: int, metrics: Mapping[str, Any] | None = None, *, stopping: bool = False
+        self,
+        state: TrainState,
+        position: int,
+        total: int,
+        metrics: Mapping[str, Any] | None = None,
+        *,
+        stopping: bool = False,
     ) -> None:
         """Saves if ``save_due`` and this position was not saved yet."""
-        if position != self.saved_position and save_due(self.config.run, position, self.total, stopping=stopping):
+        if position != self.saved_position and save_due(self.config.run, position, total, stopping=stopping):
             self.save(state, position, metrics)
 
     def save(self, state: TrainState, position: int, metrics: Mapping[str, Any] | None = None) -> None:

@@ -11,8 +11,6 @@ Every rank runs the same lines the same number of times. Independent of Ray and 
 source, metrics go to a reporter.
 """
 
-import math
-
 import torch
 
 from dpo_ray.config import Config
@@ -22,7 +20,6 @@ from dpo_ray.model.export import export_policy
 from dpo_ray.parallel.collectives import any_rank
 from dpo_ray.train.checkpoint import Checkpointer
 from dpo_ray.train.evaluator import PairEvaluator
-from dpo_ray.train.optim import learning_rate
 from dpo_ray.train.reference import build_references
 from dpo_ray.train.reporter import Reporter
 from dpo_ray.train.state import TrainState
@@ -38,33 +35,36 @@ def train_offline(
     reporter.phase("loading")
     trainer = build_trainer(config, device)
     loader = _build_loader(trainer, pairs)
-    total_steps = config.run.steps or math.ceil(config.run.epochs * loader.steps_per_epoch)
 
     # The untrained policy is the reference: its log-probabilities are computed before a checkpoint is loaded.
     reference, held_out_reference = build_references(trainer, pairs, held_out, reporter)
+    skips = config.optim.max_skipped_steps
+    state = TrainState(trainer.policy, trainer.optimizer, trainer.log_ratio_totals, skips)
+    checkpointer = Checkpointer(config.run.path / "checkpoints", config)
+    resumed = checkpointer.resume(state)
+    loader.consumed = state.consumed
+    steps_left = _steps_left(config, loader, state.step)
+    total_steps, total_epochs = state.step + steps_left, loader.epochs_after(steps_left)
     evaluator = PairEvaluator(trainer, held_out, held_out_reference, reporter, total=total_steps)
-    state = TrainState(trainer.policy, trainer.optimizer, config.optim.max_skipped_steps)
-    checkpointer = Checkpointer(config.run.path / "checkpoints", config, total=total_steps)
-    if checkpointer.resume(state):
-        loader.consumed = state.consumed
+    if resumed:
         reporter.note(f"resuming after step {state.step} of {total_steps}")
     reporter.start(state.step)
 
     metrics: Metrics = evaluator.maybe_run(0) if state.step == 0 else {}
     while state.step < total_steps and not any_rank(reporter.stop_requested()):
         reporter.phase("training", state.step, total_steps)
+        lr = state.next_learning_rate(config.optim, position=loader.epochs_after(), total=total_epochs)
         batch = next(loader)
-        lr = learning_rate(config.optim, state.step, total_steps)
         metrics, nonfinite_pairs = dpo_step(trainer, batch, reference, lr=lr)
         state.consumed = loader.consumed
         state.count_step(nonfinite_pairs, pairs)
         reporter.step({"step": state.step, "epoch": batch.epoch, **metrics})
         metrics |= evaluator.maybe_run(state.step)
-        checkpointer.maybe_save(state, state.step, metrics)
+        checkpointer.maybe_save(state, state.step, total_steps, metrics)
 
     if state.step < total_steps:
         metrics |= evaluator.maybe_run(state.step, stopping=True)
-        checkpointer.maybe_save(state, state.step, metrics, stopping=True)
+        checkpointer.maybe_save(state, state.step, total_steps, metrics, stopping=True)
         checkpointer.wait()
         return TrainResult(metrics, stopped_at=f"step {state.step} of {total_steps}")
     checkpointer.wait()
@@ -72,6 +72,13 @@ def train_offline(
         reporter.phase("exporting")
         export_policy(trainer.policy, config.model, trainer.tokenizer, config.run.path)
     return TrainResult(metrics)
+
+
+def _steps_left(config: Config, loader: PairLoader, step: int) -> int:
+    """Optimizer steps to the end of the run: the unseen pairs of its epochs, whatever steps the seen ones took."""
+    if config.run.steps is not None:
+        return max(0, config.run.steps - step)
+    return loader.steps_until(max(1, round(config.run.epochs * len(loader.mixture))))
 
 
 def _build_loader(trainer: Trainer, pairs: PairStore) -> PairLoader:

@@ -24,7 +24,6 @@ from dpo_ray.sync.base import WeightSync
 from dpo_ray.train.checkpoint import Checkpointer
 from dpo_ray.train.evaluator import HeldOutPrompts, PromptEvaluator
 from dpo_ray.train.logps import compute_sample_logps
-from dpo_ray.train.optim import learning_rate
 from dpo_ray.train.reference import load_frozen_reference, round_reference
 from dpo_ray.train.reporter import PhaseTimer, Reporter
 from dpo_ray.train.state import TrainState
@@ -60,8 +59,9 @@ def train_online(
     trainer = build_trainer(config, device)
     frozen = load_frozen_reference(trainer)
     evaluator = PromptEvaluator(trainer, rounds, frozen, reporter, total=online.rounds)
-    state = TrainState(trainer.policy, trainer.optimizer, config.optim.max_skipped_steps)
-    checkpointer = Checkpointer(config.run.path / "checkpoints", config, total=online.rounds)
+    skips = config.optim.max_skipped_steps
+    state = TrainState(trainer.policy, trainer.optimizer, trainer.log_ratio_totals, skips)
+    checkpointer = Checkpointer(config.run.path / "checkpoints", config)
     if checkpointer.resume(state):
         reporter.note(f"resuming after round {state.round} of {online.rounds}")
     reporter.start(state.step, state.round)
@@ -84,11 +84,11 @@ def train_online(
             probe_difference = update_engines(trainer, sync, state.round, reporter)
         lag = {"policy_lag": data.index - data.policy_version, "sync/probe_difference": probe_difference}
         reporter.round({"step": state.step, "round": data.index, **data.metrics, **kl, **lag, **timer.seconds})
-        checkpointer.maybe_save(state, state.round)
+        checkpointer.maybe_save(state, state.round, online.rounds)
         evaluator.maybe_run(state.round)
 
     if state.round < online.rounds:
-        checkpointer.maybe_save(state, state.round, stopping=True)
+        checkpointer.maybe_save(state, state.round, online.rounds, stopping=True)
         checkpointer.wait()
         return TrainResult(metrics, stopped_at=f"round {state.round} of {online.rounds}")
     evaluator.maybe_run(state.round)
@@ -137,7 +137,7 @@ def train_on_round(
     for step in range(steps):
         reporter.phase("training", step, steps)
         batch = next(loader)
-        lr = learning_rate(optim, data.index * steps_per_round + step, online.rounds * steps_per_round)
+        lr = state.next_learning_rate(optim, position=data.index + step / steps_per_round, total=online.rounds)
         metrics, nonfinite_pairs = dpo_step(trainer, batch, reference, lr=lr)
         state.count_step(nonfinite_pairs, pairs)
         reporter.step({"step": state.step, "epoch": data.index + batch.epoch / online.epochs_per_round, **metrics})

@@ -1,4 +1,4 @@
-"""Optimizers by name, and the learning rate as a pure function of the step.
+"""Optimizers by name, and the learning rate as a pure function of the progress of the run.
 
 A new optimizer is a function here and an entry in ``OPTIMIZERS``, with its name in ``config/schema.py``; your own is
 ``optim.use: my_lab.optim:make``. Per-shard optimizer state must be DTensors placed like the parameters; otherwise a
@@ -80,15 +80,20 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"] = lr
 
 
-def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
+def learning_rate(optim: OptimConfig, *, step: int, position: float, warmed: float, total: float) -> float:
     """Learning rate of optimizer step ``step``, counted from 0.
 
     The same curves as transformers' schedules of these names: linear warm-up from 0 over ``warmup_steps``, then linear
-    or cosine decay to 0 at ``total_steps``, or constant.
+    or cosine decay to 0 at ``total``, or constant.
+
+    Args:
+        position: passes over the data before this step, so that the decay does not depend on the size of steps.
+        warmed: the position at the end of warm-up.
+        total: the position at the end of the run.
     """
     if step < optim.warmup_steps:
         return optim.lr * step / optim.warmup_steps
-    progress = min(1.0, (step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps))
+    progress = min(1.0, (position - warmed) / (total - warmed)) if total > warmed else 1.0
     match optim.schedule:
         case "linear":
             return optim.lr * (1 - progress)

@@ -2,20 +2,24 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from dpo_ray.config.schema import OptimConfig
 from dpo_ray.data.loader import PairSource
+from dpo_ray.train.optim import learning_rate
 
 logger = logging.getLogger(__name__)
 
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 """The frozen model under adapters is not saved."""
+CONFIGURED = ("betas", "eps", "weight_decay")
+"""Settings of parameter groups that are not loaded. The others may be state, as in schedule-free optimizers."""
 PAIRS_NAMED = 8
 """Maximum number of pairs of a skipped step that the log names."""
 
@@ -30,6 +34,8 @@ class TrainState:
 
     policy: nn.Module
     optimizer: torch.optim.Optimizer
+    log_ratio_totals: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+    """The trainer's tensor."""
     max_skipped_steps: int = 0
     """Maximum number of skipped steps in a row."""
     step: int = 0
@@ -38,8 +44,19 @@ class TrainState:
     """Finished rounds; online only."""
     consumed: int = 0
     """Pairs consumed over all ranks and epochs; offline only."""
+    warmed: float = 0.0
+    """Position in the schedule at the end of warm-up, in epochs offline and in rounds online."""
     skipped: int = 0
     """Steps skipped since the last one taken; not saved."""
+
+    def next_learning_rate(self, optim: OptimConfig, *, position: float, total: float) -> float:
+        """Learning rate of the next step, at ``position`` of ``total`` epochs (offline) or rounds (online).
+
+        Warm-up counts steps, and the end of it is kept: a run resumed with other steps does not warm up again.
+        """
+        if self.step <= optim.warmup_steps:
+            self.warmed = position
+        return learning_rate(optim, step=self.step, position=position, warmed=self.warmed, total=total)
 
     def count_step(self, nonfinite_pairs: Sequence[int], pairs: PairSource) -> None:
         """Counts an optimizer step.
@@ -72,12 +89,14 @@ class TrainState:
         return {
             "model": model,
             "optimizer": optimizer,
-            "counters": torch.tensor([self.step, self.round, self.consumed]),
+            "counters": torch.tensor([self.step, self.round, self.consumed, self.warmed], dtype=torch.float64),
+            "log_ratio_totals": self.log_ratio_totals,
             f"rng_{dist.get_rank()}": torch.get_rng_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads a state returned by ``state_dict``."""
+        """Loads a state returned by ``state_dict``; the optimizer keeps its configured settings."""
+        settings = [{key: g[key] for key in CONFIGURED if key in g} for g in self.optimizer.param_groups]
         set_state_dict(
             self.policy,
             self.optimizer,
@@ -85,6 +104,10 @@ class TrainState:
             optim_state_dict=state["optimizer"],
             options=TRAINED_ONLY,
         )
-        self.step, self.round, self.consumed = state["counters"].tolist()
+        for group, configured in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(configured)
+        self.log_ratio_totals.copy_(state["log_ratio_totals"])
+        *counters, self.warmed = state["counters"].tolist()
+        self.step, self.round, self.consumed = map(int, counters)
         if (rng := state.get(f"rng_{dist.get_rank()}")) is not None:
             torch.set_rng_state(rng)

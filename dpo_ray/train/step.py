@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_ray.data.loader import StepBatch
-from dpo_ray.model.scorer import pair_losses
+from dpo_ray.data.packing import PackedRow
+from dpo_ray.model.scorer import pair_logps, pair_losses
+from dpo_ray.objective.logps import PairLogps
+from dpo_ray.objective.losses import rank_matches
 from dpo_ray.objective.metrics import PAIR_METRICS, pair_metric_sums
 from dpo_ray.parallel.collectives import full_tensor, gather_values
 from dpo_ray.parallel.fsdp import reshard, set_last_micro_batch
@@ -34,15 +38,13 @@ def dpo_step(trainer: Trainer, batch: StepBatch, reference: Reference, *, lr: fl
     policy, config = trainer.policy, trainer.config
     sums = _zero_sums(trainer)
     pairs_and_losses: list[tuple[tuple[int, ...], Tensor]] = []
-    for i, micro_batch in enumerate(batch.micro_batches):
+    for i, (pairs, row, reference_logps) in enumerate(_rows(trainer, batch, reference)):
         last = i == len(batch.micro_batches) - 1
         set_last_micro_batch(policy, last, keep_gathered=not config.shard.reshard_after_forward)
-        row = micro_batch.row.to(trainer.device)
-        reference_logps = reference(micro_batch.pairs, row)
         losses = pair_losses(policy, row, trainer.loss, reference_logps, weighting=config.loss.weighting)
         (losses.total * (trainer.grad_divide_factor / len(batch.pairs))).backward()
         sums += pair_metric_sums(losses.each, losses.policy, reference_logps, config.loss.beta)
-        pairs_and_losses.append((micro_batch.pairs, losses.each))
+        pairs_and_losses.append((pairs, losses.each))
     dist.all_reduce(sums, group=trainer.dp_group)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optim.max_grad_norm)
     # Reading the numbers waits for a GPU to finish the backward pass, before a step that cannot be undone.
@@ -51,6 +53,8 @@ def dpo_step(trainer: Trainer, batch: StepBatch, reference: Reference, *, lr: fl
     if finite:
         set_learning_rate(trainer.optimizer, lr)
         trainer.optimizer.step()
+        mean = (means["rewards/chosen"] + means["rewards/rejected"]) / (2 * config.loss.beta)
+        trainer.log_ratio_totals.add_(torch.tensor([mean, 1.0], dtype=torch.float64), alpha=2 * len(batch.pairs))
     trainer.optimizer.zero_grad()
     seconds = time.perf_counter() - started
     metrics = {
@@ -71,15 +75,45 @@ def evaluate_pairs(trainer: Trainer, batches: Iterable[StepBatch], reference: Re
     """Loss, rewards and accuracy on held-out pairs, under ``eval/``."""
     config, sums, pairs = trainer.config.loss, _zero_sums(trainer), 0
     for batch in batches:
-        for micro_batch in batch.micro_batches:
-            row = micro_batch.row.to(trainer.device)
-            reference_logps = reference(micro_batch.pairs, row)
+        for _, row, reference_logps in _rows(trainer, batch, reference):
             losses = pair_losses(trainer.policy, row, trainer.loss, reference_logps, weighting=config.weighting)
             sums += pair_metric_sums(losses.each, losses.policy, reference_logps, config.beta)
         pairs += len(batch.pairs)
     reshard(trainer.policy)
     dist.all_reduce(sums, group=trainer.dp_group)
     return {f"eval/{name}": value for name, value in _means(sums, pairs).items()}
+
+
+Row = tuple[tuple[int, ...], PackedRow, PairLogps | None]
+"""Pairs of a micro-batch, their row on the device, and their reference log-probabilities."""
+
+
+def _rows(trainer: Trainer, batch: StepBatch, reference: Reference) -> Iterator[Row]:
+    """This rank's micro-batches; for losses that compare pairs of equal rank, after a forward pass over all of them."""
+    rows = ((micro.pairs, micro.row.to(trainer.device)) for micro in batch.micro_batches)
+    with_reference = ((pairs, row, reference(pairs, row)) for pairs, row in rows)
+    return iter(_with_matches(trainer, list(with_reference)) if trainer.config.loss.ranked else with_reference)
+
+
+def _with_matches(trainer: Trainer, rows: list[Row]) -> Iterator[Row]:
+    """Adds to the reference of each pair the values of the pairs of equal rank in the global step."""
+    logps = [(pair_logps(trainer.policy, row), reference) for _, row, reference in rows]
+    of_rows = [
+        torch.stack((policy.chosen, policy.rejected, reference.chosen, reference.rejected), 1).tolist()
+        for policy, reference in logps
+        if reference is not None
+    ]
+    local = [pair for of_row in of_rows for pair in of_row]
+    # The number of pairs differs between ranks.
+    gathered = gather_values(local, trainer.dp_group)
+    columns = torch.tensor([pair for of_rank in gathered for pair in of_rank]).t()  # (4, pairs of the step)
+    lengths = torch.ones_like(columns[0])  # margins and log-ratios are sums over tokens
+    of_step = (PairLogps(chosen, rejected, lengths, lengths) for chosen, rejected in columns.split(2))
+    ranked = rank_matches(*of_step)
+    first = sum(map(len, gathered[: trainer.dp_rank]))
+    splits = ranked[first : first + len(local)].to(trainer.device).split([len(pairs) for pairs, *_ in rows])
+    for (pairs, row, reference), of_row in zip(rows, splits, strict=True):
+        yield pairs, row, None if reference is None else replace(reference, ranked=of_row)
 
 
 def _nonfinite_pairs(

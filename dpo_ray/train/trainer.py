@@ -26,6 +26,8 @@ class Trainer:
     tokenizer: PreTrainedTokenizerBase
     policy: Scorer
     loss: PairLoss
+    log_ratio_totals: torch.Tensor
+    """(2,) float64 on the CPU: sum, nats, and number of the log-ratios of all completions in former steps."""
     optimizer: torch.optim.Optimizer
     mesh: DeviceMesh
     """Layout of the weights over the ranks."""
@@ -71,11 +73,13 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
     ranks = compute_mesh["context"]
     context = ContextParallel(ranks.get_local_rank(), ranks.size(), ranks.get_group())
     policy = load_sharded(config.model, config.shard, mesh, device, context=context, trainable=True)
+    log_ratio_totals = torch.zeros(2, dtype=torch.float64)
     return Trainer(
         config,
         load_tokenizer(config.model.path, config.model.chat_template),
         policy,
-        build_loss(config.loss),
+        build_loss(config.loss, log_ratio_totals),
+        log_ratio_totals,
         build_optimizer(policy, config.optim),
         mesh,
         compute_mesh,

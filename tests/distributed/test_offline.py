@@ -84,6 +84,19 @@ def test_a_weighted_sum_of_losses_is_the_same_on_two_workers_in_plain_rows(confi
     assert_same(shared, plain, absolute=1e-4)
 
 
+def test_losses_over_the_whole_step_are_the_same_on_two_workers_and_resumed(config: dict[str, Any]) -> None:
+    config |= {"loss": {"use": ["aot", "aot_unpaired", "bco_pair"]}, "run": config["run"] | {"epochs": 1}}
+    config["data"] |= {"eval": config["data"]["train"]}
+    (alone,) = run_ranks(1, offline, config)
+    two = config | {"cluster": {"train_workers": 2}, "run": config["run"] | {"name": "two", "save_every": 100}}
+    two["optim"] = config["optim"] | {"tokens_per_micro_batch": 1}
+    (stopped, _), (resumed, _) = run_ranks(2, offline, two, 2), run_ranks(2, offline, two)
+    steps = [line for line in stopped + resumed if "eval/loss" not in line]
+    assert_same([line for line in alone if "eval/loss" not in line], steps, absolute=1e-4)
+    first, last = (lines[-1]["eval/loss"] for lines in (alone, resumed))
+    assert first == pytest.approx(last, abs=1e-4)
+
+
 @pytest.mark.parametrize("use", ["simpo", "orpo"])
 def test_a_reference_free_loss_learns_without_computing_a_reference(
     config: dict[str, Any], use: str, tmp_path: Path
@@ -184,6 +197,22 @@ def test_a_resumed_run_reports_the_steps_of_an_undisturbed_one(config: dict[str,
     resumed, *_ = run_ranks(then, offline, config | {"run": saving, "cluster": {"train_workers": then}})
     assert [line["step"] for line in resumed] == [5, 6]
     assert_same(undisturbed[4:], resumed, absolute=1e-4)
+
+
+def test_a_run_resumed_with_larger_steps_finishes_its_epoch_and_its_schedule(
+    config: dict[str, Any], write_pairs: WritePairs
+) -> None:
+    config["run"] |= {"epochs": 1, "save_every": 100}
+    config["data"] = {"train": str(write_pairs(ragged_texts(64)))}
+    config["optim"] |= {"schedule": "linear", "warmup_steps": 2, "pairs_per_step": 8}
+    (stopped,) = run_ranks(1, offline, config, 4)
+    (resumed,) = run_ranks(1, offline, config | {"optim": config["optim"] | {"pairs_per_step": 16}})
+    assert [line["step"] for line in stopped + resumed] == [1, 2, 3, 4, 5, 6]
+    assert [line["epoch"] for line in stopped + resumed] == [1 / 8, 2 / 8, 3 / 8, 4 / 8, 6 / 8, 1.0]
+    # Decay from the peak at 16 pairs to 0 at 64, whatever the steps.
+    assert [line["optim/lr"] for line in stopped[2:] + resumed] == pytest.approx(
+        [1e-3 * (64 - pairs) / 48 for pairs in (16, 24, 32, 48)]
+    )
 
 
 def test_a_damaged_checkpoint_is_skipped_and_the_previous_one_loaded(config: dict[str, Any]) -> None:

@@ -79,6 +79,21 @@ def test_every_step_is_that_of_trls_trainer(
         ({"use": "apo_zero"}, {"loss_type": "apo_zero"}),
         ({"use": "apo_down"}, {"loss_type": "apo_down"}),
         ({"use": "discopop"}, {"loss_type": "discopop", "discopop_tau": 0.05}),
+        (
+            {
+                "use": ["aot", "aot_unpaired", "bco_pair"],
+                "weights": [1.0, 0.5, 2.0],
+                "args": {"bco_pair": {"shift": False}},
+            },
+            {"loss_type": ["aot", "aot_unpaired", "bco_pair"], "loss_weights": [1.0, 0.5, 2.0]},
+        ),
+        ({"use": "sigmoid", "divergence": "forward_kl"}, {"loss_type": "sigmoid", "f_divergence_type": "forward_kl"}),
+        ({"use": "ipo", "divergence": "js"}, {"loss_type": "ipo", "f_divergence_type": "js_divergence"}),
+        # TRL's coefficient is 1 for the reverse KL divergence and 0 for the forward one.
+        (
+            {"use": "hinge", "divergence": 0.3},
+            {"loss_type": "hinge", "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.7},
+        ),
         ({"use": "sigmoid", "weighting": "wpo"}, {"loss_type": "sigmoid", "use_weighting": True}),
         # TRL's SFT term is the mean over the tokens of a micro-batch, RPO's over those of a pair: equal at one pair.
         (

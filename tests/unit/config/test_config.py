@@ -124,12 +124,13 @@ def test_every_shipped_job_loads(path):
 
 def test_component_names_in_the_schema_match_the_registries():
     from dpo_ray.config import schema
-    from dpo_ray.objective.losses import LOSSES
+    from dpo_ray.objective.losses import DIVERGENCES, LOSSES
     from dpo_ray.rollout.judges import JUDGES
     from dpo_ray.rollout.selectors import SELECTORS
     from dpo_ray.sync import TRANSPORTS
 
     assert set(schema.LOSSES) == set(LOSSES)
+    assert set(schema.DIVERGENCES) == set(DIVERGENCES)
     assert set(schema.JUDGES) == set(JUDGES)
     assert set(schema.SELECTORS) == set(SELECTORS)
     assert set(schema.TRANSPORTS) == set(TRANSPORTS)
@@ -172,6 +173,13 @@ def test_an_unknown_key_is_reported_with_the_closest_one(online, argument, messa
     [
         ("loss.beta=-1", "loss.beta: found -1; input should be greater than 0"),
         ("loss.beta=high", "loss.beta: found 'high'; input should be a valid number"),
+        (
+            "loss.divergence=kl",
+            "loss.divergence: found 'kl'; input should be reverse_kl, forward_kl, js or a number between 0 and 1",
+        ),
+        ("loss.divergence=1.0", "loss.divergence: found 1.0; input should be reverse_kl"),
+        ("loss={use: dpop, divergence: js}", "loss.divergence is 'js': it applies to losses of the margin"),
+        ("loss={use: aot, weighting: wpo}", "loss.weighting: wpo multiplies the loss of a pair"),
         ("optim.lr=.nan", "optim.lr: found nan; input should be a finite number"),
         ("optim.lr=.inf", "optim.lr: found inf; input should be a finite number"),
         ("optim.schedule=step", "optim.schedule: found 'step'; input should be 'linear', 'cosine' or 'constant'"),

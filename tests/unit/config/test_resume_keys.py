@@ -1,10 +1,13 @@
 """Keys that must not change on resume, and absolute paths."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from dpo_ray.config import Config, first_difference, override, with_absolute_paths
+from dpo_ray.config.load import config_fields
+from dpo_ray.config.resume import FIXED_KEYS
 
 BASE = Config.model_validate({"model": {"path": "org/model"}, "online": {"prompts": "prompts.jsonl"}})
 
@@ -20,9 +23,26 @@ def test_the_error_names_a_changed_model_data_set_or_judge(key: str, value: obje
     assert "run.name" in difference
 
 
-@pytest.mark.parametrize(("key", "value"), [("optim.lr", 1e-3), ("cluster.train_workers", 4), ("run.epochs", 3)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("optim.lr", 1e-3), ("optim.pairs_per_step", 8), ("cluster.train_workers", 4), ("run.epochs", 3)]
+)
 def test_keys_that_may_change_on_resume_are_no_difference(key: str, value: object) -> None:
     assert first_difference(BASE.model_dump(mode="json"), override(BASE, {key: value})) is None
+
+
+def test_the_table_of_the_documentation_has_every_key_in_its_row() -> None:
+    page = (Path(__file__).parents[3] / "docs/runs.md").read_text(encoding="utf-8")
+    rows = {
+        row: re.findall("`([a-z_]+[.][a-z_*]+)`", keys)
+        for keys, row in re.findall(r"^\| (`.*) \| (.+) \|$", page, re.M)
+    }
+    assert rows.pop("must be the same") == list(FIXED_KEYS)
+    may_change = [key for row, keys in rows.items() if row.startswith("may change") for key in keys]
+    sections = {".".join(key.split(".")[:1]) for key in config_fields()} - {"sweep"}
+    assert {key.removesuffix(".*") for key in may_change if key.endswith(".*")} == sections
+    named = [key for key in may_change if not key.endswith(".*")]
+    assert set(named) <= set(config_fields())
+    assert not set(named) & set(FIXED_KEYS)
 
 
 def test_an_offline_run_differs_from_an_online_one() -> None:

@@ -181,6 +181,26 @@ def test_a_loader_resumes_after_the_consumed_pairs(steps: int) -> None:
     assert [next(undisturbed).pairs for _ in range(4)] == [next(resumed).pairs for _ in range(4)]
 
 
+@pytest.mark.parametrize("before", range(1, 13))
+@pytest.mark.parametrize("consumed", [0, 3, 7, 10, 12, 25])
+def test_the_steps_that_are_left_are_those_that_a_loader_takes(before: int, consumed: int) -> None:
+    for until in range(40):
+        resumed, steps = loader(10, consumed=consumed, pairs_per_step=before), 0
+        expected = resumed.steps_until(until)
+        while resumed.consumed < until:
+            next(resumed)
+            steps += 1
+        assert steps == expected
+
+
+def test_a_step_of_another_size_takes_the_pairs_that_are_left_and_is_a_part_of_the_epoch() -> None:
+    first = loader(64, pairs_per_step=8)
+    seen = [pair for _ in range(4) for pair in next(first).pairs]
+    resumed = loader(64, consumed=first.consumed, pairs_per_step=16)
+    assert (resumed.steps_until(64), resumed.epochs_after(), resumed.epochs_after(2)) == (2, 0.5, 1.0)
+    assert sorted(seen + [pair for _ in range(2) for pair in next(resumed).pairs]) == list(range(64))
+
+
 def test_without_shuffling_pairs_keep_the_order_of_the_file() -> None:
     assert next(loader(10, shuffle=False)).pairs == (0, 1, 2, 3)
 

@@ -6,10 +6,11 @@ from math import exp, expm1, log, log1p
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from dpo_ray.config.schema import LossConfig
+from dpo_ray.config.schema import RANKED_LOSSES, LossConfig
 from dpo_ray.objective.logps import PairLogps
-from dpo_ray.objective.losses import LOSSES, build_loss, sigmoid
+from dpo_ray.objective.losses import LOSSES, build_loss, rank_matches, sigmoid
 from dpo_ray.objective.metrics import PAIR_METRICS, pair_metric_sums
 from tests.conftest import gradient
 
@@ -78,6 +79,10 @@ def softplus(x: float) -> float:
         ("apo_down", {}, s(1) + 1 - s(3.5)),
         ("discopop", {"temperature": 2.0}, (1 - s(1.75)) * softplus(-3.5) + s(1.75) * exp(-3.5)),
         ("dpop", {}, softplus(-3.5)),  # chosen is likelier than under the reference: no penalty
+        ("bco_pair", {"shift": False}, softplus(-1) + softplus(-2.5)),
+        # Alone in its step, a pair has its own ranks.
+        ("aot", {"label_smoothing": 0.2}, 0.8 * softplus(-3.5) + 0.2 * softplus(3.5)),
+        ("aot_unpaired", {"label_smoothing": 0.2}, 0.8 * softplus(-3.5) + 0.2 * softplus(3.5)),
         ("simpo", {"gamma": 0.25}, softplus(-(0.5 * 1.5 - 0.25))),
         ("orpo", {}, 2.5 + 0.5 * softplus(-(1.5 - log(-expm1(-2.5)) + log(-expm1(-4))))),
         ("nll", {}, 2.5),
@@ -85,7 +90,65 @@ def softplus(x: float) -> float:
 )
 def test_each_loss_is_its_papers_formula(use: str, args: dict[str, float], expected: float) -> None:
     loss = build_loss(LossConfig(use=use, beta=0.5, args=args))
-    assert loss(pair(-10.0, -20.0), pair(-12.0, -15.0)).item() == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    policy, reference = pair(-10.0, -20.0), pair(-12.0, -15.0)
+    reference = replace(reference, ranked=rank_matches(policy, reference))
+    assert loss(policy, reference).item() == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+# The ratios of policy to reference are t = e^2 and e^-5 of the completions above.
+@pytest.mark.parametrize(
+    ("divergence", "chosen", "rejected"),
+    [
+        ("forward_kl", 1 - exp(-2), 1 - exp(5)),
+        ("js", log(2 * exp(2) / (exp(2) + 1)), log(2 * exp(-5) / (exp(-5) + 1))),
+        (0.25, (1 - exp(-0.5)) / 0.25, (1 - exp(1.25)) / 0.25),
+        (1e-4, 2.0, -5.0),  # reverse KL is the limit at 0
+        (1 - 1e-6, 1 - exp(-2), 1 - exp(5)),  # and forward KL at 1
+    ],
+)
+def test_a_divergence_replaces_the_log_ratios(divergence: str | float, chosen: float, rejected: float) -> None:
+    policy, reference = pair(-10.0, -20.0), pair(-12.0, -15.0)
+    several = LossConfig(use=("hinge", "ipo", "nll"), beta=0.001, divergence=divergence)  # type: ignore[arg-type]
+    hinge, ipo, nll = 1 - 0.001 * (chosen - rejected), (chosen / 4 - rejected / 5 - 500) ** 2, 2.5
+    assert build_loss(several)(policy, reference).item() == pytest.approx(hinge + ipo + nll, rel=2e-4)
+
+
+def test_a_divergence_of_a_completion_far_below_the_reference_stays_finite() -> None:
+    loss = build_loss(LossConfig(divergence="forward_kl"))(pair(-500.0, -20.0), pair(-12.0, -15.0))
+    assert loss.isfinite().all()
+
+
+def test_bco_shifts_rewards_by_their_mean_in_former_steps() -> None:
+    totals = torch.tensor([0.0, 0.0])
+    loss = build_loss(LossConfig(use="bco_pair", beta=0.5), totals)
+    policy, reference = pair(-10.0, -20.0), pair(-12.0, -15.0)
+    assert loss(policy, reference).item() == pytest.approx(softplus(-1) + softplus(-2.5))
+    totals += torch.tensor([6.0, 4.0])  # a mean log-ratio of 1.5, and 0.75 of rewards
+    assert loss(policy, reference).item() == pytest.approx(softplus(-0.25) + softplus(-3.25))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("use", ["aot", "aot_unpaired"])
+def test_ranked_losses_of_parts_add_up_to_the_sorted_ones_of_the_step(use: str, smoothing: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    policy, reference = (
+        PairLogps(*torch.randn(2, 7, generator=draw, dtype=torch.float64), *torch.ones(2, 7)) for _ in range(2)
+    )
+    for logps in (policy.chosen, policy.rejected):
+        logps.requires_grad_()
+    ranked = replace(reference, ranked=rank_matches(policy, reference))
+    loss = build_loss(LossConfig(use=use, beta=0.5, args={"label_smoothing": smoothing}))
+    parts = torch.cat([loss(policy.of(part), ranked.of(part)) for part in (slice(0, 3), slice(3, 4), slice(4, 7))])
+
+    if use == "aot":
+        sides = policy.chosen - policy.rejected, reference.chosen - reference.rejected
+    else:
+        sides = policy.chosen - reference.chosen, policy.rejected - reference.rejected
+    margin = 0.5 * (sides[0].sort().values - sides[1].sort().values)
+    whole = (1 - smoothing) * F.softplus(-margin) + smoothing * F.softplus(margin)
+    assert parts.sum().item() == pytest.approx(whole.sum().item())
+    of_parts, of_whole = (torch.autograd.grad(x.sum(), (policy.chosen, policy.rejected)) for x in (parts, whole))
+    torch.testing.assert_close(of_parts, of_whole)
 
 
 def pair(chosen: float, rejected: float) -> PairLogps:
@@ -109,7 +172,7 @@ def test_ipo_is_zero_where_the_margin_per_token_is_half_of_one_over_beta() -> No
     assert build_loss(LossConfig(use="ipo", beta=0.1))(pair(0.0, -25.0), pair(-12.0, -15.0)).item() == 0.0
 
 
-@pytest.mark.parametrize("use", LOSSES)
+@pytest.mark.parametrize("use", [use for use in LOSSES if use not in RANKED_LOSSES])
 def test_every_loss_has_the_gradient_of_its_values(use: str) -> None:
     loss = build_loss(LossConfig(use=use, beta=0.5))
     chosen, rejected = (torch.tensor([x], dtype=torch.float64) for x in (-12.0, -15.0))

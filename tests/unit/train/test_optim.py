@@ -1,12 +1,17 @@
 """The learning rate against transformers' schedules, which parameters decay, and optimizers by name."""
 
+from typing import Any
+
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import get_scheduler
 
 from dpo_ray.config import schema
 from dpo_ray.config.schema import OptimConfig
-from dpo_ray.train.optim import OPTIMIZERS, bind_optimizer, build_optimizer, learning_rate, set_learning_rate
+from dpo_ray.data.loader import PairList
+from dpo_ray.train.optim import OPTIMIZERS, bind_optimizer, build_optimizer, set_learning_rate
+from dpo_ray.train.state import TrainState
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
@@ -16,10 +21,51 @@ def test_learning_rate_schedules_equal_those_of_transformers(schedule: str, warm
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
     name = "constant_with_warmup" if schedule == "constant" else schedule
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=20)
-    for step in range(20):
-        assert learning_rate(optim, step, 20) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9, abs=1e-15), step
+    state = TrainState(torch.nn.Identity(), optimizer)
+    for step in range(20):  # two epochs of ten steps
+        lr = state.next_learning_rate(optim, position=step / 10, total=2.0)
+        assert lr == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9, abs=1e-15), step
+        state.count_step((), PairList(()))
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize(("warmup", "resumed_lr"), [(0, [0.5, 0.25]), (2, [2 / 3, 1 / 3]), (6, [4 / 6, 5 / 6])])
+def test_steps_of_twice_the_size_continue_the_schedule_by_pairs(warmup: int, resumed_lr: list[float]) -> None:
+    # Four of eight steps, then two of four: a warm-up that has ended does not start again, another one is completed.
+    optim = OptimConfig(lr=1.0, warmup_steps=warmup)
+    state = TrainState(torch.nn.Identity(), torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]))
+    lr = []
+    for position in (0, 1 / 8, 2 / 8, 3 / 8, 4 / 8, 6 / 8):
+        lr.append(state.next_learning_rate(optim, position=position, total=1.0))
+        state.count_step((), PairList(()))
+    assert lr[4:] == pytest.approx(resumed_lr)
+
+
+def test_settings_of_the_optimizer_may_change_when_its_averages_are_loaded() -> None:
+    def state(**settings: Any) -> TrainState:
+        module = torch.nn.Linear(4, 4)
+        return TrainState(
+            module, build_optimizer(module, OptimConfig(**settings)), torch.ones(2), warmed=0.3, consumed=2**40 + 1
+        )
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        saved, resumed = state(betas=(0.8, 0.9), weight_decay=0.1), state(betas=(0.5, 0.7), weight_decay=0.2, eps=1e-3)
+        saved.policy(torch.ones(4)).sum().backward()
+        saved.optimizer.step()
+        loaded = saved.state_dict()
+        resumed.warmed = resumed.consumed = 0
+        resumed.log_ratio_totals.zero_()
+        resumed.load_state_dict(loaded)
+    finally:
+        dist.destroy_process_group()
+    assert (resumed.warmed, resumed.consumed, resumed.log_ratio_totals.tolist()) == (0.3, 2**40 + 1, [1, 1])
+    matrices, vectors = resumed.optimizer.param_groups
+    assert (matrices["betas"], matrices["eps"], matrices["weight_decay"]) == ((0.5, 0.7), 1e-3, 0.2)
+    assert vectors["weight_decay"] == 0.0
+    for before, after in zip(saved.policy.parameters(), resumed.policy.parameters(), strict=True):
+        assert torch.equal(saved.optimizer.state[before]["exp_avg"], resumed.optimizer.state[after]["exp_avg"])
 
 
 def test_only_matrices_decay() -> None:
