@@ -246,7 +246,7 @@ DIVERGENCES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "forward_kl": partial(alpha_score, alpha=1.0),
     "js": lambda log_t: math.log(2) + F.logsigmoid(log_t),
 }
-"""f'(t) of each f-divergence as a function of log t, with 0 at t = 1: rewards of f-DPO (arXiv:2309.16240, Table 1)."""
+"""f'(t) of each f-divergence as a function of log t, with 0 at t = 1: rewards of f-DPO (arXiv:2309.16240)."""
 
 
 def rank_matches(policy: PairLogps, reference: PairLogps) -> Tensor:
