@@ -41,7 +41,7 @@ def load_balancing_losses(router_logits: Sequence[Tensor], spans: Sequence[Span]
 
 
 def _sequence_parts(spans: Sequence[Span], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(S,) index of the prompt, and of the completion, of each sequence among the parts."""
+    """(S,) part that is the prompt of each sequence, and (S,) part that is its completion."""
     parts = [(3 * i, 3 * i + n) for i, span in enumerate(spans) for n in (1, 2) if span[n]]
     prompt, completion = torch.tensor(parts, dtype=torch.int64, device=device).view(-1, 2).T
     return prompt, completion
