@@ -13,6 +13,15 @@ def validate_mesh(shard: schema.ShardConfig, cluster: schema.ClusterConfig) -> N
         raise ValueError(f"{product} must divide cluster.train_workers ({cluster.train_workers})")
 
 
+def validate_router_loss(shard: schema.ShardConfig, loss: schema.LossConfig) -> None:
+    """Check that ranks have the router logits of whole sequences."""
+    if loss.router_aux and shard.context_parallel > 1:
+        raise ValueError(
+            f"loss.router_aux: {loss.router_aux} needs whole sequences, which shard.context_parallel "
+            f"({shard.context_parallel}) splits; set one of them to its default"
+        )
+
+
 def validate_layers(shard: schema.ShardConfig, model: schema.ModelConfig, optim: schema.OptimConfig) -> None:
     """Check that layers can be sharded, compiled and checkpointed as configured."""
     if shard.context_parallel > 1 and model.attention == "sdpa":

@@ -29,6 +29,7 @@ FIXED_KEYS = (
     "loss.weights",
     "loss.weighting",
     "loss.divergence",
+    "loss.router_aux",
     "online.prompts",
     "online.prompts_per_round",
     "online.candidates",

@@ -283,6 +283,9 @@ class LossConfig(Section):
     beta: float = Field(0.1, gt=0)
     """Strength of the penalty for diverging from the reference. Typical values are 0.01 to 0.5, or 2 to 10 for losses
     on log-probabilities per token."""
+    router_aux: float = Field(0.0, ge=0)
+    """Weight of the experts' load balancing loss in a mixture of experts (arXiv:2101.03961); pretraining uses about
+    0.001. It is computed per sequence, so it does not depend on micro-batches."""
     args: dict[str, Any] = {}
     """Further keyword arguments of the loss; with several losses, a mapping from loss name to its arguments."""
 

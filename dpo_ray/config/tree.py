@@ -52,6 +52,7 @@ class Config(schema.Section):
     def _validate_across_sections(self) -> Self:
         cross_checks.validate_mesh(self.shard, self.cluster)
         cross_checks.validate_layers(self.shard, self.model, self.optim)
+        cross_checks.validate_router_loss(self.shard, self.loss)
         cross_checks.validate_reference(self.reference, self.model, self.loss, self.online)
         cross_checks.validate_run(self.run, self.data, self.online)
         if self.online is not None:

@@ -57,6 +57,11 @@ def read_model_config(path: str) -> "PreTrainedConfig":
 
 
 def _validate_layer_types(path: str, config: "PreTrainedConfig") -> None:
+    if getattr(config, "attn_temperature_tuning", False):  # Llama 4 takes the index in the row as position
+        raise ValueError(
+            f"model.path: {path!r} is a {config.model_type} with attn_temperature_tuning, which is not supported in "
+            "packed rows"
+        )
     layer_types = set(getattr(config, "layer_types", None) or ())
     windows = layer_windows(config)
     is_local = any(windows.values()) and config.model_type not in PACKED_WINDOWS

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dpo_ray.data.packing import PackedRow, attention_mask
 from dpo_ray.model.architecture import decoder_layers, decoder_of
+from dpo_ray.model.routing import load_balancing_losses
 from dpo_ray.objective import head
 from dpo_ray.objective.head import ChunkedLosses, Group, Head, LogitTransform
 from dpo_ray.objective.logps import PairLogps, TokenLogps, as_pairs, sequence_sums, wpo_weights
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 HeadFn = Callable[[Tensor, Head, RowShard], Any]
 """(hidden, lm_head, shard) -> result of the forward pass; hidden: (n, D), one before each of ``shard.row.labels``."""
-LogpsModel = Callable[[PackedRow, HeadFn], Any]
+LogpsModel = Callable[..., Any]
 """A Scorer, or a callable with its signature."""
 Weighting = Literal["none", "wpo"]
 
@@ -54,19 +55,37 @@ class Scorer(nn.Module):
         """The decoder layers, each a unit of FSDP and of activation checkpointing."""
         return decoder_layers(self.model)
 
-    def forward(self, row: PackedRow, head_fn: HeadFn) -> Any:
+    def forward(self, row: PackedRow, head_fn: HeadFn, *, balance: bool = False) -> Any:
         """Returns ``head_fn`` of the hidden states before the completion tokens.
 
         ``head_fn`` runs inside the forward pass, because FSDP has gathered the weights of the head only there.
+
+        Args:
+            balance: also returns ``load_balancing_losses`` of the row.
+
+        Raises:
+            ValueError: ``balance`` without experts.
         """
         shard = self.context.shard(row)
-        hidden = decoder_of(self.model)(
+        outputs = decoder_of(self.model)(
             input_ids=shard.row.input_ids,
             position_ids=shard.row.position_ids,
             use_cache=False,
             **self.attention_inputs(shard, self.windows),
-        ).last_hidden_state  # (1, t, D)
-        return head_fn(hidden[0, shard.row.source], local_head(self.model, self.transform), shard)
+            **({"output_router_logits": True} if balance else {}),
+        )
+        hidden = outputs.last_hidden_state  # (1, t, D)
+        result = head_fn(hidden[0, shard.row.source], local_head(self.model, self.transform), shard)
+        return (result, self._balance(outputs, row)) if balance else result
+
+    def _balance(self, outputs: Any, row: PackedRow) -> Tensor:
+        router_logits = getattr(outputs, "router_logits", None)
+        if not router_logits:
+            raise ValueError(
+                f"loss.router_aux: {type(self.model).__name__} has no router logits; set loss.router_aux: 0"
+            )
+        top_k: Any = self.model.config.get_text_config().num_experts_per_tok
+        return load_balancing_losses(router_logits, row.spans, top_k)
 
 
 Windows = Mapping[str, Window | None]
@@ -133,6 +152,7 @@ def pair_losses(
     reference: PairLogps | None = None,
     *,
     weighting: Weighting = "none",
+    router_aux: float = 0.0,
 ) -> PairLosses:
     """Losses of the pairs in ``row``; gradients are computed in the same pass if they are enabled.
 
@@ -141,6 +161,7 @@ def pair_losses(
         loss: (policy, reference) -> (b,) losses of some consecutive pairs. Each must depend only on its own pair.
         reference: reference log-probabilities of the B pairs; None for losses without a reference.
         weighting: ``wpo`` sets ``weights`` of the log-probabilities.
+        router_aux: weight of the load balancing loss of a pair, the mean of its two sequences' losses.
     """
     with_squares = weighting == "wpo"
     token_ends = (0, *itertools.accumulate(row.pair_tokens))
@@ -172,7 +193,13 @@ def pair_losses(
         )
         return ChunkedLosses(losses.total, losses.each, gather(losses.token_logps))
 
-    losses: ChunkedLosses = model(row, head_fn)
+    losses: ChunkedLosses
+    if router_aux:
+        losses, balance = model(row, head_fn, balance=True)
+        added = router_aux * balance.view(-1, 2).mean(1)  # (B,)
+        losses = losses._replace(total=losses.total + added.sum(), each=losses.each + added.detach())
+    else:
+        losses = model(row, head_fn)
     return PairLosses(losses.total, losses.each, policy_logps(slice(0, len(row.pair_tokens)), losses.token_logps))
 
 

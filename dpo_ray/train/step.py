@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpo_ray.data.loader import StepBatch
 from dpo_ray.data.packing import PackedRow
-from dpo_ray.model.scorer import pair_logps, pair_losses
+from dpo_ray.model.scorer import PairLosses, pair_logps, pair_losses
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.objective.losses import rank_matches
 from dpo_ray.objective.metrics import PAIR_METRICS, pair_metric_sums
@@ -41,7 +41,7 @@ def dpo_step(trainer: Trainer, batch: StepBatch, reference: Reference, *, lr: fl
     for i, (pairs, row, reference_logps) in enumerate(_rows(trainer, batch, reference)):
         last = i == len(batch.micro_batches) - 1
         set_last_micro_batch(policy, last, keep_gathered=not config.shard.reshard_after_forward)
-        losses = pair_losses(policy, row, trainer.loss, reference_logps, weighting=config.loss.weighting)
+        losses = _pair_losses(trainer, row, reference_logps)
         (losses.total * (trainer.grad_divide_factor / len(batch.pairs))).backward()
         sums += pair_metric_sums(losses.each, losses.policy, reference_logps, config.loss.beta)
         pairs_and_losses.append((pairs, losses.each))
@@ -76,7 +76,7 @@ def evaluate_pairs(trainer: Trainer, batches: Iterable[StepBatch], reference: Re
     config, sums, pairs = trainer.config.loss, _zero_sums(trainer), 0
     for batch in batches:
         for _, row, reference_logps in _rows(trainer, batch, reference):
-            losses = pair_losses(trainer.policy, row, trainer.loss, reference_logps, weighting=config.weighting)
+            losses = _pair_losses(trainer, row, reference_logps)
             sums += pair_metric_sums(losses.each, losses.policy, reference_logps, config.beta)
         pairs += len(batch.pairs)
     reshard(trainer.policy)
@@ -114,6 +114,13 @@ def _with_matches(trainer: Trainer, rows: list[Row]) -> Iterator[Row]:
     splits = ranked[first : first + len(local)].to(trainer.device).split([len(pairs) for pairs, *_ in rows])
     for (pairs, row, reference), of_row in zip(rows, splits, strict=True):
         yield pairs, row, None if reference is None else replace(reference, ranked=of_row)
+
+
+def _pair_losses(trainer: Trainer, row: PackedRow, reference_logps: PairLogps | None) -> PairLosses:
+    loss = trainer.config.loss
+    return pair_losses(
+        trainer.policy, row, trainer.loss, reference_logps, weighting=loss.weighting, router_aux=loss.router_aux
+    )
 
 
 def _nonfinite_pairs(

@@ -226,6 +226,11 @@ def test_a_bad_value_is_reported_with_key_found_and_accepted_values(tmp_path, ar
             ["model.attention=sdpa", "shard.context_parallel=2", "cluster.train_workers=2"],
             "set model.attention: auto or flex",
         ),
+        (
+            OFFLINE,
+            ["loss.router_aux=0.1", "shard.context_parallel=2", "cluster.train_workers=2"],
+            "loss.router_aux: 0.1 needs whole sequences, which shard.context_parallel (2) splits",
+        ),
         *(
             (
                 OFFLINE,

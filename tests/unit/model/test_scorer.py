@@ -229,9 +229,19 @@ def test_attention_that_sdpa_does_not_compute_is_rejected(tmp_path: Path) -> Non
         build_model(ModelConfig(path=str(folder), attention="sdpa"), with_weights=True)
 
 
-def test_windows_of_an_architecture_that_is_not_tested_are_rejected(tmp_path: Path) -> None:
-    AutoConfig.for_model("vaultgemma").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a vaultgemma with layers of sliding_attention, which are not supported"):
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ("vaultgemma", "is a vaultgemma with layers of sliding_attention, which are not supported"),
+        ("qwen3_next", "is a qwen3_next with layers of linear_attention, which are not supported"),
+        ("llama4_text", "is a llama4_text with attn_temperature_tuning, which is not supported"),
+    ],
+)
+def test_layers_that_are_not_tested_in_packed_rows_are_rejected(
+    tmp_path: Path, architecture: str, message: str
+) -> None:
+    AutoConfig.for_model(architecture).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
         read_model_config(str(tmp_path))
 
 
@@ -254,3 +264,45 @@ def test_models_that_would_mix_the_sequences_of_a_row_are_rejected(
 def test_a_missing_model_is_a_clear_error_naming_the_key(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.path"):
         read_model_config(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("layout", ["shared", "plain"])
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "granitemoe", "gpt_oss", "olmoe", "mixtral"])
+def test_the_router_loss_is_the_one_of_transformers_for_each_sequence(
+    tmp_path: Path, architecture: str, layout: Layout
+) -> None:
+    folder, pairs = save_small_model(tmp_path, architecture, ARCHITECTURES[architecture]), ragged_pairs(3)
+    exact = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
+    sequences = [
+        torch.tensor([[token if token >= 0 else ~token for token in pair.prompt + ids]])
+        for pair in pairs
+        for ids in (pair.chosen, pair.rejected)
+    ]
+    expected = torch.stack([exact(ids, output_router_logits=True).aux_loss for ids in sequences]).view(-1, 2).mean(1)
+    expected.sum().backward()
+    scorer = Scorer(build_model(ModelConfig(path=str(folder)), with_weights=True))
+    zero = lambda policy, reference: 0 * policy.chosen  # noqa: E731
+    losses = pair_losses(scorer, build_row(pairs, layout), zero, router_aux=0.5)
+    losses.total.backward()
+    torch.testing.assert_close(losses.each.double(), 0.5 * expected.detach().double(), rtol=1e-5, atol=0)
+    routers = {name: p.grad for name, p in exact.named_parameters() if p.grad is not None and p.grad.norm() > 1e-5}
+    assert any("router" in name or "gate" in name for name in routers)
+    actual = dict(scorer.model.named_parameters())
+    for name, gradient_of_aux in routers.items():
+        assert (2 * gradient(actual[name]) - gradient_of_aux).norm() < 1e-3 * gradient_of_aux.norm(), name
+
+
+def test_the_router_loss_of_a_model_without_experts_is_a_clear_error(tiny_model: Path) -> None:
+    scorer = Scorer(build_model(ModelConfig(path=str(tiny_model)), with_weights=True))
+    with pytest.raises(ValueError, match=r"loss\.router_aux: LlamaForCausalLM has no router logits"):
+        pair_losses(scorer, build_row(ragged_pairs(2), "shared"), preference, router_aux=0.1)
+
+
+def test_an_empty_micro_batch_has_no_router_loss(tmp_path: Path) -> None:
+    folder = save_small_model(tmp_path, "qwen3_moe", ARCHITECTURES["qwen3_moe"])
+    scorer = Scorer(build_model(ModelConfig(path=str(folder)), with_weights=True))
+    losses = pair_losses(scorer, build_row([], "shared"), preference, router_aux=0.1)
+    losses.total.backward()
+    assert losses.total.item() == 0
