@@ -348,9 +348,9 @@ def _ranked(fields: Fields, name: str) -> Candidates:
 
 
 def _scores(fields: Fields, name: str, items: Sequence[Any]) -> tuple[Any, ...]:
-    if column := fields.first_of(*_SCORES):
+    if column := next((name for name in _SCORES if isinstance(fields.record.get(name), list)), None):
         scores = fields.read(column)
-        if not isinstance(scores, list) or len(scores) != len(items):
+        if len(scores) != len(items):
             raise Unusable("bad_score", f"{column}: found {show(scores)} for {len(items)} completions")
         key = column
     else:
