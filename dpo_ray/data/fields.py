@@ -22,11 +22,17 @@ ROLES = {
 }
 """Values accepted in ``role`` and ``from``, and their roles."""
 
+ITEM_SCORES = ("score", "overall_score", "rating", "rank")
+"""Keys of a completion in a ranked list with its score."""
+
 MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 """Keys of a message that reach the chat template."""
 
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-_PLACEHOLDER = re.compile(r"<(?:image|audio|video)(?:_\d+)?>|<\|(?:image|audio|video)(?:_pad|_\d+)?\|>")
+_PLACEHOLDER = re.compile(
+    r"\A\s*<(?:image|audio|video)>|<(?:image|audio|video)>\s*\Z|<\|(?:image|audio|video)(?:_pad|_\d+)?\|>"
+)
+"""Placeholders of media as datasets write them; elsewhere in a text, <video> is a tag that somebody asks about."""
 
 
 class Fields:
@@ -83,7 +89,8 @@ class Fields:
         """The column ``system`` (or ``system_prompt``) as a turn; an empty one is no turn."""
         name = self.first_of("system", "system_prompt")
         value = self.read(name) if name else None
-        return (turn("system", text(name, value)),) if name and value != "" else ()
+        blank = isinstance(value, str) and not value.strip()
+        return (turn("system", text(name, value)),) if name and not blank else ()
 
     def tools(self) -> tuple[Mapping[str, Any], ...]:
         """The column ``tools``: a list of JSON schemas, or such a list as JSON text."""
@@ -106,7 +113,20 @@ class Fields:
         columns = (
             name for name in self.record if self.has(name) and name not in self._read and self.record[name] != []
         )
-        return (*map(str, columns), *self._unread_keys)
+        return (*map(str, columns), *self.unread_keys())
+
+    @property
+    def read_names(self) -> frozenset[str]:
+        """Names of the fields that were read."""
+        return frozenset(self._read)
+
+    def unread_keys(self) -> tuple[str, ...]:
+        """Keys inside fields that were not read, as ``chosen[].KEY``."""
+        return tuple(self._unread_keys)
+
+    def forget(self, name: str) -> None:
+        """Count a field as not read."""
+        self._read.discard(name)
 
     def skip_key(self, name: str) -> None:
         """Count a key inside a field as not read."""
@@ -125,16 +145,12 @@ class Fields:
             bad_field(f"{name}.{speaker_key}", show(speaker), ", ".join(ROLES))
         extra = {key: value[key] for key in MESSAGE_KEYS[2:] if value.get(key) not in (None, [], "")}
         for key in value:
-            if key not in (speaker_key, text_key, *MESSAGE_KEYS) and value[key] not in (None, [], ""):
+            if key not in (speaker_key, text_key, *MESSAGE_KEYS[2:], *ITEM_SCORES) and value[key] not in (None, [], ""):
                 self.skip_key(f"{name.partition('[')[0]}[].{key}")
         content = value.get(text_key)
         if speaker == "function_call":
-            return {
-                "role": "assistant",
-                "content": None,
-                "tool_calls": _called_functions(f"{name}.{text_key}", content),
-            }
-        if "tool_calls" in extra:
+            extra["tool_calls"], content = _called_functions(f"{name}.{text_key}", content), None
+        elif "tool_calls" in extra:
             extra["tool_calls"] = _tool_calls(f"{name}.tool_calls", extra["tool_calls"])
         for key in ("reasoning_content", "thinking", "name", "tool_call_id"):
             if key in extra:
@@ -170,9 +186,15 @@ def text(name: str, value: Any, *, may_be_empty: bool = False) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         bad_field(name, f"half of a surrogate pair at character {error.start + 1}", "Unicode text")
-    if placeholder := _PLACEHOLDER.search(value):
-        bad_field(name, f"the placeholder {placeholder[0]}", "text without images, audio or video")
     return value
+
+
+def check_placeholders(prompt: Messages | str) -> None:
+    """Raise Unusable for a prompt with a placeholder of an image, audio or video."""
+    texts = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt if turn["role"] == "user"]
+    for content in texts:
+        if placeholder := _PLACEHOLDER.search(content):
+            bad_field("prompt", f"the placeholder {placeholder[0].strip()}", "text without images, audio or video")
 
 
 def missing_field(record: Mapping[str, Any], name: str, accepted: str) -> NoReturn:
@@ -200,15 +222,20 @@ def _joined(name: str, content: Any) -> Any:
 
 def _parse_messages(name: str, value: str) -> Any:
     """A list of messages stored as JSON or Python text; other text unchanged."""
-    if not re.match(r"""\s*\[\s*\{\s*["'](?:role|from|content|value)["']\s*:""", value):
+    if not re.match(r"""\s*\[\s*\{\s*["'](?:role|from|content|value)["']\s*:""", value) or value.rstrip()[-1] != "]":
         return value
-    try:
-        return json.loads(value)
-    except ValueError:
+    for parse in (json.loads, ast.literal_eval):
         try:
-            return ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            bad_field(name, f"{show(value)}, which starts like a list of messages", "a list of messages as JSON text")
+            parsed = parse(value.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+        return parsed if all(map(_is_message, parsed)) else value
+    bad_field(name, f"{show(value)}, which starts like a list of messages", "a list of messages as JSON text")
+
+
+def _is_message(value: Any) -> bool:
+    pairs = (("role", "content"), ("from", "value"))
+    return isinstance(value, dict) and any(value.get(key) in ROLES and text in value for key, text in pairs)
 
 
 def _parse_json(name: str, value: str) -> Any:

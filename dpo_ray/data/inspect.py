@@ -142,7 +142,7 @@ def _prompts(key: str, sources: Sequence[str], tokenizer: RecordTokenizer) -> It
         record, result = item
         yield InspectedRecord(
             key, record.source, record.number, "kept",
-            notes=_notes(result.notes, tuple(record.fields), "carried"),
+            notes=_notes(result.notes, (*record.fields, *record.unread), "carried"),
             prompt=tokenizer.decode(result.token_ids),
             tokens={"prompt": len(result.token_ids)},
             written={"prompt": _written(result.messages)},

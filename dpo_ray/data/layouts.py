@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
-from dpo_ray.data.fields import Fields, bad_field, missing_field, text, turn
+from dpo_ray.data.fields import ITEM_SCORES, Fields, bad_field, missing_field, text, turn
 from dpo_ray.data.sources import Unusable, show
 from dpo_ray.types import Message, Messages
 
@@ -32,7 +32,6 @@ _REJECTED = ("rejected", "rejected_response", "response_k", "non_preferred_outpu
 _LISTS = ("completions", "answers", "generations", "responses")
 _SCORES = ("scores", "score", "ratings", "rating", "ranks", "rank")
 _TEXTS = ("content", "text", "completion", "response", "answer", "value", "generated_text")
-_ITEM_SCORES = ("score", "overall_score", "rating", "rank")
 _LOWER_IS_BETTER = ("rank", "ranks")
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -77,7 +76,8 @@ def validate_completions(candidates: Candidates) -> None:
     """
     for name, completion in zip(candidates.names, candidates.completions, strict=True):
         if isinstance(completion, str):
-            if HUMAN in completion and HUMAN.strip() in str(candidates.prompt):
+            transcript = isinstance(candidates.prompt, str) and transcript_turns(candidates.prompt)
+            if (HUMAN in completion and transcript) or transcript_turns(completion):
                 bad_field(name, "a turn by 'Human' after the prompt", "transcripts that part in their last answer")
             continue
         for message in completion:
@@ -110,21 +110,32 @@ def read_prompt(fields: Fields) -> Messages | str:
     if isinstance(prompt, tuple):
         while prompt and name in ("messages", "conversations") and prompt[-1]["role"] == "assistant":
             prompt = prompt[:-1]
+            fields.forget(name)  # with its answer, it is carried along
         if all(message["role"] == "assistant" for message in prompt):
             bad_field(name, "only assistant turns", "a conversation with another turn")
     return prompt
 
 
 def transcript_turns(transcript: str) -> Messages | None:
-    """The turns of a Human/Assistant transcript, without a final empty one; None for other text."""
-    if not transcript.startswith((HUMAN, HUMAN.lstrip())):
+    """The turns of a transcript, without a final empty one; None for other text.
+
+    Transcripts have the tags ``Human:`` and ``Assistant:`` (HH-RLHF), or ``<extra_id_1>`` (HelpSteer 2).
+    """
+    if transcript.startswith((HUMAN, HUMAN.lstrip())) and ASSISTANT in transcript:
+        parts = re.split(r"(?:\A|\n\n)(Human|Assistant):", transcript)[1:]
+    elif "\n<extra_id_1>Assistant\n" in transcript:
+        parts = ["Human", *re.split(r"\n<extra_id_1>(User|Assistant)\n?", transcript)]
+    else:
         return None
-    parts = re.split(r"(?:\A|\n\n)(Human|Assistant):", transcript)[1:]
     turns = [
-        turn("user" if speaker == "Human" else "assistant", content.strip())
+        turn("assistant" if speaker == "Assistant" else "user", content.strip())
         for speaker, content in zip(parts[::2], parts[1::2], strict=True)
     ]
     return tuple(message for i, message in enumerate(turns) if message["content"] or i < len(turns) - 1)
+
+
+def _prompt_turns(prompt: Messages | str) -> Messages:
+    return prompt if not isinstance(prompt, str) else transcript_turns(prompt) or (turn("user", prompt),)
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts
@@ -134,15 +145,22 @@ def _prompt(fields: Fields) -> Messages | str:
     """The prompt field, with ``system``, ``input`` and ``history`` where a record has them."""
     name = fields.first_of(*PROMPT)
     assert name is not None
+    if name == "instruction" and not _filled(fields, name) and _filled(fields, "input"):
+        name = "input"
     prompt = _openai_input(fields) if name == "input" and isinstance(fields.record["input"], dict) else None
     prompt = prompt or fields.conversation(name)
     if isinstance(prompt, str):
-        if name == "instruction" and fields.record.get("input"):
+        if name == "instruction" and _filled(fields, "input"):
             prompt = f"{prompt}\n{fields.text('input')}"
         earlier = _history(fields) if name != "history" else ()
         if earlier:
             prompt = (*earlier, turn("user", prompt))
     return prompt
+
+
+def _filled(fields: Fields, name: str) -> bool:
+    value = fields.record.get(name)
+    return bool(value.strip() if isinstance(value, str) else value)
 
 
 def _pair_prompt(fields: Fields) -> Messages | str:
@@ -183,6 +201,9 @@ def _history(fields: Fields) -> Messages:
 def _labelled(fields: Fields, *names: str) -> Candidates:
     """Layouts with a chosen and a rejected completion."""
     chosen, rejected = map(fields.conversation, names)
+    raw = [fields.read(name) for name in names]
+    if isinstance(chosen, str) != isinstance(rejected, str) and all(isinstance(value, str) for value in raw):
+        chosen, rejected = raw  # only one of two texts looks like JSON
     if not fields.first_of(*PROMPT[:-1]) and not (fields.has("messages") and _is_answer(chosen)):
         prompt, chosen, rejected = _split(fields, names, chosen, rejected)
     else:
@@ -190,8 +211,9 @@ def _labelled(fields: Fields, *names: str) -> Candidates:
         if isinstance(chosen, str) != isinstance(rejected, str):
             bad_field(" and ".join(names), "text and messages", "two texts or two lists of messages")
         if not isinstance(prompt, str) or not isinstance(chosen, str):
-            prompt = (turn("user", prompt),) if isinstance(prompt, str) else prompt
-            prompt, chosen, rejected = _split_after(names, prompt, _as_turns(chosen), _as_turns(rejected))
+            prompt, chosen, rejected = _split_after(
+                names, _prompt_turns(prompt), _as_turns(chosen), _as_turns(rejected)
+            )
     return Candidates(prompt, (chosen, rejected), (1, 0), names)
 
 
@@ -294,14 +316,19 @@ class _Verdict(NamedTuple):
 
 
 def _by_value(values: Mapping[Any, float]) -> Callable[[Any], float | None]:
-    return lambda value: values.get(value.strip().lower() if isinstance(value, str) else value)
+    def second_is_better(value: Any) -> float | None:
+        number = finite_number(value)
+        key = value.strip().lower() if isinstance(value, str) and number is None else number
+        return values.get(key)
+
+    return second_is_better
 
 
 _VERDICTS = (
     _Verdict("response_1", "response_2", "preference_strength", finite_number),
     _Verdict("response1", "response2", "overall_preference", finite_number),
-    _Verdict("response_0", "response_1", "better_response_id", _by_value({0: -1, 1: 1, "0": -1, "1": 1})),
-    _Verdict("human_ref_A", "human_ref_B", "labels", _by_value({1: -1, 0: 1, "1": -1, "0": 1})),
+    _Verdict("response_0", "response_1", "better_response_id", _by_value({0: -1, 1: 1})),
+    _Verdict("human_ref_A", "human_ref_B", "labels", _by_value({1: -1, 0: 1})),
     _Verdict(
         "conversation_a", "conversation_b", "winner",
         _by_value({"model_a": -1, "model_b": 1, "tie": 0, "tie (bothbad)": 0, "both_bad": 0}),
@@ -323,8 +350,8 @@ def _judged(fields: Fields, verdict: _Verdict) -> Candidates:
     first, second = map(fields.conversation, names)
     if fields.first_of(*PROMPT):
         prompt = _pair_prompt(fields)
-        if not isinstance(prompt, str):
-            first, second = _as_turns(first), _as_turns(second)
+        if not all(isinstance(part, str) for part in (prompt, first, second)):
+            prompt, first, second = _prompt_turns(prompt), _as_turns(first), _as_turns(second)
     else:
         prompt, first, second = _split(fields, names, first, second)
     return Candidates(prompt, (first, second), (-better, better), names)
@@ -342,8 +369,7 @@ def _ranked(fields: Fields, name: str) -> Candidates:
     scores = _scores(fields, name, items)
     completions = tuple(_completion(fields, *named) for named in zip(names, items, strict=True))
     if not isinstance(prompt, str) or not all(isinstance(completion, str) for completion in completions):
-        prompt = (turn("user", prompt),) if isinstance(prompt, str) else prompt
-        completions = tuple(map(_as_turns, completions))
+        prompt, completions = _prompt_turns(prompt), tuple(map(_as_turns, completions))
     return Candidates(prompt, completions, scores, names)
 
 
@@ -355,12 +381,12 @@ def _scores(fields: Fields, name: str, items: Sequence[Any]) -> tuple[Any, ...]:
         key = column
     else:
         keys = [
-            key for key in _ITEM_SCORES if any(isinstance(item, dict) and item.get(key) is not None for item in items)
+            key for key in ITEM_SCORES if any(isinstance(item, dict) and item.get(key) is not None for item in items)
         ]
         if not keys:
             raise Unusable(
                 "bad_score",
-                f"{name}: no scores; accepted are a field {' or '.join(_SCORES[::2])}, or {', '.join(_ITEM_SCORES)} "
+                f"{name}: no scores; accepted are a field {' or '.join(_SCORES[::2])}, or {', '.join(ITEM_SCORES)} "
                 "in every completion",
             )
         key = keys[0]
@@ -378,6 +404,6 @@ def _completion(fields: Fields, name: str, item: Any) -> Messages | str:
     if key is None:
         missing_field(item, f"{name}.content", f"accepted are {', '.join(_TEXTS)}")
     for other in item:
-        if other != key and other not in _ITEM_SCORES and item[other] is not None:
+        if other != key and other not in ITEM_SCORES and item[other] is not None:
             fields.skip_key(f"{name.partition('[')[0]}[].{other}")
     return text(name, item[key]) if isinstance(item[key], str) else fields.conversation(name, item[key])

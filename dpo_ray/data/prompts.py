@@ -31,7 +31,7 @@ def load_prompts(
             counts.drop(item)
             continue
         record, result = item
-        counts.keep(record.source, record.number, result.notes, tuple(record.fields))
+        counts.keep(record.source, record.number, result.notes, (*record.fields, *record.unread))
         prompts.append(Prompt(len(prompts), result.messages, result.token_ids, record.fields))
     report = counts.build(np.array([len(prompt.token_ids) for prompt in prompts]).reshape(-1, 1))
     report.check(strict=strict, name=name, sources=sources)

@@ -3,11 +3,12 @@
 Invalid records are returned as a ``Problem`` with reason and location. Independent of file formats and tokenisation.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpo_ray.data.fields import Fields, bad_field
+from dpo_ray.data.fields import Fields, bad_field, check_placeholders
 from dpo_ray.data.layouts import PROMPT, Candidates, finite_number, read_candidates, read_prompt, validate_completions
 from dpo_ray.data.sources import Part, Unusable, check_sources, expand_source, read_rows, show
 from dpo_ray.types import Messages
@@ -44,6 +45,8 @@ class PromptRecord:
     system: Messages = ()
     fields: Mapping[str, Any] = field(default_factory=dict)
     """The other fields of the record, for judges and selectors."""
+    unread: tuple[str, ...] = ()
+    """Keys inside the prompt's field that are not used, as ``prompt[].KEY``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +91,11 @@ def read_prompts(sources: Sequence[str]) -> Iterator[PromptRecord | Problem]:
 
     def build(fields: Fields, source: str, number: int) -> Iterator[PromptRecord]:
         prompt, system = _with_system(fields, read_prompt(fields))
-        used = (*PROMPT, "system", "system_prompt", "tools")
-        other = {name: value for name, value in fields.record.items() if name not in used and value is not None}
-        yield PromptRecord(prompt, source, number, fields.tools(), system, other)
+        tools, used = fields.tools(), fields.read_names & {*PROMPT, "system", "system_prompt", "tools"}
+        other = {
+            name: _finite(value) for name, value in fields.record.items() if name not in used and value is not None
+        }
+        yield PromptRecord(prompt, source, number, tools, system, other, fields.unread_keys())
 
     return _read([Part(file) for source in sources for file in expand_source(source)], build)
 
@@ -110,6 +115,7 @@ def _read(parts: Sequence[Part], build: Callable[[Fields, str, int], Iterator[An
 
 def _with_system(fields: Fields, prompt: Messages | str) -> tuple[Messages | str, Messages]:
     """The prompt with the column ``system`` as its first turn; a string and the turn."""
+    check_placeholders(prompt)
     system = fields.system()
     if isinstance(prompt, str) or not system or prompt[0] == system[0]:
         return prompt, system if isinstance(prompt, str) else ()
@@ -138,3 +144,12 @@ def _pairs(candidates: Candidates, count: int) -> Iterator[tuple[Any, Any]]:
 
 def _last_text(completion: Messages | str) -> str | None:
     return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for numbers that JSON has no text for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -24,6 +24,7 @@ MEANINGS: Mapping[str, str] = {
     "tie": "best and worst score equal",
     "bad_score": "score missing or not finite",
     "template_refused": "rejected by the chat template",
+    "loss_mask": "assistant turns not found in the text",
     "empty_prompt": "prompt without tokens",
     "prompt_too_long": "prompt too long",
     "completion_emptied": "completion without tokens",
@@ -200,7 +201,7 @@ def _tally_lines(tallies: Mapping[str, Tally]) -> list[str]:
     for reason, tally in tallies.items():
         meaning = MEANINGS.get(reason, reason.replace("_", " "))
         prefix = f"  {tally.count:>6,} {meaning:<{_MEANING_WIDTH}}  "
-        if reason in WITHOUT_EXAMPLES:
+        if reason in WITHOUT_EXAMPLES and not set(WITHOUT_EXAMPLES) <= set(tallies):
             lines.append(f"{prefix}data.strings: auto, chat or raw")
             continue
         for example in tally.first:

@@ -32,7 +32,9 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 _NOT_DATA = (".md", ".txt", ".yaml", ".yml", ".py", ".lock", ".crc", "")
 """Suffixes of files that folders of data may contain."""
-_SPLITS = ("train", "test", "validation", "dev", "eval")
+_NOT_RECORDS = ("dataset_info.json", "dataset_infos.json")
+_SPLIT = re.compile(r"(?:train|test|validation|valid|dev|eval)(?![a-z])")
+"""Start of the name of a split, such as train or train_prefs."""
 
 
 class Unreadable(ValueError):
@@ -69,7 +71,7 @@ Row = tuple[int, Any | Unusable]
 def expand_source(source: str) -> list[str]:
     """The files and datasets of a source, sorted: those of a folder or pattern, otherwise the source itself.
 
-    ``FOLDER:split`` are the files of a folder with the split in their path.
+    ``FOLDER:split`` are the files of a folder that belong to the split by their names or by those of their folders.
 
     Raises:
         Unreadable: a source is missing or of an unknown format. None is opened.
@@ -175,26 +177,35 @@ def _is_saved_dataset(folder: Path) -> bool:
 
 
 def _files_of_folder(source: str, folder: Path, split: str) -> list[str]:
-    """The data files of a folder and its subfolders, sorted; of one split, if given."""
+    """The data files of a folder and its subfolders, sorted; those of one split, if given."""
     paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     visible = [path for path in paths if not any(part[0] in "._" for part in path.parts)]
-    files = [path for path in visible if _File.of(str(path))]
-    other = [path for path in visible if path not in files and path.suffix.lower() not in _NOT_DATA]
+    files = [path for path in visible if _File.of(str(path)) and path.name not in _NOT_RECORDS]
+    other = [
+        path
+        for path in visible
+        if path not in files and path.name not in _NOT_RECORDS and path.suffix.lower() not in _NOT_DATA
+    ]
     if other or not files:
         problem = f"{other[0]} is not supported" if other else "the folder has no data files"
         raise Unreadable(f"{source}: {problem}; {SOURCES_ACCEPTED}")
-    splits = {name: [file for file in files if re.search(rf"(?<![a-z]){name}(?![a-z])", str(file))] for name in _SPLITS}
-    splits = {name: found for name, found in splits.items() if found}
-    if split and split not in splits:
-        splits[split] = [file for file in files if re.search(rf"(?<![a-z]){re.escape(split)}(?![a-z])", str(file))]
-        if not splits[split]:
-            raise Unreadable(
-                f"{source}: no file of the folder has {split!r} in its path; found {', '.join(map(str, files[:5]))}"
-            )
-    if not split and len(splits) > 1:
-        named = ", ".join(f"{folder}:{name}" for name in splits)
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        splits.setdefault(_split_of(file), []).append(file)
+    if not split and len(splits) > 1 and any(splits.keys() - {""}):
+        named = ", ".join(f"{folder}:{name}" for name in splits if name)
         raise Unreadable(f"{source}: the folder holds several splits; accepted are {named}")
+    if split and split not in splits:
+        raise Unreadable(
+            f"{source}: the folder has no split {split!r}; found {', '.join(filter(None, splits)) or 'none'}"
+        )
     return [str(folder / file) for file in (splits[split] if split else files)]
+
+
+def _split_of(file: Path) -> str:
+    """The split that a file belongs to by the name of its folder or by its own name without the number of the shard."""
+    stem = re.sub(r"-\d+-of-\d+$", "", file.name.partition(".")[0])
+    return next((part for part in (*file.parts[:-1], stem) if _SPLIT.match(part)), "")
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -329,12 +340,15 @@ def _csv_rows(file: _File, part: Part) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than some conversations
     try:
         with file.open() as stream:
-            rows = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), restkey="", strict=True)
+            rows = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
             for number, row in enumerate(islice(rows, part.start, None), start=part.start + 1):
-                if row.get(""):
+                if None in row:
                     yield number, Unusable("not_a_record", f"more cells than the header's {len(rows.fieldnames or [])}")
                 else:
-                    yield number, {name: cell or None for name, cell in row.items()}
+                    yield (
+                        number,
+                        {name: cell or None for name, cell in row.items() if name},
+                    )  # pandas names its index ""
     except (csv.Error, UnicodeDecodeError) as error:
         raise Unreadable(f"{file.name}: cannot be read as CSV: {error}") from None
 
@@ -427,7 +441,7 @@ _JSONL = _Format(_jsonl_rows, _count_rows(_jsonl_rows), parts=_jsonl_parts)
 _FORMATS: Mapping[str, _Format] = {
     ".jsonl": _JSONL,
     ".ndjson": _JSONL,
-    ".json": _Format(_json_rows, lambda file: len(_parse_json(file)), random_access=True),
+    ".json": _Format(_json_rows, lambda file: len(_parse_json(file))),
     ".csv": _Format(_csv_rows, _count_rows(_csv_rows)),
     ".parquet": _Format(_parquet_rows, _parquet_count, random_access=True),
     ".arrow": _Format(

@@ -46,68 +46,110 @@ def render(
             "give the path of a Jinja template"
         )
     continues = answer_follows and messages[-1]["role"] == "assistant"
+    problem: Exception = ValueError()
+    for conversation in _spellings(messages, tokenizer):
+        try:
+            text: Any = tokenizer.apply_chat_template(
+                conversation,
+                tools=list(tools) or None,  # pyrefly: ignore[bad-argument-type]
+                tokenize=False,
+                add_generation_prompt=answer_follows and not continues,
+                continue_final_message=continues,
+                return_dict=False,
+            )
+            return text
+        except TemplateSyntaxError as error:
+            raise ValueError(f"model.chat_template: line {error.lineno} of the template: {error.message}") from None
+        # Templates raise TypeErrors of their own, such as the sum of a text and a null content.
+        except (TemplateError, TypeError, ValueError) as error:
+            problem = error
+    raise ChatTemplateError(f"the chat template raised: {problem}") from None
+
+
+def _spellings(messages: Messages, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[dict[str, Any]]]:
+    """The conversation as most templates take it, then as it is written.
+
+    Most templates print a null content as text, unless they test for it, and encode the arguments of a call, which are
+    then not to be JSON text already.
+    """
+    plain = [dict(message) for message in messages]
+    if any("tool_calls" in message or message["content"] is None for message in plain):
+        takes_null = re.search(r"is (not )?none", str(tokenizer.chat_template), re.IGNORECASE)
+        yield [
+            message
+            | ({} if takes_null or message["content"] is not None else {"content": ""})
+            | ({"tool_calls": _with_parsed_arguments(message["tool_calls"])} if message.get("tool_calls") else {})
+            for message in plain
+        ]
+    yield plain
+
+
+def _with_parsed_arguments(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_parsed_arguments(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: _parsed(item) if key == "arguments" else _with_parsed_arguments(item) for key, item in value.items()}
+
+
+def _parsed(arguments: Any) -> Any:
     try:
-        text: Any = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=list(tools) or None,  # pyrefly: ignore[bad-argument-type]
-            tokenize=False,
-            add_generation_prompt=answer_follows and not continues,
-            continue_final_message=continues,
-            return_dict=False,
-        )
-        return text
-    except TemplateSyntaxError as error:
-        raise ValueError(f"model.chat_template: line {error.lineno} of the template: {error.message}") from None
-    # Templates raise TypeErrors of their own, such as the sum of a text and a null content.
-    except (TemplateError, TypeError, ValueError) as error:
-        raise ChatTemplateError(f"the chat template raised: {error}") from None
+        parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError):
+        return arguments
+    return parsed if isinstance(parsed, dict) else arguments
 
 
-def unrendered_texts(text: str, messages: Messages, names: Sequence[str], tools: Sequence[Any] = ()) -> Iterator[str]:
-    """Names of the texts of a conversation that its rendered ``text`` lacks, white space at their ends aside."""
-    for message, name in zip(messages, names, strict=True):
-        for key in ("content", "reasoning_content", "thinking", "name"):
-            if message.get(key) and not _occurs(message[key], text):
+def unrendered_texts(
+    text: str,
+    messages: Messages,
+    names: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    tools: Sequence[Mapping[str, Any]] = (),
+    **how: Any,
+) -> Iterator[str]:
+    """Names of the parts of a conversation that its rendered ``text`` lacks.
+
+    A content is looked for in the text, white space and the tags of reasoning aside. The other parts are left out of
+    the conversation, and count as rendered if that changes the text. ``how`` has the arguments of ``render``.
+    """
+
+    def changes(other: Messages, other_tools: Sequence[Mapping[str, Any]]) -> bool:
+        try:
+            return render(other, tokenizer, other_tools, **how) != text
+        except ValueError:
+            return True
+
+    squeezed = "".join(text.split())
+    for i, (message, name) in enumerate(zip(messages, names, strict=True)):
+        pieces = re.split(r"</?think>", message["content"] or "")
+        if not all("".join(piece.split()) in squeezed for piece in pieces):
+            yield f"{name}.content"
+        for key in ("reasoning_content", "thinking", "name", "tool_calls"):
+            without = {other: value for other, value in message.items() if other != key}
+            if key in message and not changes((*messages[:i], without, *messages[i + 1 :]), tools):
                 yield f"{name}.{key}"
-        if not all(_occurs(leaf, text) for leaf in _leaves(message.get("tool_calls") or [])):
-            yield f"{name}.tool_calls"
-    if not all(_occurs(leaf, text) for leaf in _leaves(tools)):
+    if tools and not changes(messages, ()):
         yield "tools"
 
 
-def _occurs(part: str, text: str) -> bool:
-    part = part.strip()
-    return part in text or any(json.dumps(part, ensure_ascii=ascii)[1:-1] in text for ascii in (True, False))
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    """Texts that tools and tool calls are made of: names, descriptions and arguments."""
-    if isinstance(value, str):
-        try:
-            parsed = json.loads(value)
-        except ValueError:
-            yield value
-        else:
-            yield from _leaves(parsed) if isinstance(parsed, dict | list) else [value]
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            if key not in ("type", "id"):
-                yield from _leaves(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _leaves(item)
+def probe_texts(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
+    """A small conversation as the chat template renders it, whole and up to its answer; empty if it renders neither."""
+    probe: Messages = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+    if tokenizer.chat_template is None:
+        return "", ""
+    try:
+        return render(probe, tokenizer), render(probe[:1], tokenizer, answer_follows=True)
+    except ValueError:  # a template may demand other conversations
+        return "", ""
 
 
 def validate_template(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Raise a ValueError if the chat template writes a special token that the tokenizer splits."""
-    if tokenizer.chat_template is None:
-        return
-    probe: Messages = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
-    try:
-        text = render(probe, tokenizer) + render(probe[:1], tokenizer, answer_follows=True)
-    except ValueError:  # a template may demand other conversations
-        return
-    for marker in dict.fromkeys(SPECIAL_TOKEN.findall(text)):
+    """Raise a ValueError if the chat template writes a special token that the tokenizer splits.
+
+    For a template of the user's choice. Some models are trained with such text in their own template.
+    """
+    for marker in dict.fromkeys(SPECIAL_TOKEN.findall("".join(probe_texts(tokenizer)))):
         count = len(tokenizer(marker, add_special_tokens=False)["input_ids"])
         if count > 1:
             raise ValueError(

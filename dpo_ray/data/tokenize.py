@@ -10,21 +10,25 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dpo_ray.config import Config
 from dpo_ray.config.schema import DataConfig
 from dpo_ray.data.layouts import transcript_turns
 from dpo_ray.data.records import PairRecord, Problem, PromptRecord, read_pairs, read_prompts
 from dpo_ray.data.sources import Part
-from dpo_ray.data.template import SPECIAL_TOKEN, ChatTemplateError, render, unrendered_texts, validate_template
+from dpo_ray.data.template import (
+    SPECIAL_TOKEN,
+    ChatTemplateError,
+    probe_texts,
+    render,
+    unrendered_texts,
+    validate_template,
+)
 from dpo_ray.storage import error_summary
 from dpo_ray.types import Messages, TokenPair
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,22 +77,22 @@ class RecordTokenizer:
         tokenizer: the policy's tokenizer.
         data: limits on prompts and completions, and the treatment of strings.
         limits: of the model.
-
-    Raises:
-        ValueError: the chat template writes special tokens that the tokenizer splits.
     """
 
-    def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", data: DataConfig, limits: ModelLimits | None = None
-    ) -> None:
-        validate_template(tokenizer)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, limits: ModelLimits | None = None) -> None:
         self.tokenizer, self.data, self.limits = tokenizer, data, limits or ModelLimits()
         added = tokenizer.added_tokens_decoder
         self.special = {*tokenizer.all_special_ids, *(id for id, token in added.items() if token.special)}
         self.special_texts = [*filter(None, map(str, tokenizer.convert_ids_to_tokens(sorted(self.special))))]
+        whole, open_ended = probe_texts(tokenizer)
+        self.end_of_turn = next((token for token in reversed(self._ids(whole)) if token in self.special), None)
+        """The last special token that the chat template writes after an answer."""
+        self.template_tokens = [special for special in self.special_texts if special in whole + open_ended]
+        """Special tokens that the chat template writes: a string that contains one has been rendered."""
         with_special, without = tokenizer("a")["input_ids"], self._ids("a")
         self.bos = with_special[: with_special.index(without[0])] if without else []
         """Tokens that the tokenizer adds in front of text."""
+        self.bos_texts = [*filter(None, map(str, tokenizer.convert_ids_to_tokens(self.bos)))]
 
     def pair(self, record: PairRecord) -> TokenizedPair | Problem:
         """Token ids of one preference pair.
@@ -129,7 +133,10 @@ class RecordTokenizer:
                 unrendered = []
             else:
                 text = render(messages, self.tokenizer, record.tools, answer_follows=True)
-                unrendered = list(unrendered_texts(text, messages, _names("prompt", messages), record.tools))
+                names = _names("prompt", messages)
+                unrendered = [
+                    *unrendered_texts(text, messages, names, self.tokenizer, record.tools, answer_follows=True)
+                ]
                 ids = self._ids(text)
             self._check_limits({"prompt": ids}, len(ids), 0)
         except _Drop as drop:
@@ -166,10 +173,10 @@ class RecordTokenizer:
         for name, completion in (("chosen", chosen), ("rejected", rejected)):
             if not any(token >= 0 for token in completion):
                 raise _Drop("completion_emptied", f"{name}: the completion has no tokens after the prompt")
-        if chosen == rejected:
+        if [token for token in chosen if token >= 0] == [token for token in rejected if token >= 0]:
             if any(removed):
                 raise _Drop("identical_after_truncation", f"data.max_completion_tokens is {limit}")
-            raise _Drop("identical", "chosen and rejected give the same tokens")
+            raise _Drop("identical", "chosen and rejected have the same tokens with loss")
 
         notes = {
             "boundary_moved": start < len(prompt_ids),
@@ -195,18 +202,18 @@ class RecordTokenizer:
         """The prompt as messages, or None for a string used as written; and the treatment of strings, chat or raw."""
         if not isinstance(prompt, str):
             return prompt, None
-        texts = (prompt, *(text for text in completions if isinstance(text, str)))
-        for marker in dict.fromkeys(marker for text in texts for marker in SPECIAL_TOKEN.findall(text)):
-            if len(self._ids(marker)) > 1:
-                raise _Drop(
-                    "split_special_token", f"{marker}: the tokenizer of model.path splits it into several tokens"
-                )
         treatment = self.data.strings
         if treatment == "auto":
-            rendered = any(special in text for text in texts for special in self.special_texts)
+            rendered = any(special in prompt for special in (*self.template_tokens, *self.bos_texts))
             treatment = "raw" if rendered or self.tokenizer.chat_template is None else "chat"
         if treatment == "chat":
             return (*record.system, *(transcript_turns(prompt) or ({"role": "user", "content": prompt},))), "chat"
+        for text in (prompt, *(text for text in completions if isinstance(text, str))):
+            for marker in SPECIAL_TOKEN.findall(text):
+                if len(self._ids(marker)) > 1:
+                    raise _Drop(
+                        "split_special_token", f"{marker}: the tokenizer of model.path splits it into several tokens"
+                    )
         for name, value in (("system", record.system), ("tools", record.tools)):
             if value:
                 raise _Drop("bad_field", f"{name}: beside a prompt used as written; accepted with data.strings: chat")
@@ -244,7 +251,9 @@ class RecordTokenizer:
         completion = getattr(record, name)
         if isinstance(completion, str):
             transcript = isinstance(record.prompt, str) and transcript_turns(record.prompt)
-            completion = ({"role": "assistant", "content": completion.strip() if transcript else completion},)
+            begun = prompt[-1]["role"] == "assistant"
+            content = completion.strip() if transcript and not begun else completion
+            completion = ({"role": "assistant", "content": content},)
         names = [*_names("prompt", prompt), *_names(name, completion)]
         if prompt[-1]["role"] == "assistant":
             # The completion continues the prompt's last turn.
@@ -253,9 +262,8 @@ class RecordTokenizer:
             del names[len(prompt)]
         messages = (*prompt, *completion)
         text = render(messages, self.tokenizer, record.tools)
-        unrendered += [
-            field for field in unrendered_texts(text, messages, names, record.tools) if field not in unrendered
-        ]
+        lost = unrendered_texts(text, messages, names, self.tokenizer, record.tools)
+        unrendered += [field for field in lost if field not in unrendered]
         ids = self._ids(text)
         return self._mask_tools(ids, messages, len(prompt), record) if len(completion) > 1 else ids
 
@@ -268,11 +276,24 @@ class RecordTokenizer:
                 # The turn starts after the generation prompt, which follows every turn but an assistant turn.
                 follows = before[-1]["role"] != "assistant"
                 starts = self._ids(render(before, self.tokenizer, record.tools, answer_follows=follows))
-                ends = self._ids(render(messages[: i + 1], self.tokenizer, record.tools))
-                start, end = _common_prefix(starts, ids), _common_prefix(ends, ids)
+                start, end = _common_prefix(starts, ids), self._end_of_turn(ids, messages, i, record)
                 between = ids[len(masked) : start]
                 masked += [*([~token for token in between] if masked else between), *ids[start:end]]
         return masked + [~token for token in ids[len(masked) :]]
+
+    def _end_of_turn(self, ids: list[int], messages: Messages, i: int, record: PairRecord) -> int:
+        """Number of ids up to the end of the i-th turn, with its end-of-turn token."""
+        ends = self._ids(render(messages[: i + 1], self.tokenizer, record.tools))
+        end = _common_prefix(ends, ids)
+        if end == len(ends) or i + 1 == len(messages):
+            return end
+        # The template renders a last turn otherwise: the turn ends at the last end-of-turn token before the next text.
+        altered = (*messages[: i + 1], {**messages[i + 1], "content": "\x00"})
+        following = _common_prefix(self._ids(render(altered, self.tokenizer, record.tools)), ids)
+        positions = [n for n in range(end, following) if ids[n] == self.end_of_turn]
+        if not positions:
+            raise _Drop("loss_mask", f"the chat template rewrites turn {i} of the conversation when others follow")
+        return positions[-1] + 1
 
     # -------------------------------------------------------------------------------------------------------- limits
 
@@ -351,7 +372,7 @@ def _has_double(ids: Sequence[int], token: int | None) -> bool:
 # ------------------------------------------------------------------------------------------------ tokenizer and limits
 
 
-def load_tokenizer(path: str, chat_template: str | None = None) -> "PreTrainedTokenizerBase":
+def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model.
 
     Args:
@@ -371,7 +392,10 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> "PreTrainedTo
     except Exception as error:  # the hub client, its HTTP library and the tokenizer's parser each have own errors
         kind = "the directory holds no tokenizer that can be loaded" if is_folder else "not loaded from the hub"
         raise ValueError(f"model.path: {path}: {kind}: {error_summary(error)}") from error
-    assert tokenizer is not None
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"model.path: {path}: its tokenizer is a {type(tokenizer).__name__}; accepted is one of transformers"
+        )
     if template is not None:
         tokenizer.chat_template = template
     return tokenizer
@@ -400,6 +424,8 @@ def load_record_tokenizer(config: Config) -> RecordTokenizer:
     """
     limits = load_limits(config.model.path)
     tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
+    if config.model.chat_template is not None:
+        validate_template(tokenizer)
     return RecordTokenizer(tokenizer, config.data, engine_limits(config, limits) if config.online else limits)
 
 
@@ -419,7 +445,7 @@ def engine_limits(config: Config, limits: ModelLimits) -> ModelLimits:
     return replace(limits, engine_prompt=config.max_model_len - config.online.sampling.max_tokens)
 
 
-def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of everything that determines token ids: vocabulary and rules, special tokens, chat template."""
     if getattr(tokenizer, "backend_tokenizer", None) is not None:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())

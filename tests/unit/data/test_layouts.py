@@ -140,6 +140,10 @@ LAYOUTS: dict[str, tuple[dict[str, Any], tuple[Any, Any, Any], set[str]]] = {
         },
         MESSAGES, {"question_id", "turn"},
     ),
+    "Alpaca with a blank input": (
+        {"instruction": "Name a tree.", "input": " ", "system": " ", "chosen": "An oak.", "rejected": "A herring."},
+        STRINGS, {"input"},
+    ),
     "messages as JSON text": (
         {"prompt": '[{"role": "user", "content": "Name a tree."}]', "chosen": "An oak.", "rejected": "A herring."},
         MESSAGES, set(),
@@ -233,12 +237,15 @@ def test_completions_may_be_trajectories_and_start_where_the_model_answers(write
 
 PROBLEMS = [
     ({"images": ["wren.png"], "prompt": "Which?", "chosen": "a", "rejected": "b"}, "images: found a list of 1"),
-    ({"prompt": "<image>Which bird?", "chosen": "a", "rejected": "b"}, "prompt: found the placeholder <image>"),
+    ({"prompt": " <image>\nWhich bird?", "chosen": "a", "rejected": "b"}, "prompt: found the placeholder <image>"),
     ({"prompt": [user("See <|image_pad|>")], "chosen": "a", "rejected": "b"}, "the placeholder <|image_pad|>"),
     ({"prompt": "q", "chosen": [OAK, RAIN], "rejected": [HERRING]}, "chosen: found a tool turn at the end"),
     ({"prompt": [SYSTEM, ASK], "system": "Be long.", "chosen": "a", "rejected": "b"}, 'system: found "Be long."'),
     ({"prompt": "q", "chosen": "a", "rejected": "b", "tools": "{"}, "tools: found text that is not JSON"),
-    ({"prompt": "[{'role': 'user', }", "chosen": "a", "rejected": "b"}, "which starts like a list of messages"),
+    (
+        {"prompt": "[{'role': 'user', 'content': array(1)}]", "chosen": "a", "rejected": "b"},
+        "which starts like a list of messages",
+    ),
     ({"prompt": "q", "completion": "a", "label": True}, "completion and label: one completion per record"),
     (
         {"chosen": f"{HH} No.\n\nHuman: Why?\n\nAssistant: So.", "rejected": f"{HH} Go on."},
@@ -258,6 +265,48 @@ def test_a_record_whose_content_would_be_lost_is_rejected_by_field(record: dict[
     (problem,) = read_pairs([Part(write([record]))])
     assert isinstance(problem, Problem), problem
     assert detail in problem.detail
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("How do I use the <video> tag?", "Use <video> or <audio>.", "No."),
+        ('[{"role": "user", "content": "x"}] <- why does this fail?', '[{"value": 1}]', "No."),
+        ("Answer as JSON.", '[{"role": "assistant", "content": "Hi"}]', "No."),
+        ("Human: an essay on what it means to be one", "So.", "No."),
+    ],
+)
+def test_text_that_resembles_another_form_stays_text(texts: tuple[str, str, str], write: Write):
+    (pair,) = read_pairs([Part(write([dict(zip(("prompt", "chosen", "rejected"), texts, strict=True))]))])
+    assert isinstance(pair, PairRecord), pair
+    assert (pair.prompt, pair.chosen, pair.rejected) == texts
+    assert transcript_turns(texts[0]) is None
+
+
+def test_odd_values_are_reported_and_raise_nothing(write: Write):
+    records: list[Any] = [
+        {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": [1]},
+        {"prompt": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": {"a": 1}},
+        {"prompt": '[{"role": ' + "[" * 100_000 + "]", "chosen": "a", "rejected": "b"},
+        {"prompt": "[{'role': {[]: 1}}]", "chosen": "a", "rejected": "b"},
+    ]
+    assert [type(record) for record in read_pairs([Part(write(records))])] == len(records) * [Problem]
+    (prompt,) = read_prompts([write([{"prompt": "q", "x": float("nan"), "y": {"z": [float("inf"), 1.0]}}])])
+    assert isinstance(prompt, PromptRecord)
+    assert prompt.fields == {"x": None, "y": {"z": [None, 1.0]}}
+
+
+def test_fields_that_a_prompt_was_not_built_from_are_carried_along(write: Write):
+    records = [
+        {"question": "Who wrote it?", "context": "The book is Emma."},
+        {"messages": [ASK, OAK]},
+        {"prompt": [{**ASK, "weight": 1}], "input": "more"},
+    ]
+    prompts = [prompt for prompt in read_prompts([write(records)]) if isinstance(prompt, PromptRecord)]
+    assert [dict(prompt.fields) for prompt in prompts] == [
+        {"context": "The book is Emma."}, {"messages": [ASK, OAK]}, {"input": "more"}
+    ]  # fmt: skip
+    assert prompts[2].unread == ("prompt[].weight",)
 
 
 def test_null_and_empty_fields_are_no_content(write: Write):
@@ -280,6 +329,8 @@ def test_unknown_keys_of_messages_are_reported(write: Write):
 def test_transcripts_become_turns():
     assert transcript_turns(f"{HH} An oak.\n\nHuman: Thanks") == (ASK, OAK, user("Thanks"))
     assert transcript_turns(HH) == (ASK,)
+    markers = "Hi\n<extra_id_1>Assistant\nHello\n<extra_id_1>User\nName a tree."  # HelpSteer 2
+    assert transcript_turns(markers) == (user("Hi"), assistant("Hello"), ASK)
     assert transcript_turns("Name a tree.") is None
 
 

@@ -66,6 +66,10 @@ def test_the_error_names_a_damaged_gzip_file(tmp_path: Path):
 def test_a_csv_row_with_too_many_cells_is_reported(tmp_path: Path):
     (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\nq,a,b,c\nq,a,b\n")
     problem, record = read_pairs([Part(str(tmp_path / "pairs.csv"))])
+    (tmp_path / "indexed.csv").write_text(",prompt,chosen,rejected\n0,q,a,b\n")
+    (indexed,) = read_pairs([Part(str(tmp_path / "indexed.csv"))])
+    assert isinstance(indexed, PairRecord), indexed
+    assert indexed.unread == ()
     assert isinstance(problem, Problem)
     assert (problem.number, problem.detail) == (1, "more cells than the header's 3")
     assert isinstance(record, PairRecord)
@@ -83,13 +87,15 @@ def test_a_folder_or_pattern_is_its_files_in_order(tmp_path: Path):
 
 
 def test_a_folder_of_several_splits_needs_one_of_them(tmp_path: Path):
-    for name in ("train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"):
-        (tmp_path / name).write_bytes(LINES)
-    assert expand_source(f"{tmp_path}:train") == [f"{tmp_path}/train-00000-of-00001.jsonl"]
-    with pytest.raises(Unreadable, match=rf"holds several splits; accepted are {tmp_path}:train, {tmp_path}:test"):
+    for name in ("train_prefs-00000-of-00001", "train_sft-00000-of-00001", "test_prefs-00000-of-00001"):
+        (tmp_path / f"{name}.jsonl").write_bytes(LINES)
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert expand_source(f"{tmp_path}:train_prefs") == [f"{tmp_path}/train_prefs-00000-of-00001.jsonl"]
+    splits = ", ".join(f"{tmp_path}:{name}" for name in ("test_prefs", "train_prefs", "train_sft"))
+    with pytest.raises(Unreadable, match=rf"holds several splits; accepted are {splits}"):
         expand_source(str(tmp_path))
-    with pytest.raises(Unreadable, match=r"no file of the folder has 'prefs' in its path; found test-00000"):
-        expand_source(f"{tmp_path}:prefs")
+    with pytest.raises(Unreadable, match=r"no split 'train'; found test_prefs, train_prefs, train_sft"):
+        expand_source(f"{tmp_path}:train")
 
 
 @pytest.mark.parametrize(

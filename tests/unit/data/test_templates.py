@@ -1,11 +1,14 @@
 """Chat templates, special tokens and limits: the record reaches the model as written, or is named."""
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dpo_ray.config.schema import DataConfig
 from dpo_ray.data.records import PairRecord, Problem, PromptRecord
+from dpo_ray.data.template import validate_template
 from dpo_ray.data.tokenize import ModelLimits, RecordTokenizer, TokenizedPair
 from dpo_ray.types import Messages
 
@@ -86,14 +89,14 @@ def test_an_end_of_turn_that_is_not_the_end_of_sequence_is_no_alarm(llama: Any):
 
 
 def test_special_tokens_of_another_model_in_text_are_rejected(tokenizer: Any):
-    problem = pair(tokenizer, "<|start_header_id|>user", "a", "b")
+    problem = pair(tokenizer, "<|start_header_id|>user", "a", "b", data={"strings": "raw"})
     assert (problem.reason, problem.detail.partition(":")[0]) == ("split_special_token", "<|start_header_id|>")
 
 
 def test_a_template_whose_special_tokens_the_tokenizer_splits_is_rejected(tokenizer: Any):
     tokenizer.chat_template = LLAMA
     with pytest.raises(ValueError, match=r"model\.chat_template: the template writes <\|start_header_id\|>, which the"):
-        RecordTokenizer(tokenizer, DataConfig())
+        validate_template(tokenizer)
 
 
 # ------------------------------------------------------------------------------------------------------------- strings
@@ -182,6 +185,7 @@ def test_only_assistant_turns_of_a_trajectory_carry_loss(tokenizer: Any):
     [
         (answer("Oak.", reasoning_content="Trees."), "chosen[0].reasoning_content"),
         (answer("<think>Trees.</think>Oak."), "chosen[0].content"),
+        (answer("Oak.", name="Ada"), "chosen[0].name"),
         ((CALL, RAIN, *answer("Oak.")), "chosen[0].tool_calls"),
     ],
 )
@@ -220,3 +224,61 @@ def test_tokens_without_an_embedding_are_dropped_with_token_and_limit(llama: Any
     problem = pair(llama, (USER,), answer("Oak."), answer("No."), ModelLimits(vocabulary=eot))
     assert problem.reason == "unknown_token"
     assert problem.detail == f"prompt: token <|eot_id|> has id {eot}; the model of model.path has {eot} embeddings"
+
+
+# ------------------------------------------------------------------------------------------------ templates of models
+
+
+def trl_template(name: str) -> str:
+    """A chat template as its model has it."""
+    trl = pytest.importorskip("trl")
+    return (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+
+
+def with_tokens(tokenizer: Any, *names: str) -> Any:
+    """A copy of the tokenizer that knows these special tokens."""
+    copied = copy.deepcopy(tokenizer)
+    copied.add_special_tokens({"additional_special_tokens": list(names)})
+    return copied
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_6", "llama3_1", "glm4moe", "lfm2_v2"]
+)
+def test_every_assistant_turn_of_a_trajectory_carries_loss_and_no_other_text(name: str, tokenizer: Any):
+    names = ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|assistant|>", "<|user|>", "<|observation|>"]
+    model = with_tokens(tokenizer, *names)
+    model.chat_template = trl_template(name)
+    call = {"type": "function", "function": {"name": "forecast", "arguments": {"city": "Bergen"}}}
+    calls = CALL, CALL | {"tool_calls": [call]}
+    chosen = (calls[0], RAIN, calls[1], RAIN | {"content": "clear sky"}, *answer("Take a coat."))
+    result = pair(model, (USER,), chosen, answer("Sunny."), tools=TOOLS)
+    scored = model.decode([token for token in result.pair.chosen if token >= 0])
+    for text in ("Oslo", "Bergen", "Take a coat."):
+        assert text in scored or any(reason == "text_not_rendered" for reason, _ in result.notes)
+    assert "rain all day" not in scored
+    assert "clear sky" not in scored
+    assert "None" not in scored
+
+
+def test_arguments_that_are_json_text_are_encoded_once(tokenizer: Any):
+    model = with_tokens(tokenizer)
+    model.chat_template = trl_template("qwen2_5")
+    call = {"type": "function", "function": {"name": "forecast", "arguments": '{"city": "Oslo"}'}}
+    result = pair(model, (USER,), (CALL | {"tool_calls": [call]}, RAIN, *answer("Wet.")), answer("Dry."), tools=TOOLS)
+    assert '"arguments": {"city": "Oslo"}' in model.decode([t for t in result.pair.chosen if t >= 0])
+
+
+def test_a_template_with_tags_of_plain_text_is_accepted(tokenizer: Any):
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    assert pair(tokenizer, (USER,), answer("Oak."), answer("No.")).notes == ()
+
+
+def test_text_that_only_looks_like_a_special_token_goes_into_the_template(tokenizer: Any):
+    model = with_tokens(tokenizer, "<filename>")
+    model.chat_template = tokenizer.chat_template
+    assert reasons(pair(model, "How do I use git add <filename>?", "So.", "No.")) == ["strings_chat"]
+    assert reasons(pair(model, "Compute <|x|> for me", "So.", "No.")) == ["strings_chat"]
