@@ -32,7 +32,13 @@ def ours(task: dict[str, Any], folder: Path) -> dict[str, float]:
             "run": {"dir": str(folder), "save_every": None, "export": False},
             "model": {"path": task["model"], "dtype": task["dtype"]},
             "reference": {"cache_dir": str(folder / "cache")},
-            "data": {"train": task["file"], "shuffle": False, "max_prompt_tokens": None, "max_completion_tokens": None},
+            "data": {
+                "train": task["file"],
+                "shuffle": False,
+                "max_prompt_tokens": None,
+                "max_completion_tokens": None,
+                "strings": "raw",
+            },
             "optim": {
                 "lr": 1e-6,
                 "pairs_per_step": task["pairs_per_step"],

@@ -34,7 +34,7 @@ def our_steps(
         "run": {"dir": str(tmp_path), "save_every": None, "export": False},
         "model": {"path": str(model), "dtype": "float32", "lora": lora},
         "reference": {"cache_dir": str(tmp_path / "cache")},
-        "data": {"train": str(pairs), "shuffle": False},
+        "data": {"train": str(pairs), "shuffle": False, "strings": "raw"},  # as TRL uses strings
         "loss": {"beta": BETA, **loss},
         "optim": {"lr": lr, "pairs_per_step": PAIRS_PER_STEP, "tokens_per_micro_batch": tokens_per_micro_batch},
         "cluster": {"train_workers": ranks},
