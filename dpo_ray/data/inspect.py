@@ -1,5 +1,6 @@
 """The records of a run as the model will read them, decoded."""
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -79,14 +80,14 @@ def inspect_run(config: Config, console: Console, *, json_file: Path | None = No
             sets[f"online.{name}"] = (_prompts(f"online.{name}", sources, tokenizer), sources)
     if not any(sources for _, sources in sets.values()):
         raise ValueError("data.train, data.eval and online.prompts are empty: nothing to inspect")
-    lines = json_file.open("w", encoding="utf-8") if json_file else None
     try:
+        output = json_file.open("w", encoding="utf-8") if json_file else contextlib.nullcontext()
+    except OSError as error:
+        raise ValueError(f"--json {json_file}: cannot be written: {error.strerror}") from None
+    with output as lines:
         for key, (records, sources) in sets.items():
             if sources:
                 _inspect_set(key, records, sources, console, lines, shown)
-    finally:
-        if lines:
-            lines.close()
 
 
 def _inspect_set(

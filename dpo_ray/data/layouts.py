@@ -44,8 +44,8 @@ class Candidates:
 
     prompt: Messages | str
     completions: tuple[Messages | str, ...]
-    scores: tuple[Any, ...]
-    """Higher is better; not yet validated."""
+    scores: tuple[float, ...]
+    """Higher is better."""
     names: tuple[str, ...]
     """Field of each completion, for messages."""
 
@@ -365,9 +365,20 @@ def _ranked(fields: Fields, name: str) -> Candidates:
     prompt = _pair_prompt(fields)
     if not isinstance(items, list) or len(items) < 2:
         bad_field(name, show(items), "a list of two or more")
-    names = tuple(f"{name}[{i}]" for i in range(len(items)))
-    scores = _scores(fields, name, items)
-    completions = tuple(_completion(fields, *named) for named in zip(names, items, strict=True))
+    usable: list[tuple[str, float, Messages | str]] = []
+    problems: list[Unusable] = []
+    for i, (item, score) in enumerate(zip(items, _scores(fields, name, items), strict=True)):
+        try:
+            if (number := finite_number(score)) is None:
+                raise Unusable("bad_score", f"{name}[{i}]: found score {show(score)}; accepted: a finite number")
+            usable.append((f"{name}[{i}]", number, _completion(fields, f"{name}[{i}]", item)))
+        except Unusable as problem:
+            problems.append(problem)
+    if len(usable) < 2:
+        raise problems[0]
+    if problems:
+        fields.skip_key(f"{name}[] without text or score")
+    names, scores, completions = zip(*usable, strict=True)
     if not isinstance(prompt, str) or not all(isinstance(completion, str) for completion in completions):
         prompt, completions = _prompt_turns(prompt), tuple(map(_as_turns, completions))
     return Candidates(prompt, completions, scores, names)

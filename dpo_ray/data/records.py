@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_ray.data.fields import Fields, bad_field, check_placeholders
-from dpo_ray.data.layouts import PROMPT, Candidates, finite_number, read_candidates, read_prompt, validate_completions
+from dpo_ray.data.layouts import PROMPT, Candidates, read_candidates, read_prompt, validate_completions
 from dpo_ray.data.sources import Part, Unusable, check_sources, expand_source, read_rows, show
 from dpo_ray.types import Messages
 
@@ -127,9 +127,6 @@ def _with_system(fields: Fields, prompt: Messages | str) -> tuple[Messages | str
 def _pairs(candidates: Candidates, count: int) -> Iterator[tuple[Any, Any]]:
     """Up to ``count`` pairs of different completions, by decreasing difference of scores: best against worst first."""
     completions, scores = candidates.completions, candidates.scores
-    for name, score in zip(candidates.names, scores, strict=True):
-        if finite_number(score) is None:
-            raise Unusable("bad_score", f"{name}: found score {show(score)}; accepted: a finite number")
     better = [(i, j) for i in range(len(scores)) for j in range(len(scores)) if scores[i] > scores[j]]
     if not better:
         raise Unusable("tie", f"all {len(scores)} completions score {scores[0]:g}")

@@ -69,6 +69,12 @@ def test_nothing_to_inspect_is_an_error(model: Path, tmp_path: Path):
         inspect(tmp_path, model, {})
 
 
+def test_an_output_that_cannot_be_written_is_an_error(model: Path, tmp_path: Path):
+    config = Config.model_validate({"model": {"path": str(model)}, "data": {"train": "pairs.jsonl"}})
+    with pytest.raises(ValueError, match=r"--json .*no/such/records\.jsonl: cannot be written: No such file"):
+        inspect_run(config, Console(file=io.StringIO()), json_file=tmp_path / "no" / "such" / "records.jsonl")
+
+
 # ---------------------------------------------------------------------------------------------- nothing lost in silence
 
 

@@ -309,6 +309,14 @@ def test_fields_that_a_prompt_was_not_built_from_are_carried_along(write: Write)
     assert prompts[2].unread == ("prompt[].weight",)
 
 
+def test_unusable_completions_of_a_ranked_list_are_left_out_and_reported(write: Write):
+    record = {"prompt": "q", "generations": ["a", " ", "b", "c"], "ratings": [1, 9, None, 2]}
+    (pair,) = read_pairs([Part(write([record]))])
+    assert isinstance(pair, PairRecord), pair
+    assert (pair.chosen, pair.rejected) == ("c", "a")
+    assert pair.unread == ("generations[] without text or score",)
+
+
 def test_null_and_empty_fields_are_no_content(write: Write):
     record = {
         "prompt": [{"role": "system", "content": None}, {**ASK, "tool_calls": None, "name": None}], "system": None,

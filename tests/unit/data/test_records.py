@@ -195,7 +195,7 @@ def test_parts_of_any_format_give_the_same_records_each_read_alone(
         parts = split_sources([source], rows_per_part=2)
         whole = source.endswith(".json")  # parsed once
         assert [(part.start, part.rows) for part in parts] == ([(0, 3)] if whole else [(0, 2), (2, 1)])
-        assert list(read_pairs([parts[1]])) == list(read_pairs([Part(source)]))[2:]
+        assert list(read_pairs([parts[-1]])) == list(read_pairs([Part(source)]))[parts[-1].start :]
         assert list(read_pairs(parts)) == list(read_pairs([Part(source)]))
 
 
