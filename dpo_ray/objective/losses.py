@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_ray.config.schema import REFERENCE_FREE_LOSSES
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.plugins import bind
 
@@ -278,7 +277,7 @@ def build_loss(loss: "LossConfig", log_ratio_totals: Tensor | None = None) -> Pa
         args = loss.args if len(loss.names) == 1 else loss.args.get(name, {})
         totals = torch.zeros(2) if log_ratio_totals is None else log_ratio_totals
         term = bind(name, args, LOSSES, kind="loss", beta=loss.beta, log_ratio_totals=totals)
-        if loss.divergence != "reverse_kl" and name not in REFERENCE_FREE_LOSSES:
+        if loss.divergence != "reverse_kl" and name != "nll":  # the only other loss that LossConfig accepts beside it
             term = _of_scores(term, loss.divergence)
         _validate_output(name, term)
         terms.append((weight, term))

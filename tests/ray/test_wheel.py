@@ -60,7 +60,7 @@ def test_help_lists_the_commands_within_a_second_of_processor_time(bin_folder: P
     after = os.times()
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")] == [
-        "offline", "online", "sweep", "export",
+        "offline", "online", "sweep", "export", "inspect",
     ]  # fmt: skip
     seconds = after.children_user + after.children_system - before.children_user - before.children_system
     assert seconds < 1.0
