@@ -97,7 +97,8 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The task of both sides: a file of pairs that fit TRL's default of 1024 tokens per sequence, and their sizes."""
     from dpo_ray.config.schema import DataConfig
     from dpo_ray.data.store import prepare_pairs
-    from dpo_ray.data.tokenize import RecordTokenizer, load_tokenizer
+    from dpo_ray.data.tokenize import RecordTokenizer
+    from dpo_ray.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(arguments.model)
     source = arguments.pairs
@@ -107,8 +108,8 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     data = DataConfig(max_prompt_tokens=None, max_completion_tokens=None)
     store = prepare_pairs([source], RecordTokenizer(tokenizer, data), folder=folder / "all")
     fitting = [i for i, (p, c, r) in enumerate(store.lengths.tolist()) if p + max(c, r) <= 1024][: arguments.limit]
+    from dpo_ray.data.formats import Part
     from dpo_ray.data.records import read_pairs
-    from dpo_ray.data.sources import Part
 
     wanted = {store.record_of(i)[1] for i in fitting}
     records = [r for r in read_pairs([Part(source)]) if getattr(r, "number", None) in wanted]

@@ -19,7 +19,8 @@ from benchmarks.pairs import TEXTS
 from dpo_ray.config.schema import ClusterConfig, DataConfig
 from dpo_ray.data.loader import BatchShape, PairLoader
 from dpo_ray.data.store import prepare_pairs
-from dpo_ray.data.tokenize import RecordTokenizer, load_tokenizer
+from dpo_ray.data.tokenize import RecordTokenizer
+from dpo_ray.data.tokenizer import load_tokenizer
 from dpo_ray.launch.cluster import ray_cluster
 from dpo_ray.launch.data import tokenize_on_cluster
 

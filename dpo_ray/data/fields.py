@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from dpo_ray.data.sources import Unusable, show
+from dpo_ray.data.formats import Unusable, show
 from dpo_ray.types import Message, Messages
 
 ROLES = {

@@ -16,7 +16,7 @@ from os.path import commonprefix
 from typing import Any, NamedTuple
 
 from dpo_ray.data.fields import ITEM_SCORES, Fields, bad_field, missing_field, text, turn
-from dpo_ray.data.sources import Unusable, show
+from dpo_ray.data.formats import Unusable, show
 from dpo_ray.types import Message, Messages
 
 LAYOUTS_ACCEPTED = (

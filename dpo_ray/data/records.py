@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_ray.data.fields import Fields, bad_field, check_placeholders
+from dpo_ray.data.formats import Part, Unusable, show
 from dpo_ray.data.layouts import PROMPT, Candidates, read_candidates, read_prompt, validate_completions
-from dpo_ray.data.sources import Part, Unusable, check_sources, expand_source, read_rows, show
+from dpo_ray.data.sources import check_sources, expand_source, read_rows
 from dpo_ray.types import Messages
 
 Tools = tuple[Mapping[str, Any], ...]

@@ -4,21 +4,18 @@ Prompt and completion are tokenised as one text and split afterwards, so that th
 would generate. Independent of files.
 """
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from hashlib import sha256
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dpo_ray.config import Config
 from dpo_ray.config.schema import DataConfig
+from dpo_ray.data.formats import Part
 from dpo_ray.data.layouts import transcript_turns
 from dpo_ray.data.records import PairRecord, Problem, PromptRecord, read_pairs, read_prompts
-from dpo_ray.data.sources import Part
 from dpo_ray.data.template import (
     SPECIAL_TOKEN,
     ChatTemplateError,
@@ -27,20 +24,8 @@ from dpo_ray.data.template import (
     unrendered_texts,
     validate_template,
 )
-from dpo_ray.storage import error_summary
+from dpo_ray.data.tokenizer import ModelLimits, engine_limits, load_limits, load_tokenizer
 from dpo_ray.types import Messages, TokenPair
-
-
-@dataclass(frozen=True, slots=True)
-class ModelLimits:
-    """Limits of a model's inputs; None is no limit."""
-
-    vocabulary: int | None = None
-    """Rows of the embedding."""
-    positions: int | None = None
-    """Longest sequence in tokens."""
-    engine_prompt: int | None = None
-    """Longest prompt that leaves an engine room for a completion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +47,10 @@ class TokenizedPrompt:
     messages: Messages
     """The prompt as a conversation; a string that is used as written is one user turn."""
     notes: tuple[tuple[str, str], ...] = ()
+
+
+AnyRecord = TypeVar("AnyRecord", PairRecord, PromptRecord)
+Tokenized = TypeVar("Tokenized", TokenizedPair, TokenizedPrompt)
 
 
 class _Drop(Exception):
@@ -109,12 +98,7 @@ class RecordTokenizer:
         Raises:
             ValueError: the tokenizer lacks the chat template or the end-of-sequence token that the record needs.
         """
-        try:
-            return self._pair(record)
-        except _Drop as drop:
-            return Problem(drop.reason, record.source, record.number, drop.detail)
-        except ChatTemplateError as error:
-            return Problem("template_refused", record.source, record.number, str(error))
+        return _or_problem(self._pair, record)
 
     def prompt(self, record: PromptRecord) -> TokenizedPrompt | Problem:
         """Token ids of a prompt, up to where the model continues.
@@ -125,24 +109,22 @@ class RecordTokenizer:
         Raises:
             ValueError: the tokenizer has no chat template.
         """
-        try:
-            messages, treatment = self._conversation(record, record.prompt)
-            if messages is None:
-                assert isinstance(record.prompt, str)
-                messages, ids = ({"role": "user", "content": record.prompt},), self._with_bos(record.prompt)
-                unrendered = []
-            else:
-                text = render(messages, self.tokenizer, record.tools, answer_follows=True)
-                names = _names("prompt", messages)
-                unrendered = [
-                    *unrendered_texts(text, messages, names, self.tokenizer, record.tools, answer_follows=True)
-                ]
-                ids = self._ids(text)
-            self._check_limits({"prompt": ids}, len(ids), 0)
-        except _Drop as drop:
-            return Problem(drop.reason, record.source, record.number, drop.detail)
-        except ChatTemplateError as error:
-            return Problem("template_refused", record.source, record.number, str(error))
+        return _or_problem(self._prompt, record)
+
+    def _prompt(self, record: PromptRecord) -> TokenizedPrompt:
+        messages, treatment = self._conversation(record, record.prompt)
+        unrendered: list[str] = []
+        if messages is None:
+            assert isinstance(record.prompt, str)
+            messages, ids = ({"role": "user", "content": record.prompt},), self._with_bos(record.prompt)
+        else:
+            text, names = (
+                render(messages, self.tokenizer, record.tools, answer_follows=True),
+                _names("prompt", messages),
+            )
+            unrendered += unrendered_texts(text, messages, names, self.tokenizer, record.tools, answer_follows=True)
+            ids = self._ids(text)
+        self._check_limits({"prompt": ids}, len(ids), 0)
         return TokenizedPrompt(tuple(ids), messages, (*_treated(treatment), *_unrendered(unrendered)))
 
     def _pair(self, record: PairRecord) -> TokenizedPair:
@@ -322,6 +304,19 @@ class RecordTokenizer:
                     )
 
 
+def load_record_tokenizer(config: Config) -> RecordTokenizer:
+    """The tokenizer of a run's records, with the limits of its model and engines.
+
+    Raises:
+        ValueError: the tokenizer cannot be loaded, or does not fit the chat template or the limits.
+    """
+    limits = load_limits(config.model.path)
+    tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
+    if config.model.chat_template is not None:
+        validate_template(tokenizer)
+    return RecordTokenizer(tokenizer, config.data, engine_limits(config, limits) if config.online else limits)
+
+
 def tokenize_pairs(
     parts: Sequence[Part], tokenizer: RecordTokenizer
 ) -> Iterator[tuple[PairRecord, TokenizedPair] | Problem]:
@@ -346,6 +341,15 @@ def tokenize_prompts(
             yield tokenized if isinstance(tokenized, Problem) else (record, tokenized)
 
 
+def _or_problem(tokenize: Callable[[AnyRecord], Tokenized], record: AnyRecord) -> Tokenized | Problem:
+    try:
+        return tokenize(record)
+    except _Drop as drop:
+        return Problem(drop.reason, record.source, record.number, drop.detail)
+    except ChatTemplateError as error:
+        return Problem("template_refused", record.source, record.number, str(error))
+
+
 def _names(name: str, messages: Messages) -> list[str]:
     return [f"{name}[{i}]" for i in range(len(messages))]
 
@@ -367,102 +371,3 @@ def _common_prefix(ids: Sequence[int], other: Sequence[int]) -> int:
 
 def _has_double(ids: Sequence[int], token: int | None) -> bool:
     return token is not None and any(a == b == token for a, b in pairwise(ids))
-
-
-# ------------------------------------------------------------------------------------------------ tokenizer and limits
-
-
-def load_tokenizer(path: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model.
-
-    Args:
-        path: hub id or directory.
-        chat_template: path of a Jinja template that replaces the tokenizer's own.
-
-    Raises:
-        ValueError: there is no tokenizer at ``path``, or the template cannot be read.
-    """
-    template = None if chat_template is None else _read_template(chat_template)
-    is_folder = Path(path).is_dir()
-    if not is_folder and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise ValueError(f"model.path: {path}: no such directory; accepted is a model directory or a hub id, org/name")
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=is_folder)
-    except Exception as error:  # the hub client, its HTTP library and the tokenizer's parser each have own errors
-        kind = "the directory holds no tokenizer that can be loaded" if is_folder else "not loaded from the hub"
-        raise ValueError(f"model.path: {path}: {kind}: {error_summary(error)}") from error
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError(
-            f"model.path: {path}: its tokenizer is a {type(tokenizer).__name__}; accepted is one of transformers"
-        )
-    if template is not None:
-        tokenizer.chat_template = template
-    return tokenizer
-
-
-def load_limits(path: str) -> ModelLimits:
-    """Limits of the model at ``path``, from its configuration; no limits if it has none that can be loaded."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir()).get_text_config()
-    except Exception:  # reported when the model is loaded
-        return ModelLimits()
-    positions, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
-    if positions and rope.get("rope_type") in ("linear", "dynamic", "yarn"):
-        # Some configurations scale the positions beyond max_position_embeddings, as vLLM does.
-        positions = max(positions, int(rope.get("factor", 1) * rope.get("original_max_position_embeddings", positions)))
-    return ModelLimits(getattr(config, "vocab_size", None), positions)
-
-
-def load_record_tokenizer(config: Config) -> RecordTokenizer:
-    """The tokenizer of a run's records, with the limits of its model and engines.
-
-    Raises:
-        ValueError: the tokenizer cannot be loaded, or does not fit the chat template or the limits.
-    """
-    limits = load_limits(config.model.path)
-    tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
-    if config.model.chat_template is not None:
-        validate_template(tokenizer)
-    return RecordTokenizer(tokenizer, config.data, engine_limits(config, limits) if config.online else limits)
-
-
-def engine_limits(config: Config, limits: ModelLimits) -> ModelLimits:
-    """Limits of an online run: a prompt leaves an engine room for a completion.
-
-    Raises:
-        ValueError: ``online.engine.max_model_len`` is longer than the model's positions.
-    """
-    assert config.online is not None
-    if limits.positions is not None and config.max_model_len > limits.positions:
-        raise ValueError(
-            f"online.engine.max_model_len: prompts and completions of up to {config.max_model_len} tokens do not fit "
-            f"the {limits.positions} positions of the model of model.path; lower it, data.max_prompt_tokens or "
-            "online.sampling.max_tokens"
-        )
-    return replace(limits, engine_prompt=config.max_model_len - config.online.sampling.max_tokens)
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of everything that determines token ids: vocabulary and rules, special tokens, chat template."""
-    if getattr(tokenizer, "backend_tokenizer", None) is not None:
-        rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        # State of the last call that padded or truncated.
-        rules.pop("padding", None)
-        rules.pop("truncation", None)
-    else:
-        rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    content = json.dumps([rules, special, tokenizer.chat_template], sort_keys=True)
-    return sha256(content.encode()).hexdigest()
-
-
-def _read_template(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"model.chat_template: {path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"model.chat_template: {path}: not UTF-8 text; accepted is a Jinja template") from None

@@ -13,9 +13,9 @@ import ray
 from rich.console import Console
 
 from dpo_ray.config import Config
+from dpo_ray.data.formats import Part
 from dpo_ray.data.prompts import load_prompts
 from dpo_ray.data.report import DataReportBuilder
-from dpo_ray.data.sources import Part
 from dpo_ray.data.store import PairStore, Prepare, RunParts, prepare_pairs
 from dpo_ray.data.tokenize import load_record_tokenizer
 from dpo_ray.launch.cluster import Cluster

@@ -91,41 +91,25 @@ class Swatch(NamedTuple):
 
 def run_plots(record: RunRecord) -> list[Plot]:
     """The plots that the run has data for, the most telling first."""
-    steps, evals, rounds, versions = record.over_steps, record.over_evals, record.over_rounds, record.over_versions
+    table = [*_result_plots(record), *_training_plots(record), *_rollout_plots(record)]
+    return [plot._replace(panels=panels) for plot in table if (panels := _with_data(plot.panels))]
 
-    def with_heldout(kind: str, training: Curve, heldout: Curve) -> list[Series]:
-        return [Series(f"training {kind}", training), Series(f"held-out {kind}", heldout, "heldout", "heldout")]
 
+def _with_heldout(kind: str, training: Curve, heldout: Curve) -> list[Series]:
+    return [Series(f"training {kind}", training), Series(f"held-out {kind}", heldout, "heldout", "heldout")]
+
+
+def _result_plots(record: RunRecord) -> list[Plot]:
+    """Score and distance from the reference, by round."""
+    rounds, versions = record.over_rounds, record.over_versions
     scores = [
         Series("chosen", rounds("judge/chosen_score"), "chosen"),
         Series("mean of candidates", rounds("judge/mean_score")),
         Series("rejected", rounds("judge/rejected_score"), "rejected"),
         Series("held-out prompts", versions("score"), "heldout", "heldout"),
     ]
-    logps = [Series(role, steps(f"logps/{role}"), role) for role in ("chosen", "rejected")]
-    outcomes = [Series("kept as a pair", rounds("rollout/kept"), "chosen", "left bar")]
-    dropped = [reason for reason, count in record.dropped.items() if count]
-    for reason, colour in zip(dropped, cycle(DROP_COLOURS), strict=False):
-        label = f"dropped: {reason.replace('_', ' ')}"
-        outcomes.append(Series(label, rounds(f"rollout/dropped_{reason}"), colour, "left bar"))
-    phases = [
-        Series("generate", rounds("perf/generate_s"), "policy", "left bar"),
-        Series("judge", rounds("perf/judge_s"), "heldout", "left bar"),
-        Series("train", rounds("perf/train_s"), "chosen", "right bar"),
-        Series("sync", rounds("perf/sync_s"), "sand", "right bar"),
-        Series("wait", rounds("perf/wait_s"), "stone", "right bar"),
-    ]
-    margins = with_heldout("pairs", steps("rewards/margins"), evals("eval/rewards/margins"))
-    accuracies = with_heldout("pairs", record.accuracies(), record.accuracies("eval/"))
-    losses = with_heldout("pairs", steps("loss"), evals("eval/loss"))
-    lengths = with_heldout("prompts", rounds("rollout/mean_tokens"), versions("tokens"))
-    divergences = with_heldout("prompts", rounds("kl"), versions("kl"))
-    unit, ln2 = (" (nats)", math.log(2)) if record.setting("loss.use") == "sigmoid" else ("", None)
-    norms, max_norm = steps("optim/grad_norm"), record.setting("optim.max_grad_norm")
-    if max_norm and len(norms[1]) and max_norm > 1.5 * norms[1].max():
-        max_norm = None  # a limit far above the curve would flatten it
-    gradients, rates = [Series("", norms, style="peaks")], [Series("", steps("optim/lr"), "sand")]
-    table = [
+    divergences = _with_heldout("prompts", rounds("kl"), versions("kl"))
+    return [
         Plot(
             "Judge score by round",
             [Panel("judge score", scores)],
@@ -138,6 +122,22 @@ def run_plots(record: RunRecord) -> list[Plot]:
             "Distance from the reference on the policy's own completions. A steep rise without "
             "a gain in score is a sign that the policy exploits the judge.",
         ),
+    ]
+
+
+def _training_plots(record: RunRecord) -> list[Plot]:
+    """Metrics of the optimizer steps."""
+    steps, evals = record.over_steps, record.over_evals
+    margins = _with_heldout("pairs", steps("rewards/margins"), evals("eval/rewards/margins"))
+    accuracies = _with_heldout("pairs", record.accuracies(), record.accuracies("eval/"))
+    losses = _with_heldout("pairs", steps("loss"), evals("eval/loss"))
+    logps = [Series(role, steps(f"logps/{role}"), role) for role in ("chosen", "rejected")]
+    unit, ln2 = (" (nats)", math.log(2)) if record.setting("loss.use") == "sigmoid" else ("", None)
+    norms, max_norm = steps("optim/grad_norm"), record.setting("optim.max_grad_norm")
+    if max_norm and len(norms[1]) and max_norm > 1.5 * norms[1].max():
+        max_norm = None  # a limit far above the curve would flatten it
+    gradients, rates = [Series("", norms, style="peaks")], [Series("", steps("optim/lr"), "sand")]
+    return [
         Plot(
             "Reward margin and accuracy",
             [
@@ -170,6 +170,26 @@ def run_plots(record: RunRecord) -> list[Plot]:
             "completions that nobody ranked. Longer completions have lower values, too.",
             "optimizer step",
         ),
+    ]
+
+
+def _rollout_plots(record: RunRecord) -> list[Plot]:
+    """Completions, pairs and time of the rounds."""
+    rounds, versions = record.over_rounds, record.over_versions
+    lengths = _with_heldout("prompts", rounds("rollout/mean_tokens"), versions("tokens"))
+    outcomes = [Series("kept as a pair", rounds("rollout/kept"), "chosen", "left bar")]
+    dropped = [reason for reason, count in record.dropped.items() if count]
+    for reason, colour in zip(dropped, cycle(DROP_COLOURS), strict=False):
+        label = f"dropped: {reason.replace('_', ' ')}"
+        outcomes.append(Series(label, rounds(f"rollout/dropped_{reason}"), colour, "left bar"))
+    phases = [
+        Series("generate", rounds("perf/generate_s"), "policy", "left bar"),
+        Series("judge", rounds("perf/judge_s"), "heldout", "left bar"),
+        Series("train", rounds("perf/train_s"), "chosen", "right bar"),
+        Series("sync", rounds("perf/sync_s"), "sand", "right bar"),
+        Series("wait", rounds("perf/wait_s"), "stone", "right bar"),
+    ]
+    return [
         Plot(
             "Completion length",
             [Panel("tokens per completion", lengths, limits=(0.0, None))],
@@ -187,7 +207,6 @@ def run_plots(record: RunRecord) -> list[Plot]:
             "for pairs. Long waits call for more engines or a higher online.max_lag.",
         ),
     ]
-    return [plot._replace(panels=panels) for plot in table if (panels := _with_data(plot.panels))]
 
 
 def sweep_plots(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], metric: str, mode: str) -> list[Plot]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dpo_ray.config import Config
-from dpo_ray.data.tokenize import load_tokenizer
+from dpo_ray.data.tokenizer import load_tokenizer
 from dpo_ray.model.adapters import add_adapters
 from dpo_ray.model.export import named_weights, save_adapter, save_policy, weight_name, write_model_folder
 from dpo_ray.model.load import build_model

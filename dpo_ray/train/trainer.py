@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_ray.config import Config
 from dpo_ray.data.loader import BatchShape
-from dpo_ray.data.tokenize import load_tokenizer
+from dpo_ray.data.tokenizer import load_tokenizer
 from dpo_ray.model.load import load_sharded
 from dpo_ray.model.scorer import Scorer
 from dpo_ray.objective.losses import PairLoss, build_loss

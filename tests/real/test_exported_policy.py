@@ -7,7 +7,8 @@ import torch
 
 from dpo_ray.config.schema import DataConfig, EngineConfig, ModelConfig, SamplingConfig
 from dpo_ray.data.records import PromptRecord, read_prompts
-from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPrompt, load_tokenizer
+from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPrompt
+from dpo_ray.data.tokenizer import load_tokenizer
 from dpo_ray.model.export import named_weights, save_policy
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer

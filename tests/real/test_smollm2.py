@@ -8,7 +8,8 @@ import torch
 from dpo_ray.config.schema import DataConfig, ModelConfig
 from dpo_ray.data.packing import Layout, build_row
 from dpo_ray.data.store import prepare_pairs
-from dpo_ray.data.tokenize import RecordTokenizer, load_tokenizer
+from dpo_ray.data.tokenize import RecordTokenizer
+from dpo_ray.data.tokenizer import load_tokenizer
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer, pair_logps, pair_losses
 from dpo_ray.types import TokenPair

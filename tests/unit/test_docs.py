@@ -23,8 +23,8 @@ from dpo_ray.config import OFFLINE, ONLINE, SWEEP, Config, load_config, parse_ov
 from dpo_ray.config.commands import validate_command
 from dpo_ray.config.load import config_fields, help_text
 from dpo_ray.config.paths import validate_paths
+from dpo_ray.data.formats import Part
 from dpo_ray.data.records import Problem, read_pairs
-from dpo_ray.data.sources import Part
 from dpo_ray.launch.spaces import find_space
 from dpo_ray.rollout.judges import build_judge, check_scores
 from dpo_ray.types import Completion, CompletionGroup, Prompt

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from dpo_ray.data.fields import Fields
+from dpo_ray.data.formats import Part
 from dpo_ray.data.layouts import transcript_turns
 from dpo_ray.data.records import PairRecord, Problem, PromptRecord, read_pairs, read_prompts
-from dpo_ray.data.sources import Part
 
 Write = Callable[..., str]
 

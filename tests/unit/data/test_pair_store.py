@@ -8,8 +8,8 @@ import pytest
 
 from dpo_ray.config.schema import DataConfig
 from dpo_ray.data import store as store_module
+from dpo_ray.data.formats import Part
 from dpo_ray.data.records import read_pairs
-from dpo_ray.data.sources import Part
 from dpo_ray.data.store import PairStore, prepare_pairs
 from dpo_ray.data.tokenize import RecordTokenizer
 

@@ -7,7 +7,8 @@ import pytest
 
 from dpo_ray.config.schema import DataConfig
 from dpo_ray.data.prompts import load_prompts
-from dpo_ray.data.tokenize import ModelLimits, RecordTokenizer, load_tokenizer
+from dpo_ray.data.tokenize import RecordTokenizer
+from dpo_ray.data.tokenizer import ModelLimits, load_tokenizer
 
 TEMPLATE = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn here') }}{% endif %}"

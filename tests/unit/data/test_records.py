@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from dpo_ray.data.formats import Part, Unreadable
 from dpo_ray.data.records import PairRecord, Problem, PromptRecord, read_pairs, read_prompts
-from dpo_ray.data.sources import Part, Unreadable, source_digest, split_sources
+from dpo_ray.data.sources import source_digest, split_sources
 
 Write = Callable[..., str]
 

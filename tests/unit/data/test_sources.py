@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from dpo_ray.data.formats import Part, Unreadable
 from dpo_ray.data.records import PairRecord, Problem, read_pairs
-from dpo_ray.data.sources import Part, Unreadable, expand_source, source_digest, split_sources
+from dpo_ray.data.sources import expand_source, source_digest, split_sources
 
 ROWS = [{"prompt": f"q{i}", "chosen": "a, b\nc", "rejected": 'say "d"'} for i in range(5)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()

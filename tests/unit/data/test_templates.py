@@ -9,7 +9,8 @@ import pytest
 from dpo_ray.config.schema import DataConfig
 from dpo_ray.data.records import PairRecord, Problem, PromptRecord
 from dpo_ray.data.template import validate_template
-from dpo_ray.data.tokenize import ModelLimits, RecordTokenizer, TokenizedPair
+from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPair
+from dpo_ray.data.tokenizer import ModelLimits
 from dpo_ray.types import Messages
 
 LLAMA = (

@@ -6,7 +6,8 @@ import pytest
 
 from dpo_ray.config.schema import DataConfig
 from dpo_ray.data.records import PairRecord, Problem, PromptRecord
-from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPair, load_tokenizer, tokenizer_digest
+from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPair
+from dpo_ray.data.tokenizer import load_tokenizer, tokenizer_digest
 
 USER = {"role": "user", "content": "What is the color of the sky?"}
 
