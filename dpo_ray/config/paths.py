@@ -1,12 +1,18 @@
 """Files and folders of a configuration: absolute paths, and errors for missing ones before anything is started."""
 
 from collections.abc import Callable, Iterator
+from glob import glob
 from pathlib import Path
 
 from dpo_ray.config.tree import Config
 from dpo_ray.storage import folder_at
 
-DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
+DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow", ".gz", ".zst")
+SOURCES_ACCEPTED = (
+    "accepted are .json (a list of records), .jsonl, .ndjson and .csv files (also as .jsonl.gz or .jsonl.zst), "
+    ".parquet and .arrow files, folders of files, patterns such as data/*.jsonl, folders written by "
+    "datasets.save_to_disk, and hub datasets as org/name or org/name:split"
+)
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -31,16 +37,16 @@ def validate_paths(config: Config) -> None:
     A name like ``org/name`` may be a model or dataset on the hub; it is validated when it is loaded.
     """
     accepted: dict[str, tuple[str, Callable[[Path], bool]]] = {
-        "model.path": ("a model directory or a hub id, org/name", Path.is_dir),
-        "model.chat_template": ("a file with a Jinja template", Path.is_file),
+        "model.path": ("accepted is a model directory or a hub id, org/name", Path.is_dir),
+        "model.chat_template": ("accepted is a file with a Jinja template", Path.is_file),
     }
-    data = (f"a file ({', '.join(DATA_SUFFIXES)}), a folder of datasets.save_to_disk, or a hub dataset", Path.exists)
+    data = (SOURCES_ACCEPTED, _exists)
     for key, paths in _paths(config):
         description, exists = accepted.get(key, data)
         for path in paths:
-            # A saved dataset may be followed by the name of a split.
+            # A folder may be followed by the name of a split.
             if _only_local(path) and not any(exists(_local(p)) for p in (path, path.rpartition(":")[0] or path)):
-                raise ValueError(f"{key}: {path}: no such file or folder; accepted is {description}")
+                raise ValueError(f"{key}: {path}: no such file or folder; {description}")
 
 
 def _paths(config: Config) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -58,8 +64,17 @@ def _only_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix in (*DATA_SUFFIXES, ".jinja")
 
 
+def is_pattern(path: str) -> bool:
+    """True for a pattern of file names, such as data/*.jsonl."""
+    return any(character in path for character in "*?[")
+
+
+def _exists(path: Path) -> bool:
+    return path.exists() or (is_pattern(str(path)) and bool(glob(str(path), recursive=True)))
+
+
 def _absolute(path: str) -> str:
-    if _local(path).exists():
+    if _exists(_local(path)):
         return str(_local(path).absolute())
     folder, colon, split = path.rpartition(":")
     return f"{_local(folder).absolute()}:{split}" if colon and _local(folder).is_dir() else path

@@ -13,14 +13,9 @@ from typing import Any
 
 import xxhash
 
+from dpo_ray.config.paths import SOURCES_ACCEPTED, is_pattern
 from dpo_ray.data.formats import TABLE_ROWS, File, Part, Row, Unreadable, table_rows
 from dpo_ray.storage import file_version
-
-SOURCES_ACCEPTED = (
-    "accepted are .json (a list of records), .jsonl, .ndjson and .csv files (also as .jsonl.gz or .jsonl.zst), "
-    ".parquet and .arrow files, folders of files, patterns such as data/*.jsonl, folders written by "
-    "datasets.save_to_disk, and hub datasets as org/name or org/name:split"
-)
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _NOT_DATA = (".md", ".txt", ".yaml", ".yml", ".py", ".lock", ".crc", "")
@@ -39,7 +34,7 @@ def expand_source(source: str) -> list[str]:
         Unreadable: a source is missing or of an unknown format. None is opened.
     """
     folder, _, split = source.partition(":") if not Path(source).exists() else (source, "", "")
-    if any(character in source for character in "*?[") and not Path(source).exists():
+    if is_pattern(source) and not Path(source).exists():
         files = sorted(name for name in glob(source, recursive=True) if Path(name).is_file())
         if not files:
             raise Unreadable(f"{source}: no file matches the pattern; {SOURCES_ACCEPTED}")

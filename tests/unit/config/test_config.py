@@ -8,8 +8,18 @@ from pathlib import Path
 import pytest
 
 import dpo_ray.config.load as load_module
-from dpo_ray.config import Config, commands, config_from_argv, load_config, override, parse_overrides, write_config
+from dpo_ray.config import (
+    Config,
+    commands,
+    config_from_argv,
+    load_config,
+    override,
+    parse_overrides,
+    with_absolute_paths,
+    write_config,
+)
 from dpo_ray.config.load import ConfigError, help_text
+from dpo_ray.config.paths import validate_paths
 
 ROOT = Path(__file__).parents[3]
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
@@ -412,3 +422,19 @@ def test_loading_a_config_imports_neither_torch_nor_ray_and_takes_less_than_thre
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
     assert time.perf_counter() - begin < 3.0
+
+
+def test_patterns_splits_and_compressed_files_are_local_paths(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    for name in ("a.jsonl", "b.jsonl.gz", "c.csv"):
+        (tmp_path / "data" / name).touch()
+    monkeypatch.chdir(tmp_path)
+    sources = ["data/*.jsonl", "data/b.jsonl.gz", "data/c.csv", "data:train", "./data/**/*.csv"]
+    config = Config.model_validate({"model": {"path": "org/name"}, "data": {"train": sources}})
+    validate_paths(config)
+    absolute = [str(tmp_path / source.removeprefix("./")) for source in sources]
+    assert list(with_absolute_paths(config).data.train) == absolute
+    for missing in ("data/*.parquet", "data/none.csv", "data/none.jsonl.gz"):
+        broken = Config.model_validate({"model": {"path": "org/name"}, "data": {"train": missing}})
+        with pytest.raises(ValueError, match=r"no such file or folder; accepted are \.json .*patterns such as"):
+            validate_paths(broken)
