@@ -159,9 +159,11 @@ def flex_packed_attention(
 @functools.cache
 def _softcap(softcap: float) -> Callable[..., Tensor]:
     """flex_attention's modification of logits; the same function for equal caps, so that it is compiled once."""
+    constant = str(softcap)  # a captured float would be an argument of the kernel, which takes none
 
     def capped(logit: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return softcap * torch.tanh(logit / softcap)
+        cap = float(constant)
+        return cap * torch.tanh(logit / cap)
 
     return capped
 

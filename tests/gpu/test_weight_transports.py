@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from dpo_ray.config.schema import EngineConfig
 from dpo_ray.sync.base import EngineGroup, WeightSync
@@ -114,15 +113,6 @@ def engine_on(gpu: int, path: Path, worker_extension: str) -> Iterator[OneProces
         connection.send(("close", ()))
         process.join(30)
         process.kill()
-
-
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    torch.cuda.init()  # before the environment of the engine's process is set
-    torch.cuda.set_device(0)
-    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def check_pushes(sync: WeightSync, engines: OneProcess, path: Path) -> None:

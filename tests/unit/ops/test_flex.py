@@ -2,20 +2,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from dpo_ray.config.schema import ModelConfig
 from dpo_ray.data.assignment import shard_row
 from dpo_ray.data.packing import PackedRow, Span, attention_mask, build_row
 from dpo_ray.model.load import build_model, resolve_attention
 from dpo_ray.model.scorer import Scorer, pair_logps, pair_losses
-from dpo_ray.ops.flex import BLOCK, local_limits, span_mask, token_limits, visible_blocks
+from dpo_ray.ops.flex import BLOCK, _softcap, local_limits, span_mask, token_limits, visible_blocks
 from dpo_ray.ops.windows import Window
 from tests.unit.model.test_scorer import preference, ragged_pairs
 
@@ -122,6 +123,21 @@ def test_flex_attention_has_the_logps_of_the_masked_row(tiny_model: Path, dtype:
         by_attention[attention] = torch.cat((logps.chosen, logps.rejected))
     tokens = row.lengths.float().mean()
     assert ((by_attention["flex"] - by_attention["sdpa"]).abs() / tokens).max() < (1e-5 if dtype == "float32" else 0.02)
+
+
+def test_the_cap_of_logits_is_a_constant_of_the_compiled_kernel() -> None:
+    arguments: list[torch.Tensor] = []
+
+    def keep_arguments(graph: Any, inputs: list[Any]) -> Any:
+        arguments.extend(x for x in inputs if isinstance(x, torch.Tensor))
+        return graph.forward
+
+    attend = torch.compile(flex_attention, dynamic=True, backend=keep_arguments)
+    query = torch.randn(1, 2, 20, 16)
+    capped = attend(query, query, query, score_mod=_softcap(0.5), block_mask=span_mask([Span(8, 7, 5)], query.device))
+    assert {x.dtype for x in arguments} == {torch.float32, torch.int32}, "no float64 scalar"
+    uncapped = attend(query, query, query, block_mask=span_mask([Span(8, 7, 5)], query.device))
+    assert (capped - uncapped).abs().max() > 0.1
 
 
 def test_flex_gradients_on_a_cpu_are_rejected(tiny_model: Path) -> None:
