@@ -1,6 +1,6 @@
 """Assignment of work to ranks: items to micro-batches by cost, and tokens of a row to context parallel ranks.
 
-B = pairs
+B = items, P = prompts
 """
 
 import heapq
@@ -51,7 +51,7 @@ def shard_row(spans: Sequence[Span], ranks: int) -> RowSplit:
     by less than one piece.
     """
     padding = -sum(map(sum, spans)) % (PIECES * ranks)
-    padded = (*spans, Span(padding, 0)) if padding else tuple(spans)
+    padded = (*spans, Span.of(padding)) if padding else tuple(spans)
     limits = token_limits(padded)
     pieces = limits.here.reshape(PIECES * ranks, -1)  # (pieces, tokens per piece)
     costs = limits.seen.reshape(pieces.shape).sum(1)
@@ -61,9 +61,9 @@ def shard_row(spans: Sequence[Span], ranks: int) -> RowSplit:
 
 
 def attended(lengths: np.ndarray) -> np.ndarray:
-    """(B,) query-key pairs of the attention in the shared layout; ``lengths`` as in ``row_tokens``."""
-    prompt, chosen, rejected = lengths.astype(np.float64).T
-    return prompt**2 / 2 + sum(c * (prompt + c / 2) for c in (chosen, rejected))
+    """(P,) query-key pairs of the attention in the shared layout; ``lengths`` as in ``row_tokens``."""
+    prompt, *completions = lengths.astype(np.float64).T
+    return prompt**2 / 2 + sum(c * (prompt + c / 2) for c in completions)
 
 
 @dataclass(frozen=True, slots=True)

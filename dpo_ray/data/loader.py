@@ -4,9 +4,9 @@ The position in the data is the number of pairs consumed of a permutation that d
 resumes with the next unseen pair on any number of workers.
 """
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise, zip_longest
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +22,15 @@ class PairSource(Protocol):
     @property
     def lengths(self) -> np.ndarray:
         """(n, 3) tokens of prompt, chosen and rejected; enough to plan a step without reading its pairs."""
+        ...
+
+    @property
+    def members(self) -> np.ndarray | None:
+        """(n, 3) numbers of prompt, chosen and rejected; None if each pair has a prompt of its own.
+
+        Pairs with the same first number have the same prompt, and completions of a prompt with the same number are the
+        same.
+        """
         ...
 
     def __len__(self) -> int: ...
@@ -42,6 +51,7 @@ class PairList:
         self.pairs, self.name = tuple(pairs), name
         lengths = [(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in self.pairs]
         self.lengths = np.array(lengths, np.int64).reshape(-1, 3)
+        self.members = _members(self.pairs)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -57,6 +67,13 @@ class PairList:
     def name_of(self, index: int) -> str:
         """Name of the list and position of the pair."""
         return f"{self.name}[{index}]"
+
+
+def _members(pairs: Sequence[TokenPair]) -> np.ndarray | None:
+    numbers: dict[tuple[int, ...], int] = {}  # of prompts and of completions
+    number = lambda ids: numbers.setdefault(ids, len(numbers))  # noqa: E731
+    members = np.array([list(map(number, (p.prompt, p.chosen, p.rejected))) for p in pairs], np.int64).reshape(-1, 3)
+    return members if len(np.unique(members[:, 0])) < len(pairs) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +115,12 @@ class BatchShape:
 
 def micro_batches(
     source: PairSource, pairs: Sequence[int], shape: BatchShape
-) -> tuple[tuple[MicroBatch, ...], np.ndarray, float]:
-    """This rank's micro-batches of ``pairs``, the (n, 3) lengths of all pairs, and the expected idle fraction."""
-    lengths = np.asarray(source.lengths[list(pairs)])
+) -> tuple[tuple[MicroBatch, ...], int, float]:
+    """This rank's micro-batches of ``pairs``, the tokens of all ranks, and the expected idle fraction.
+
+    Pairs of one prompt that follow each other stay together.
+    """
+    items, lengths = _prompts(source, pairs, shape.layout)
     tokens = row_tokens(lengths, shape.layout)
     assignment = balance_micro_batches(
         tokens,
@@ -108,9 +128,25 @@ def micro_batches(
         ranks=shape.dp_size,
         tokens_per_micro_batch=shape.tokens_per_micro_batch,
     )
-    indices = (tuple(pairs[i] for i in items) for items in assignment.micro_batches[shape.dp_rank])
+    indices = (tuple(pair for i in batch for pair in items[i]) for batch in assignment.micro_batches[shape.dp_rank])
     batches = tuple(MicroBatch(batch, build_row([source[i] for i in batch], shape.layout)) for batch in indices)
-    return batches, lengths, assignment.idle
+    return batches, int(lengths.sum()), assignment.idle
+
+
+def _prompts(source: PairSource, pairs: Sequence[int], layout: Layout) -> tuple[list[tuple[int, ...]], np.ndarray]:
+    """Pairs of each of P prompts, and (P, 1 + K) tokens of prompt and completions, filled up with zeros."""
+    lengths = np.asarray(source.lengths[list(pairs)])
+    if source.members is None or layout == "plain" or not len(pairs):
+        return [(pair,) for pair in pairs], lengths
+    members = np.asarray(source.members[list(pairs)])
+    starts = np.flatnonzero(np.diff(members[:, 0], prepend=-1))
+    items, rows = [], []
+    for start, stop in pairwise([*starts.tolist(), len(pairs)]):
+        of_prompt = slice(start, stop)
+        completions = dict(zip(members[of_prompt, 1:].ravel(), lengths[of_prompt, 1:].ravel(), strict=True))
+        items.append(tuple(pairs[of_prompt]))
+        rows.append((lengths[start, 0], *completions.values()))
+    return items, np.array(list(zip_longest(*rows, fillvalue=0))).T
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,17 +186,33 @@ class Mixture:
         return np.concatenate(drawn)
 
 
-@functools.lru_cache(maxsize=2)
 def epoch_order(mixture: Mixture, *, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
     """(len(mixture),) indices of the pairs of one epoch, in training order."""
     pairs = mixture.pairs(seed=seed, epoch=epoch, shuffle=shuffle)
     return np.random.default_rng([seed, epoch]).permutation(pairs) if shuffle else pairs
 
 
+def together(order: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    """An order of pairs in which those of a prompt follow each other, from the place of the first of them on.
+
+    Args:
+        order: (m,) indices of pairs; the passes over a pair that occurs several times stay apart.
+        prompts: (n,) number of the prompt of each pair.
+    """
+    by_pair = np.argsort(order, kind="stable")
+    runs = np.flatnonzero(np.diff(order[by_pair], prepend=-1))
+    occurrence = np.empty_like(order)
+    occurrence[by_pair] = np.arange(len(order)) - runs.repeat(np.diff(runs, append=len(order)))
+    of_pass = prompts[order] + occurrence * (prompts.max() + 1)
+    _, first, place = np.unique(of_pass, return_index=True, return_inverse=True)
+    return order[np.lexsort((order, first[place]))]
+
+
 class PairLoader:
     """Infinite iterator over the steps of a pair source, from a given position.
 
-    A step never spans two epochs; the last step of an epoch has the remaining pairs.
+    A step never spans two epochs; the last step of an epoch has the remaining pairs. Pairs of one prompt follow each
+    other, so that they share a row; those at the end of a step may be divided between it and the next.
     """
 
     def __init__(
@@ -182,6 +234,7 @@ class PairLoader:
         self.seed, self.shuffle = seed, shuffle
         self.consumed = consumed
         """Pairs returned so far, over all ranks and epochs."""
+        self._of_epoch: tuple[int, np.ndarray] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -207,8 +260,14 @@ class PairLoader:
 
     def __next__(self) -> StepBatch:
         epoch, start = divmod(self.consumed, len(self.mixture))
-        order = epoch_order(self.mixture, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
-        pairs = tuple(int(i) for i in order[start : start + self.pairs_per_step])
+        pairs = tuple(self._order(epoch)[start : start + self.pairs_per_step].tolist())
         self.consumed += len(pairs)
-        micros, lengths, idle = micro_batches(self.source, pairs, self.shape)
-        return StepBatch(micros, pairs, int(lengths.sum()), self.consumed / len(self.mixture), idle)
+        micros, tokens, idle = micro_batches(self.source, pairs, self.shape)
+        return StepBatch(micros, pairs, tokens, self.consumed / len(self.mixture), idle)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self._of_epoch is None or self._of_epoch[0] != epoch:
+            order = epoch_order(self.mixture, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
+            members = self.source.members
+            self._of_epoch = epoch, order if members is None else together(order, np.asarray(members[:, 0]))
+        return self._of_epoch[1]

@@ -1,34 +1,50 @@
 """Packing pairs into rows: the layouts of a micro-batch.
 
-A micro-batch is one row without padding. In the shared layout a pair is one span, prompt | chosen | rejected: both
-completions attend to the prompt and to themselves, and their positions continue from the prompt, so the prompt is
-computed once. In the plain layout each completion has a span of its own, with a copy of the prompt; tests compare the
-shared layout with it.
+A micro-batch is one row without padding. In the shared layout a prompt and all of its completions are one span, for a
+pair prompt | chosen | rejected: completions attend to the prompt and to themselves, and their positions continue from
+the prompt, so the prompt is computed once. Pairs of one prompt that follow each other share the span, and a completion
+that is part of several of them. In the plain layout each completion has a span of its own, with a copy of the prompt;
+tests compare the shared layout with it.
 
-T = tokens of the row, C = completion tokens, N = labels: completion tokens that carry loss, B = pairs, S = 2B sequences
+T = tokens of the row, C = completion tokens, N = labels: completion tokens that carry loss, B = pairs, S = sequences:
+completions with their prompts
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_ray.objective.head import Counts
 from dpo_ray.types import TokenPair, TokenSample
 
 Layout = Literal["shared", "plain"]
 
 
-class Span(NamedTuple):
-    """A segment of a row that attends only to itself: lengths in tokens."""
+class Span(tuple[int, ...]):
+    """A segment of a row that attends only to itself: lengths of its parts, in tokens.
 
-    prompt: int
-    first: int
-    """A completion, which attends to the prompt and itself."""
-    second: int = 0
-    """Another completion of the same prompt, or 0; it attends to the prompt and itself."""
+    The first part is the prompt, the others are completions, each of which attends to the prompt and itself.
+    """
+
+    @classmethod
+    def of(cls, prompt: int, *completions: int) -> "Span":
+        """A prompt of ``prompt`` tokens and its completions."""
+        return cls((prompt, *completions))
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the prompt."""
+        return self[0]
+
+    @property
+    def completions(self) -> tuple[int, ...]:
+        """Tokens of each completion."""
+        return self[1:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +54,7 @@ class PackedRow:
     input_ids: Tensor
     """(1, T) int64."""
     position_ids: Tensor
-    """(1, T) int64; both completions of a span continue the positions of its prompt."""
+    """(1, T) int64; all completions of a span continue the positions of its prompt."""
     spans: tuple[Span, ...]
     """Segments of the row, in order; T tokens in total."""
     source: Tensor
@@ -46,20 +62,19 @@ class PackedRow:
     labels: Tensor
     """(N,) completion tokens that carry loss."""
     sequence: Tensor
-    """(N,) index in [0, S): the pair's chosen is 2i, its rejected 2i + 1."""
+    """(N,) index in [0, S), ascending."""
     lengths: Tensor
     """(S,) labels of each completion."""
+    pairs: Tensor
+    """(B, 2) sequences that are chosen and rejected."""
+    prompts: tuple[Counts, ...]
+    """Pairs, sequences and labels of each prompt, in order; on the host, like ``spans``."""
     scored: np.ndarray
     """(C,) True for the completion tokens that are labels; on the host."""
 
-    @property
-    def pair_tokens(self) -> tuple[int, ...]:
-        """(B,) labels of each pair, without a device synchronization."""
-        return tuple(_label_counts(self.spans, self.scored).reshape(-1, 2).sum(1).tolist())
-
     def to(self, device: torch.device) -> "PackedRow":
         """The row on ``device``."""
-        tensors = [name for name in self.__slots__ if name not in ("spans", "scored")]
+        tensors = [name for name in self.__slots__ if name not in ("spans", "prompts", "scored")]
         return replace(self, **{name: to_device(getattr(self, name), device) for name in tensors})
 
 
@@ -68,40 +83,72 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def attention_mask(row: PackedRow) -> Tensor:
+def attention_mask(spans: Sequence[Span], device: torch.device | None = None) -> Tensor:
     """(1, 1, T, T) bool: a token attends to earlier tokens of its span's prompt and of its own completion."""
-    device = row.input_ids.device
-    lengths = torch.tensor(row.spans, device=device).flatten()
-    part = torch.arange(lengths.numel(), device=device).repeat_interleave(lengths)  # (T,) 3 parts per span
-    same_span = part[:, None] // 3 == part[None, :] // 3  # (T, T)
-    visible = (part[None, :] % 3 == 0) | (part[:, None] == part[None, :])
-    return (same_span & visible).tril()[None, None]
+    parts = [(i, n == 0) for i, span in enumerate(spans) for n in range(len(span))]
+    lengths = torch.tensor([length for span in spans for length in span], device=device)
+    part = torch.arange(len(parts), device=device).repeat_interleave(lengths)  # (T,)
+    of_span, in_prompt = torch.tensor(parts, device=device)[part].unbind(1)  # (T,) each
+    visible = (of_span[:, None] == of_span) & (in_prompt.bool() | (part[:, None] == part))
+    return visible.tril()[None, None]
 
 
 def build_row(pairs: Sequence[TokenPair], layout: Layout) -> PackedRow:
-    """Pack pairs into one row, with one span per pair in the ``shared`` layout and two in the ``plain`` one.
+    """Pack pairs into one row.
+
+    Consecutive pairs of the same prompt are one span in the ``shared`` layout, with each of their completions once. In
+    the ``plain`` layout each completion of each pair is a span.
 
     Without pairs, the row is a single token without labels: a rank without work still takes part in collectives.
     """
     if layout == "plain":
-        return _pack([(pair.prompt, completion) for pair in pairs for completion in (pair.chosen, pair.rejected)])
-    return _pack([(pair.prompt, pair.chosen, pair.rejected) for pair in pairs])
+        spans = [(pair.prompt, completion) for pair in pairs for completion in (pair.chosen, pair.rejected)]
+        return _pack(spans, [[(0, 1)] for _ in pairs], spans_per_prompt=2)
+    same_prompt = [list(group) for _, group in groupby(pairs, key=lambda pair: pair.prompt)]
+    completions = [tuple(dict.fromkeys(_completions(group))) for group in same_prompt]
+    spans = [(group[0].prompt, *unique) for group, unique in zip(same_prompt, completions, strict=True)]
+    indices = [
+        [(unique.index(pair.chosen), unique.index(pair.rejected)) for pair in group]
+        for group, unique in zip(same_prompt, completions, strict=True)
+    ]
+    return _pack(spans, indices)
+
+
+def _completions(pairs: Sequence[TokenPair]) -> Iterator[tuple[int, ...]]:
+    for pair in pairs:
+        yield from (pair.chosen, pair.rejected)
 
 
 def build_sample_row(samples: Sequence[TokenSample]) -> PackedRow:
-    """Pack single completions into one row; sample i is sequence i."""
-    return _pack([(sample.prompt, sample.completion) for sample in samples])
+    """Pack single completions into one row without pairs; sample i is sequence i."""
+    return _pack([(sample.prompt, sample.completion) for sample in samples], [[] for _ in samples])
 
 
-def _pack(segments: Sequence[tuple[Sequence[int], ...]]) -> PackedRow:
-    """Pack segments, each a prompt and one or two completions."""
-    spans = tuple(Span(*map(len, segment)) for segment in segments) or (Span(1, 0),)
+def _pack(
+    segments: Sequence[tuple[tuple[int, ...], ...]],
+    pairs: Sequence[Sequence[tuple[int, int]]],
+    *,
+    spans_per_prompt: int = 1,
+) -> PackedRow:
+    """Pack segments, each a prompt and its completions.
+
+    Args:
+        pairs: for each prompt, the chosen and the rejected of its pairs, as indices of its completions.
+        spans_per_prompt: segments that belong to one prompt.
+    """
+    spans = tuple(Span(map(len, segment)) for segment in segments) or (Span.of(1),)
     parts = [ids for segment in segments for ids in segment] or [(0,)]
     stored_ids = np.concatenate([np.asarray(ids, np.int64) for ids in parts])
     input_ids = np.where(stored_ids < 0, ~stored_ids, stored_ids)
     limits = token_limits(spans)
     scored = stored_ids[limits.in_completion] >= 0
     lengths = _label_counts(spans, scored)
+    completions = np.array([len(span.completions) for span in spans[: len(segments)]], np.int64)
+    sequences = completions.reshape(-1, spans_per_prompt).sum(1)
+    ends = sequences.cumsum()
+    tokens = np.diff(np.concatenate([[0], lengths.cumsum()])[np.concatenate([[0], ends])])
+    of_row = [(end - count + i, end - count + j) for end, count, of_prompt in zip(ends, sequences, pairs, strict=True)
+              for i, j in of_prompt]  # fmt: skip
     return PackedRow(
         input_ids=torch.from_numpy(input_ids)[None],
         position_ids=torch.from_numpy(limits.seen - 1)[None],
@@ -110,15 +157,16 @@ def _pack(segments: Sequence[tuple[Sequence[int], ...]]) -> PackedRow:
         labels=torch.from_numpy(input_ids[limits.in_completion][scored]),
         sequence=torch.from_numpy(np.arange(len(lengths)).repeat(lengths)),
         lengths=torch.from_numpy(lengths),
+        pairs=torch.from_numpy(np.array(of_row, np.int64).reshape(-1, 2)),
+        prompts=tuple(map(Counts, map(len, pairs), sequences.tolist(), tokens.tolist())),
         scored=scored,
     )
 
 
 def _label_counts(spans: Sequence[Span], scored: np.ndarray) -> np.ndarray:
     """(S,) labels of each completion."""
-    lengths = np.array(spans, np.int64)[:, 1:].ravel()
-    ends = lengths[lengths > 0].cumsum()
-    return np.diff(np.concatenate([[0], scored.cumsum()])[np.concatenate([[0], ends])])
+    lengths = np.array([length for span in spans for length in span.completions], np.int64)
+    return np.diff(np.concatenate([[0], scored.cumsum()])[np.concatenate([[0], lengths.cumsum()])])
 
 
 class Limits(NamedTuple):
@@ -156,18 +204,20 @@ class Limits(NamedTuple):
 
 def token_limits(spans: Sequence[Span]) -> Limits:
     """Attention limits of the tokens of a row."""
-    lengths = np.array(spans, np.int64).reshape(-1, 3)  # (S, 3)
-    ends = lengths.cumsum().reshape(-1, 3)
-    starts = ends - lengths
-    tokens = lengths.sum(1)
+    parts = np.array([len(span) for span in spans])
+    lengths = np.concatenate([np.asarray(span, np.int64) for span in spans])  # one per part
+    ends = lengths.cumsum()
+    first_parts = parts.cumsum() - parts
+    tokens = np.add.reduceat(lengths, first_parts)  # one per span
     return Limits(
         np.arange(tokens.sum()),
-        starts[:, 0].repeat(tokens),
-        ends[:, 0].repeat(tokens),
-        starts.ravel().repeat(lengths.ravel()),
+        (ends - lengths)[first_parts].repeat(tokens),
+        ends[first_parts].repeat(tokens),
+        (ends - lengths).repeat(lengths),
     )
 
 
 def row_tokens(lengths: np.ndarray, layout: Layout) -> np.ndarray:
-    """(B,) row length of each pair in tokens; ``lengths`` is (B, 3) tokens of prompt, chosen and rejected."""
-    return lengths.sum(1) + (lengths[:, 0] if layout == "plain" else 0)
+    """(P,) row length of each prompt in tokens; ``lengths`` is (P, 1 + K) tokens of the prompt and its completions."""
+    copies = (lengths[:, 1:] > 0).sum(1) if layout == "plain" else 1
+    return lengths[:, 0] * copies + lengths[:, 1:].sum(1)

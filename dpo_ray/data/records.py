@@ -33,6 +33,8 @@ class PairRecord:
     """The system turn of a prompt that is a string; otherwise it is part of the prompt."""
     unread: tuple[str, ...] = ()
     """Names of fields that the pair does not depend on."""
+    completions: tuple[int, int] = (0, 1)
+    """Numbers of chosen and rejected among the record's completions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +78,9 @@ def read_pairs(parts: Sequence[Part], *, pairs_per_prompt: int = 1) -> Iterator[
         candidates = read_candidates(fields)
         validate_completions(candidates)
         tools, (prompt, system) = fields.tools(), _with_system(fields, candidates.prompt)
-        for chosen, rejected in _pairs(candidates, pairs_per_prompt):
-            yield PairRecord(prompt, chosen, rejected, source, number, tools, system, fields.unread())
+        for i, j in _pairs(candidates, pairs_per_prompt):
+            chosen, rejected = candidates.completions[i], candidates.completions[j]
+            yield PairRecord(prompt, chosen, rejected, source, number, tools, system, fields.unread(), (i, j))
 
     check_sources(parts)
     return _read(parts, build)
@@ -125,8 +128,12 @@ def _with_system(fields: Fields, prompt: Messages | str) -> tuple[Messages | str
     return (*system, *prompt), ()
 
 
-def _pairs(candidates: Candidates, count: int) -> Iterator[tuple[Any, Any]]:
-    """Up to ``count`` pairs of different completions, by decreasing difference of scores: best against worst first."""
+def _pairs(candidates: Candidates, count: int) -> Sequence[tuple[int, int]]:
+    """Up to ``count`` pairs of different completions, by decreasing difference of scores: best against worst first.
+
+    Returns:
+        Numbers of the better and the worse completion of each pair.
+    """
     completions, scores = candidates.completions, candidates.scores
     better = [(i, j) for i in range(len(scores)) for j in range(len(scores)) if scores[i] > scores[j]]
     if not better:
@@ -136,8 +143,7 @@ def _pairs(candidates: Candidates, count: int) -> Iterator[tuple[Any, Any]]:
         i, j = better[0]
         names = [candidates.names[k] for k in (i, j)]
         raise Unusable("identical", f"{' and '.join(names)} are both {show(_last_text(completions[i]))}")
-    for i, j in sorted(different, key=lambda pair: scores[pair[1]] - scores[pair[0]])[:count]:
-        yield completions[i], completions[j]
+    return sorted(different, key=lambda pair: scores[pair[1]] - scores[pair[0]])[:count]
 
 
 def _last_text(completion: Messages | str) -> str | None:

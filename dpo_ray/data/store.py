@@ -26,14 +26,15 @@ from dpo_ray.data.tokenizer import tokenizer_digest
 from dpo_ray.storage import atomic_folder, cached_text
 from dpo_ray.types import TokenPair
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Part of every digest: increment it when the file format, record layouts or tokenisation change."""
 
 PART_RECORDS = 4096
 """Records per part: seconds of work, longer than the start of a process."""
 
 _TOKENIZATION_KEYS = ("max_prompt_tokens", "max_completion_tokens", "strings", "pairs_per_prompt")
-_LENGTHS, _ENDS, _ORIGINS, _META = "lengths.i32", "ends.i64", "origins.i64", "meta.json"
+_LENGTHS, _ENDS, _ORIGINS, _COMPLETIONS = "lengths.i32", "ends.i64", "origins.i64", "completions.i32"
+_META = "meta.json"
 
 Prepare = Callable[[tuple[int, Part]], DataReportBuilder]
 """Tokenises a numbered part into files and counts its records."""
@@ -72,6 +73,7 @@ class PairStore:
         """(pairs, 3) int32: tokens of prompt, chosen and rejected."""
         self._ends = _open_array(folder / _ENDS, "<i8", (pairs,))
         self._origins = _open_array(folder / _ORIGINS, "<i8", (pairs, 2))
+        self.members = self._members(folder) if meta["prompts"] < pairs else None
         parts = meta["parts"]
         self._tokens = [_open_array(folder / _tokens(n), "<i4", (part["tokens"],)) for n, part in enumerate(parts)]
         self._last = np.cumsum([part["pairs"] for part in parts])
@@ -85,6 +87,12 @@ class PairStore:
         prompt, chosen, _ = self.lengths[index].tolist()
         ids = self.tokens(index).tolist()
         return TokenPair(tuple(ids[:prompt]), tuple(ids[prompt : prompt + chosen]), tuple(ids[prompt + chosen :]))
+
+    def _members(self, folder: Path) -> np.ndarray:
+        """See ``PairSource.members``: the pairs of a record follow each other."""
+        completions = _open_array(folder / _COMPLETIONS, "<i4", (len(self), 2))
+        prompts = _new_prompts(self._origins).cumsum(dtype=np.int32)
+        return np.column_stack((prompts, completions))
 
     def tokens(self, index: int) -> np.ndarray:
         """Concatenated token ids of prompt, chosen and rejected; int32, not copied."""
@@ -179,6 +187,7 @@ def _prepare_part(
         (folder / f"{number}.{_LENGTHS}").open("wb") as lengths,
         (folder / f"{number}.{_ENDS}").open("wb") as ends,
         (folder / f"{number}.{_ORIGINS}").open("wb") as origins,
+        (folder / f"{number}.{_COMPLETIONS}").open("wb") as completions,
     ):
         for item in tokenize_pairs([part], tokenizer):
             if isinstance(item, Problem):
@@ -193,13 +202,14 @@ def _prepare_part(
             np.array((len(pair.prompt), len(pair.chosen), len(pair.rejected)), "<i4").tofile(lengths)
             np.array((tokens,), "<i8").tofile(ends)
             np.array((file, record.number), "<i8").tofile(origins)
+            np.array(record.completions, "<i4").tofile(completions)
     return counts
 
 
 def _join(building: Path, digest: str, files: Sequence[str], counts: DataReportBuilder, parts: int) -> DataReport:
     """Concatenate the files of all parts, except the token files."""
     sizes = [_part_size(building, number) for number in range(parts)]
-    for name in (_LENGTHS, _ENDS, _ORIGINS):
+    for name in (_LENGTHS, _ENDS, _ORIGINS, _COMPLETIONS):
         with (building / name).open("wb") as whole:
             for number in range(parts):
                 part = building / f"{number}.{name}"
@@ -212,12 +222,19 @@ def _join(building: Path, digest: str, files: Sequence[str], counts: DataReportB
     meta = {
         "digest": digest,
         "files": list(files),
+        "prompts": int(_new_prompts(origins).sum()),
         "sizes": np.bincount(origins[:, 0], minlength=len(files)).tolist(),
         "parts": sizes,
         "report": asdict(report),
     }
     (building / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
     return report
+
+
+def _new_prompts(origins: np.ndarray) -> np.ndarray:
+    """(n,) True for the first pair of each record; ``origins`` is (n, 2) file and record number of each pair."""
+    changed: np.ndarray = np.diff(origins, axis=0, prepend=-1) != 0
+    return changed[:, 0] | changed[:, 1]
 
 
 def _part_size(building: Path, number: int) -> dict[str, int]:

@@ -1,8 +1,9 @@
 """Load balance of the experts that the tokens of a row are routed to.
 
-T = tokens of the row, E = experts, P = parts of the row: 3 per span, S = sequences
+T = tokens of the row, E = experts, P = parts of the row: prompts and completions, S = sequences
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -26,7 +27,7 @@ def load_balancing_losses(router_logits: Sequence[Tensor], spans: Sequence[Span]
         (S,) float32, dimensionless.
     """
     device, experts = router_logits[0].device, router_logits[0].shape[-1]
-    lengths = torch.tensor(spans, device=device).flatten()  # (P,)
+    lengths = torch.tensor(list(itertools.chain(*spans)), device=device)  # (P,)
     part = torch.arange(len(lengths), device=device).repeat_interleave(lengths)  # (T,)
     chosen, probabilities = (torch.zeros(len(lengths), experts, device=device) for _ in range(2))
     for logits in router_logits:
@@ -42,6 +43,7 @@ def load_balancing_losses(router_logits: Sequence[Tensor], spans: Sequence[Span]
 
 def _sequence_parts(spans: Sequence[Span], device: torch.device) -> tuple[Tensor, Tensor]:
     """(S,) part that is the prompt of each sequence, and (S,) part that is its completion."""
-    parts = [(3 * i, 3 * i + n) for i, span in enumerate(spans) for n in (1, 2) if span[n]]
+    first_parts = itertools.accumulate((len(span) for span in spans), initial=0)
+    parts = [(first, first + n) for first, span in zip(first_parts, spans, strict=False) for n in range(1, len(span))]
     prompt, completion = torch.tensor(parts, dtype=torch.int64, device=device).view(-1, 2).T
     return prompt, completion

@@ -4,7 +4,6 @@ Backbone and head are one module, so FSDP2 shards and gathers them as one root. 
 tokens reach the head, and logits exist one chunk at a time.
 """
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -95,7 +94,8 @@ Windows = Mapping[str, Window | None]
 def _mask_inputs(shard: RowShard, windows: Windows) -> dict[str, Any]:
     if shard.is_partial:
         raise NotImplementedError("shard.context_parallel needs model.attention: auto or flex")
-    full, positions = attention_mask(shard.row), shard.row.position_ids[0]
+    positions = shard.row.position_ids[0]
+    full = attention_mask(shard.row.spans, positions.device)
     masks = {
         name: full if window is None else full & (positions >= window.start(positions)[:, None])
         for name, window in windows.items()
@@ -131,7 +131,7 @@ def sequence_logps(model: LogpsModel, row: PackedRow) -> Tensor:
 
 def pair_logps(model: LogpsModel, row: PackedRow) -> PairLogps:
     """Summed log-probabilities of the pairs in ``row``."""
-    return as_pairs(sequence_logps(model, row), row.lengths)
+    return as_pairs(sequence_logps(model, row), row.lengths, row.pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,20 +158,19 @@ def pair_losses(
 
     Args:
         row: B pairs.
-        loss: (policy, reference) -> (b,) losses of some consecutive pairs. Each must depend only on its own pair.
+        loss: (policy, reference) -> (b,) losses of some consecutive pairs. Each must depend only on its prompt's pairs.
         reference: reference log-probabilities of the B pairs; None for losses without a reference.
         weighting: ``wpo`` sets ``weights`` of the log-probabilities.
         router_aux: weight of the load balancing loss of a pair, the mean of its two sequences' losses.
     """
-    with_squares = weighting == "wpo"
-    token_ends = (0, *itertools.accumulate(row.pair_tokens))
+    with_squares, whole = weighting == "wpo", head.whole_group(row.prompts)
 
-    def policy_logps(pairs: slice, tokens: TokenLogps) -> PairLogps:
-        sequences = slice(2 * pairs.start, 2 * pairs.stop)
-        lengths = row.lengths[sequences]
-        sequence = row.sequence[token_ends[pairs.start] : token_ends[pairs.stop]] - sequences.start
+    def policy_logps(group: Group, tokens: TokenLogps) -> PairLogps:
+        lengths = row.lengths[group.sequences]
+        sequence = row.sequence[group.tokens] - group.sequences.start
         weights = wpo_weights(tokens, sequence, lengths) if with_squares else None
-        return as_pairs(sequence_sums(tokens.logps, sequence, lengths.numel()), lengths, weights)
+        logps = sequence_sums(tokens.logps, sequence, lengths.numel())
+        return as_pairs(logps, lengths, row.pairs[group.pairs] - group.sequences.start, weights)
 
     def head_fn(hidden: Tensor, lm_head: Head, shard: RowShard) -> ChunkedLosses:
         def gather(local: TokenLogps) -> TokenLogps:
@@ -179,14 +178,15 @@ def pair_losses(
             return TokenLogps(shard.gather_values(local.logps), squares)
 
         def objective(group: Group, local: TokenLogps) -> Tensor:
+            group = whole if shard.is_partial else group  # whose tokens are those of this rank
             group_reference = None if reference is None else reference.of(group.pairs)
-            return loss(policy_logps(group.pairs, gather(local)), group_reference)
+            return loss(policy_logps(group, gather(local)), group_reference)
 
         losses = head.chunked_pair_losses(
             hidden,
             lm_head,
             shard.row.labels,
-            row.pair_tokens,
+            row.prompts,
             objective,
             with_squares=with_squares,
             together=shard.is_partial,
@@ -196,11 +196,11 @@ def pair_losses(
     losses: ChunkedLosses
     if router_aux:
         losses, balance = model(row, head_fn, balance=True)
-        added = router_aux * balance.view(-1, 2).mean(1)  # (B,)
+        added = router_aux * balance[row.pairs].mean(1)  # (B,)
         losses = losses._replace(total=losses.total + added.sum(), each=losses.each + added.detach())
     else:
         losses = model(row, head_fn)
-    return PairLosses(losses.total, losses.each, policy_logps(slice(0, len(row.pair_tokens)), losses.token_logps))
+    return PairLosses(losses.total, losses.each, policy_logps(whole, losses.token_logps))
 
 
 def logit_transform(config: object) -> LogitTransform:

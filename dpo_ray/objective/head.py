@@ -4,7 +4,6 @@ N = completion tokens, n = tokens of one chunk, D = hidden size, V = vocabulary 
 """
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -91,10 +90,25 @@ class ChunkedLosses(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Consecutive pairs whose losses are computed together, and their completion tokens."""
+    """Consecutive pairs whose losses are computed together, with their sequences and completion tokens."""
 
     pairs: slice
+    sequences: slice
     tokens: slice
+
+
+class Counts(NamedTuple):
+    """Sizes of the smallest part of the pairs whose losses can be computed without the rest: those of one prompt."""
+
+    pairs: int
+    sequences: int
+    tokens: int
+    """Completion tokens."""
+
+
+def whole_group(prompts: Sequence[Counts]) -> Group:
+    """All pairs as one group."""
+    return Group(*(slice(0, sum(counts)) for counts in zip((0, 0, 0), *prompts, strict=True)))
 
 
 Objective = Callable[[Group, TokenLogps], Tensor]
@@ -121,7 +135,7 @@ def chunked_pair_losses(
     hidden: Tensor,
     head: Head,
     labels: Tensor,
-    pair_tokens: Sequence[int],
+    prompts: Sequence[Counts],
     objective: Objective,
     *,
     with_squares: bool = False,
@@ -129,9 +143,9 @@ def chunked_pair_losses(
 ) -> ChunkedLosses:
     """Losses of pairs; their gradients are computed in the same pass over the logits.
 
-    Pairs are processed in groups whose logits fit one chunk. Log-probabilities, losses and the gradients with respect
+    Prompts are processed in groups whose logits fit one chunk. Log-probabilities, losses and the gradients with respect
     to hidden states and head are computed while the logits of a group exist; backward only scales and returns the
-    stored gradients. The logits of a pair that is larger than a chunk are computed twice. Head gradients are
+    stored gradients. The logits of a prompt that is larger than a chunk are computed twice. Head gradients are
     accumulated in float32. With a vocabulary-parallel head, each rank returns all losses, the full hidden-state
     gradient, and the weight gradient of its own rows.
 
@@ -139,15 +153,15 @@ def chunked_pair_losses(
         hidden: (N, D) last hidden states, each at the position before its label.
         head: output projection.
         labels: (N,) token ids.
-        pair_tokens: completion tokens of each of the B pairs, in the order of the labels; they sum to N, unless context
-            parallel ranks hold some of the tokens.
+        prompts: pairs, sequences and completion tokens of each prompt, in the order of the labels; the tokens sum to
+            N, unless context parallel ranks hold some of them.
         objective: losses of a group of pairs.
         with_squares: also pass sums of squared probabilities to the objective.
         together: process all pairs as one group; required for an objective that communicates with context parallel
             ranks, which hold other tokens of the same pairs.
     """
     total, each, *logps = _PairLosses.apply(
-        hidden, head.weight, head.bias, head, labels, tuple(pair_tokens), objective, with_squares,
+        hidden, head.weight, head.bias, head, labels, tuple(prompts), objective, with_squares,
         together, torch.is_grad_enabled(),
     )  # fmt: skip
     return ChunkedLosses(total, each, TokenLogps(*logps))
@@ -162,18 +176,18 @@ class _PairLosses(torch.autograd.Function):
         bias: Tensor | None,
         head: Head,
         labels: Tensor,
-        pair_tokens: Sequence[int],
+        prompts: Sequence[Counts],
         objective: Objective,
         with_squares: bool,
         together: bool,
         grad_enabled: bool,
     ) -> tuple[Tensor, ...]:
         head, logps = replace(head, weight=weight, bias=bias).for_products(), _empty_logps(labels, with_squares)
-        each = logps.logps.new_empty(len(pair_tokens))
+        whole = whole_group(prompts)._replace(tokens=slice(0, labels.numel()))
+        each = logps.logps.new_empty(whole.pairs.stop)
         needs_grad = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
         gradients = _Gradients(hidden, weight, bias, needs_grad)
-        whole = Group(slice(0, len(pair_tokens)), slice(0, labels.numel()))
-        for group in [whole] if together else _groups(pair_tokens, head.chunk):
+        for group in [whole] if together else _groups(prompts, head.chunk):
             parts = list(_parts(group.tokens, head.chunk))
             for part in parts:
                 softmax = _softmax(hidden[part], head, labels[part])
@@ -292,14 +306,17 @@ def _parts(tokens: slice, chunk: int) -> Iterator[slice]:
     return (slice(start, min(start + chunk, tokens.stop)) for start in range(tokens.start, tokens.stop, chunk))
 
 
-def _groups(pair_tokens: Sequence[int], chunk: int) -> Iterator[Group]:
-    """Groups of as many consecutive pairs as fit a chunk, at least one."""
-    pair = token = 0
-    for after, tokens in enumerate(itertools.accumulate(pair_tokens), 1):
-        following = pair_tokens[after] if after < len(pair_tokens) else chunk
-        if tokens + following - token > chunk or after == len(pair_tokens):
-            yield Group(slice(pair, after), slice(token, tokens))
-            pair, token = after, tokens
+def _groups(prompts: Sequence[Counts], chunk: int) -> Iterator[Group]:
+    """Groups of as many consecutive prompts as fit a chunk, at least one."""
+    start = stop = Counts(0, 0, 0)
+    for counts in prompts:
+        following = Counts(*(before + more for before, more in zip(stop, counts, strict=True)))
+        if stop != start and following.tokens - start.tokens > chunk:
+            yield Group(*map(slice, start, stop))
+            start = stop
+        stop = following
+    if stop != start:
+        yield Group(*map(slice, start, stop))
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -42,14 +42,22 @@ class TokenLogps(NamedTuple):
 
 
 def sequence_sums(values: Tensor, sequence: Tensor, sequences: int) -> Tensor:
-    """(S,) sums of (N,) token values per sequence; ``sequence`` is (N,), the index in [0, S) of each sequence."""
+    """(S,) sums of (N,) token values per sequence; ``sequence`` is (N,), the sequence of each token in [0, S)."""
     return values.new_zeros(sequences).index_add(0, sequence, values)
 
 
-def as_pairs(logps: Tensor, tokens: Tensor, weights: Tensor | None = None) -> PairLogps:
-    """Pairs from (2B,) sequences, chosen and rejected in turn; the weight of a pair is the product of both weights."""
-    product = None if weights is None else weights[0::2] * weights[1::2]
-    return PairLogps(logps[0::2], logps[1::2], tokens[0::2], tokens[1::2], product)
+def as_pairs(logps: Tensor, tokens: Tensor, pairs: Tensor, weights: Tensor | None = None) -> PairLogps:
+    """Pairs of sequences.
+
+    Args:
+        logps: (S,) log-probability of each sequence, nats.
+        tokens: (S,) length of each sequence.
+        pairs: (B, 2) sequences that are chosen and rejected.
+        weights: (S,); the weight of a pair is the product of both.
+    """
+    product = None if weights is None else weights[pairs].prod(1)
+    (chosen, rejected), (chosen_tokens, rejected_tokens) = logps[pairs].unbind(1), tokens[pairs].unbind(1)
+    return PairLogps(chosen, rejected, chosen_tokens, rejected_tokens, product)
 
 
 def wpo_weights(logps: TokenLogps, sequence: Tensor, tokens: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Attention over packed rows with torch's own kernels: masked query-key blocks are never computed.
 
-A span is two causal segments: the prompt with the first completion, and the second completion, which also attends to
-the prompt. Each segment is one kernel call, so no (T, T) tensor exists and half of it is never computed. Layers with
+A span is causal segments: the prompt with the first completion, and each further completion, which also attends to the
+prompt. Each segment is one kernel call, so no (T, T) tensor exists and half of it is never computed. Layers with
 local attention split segments further, so that keys outside the window are not computed.
 
 T = tokens of the row, H = query heads, K = key heads, D = head size
@@ -149,9 +149,10 @@ def _prompts_and_segments(spans: Sequence[Span]) -> Iterator[tuple[slice, slice]
     """(prompt, own) of each segment, as slices of the row; see ``Segment``."""
     start = 0
     for span in spans:
-        first, end = start + span.prompt + span.first, start + sum(span)
-        yield slice(start, start), slice(start, first)
-        yield slice(start, start + span.prompt), slice(first, end)
+        prompt_end = end = start + span.prompt
+        yield slice(start, start), slice(start, end := end + sum(span.completions[:1]))
+        for completion in span.completions[1:]:
+            yield slice(start, prompt_end), slice(end, end := end + completion)
         start = end
 
 

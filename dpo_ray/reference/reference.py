@@ -16,9 +16,8 @@ def cached_reference(logps: np.ndarray) -> Reference:
     """Looks up pairs by index in ``logps``, the (n, 2) chosen and rejected log-probabilities of all pairs, nats."""
 
     def reference(pairs: Sequence[int], row: PackedRow) -> PairLogps:
-        lengths = row.lengths
-        of_pairs = to_device(torch.from_numpy(logps[list(pairs)].astype(np.float32)), lengths.device)  # (B, 2)
-        return PairLogps(of_pairs[:, 0], of_pairs[:, 1], lengths[0::2], lengths[1::2])
+        of_pairs = to_device(torch.from_numpy(logps[list(pairs)].astype(np.float32)), row.lengths.device)  # (B, 2)
+        return PairLogps(*of_pairs.unbind(1), *row.lengths[row.pairs].unbind(1))
 
     return reference
 

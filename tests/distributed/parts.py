@@ -19,7 +19,7 @@ from dpo_ray.data.tokenize import load_record_tokenizer
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer, Weighting, pair_losses, token_logps
 from dpo_ray.objective import head
-from dpo_ray.objective.head import Group, Head, LogitTransform
+from dpo_ray.objective.head import Counts, Group, Head, LogitTransform
 from dpo_ray.objective.logps import PairLogps, TokenLogps
 from dpo_ray.parallel.context import NO_CONTEXT_PARALLEL, ContextParallel
 from dpo_ray.train.trainer import build_trainer
@@ -97,10 +97,11 @@ def vocabulary_parallel_head(
     def objective(group: Group, tokens: TokenLogps) -> Tensor:
         return torch.stack([(pair.sum() / 100).square() for pair in tokens.logps.split(pair_tokens[group.pairs])])
 
+    prompts = [Counts(1, 2, tokens) for tokens in pair_tokens]
     with patch.object(Head, "chunk", 16):
         tokens = head.token_logps(hidden, local_head, labels, with_squares=True)
     with patch.object(Head, "chunk", 28):
-        losses = head.chunked_pair_losses(hidden, local_head, labels, pair_tokens, objective)
+        losses = head.chunked_pair_losses(hidden, local_head, labels, prompts, objective)
     losses.total.backward()
     results: dict[str, Any] = {"logps": tokens.logps, "squares": tokens.log_sum_squares, "each": losses.each}
     results |= {"hidden": hidden.grad, "weight": weight.grad, "bias": bias.grad}

@@ -1,6 +1,7 @@
 """Rows, masks and the sharing of work."""
 
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def test_a_shared_row_holds_the_prompt_once_and_both_completions_restart_after_i
 
 
 def test_a_completion_sees_its_prompt_and_itself_and_nothing_else() -> None:
-    mask = attention_mask(build_row([PAIR, TokenPair((6,), (7,), (8,))], "shared"))[0, 0].int().tolist()
+    mask = attention_mask(build_row([PAIR, TokenPair((6,), (7,), (8,))], "shared").spans)[0, 0].int().tolist()
     assert mask == [
         [1, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0, 0],
@@ -52,16 +53,31 @@ def test_a_completion_sees_its_prompt_and_itself_and_nothing_else() -> None:
 def test_plain_rows_repeat_the_prompt_before_each_completion() -> None:
     row = build_row([PAIR], "plain")
     assert row.input_ids.tolist() == [[1, 2, 3, 4, 1, 2, 5]]
-    assert row.spans == ((2, 2, 0), (2, 1, 0))
+    assert row.spans == ((2, 2), (2, 1))
+    assert row.pairs.tolist() == [[0, 1]]
     assert row.labels.tolist() == [3, 4, 5]
     assert row.source.tolist() == [1, 2, 5]
+
+
+def test_pairs_of_one_prompt_share_its_span_and_their_completions() -> None:
+    best, middle, worst = (3, 4), (5,), (6, 7, 8)
+    row = build_row([TokenPair((1, 2), best, worst), TokenPair((1, 2), middle, worst), PAIR], "shared")
+    assert row.spans == ((2, 2, 3, 1),), "prompt, best, worst, middle"
+    assert row.input_ids.tolist() == [[1, 2, 3, 4, 6, 7, 8, 5]]
+    assert row.pairs.tolist() == [[0, 1], [2, 1], [0, 2]]
+    assert row.lengths.tolist() == [2, 3, 1]
+    assert row.prompts == ((3, 3, 6),)
+    other = build_row([TokenPair((1, 2), best, worst), TokenPair((9,), middle, worst), PAIR], "shared")
+    assert other.spans == ((2, 2, 3), (1, 1, 3), (2, 2, 1)), "only pairs that follow each other share a span"
+    assert other.pairs.tolist() == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_sample_rows_hold_one_sequence_each() -> None:
     row = build_sample_row([TokenSample((1,), (2, 3)), TokenSample((4, 5), (6,))])
     assert row.lengths.tolist() == [2, 1]
     assert row.sequence.tolist() == [0, 0, 1]
-    assert row.spans == ((1, 2, 0), (2, 1, 0))
+    assert row.spans == ((1, 2), (2, 1))
+    assert row.pairs.shape == (0, 2)
 
 
 def test_row_tokens_and_attended_pairs_follow_from_the_lengths() -> None:
@@ -165,7 +181,7 @@ def test_a_mixture_without_shuffling_takes_the_sources_in_order():
 
 
 def test_a_loader_of_a_mixture_steps_through_its_epochs():
-    pairs = PairList([TokenPair((1,), (2,), (3,))] * 6)
+    pairs = PairList([TokenPair((i,), (7,), (8,)) for i in range(6)])
     shape = BatchShape(dp_rank=0, dp_size=1, tokens_per_micro_batch=64, attention_cost=0.0)
     loader = PairLoader(pairs, shape, pairs_per_step=4, seed=0, shuffle=False, mixture=Mixture((4, 2), (1.0, 1.5)))
     assert loader.steps_per_epoch == 2
@@ -201,6 +217,44 @@ def test_a_step_of_another_size_takes_the_pairs_that_are_left_and_is_a_part_of_t
     assert sorted(seen + [pair for _ in range(2) for pair in next(resumed).pairs]) == list(range(64))
 
 
+def ranked_pairs(prompts: int) -> list[TokenPair]:
+    """Three pairs of four completions for every third prompt, one for the others."""
+    completions = [tuple(range(100 * k, 100 * k + k)) for k in range(1, 5)]
+    return [
+        TokenPair((1, prompt), completions[best], completions[worst])
+        for prompt in range(prompts)
+        for best, worst in [(0, 3), (1, 3), (0, 2)][: 3 if prompt % 3 == 0 else 1]
+    ]
+
+
+@pytest.mark.parametrize("passes", [1.0, 0.5, 2.0])
+def test_pairs_of_a_prompt_follow_each_other_in_every_epoch_and_none_is_lost(passes: float) -> None:
+    pairs = ranked_pairs(12)  # 20 pairs
+    epoch = PairLoader(
+        PairList(pairs), BatchShape(0, 1, 10**6, 0.0), pairs_per_step=int(20 * passes), seed=1, shuffle=True,
+        mixture=Mixture((20,), (passes,)),
+    )  # fmt: skip
+    first, second = next(epoch).pairs, next(epoch).pairs
+    assert first != second
+    seen = np.bincount(first + second, minlength=20)
+    assert set(seen) == ({1} if passes == 0.5 else {2 * passes})
+    for order in (first, second):
+        prompts = [pairs[i].prompt for i in order]
+        runs = 1 + sum(one != other for one, other in pairwise(prompts))
+        assert runs <= len(set(prompts)) * max(1, int(passes))
+
+
+def test_a_step_has_each_prompt_and_each_completion_once() -> None:
+    pairs = ranked_pairs(6)  # prompts of 2 tokens; completions of 1 to 4
+    shape = BatchShape(0, 1, 20, 0.0)
+    batch = next(PairLoader(PairList(pairs), shape, pairs_per_step=len(pairs), seed=0, shuffle=False))
+    # Two prompts with all four completions, four with those of 1 and 4 tokens.
+    assert batch.tokens == 2 * (2 + 10) + 4 * (2 + 5)
+    assert sum(micro.row.input_ids.numel() for micro in batch.micro_batches) == batch.tokens
+    assert all(micro.row.input_ids.numel() <= 20 for micro in batch.micro_batches)
+    assert sorted(pair for micro in batch.micro_batches for pair in micro.pairs) == list(range(len(pairs)))
+
+
 def test_without_shuffling_pairs_keep_the_order_of_the_file() -> None:
     assert next(loader(10, shuffle=False)).pairs == (0, 1, 2, 3)
 
@@ -211,9 +265,7 @@ def test_both_layouts_carry_the_same_labels() -> None:
     assert torch.equal(shared.sequence, plain.sequence)
 
 
-SPANS = st.lists(
-    st.builds(Span, st.integers(1, 90), st.integers(0, 60), st.integers(0, 60)), min_size=1, max_size=5
-)  # fmt: skip
+SPANS = st.lists(st.builds(Span, st.lists(st.integers(1, 60), min_size=1, max_size=5)), min_size=1, max_size=5)
 
 
 @settings(max_examples=200, deadline=None)
@@ -221,7 +273,7 @@ SPANS = st.lists(
 def test_a_sharded_row_has_each_token_once_and_each_label_on_the_rank_of_its_source(
     spans: list[Span], ranks: int
 ) -> None:
-    cut, scored = shard_row(spans, ranks), np.ones(sum(first + second for _, first, second in spans), bool)
+    cut, scored = shard_row(spans, ranks), np.ones(sum(sum(span.completions) for span in spans), bool)
     row = np.arange(sum(map(sum, cut.spans)))
     parts = [cut.positions[rank] for rank in range(ranks)]
     assert {len(part) for part in parts} == {len(row) // ranks}
@@ -230,7 +282,7 @@ def test_a_sharded_row_has_each_token_once_and_each_label_on_the_rank_of_its_sou
         np.testing.assert_array_equal(np.concatenate([row[piece] for piece in cut.stretches(rank)]), part)
         assert set(token_limits(spans).sources[cut.labels(rank, scored)]) <= set(part.tolist())
     labels = np.concatenate([cut.labels(rank, scored) for rank in range(ranks)])
-    np.testing.assert_array_equal(np.sort(labels), np.arange(sum(first + second for _, first, second in spans)))
+    np.testing.assert_array_equal(np.sort(labels), np.arange(len(scored)))
     assert 0 <= cut.padding < PIECES * ranks
     assert cut.spans[: len(spans)] == tuple(spans)
 
@@ -246,7 +298,7 @@ def test_the_attention_of_ranks_differs_by_less_than_one_piece(spans: list[Span]
 
 def test_a_causal_row_is_sharded_evenly() -> None:
     # Eight pieces of 100 tokens, the n-th with 100 * 100 n + 5050 pairs of tokens: 7 + 4 + 3 + 0 and 6 + 5 + 2 + 1.
-    cut = shard_row([Span(800, 0, 0)], 2)
+    cut = shard_row([Span.of(800)], 2)
     assert cut.stretches(0) == (slice(0, 100), slice(300, 500), slice(700, 800))
     assert cut.stretches(1) == (slice(100, 300), slice(500, 700))
     assert [token_limits(cut.spans).seen[cut.positions[rank]].sum() for rank in range(2)] == [160_200, 160_200]
@@ -254,13 +306,13 @@ def test_a_causal_row_is_sharded_evenly() -> None:
 
 def test_seen_tokens_equal_the_row_sums_of_the_mask() -> None:
     row = build_row([PAIR, TokenPair((6,), (7,), (8, 9))], "shared")
-    assert token_limits(row.spans).seen.tolist() == attention_mask(row)[0, 0].sum(1).tolist()
+    assert token_limits(row.spans).seen.tolist() == attention_mask(row.spans)[0, 0].sum(1).tolist()
 
 
 def test_a_row_without_pairs_can_be_sharded() -> None:
     empty = build_row([], "shared")
     cut, scored = shard_row(empty.spans, 2), empty.scored
-    assert cut.spans == ((1, 0, 0), (7, 0, 0))
+    assert cut.spans == ((1,), (7,))
     assert [len(cut.positions[rank]) for rank in range(2)] == [4, 4]
     assert [len(cut.labels(rank, scored)) for rank in range(2)] == [0, 0]
 
@@ -274,7 +326,7 @@ def test_tokens_without_loss_are_part_of_the_input_and_no_labels(layout: Layout)
     assert row.input_ids[0].tolist() == (shared if layout == "shared" else plain)
     assert row.labels.tolist() == [5, 9, 6, 4, 11]
     assert row.lengths.tolist() == [2, 1, 1, 1]
-    assert row.pair_tokens == (3, 2)
+    assert row.prompts == ((1, 2, 3), (1, 2, 2)), "pairs, sequences and labels"
     assert row.sequence.tolist() == [0, 0, 1, 2, 3]
     # The hidden state before a label predicts it: 2 -> 5, 8 -> 9, 2 -> 6, 3 -> 4, 10 -> 11.
     assert row.input_ids[0][row.source].tolist() == [2, 8, 2, 3, 10]

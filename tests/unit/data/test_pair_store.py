@@ -63,6 +63,17 @@ def test_the_store_gives_back_every_pair_and_where_it_came_from(prepare: Any, wr
         store[5]
 
 
+def test_the_pairs_of_a_ranked_list_know_that_they_share_their_prompt_and_completions(prepare: Any, write: Write):
+    ranked = {"prompt": "sky?", "completions": [" red", " blue", " green"], "scores": [1, 3, 2]}
+    source = write([GOOD[0], ranked, GOOD[1], ranked])
+    assert prepare(source).members is None, "one pair per prompt"
+    store = prepare(source, config=LIMITS.model_copy(update={"pairs_per_prompt": 2}))
+    prompts, *completions = store.members.T.tolist()
+    assert prompts == [1, 2, 2, 3, 4, 4], "records, not texts"
+    # Blue and red differ by 2, blue and green by 1, green and red too: of equal differences the first counts.
+    assert [of_pair[1:3] for of_pair in completions] == [[1, 1], [0, 2]], "of the first ranked list"
+
+
 def test_bad_records_are_counted_and_the_rest_is_kept(prepare: Any, write: Write):
     source = write(
         [

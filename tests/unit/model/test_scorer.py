@@ -13,7 +13,7 @@ from dpo_ray.config.schema import ModelConfig
 from dpo_ray.data.packing import Layout, build_row
 from dpo_ray.model.architecture import PACKED_WINDOWS, model_digest, read_model_config
 from dpo_ray.model.load import build_model
-from dpo_ray.model.scorer import Scorer, pair_logps, pair_losses
+from dpo_ray.model.scorer import Scorer, Weighting, pair_logps, pair_losses
 from dpo_ray.objective.head import Head
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.parallel.activations import apply_activation_checkpointing
@@ -69,6 +69,32 @@ def test_logps_and_gradients_equal_those_of_separate_float64_forwards(
     expected = dict(exact.named_parameters())
     for name, parameter in scorer.model.named_parameters():
         assert (parameter.grad - expected[name].grad).norm() / expected[name].grad.norm() < 1e-3, name
+
+
+@pytest.mark.parametrize("chunk", [1000, 30], ids=["whole", "parts"])
+@pytest.mark.parametrize("weighting", ["none", "wpo"])
+def test_pairs_that_share_prompt_and_completions_have_the_losses_of_rows_of_their_own(
+    tiny_model: Path, weighting: Weighting, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Head, "chunk", chunk)
+    draw = np.random.default_rng(0)
+    prompt, *texts = (tuple(draw.integers(0, 256, length).tolist()) for length in (40, 12, 30, 7, 20))
+    ranked = [TokenPair(prompt, texts[i], texts[j]) for i, j in ((0, 3), (1, 3), (0, 2), (2, 3))]
+    pairs = [*ragged_pairs(3), *ranked, *ragged_pairs(2, seed=1)]
+    scorer = Scorer(build_model(ModelConfig(path=str(tiny_model)), with_weights=True))
+
+    def weighted(policy: PairLogps, reference: PairLogps | None) -> torch.Tensor:
+        return preference(policy, reference) * (1.0 if policy.weights is None else policy.weights)
+
+    together = pair_losses(scorer, build_row(pairs, "shared"), weighted, weighting=weighting)
+    together.total.backward()
+    gradients = {name: gradient(parameter).clone() for name, parameter in scorer.named_parameters()}
+    scorer.zero_grad()
+    alone = [pair_losses(scorer, build_row([pair], "shared"), weighted, weighting=weighting) for pair in pairs]
+    torch.stack([losses.total for losses in alone]).sum().backward()
+    torch.testing.assert_close(together.each, torch.cat([losses.each for losses in alone]), atol=1e-5, rtol=1e-5)
+    for name, parameter in scorer.named_parameters():
+        assert (gradients[name] - gradient(parameter)).norm() < 1e-5 * gradients[name].norm(), name
 
 
 def test_an_empty_micro_batch_has_no_logps_and_zero_gradients(tiny_model: Path) -> None:

@@ -5,13 +5,14 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from dpo_ray.objective.head import ChunkedLosses, Group, Head, LogitTransform, chunked_pair_losses, token_logps
+from dpo_ray.objective.head import ChunkedLosses, Counts, Group, Head, LogitTransform, chunked_pair_losses, token_logps
 from dpo_ray.objective.logps import TokenLogps
 from tests.conftest import gradient
 
 TOKENS, HIDDEN, VOCABULARY = 70, 32, 300
 PAIRS = (20, 7, 30, 13)
 """Completion tokens of each pair."""
+PROMPTS = [Counts(1, 2, tokens) for tokens in PAIRS]
 CHUNKS = [1, 16, 28, 1000]
 """One token and a few at a time, some pairs whole and some in parts, and all at once."""
 
@@ -43,7 +44,7 @@ def run(hidden: torch.Tensor, head: Head, labels: torch.Tensor, upstream: torch.
         return losses_of(scores.logps * upstream[group.tokens], group.pairs)
 
     with patch.object(Head, "chunk", chunk):
-        return chunked_pair_losses(hidden, head, labels, PAIRS, objective)
+        return chunked_pair_losses(hidden, head, labels, PROMPTS, objective)
 
 
 def relative(found: torch.Tensor | None, expected: torch.Tensor | None) -> float:
@@ -150,5 +151,5 @@ def test_sums_of_squared_probabilities_equal_a_float64_softmax(chunk: int, monke
         seen.append(scores.log_sum_squares)
         return scores.logps.new_zeros(len(PAIRS[group.pairs])) + scores.logps.sum()
 
-    chunked_pair_losses(hidden, Head(weight), labels, PAIRS, objective, with_squares=True)
+    chunked_pair_losses(hidden, Head(weight), labels, PROMPTS, objective, with_squares=True)
     assert (torch.cat(seen) - expected).abs().max() < 5e-5

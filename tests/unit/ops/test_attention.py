@@ -17,7 +17,8 @@ from dpo_ray.ops.windows import Window
 
 LENGTH = st.integers(0, 2 * QUERY_BLOCK + 3)
 Attend = Callable[[Tensor, Tensor, Tensor, list[Span]], Tensor]
-SPANS = st.lists(st.builds(Span, LENGTH.map(lambda n: n + 1), LENGTH, LENGTH), min_size=1, max_size=3)
+SPAN = st.builds(lambda prompt, rest: Span.of(prompt + 1, *rest), LENGTH, st.lists(LENGTH, max_size=3))
+SPANS = st.lists(SPAN, min_size=1, max_size=3)
 
 
 def inputs(spans: list[Span], heads: int, key_heads: int, dtype: torch.dtype, size: int = 16) -> list[Tensor]:
@@ -78,13 +79,14 @@ def by_mask(
     tokens = q.shape[2]
     seen, position = torch.zeros(tokens, tokens, dtype=torch.bool), torch.zeros(tokens, dtype=torch.int64)
     start = 0
-    for prompt, first, second in spans:
-        end, behind = start + prompt, start + prompt + first
-        seen[start : behind + second, start:end] = True
-        seen[end:behind, end:behind] = seen[behind : behind + second, behind : behind + second] = True
-        position[start:behind] = torch.arange(prompt + first)
-        position[behind : behind + second] = torch.arange(prompt, prompt + second)
-        start = behind + second
+    for prompt, *completions in spans:
+        seen[start : start + prompt + sum(completions), start : start + prompt] = True
+        position[start : start + prompt] = torch.arange(prompt)
+        start += prompt
+        for completion in completions:
+            own = slice(start, start + completion)
+            seen[own, own], position[own] = True, torch.arange(prompt, prompt + completion)
+            start += completion
     if window is not None:
         query, key = position[:, None], position[None]
         seen &= (query // window.size == key // window.size) if window.chunked else (query - key < window.size)
@@ -124,7 +126,7 @@ def test_values_and_gradients_are_those_of_a_float64_softmax_over_the_masked_row
 
 @pytest.mark.parametrize("window", [None, Window(7)])
 def test_values_and_gradients_with_sinks_are_those_of_a_float64_softmax_with_one_more_key(window: Window) -> None:
-    spans = [Span(20, 140, 9), Span(1, 3, 2)]
+    spans = [Span.of(20, 140, 9), Span.of(1, 3, 2)]
     tensors, sinks = inputs(spans, 4, 2, torch.float32), torch.tensor([-3.0, 0.0, 2.0, 9.0])
 
     def results(attend: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -138,7 +140,7 @@ def test_values_and_gradients_with_sinks_are_those_of_a_float64_softmax_with_one
 
 
 def test_keys_outside_the_window_are_not_computed() -> None:
-    spans = [Span(2000, 1000, 1000)]
+    spans = [Span.of(2000, 1000, 1000)]
     computed = [
         sum(
             (s.queries.stop - s.queries.start) * (s.prompt.stop - s.prompt.start + s.own.stop - s.own.start)
@@ -173,7 +175,7 @@ def test_context_parallel_ranks_have_together_the_values_and_gradients_of_the_ro
     assert max(errors(value_and_gradients(sharded, tensors, list(split.spans), torch.float32), exact)) < 1e-5
 
 
-@pytest.mark.parametrize("spans", [[Span(40, 300, 200)], [Span(300, 20, 30)] * 3])
+@pytest.mark.parametrize("spans", [[Span.of(40, 300, 200)], [Span.of(300, 20, 30)] * 3])
 def test_bfloat16_gradients_are_as_accurate_as_those_of_torchs_kernel(spans: list[Span]) -> None:
     tensors = inputs(spans, 6, 2, torch.bfloat16, size=64)
     exact = value_and_gradients(by_mask, tensors, spans, torch.float64)
