@@ -71,7 +71,7 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class TokenPair:
-    """A preference pair as token ids, for training.
+    """A preference pair, or an unpaired completion, as token ids, for training.
 
     Completion tokens that the model did not generate, such as the answers of tools, are stored as ``~id`` (negative):
     they are part of the input and carry no loss.
@@ -80,6 +80,9 @@ class TokenPair:
     prompt: tuple[int, ...]
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
+    unpaired: int = 0
+    """0 for a pair. 1 if ``chosen`` is a desirable completion without a pair, -1 if ``rejected`` is an undesirable one;
+    the other is then a completion of another prompt, for estimates of the KL divergence, or empty."""
 
 
 @dataclass(frozen=True, slots=True)

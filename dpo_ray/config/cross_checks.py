@@ -76,6 +76,9 @@ def validate_reference(
             "reference.kind: cached needs the untrained policy, which an online run no longer has for its "
             "new pairs; set reference.kind: live (or auto), or reference.refresh: round"
         )
+    if online is not None and loss.examples != "pairs":
+        of = "ranked lists" if loss.examples == "lists" else "completions with a label"
+        raise ValueError(f"loss.use: {loss.use!r} is a loss of {of}, and rounds give pairs; use a loss of pairs")
     if kind == "none" and loss.needing_reference:
         raise ValueError(
             f"reference.kind: none, but loss {loss.needing_reference[0]!r} needs a reference; set "

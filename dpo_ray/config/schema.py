@@ -40,14 +40,22 @@ Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 # compares them with the registries.
 LOSSES = (
     "sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down",
-    "discopop", "dpop", "bco_pair", "aot", "aot_unpaired", "simpo", "orpo", "nll",
+    "discopop", "dpop", "bco_pair", "aot", "aot_unpaired", "kto", "bco",
+    "plackett_luce", "lipo", "simpo", "orpo", "nll",
 )  # fmt: skip
 REFERENCE_FREE_LOSSES = ("simpo", "orpo", "nll")
 MARGIN_LOSSES = ("sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "discopop")
 """Losses of the margin of log-ratios only, which loss.divergence generalizes."""
 DIVERGENCES = ("reverse_kl", "forward_kl", "js")
-RANKED_LOSSES = ("aot", "aot_unpaired")
-"""Losses that compare each pair with the pair of equal rank in its step."""
+STEP_LOSSES = ("aot", "aot_unpaired", "kto")
+"""Losses whose value for a pair depends on all pairs of its step."""
+UNPAIRED_LOSSES = ("kto", "bco")
+"""Losses of completions without a pair."""
+LIST_LOSSES = ("plackett_luce", "lipo")
+"""Losses of ranked lists."""
+Examples = Literal["pairs", "lists", "unpaired", "unpaired_kl"]
+"""What records become: pairs; pairs of neighbours in ranked lists; completions without a pair; or these, each with a
+completion of another prompt."""
 JUDGES = ("length", "sentiment")
 SELECTORS = ("best_vs_worst", "random_pair")
 TRANSPORTS = ("object_store", "nccl", "ipc")
@@ -250,7 +258,8 @@ class DataConfig(Section):
     """Use of prompts and completions that are strings: chat puts them into the chat template, raw uses them as written.
     auto is chat for a model with a chat template, except for records that contain special tokens."""
     pairs_per_prompt: int = Field(1, ge=1)
-    """Maximum number of pairs of a ranked list, by decreasing difference of scores: best against worst first."""
+    """Maximum number of pairs of a ranked list, by decreasing difference of scores: best against worst first. The
+    losses of ranked lists take whole lists."""
     limit: int | None = Field(None, ge=1)
     """Use only the first records of data.train, up to this number."""
     shuffle: bool = True
@@ -270,8 +279,9 @@ class LossConfig(Section):
 
     use: Annotated[str | tuple[str, ...], _one_of("loss", LOSSES)] = "sigmoid"
     """Loss name or import path, or a list of losses to sum: sigmoid, sigmoid_norm, robust, hinge, ipo, exo_pair,
-    nca_pair, sppo_hard, apo_zero, apo_down, discopop, dpop, bco_pair, aot, aot_unpaired, and reference-free simpo,
-    orpo, nll."""
+    nca_pair, sppo_hard, apo_zero, apo_down, discopop, dpop, bco_pair, aot, aot_unpaired; kto and bco of records with
+    one completion and a label (a pair counts as two of them); plackett_luce and lipo of ranked lists; and
+    reference-free simpo, orpo, nll."""
     weights: tuple[float, ...] = ()
     """Weight of each loss in loss.use; empty is 1 for each."""
     weighting: Literal["none", "wpo"] = "none"
@@ -305,9 +315,18 @@ class LossConfig(Section):
         return [name for name in self.names if name in LOSSES and name not in REFERENCE_FREE_LOSSES]
 
     @property
-    def ranked(self) -> bool:
-        """True if a loss in use compares pairs of equal rank."""
-        return any(name in RANKED_LOSSES for name in self.names)
+    def of_step(self) -> str | None:
+        """The loss in use, if any, whose value for a pair depends on all pairs of its step."""
+        return next((name for name in self.names if name in STEP_LOSSES), None)
+
+    @property
+    def examples(self) -> Examples:
+        """What records become, see ``Examples``."""
+        if "kto" in self.names:
+            return "unpaired_kl"
+        if "bco" in self.names:
+            return "unpaired"
+        return "lists" if any(name in LIST_LOSSES for name in self.names) else "pairs"
 
     @model_validator(mode="after")
     def _validate_combination(self) -> Self:
@@ -319,10 +338,21 @@ class LossConfig(Section):
                     f"loss.use has {unsupported[0]!r}; use {', '.join(MARGIN_LOSSES)}, or set loss.divergence: "
                     "reverse_kl"
                 )
-        if self.weighting == "wpo" and self.ranked:
+        if self.weighting == "wpo" and self.of_step in ("aot", "aot_unpaired"):
             raise ValueError(
                 "loss.weighting: wpo multiplies the loss of a pair, and each term of aot and aot_unpaired belongs to "
                 "two pairs; set loss.weighting: none"
+            )
+        if self.weighting == "wpo" and self.examples == "lists":
+            raise ValueError(
+                "loss.weighting: wpo multiplies the loss of a pair, and plackett_luce and lipo are of lists; set "
+                "loss.weighting: none"
+            )
+        unpaired = [name for name in self.names if name in UNPAIRED_LOSSES]
+        if unpaired and (len(self.names) > 1 or self.weighting == "wpo"):
+            other = "loss.weighting: wpo" if len(self.names) == 1 else "other losses"
+            raise ValueError(
+                f"loss.use: {unpaired[0]} is of completions without a pair and {other} of pairs; use it alone"
             )
         return self
 

@@ -27,6 +27,8 @@ from dpo_ray.types import Messages
 SIDES = ("prompt", "chosen", "rejected")
 UNREAD = ("not_used", "carried")
 """Reasons of the notes that list fields."""
+LABELS = {0: (), 1: ("desirable",), -1: ("undesirable",)}
+"""Note on a completion without a pair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +158,13 @@ def _dropped(key: str, problem: Problem) -> InspectedRecord:
 
 def _kept_pair(key: str, record: PairRecord, result: TokenizedPair, tokenizer: RecordTokenizer) -> InspectedRecord:
     ids = {side: getattr(result.pair, side) for side in SIDES}
+    if record.unpaired:  # the other completion is of another record
+        ids["rejected" if record.unpaired > 0 else "chosen"] = ()
     no_loss = {side: sum(token < 0 for token in ids[side]) for side in SIDES}
-    written = {side: _written(getattr(record, side)) for side in SIDES}
+    written = {side: _written(getattr(record, side)) if ids[side] else () for side in SIDES}
     return InspectedRecord(
         key, record.source, record.number, "kept",
-        notes=_notes(result.notes, record.unread),
+        notes=(*LABELS[record.unpaired], *_notes(result.notes, record.unread)),
         **{side: tokenizer.decode(ids[side]) for side in SIDES},
         tokens={side: len(ids[side]) for side in SIDES},
         truncated={side: n for side, n in zip(SIDES[1:], result.removed, strict=True) if n},

@@ -6,6 +6,7 @@ A layout is recognised by its fields. Each is read into ``Candidates``, whatever
     implicit      chosen and rejected as whole conversations, or as Human/Assistant transcripts
     verdict       two completions and a verdict (HelpSteer 2 and 3, PKU-SafeRLHF, SHP, arena battles)
     ranked        a list of completions with scores or ranks (UltraFeedback, Nectar, distilabel)
+    unpaired      one completion and a label: desirable or not (KTO, BCO)
 """
 
 import math
@@ -33,6 +34,11 @@ _LISTS = ("completions", "answers", "generations", "responses")
 _SCORES = ("scores", "score", "ratings", "rating", "ranks", "rank")
 _TEXTS = ("content", "text", "completion", "response", "answer", "value", "generated_text")
 _LOWER_IS_BETTER = ("rank", "ranks")
+_LABELS = ("label", "kto_tag")
+_DESIRABLE: Mapping[Any, bool] = {
+    True: True, False: False, -1: False, "true": True, "false": False, "desirable": True, "undesirable": False,
+}  # fmt: skip
+"""Values of a label; 1 and 0 equal True and False."""
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 """Tags of the turns of a transcript."""
@@ -45,9 +51,14 @@ class Candidates:
     prompt: Messages | str
     completions: tuple[Messages | str, ...]
     scores: tuple[float, ...]
-    """Higher is better."""
+    """Higher is better; of a single completion, 1 if it is desirable and -1 if not."""
     names: tuple[str, ...]
     """Field of each completion, for messages."""
+
+    @property
+    def unpaired(self) -> bool:
+        """True for a single completion."""
+        return len(self.completions) == 1
 
 
 def read_candidates(fields: Fields) -> Candidates:
@@ -63,8 +74,8 @@ def read_candidates(fields: Fields) -> Candidates:
         return _judged(fields, verdict)
     if name := fields.first_of(*_LISTS):
         return _ranked(fields, name)
-    if fields.has("label") and fields.first_of("completion", "response"):
-        raise Unusable("unpaired", "completion and label: one completion per record; accepted are pairs of completions")
+    if label := fields.first_of(*_LABELS):
+        return _unpaired(fields, label)
     missing_field(fields.record, "rejected" if chosen else "chosen", LAYOUTS_ACCEPTED)
 
 
@@ -382,6 +393,32 @@ def _ranked(fields: Fields, name: str) -> Candidates:
     if not isinstance(prompt, str) or not all(isinstance(completion, str) for completion in completions):
         prompt, completions = _prompt_turns(prompt), tuple(map(_as_turns, completions))
     return Candidates(prompt, completions, scores, names)
+
+
+def _unpaired(fields: Fields, label: str) -> Candidates:
+    """One completion and a label; the completion may be the last turns of the conversation."""
+    value = fields.read(label)
+    key = value.strip().lower() if isinstance(value, str) else value
+    number = finite_number(key)
+    desirable = _DESIRABLE.get(key if number is None else number) if isinstance(key, str | int | float) else None
+    if desirable is None:
+        bad_field(label, show(value), "true, false, 1, 0, -1, desirable or undesirable")
+    scores = (1 if desirable else -1,)
+    if name := fields.first_of("completion", "response", "answer", "output"):
+        if not fields.first_of(*PROMPT):
+            missing_field(fields.record, "prompt", LAYOUTS_ACCEPTED)
+        prompt, completion = _pair_prompt(fields), fields.conversation(name)
+        if not isinstance(prompt, str) or not isinstance(completion, str):
+            prompt, completion = _prompt_turns(prompt), _as_turns(completion)
+        return Candidates(prompt, (completion,), scores, (name,))
+    name = fields.first_of("messages", "conversations")
+    turns = fields.conversation(name) if name else ""
+    if isinstance(turns, str):
+        missing_field(fields.record, "completion", LAYOUTS_ACCEPTED)
+    start = max((i + 1 for i, turn in enumerate(turns) if turn["role"] not in ("assistant", "tool")), default=0)
+    if not 0 < start < len(turns):
+        bad_field(str(name), "no answer at the end", "a conversation that ends with an assistant turn")
+    return Candidates(turns[:start], (turns[start:],), scores, (str(name),))
 
 
 def _scores(fields: Fields, name: str, items: Sequence[Any]) -> tuple[Any, ...]:

@@ -67,6 +67,8 @@ class PackedRow:
     """(S,) labels of each completion."""
     pairs: Tensor
     """(B, 2) sequences that are chosen and rejected."""
+    unpaired: Tensor
+    """(B,) int64 ``TokenPair.unpaired`` of each pair."""
     prompts: tuple[Counts, ...]
     """Pairs, sequences and labels of each prompt, in order; on the host, like ``spans``."""
     scored: np.ndarray
@@ -101,9 +103,10 @@ def build_row(pairs: Sequence[TokenPair], layout: Layout) -> PackedRow:
 
     Without pairs, the row is a single token without labels: a rank without work still takes part in collectives.
     """
+    unpaired = [pair.unpaired for pair in pairs]
     if layout == "plain":
         spans = [(pair.prompt, completion) for pair in pairs for completion in (pair.chosen, pair.rejected)]
-        return _pack(spans, [[(0, 1)] for _ in pairs], spans_per_prompt=2)
+        return _pack(spans, [[(0, 1)] for _ in pairs], unpaired, spans_per_prompt=2)
     same_prompt = [list(group) for _, group in groupby(pairs, key=lambda pair: pair.prompt)]
     completions = [tuple(dict.fromkeys(_completions(group))) for group in same_prompt]
     spans = [(group[0].prompt, *unique) for group, unique in zip(same_prompt, completions, strict=True)]
@@ -111,7 +114,7 @@ def build_row(pairs: Sequence[TokenPair], layout: Layout) -> PackedRow:
         [(unique.index(pair.chosen), unique.index(pair.rejected)) for pair in group]
         for group, unique in zip(same_prompt, completions, strict=True)
     ]
-    return _pack(spans, indices)
+    return _pack(spans, indices, unpaired)
 
 
 def _completions(pairs: Sequence[TokenPair]) -> Iterator[tuple[int, ...]]:
@@ -127,6 +130,7 @@ def build_sample_row(samples: Sequence[TokenSample]) -> PackedRow:
 def _pack(
     segments: Sequence[tuple[tuple[int, ...], ...]],
     pairs: Sequence[Sequence[tuple[int, int]]],
+    unpaired: Sequence[int] = (),
     *,
     spans_per_prompt: int = 1,
 ) -> PackedRow:
@@ -158,6 +162,7 @@ def _pack(
         sequence=torch.from_numpy(np.arange(len(lengths)).repeat(lengths)),
         lengths=torch.from_numpy(lengths),
         pairs=torch.from_numpy(np.array(of_row, np.int64).reshape(-1, 2)),
+        unpaired=torch.tensor(unpaired, dtype=torch.int64),
         prompts=tuple(map(Counts, map(len, pairs), sequences.tolist(), tokens.tolist())),
         scored=scored,
     )
@@ -219,5 +224,5 @@ def token_limits(spans: Sequence[Span]) -> Limits:
 
 def row_tokens(lengths: np.ndarray, layout: Layout) -> np.ndarray:
     """(P,) row length of each prompt in tokens; ``lengths`` is (P, 1 + K) tokens of the prompt and its completions."""
-    copies = (lengths[:, 1:] > 0).sum(1) if layout == "plain" else 1
+    copies = lengths.shape[1] - 1 if layout == "plain" else 1
     return lengths[:, 0] * copies + lengths[:, 1:].sum(1)

@@ -6,8 +6,11 @@ Invalid records are returned as a ``Problem`` with reason and location. Independ
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
+from dpo_ray.config.schema import Examples
 from dpo_ray.data.fields import Fields, bad_field, check_placeholders
 from dpo_ray.data.formats import Part, Unusable, show
 from dpo_ray.data.layouts import PROMPT, Candidates, read_candidates, read_prompt, validate_completions
@@ -35,6 +38,9 @@ class PairRecord:
     """Names of fields that the pair does not depend on."""
     completions: tuple[int, int] = (0, 1)
     """Numbers of chosen and rejected among the record's completions."""
+    unpaired: int = 0
+    """0 for a pair; 1 for a desirable completion without a pair and -1 for an undesirable one, which is both chosen and
+    rejected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +70,14 @@ class Problem:
     """The field and its content."""
 
 
-def read_pairs(parts: Sequence[Part], *, pairs_per_prompt: int = 1) -> Iterator[PairRecord | Problem]:
+def read_pairs(
+    parts: Sequence[Part], *, pairs_per_prompt: int = 1, examples: Examples = "pairs"
+) -> Iterator[PairRecord | Problem]:
     """Yield the preference pairs or a problem per record of ``parts``, in order.
 
     Args:
+        examples: ``lists`` yields the pairs of neighbours of ranked lists, and the others completions without a pair,
+            a pair as two of them. Records of one completion are problems unless these are asked for.
         pairs_per_prompt: largest number of pairs of a ranked list; the pairs with the largest difference of scores.
 
     Raises:
@@ -78,9 +88,26 @@ def read_pairs(parts: Sequence[Part], *, pairs_per_prompt: int = 1) -> Iterator[
         candidates = read_candidates(fields)
         validate_completions(candidates)
         tools, (prompt, system) = fields.tools(), _with_system(fields, candidates.prompt)
-        for i, j in _pairs(candidates, pairs_per_prompt):
-            chosen, rejected = candidates.completions[i], candidates.completions[j]
-            yield PairRecord(prompt, chosen, rejected, source, number, tools, system, fields.unread(), (i, j))
+        record = partial(
+            PairRecord, prompt, source=source, number=number, tools=tools, system=system, unread=fields.unread()
+        )
+        unpaired = examples.startswith("unpaired")
+        if candidates.unpaired and not unpaired:
+            raise Unusable("unpaired", "one completion and a label, for loss.use: kto or bco; other losses take pairs")
+        if candidates.unpaired:
+            pairs = []
+        elif examples == "lists":
+            pairs = list(pairwise(_ranking(candidates)))
+        else:
+            pairs = _pairs(candidates, pairs_per_prompt)
+        if not unpaired:
+            for i, j in pairs:
+                yield record(candidates.completions[i], candidates.completions[j], completions=(i, j))
+            return
+        of_pairs = [labelled for better, worse in pairs for labelled in ((better, 1), (worse, -1))]
+        for i, label in dict.fromkeys(of_pairs) or [(0, int(candidates.scores[0]))]:
+            completion = candidates.completions[i]
+            yield record(completion, completion, completions=(2 * i, 2 * i + 1), unpaired=label)
 
     check_sources(parts)
     return _read(parts, build)
@@ -144,6 +171,18 @@ def _pairs(candidates: Candidates, count: int) -> Sequence[tuple[int, int]]:
         names = [candidates.names[k] for k in (i, j)]
         raise Unusable("identical", f"{' and '.join(names)} are both {show(_last_text(completions[i]))}")
     return sorted(different, key=lambda pair: scores[pair[1]] - scores[pair[0]])[:count]
+
+
+def _ranking(candidates: Candidates) -> Sequence[int]:
+    """The completions by decreasing score, at least two; of equal scores and of equal completions only the first."""
+    best, worst = _pairs(candidates, 1)[0]  # of equal ones, those that differ
+    order = sorted(range(len(candidates.scores)), key=lambda i: -candidates.scores[i])
+    first_of_score = {candidates.scores[i]: i for i in reversed([best, worst, *order])}
+    different: list[int] = []
+    for i in sorted(first_of_score.values(), key=lambda i: -candidates.scores[i]):
+        if all(candidates.completions[i] != candidates.completions[j] for j in different):
+            different.append(i)
+    return different
 
 
 def _last_text(completion: Messages | str) -> str | None:

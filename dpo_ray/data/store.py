@@ -34,7 +34,7 @@ PART_RECORDS = 4096
 
 _TOKENIZATION_KEYS = ("max_prompt_tokens", "max_completion_tokens", "strings", "pairs_per_prompt")
 _LENGTHS, _ENDS, _ORIGINS, _COMPLETIONS = "lengths.i32", "ends.i64", "origins.i64", "completions.i32"
-_META = "meta.json"
+_UNPAIRED, _META = "unpaired.i1", "meta.json"
 
 Prepare = Callable[[tuple[int, Part]], DataReportBuilder]
 """Tokenises a numbered part into files and counts its records."""
@@ -73,6 +73,7 @@ class PairStore:
         """(pairs, 3) int32: tokens of prompt, chosen and rejected."""
         self._ends = _open_array(folder / _ENDS, "<i8", (pairs,))
         self._origins = _open_array(folder / _ORIGINS, "<i8", (pairs, 2))
+        self._unpaired = _open_array(folder / _UNPAIRED, "<i1", (pairs,))
         self.members = self._members(folder) if meta["prompts"] < pairs else None
         parts = meta["parts"]
         self._tokens = [_open_array(folder / _tokens(n), "<i4", (part["tokens"],)) for n, part in enumerate(parts)]
@@ -86,7 +87,8 @@ class PairStore:
             raise IndexError(f"pair {index} of a store of {len(self)}")
         prompt, chosen, _ = self.lengths[index].tolist()
         ids = self.tokens(index).tolist()
-        return TokenPair(tuple(ids[:prompt]), tuple(ids[prompt : prompt + chosen]), tuple(ids[prompt + chosen :]))
+        end = prompt + chosen
+        return TokenPair(tuple(ids[:prompt]), tuple(ids[prompt:end]), tuple(ids[end:]), int(self._unpaired[index]))
 
     def _members(self, folder: Path) -> np.ndarray:
         """See ``PairSource.members``: the pairs of a record follow each other."""
@@ -145,6 +147,7 @@ def prepare_pairs(
             "limit": limit,
             **{key: getattr(data, key) for key in _TOKENIZATION_KEYS},
             "model": asdict(tokenizer.limits),
+            "examples": tokenizer.examples,
         }
         digest = sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
         store_folder = folder / digest[:32]
@@ -188,6 +191,7 @@ def _prepare_part(
         (folder / f"{number}.{_ENDS}").open("wb") as ends,
         (folder / f"{number}.{_ORIGINS}").open("wb") as origins,
         (folder / f"{number}.{_COMPLETIONS}").open("wb") as completions,
+        (folder / f"{number}.{_UNPAIRED}").open("wb") as unpaired,
     ):
         for item in tokenize_pairs([part], tokenizer):
             if isinstance(item, Problem):
@@ -203,13 +207,14 @@ def _prepare_part(
             np.array((tokens,), "<i8").tofile(ends)
             np.array((file, record.number), "<i8").tofile(origins)
             np.array(record.completions, "<i4").tofile(completions)
+            np.array(record.unpaired, "<i1").tofile(unpaired)
     return counts
 
 
 def _join(building: Path, digest: str, files: Sequence[str], counts: DataReportBuilder, parts: int) -> DataReport:
     """Concatenate the files of all parts, except the token files."""
     sizes = [_part_size(building, number) for number in range(parts)]
-    for name in (_LENGTHS, _ENDS, _ORIGINS, _COMPLETIONS):
+    for name in (_LENGTHS, _ENDS, _ORIGINS, _COMPLETIONS, _UNPAIRED):
         with (building / name).open("wb") as whole:
             for number in range(parts):
                 part = building / f"{number}.{name}"

@@ -5,14 +5,14 @@ would generate. Independent of files.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from dpo_ray.config import Config
-from dpo_ray.config.schema import DataConfig
+from dpo_ray.config.schema import DataConfig, Examples
 from dpo_ray.data.formats import Part
 from dpo_ray.data.layouts import transcript_turns
 from dpo_ray.data.records import PairRecord, Problem, PromptRecord, read_pairs, read_prompts
@@ -66,10 +66,17 @@ class RecordTokenizer:
         tokenizer: the policy's tokenizer.
         data: limits on prompts and completions, and the treatment of strings.
         limits: of the model.
+        examples: what records become.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, limits: ModelLimits | None = None) -> None:
-        self.tokenizer, self.data, self.limits = tokenizer, data, limits or ModelLimits()
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        data: DataConfig,
+        limits: ModelLimits | None = None,
+        examples: Examples = "pairs",
+    ) -> None:
+        self.tokenizer, self.data, self.limits, self.examples = tokenizer, data, limits or ModelLimits(), examples
         added = tokenizer.added_tokens_decoder
         self.special = {*tokenizer.all_special_ids, *(id for id, token in added.items() if token.special)}
         self.special_texts = [*filter(None, map(str, tokenizer.convert_ids_to_tokens(sorted(self.special))))]
@@ -155,7 +162,8 @@ class RecordTokenizer:
         for name, completion in (("chosen", chosen), ("rejected", rejected)):
             if not any(token >= 0 for token in completion):
                 raise _Drop("completion_emptied", f"{name}: the completion has no tokens after the prompt")
-        if [token for token in chosen if token >= 0] == [token for token in rejected if token >= 0]:
+        same = [token for token in chosen if token >= 0] == [token for token in rejected if token >= 0]
+        if same and not record.unpaired:
             if any(removed):
                 raise _Drop("identical_after_truncation", f"data.max_completion_tokens is {limit}")
             raise _Drop("identical", "chosen and rejected have the same tokens with loss")
@@ -168,7 +176,7 @@ class RecordTokenizer:
             ),
             "no_eos": bool(self.special) and any(self.special.isdisjoint(ids) for ids in whole),
         }
-        pair = TokenPair(tuple(prompt_ids[:start]), tuple(chosen), tuple(rejected))
+        pair = TokenPair(tuple(prompt_ids[:start]), tuple(chosen), tuple(rejected), record.unpaired)
         applying = tuple((note, "") for note, applies in notes.items() if applies)
         return TokenizedPair(pair, (*_treated(treatment), *applying, *_unrendered(unrendered)), removed)
 
@@ -314,19 +322,67 @@ def load_record_tokenizer(config: Config) -> RecordTokenizer:
     tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
     if config.model.chat_template is not None:
         validate_template(tokenizer)
-    return RecordTokenizer(tokenizer, config.data, engine_limits(config, limits) if config.online else limits)
+    limits = engine_limits(config, limits) if config.online else limits
+    return RecordTokenizer(tokenizer, config.data, limits, config.loss.examples)
 
 
-def tokenize_pairs(
-    parts: Sequence[Part], tokenizer: RecordTokenizer
-) -> Iterator[tuple[PairRecord, TokenizedPair] | Problem]:
-    """Read and tokenise the pairs of ``parts``, in order; a problem per record that is dropped."""
-    for record in read_pairs(parts, pairs_per_prompt=tokenizer.data.pairs_per_prompt):
+Item = tuple[PairRecord, TokenizedPair] | Problem
+
+
+def tokenize_pairs(parts: Sequence[Part], tokenizer: RecordTokenizer) -> Iterator[Item]:
+    """Read and tokenise the pairs of ``parts``, in order; a problem per record that is dropped.
+
+    For losses of completions without a pair, a pair is two of them. The place of the other completion is empty, or has
+    a completion of another record.
+    """
+    items = _tokenized(parts, tokenizer)
+    match tokenizer.examples:
+        case "unpaired":
+            items = (item if isinstance(item, Problem) else _beside(item, ()) for item in items)
+        case "unpaired_kl":
+            items = _beside_others(items, tokenizer.limits.positions)
+    return items
+
+
+def _tokenized(parts: Sequence[Part], tokenizer: RecordTokenizer) -> Iterator[Item]:
+    count = tokenizer.data.pairs_per_prompt
+    for record in read_pairs(parts, pairs_per_prompt=count, examples=tokenizer.examples):
         if isinstance(record, Problem):
             yield record
         else:
             tokenized = tokenizer.pair(record)
             yield tokenized if isinstance(tokenized, Problem) else (record, tokenized)
+
+
+def _beside(item: tuple[PairRecord, TokenizedPair], other: tuple[int, ...]) -> tuple[PairRecord, TokenizedPair]:
+    """A completion without a pair, with ``other`` in the place of its pair."""
+    record, result = item
+    desirable = record.unpaired > 0
+    pair = replace(result.pair, rejected=other) if desirable else replace(result.pair, chosen=other)
+    return record, replace(result, pair=pair)
+
+
+def _beside_others(items: Iterator[Item], positions: int | None) -> Iterator[Item]:
+    """Each completion without a pair beside the one of the next record; the last beside the first.
+
+    The other completion is truncated to what fits ``positions`` after the prompt.
+    """
+
+    def beside(item: tuple[PairRecord, TokenizedPair], other: TokenizedPair) -> Item:
+        room = None if positions is None else positions - len(item[1].pair.prompt)
+        return _beside(item, other.pair.chosen[:room])
+
+    first = held = None
+    for item in items:
+        if isinstance(item, Problem):
+            yield item
+            continue
+        first = first or item
+        if held is not None:
+            yield beside(held, item[1])
+        held = item
+    if first is not None and held is not None:
+        yield beside(held, first[1])
 
 
 def tokenize_prompts(

@@ -131,7 +131,7 @@ def sequence_logps(model: LogpsModel, row: PackedRow) -> Tensor:
 
 def pair_logps(model: LogpsModel, row: PackedRow) -> PairLogps:
     """Summed log-probabilities of the pairs in ``row``."""
-    return as_pairs(sequence_logps(model, row), row.lengths, row.pairs)
+    return as_pairs(sequence_logps(model, row), row.lengths, row.pairs, row.unpaired)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +170,8 @@ def pair_losses(
         sequence = row.sequence[group.tokens] - group.sequences.start
         weights = wpo_weights(tokens, sequence, lengths) if with_squares else None
         logps = sequence_sums(tokens.logps, sequence, lengths.numel())
-        return as_pairs(logps, lengths, row.pairs[group.pairs] - group.sequences.start, weights)
+        pairs = row.pairs[group.pairs] - group.sequences.start
+        return as_pairs(logps, lengths, pairs, row.unpaired[group.pairs], weights)
 
     def head_fn(hidden: Tensor, lm_head: Head, shard: RowShard) -> ChunkedLosses:
         def gather(local: TokenLogps) -> TokenLogps:

@@ -6,6 +6,7 @@ N = completion tokens, S = sequences, B = pairs
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -23,8 +24,12 @@ class PairLogps:
     """(B,) completion lengths in tokens."""
     weights: Tensor | None = None
     """(B,) weights of the pairs' losses, without gradient; None is 1 for each."""
-    ranked: Tensor | None = None
-    """(B, 3) values of the pairs of equal rank in the step, see ``losses.rank_matches``; of a reference only."""
+    of_step: Tensor | None = None
+    """(B, k) values that losses take from all pairs of the step, see ``losses.STEP_VALUES``; of a reference only."""
+    unpaired: Tensor | None = None
+    """(B,) 0 for pairs, and 1 or -1 for completions without a pair, see ``TokenPair.unpaired``."""
+    follows: Tensor | None = None
+    """(B,) True if the chosen completion is the rejected one of the pair before, as in a ranked list."""
 
     def of(self, pairs: slice) -> "PairLogps":
         """Log-probabilities of a slice of the pairs."""
@@ -46,18 +51,22 @@ def sequence_sums(values: Tensor, sequence: Tensor, sequences: int) -> Tensor:
     return values.new_zeros(sequences).index_add(0, sequence, values)
 
 
-def as_pairs(logps: Tensor, tokens: Tensor, pairs: Tensor, weights: Tensor | None = None) -> PairLogps:
+def as_pairs(
+    logps: Tensor, tokens: Tensor, pairs: Tensor, unpaired: Tensor, weights: Tensor | None = None
+) -> PairLogps:
     """Pairs of sequences.
 
     Args:
         logps: (S,) log-probability of each sequence, nats.
         tokens: (S,) length of each sequence.
         pairs: (B, 2) sequences that are chosen and rejected.
+        unpaired: (B,) as in ``PairLogps``.
         weights: (S,); the weight of a pair is the product of both.
     """
     product = None if weights is None else weights[pairs].prod(1)
     (chosen, rejected), (chosen_tokens, rejected_tokens) = logps[pairs].unbind(1), tokens[pairs].unbind(1)
-    return PairLogps(chosen, rejected, chosen_tokens, rejected_tokens, product)
+    follows = torch.cat((pairs.new_zeros(min(len(pairs), 1)).bool(), pairs[1:, 0] == pairs[:-1, 1]))
+    return PairLogps(chosen, rejected, chosen_tokens, rejected_tokens, product, unpaired=unpaired, follows=follows)
 
 
 def wpo_weights(logps: TokenLogps, sequence: Tensor, tokens: Tensor) -> Tensor:

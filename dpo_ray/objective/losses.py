@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -184,7 +184,7 @@ def aot(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoothing
 
     arXiv:2406.05882, paired, with the logistic loss. A pair is compared with the reference's margin of equal rank.
     """
-    return _cross_entropy(beta * (policy.chosen - policy.rejected - _ranked(reference)[:, 0]), label_smoothing)
+    return _cross_entropy(beta * (policy.chosen - policy.rejected - _of_step(reference)[:, 0]), label_smoothing)
 
 
 def aot_unpaired(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -193,10 +193,95 @@ def aot_unpaired(policy: PairLogps, reference: PairLogps, *, beta: float, label_
     arXiv:2406.05882, unpaired, with the logistic loss. A term has one chosen and one rejected completion of equal rank.
     A pair has half of the values of its two terms, and all of the gradient with respect to its own completions.
     """
-    (chosen, rejected), (_, equal_rejected, equal_chosen) = log_ratios(policy, reference), _ranked(reference).unbind(1)
+    (chosen, rejected), (_, equal_rejected, equal_chosen) = log_ratios(policy, reference), _of_step(reference).unbind(1)
     losses = _cross_entropy(beta * (chosen - equal_rejected), label_smoothing)
     losses = losses + _cross_entropy(beta * (equal_chosen - rejected), label_smoothing)
     return losses - losses.detach() / 2
+
+
+def kto(
+    policy: PairLogps,
+    reference: PairLogps,
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """KTO: the utility of each completion by itself, with human aversion to loss; for completions without a pair.
+
+    arXiv:2402.01306, Eq. 7. The reference point z0 is the KL divergence of the step, ``kl_estimate``. The paper sets
+    the weights so that desirable times their number is 1 to 4/3 of undesirable times theirs.
+    """
+    desirable = _unpaired(policy) > 0
+    chosen, rejected = log_ratios(policy, reference)
+    advantage = torch.where(desirable, chosen, -rejected) - _unpaired(policy) * _of_step(reference)[:, 0]
+    weight = torch.where(desirable, desirable_weight, undesirable_weight)
+    return weight * (1 - (beta * advantage).sigmoid())
+
+
+def bco(policy: PairLogps, reference: PairLogps, *, beta: float, log_ratio_totals: Tensor) -> Tensor:
+    """BCO: classifies completions without a pair by their reward minus the mean reward so far.
+
+    arXiv:2404.04656, without its weights for an underlying distribution shift. The mean is over the completions of all
+    former steps.
+    """
+    mean = log_ratio_totals[0] / log_ratio_totals[1].clamp(min=1)
+    chosen, rejected = log_ratios(policy, reference)
+    return -F.logsigmoid(beta * torch.where(_unpaired(policy) > 0, chosen - mean, mean - rejected))
+
+
+def plackett_luce(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
+    """DPO on ranked lists: negative log-likelihood of the ranking under Plackett-Luce.
+
+    arXiv:2305.18290, Eq. 20. A list of K completions is K - 1 pairs of neighbours, and the loss of a pair is the term
+    of its chosen completion: it is preferred to all that follow. The loss of a pair by itself is DPO's.
+    """
+    chosen, rejected = (beta * ratio for ratio in log_ratios(policy, reference))
+    following = rejected.where(_Lists.of(policy).later, -math.inf).logsumexp(1)
+    return F.softplus(following - chosen)
+
+
+def lipo(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
+    """LiPO-lambda on ranked lists: logistic losses of all pairs of a list, weighted by what a swap costs in DCG.
+
+    arXiv:2402.01878, with labels from 1 for the first completion of a list to 0 for the last, in equal steps. The loss
+    of a pair of neighbours is the sum over its chosen completion and each that follows.
+    """
+    lists = _Lists.of(policy)
+    chosen, rejected = (beta * ratio for ratio in log_ratios(policy, reference))
+    first = chosen[lists.start]
+
+    def discount(score: Tensor) -> Tensor:
+        """(B,) 1 / log(1 + rank) of scores among those of their lists."""
+        higher = (lists.same & (rejected > score[:, None])).sum(1) + (first > score)
+        return (higher + 2).log().reciprocal()
+
+    with torch.no_grad():
+        gain, next_gain = (torch.exp2(1 - (lists.place + i) / lists.length) for i in (0, 1))
+        swap = (gain[:, None] - next_gain).abs() * (discount(chosen)[:, None] - discount(rejected)).abs()
+    return (swap * F.softplus(rejected - chosen[:, None])).where(lists.later, 0.0).sum(1)
+
+
+class _Lists(NamedTuple):
+    """The ranked lists that B pairs of neighbours are part of."""
+
+    same: Tensor
+    """(B, B) True for two pairs of one list."""
+    later: Tensor
+    """(B, B) True for pairs of the same list and their place or a later one."""
+    start: Tensor
+    """(B,) index of the first pair of the list."""
+    place: Tensor
+    """(B,) place of the chosen completion in its list, from 0."""
+    length: Tensor
+    """(B,) number of pairs of the list."""
+
+    @classmethod
+    def of(cls, policy: PairLogps) -> "_Lists":
+        pairs = torch.arange(len(policy.chosen), device=policy.chosen.device)
+        start = pairs if policy.follows is None else pairs.where(~policy.follows, 0).cummax(0).values
+        same = start[:, None] == start
+        return cls(same, same.triu(), start, pairs - start, same.sum(1))
 
 
 def simpo(policy: PairLogps, reference: PairLogps | None, *, beta: float, gamma: float = 0.5) -> Tensor:
@@ -230,7 +315,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     loss.__name__: loss
     for loss in (
         sigmoid, sigmoid_norm, robust, hinge, ipo, exo_pair, nca_pair, sppo_hard, apo_zero, apo_down, discopop, dpop,
-        bco_pair, aot, aot_unpaired, simpo, orpo, nll,
+        bco_pair, aot, aot_unpaired, kto, bco, plackett_luce, lipo, simpo, orpo, nll,
     )
 }  # fmt: skip
 
@@ -259,6 +344,27 @@ def rank_matches(policy: PairLogps, reference: PairLogps) -> Tensor:
     policy_margin, reference_margin = policy.chosen - policy.rejected, reference.chosen - reference.rejected
     columns = ((policy_margin.detach(), reference_margin), (chosen, rejected), (rejected, chosen))
     return torch.stack([other.sort().values[own.argsort().argsort()] for own, other in columns], 1)
+
+
+def kl_estimate(policy: PairLogps, reference: PairLogps) -> Tensor:
+    """The estimate of the KL divergence from the reference in KTO (arXiv:2402.01306, section 4.2).
+
+    The mean log-ratio of the completions of other prompts that unpaired completions come with, or 0 if it is negative.
+
+    Returns:
+        (B, 1) the same value for each completion, nats, without gradient.
+    """
+    chosen, rejected = (ratio.detach() for ratio in log_ratios(policy, reference))
+    of_other_prompts = torch.where(_unpaired(policy) > 0, rejected, chosen)
+    return of_other_prompts.mean().clamp(min=0).expand(len(chosen), 1)
+
+
+STEP_VALUES: Mapping[str, Callable[[PairLogps, PairLogps], Tensor]] = {
+    "aot": rank_matches,
+    "aot_unpaired": rank_matches,
+    "kto": kl_estimate,
+}
+"""Losses that depend on all pairs of a step: (policy, reference) of these pairs -> (B, k) ``PairLogps.of_step``."""
 
 
 def build_loss(loss: "LossConfig", log_ratio_totals: Tensor | None = None) -> PairLoss:
@@ -302,10 +408,17 @@ def _of_scores(term: PairLoss, divergence: str | float) -> PairLoss:
     return of_scores
 
 
-def _ranked(reference: PairLogps) -> Tensor:
-    if reference.ranked is None:
-        raise ValueError("aot and aot_unpaired need reference.ranked: rank_matches() of all pairs of the step")
-    return reference.ranked
+def _of_step(reference: PairLogps) -> Tensor:
+    if reference.of_step is None:
+        raise ValueError("aot, aot_unpaired and kto need reference.of_step: their STEP_VALUES of all pairs of the step")
+    return reference.of_step
+
+
+def _unpaired(policy: PairLogps) -> Tensor:
+    """(B,) 1 for desirable and -1 for undesirable completions."""
+    if policy.unpaired is None:
+        raise ValueError("kto and bco need policy.unpaired: they are losses of completions without a pair")
+    return policy.unpaired
 
 
 def _cross_entropy(margin: Tensor, label_smoothing: float) -> Tensor:
@@ -328,7 +441,10 @@ def _validate_output(name: str, term: Callable[..., Any]) -> None:
     """Call a loss on two pairs, so that errors appear before a model is loaded."""
     tokens = torch.tensor([2, 3])
     pairs = PairLogps(torch.tensor([-3.0, -4.0]), torch.tensor([-5.0, -2.0]), tokens, tokens)
-    losses = term(pairs, replace(pairs, ranked=rank_matches(pairs, pairs)))
+    if name in ("kto", "bco"):
+        pairs = replace(pairs, unpaired=torch.tensor([1, -1]))
+    of_step = STEP_VALUES[name](pairs, pairs) if name in STEP_VALUES else None
+    losses = term(pairs, replace(pairs, of_step=of_step))
     if not isinstance(losses, Tensor) or losses.shape != (2,):
         shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(f"loss {name!r} returned {shape} for two pairs; it must return one loss per pair, (2,)")

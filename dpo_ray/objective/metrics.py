@@ -15,20 +15,38 @@ PAIR_METRICS = (
     "logps/chosen",
     "logps/rejected",
 )
+REWARDS = slice(1, 3)
+"""Those of PAIR_METRICS that are rewards of completions."""
 
 
 @torch.no_grad()
 def pair_metric_sums(losses: Tensor, policy: PairLogps, reference: PairLogps | None, beta: float) -> Tensor:
-    """Sums of PAIR_METRICS over the pairs; divide by the pairs of the global step for the means.
+    """Sums of PAIR_METRICS over the pairs, and their numbers of terms; divide those of the global step for the means.
 
     The implicit reward is ``beta * (policy - reference)`` log-probability (arXiv:2305.18290, Eq. 5, without the
     prompt's constant). Without a reference it is ``beta`` times the policy's log-probability per token
     (arXiv:2405.14734, Eq. 4), because sums would compare lengths.
 
+    Chosen are also desirable completions without a pair, rejected also undesirable ones. Their margin is the distance
+    of the reward from 0 in the right direction.
+
     Returns:
-        (7,) float64, in the order of PAIR_METRICS.
+        (2, 7) float64, sums and numbers of terms, in the order of PAIR_METRICS.
     """
     scores = per_token(policy) if reference is None else log_ratios(policy, reference)
     chosen, rejected = (beta * score for score in scores)
-    rows = (losses, chosen, rejected, chosen - rejected, (chosen > rejected).float(), policy.chosen, policy.rejected)
-    return torch.stack([row.detach().double().sum() for row in rows])
+    unpaired = torch.zeros_like(losses) if policy.unpaired is None else policy.unpaired
+    has_chosen, has_rejected = unpaired >= 0, unpaired <= 0
+    margin = torch.where(has_chosen, chosen, 0.0) - torch.where(has_rejected, rejected, 0.0)
+    every = torch.ones_like(has_chosen)
+    terms = (
+        (losses, every),
+        (chosen, has_chosen),
+        (rejected, has_rejected),
+        (margin, every),
+        ((margin > 0).float(), every),
+        (policy.chosen, has_chosen),
+        (policy.rejected, has_rejected),
+    )
+    sums = [torch.where(counts, values.detach().double(), 0.0).sum() for values, counts in terms]
+    return torch.stack((torch.stack(sums), torch.stack([counts.sum().double() for _, counts in terms])))

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +14,8 @@ from dpo_ray.data.loader import StepBatch
 from dpo_ray.data.packing import PackedRow
 from dpo_ray.model.scorer import PairLosses, pair_logps, pair_losses
 from dpo_ray.objective.logps import PairLogps
-from dpo_ray.objective.losses import rank_matches
-from dpo_ray.objective.metrics import PAIR_METRICS, pair_metric_sums
+from dpo_ray.objective.losses import STEP_VALUES
+from dpo_ray.objective.metrics import PAIR_METRICS, REWARDS, pair_metric_sums
 from dpo_ray.parallel.collectives import full_tensor, gather_values
 from dpo_ray.parallel.fsdp import reshard, set_last_micro_batch
 from dpo_ray.reference.reference import Reference
@@ -48,13 +48,13 @@ def dpo_step(trainer: Trainer, batch: StepBatch, reference: Reference, *, lr: fl
     dist.all_reduce(sums, group=trainer.dp_group)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optim.max_grad_norm)
     # Reading the numbers waits for a GPU to finish the backward pass, before a step that cannot be undone.
-    means, grad_norm = _means(sums, len(batch.pairs)), full_tensor(norm).item()
+    means, grad_norm = _means(sums), full_tensor(norm).item()
     finite = math.isfinite(means["loss"]) and math.isfinite(grad_norm)
     if finite:
         set_learning_rate(trainer.optimizer, lr)
         trainer.optimizer.step()
-        mean = (means["rewards/chosen"] + means["rewards/rejected"]) / (2 * config.loss.beta)
-        trainer.log_ratio_totals.add_(torch.tensor([mean, 1.0], dtype=torch.float64), alpha=2 * len(batch.pairs))
+        rewards, completions = sums[:, REWARDS].sum(1).tolist()
+        trainer.log_ratio_totals.add_(torch.tensor([rewards / config.loss.beta, completions], dtype=torch.float64))
     trainer.optimizer.zero_grad()
     seconds = time.perf_counter() - started
     metrics = {
@@ -73,15 +73,14 @@ def dpo_step(trainer: Trainer, batch: StepBatch, reference: Reference, *, lr: fl
 @torch.no_grad()
 def evaluate_pairs(trainer: Trainer, batches: Iterable[StepBatch], reference: Reference) -> Metrics:
     """Loss, rewards and accuracy on held-out pairs, under ``eval/``."""
-    config, sums, pairs = trainer.config.loss, _zero_sums(trainer), 0
+    config, sums = trainer.config.loss, _zero_sums(trainer)
     for batch in batches:
         for _, row, reference_logps in _rows(trainer, batch, reference):
             losses = _pair_losses(trainer, row, reference_logps)
             sums += pair_metric_sums(losses.each, losses.policy, reference_logps, config.beta)
-        pairs += len(batch.pairs)
     reshard(trainer.policy)
     dist.all_reduce(sums, group=trainer.dp_group)
-    return {f"eval/{name}": value for name, value in _means(sums, pairs).items()}
+    return {f"eval/{name}": value for name, value in _means(sums).items()}
 
 
 Row = tuple[tuple[int, ...], PackedRow, PairLogps | None]
@@ -89,31 +88,36 @@ Row = tuple[tuple[int, ...], PackedRow, PairLogps | None]
 
 
 def _rows(trainer: Trainer, batch: StepBatch, reference: Reference) -> Iterator[Row]:
-    """This rank's micro-batches; for losses that compare pairs of equal rank, after a forward pass over all of them."""
+    """This rank's micro-batches; for losses that depend on all pairs of a step, after a forward pass over these."""
     rows = ((micro.pairs, micro.row.to(trainer.device)) for micro in batch.micro_batches)
     with_reference = ((pairs, row, reference(pairs, row)) for pairs, row in rows)
-    return iter(_with_matches(trainer, list(with_reference)) if trainer.config.loss.ranked else with_reference)
+    loss = trainer.config.loss.of_step
+    return iter(with_reference if loss is None else _with_step_values(trainer, list(with_reference), STEP_VALUES[loss]))
 
 
-def _with_matches(trainer: Trainer, rows: list[Row]) -> Iterator[Row]:
-    """Adds to the reference of each pair the values of the pairs of equal rank in the global step."""
-    logps = [(pair_logps(trainer.policy, row), reference) for _, row, reference in rows]
-    of_rows = [
-        torch.stack((policy.chosen, policy.rejected, reference.chosen, reference.rejected), 1).tolist()
-        for policy, reference in logps
-        if reference is not None
-    ]
+def _with_step_values(
+    trainer: Trainer, rows: list[Row], step_values: Callable[[PairLogps, PairLogps], Tensor]
+) -> Iterator[Row]:
+    """Adds ``step_values`` of all pairs of the global step to the reference of each."""
+    of_rows = []
+    for _, row, of_reference in rows:
+        assert of_reference is not None
+        of_policy = pair_logps(trainer.policy, row)
+        logps = (of_policy.chosen, of_policy.rejected, of_reference.chosen, of_reference.rejected)
+        of_rows.append(torch.stack((*logps, row.unpaired), 1).tolist())
     local = [pair for of_row in of_rows for pair in of_row]
     # The number of pairs differs between ranks.
     gathered = gather_values(local, trainer.dp_group)
-    columns = torch.tensor([pair for of_rank in gathered for pair in of_rank]).t()  # (4, pairs of the step)
-    lengths = torch.ones_like(columns[0])  # margins and log-ratios are sums over tokens
-    of_step = (PairLogps(chosen, rejected, lengths, lengths) for chosen, rejected in columns.split(2))
-    ranked = rank_matches(*of_step)
+    *columns, unpaired = torch.tensor([pair for of_rank in gathered for pair in of_rank]).unbind(1)
+    lengths = torch.ones_like(unpaired)  # margins and log-ratios are sums over tokens
+    policy = PairLogps(columns[0], columns[1], lengths, lengths, unpaired=unpaired)
+    reference = replace(policy, chosen=columns[2], rejected=columns[3])
     first = sum(map(len, gathered[: trainer.dp_rank]))
-    splits = ranked[first : first + len(local)].to(trainer.device).split([len(pairs) for pairs, *_ in rows])
-    for (pairs, row, reference), of_row in zip(rows, splits, strict=True):
-        yield pairs, row, None if reference is None else replace(reference, ranked=of_row)
+    of_step = step_values(policy, reference)[first : first + len(local)].to(trainer.device)
+    splits = of_step.split([len(pairs) for pairs, *_ in rows])
+    for (pairs, row, of_reference), of_row in zip(rows, splits, strict=True):
+        assert of_reference is not None
+        yield pairs, row, replace(of_reference, of_step=of_row)
 
 
 def _pair_losses(trainer: Trainer, row: PackedRow, reference_logps: PairLogps | None) -> PairLosses:
@@ -137,8 +141,9 @@ def _nonfinite_pairs(
 
 
 def _zero_sums(trainer: Trainer) -> Tensor:
-    return torch.zeros(len(PAIR_METRICS), dtype=torch.float64, device=trainer.device)
+    return torch.zeros(2, len(PAIR_METRICS), dtype=torch.float64, device=trainer.device)
 
 
-def _means(sums: Tensor, pairs: int) -> dict[str, Any]:
-    return dict(zip(PAIR_METRICS, (sums / pairs).tolist(), strict=True))
+def _means(sums: Tensor) -> dict[str, Any]:
+    """Means of the metrics that have terms; ``rewards/rejected`` has none without a rejected completion."""
+    return {name: total / terms for name, total, terms in zip(PAIR_METRICS, *sums.tolist(), strict=True) if terms}

@@ -34,7 +34,8 @@ def context_parallel_errors(rank: int, model: str, weighting: Weighting) -> dict
     no pairs.
     """
     draw = np.random.default_rng(0)
-    pair = lambda *lengths: TokenPair(*(tuple(draw.integers(0, 256, n).tolist()) for n in lengths))  # noqa: E731
+    text = lambda length: tuple(draw.integers(0, 256, length).tolist())  # noqa: E731
+    pair = lambda prompt, chosen, rejected: TokenPair(text(prompt), text(chosen), text(rejected))  # noqa: E731
     pairs = [pair(*draw.integers(1, 40, 3)) for _ in range(4)]
     trajectory = pair(9, 24, 17)
     pairs.append(replace(trajectory, chosen=tuple(t if i // 5 % 2 else ~t for i, t in enumerate(trajectory.chosen))))

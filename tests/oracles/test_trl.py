@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import ragged_texts
 from tests.distributed.processes import run_ranks
 from tests.distributed.runs import offline
-from tests.oracles.trl_run import trl_simpo_steps, trl_steps
+from tests.oracles.trl_run import trl_kto_steps, trl_simpo_steps, trl_steps
 
 SAME_NAMES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
 PAIRS_PER_STEP, LR, BETA = 4, 5e-4, 0.1
@@ -28,10 +28,11 @@ def our_steps(
     *,
     lr: float = LR,
     tokens_per_micro_batch: int = 300,
+    epochs: int = 1,
 ) -> list[dict[str, Any]]:
     """Metrics of our run, four pairs per step, in float32."""
     config = {
-        "run": {"dir": str(tmp_path), "save_every": None, "export": False},
+        "run": {"dir": str(tmp_path), "save_every": None, "export": False, "epochs": epochs},
         "model": {"path": str(model), "dtype": "float32", "lora": lora},
         "reference": {"cache_dir": str(tmp_path / "cache")},
         "data": {"train": str(pairs), "shuffle": False, "strings": "raw"},  # as TRL uses strings
@@ -125,6 +126,26 @@ def test_simpo_trains_as_in_trl(tmp_path: Path, tiny_model: Path) -> None:
     ours = our_steps(1, tmp_path, tiny_model, file, {"use": "simpo", "beta": 2.0, "args": {"gamma": 0.5}})
     assert_same_steps(ours, theirs, ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins"))
     assert not (tmp_path / "cache" / "reference").exists(), "SimPO uses no reference"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_kto_trains_as_in_trl(ranks: int, tmp_path: Path, tiny_model: Path) -> None:
+    records = [
+        {
+            "prompt": [{"role": "user", "content": prompt}],
+            "completion": [{"role": "assistant", "content": answer}],
+            "label": i != 1,
+        }
+        for i, (prompt, answer, _) in enumerate(ragged_texts(PAIRS_PER_STEP))
+    ]
+    file = tmp_path / "labelled.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    weights = {"desirable_weight": 0.5, "undesirable_weight": 2.0}
+    # Ours pairs a prompt with the completion of the next record, TRL with the one before: the same in reverse order.
+    theirs = trl_kto_steps(tiny_model, records[::-1], folder=tmp_path / "trl", lr=0.01, epochs=4, beta=BETA, **weights)
+    ours = our_steps(ranks, tmp_path, tiny_model, file, {"use": "kto", "args": weights}, lr=0.01, epochs=4)
+    assert max(float(step["kl"]) for step in theirs) > 1, "the estimate counts"
+    assert_same_steps(ours, theirs, ("loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"))
 
 
 def test_adapters_train_as_in_trl(tmp_path: Path, tiny_model: Path, write_pairs: WritePairs) -> None:

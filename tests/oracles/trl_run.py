@@ -60,6 +60,17 @@ def trl_simpo_steps(
     return _train(Sequential, model, args, records)
 
 
+def trl_kto_steps(
+    model: Path, records: Sequence[Mapping[str, Any]], *, folder: Path, lr: float, epochs: int, **losses: Any
+) -> list[dict[str, Any]]:
+    """Train KTO with all records in each step; TRL estimates the KL divergence with the completion before, in turn."""
+    from trl import KTOConfig, KTOTrainer
+
+    settings = _settings(folder, len(records), len(records), lr) | {"num_train_epochs": epochs}
+    args = KTOConfig(**settings, **losses, max_length=None, gradient_checkpointing=False)
+    return _train(KTOTrainer, model, args, records)
+
+
 def _settings(folder: Path, pairs_per_step: int, pairs_per_micro_batch: int, lr: float) -> dict[str, Any]:
     return {
         "output_dir": str(folder),

@@ -204,6 +204,48 @@ def test_a_ranked_list_gives_its_pairs_by_decreasing_difference_and_no_ties(writ
     assert pairs(99) == [("b", "a", 1), ("c", "a", 1), ("b", "d", 1), ("c", "d", 1), ("d", "a", 1)]
 
 
+@pytest.mark.parametrize(
+    ("record", "prompt", "completion", "label"),
+    [
+        ({"prompt": "sky?", "completion": "blue", "label": True}, "sky?", "blue", 1),
+        ({"prompt": "sky?", "completion": "red", "label": "false"}, "sky?", "red", -1),
+        ({"prompt": [ASK], "completion": [OAK], "label": 1}, (ASK,), (OAK,), 1),
+        ({"messages": [SYSTEM, ASK, HERRING], "label": 0}, (SYSTEM, ASK), (HERRING,), -1),
+        ({"instruction": "sky?", "output": "blue", "kto_tag": True}, "sky?", "blue", 1),
+    ],
+)
+def test_completions_with_a_label_are_read_for_losses_without_pairs(
+    record: dict[str, Any], prompt: Any, completion: Any, label: int, write: Write
+):
+    (found,) = read_pairs([Part(write([record]))], examples="unpaired")
+    assert isinstance(found, PairRecord), found
+    assert (found.prompt, found.chosen, found.rejected) == (prompt, completion, completion)
+    assert found.unpaired == label
+    assert found.unread == ()
+
+
+def test_a_label_that_says_neither_is_rejected(write: Write):
+    (problem,) = read_pairs([Part(write([{"prompt": "q", "completion": "a", "label": 0.7}]))], examples="unpaired")
+    assert isinstance(problem, Problem)
+    assert problem.detail == "label: found 0.7; accepted: true, false, 1, 0, -1, desirable or undesirable"
+
+
+def test_a_pair_is_a_desirable_and_an_undesirable_completion_for_losses_without_pairs(write: Write):
+    source = write([{"prompt": "q", "completions": ["a", "b", "c"], "scores": [1, 4, 2]}])
+    found = [
+        (r.chosen, r.unpaired) for r in read_pairs([Part(source)], examples="unpaired") if isinstance(r, PairRecord)
+    ]
+    assert found == [("b", 1), ("a", -1)]
+
+
+def test_a_ranked_list_is_the_pairs_of_its_neighbours_for_losses_of_lists(write: Write):
+    source = write([{"prompt": "q", "completions": ["a", "b", "c", "d", "b"], "scores": [1, 4, 4, 2, 0]}])
+    pairs = [pair for pair in read_pairs([Part(source)], examples="lists") if isinstance(pair, PairRecord)]
+    # "b" is as good as "c" and the worst: beside "c" it makes the longest list.
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [("c", "d"), ("d", "a"), ("a", "b")]
+    assert [pair.completions for pair in pairs] == [(2, 3), (3, 0), (0, 4)]
+
+
 TOOLS = [{"type": "function", "function": {"name": "forecast", "description": "Weather of a city"}}]
 CALL = {
     "role": "assistant", "content": None,
@@ -246,7 +288,7 @@ PROBLEMS = [
         {"prompt": "[{'role': 'user', 'content': array(1)}]", "chosen": "a", "rejected": "b"},
         "which starts like a list of messages",
     ),
-    ({"prompt": "q", "completion": "a", "label": True}, "completion and label: one completion per record"),
+    ({"prompt": "q", "completion": "a", "label": True}, "one completion and a label, for loss.use: kto or bco"),
     (
         {"chosen": f"{HH} No.\n\nHuman: Why?\n\nAssistant: So.", "rejected": f"{HH} Go on."},
         "chosen: found a turn by 'Human' after the prompt",

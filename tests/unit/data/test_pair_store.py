@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_ray.config.schema import DataConfig
+from dpo_ray.config.schema import DataConfig, Examples
 from dpo_ray.data import store as store_module
 from dpo_ray.data.formats import Part
 from dpo_ray.data.records import read_pairs
@@ -72,6 +72,21 @@ def test_the_pairs_of_a_ranked_list_know_that_they_share_their_prompt_and_comple
     assert prompts == [1, 2, 2, 3, 4, 4], "records, not texts"
     # Blue and red differ by 2, blue and green by 1, green and red too: of equal differences the first counts.
     assert [of_pair[1:3] for of_pair in completions] == [[1, 1], [0, 2]], "of the first ranked list"
+
+
+@pytest.mark.parametrize("examples", ["unpaired", "unpaired_kl"])
+def test_completions_without_a_pair_stand_beside_the_next_ones_or_alone(
+    tokenizer: Any, write: Write, tmp_path: Path, examples: Examples
+):
+    records = [{"prompt": f"q{i}?", "completion": " a" * (i + 1), "label": i != 1} for i in range(3)]
+    made = RecordTokenizer(tokenizer, LIMITS, examples=examples)
+    store = prepare_pairs([write(records)], made, folder=tmp_path / "stores")
+    pairs = [store[i] for i in range(3)]
+    assert [pair.unpaired for pair in pairs] == [1, -1, 1]
+    own = [pair.chosen if pair.unpaired > 0 else pair.rejected for pair in pairs]
+    assert len(set(own)) == 3
+    beside = [pair.rejected if pair.unpaired > 0 else pair.chosen for pair in pairs]
+    assert beside == ([()] * 3 if examples == "unpaired" else [own[1], own[2], own[0]])
 
 
 def test_bad_records_are_counted_and_the_rest_is_kept(prepare: Any, write: Write):

@@ -1,16 +1,18 @@
 """The losses against numbers a reader can recompute."""
 
 import math
+import re
 from dataclasses import replace
 from math import exp, expm1, log, log1p
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from dpo_ray.config.schema import RANKED_LOSSES, LossConfig
+from dpo_ray.config.schema import STEP_LOSSES, UNPAIRED_LOSSES, LossConfig
 from dpo_ray.objective.logps import PairLogps
-from dpo_ray.objective.losses import LOSSES, build_loss, rank_matches, sigmoid
+from dpo_ray.objective.losses import LOSSES, build_loss, kl_estimate, rank_matches, sigmoid
 from dpo_ray.objective.metrics import PAIR_METRICS, pair_metric_sums
 from tests.conftest import gradient
 
@@ -91,7 +93,7 @@ def softplus(x: float) -> float:
 def test_each_loss_is_its_papers_formula(use: str, args: dict[str, float], expected: float) -> None:
     loss = build_loss(LossConfig(use=use, beta=0.5, args=args))
     policy, reference = pair(-10.0, -20.0), pair(-12.0, -15.0)
-    reference = replace(reference, ranked=rank_matches(policy, reference))
+    reference = replace(reference, of_step=rank_matches(policy, reference))
     assert loss(policy, reference).item() == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
@@ -127,6 +129,84 @@ def test_bco_shifts_rewards_by_their_mean_in_former_steps() -> None:
     assert loss(policy, reference).item() == pytest.approx(softplus(-0.25) + softplus(-3.25))
 
 
+def test_kto_compares_each_completion_with_the_kl_divergence_of_the_step() -> None:
+    # Log-ratios: desirable 2, beside it 3; undesirable -5, beside it -1. The KL estimate is (3 - 1) / 2 = 1.
+    unpaired = torch.tensor([1, -1])
+    policy = replace(pairs([-10.0, -6.0], [-12.0, -20.0]), unpaired=unpaired)
+    reference = pairs([-12.0, -5.0], [-15.0, -15.0])
+    reference = replace(reference, of_step=kl_estimate(policy, reference))
+    assert reference.of_step is not None
+    assert reference.of_step.tolist() == [[1.0], [1.0]]
+    args = {"desirable_weight": 2.0, "undesirable_weight": 3.0}
+    losses = build_loss(LossConfig(use="kto", beta=0.5, args=args))(policy, reference)
+    assert losses.tolist() == pytest.approx([2 * (1 - s(0.5 * (2 - 1))), 3 * (1 - s(0.5 * (1 + 5)))])
+
+
+def test_the_kl_estimate_is_not_negative() -> None:
+    policy = replace(pairs([-10.0], [-16.0]), unpaired=torch.tensor([1]))
+    assert kl_estimate(policy, pairs([-12.0], [-15.0])).tolist() == [[0.0]]
+
+
+def test_bco_classifies_completions_without_a_pair() -> None:
+    policy = replace(pairs([-10.0, 0.0], [0.0, -20.0]), unpaired=torch.tensor([1, -1]))
+    reference = pairs([-12.0, 0.0], [0.0, -15.0])  # log-ratios 2 and -5, and those of empty completions
+    loss = build_loss(LossConfig(use="bco", beta=0.5), torch.tensor([6.0, 4.0]))  # a mean log-ratio of 1.5
+    assert loss(policy, reference).tolist() == pytest.approx([softplus(-0.25), softplus(-3.25)])
+
+
+def ranked_lists() -> tuple[list[list[float]], PairLogps, PairLogps]:
+    """Log-ratios of lists of four, two and three completions, best first; the pairs of neighbours, and a reference."""
+    lists = [[0.5, 2.0, -1.0, -3.0], [1.0, 1.5], [-2.0, 0.0, -4.0]]
+    chosen = [ratio for ratios in lists for ratio in ratios[:-1]]
+    rejected = [ratio for ratios in lists for ratio in ratios[1:]]
+    follows = torch.tensor([i > 0 for ratios in lists for i in range(len(ratios) - 1)])
+    return lists, replace(pairs(chosen, rejected), follows=follows), pairs([0.0] * len(chosen), [0.0] * len(chosen))
+
+
+def test_plackett_luce_is_the_likelihood_of_the_rankings() -> None:
+    lists, policy, reference = ranked_lists()
+    losses = build_loss(LossConfig(use="plackett_luce", beta=0.5))(policy, reference)
+    expected = [
+        -log(exp(0.5 * ratios[i]) / sum(exp(0.5 * ratio) for ratio in ratios[i:]))
+        for ratios in lists
+        for i in range(len(ratios) - 1)
+    ]
+    assert losses.tolist() == pytest.approx(expected)
+    of_pairs = build_loss(LossConfig(use="sigmoid", beta=0.5))(policy, reference)
+    assert losses[3].item() == pytest.approx(of_pairs[3].item()), "a list of two is a pair"
+
+
+def test_lipo_weights_each_pair_of_a_list_by_the_gain_of_a_swap() -> None:
+    lists, policy, reference = ranked_lists()
+    losses = build_loss(LossConfig(use="lipo", beta=0.5))(policy, reference)
+    expected = []
+    for ratios in lists:
+        gain = [2 ** (1 - i / (len(ratios) - 1)) for i in range(len(ratios))]
+        discount = [1 / log(1 + sorted(ratios, reverse=True).index(ratio) + 1) for ratio in ratios]
+        expected += [
+            sum(
+                abs(gain[i] - gain[j]) * abs(discount[i] - discount[j]) * softplus(-0.5 * (ratios[i] - ratios[j]))
+                for j in range(i + 1, len(ratios))
+            )
+            for i in range(len(ratios) - 1)
+        ]
+    assert losses.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ({"use": ["kto", "nll"]}, "kto is of completions without a pair and other losses of pairs; use it alone"),
+        ({"use": "bco", "weighting": "wpo"}, "bco is of completions without a pair and loss.weighting: wpo of pairs"),
+        ({"use": "lipo", "weighting": "wpo"}, "loss.weighting: wpo multiplies the loss of a pair"),
+        ({"use": "kto", "divergence": "js"}, "it applies to losses of the margin of log-ratios"),
+    ],
+)
+def test_losses_of_labels_and_lists_are_rejected_beside_what_needs_pairs(loss: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        LossConfig.model_validate(loss)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("use", ["aot", "aot_unpaired"])
 def test_ranked_losses_of_parts_add_up_to_the_sorted_ones_of_the_step(use: str, smoothing: float) -> None:
@@ -136,7 +216,7 @@ def test_ranked_losses_of_parts_add_up_to_the_sorted_ones_of_the_step(use: str, 
     )
     for logps in (policy.chosen, policy.rejected):
         logps.requires_grad_()
-    ranked = replace(reference, ranked=rank_matches(policy, reference))
+    ranked = replace(reference, of_step=rank_matches(policy, reference))
     loss = build_loss(LossConfig(use=use, beta=0.5, args={"label_smoothing": smoothing}))
     parts = torch.cat([loss(policy.of(part), ranked.of(part)) for part in (slice(0, 3), slice(3, 4), slice(4, 7))])
 
@@ -172,14 +252,15 @@ def test_ipo_is_zero_where_the_margin_per_token_is_half_of_one_over_beta() -> No
     assert build_loss(LossConfig(use="ipo", beta=0.1))(pair(0.0, -25.0), pair(-12.0, -15.0)).item() == 0.0
 
 
-@pytest.mark.parametrize("use", [use for use in LOSSES if use not in RANKED_LOSSES])
+@pytest.mark.parametrize("use", [use for use in LOSSES if use not in STEP_LOSSES])
 def test_every_loss_has_the_gradient_of_its_values(use: str) -> None:
     loss = build_loss(LossConfig(use=use, beta=0.5))
     chosen, rejected = (torch.tensor([x], dtype=torch.float64) for x in (-12.0, -15.0))
     reference = PairLogps(chosen, rejected, *lengths())
 
     def value(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-        return loss(PairLogps(chosen, rejected, *lengths()), reference)
+        unpaired = torch.tensor([1]) if use in UNPAIRED_LOSSES else None
+        return loss(PairLogps(chosen, rejected, *lengths(), unpaired=unpaired), reference)
 
     at = [torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in (-12.5, -14.0)]
     assert torch.autograd.gradcheck(value, at)
@@ -233,7 +314,8 @@ def needs_more(policy: PairLogps, reference: PairLogps, *, alpha: float) -> torc
 
 def test_metrics_are_sums_over_the_pairs() -> None:
     policy, reference = pairs([-10.0, -4.0], [-20.0, -1.0]), pairs([-12.0, -4.0], [-15.0, -2.0])
-    sums = pair_metric_sums(torch.tensor([0.25, 0.75]), policy, reference, beta=0.5)
+    sums, terms = pair_metric_sums(torch.tensor([0.25, 0.75]), policy, reference, beta=0.5)
+    assert terms.tolist() == [2] * 7
     assert dict(zip(PAIR_METRICS, sums.tolist(), strict=True)) == {
         "loss": 1.0,
         "rewards/chosen": 1.0,  # 0.5 * 2 and 0.5 * 0
@@ -245,9 +327,24 @@ def test_metrics_are_sums_over_the_pairs() -> None:
     }
 
 
+def test_metrics_of_completions_without_a_pair_count_each_completion_once() -> None:
+    # The second value of each is of a completion of another prompt.
+    policy = replace(pairs([-10.0, -4.0], [-20.0, -1.0]), unpaired=torch.tensor([1, -1]))
+    sums, terms = pair_metric_sums(torch.tensor([0.25, 0.75]), policy, pairs([-12.0, -4.0], [-15.0, -2.0]), beta=0.5)
+    assert dict(zip(PAIR_METRICS, zip(sums.tolist(), terms.tolist(), strict=True), strict=True)) == {
+        "loss": (1.0, 2),
+        "rewards/chosen": (1.0, 1),  # 0.5 * 2
+        "rewards/rejected": (0.5, 1),  # 0.5 * 1
+        "rewards/margins": (0.5, 2),  # 1 - 0.5: the undesirable one got more likely
+        "rewards/accuracies": (1.0, 2),
+        "logps/chosen": (-10.0, 1),
+        "logps/rejected": (-1.0, 1),
+    }
+
+
 def test_without_a_reference_rewards_are_log_probabilities_per_token() -> None:
     # 0.5 * -10 / 4 = -1.25 and 0.5 * -20 / 5 = -2
-    sums = pair_metric_sums(torch.tensor([1.0]), pair(-10.0, -20.0), None, beta=0.5)
+    sums, _ = pair_metric_sums(torch.tensor([1.0]), pair(-10.0, -20.0), None, beta=0.5)
     found = dict(zip(PAIR_METRICS, sums.tolist(), strict=True))
     assert (found["rewards/chosen"], found["rewards/rejected"], found["rewards/margins"]) == (-1.25, -2.0, 0.75)
     assert found["rewards/accuracies"] == 1.0
