@@ -97,11 +97,14 @@ class DataReport:
     """None if no record was kept."""
     chosen: LengthStats | None
     rejected: LengthStats | None
+    examples: int = 0
+    """Pairs, or completions without a pair, that the kept records became; 0 for prompts."""
 
     def text(self, name: str = "data") -> str:
         """The report as lines of text, prefixed with ``name``."""
         dropped = sum(tally.count for tally in self.dropped.values())
-        lines = [f"{name}: {self.read:,} records read, {self.kept:,} kept, {dropped:,} dropped"]
+        made = f" as {self.examples:,} pairs or completions" if self.examples > self.kept else ""
+        lines = [f"{name}: {self.read:,} records read, {self.kept:,} kept{made}, {dropped:,} dropped"]
         lines += _tally_lines(self.dropped)
         if self.notes:
             lines += ["  notes on kept records:", *_tally_lines(self.notes)]
@@ -137,7 +140,8 @@ class DataReportBuilder:
     """Counts records as they are read."""
 
     def __init__(self) -> None:
-        self.kept = 0
+        self.kept = self.examples = 0
+        self._last: tuple[str, int] | None = None
         self._dropped: dict[str, Tally] = {}
         self._notes: dict[str, Tally] = {}
         self._unread: Counter[str] = Counter()
@@ -152,7 +156,17 @@ class DataReportBuilder:
         _add(self._dropped, problem.reason, Tally(1, (Example(problem.source, problem.number, problem.detail),)))
 
     def keep(self, source: str, number: int, notes: Sequence[tuple[str, str]] = (), unread: Sequence[str] = ()) -> None:
-        """Count a kept record, the notes on it (reason and detail) and its fields that were not read."""
+        """Count a pair or prompt of a kept record; and the record, the notes on it and its fields that were not read.
+
+        The pairs of a record follow each other, and it counts once.
+
+        Args:
+            notes: reason and detail of each.
+        """
+        self.examples += 1
+        if self._last == (source, number):
+            return
+        self._last = source, number
         self.kept += 1
         self._unread.update(unread)
         for note, detail in notes:
@@ -160,17 +174,20 @@ class DataReportBuilder:
 
     def add(self, other: "DataReportBuilder") -> None:
         """Add the counts of another builder, whose records follow."""
-        self.kept += other.kept
+        self.kept, self.examples = self.kept + other.kept, self.examples + other.examples
         self._unread.update(other._unread)
         for tallies, added in ((self._dropped, other._dropped), (self._notes, other._notes)):
             for reason, tally in added.items():
                 _add(tallies, reason, tally)
 
     def build(self, lengths: np.ndarray) -> DataReport:
-        """The report. ``lengths`` is (kept, 3) tokens of prompt, chosen and rejected, or (kept, 1) of prompts alone."""
-        stats = [_length_stats(tokens) if tokens.size else None for tokens in lengths.T]
-        stats += [None] * (3 - len(stats))
-        return DataReport(self.read, self.kept, dict(self._dropped), dict(self._notes), dict(self._unread), *stats)
+        """The report. ``lengths`` is (n, 3) tokens of prompt, chosen and rejected, or (n, 1) of prompts alone."""
+        # A completion without a pair may have nothing in the other's place.
+        stats = [_length_stats(tokens[tokens > 0]) if tokens.any() else None for tokens in lengths.T]
+        examples = self.examples if len(stats) == 3 else 0
+        prompt, chosen, rejected = (*stats, None, None)[:3]
+        counts = dict(self._dropped), dict(self._notes), dict(self._unread)
+        return DataReport(self.read, self.kept, *counts, prompt, chosen, rejected, examples)
 
 
 def _add(tallies: dict[str, Tally], reason: str, tally: Tally) -> None:
