@@ -55,8 +55,7 @@ def train_online(
     """Trains through ``online.rounds`` rounds; a requested stop takes effect after the round in training."""
     assert config.online is not None
     online = config.online
-    reporter.phase("loading")
-    trainer = build_trainer(config, device)
+    trainer = build_trainer(config, device, reporter)
     frozen = load_frozen_reference(trainer)
     evaluator = PromptEvaluator(trainer, rounds, frozen, reporter, total=online.rounds)
     skips = config.optim.max_skipped_steps
