@@ -4,8 +4,8 @@ A micro-batch is one row without padding. In the shared layout a prompt and all 
 pair prompt | chosen | rejected: completions attend to the prompt and to themselves, and their positions continue from
 the prompt, so the prompt is computed once. Pairs of one prompt that follow each other share the span, and a completion
 that is part of several of them. In the plain layout each completion has a span of its own, with a copy of the prompt;
-tests compare the shared layout with it. The padded layout is a plain row that the model computes as a batch of sequences,
-padded to the longest, for layers that would mix the sequences of a row.
+tests compare the shared layout with it. The padded layout is a plain row that the model computes as a batch of
+sequences, padded to the longest, for layers that would mix the sequences of a row.
 
 T = tokens of the row, C = completion tokens, N = labels: completion tokens that carry loss, B = pairs, S = sequences:
 completions with their prompts
