@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
 
 from dpo_ray.config.schema import ModelConfig
@@ -32,7 +33,7 @@ PROCESSOR_FILES = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME)
 
 
 def named_weights(policy: Scorer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Full weights with adapters merged, one at a time, under the names of the Hugging Face checkpoint.
+    """Full weights with adapters merged, one at a time, under their names in the model.
 
     Each weight is gathered by a collective, so every rank must iterate to the end. Tied weights are yielded once.
 
@@ -52,6 +53,12 @@ def named_weights(policy: Scorer, dtype: torch.dtype) -> Iterator[tuple[str, Ten
         else:
             weight = full_tensor(parameter.detach().to(dtype))
         yield name.replace(BASE_LAYER, "."), weight
+
+
+def checkpoint_weights(policy: Scorer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """``named_weights`` as a Hugging Face checkpoint has them: other names, and experts one by one, in some models."""
+    for name, weight in named_weights(policy, dtype):
+        yield from revert_weight_conversion(policy.model, {name: weight}).items()
 
 
 def export_policy(policy: Scorer, model: ModelConfig, tokenizer: PreTrainedTokenizerBase, run_dir: Path) -> None:
@@ -87,7 +94,7 @@ def save_adapter(weights: dict[str, Tensor], model: ModelConfig, folder: Path) -
 
 
 def save_policy(weights: Mapping[str, Tensor], model: ModelConfig, folder: Path) -> None:
-    """Save full weights, under the names of the Hugging Face checkpoint, as a Hugging Face directory."""
+    """Save full weights, under their names in the model, as a Hugging Face directory."""
     empty = build_model(model, with_weights=False, dtype=DTYPES[model.dtype])
     if head_is_tied(empty) and weight_name(empty.get_output_embeddings(), empty) in weights:
         untie_head(empty)
