@@ -134,7 +134,8 @@ def test_a_run_is_stopped_resumed_and_exported_for_each_family(
 def transformers_logps(config: Config, folder: Path) -> tuple[float, float]:
     """Mean log-probabilities of the chosen and rejected completions by transformers' own forward pass, in float32."""
     pairs = prepare_pairs(config.data.eval, load_record_tokenizer(config), folder=folder / "data")
-    model: Any = auto_class(read_model_config(str(folder))).from_pretrained(folder, dtype=torch.float32)
+    loader: Any = auto_class(read_model_config(str(folder)))
+    model = loader.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         logps = [
             [exact_logp(model, pair.prompt, ids).item() for ids in (pair.chosen, pair.rejected)]
