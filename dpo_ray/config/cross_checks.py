@@ -24,9 +24,9 @@ def validate_router_loss(shard: schema.ShardConfig, loss: schema.LossConfig) -> 
 
 def validate_layers(shard: schema.ShardConfig, model: schema.ModelConfig, optim: schema.OptimConfig) -> None:
     """Check that layers can be sharded, compiled and checkpointed as configured."""
-    if shard.context_parallel > 1 and model.attention == "sdpa":
+    if shard.context_parallel > 1 and model.attention in ("sdpa", "padded"):
         raise ValueError(
-            "model.attention: sdpa needs whole rows, which shard.context_parallel "
+            f"model.attention: {model.attention} needs whole rows, which shard.context_parallel "
             f"({shard.context_parallel}) splits; set model.attention: auto or flex"
         )
     unsupported = {

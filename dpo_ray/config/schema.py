@@ -182,9 +182,12 @@ class ModelConfig(Section):
     """Hub id or directory of a Hugging Face causal language model."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype. Master weights, gradient reduction and log-probabilities are always float32."""
-    attention: Literal["auto", "flex", "sdpa"] = "auto"
+    attention: Literal["auto", "flex", "sdpa", "padded"] = "auto"
     """Attention implementation. flex: flex_attention with a block mask, GPUs only. sdpa: scaled_dot_product_attention
-    with a dense mask over the packed row; slow. auto: flex on GPUs; on CPUs, torch's flash kernel for each pair."""
+    with a dense mask over the packed row; slow. padded: transformers' own attention, over a padded batch with one
+    completion per row instead of a packed row, whatever optim.layout is. auto: padded for architectures that would mix
+    the sequences of a packed row, such as those with recurrent layers; otherwise flex on GPUs and, on CPUs, torch's
+    flash kernel for each pair."""
     fp8: bool = False
     """Run the matrix products of decoder layers in float8, on GPUs that support it (needs torchao: pip install
     'dpo-ray[low_bit]'). Weights are stored and gathered as usual. Faster for large models with shard.compile."""
@@ -401,10 +404,11 @@ class OptimConfig(Section):
     pairs_per_step: int = Field(32, ge=1)
     """Global batch size: pairs per optimizer step over all workers."""
     tokens_per_micro_batch: int = Field(4096, ge=1)
-    """Maximum tokens per micro-batch of one worker; a longer pair forms a micro-batch of its own. With
-    shard.context_parallel the limit is multiplied by the number of workers that share a row."""
+    """Maximum tokens per micro-batch of one worker, with padding if there is any; a longer pair forms a micro-batch of
+    its own. With shard.context_parallel the limit is multiplied by the number of workers that share a row."""
     layout: Literal["shared", "plain"] = "shared"
-    """shared computes the prompt once per pair. plain computes it once per completion; slower, for comparison."""
+    """shared computes the prompt once per pair. plain computes it once per completion; slower, for comparison.
+    Without effect where batches are padded; see model.attention."""
 
 
 def _checkpointing_mode(value: Any) -> Any:

@@ -3,6 +3,7 @@
 B = items, P = prompts
 """
 
+import bisect
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,22 +78,25 @@ class Assignment:
 
 
 def balance_micro_batches(
-    tokens: np.ndarray, costs: np.ndarray, *, ranks: int, tokens_per_micro_batch: int
+    tokens: np.ndarray, costs: np.ndarray, *, ranks: int, tokens_per_micro_batch: int, padded: bool = False
 ) -> Assignment:
     """Assign items to micro-batches and ranks, with nearly equal cost over the ranks at every turn.
 
     Every rank gets the same number of micro-batches, because each runs collectives; as few as the token limit allows.
-    Items are assigned by descending cost to the cheapest micro-batch with room.
+    Items are assigned by descending cost to the cheapest micro-batch with room; if they are padded, items of like
+    length share a micro-batch.
 
     Args:
         tokens: (B,) tokens of each item.
         costs: (B,) time of each item, in any unit.
         tokens_per_micro_batch: maximum tokens of a micro-batch; a longer item forms its own.
+        padded: items are padded to the longest of their micro-batch, and the padding counts.
     """
+    fill = _fill_padded if padded else _fill_packed
     largest_first = np.argsort(-costs, kind="stable").tolist()
     # An item over the limit fills exactly one micro-batch.
     turns = max(1, -(-int(np.minimum(tokens, tokens_per_micro_batch).sum()) // (ranks * tokens_per_micro_batch)))
-    while (filled := _fill_micro_batches(largest_first, tokens, costs, turns * ranks, tokens_per_micro_batch)) is None:
+    while (filled := fill(largest_first, tokens, costs, turns * ranks, tokens_per_micro_batch)) is None:
         turns += 1
     filled.sort(key=lambda batch: -batch[0])
     by_rank: list[list[tuple[int, ...]]] = [[] for _ in range(ranks)]
@@ -107,7 +111,7 @@ def balance_micro_batches(
     return Assignment(tuple(map(tuple, by_rank)), waited / total if total else 0.0)
 
 
-def _fill_micro_batches(
+def _fill_packed(
     items: Sequence[int], tokens: np.ndarray, costs: np.ndarray, batches: int, limit: int
 ) -> list[tuple[float, tuple[int, ...]]] | None:
     """Cost and items of each micro-batch; None if the items do not fit."""
@@ -124,3 +128,27 @@ def _fill_micro_batches(
         for batch in ((cost + float(costs[item]), n, used + size, content), *full):
             heapq.heappush(heap, batch)
     return [(cost, tuple(sorted(content))) for cost, _, _, content in heap]
+
+
+def _fill_padded(
+    items: Sequence[int], tokens: np.ndarray, costs: np.ndarray, batches: int, limit: int
+) -> list[tuple[float, tuple[int, ...]]] | None:
+    """As ``_fill_packed``, for items that are padded; a lower limit is taken if it suffices, for more even costs."""
+    longest_first = sorted(items, key=lambda item: -tokens[item])
+    split = lambda limit: _split_padded(longest_first, tokens, limit)  # noqa: E731
+    if len(split(limit)) > batches:
+        return None
+    limits = range(1, limit + 1)
+    even = split(limits[bisect.bisect_left(limits, True, key=lambda limit: len(split(limit)) <= batches)])
+    even += [()] * (batches - len(even))
+    return [(len(batch) * max((float(costs[i]) for i in batch), default=0.0), tuple(sorted(batch))) for batch in even]
+
+
+def _split_padded(longest_first: Sequence[int], tokens: np.ndarray, limit: int) -> list[tuple[int, ...]]:
+    """Consecutive items as micro-batches of at most ``limit`` tokens with padding, or of a single item."""
+    batches, start = [], 0
+    while start < len(longest_first):
+        count = max(1, limit // int(tokens[longest_first[start]]))
+        batches.append(tuple(longest_first[start : start + count]))
+        start += count
+    return batches

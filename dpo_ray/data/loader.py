@@ -127,6 +127,7 @@ def micro_batches(
         tokens + shape.attention_cost * attended(lengths),
         ranks=shape.dp_size,
         tokens_per_micro_batch=shape.tokens_per_micro_batch,
+        padded=shape.layout == "padded",
     )
     indices = (tuple(pair for i in batch for pair in items[i]) for batch in assignment.micro_batches[shape.dp_rank])
     batches = tuple(MicroBatch(batch, build_row([source[i] for i in batch], shape.layout)) for batch in indices)
@@ -136,7 +137,7 @@ def micro_batches(
 def _prompts(source: PairSource, pairs: Sequence[int], layout: Layout) -> tuple[list[tuple[int, ...]], np.ndarray]:
     """Pairs of each of P prompts, and (P, 1 + K) tokens of prompt and completions, filled up with zeros."""
     lengths = np.asarray(source.lengths[list(pairs)])
-    if source.members is None or layout == "plain" or not len(pairs):
+    if source.members is None or layout != "shared" or not len(pairs):
         return [(pair,) for pair in pairs], lengths
     members = np.asarray(source.members[list(pairs)])
     starts = np.flatnonzero(np.diff(members[:, 0], prepend=-1))

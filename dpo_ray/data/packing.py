@@ -4,7 +4,8 @@ A micro-batch is one row without padding. In the shared layout a prompt and all 
 pair prompt | chosen | rejected: completions attend to the prompt and to themselves, and their positions continue from
 the prompt, so the prompt is computed once. Pairs of one prompt that follow each other share the span, and a completion
 that is part of several of them. In the plain layout each completion has a span of its own, with a copy of the prompt;
-tests compare the shared layout with it.
+tests compare the shared layout with it. The padded layout is a plain row that the model computes as a batch of
+sequences, padded to the longest, for layers that would mix the sequences of a row.
 
 T = tokens of the row, C = completion tokens, N = labels: completion tokens that carry loss, B = pairs, S = sequences:
 completions with their prompts
@@ -22,7 +23,7 @@ from torch import Tensor
 from dpo_ray.objective.head import Counts
 from dpo_ray.types import TokenPair, TokenSample
 
-Layout = Literal["shared", "plain"]
+Layout = Literal["shared", "plain", "padded"]
 
 
 class Span(tuple[int, ...]):
@@ -95,16 +96,27 @@ def attention_mask(spans: Sequence[Span], device: torch.device | None = None) ->
     return visible.tril()[None, None]
 
 
+def padded_positions(spans: Sequence[Span]) -> tuple[tuple[int, int], np.ndarray]:
+    """Place of a plain row's tokens in a batch of its S sequences, padded on the right to the longest, L.
+
+    Returns:
+        (S, L), and (T,) positions of the tokens among the S * L of the flattened batch.
+    """
+    lengths = np.array([sum(span) for span in spans], np.int64)
+    is_token = np.arange(lengths.max()) < lengths[:, None]
+    return is_token.shape, np.flatnonzero(is_token)
+
+
 def build_row(pairs: Sequence[TokenPair], layout: Layout) -> PackedRow:
     """Pack pairs into one row.
 
     Consecutive pairs of the same prompt are one span in the ``shared`` layout, with each of their completions once. In
-    the ``plain`` layout each completion of each pair is a span.
+    the other layouts each completion of each pair is a span.
 
     Without pairs, the row is a single token without labels: a rank without work still takes part in collectives.
     """
     unpaired = [pair.unpaired for pair in pairs]
-    if layout == "plain":
+    if layout != "shared":
         spans = [(pair.prompt, completion) for pair in pairs for completion in (pair.chosen, pair.rejected)]
         return _pack(spans, [[(0, 1)] for _ in pairs], unpaired, spans_per_prompt=2)
     same_prompt = [list(group) for _, group in groupby(pairs, key=lambda pair: pair.prompt)]
@@ -223,6 +235,13 @@ def token_limits(spans: Sequence[Span]) -> Limits:
 
 
 def row_tokens(lengths: np.ndarray, layout: Layout) -> np.ndarray:
-    """(P,) row length of each prompt in tokens; ``lengths`` is (P, 1 + K) tokens of the prompt and its completions."""
-    copies = lengths.shape[1] - 1 if layout == "plain" else 1
-    return lengths[:, 0] * copies + lengths[:, 1:].sum(1)
+    """(P,) tokens that each prompt is computed as; ``lengths`` is (P, 1 + K) tokens of prompt and completions."""
+    prompt, completions = lengths[:, 0], lengths[:, 1:]
+    copies = completions.shape[1]
+    match layout:
+        case "shared":
+            return prompt + completions.sum(1)
+        case "plain":
+            return copies * prompt + completions.sum(1)
+        case "padded":
+            return copies * (prompt + completions.max(1))

@@ -76,7 +76,7 @@ def validate_training(config: Config) -> None:
     build_loss(config.loss)
     bind_optimizer(config.optim)
     read_model_config(config.model.path)
-    if config.shard.tensor_parallel > 1:
-        from dpo_ray.model.load import validate_tensor_parallel  # takes seconds to import
+    if config.shard.tensor_parallel > 1 or config.shard.context_parallel > 1 or config.model.attention != "auto":
+        from dpo_ray.model.load import validate_model  # takes seconds to import
 
-        validate_tensor_parallel(config.model, config.shard.tensor_parallel)
+        validate_model(config.model, config.shard)

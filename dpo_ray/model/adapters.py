@@ -1,10 +1,12 @@
 """LoRA adapters (peft) in a frozen model: adding them, disabling them for the reference, merging them."""
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from dpo_ray.config.schema import LoraConfig
+from dpo_ray.model.architecture import other_modalities
 from dpo_ray.model.quantized import quantize_base
 from dpo_ray.parallel.collectives import full_tensor
 from dpo_ray.storage import error_summary
@@ -30,7 +32,7 @@ def add_adapters(model: "PreTrainedModel", lora: LoraConfig) -> None:
     from peft.tuners.lora import LoraLayer
 
     try:
-        inject_adapter_in_model(peft_config(lora), model, adapter_name=ADAPTER)
+        inject_adapter_in_model(peft_config(lora, model), model, adapter_name=ADAPTER)
     except ValueError as error:
         raise ValueError(f"model.lora.targets: {lora.targets!r}: {error_summary(error)}") from None
     for name, module in model.named_modules():
@@ -75,13 +77,16 @@ def adapter_product(layer: Any) -> Tensor:
     return layer.scaling[ADAPTER] * (b @ a)
 
 
-def peft_config(lora: LoraConfig) -> "PeftConfig":
-    """peft's configuration of the adapters."""
+def peft_config(lora: LoraConfig, model: "PreTrainedModel") -> "PeftConfig":
+    """peft's configuration of the adapters, none of them in parts of ``model`` for other modalities than text."""
     from peft import LoraConfig as PeftConfig
 
+    others = set(other_modalities(model))
+    excluded = [re.escape(name) for name, module in model.named_modules() if module in others]
     return PeftConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
+        exclude_modules=rf"({'|'.join(excluded)})\..*" if excluded else None,
         task_type="CAUSAL_LM",
     )

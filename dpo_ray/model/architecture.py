@@ -2,11 +2,18 @@
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import AutoConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
 
 from dpo_ray.ops.windows import layer_windows
@@ -39,43 +46,101 @@ PACKED_WINDOWS = frozenset(
     ]
 )
 """Architectures (text configurations) whose local attention is tested to be exact in packed rows."""
+UNTRAINABLE: Mapping[str, str] = {
+    "rwkv": "whose backward pass in transformers fails without a CUDA kernel of its own",
+    "xlstm": "whose forward pass in transformers fails without a state",
+    "zamba": "whose layers share weights, which FSDP cannot shard by layer",
+    "zamba2": "whose layers share weights, which FSDP cannot shard by layer",
+}
+"""Architectures that no layout of the rows makes trainable, and why."""
 
 
 def read_model_config(path: str) -> "PreTrainedConfig":
     """Configuration of the model at ``path``.
 
     Raises:
-        ValueError: no model can be read from ``path``, or packed rows do not support some layers.
+        ValueError: no model can be read from ``path``, or its architecture cannot be trained.
     """
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         where = "" if Path(path).is_dir() else " (not a local folder, so taken as a name on the hub)"
         raise ValueError(f"model.path: cannot read a model from {path!r}{where}: {error_summary(error)}") from None
-    _validate_layer_types(path, config.get_text_config())
+    if config.model_type in UNTRAINABLE:
+        raise ValueError(f"model.path: {path!r} is a {config.model_type}, {UNTRAINABLE[config.model_type]}")
     return config
 
 
-def _validate_layer_types(path: str, config: "PreTrainedConfig") -> None:
-    if getattr(config, "attn_temperature_tuning", False):  # Llama 4 takes the index in the row as position
-        raise ValueError(
-            f"model.path: {path!r} is a {config.model_type} with attn_temperature_tuning, which is not supported in "
-            "packed rows"
-        )
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    windows = layer_windows(config)
-    is_local = any(windows.values()) and config.model_type not in PACKED_WINDOWS
-    if unsupported := layer_types - set(windows) or {name for name, window in windows.items() if window and is_local}:
-        raise ValueError(
-            f"model.path: {path!r} is a {config.model_type} with layers of {', '.join(sorted(unsupported))}, which are "
-            "not supported in packed rows"
-        )
+def is_composite(config: "PreTrainedConfig") -> bool:
+    """True if the model has a language model among others, such as a vision tower."""
+    return config.get_text_config() is not config and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def _architecture(config: "PreTrainedConfig") -> Any:
+    mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if is_composite(config) else MODEL_FOR_CAUSAL_LM_MAPPING
+    return mapping.get(type(config), None)
+
+
+def auto_class(config: "PreTrainedConfig") -> type["AutoModelForCausalLM | AutoModelForImageTextToText"]:
+    """The class that builds and loads all parts of the model."""
+    return AutoModelForImageTextToText if is_composite(config) else AutoModelForCausalLM
+
+
+def packing_obstacle(config: "PreTrainedConfig") -> str | None:
+    """The feature that packed rows do not support, as a verb phrase for messages; None if they are exact."""
+    architecture, text = _architecture(config), config.get_text_config()
+    layer_types = set(getattr(text, "layer_types", None) or ())
+    windows = layer_windows(text)
+    if unknown := layer_types - set(windows):
+        return f"has layers of {', '.join(sorted(unknown))}"
+    if getattr(architecture, "_is_stateful", False):
+        return "has layers with a state"
+    if any(windows.values()) and text.model_type not in PACKED_WINDOWS:
+        return "has local attention that is not tested in packed rows"
+    if getattr(text, "attn_temperature_tuning", False):
+        return "scales attention by the index in the row (attn_temperature_tuning)"
+    if not getattr(architecture, "_supports_attention_backend", True):
+        return "has an attention that cannot be replaced"
+    return None
+
+
+def computes_with_sdpa(config: "PreTrainedConfig") -> bool:
+    """True if torch's sdpa computes the attention of the architecture."""
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return getattr(_architecture(config), "_supports_sdpa", True) and not capped
+
+
+def other_modalities(model: "PreTrainedModel") -> list[nn.Module]:
+    """The modules that text does not pass through, such as a vision tower and its projector; the topmost ones."""
+    if not is_composite(model.config):
+        return []
+    return list(_topmost_without(model, {module for part in _text_parts(model) for module in part.modules()}))
+
+
+def freeze_other_modalities(model: "PreTrainedModel") -> None:
+    """Freeze all weights but those of the decoder and the head."""
+    model.requires_grad_(False)
+    for part in _text_parts(model):
+        part.requires_grad_(True)
+
+
+def _text_parts(model: "PreTrainedModel") -> tuple[nn.Module, nn.Module]:
+    head: Any = model.get_output_embeddings()
+    return decoder_of(model), head
+
+
+def _topmost_without(module: nn.Module, used: set[nn.Module]) -> Iterator[nn.Module]:
+    for child in module.children():
+        if used.isdisjoint(child.modules()):
+            yield child
+        elif child not in used:
+            yield from _topmost_without(child, used)
 
 
 def decoder_of(model: "PreTrainedModel") -> nn.Module:
-    """The part of a causal language model that maps token ids to hidden states."""
+    """The part of a language model that maps token ids to hidden states."""
     decoder: Any = model.get_decoder()
-    return decoder.model if decoder is model else decoder
+    return decoder.model if decoder.get_output_embeddings() is not None else decoder
 
 
 def decoder_layers(model: "PreTrainedModel") -> nn.ModuleList:

@@ -1,6 +1,7 @@
 """Full weights of a sharded policy: saved to a Hugging Face directory, or streamed to the rollout engines."""
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -11,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
 
 from dpo_ray.config.schema import ModelConfig
 from dpo_ray.model.adapters import ADAPTER, adapter_product, peft_config
@@ -25,10 +28,12 @@ BASE_LAYER = ".base_layer."
 """peft inserts it into the names of weights with adapters."""
 CONFIG_FILES = ("config.json", "adapter_config.json")
 """Files that make a folder a Hugging Face or peft directory."""
+PROCESSOR_FILES = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME)
+"""Files that models with other modalities than text have beside those of the tokenizer."""
 
 
 def named_weights(policy: Scorer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Full weights with adapters merged, one at a time, under the names of the Hugging Face checkpoint.
+    """Full weights with adapters merged, one at a time, under their names in the model.
 
     Each weight is gathered by a collective, so every rank must iterate to the end. Tied weights are yielded once.
 
@@ -48,6 +53,12 @@ def named_weights(policy: Scorer, dtype: torch.dtype) -> Iterator[tuple[str, Ten
         else:
             weight = full_tensor(parameter.detach().to(dtype))
         yield name.replace(BASE_LAYER, "."), weight
+
+
+def checkpoint_weights(policy: Scorer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """``named_weights`` as a Hugging Face checkpoint has them: other names, and experts one by one, in some models."""
+    for name, weight in named_weights(policy, dtype):
+        yield from revert_weight_conversion(policy.model, {name: weight}).items()
 
 
 def export_policy(policy: Scorer, model: ModelConfig, tokenizer: PreTrainedTokenizerBase, run_dir: Path) -> None:
@@ -75,14 +86,15 @@ def save_adapter(weights: dict[str, Tensor], model: ModelConfig, folder: Path) -
     from peft import get_peft_model
 
     assert model.lora is not None
-    config = peft_config(model.lora)
+    built = build_model(model, with_weights=False)
+    config = peft_config(model.lora, built)
     config.base_model_name_or_path = model.path
-    empty = get_peft_model(build_model(model, with_weights=False), config, adapter_name=ADAPTER)
+    empty = get_peft_model(built, config, adapter_name=ADAPTER)
     empty.save_pretrained(str(folder), state_dict={f"base_model.model.{name}": w for name, w in weights.items()})
 
 
 def save_policy(weights: Mapping[str, Tensor], model: ModelConfig, folder: Path) -> None:
-    """Save full weights, under the names of the Hugging Face checkpoint, as a Hugging Face directory."""
+    """Save full weights, under their names in the model, as a Hugging Face directory."""
     empty = build_model(model, with_weights=False, dtype=DTYPES[model.dtype])
     if head_is_tied(empty) and weight_name(empty.get_output_embeddings(), empty) in weights:
         untie_head(empty)
@@ -90,6 +102,9 @@ def save_policy(weights: Mapping[str, Tensor], model: ModelConfig, folder: Path)
     with contextlib.suppress(OSError):  # a model without this file uses its configuration
         empty.generation_config = GenerationConfig.from_pretrained(model.path)
     empty.save_pretrained(folder, state_dict=dict(weights))
+    for name in PROCESSOR_FILES:
+        if file := cached_file(model.path, name, _raise_exceptions_for_missing_entries=False):
+            shutil.copyfile(file, folder / name)
 
 
 def weight_name(layer: nn.Module | None, model: nn.Module) -> str:

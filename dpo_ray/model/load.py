@@ -11,14 +11,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dpo_ray.config.schema import ModelConfig, ShardConfig
 from dpo_ray.model.adapters import add_adapters
-from dpo_ray.model.architecture import decoder_layers, decoder_of, read_model_config
+from dpo_ray.model.architecture import (
+    auto_class,
+    computes_with_sdpa,
+    decoder_layers,
+    decoder_of,
+    freeze_other_modalities,
+    other_modalities,
+    packing_obstacle,
+    read_model_config,
+)
 from dpo_ray.model.scorer import Scorer
 from dpo_ray.objective.precision import DTYPES
-from dpo_ray.ops.attention import PACKED, packed_attention
+from dpo_ray.ops.attention import MASKED, PACKED, packed_attention
 from dpo_ray.ops.flex import FLEX, flex_packed_attention
 from dpo_ray.ops.float8 import use_float8, validate_float8_device
 from dpo_ray.ops.linear import use_float32_products
@@ -33,7 +43,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ATTENTION: Mapping[str, str] = {"packed": PACKED, "flex": FLEX, "sdpa": "sdpa"}
+PACKED_ATTENTION: Mapping[str, str] = {"packed": PACKED, "flex": FLEX, "sdpa": MASKED}
 """Setting of ``model.attention`` -> name in transformers' ``AttentionInterface``."""
 
 
@@ -43,33 +53,53 @@ def resolve_attention(setting: str, device_type: str) -> str:
     return auto if setting == "auto" else setting
 
 
+def attention_implementation(model: ModelConfig, config: "PreTrainedConfig", device_type: str) -> str:
+    """Name of the attention in transformers' ``AttentionInterface``; of its own ones for padded batches.
+
+    Raises:
+        ValueError: ``model.attention`` needs packed rows, or a kernel, that the architecture does not support.
+    """
+    obstacle, has_sdpa = packing_obstacle(config), computes_with_sdpa(config)
+    if model.attention == "padded" or (model.attention == "auto" and obstacle):
+        return "sdpa" if has_sdpa else "eager"
+    subject = f"model.path: {model.path!r} is a {config.model_type}, which"
+    if obstacle:
+        raise ValueError(
+            f"{subject} {obstacle} and needs padded batches; set model.attention: auto instead of {model.attention}"
+        )
+    if model.attention == "sdpa" and not has_sdpa:
+        raise ValueError(f"{subject} has an attention that torch's sdpa does not compute; set model.attention: auto")
+    return PACKED_ATTENTION[resolve_attention(model.attention, device_type)]
+
+
 def build_model(
     model: ModelConfig, *, with_weights: bool, dtype: torch.dtype = torch.float32, device_type: str = "cpu"
 ) -> "PreTrainedModel":
-    """The causal language model at ``model.path`` on the CPU, without dropout.
+    """The model at ``model.path`` on the CPU, without dropout; with all its parts if it has several modalities.
 
     Args:
         with_weights: False leaves parameters on the meta device; buffers are computed.
         device_type: type of the device that will compute; resolves ``model.attention: auto``.
 
     Raises:
-        ValueError: the model cannot be read, or its attention does not support packed rows.
+        ValueError: the model cannot be read, or does not support ``model.attention``.
     """
     config = read_model_config(model.path)
-    _validate_attention(model, config)
-    for name, value in vars(config).items():
-        if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
-            setattr(config, name, 0.0)
+    for part in (config, config.get_text_config()):
+        for name, value in vars(part).items():
+            if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
+                setattr(part, name, 0.0)
     AttentionInterface.register(PACKED, packed_attention)
     AttentionInterface.register(FLEX, flex_packed_attention)
-    attention = ATTENTION[resolve_attention(model.attention, device_type)]
+    AttentionInterface.register(MASKED, sdpa_attention_forward)
+    attention = attention_implementation(model, config, device_type)
     if with_weights:
         built = _load_weights(model.path, config=config, dtype=dtype, attn_implementation=attention)
     else:
         from accelerate import init_empty_weights
 
         with init_empty_weights(include_buffers=False):
-            built = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+            built = auto_class(config).from_config(config, dtype=dtype, attn_implementation=attention)
         built.tie_weights()
     built.config.use_cache = False
     return built
@@ -82,7 +112,7 @@ def _load_weights(path: str, **arguments: Any) -> "PreTrainedModel":
         ValueError: weights are missing, or their shapes differ from the configuration.
     """
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **arguments)
+        loaded: Any = auto_class(arguments["config"]).from_pretrained(path, output_loading_info=True, **arguments)
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
@@ -131,7 +161,8 @@ def load_sharded(
     """Build a model, parallelize it over the mesh and load its weights.
 
     Trainable weights are float32, compute in ``model.dtype`` and have their gradients reduced in float32. Frozen
-    weights, which with ``model.lora`` are all but the adapters, are stored in the compute dtype.
+    weights are stored in the compute dtype: with ``model.lora`` all but the adapters, and those of other modalities
+    than text.
     """
     if model.fp8:
         validate_float8_device(device)
@@ -141,7 +172,10 @@ def load_sharded(
     built = build_model(model, with_weights=is_rank0, dtype=dtype, device_type=device.type)
     if dist.get_world_size() > 1 and not broadcast_from_rank0(lambda: head_is_tied(built)) and head_is_tied(built):
         untie_head(built)
-    layers = decoder_layers(built)
+    layers, unused = decoder_layers(built), other_modalities(built)
+    freeze_other_modalities(built)
+    for module in unused:
+        module.to(compute_dtype)
     if trainable and model.lora is not None:
         add_adapters(built, model.lora)
     if model.fp8:
@@ -163,29 +197,19 @@ def load_sharded(
     scorer = Scorer(built, context).train(trainable)
     if not trainable:
         scorer.requires_grad_(False)
-    apply_fsdp(scorer, scorer.layers, shard, mesh, compute_dtype, device)
+    apply_fsdp(scorer, layers, shard, mesh, compute_dtype, device, unused=unused)
     if dist.get_world_size() > 1:
         load_full_state(scorer, weights, torch.device("cpu") if shard.cpu_offload else device, device)
     return scorer
 
 
-def validate_tensor_parallel(model: ModelConfig, ranks: int) -> None:
-    """Check ``tensor_parallel_plan`` without loading weights."""
-    tensor_parallel_plan(build_model(model, with_weights=False), ranks)
+def validate_model(config: ModelConfig, shard: ShardConfig) -> None:
+    """Check everything that depends on the architecture, without loading weights.
 
-
-def _validate_attention(model: ModelConfig, config: "PreTrainedConfig") -> None:
-    """Raise a ValueError if the architecture would mix the sequences of a packed row."""
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    subject = f"model.path: {model.path!r} is a {config.model_type}"
-    if getattr(architecture, "_is_stateful", False):
-        raise ValueError(
-            f"{subject}, whose layers carry state across the sequences of a packed row; such models cannot be trained"
-        )
-    needs_packed = getattr(config, "attn_logit_softcapping", None) or not getattr(architecture, "_supports_sdpa", True)
-    if model.attention == "sdpa" and needs_packed:
-        raise ValueError(f"{subject}, whose attention torch's sdpa does not compute; set model.attention: auto")
-    if model.attention != "sdpa" and not getattr(architecture, "_supports_attention_backend", True):
-        has_sdpa = getattr(architecture, "_supports_sdpa", False)
-        remedy = "set model.attention: sdpa" if has_sdpa else "such models cannot be trained"
-        raise ValueError(f"{subject}, whose attention cannot be replaced by one for packed rows; {remedy}")
+    Raises:
+        ValueError: naming the key.
+    """
+    empty = build_model(config, with_weights=False)
+    Scorer(empty, ContextParallel(ranks=shard.context_parallel))
+    if shard.tensor_parallel > 1:
+        tensor_parallel_plan(empty, shard.tensor_parallel)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dpo_ray.data.packing import PackedRow, attention_mask
+from dpo_ray.data.packing import Layout, PackedRow, attention_mask, padded_positions, to_device
 from dpo_ray.model.architecture import decoder_layers, decoder_of
 from dpo_ray.model.routing import load_balancing_losses
 from dpo_ray.objective import head
 from dpo_ray.objective.head import ChunkedLosses, Group, Head, LogitTransform
 from dpo_ray.objective.logps import PairLogps, TokenLogps, as_pairs, sequence_sums, wpo_weights
-from dpo_ray.ops.attention import PACKED
+from dpo_ray.ops.attention import MASKED, PACKED
 from dpo_ray.ops.flex import FLEX, span_masks
 from dpo_ray.ops.windows import Window, layer_windows
 from dpo_ray.parallel.context import NO_CONTEXT_PARALLEL, ContextParallel, RowShard
@@ -37,22 +37,33 @@ class Scorer(nn.Module):
     """A causal language model that computes log-probabilities of completions.
 
     Args:
-        model: a transformers causal language model; its parameter names get the prefix ``model.``.
+        model: a transformers language model; its parameter names get the prefix ``model.``. Its attention decides
+            between packed rows (``ATTENTION_INPUTS``) and padded batches.
         context: the ranks that split each row; all of them must pass the same rows.
+
+    Raises:
+        ValueError: ranks split rows, but the model computes padded batches.
     """
 
     def __init__(self, model: "PreTrainedModel", context: ContextParallel = NO_CONTEXT_PARALLEL) -> None:
         super().__init__()
         self.model = model
         self.context = context
-        self.transform = logit_transform(model.config)
-        self.windows = layer_windows(model.config.get_text_config())
-        self.attention_inputs = ATTENTION_INPUTS.get(model.config._attn_implementation or "", _mask_inputs)
+        config = model.config.get_text_config()
+        self.transform = logit_transform(config)
+        self.windows = layer_windows(config)
+        self.attention_inputs = ATTENTION_INPUTS.get(config._attn_implementation or "")
+        if self.attention_inputs is None and context.ranks > 1:
+            raise ValueError("shard.context_parallel splits packed rows, but the model computes padded batches")
 
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers, each a unit of FSDP and of activation checkpointing."""
         return decoder_layers(self.model)
+
+    def layout(self, packed: Layout) -> Layout:
+        """Layout of the rows that the model computes; ``packed`` unless it computes padded batches."""
+        return "padded" if self.attention_inputs is None else packed
 
     def forward(self, row: PackedRow, head_fn: HeadFn, *, balance: bool = False) -> Any:
         """Returns ``head_fn`` of the hidden states before the completion tokens.
@@ -60,31 +71,44 @@ class Scorer(nn.Module):
         ``head_fn`` runs inside the forward pass, because FSDP has gathered the weights of the head only there.
 
         Args:
+            row: in one of the packed layouts, or in the padded one; see ``layout``.
             balance: also returns ``load_balancing_losses`` of the row.
 
         Raises:
             ValueError: ``balance`` without experts.
         """
         shard = self.context.shard(row)
+        inputs, tokens = self._decoder_inputs(shard)
         outputs = decoder_of(self.model)(
-            input_ids=shard.row.input_ids,
-            position_ids=shard.row.position_ids,
-            use_cache=False,
-            **self.attention_inputs(shard, self.windows),
-            **({"output_router_logits": True} if balance else {}),
+            use_cache=False, **inputs, **({"output_router_logits": True} if balance else {})
         )
-        hidden = outputs.last_hidden_state  # (1, t, D)
-        result = head_fn(hidden[0, shard.row.source], local_head(self.model, self.transform), shard)
-        return (result, self._balance(outputs, row)) if balance else result
+        hidden = outputs.last_hidden_state.flatten(0, 1)[tokens]  # (t, D)
+        result = head_fn(hidden[shard.row.source], local_head(self.model, self.transform), shard)
+        return (result, self._balance(outputs, tokens, row)) if balance else result
 
-    def _balance(self, outputs: Any, row: PackedRow) -> Tensor:
-        router_logits = getattr(outputs, "router_logits", None)
+    def _decoder_inputs(self, shard: RowShard) -> tuple[dict[str, Any], Tensor | slice]:
+        """Arguments of the decoder, and the positions of the row's t tokens in its flattened output."""
+        row = shard.row
+        if self.attention_inputs is None:
+            return _padded_inputs(row)
+        attention_inputs = self.attention_inputs(shard, self.windows)
+        return {"input_ids": row.input_ids, "position_ids": row.position_ids, **attention_inputs}, slice(None)
+
+    def _balance(self, outputs: Any, tokens: Tensor | slice, row: PackedRow) -> Tensor:
+        router_logits = [logits[tokens] for logits in getattr(outputs, "router_logits", None) or ()]
         if not router_logits:
             raise ValueError(
                 f"loss.router_aux: {type(self.model).__name__} has no router logits; set loss.router_aux: 0"
             )
         top_k: Any = self.model.config.get_text_config().num_experts_per_tok
         return load_balancing_losses(router_logits, row.spans, top_k)
+
+
+def _padded_inputs(row: PackedRow) -> tuple[dict[str, Any], Tensor]:
+    shape, positions = padded_positions(row.spans)
+    tokens = to_device(torch.from_numpy(positions), row.input_ids.device)
+    pad = lambda values: values.new_zeros(shape).flatten().index_copy(0, tokens, values).view(shape)  # noqa: E731
+    return {"input_ids": pad(row.input_ids[0]), "attention_mask": pad(torch.ones_like(row.input_ids[0]))}, tokens
 
 
 Windows = Mapping[str, Window | None]
@@ -105,13 +129,14 @@ def _mask_inputs(shard: RowShard, windows: Windows) -> dict[str, Any]:
 
 
 ATTENTION_INPUTS: Mapping[str, Callable[[RowShard, Windows], dict[str, Any]]] = {
+    MASKED: _mask_inputs,
     PACKED: lambda shard, _: {"spans": shard.row.spans, "query_slices": shard.slices, "gather_kv": shard.gather_kv},
     FLEX: lambda shard, windows: {
         "spans": span_masks(shard.row.spans, set(windows.values()), shard.row.input_ids.device, shard.positions),
         "gather_kv": shard.gather_kv,
     },
 }
-"""Arguments of each attention function besides query, key and value; other implementations take a mask."""
+"""Arguments of each attention over packed rows, besides query, key and value; with others, batches are padded."""
 
 
 @torch.no_grad()
@@ -206,8 +231,9 @@ def pair_losses(
 
 def logit_transform(config: object) -> LogitTransform:
     """Logit scale and soft cap of an architecture."""
-    scale = getattr(config, "logit_scale", None) or 1.0
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
     if scaling := getattr(config, "logits_scaling", None):
         # Granite divides by it, HyperCLOVA X multiplies.
         scale *= scaling if getattr(config, "model_type", "").startswith("hyperclovax") else 1 / scaling
-    return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
+    caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
+    return LogitTransform(scale, next(filter(None, caps), None))

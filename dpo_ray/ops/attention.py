@@ -21,6 +21,8 @@ from dpo_ray.ops.windows import Window, layer_window
 
 PACKED = "dpo_ray_packed"
 """Name of ``packed_attention`` in transformers' ``AttentionInterface``."""
+MASKED = "dpo_ray_masked"
+"""Name of torch's sdpa with a dense mask over the packed row."""
 GatherKV = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Context parallelism: (keys, values) of the local tokens, (1, K, t, D) -> those of the row, (1, K, T, D)."""
 QUERY_BLOCK = 128

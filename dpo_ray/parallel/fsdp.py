@@ -1,6 +1,7 @@
 """The device meshes of a run, and FSDP2 over each decoder layer and the root."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,14 +43,20 @@ def apply_fsdp(
     mesh: DeviceMesh,
     compute_dtype: torch.dtype,
     device: torch.device,
+    *,
+    unused: Sequence[nn.Module] = (),
 ) -> None:
-    """Shard each of ``layers``, and the remaining parameters of ``root``, over the mesh."""
+    """Shard each of ``layers``, and the remaining parameters of ``root``, over the mesh.
+
+    Args:
+        unused: modules that take no part in the forward pass; their weights are sharded and never gathered.
+    """
     # Parameters of tensor parallelism are DTensors over the tensor dimension already, which FSDP2 takes into account.
     mesh = mesh[tuple(name for name in mesh.mesh_dim_names or () if name != "tensor")]
     offload = CPUOffloadPolicy() if shard.cpu_offload and device.type != "cpu" else OffloadPolicy()
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     shard_module = functools.partial(fully_shard, mesh=mesh, mp_policy=precision, offload_policy=offload)
-    for layer in layers:
+    for layer in (*layers, *unused):
         shard_module(layer, reshard_after_forward=shard.reshard_after_forward)
     shard_module(root, reshard_after_forward=False)
     _prefetch(root, layers, shard.prefetch)

@@ -161,7 +161,7 @@ class WeightSync(Protocol):
         sync.connect(engines if rank == 0 else None)
         for round in ...:
             train(...)
-            digest = sync.push(named_weights(policy), version=round)    # engines generate with ``version`` from here on
+            digest = sync.push(checkpoint_weights(policy), version=round)    # engines then use ``version``
         sync.close()
     """
 

@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from dpo_ray.config import Config
 from dpo_ray.data.tokenizer import load_tokenizer
 from dpo_ray.model.adapters import add_adapters
+from dpo_ray.model.architecture import is_composite, read_model_config
 from dpo_ray.model.export import named_weights, save_adapter, save_policy, weight_name, write_model_folder
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer
@@ -71,11 +72,15 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) ->
     def write(draft: Path) -> None:
         dtype = DTYPES[config.model.dtype]
         if config.model.lora is None:
-            empty = build_model(config.model, with_weights=False)
-            names = {name for name, _ in (*empty.named_parameters(), *empty.named_buffers())}  # tied weights once
+            # Weights of other modalities than text are frozen, so they are not in the checkpoint.
+            has_frozen = is_composite(read_model_config(config.model.path))
+            built = build_model(config.model, with_weights=has_frozen, dtype=dtype)
+            if has_frozen:
+                weights.update({name: w for name, w in built.state_dict().items() if name not in weights})
+            names = {name for name, _ in (*built.named_parameters(), *built.named_buffers())}  # tied weights once
             head, embedding = (
-                weight_name(empty.get_output_embeddings(), empty),
-                weight_name(empty.get_input_embeddings(), empty),
+                weight_name(built.get_output_embeddings(), built),
+                weight_name(built.get_input_embeddings(), built),
             )
             if not torch.equal(weights[head], weights[embedding]):
                 names.add(head)

@@ -32,8 +32,7 @@ def train_offline(
     config: Config, *, pairs: PairStore, held_out: PairStore | None, device: torch.device, reporter: Reporter
 ) -> TrainResult:
     """Trains the policy on ``pairs``, to the end or until a stop is requested."""
-    reporter.phase("loading")
-    trainer = build_trainer(config, device)
+    trainer = build_trainer(config, device, reporter)
     loader = _build_loader(trainer, pairs)
 
     # The untrained policy is the reference: its log-probabilities are computed before a checkpoint is loaded.

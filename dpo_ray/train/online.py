@@ -15,7 +15,7 @@ import torch
 from dpo_ray.config import Config
 from dpo_ray.data.loader import PairList, PairLoader
 from dpo_ray.data.packing import build_sample_row
-from dpo_ray.model.export import export_policy, named_weights
+from dpo_ray.model.export import checkpoint_weights, export_policy
 from dpo_ray.model.scorer import LogpsModel, token_logps
 from dpo_ray.objective.precision import DTYPES
 from dpo_ray.parallel.collectives import any_rank
@@ -55,8 +55,7 @@ def train_online(
     """Trains through ``online.rounds`` rounds; a requested stop takes effect after the round in training."""
     assert config.online is not None
     online = config.online
-    reporter.phase("loading")
-    trainer = build_trainer(config, device)
+    trainer = build_trainer(config, device, reporter)
     frozen = load_frozen_reference(trainer)
     evaluator = PromptEvaluator(trainer, rounds, frozen, reporter, total=online.rounds)
     skips = config.optim.max_skipped_steps
@@ -161,7 +160,7 @@ def update_engines(trainer: Trainer, sync: WeightSync, version: int, reporter: R
     config = trainer.config
     assert config.online is not None
     reporter.phase("syncing")
-    sync.push(named_weights(trainer.policy, DTYPES[config.model.dtype]), version=version)
+    sync.push(checkpoint_weights(trainer.policy, DTYPES[config.model.dtype]), version=version)
     tokens = trainer.tokenizer(PROBE_TEXT)["input_ids"][: config.max_model_len - 1]
     row = build_sample_row([TokenSample(tuple(tokens[:1]), tuple(tokens[1:]))]).to(trainer.device)
     logps = token_logps(trainer.policy, row).tolist()

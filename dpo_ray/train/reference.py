@@ -69,7 +69,7 @@ def round_reference(trainer: Trainer, pairs: PairList, frozen: LogpsModel | None
 
 def _cached_reference(trainer: Trainer, pairs: PairStore, name: str, reporter: Reporter) -> Reference:
     logps, summary = cached_logps(
-        _open_store(trainer.config, trainer.device, trainer.policy.model.config._attn_implementation),
+        _open_store(trainer.config, trainer.device, trainer.policy.model.config.get_text_config()._attn_implementation),
         pairs,
         partial(compute_logps, trainer, pairs),
         partial(reporter.phase, "scoring"),

@@ -10,12 +10,14 @@ from transformers import PreTrainedTokenizerBase
 from dpo_ray.config import Config
 from dpo_ray.data.loader import BatchShape
 from dpo_ray.data.tokenizer import load_tokenizer
+from dpo_ray.model.architecture import packing_obstacle
 from dpo_ray.model.load import load_sharded
 from dpo_ray.model.scorer import Scorer
 from dpo_ray.objective.losses import PairLoss, build_loss
 from dpo_ray.parallel.context import ContextParallel
 from dpo_ray.parallel.fsdp import build_compute_mesh, build_mesh
 from dpo_ray.train.optim import build_optimizer
+from dpo_ray.train.reporter import Reporter
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +63,32 @@ class Trainer:
         optim = self.config.optim
         # Per layer, a token costs about 24 h^2 floating-point operations in matrix products, each token that it
         # attends to 4 h.
-        attention_cost = 1 / (6 * self.policy.model.config.hidden_size)
+        attention_cost = 1 / (6 * self.policy.model.config.get_text_config().hidden_size)
         tokens = optim.tokens_per_micro_batch * self.policy.context.ranks
-        return BatchShape(self.dp_rank, self.dp_size, tokens, attention_cost, optim.layout)
+        return BatchShape(self.dp_rank, self.dp_size, tokens, attention_cost, self.policy.layout(optim.layout))
 
 
-def build_trainer(config: Config, device: torch.device) -> Trainer:
-    """Builds the parts of a run. A collective: torch.distributed is initialised."""
+def build_trainer(config: Config, device: torch.device, reporter: Reporter) -> Trainer:
+    """Builds the parts of a run. A collective: torch.distributed is initialised.
+
+    Raises:
+        ValueError: the loss is of ranked lists, but rows do not keep lists together.
+    """
+    reporter.phase("loading")
     torch.manual_seed(config.run.seed)
     mesh, compute_mesh = build_mesh(config.shard, device), build_compute_mesh(config.shard, device)
     ranks = compute_mesh["context"]
     context = ContextParallel(ranks.get_local_rank(), ranks.size(), ranks.get_group())
     policy = load_sharded(config.model, config.shard, mesh, device, context=context, trainable=True)
+    layout = policy.layout(config.optim.layout)
+    if config.loss.examples == "lists" and layout != "shared":
+        raise ValueError(
+            f"loss.use: {config.loss.use!r} is of ranked lists, which only rows of the shared layout keep together; "
+            f"here they are {layout} (see optim.layout and model.attention)"
+        )
+    if obstacle := packing_obstacle(policy.model.config):
+        kind = policy.model.config.model_type
+        reporter.note(f"one completion per row, padded, instead of packed rows: the model, a {kind}, {obstacle}")
     log_ratio_totals = torch.zeros(2, dtype=torch.float64)
     return Trainer(
         config,

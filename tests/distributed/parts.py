@@ -25,6 +25,7 @@ from dpo_ray.parallel.context import NO_CONTEXT_PARALLEL, ContextParallel
 from dpo_ray.train.trainer import build_trainer
 from dpo_ray.types import TokenPair
 from tests.conftest import gradient
+from tests.distributed.runs import ListReporter
 
 
 def context_parallel_errors(rank: int, model: str, weighting: Weighting) -> dict[str, float]:
@@ -68,7 +69,7 @@ def gradients(rank: int, config: dict[str, Any]) -> dict[str, np.ndarray]:
     parsed = Config.model_validate(config)
     tokenizer, folder = load_record_tokenizer(parsed), parsed.reference.cache_path / f"data-{rank}"
     pairs = prepare_pairs(parsed.data.train, tokenizer, folder=folder)
-    trainer = build_trainer(parsed, torch.device("cpu"))
+    trainer = build_trainer(parsed, torch.device("cpu"), ListReporter())
     batch = next(PairLoader(pairs, trainer.batch_shape, pairs_per_step=5, seed=0, shuffle=False))
     for micro in batch.micro_batches:
         losses = pair_losses(trainer.policy, micro.row, lambda policy, _: policy.chosen - policy.rejected)

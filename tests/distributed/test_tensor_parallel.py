@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from dpo_ray.config.schema import ModelConfig
-from dpo_ray.model.load import validate_tensor_parallel
+from dpo_ray.config.schema import ModelConfig, ShardConfig
+from dpo_ray.model.load import validate_model
 from dpo_ray.objective.head import LogitTransform
 from dpo_ray.train.export import export_checkpoint, find_checkpoint
 from tests.conftest import save_tiny_model, save_tokenizer
@@ -132,11 +132,11 @@ def test_a_split_run_exports_the_weights_of_its_checkpoint(config: dict[str, Any
 def test_models_that_cannot_be_split_are_rejected_without_loading_weights(tiny_model: Path, tmp_path: Path) -> None:
     AutoConfig.from_pretrained(tiny_model).save_pretrained(tmp_path / "no_weights")
     model = ModelConfig(path=str(tmp_path / "no_weights"))
-    validate_tensor_parallel(model, 2)
+    validate_model(model, ShardConfig(tensor_parallel=2))
     with pytest.raises(
         ValueError, match=r"shard\.tensor_parallel is 4, which does not divide .* num_key_value_heads 2"
     ):
-        validate_tensor_parallel(model, 4)
+        validate_model(model, ShardConfig(tensor_parallel=4))
     for architecture, message in (
         ("olmo2", "tensor-parallel plan with "),
         ("qwen2_moe", "splits only .* of its layers"),
@@ -145,7 +145,7 @@ def test_models_that_cannot_be_split_are_rejected_without_loading_weights(tiny_m
         small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
         AutoConfig.for_model(architecture, **small, num_key_value_heads=2).save_pretrained(folder)
         with pytest.raises(ValueError, match=message):
-            validate_tensor_parallel(ModelConfig(path=str(folder)), 2)
+            validate_model(ModelConfig(path=str(folder)), ShardConfig(tensor_parallel=2))
 
 
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.5, 30.0)], ids=["plain", "scaled-and-capped"])

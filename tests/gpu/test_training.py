@@ -19,13 +19,12 @@ from dpo_ray.types import Metrics, TokenPair
 from tests.conftest import ragged_texts
 from tests.distributed.conftest import WritePairs, assert_same
 from tests.distributed.runs import ListReporter
+from tests.families import PACKED, save_small_model
 from tests.unit.model.test_scorer import (
-    ARCHITECTURES,
     assert_gradients_equal,
     exact_results,
     preference,
     ragged_pairs,
-    save_small_model,
 )
 
 pytestmark = pytest.mark.gpu
@@ -44,9 +43,9 @@ def pairs_of_several_blocks() -> list[TokenPair]:
     return [*ragged_pairs(4), TokenPair(text(300), text(150), text(20)), TokenPair(text(20), text(190), text(280))]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", PACKED)
 def test_flex_attention_equals_separate_forwards_for_each_architecture(tmp_path: Path, architecture: str) -> None:
-    folder, pairs = save_small_model(tmp_path, architecture, ARCHITECTURES[architecture]), pairs_of_several_blocks()
+    folder, pairs = save_small_model(tmp_path, architecture), pairs_of_several_blocks()
     logps, gradients = exact_results(folder, pairs)
     model = build_model(ModelConfig(path=str(folder)), with_weights=True, device_type="cuda").cuda()
     scorer = Scorer(model)

@@ -17,6 +17,7 @@ from dpo_ray.data.packing import (
     attention_mask,
     build_row,
     build_sample_row,
+    padded_positions,
     row_tokens,
     token_limits,
 )
@@ -84,6 +85,7 @@ def test_row_tokens_and_attended_pairs_follow_from_the_lengths() -> None:
     lengths = np.array([[2, 2, 1]])
     assert row_tokens(lengths, "shared").tolist() == [5]
     assert row_tokens(lengths, "plain").tolist() == [7]
+    assert row_tokens(lengths, "padded").tolist() == [8], "two sequences of the longer one's four tokens"
     # prompt 2 * 2 / 2, chosen 2 * (2 + 1), rejected 1 * (2 + 1/2)
     assert attended(lengths).tolist() == [2 + 6 + 2.5]
 
@@ -126,10 +128,38 @@ def test_items_longer_than_a_micro_batch_run_alone_and_none_is_empty_for_their_s
     assert [len(batch) for share in shares for batch in share].count(0) == ranks * turns - 5
 
 
-def test_a_large_step_is_balanced_in_milliseconds() -> None:
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+@pytest.mark.parametrize("items", [0, 1, 4, 29, 300])
+def test_padded_micro_batches_hold_items_of_like_length_within_the_limit(ranks: int, items: int) -> None:
+    tokens = np.random.default_rng(items).integers(1, 500, items)
+    assigned = balance_micro_batches(tokens, tokens, ranks=ranks, tokens_per_micro_batch=2000, padded=True)
+    batches = [tokens[list(batch)] for share in assigned.micro_batches for batch in share]
+    assert sorted(item for share in assigned.micro_batches for batch in share for item in batch) == list(range(items))
+    assert len({len(share) for share in assigned.micro_batches}) == 1
+    assert all(len(batch) * batch.max() <= 2000 for batch in batches if len(batch))
+    computed = sum(len(batch) * batch.max() for batch in batches if len(batch))
+    assert computed <= 1.1 * tokens.sum() or items < 300
+    fewest = -(-tokens.sum() // 2000)
+    assert len(batches) <= max(1.2 * fewest, 1) + ranks
+
+
+def test_padded_micro_batches_have_like_costs() -> None:
+    tokens = np.random.default_rng(0).integers(50, 800, 64)
+    assigned = balance_micro_batches(tokens, tokens, ranks=4, tokens_per_micro_batch=4096, padded=True)
+    assert assigned.idle < 0.15
+
+
+def test_padded_sequences_lie_at_the_starts_of_their_rows() -> None:
+    shape, positions = padded_positions(build_row([PAIR], "padded").spans)
+    assert shape == (2, 4)
+    assert positions.tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_large_step_is_balanced_in_milliseconds(padded: bool) -> None:
     tokens = np.random.default_rng(0).integers(50, 4000, 4096)
     started = time.perf_counter()
-    balance_micro_batches(tokens, tokens, ranks=256, tokens_per_micro_batch=8192)
+    balance_micro_batches(tokens, tokens, ranks=256, tokens_per_micro_batch=8192, padded=padded)
     assert time.perf_counter() - started < 0.5
 
 

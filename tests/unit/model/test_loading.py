@@ -9,8 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo_ray.config.schema import ModelConfig
+from dpo_ray.model.export import checkpoint_weights
 from dpo_ray.model.load import build_model, head_is_tied
+from dpo_ray.model.scorer import Scorer
 from tests.conftest import save_tiny_model
+from tests.families import save_small_model
 
 
 @pytest.fixture
@@ -59,3 +62,13 @@ def test_extra_weights_are_named_in_the_log(checkpoint: Any, caplog: pytest.LogC
     model = load(checkpoint(lambda weights: weights.update({"draft_head.weight": torch.ones(2)})))
     assert "weights that the architecture has no place for: draft_head.weight" in caplog.text
     assert not head_is_tied(model)
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "granitemoe", "mixtral", "qwen2_5_vl", "qwen3_moe", "qwen3"])
+def test_engines_get_the_weights_of_the_checkpoint_under_its_names(tmp_path: Path, architecture: str) -> None:
+    folder = save_small_model(tmp_path, architecture)
+    scorer = Scorer(build_model(ModelConfig(path=str(folder)), with_weights=True))
+    weights = dict(checkpoint_weights(scorer, torch.float32))
+    expected = load_file(folder / "model.safetensors")
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())

@@ -1,5 +1,6 @@
 """Log-probabilities and gradients against transformers' own forward in float64; the digest of a model's weights."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -9,16 +10,25 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_ray.config.schema import ModelConfig
+from dpo_ray.config.schema import ModelConfig, ShardConfig
 from dpo_ray.data.packing import Layout, build_row
-from dpo_ray.model.architecture import PACKED_WINDOWS, model_digest, read_model_config
-from dpo_ray.model.load import build_model
+from dpo_ray.model.architecture import (
+    PACKED_WINDOWS,
+    UNTRAINABLE,
+    auto_class,
+    freeze_other_modalities,
+    model_digest,
+    other_modalities,
+    read_model_config,
+)
+from dpo_ray.model.load import build_model, validate_model
 from dpo_ray.model.scorer import Scorer, Weighting, pair_logps, pair_losses
 from dpo_ray.objective.head import Head
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.parallel.activations import apply_activation_checkpointing
 from dpo_ray.types import TokenPair
 from tests.conftest import gradient, save_tiny_model
+from tests.families import COMPOSITE, PACKED, PADDED, architectures, save_small_model, small_config
 
 
 def ragged_pairs(count: int, seed: int = 0) -> list[TokenPair]:
@@ -118,83 +128,13 @@ def test_the_digest_depends_on_the_weights_and_not_on_the_folder(tiny_model: Pat
     assert model_digest(str(tmp_path / "copy"), cache_dir) == other_digest, "a changed file is read again"
 
 
-SMALL = {
-    "vocab_size": 261, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "initializer_range": 0.2, "pad_token_id": 258, "bos_token_id": None, "eos_token_id": 256,
-}  # fmt: skip
-
-
-WINDOW = {"sliding_window": 6, "head_dim": 16}
-MIXED = WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "gemma": {"head_dim": 16},
-    "olmo2": {},
-    "gpt2": {},
-    "gpt_neox": {},
-    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
-    "cohere": {"logit_scale": 0.25},
-    "granite": {"logits_scaling": 4.0},
-    "hyperclovax": {"logits_scaling": 4.0},
-    # Local attention
-    "afmoe": MIXED | EXPERTS | {"num_dense_layers": 1},
-    "cohere2": MIXED | {"logit_scale": 0.25},
-    "exaone4": MIXED,
-    "gemma2": MIXED | {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
-    "gemma3_text": MIXED,
-    "gemma4_text": WINDOW
-    | {
-        "num_hidden_layers": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "global_head_dim": 32,
-        "num_kv_shared_layers": 2,
-        "hidden_size_per_layer_input": 8,
-        "vocab_size_per_layer_input": 261,
-    },
-    "gpt_oss": MIXED | {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "llama4_text": {
-        "attention_chunk_size": 6,
-        "head_dim": 16,
-        "num_local_experts": 4,
-        "intermediate_size_mlp": 96,
-        "no_rope_layers": [1, 0],
-        "layer_types": ["chunked_attention", "full_attention"],
-        "attn_temperature_tuning": False,
-        "interleave_moe_layer_step": 2,
-    },
-    "ministral": WINDOW,
-    "mistral": WINDOW,
-    "mixtral": WINDOW | {"num_local_experts": 4},
-    "olmo3": MIXED,
-    "phi3": {"sliding_window": 6},
-    "qwen2": MIXED | {"use_sliding_window": True},
-    "qwen3": MIXED | {"use_sliding_window": True},
-    "smollm3": {"sliding_window": 6, "use_sliding_window": True, "no_rope_layers": [1, 0]},
-    "starcoder2": {"sliding_window": 6},
-    # Mixtures of experts
-    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 4.0},
-    "olmoe": EXPERTS,
-    "qwen2_moe": EXPERTS,
-    "qwen3_moe": EXPERTS | {"head_dim": 16},
-}
-
-
-def save_small_model(folder: Path, architecture: str, settings: dict[str, Any]) -> Path:
-    """A random model of an architecture, whose attention, sinks included, and routing are far from uniform."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **SMALL | settings))
-    for name, parameter in model.named_parameters():
-        if name.endswith("sinks") or ("router" in name and not parameter.any()):
-            torch.nn.init.normal_(parameter)
-    model.save_pretrained(folder)
-    return folder
-
-
 def exact_results(folder: Path, pairs: list[TokenPair]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(S,) log-probabilities by separate forward passes of transformers' eager attention in float64, and gradients."""
-    exact = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
-    ).eval()
+    exact: Any = (
+        auto_class(AutoConfig.from_pretrained(folder))
+        .from_pretrained(folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager")
+        .eval()
+    )
     logps = [exact_logp(exact, pair.prompt, ids) for pair in pairs for ids in (pair.chosen, pair.rejected)]
     each = torch.stack(logps)
     torch.nn.functional.logsigmoid(0.1 * (each[::2] - each[1::2])).sum().backward()
@@ -211,9 +151,9 @@ OTHER_ATTENTION = {
 """One architecture for each feature of attention: caps, sinks, chunks, windows in all layers and in some."""
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", PACKED)
 def test_packed_rows_equal_separate_forwards_for_each_architecture(tmp_path: Path, architecture: str) -> None:
-    folder, pairs = save_small_model(tmp_path, architecture, ARCHITECTURES[architecture]), ragged_pairs(4)
+    folder, pairs = save_small_model(tmp_path, architecture), ragged_pairs(4)
     logps, gradients = exact_results(folder, pairs)
     assert logps.abs().max() > 20, "differences would be visible"
     for attention in ("auto", *OTHER_ATTENTION.get(architecture, ())):
@@ -237,13 +177,64 @@ def assert_gradients_equal(scorer: Scorer, gradients: dict[str, torch.Tensor]) -
         assert (actual[name] - expected).norm() < 1e-3 * expected.norm() + 1e-7 * whole, name
 
 
+@pytest.mark.parametrize("architecture", architectures(PADDED))
+def test_padded_batches_equal_separate_forwards_for_each_architecture(tmp_path: Path, architecture: str) -> None:
+    folder, pairs = save_small_model(tmp_path, architecture, PADDED[architecture]), ragged_pairs(4)
+    logps, gradients = exact_results(folder, pairs)
+    assert logps.abs().max() > 20, "differences would be visible"
+    scorer = Scorer(build_model(ModelConfig(path=str(folder)), with_weights=True))
+    assert scorer.layout("shared") == "padded"
+    losses = pair_losses(scorer, build_row(pairs, "padded"), preference)
+    losses.total.backward()
+    actual = torch.stack((losses.policy.chosen, losses.policy.rejected), 1).flatten()
+    assert (actual - logps).abs().max() < 1e-4
+    assert_gradients_equal(scorer, gradients)
+    empty = pair_losses(scorer, build_row([], "padded"), preference)
+    scorer.zero_grad()
+    empty.total.backward()
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in scorer.parameters())
+
+
+@pytest.mark.parametrize("architecture", architectures(COMPOSITE))
+def test_the_language_part_of_a_composite_model_is_trained_and_the_rest_frozen(
+    tmp_path: Path, architecture: str
+) -> None:
+    folder, pairs = save_small_model(tmp_path, architecture), ragged_pairs(4)
+    logps, gradients = exact_results(folder, pairs)
+    scorer = Scorer(build_model(ModelConfig(path=str(folder)), with_weights=True))
+    freeze_other_modalities(scorer.model)
+    losses = pair_losses(scorer, build_row(pairs, scorer.layout("shared")), preference)
+    losses.total.backward()
+    actual = torch.stack((losses.policy.chosen, losses.policy.rejected), 1).flatten()
+    assert (actual - logps).abs().max() < 1e-4
+    unused = {p for module in other_modalities(scorer.model) for p in module.parameters()}
+    assert unused
+    assert all(parameter.grad is None for parameter in unused)
+    assert_gradients_equal(scorer, {name: grad for name, grad in gradients.items() if grad.any()})
+
+
+def test_padded_batches_of_a_packed_architecture_give_the_same_losses(tiny_model: Path) -> None:
+    totals = []
+    for attention in ("auto", "padded"):
+        config = ModelConfig.model_validate({"path": str(tiny_model), "attention": attention})
+        scorer = Scorer(build_model(config, with_weights=True))
+        totals.append(pair_losses(scorer, build_row(ragged_pairs(5), scorer.layout("shared")), preference).each)
+    torch.testing.assert_close(*totals, rtol=1e-5, atol=0)
+
+
 def test_every_architecture_with_windows_in_packed_rows_is_tested() -> None:
     local = {"sliding_window", "attention_chunk_size"}
-    assert {name for name, settings in ARCHITECTURES.items() if local & settings.keys()} == PACKED_WINDOWS
+    assert {name for name, settings in PACKED.items() if local & settings.keys()} == PACKED_WINDOWS
+
+
+def test_ranks_cannot_split_padded_batches(tiny_model: Path) -> None:
+    config = ModelConfig(path=str(tiny_model), attention="padded")
+    with pytest.raises(ValueError, match=r"shard\.context_parallel splits packed rows"):
+        validate_model(config, ShardConfig(context_parallel=2))
 
 
 def test_activation_checkpointing_leaves_the_gradients_of_layers_that_share_keys(tmp_path: Path) -> None:
-    folder, pairs = save_small_model(tmp_path, "gemma4_text", ARCHITECTURES["gemma4_text"]), ragged_pairs(5)
+    folder, pairs = save_small_model(tmp_path, "gemma4_text"), ragged_pairs(5)
     scorer = Scorer(build_model(ModelConfig(path=str(folder)), with_weights=True))
     apply_activation_checkpointing(scorer.layers, "full")
     pair_losses(scorer, build_row(pairs, "shared"), preference).total.backward()
@@ -251,41 +242,36 @@ def test_activation_checkpointing_leaves_the_gradients_of_layers_that_share_keys
 
 
 def test_attention_that_sdpa_does_not_compute_is_rejected(tmp_path: Path) -> None:
-    folder = save_small_model(tmp_path, "gemma2", ARCHITECTURES["gemma2"])
-    with pytest.raises(ValueError, match=r"whose attention torch's sdpa does not compute; set model\.attention: auto"):
+    folder = save_small_model(tmp_path, "gemma2")
+    with pytest.raises(ValueError, match=r"has an attention that torch's sdpa does not compute; set model\.attention"):
         build_model(ModelConfig(path=str(folder), attention="sdpa"), with_weights=True)
 
 
 @pytest.mark.parametrize(
-    ("architecture", "message"),
+    ("architecture", "obstacle"),
     [
-        ("vaultgemma", "is a vaultgemma with layers of sliding_attention, which are not supported"),
-        ("qwen3_next", "is a qwen3_next with layers of linear_attention, which are not supported"),
-        ("llama4_text", "is a llama4_text with attn_temperature_tuning, which is not supported"),
+        ("bloom", "has an attention that cannot be replaced"),
+        ("lfm2", "has layers of conv"),
+        ("llama4_text", "scales attention by the index in the row (attn_temperature_tuning)"),
+        ("mamba", "has layers of linear_attention"),
+        ("recurrent_gemma", "has layers with a state"),
+        ("vaultgemma", "has local attention that is not tested in packed rows"),
     ],
 )
-def test_layers_that_are_not_tested_in_packed_rows_are_rejected(
-    tmp_path: Path, architecture: str, message: str
+def test_packed_rows_are_rejected_for_architectures_that_would_mix_their_sequences(
+    tmp_path: Path, architecture: str, obstacle: str
 ) -> None:
-    AutoConfig.for_model(architecture).save_pretrained(tmp_path)
+    small_config(architecture, PADDED[architecture]).save_pretrained(tmp_path)
+    message = re.escape(f"is a {architecture}, which {obstacle} and needs padded batches; set model.attention: auto")
     with pytest.raises(ValueError, match=message):
+        build_model(ModelConfig(path=str(tmp_path), attention="sdpa"), with_weights=False)
+
+
+@pytest.mark.parametrize("architecture", UNTRAINABLE)
+def test_architectures_that_cannot_be_trained_are_rejected(tmp_path: Path, architecture: str) -> None:
+    AutoConfig.for_model(architecture).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"is a {architecture}, whose .* in transformers|whose layers share weights"):
         read_model_config(str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("architecture", "message"),
-    [
-        ("rwkv", "is a rwkv, whose layers carry state"),
-        ("bloom", "is a bloom, whose attention cannot be replaced .* such models cannot be trained"),
-        ("falcon", "is a falcon, whose attention cannot be replaced .* set model.attention: sdpa"),
-    ],
-)
-def test_models_that_would_mix_the_sequences_of_a_row_are_rejected(
-    tmp_path: Path, architecture: str, message: str
-) -> None:
-    AutoConfig.for_model(architecture).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        build_model(ModelConfig(path=str(tmp_path)), with_weights=True)
 
 
 def test_a_missing_model_is_a_clear_error_naming_the_key(tmp_path: Path) -> None:
@@ -294,11 +280,13 @@ def test_a_missing_model_is_a_clear_error_naming_the_key(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("layout", ["shared", "plain"])
-@pytest.mark.parametrize("architecture", ["qwen3_moe", "granitemoe", "gpt_oss", "olmoe", "mixtral"])
+@pytest.mark.parametrize(
+    "architecture", ["qwen3_moe", "granitemoe", "gpt_oss", "olmoe", "mixtral", "granitemoehybrid", "qwen3_next"]
+)
 def test_the_router_loss_is_the_one_of_transformers_for_each_sequence(
     tmp_path: Path, architecture: str, layout: Layout
 ) -> None:
-    folder, pairs = save_small_model(tmp_path, architecture, ARCHITECTURES[architecture]), ragged_pairs(3)
+    folder, pairs = save_small_model(tmp_path, architecture), ragged_pairs(3)
     exact = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
     ).eval()
@@ -311,7 +299,7 @@ def test_the_router_loss_is_the_one_of_transformers_for_each_sequence(
     expected.sum().backward()
     scorer = Scorer(build_model(ModelConfig(path=str(folder)), with_weights=True))
     zero = lambda policy, reference: 0 * policy.chosen  # noqa: E731
-    losses = pair_losses(scorer, build_row(pairs, layout), zero, router_aux=0.5)
+    losses = pair_losses(scorer, build_row(pairs, scorer.layout(layout)), zero, router_aux=0.5)
     losses.total.backward()
     torch.testing.assert_close(losses.each.double(), 0.5 * expected.detach().double(), rtol=1e-5, atol=0)
     routers = {name: p.grad for name, p in exact.named_parameters() if p.grad is not None and p.grad.norm() > 1e-5}
@@ -328,7 +316,7 @@ def test_the_router_loss_of_a_model_without_experts_is_a_clear_error(tiny_model:
 
 
 def test_an_empty_micro_batch_has_no_router_loss(tmp_path: Path) -> None:
-    folder = save_small_model(tmp_path, "qwen3_moe", ARCHITECTURES["qwen3_moe"])
+    folder = save_small_model(tmp_path, "qwen3_moe")
     scorer = Scorer(build_model(ModelConfig(path=str(folder)), with_weights=True))
     losses = pair_losses(scorer, build_row([], "shared"), preference, router_aux=0.1)
     losses.total.backward()
