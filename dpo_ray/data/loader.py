@@ -120,7 +120,7 @@ def micro_batches(
 
     Pairs of one prompt that follow each other stay together.
     """
-    items, lengths = _prompts(source, pairs, shape.layout)
+    items, lengths = _prompts(source, pairs)
     tokens = row_tokens(lengths, shape.layout)
     assignment = balance_micro_batches(
         tokens,
@@ -134,10 +134,10 @@ def micro_batches(
     return batches, int(lengths.sum()), assignment.idle
 
 
-def _prompts(source: PairSource, pairs: Sequence[int], layout: Layout) -> tuple[list[tuple[int, ...]], np.ndarray]:
+def _prompts(source: PairSource, pairs: Sequence[int]) -> tuple[list[tuple[int, ...]], np.ndarray]:
     """Pairs of each of P prompts, and (P, 1 + K) tokens of prompt and completions, filled up with zeros."""
     lengths = np.asarray(source.lengths[list(pairs)])
-    if source.members is None or layout != "shared" or not len(pairs):
+    if source.members is None or not len(pairs):
         return [(pair,) for pair in pairs], lengths
     members = np.asarray(source.members[list(pairs)])
     starts = np.flatnonzero(np.diff(members[:, 0], prepend=-1))

@@ -11,9 +11,9 @@ T = tokens of the row, C = completion tokens, N = labels: completion tokens that
 completions with their prompts
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import accumulate, chain, groupby
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -110,61 +110,53 @@ def padded_positions(spans: Sequence[Span]) -> tuple[tuple[int, int], np.ndarray
 def build_row(pairs: Sequence[TokenPair], layout: Layout) -> PackedRow:
     """Pack pairs into one row.
 
-    Consecutive pairs of the same prompt are one span in the ``shared`` layout, with each of their completions once. In
-    the other layouts each completion of each pair is a span.
+    Consecutive pairs of the same prompt share each of their completions. In the ``shared`` layout these are one span,
+    in the other layouts each completion is one.
 
     Without pairs, the row is a single token without labels: a rank without work still takes part in collectives.
     """
-    unpaired = [pair.unpaired for pair in pairs]
-    if layout != "shared":
-        spans = [(pair.prompt, completion) for pair in pairs for completion in (pair.chosen, pair.rejected)]
-        return _pack(spans, [[(0, 1)] for _ in pairs], unpaired, spans_per_prompt=2)
-    same_prompt = [list(group) for _, group in groupby(pairs, key=lambda pair: pair.prompt)]
-    completions = [tuple(dict.fromkeys(_completions(group))) for group in same_prompt]
-    spans = [(group[0].prompt, *unique) for group, unique in zip(same_prompt, completions, strict=True)]
-    indices = [
-        [(unique.index(pair.chosen), unique.index(pair.rejected)) for pair in group]
-        for group, unique in zip(same_prompt, completions, strict=True)
-    ]
-    return _pack(spans, indices, unpaired)
-
-
-def _completions(pairs: Sequence[TokenPair]) -> Iterator[tuple[int, ...]]:
-    for pair in pairs:
-        yield from (pair.chosen, pair.rejected)
+    segments, indices = [], []
+    for prompt, group in groupby(pairs, key=lambda pair: pair.prompt):
+        of_prompt = [(pair.chosen, pair.rejected) for pair in group]
+        completions = list(dict.fromkeys(chain(*of_prompt)))
+        segments.append([(prompt, *completions)] if layout == "shared" else [(prompt, ids) for ids in completions])
+        indices.append([(completions.index(chosen), completions.index(rejected)) for chosen, rejected in of_prompt])
+    return _pack(segments, indices, [pair.unpaired for pair in pairs])
 
 
 def build_sample_row(samples: Sequence[TokenSample]) -> PackedRow:
     """Pack single completions into one row without pairs; sample i is sequence i."""
-    return _pack([(sample.prompt, sample.completion) for sample in samples], [[] for _ in samples])
+    return _pack([[(sample.prompt, sample.completion)] for sample in samples], [[] for _ in samples], [])
+
+
+Segment = tuple[tuple[int, ...], ...]
+"""Token ids of a prompt and of completions, a span of the row."""
 
 
 def _pack(
-    segments: Sequence[tuple[tuple[int, ...], ...]],
-    pairs: Sequence[Sequence[tuple[int, int]]],
-    unpaired: Sequence[int] = (),
-    *,
-    spans_per_prompt: int = 1,
+    segments: Sequence[Sequence[Segment]], pairs: Sequence[Sequence[tuple[int, int]]], unpaired: Sequence[int]
 ) -> PackedRow:
-    """Pack segments, each a prompt and its completions.
+    """Pack the segments of each prompt.
 
     Args:
+        segments: of each prompt.
         pairs: for each prompt, the chosen and the rejected of its pairs, as indices of its completions.
-        spans_per_prompt: segments that belong to one prompt.
+        unpaired: (B,) ``TokenPair.unpaired``.
     """
-    spans = tuple(Span(map(len, segment)) for segment in segments) or (Span.of(1),)
-    parts = [ids for segment in segments for ids in segment] or [(0,)]
+    of_row = list(chain(*segments))
+    spans = tuple(Span(map(len, segment)) for segment in of_row) or (Span.of(1),)
+    parts = list(chain(*of_row)) or [(0,)]
     stored_ids = np.concatenate([np.asarray(ids, np.int64) for ids in parts])
     input_ids = np.where(stored_ids < 0, ~stored_ids, stored_ids)
     limits = token_limits(spans)
     scored = stored_ids[limits.in_completion] >= 0
     lengths = _label_counts(spans, scored)
-    completions = np.array([len(span.completions) for span in spans[: len(segments)]], np.int64)
-    sequences = completions.reshape(-1, spans_per_prompt).sum(1)
-    ends = sequences.cumsum()
-    tokens = np.diff(np.concatenate([[0], lengths.cumsum()])[np.concatenate([[0], ends])])
-    of_row = [(end - count + i, end - count + j) for end, count, of_prompt in zip(ends, sequences, pairs, strict=True)
-              for i, j in of_prompt]  # fmt: skip
+    sequences = [sum(len(segment) - 1 for segment in of_prompt) for of_prompt in segments]
+    starts = list(accumulate(sequences, initial=0))
+    tokens = np.diff(np.concatenate([[0], lengths.cumsum()])[starts])
+    of_sequences = [
+        (start + i, start + j) for start, of_prompt in zip(starts, pairs, strict=False) for i, j in of_prompt
+    ]
     return PackedRow(
         input_ids=torch.from_numpy(input_ids)[None],
         position_ids=torch.from_numpy(limits.seen - 1)[None],
@@ -173,9 +165,9 @@ def _pack(
         labels=torch.from_numpy(input_ids[limits.in_completion][scored]),
         sequence=torch.from_numpy(np.arange(len(lengths)).repeat(lengths)),
         lengths=torch.from_numpy(lengths),
-        pairs=torch.from_numpy(np.array(of_row, np.int64).reshape(-1, 2)),
+        pairs=of_sequences + torch.tensor(first_sequence, dtype=torch.int64)[:, None],
         unpaired=torch.tensor(unpaired, dtype=torch.int64),
-        prompts=tuple(map(Counts, map(len, pairs), sequences.tolist(), tokens.tolist())),
+        prompts=tuple(map(Counts, map(len, pairs), sequences, tokens.tolist())),
         scored=scored,
     )
 
@@ -237,7 +229,7 @@ def token_limits(spans: Sequence[Span]) -> Limits:
 def row_tokens(lengths: np.ndarray, layout: Layout) -> np.ndarray:
     """(P,) tokens that each prompt is computed as; ``lengths`` is (P, 1 + K) tokens of prompt and completions."""
     prompt, completions = lengths[:, 0], lengths[:, 1:]
-    copies = completions.shape[1]
+    copies = (completions > 0).sum(1)
     match layout:
         case "shared":
             return prompt + completions.sum(1)

@@ -68,6 +68,9 @@ def test_pairs_of_one_prompt_share_its_span_and_their_completions() -> None:
     assert row.pairs.tolist() == [[0, 1], [2, 1], [0, 2]]
     assert row.lengths.tolist() == [2, 3, 1]
     assert row.prompts == ((3, 3, 6),)
+    plain = build_row([TokenPair((1, 2), best, worst), TokenPair((1, 2), middle, worst), PAIR], "plain")
+    assert plain.spans == ((2, 2), (2, 3), (2, 1))
+    assert (plain.pairs.tolist(), plain.prompts) == (row.pairs.tolist(), row.prompts)
     other = build_row([TokenPair((1, 2), best, worst), TokenPair((9,), middle, worst), PAIR], "shared")
     assert other.spans == ((2, 2, 3), (1, 1, 3), (2, 2, 1)), "only pairs that follow each other share a span"
     assert other.pairs.tolist() == [[0, 1], [2, 3], [4, 5]]

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_ray.config.schema import ModelConfig, ShardConfig
+from dpo_ray.config.schema import LossConfig, ModelConfig, ShardConfig
 from dpo_ray.data.packing import Layout, build_row
 from dpo_ray.model.architecture import (
     PACKED_WINDOWS,
@@ -25,6 +26,7 @@ from dpo_ray.model.load import build_model, validate_model
 from dpo_ray.model.scorer import Scorer, Weighting, pair_logps, pair_losses
 from dpo_ray.objective.head import Head
 from dpo_ray.objective.logps import PairLogps
+from dpo_ray.objective.losses import build_loss
 from dpo_ray.parallel.activations import apply_activation_checkpointing
 from dpo_ray.types import TokenPair
 from tests.conftest import gradient, save_tiny_model
@@ -81,10 +83,11 @@ def test_logps_and_gradients_equal_those_of_separate_float64_forwards(
         assert (parameter.grad - expected[name].grad).norm() / expected[name].grad.norm() < 1e-3, name
 
 
+@pytest.mark.parametrize("layout", ["shared", "plain"])
 @pytest.mark.parametrize("chunk", [1000, 30], ids=["whole", "parts"])
 @pytest.mark.parametrize("weighting", ["none", "wpo"])
 def test_pairs_that_share_prompt_and_completions_have_the_losses_of_rows_of_their_own(
-    tiny_model: Path, weighting: Weighting, chunk: int, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, weighting: Weighting, chunk: int, layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Head, "chunk", chunk)
     draw = np.random.default_rng(0)
@@ -96,7 +99,7 @@ def test_pairs_that_share_prompt_and_completions_have_the_losses_of_rows_of_thei
     def weighted(policy: PairLogps, reference: PairLogps | None) -> torch.Tensor:
         return preference(policy, reference) * (1.0 if policy.weights is None else policy.weights)
 
-    together = pair_losses(scorer, build_row(pairs, "shared"), weighted, weighting=weighting)
+    together = pair_losses(scorer, build_row(pairs, layout), weighted, weighting=weighting)
     together.total.backward()
     gradients = {name: gradient(parameter).clone() for name, parameter in scorer.named_parameters()}
     scorer.zero_grad()
@@ -105,6 +108,28 @@ def test_pairs_that_share_prompt_and_completions_have_the_losses_of_rows_of_thei
     torch.testing.assert_close(together.each, torch.cat([losses.each for losses in alone]), atol=1e-5, rtol=1e-5)
     for name, parameter in scorer.named_parameters():
         assert (gradients[name] - gradient(parameter)).norm() < 1e-5 * gradients[name].norm(), name
+
+
+@pytest.mark.parametrize("layout", ["shared", "plain"])
+@pytest.mark.parametrize("chunk", [1000, 60], ids=["whole", "parts"])
+def test_the_loss_of_ranked_lists_takes_whole_lists_from_a_row(
+    tiny_model: Path, layout: Layout, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Head, "chunk", chunk)
+    draw = np.random.default_rng(0)
+    lists = [[tuple(draw.integers(0, 256, n).tolist()) for n in lengths] for lengths in ((30, 12, 30, 7), (9, 14, 8))]
+    pairs = [TokenPair(prompt, *pair) for prompt, *ranked in lists for pair in pairwise(ranked)]
+    scorer = Scorer(build_model(ModelConfig(path=str(tiny_model)), with_weights=True))
+    zeros = torch.zeros(3)
+    reference = PairLogps(zeros, zeros, zeros, zeros)
+    loss = build_loss(LossConfig(use="plackett_luce", beta=0.1))
+    losses = pair_losses(scorer, build_row(pairs, layout), loss, reference)
+    exact = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
+    expected = []
+    for prompt, *ranked in lists:
+        logps = torch.stack([0.1 * exact_logp(exact, prompt, ids) for ids in ranked])
+        expected += [logps[i:].logsumexp(0) - logps[i] for i in range(len(ranked) - 1)]
+    torch.testing.assert_close(losses.each.double(), torch.stack(expected), atol=1e-5, rtol=1e-5)
 
 
 def test_an_empty_micro_batch_has_no_logps_and_zero_gradients(tiny_model: Path) -> None:
