@@ -154,9 +154,8 @@ def _pack(
     sequences = [sum(len(segment) - 1 for segment in of_prompt) for of_prompt in segments]
     starts = list(accumulate(sequences, initial=0))
     tokens = np.diff(np.concatenate([[0], lengths.cumsum()])[starts])
-    of_sequences = [
-        (start + i, start + j) for start, of_prompt in zip(starts, pairs, strict=False) for i, j in of_prompt
-    ]
+    first_sequence = [start for start, of_prompt in zip(starts, pairs, strict=False) for _ in of_prompt]
+    in_prompt = torch.tensor(list(chain(*pairs)), dtype=torch.int64).view(-1, 2)
     return PackedRow(
         input_ids=torch.from_numpy(input_ids)[None],
         position_ids=torch.from_numpy(limits.seen - 1)[None],
@@ -165,7 +164,7 @@ def _pack(
         labels=torch.from_numpy(input_ids[limits.in_completion][scored]),
         sequence=torch.from_numpy(np.arange(len(lengths)).repeat(lengths)),
         lengths=torch.from_numpy(lengths),
-        pairs=of_sequences + torch.tensor(first_sequence, dtype=torch.int64)[:, None],
+        pairs=in_prompt + torch.tensor(first_sequence, dtype=torch.int64)[:, None],
         unpaired=torch.tensor(unpaired, dtype=torch.int64),
         prompts=tuple(map(Counts, map(len, pairs), sequences, tokens.tolist())),
         scored=scored,
