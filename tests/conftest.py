@@ -1,6 +1,7 @@
 """Small real models and data, built without downloads, and a marker for every test."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +20,30 @@ CHAT_TEMPLATE = (
 )
 
 
+def pytest_configure() -> None:
+    """Compute on one thread, here and in subprocesses: the tensors are tiny, and idle threads spin on the cores."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test by its folder."""
+    """Mark each test by its folder; the tests of ``tests/ray`` come first, since they take longest."""
+    items.sort(key=lambda item: not item.path.is_relative_to(TESTS / "ray"))
     for item in items:
         for folder, marker in MARKERS.items():
             if item.path.is_relative_to(TESTS / folder):
                 item.add_marker(marker)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Run the tests of a file in one process, which shares its fixtures, and those of ``tests/ray`` on one cluster."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "tests/ray" if nodeid.startswith("tests/ray/") else super()._split_scope(nodeid)
+
+    return ByFile(config, log)
 
 
 def save_tokenizer(folder: Path) -> None:
