@@ -11,6 +11,8 @@ import pytest
 if TYPE_CHECKING:
     from torch import Tensor
 
+WritePairs = Callable[[Sequence[tuple[str, str, str]]], Path]
+
 TESTS = Path(__file__).parent
 MARKERS = {"unit": "unit", "distributed": "distributed", "oracles": "distributed", "ray": "ray", "rollout_vllm": "vllm"}
 """Marker of every test in a folder of ``tests``."""
@@ -99,23 +101,23 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def write_pairs(tmp_path: Path) -> Callable[[Sequence[tuple[str, str, str]]], Path]:
+def write_pairs(tmp_path: Path) -> WritePairs:
     """Write (prompt, chosen, rejected) texts as a JSONL file of message lists."""
+    return lambda pairs: save_pairs(tmp_path / "pairs.jsonl", pairs)
 
-    def write(pairs: Sequence[tuple[str, str, str]]) -> Path:
-        file = tmp_path / "pairs.jsonl"
-        records = [
-            {
-                "prompt": [{"role": "user", "content": prompt}],
-                "chosen": [{"role": "assistant", "content": chosen}],
-                "rejected": [{"role": "assistant", "content": rejected}],
-            }
-            for prompt, chosen, rejected in pairs
-        ]
-        file.write_text("".join(json.dumps(record) + "\n" for record in records))
-        return file
 
-    return write
+def save_pairs(file: Path, pairs: Sequence[tuple[str, str, str]]) -> Path:
+    """Write (prompt, chosen, rejected) texts as message lists."""
+    records = [
+        {
+            "prompt": [{"role": "user", "content": prompt}],
+            "chosen": [{"role": "assistant", "content": chosen}],
+            "rejected": [{"role": "assistant", "content": rejected}],
+        }
+        for prompt, chosen, rejected in pairs
+    ]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
 
 
 def gradient(tensor: "Tensor") -> "Tensor":
