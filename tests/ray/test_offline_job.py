@@ -28,7 +28,7 @@ from tests.conftest import ragged_texts
 from tests.distributed.processes import run_ranks
 from tests.distributed.runs import offline
 from tests.object_store import BUCKET, environment, free_port, port_of, served
-from tests.ray.commands import Commands, SharedCluster, lines, pick, wait_until, write_yaml
+from tests.ray.commands import TIMEOUT_S, Commands, SharedCluster, lines, pick, wait_until, write_yaml
 
 
 def messages(prompt: str, chosen: str, rejected: str) -> str:
@@ -219,7 +219,7 @@ def test_a_run_stopped_killed_and_robbed_of_a_worker_has_the_metrics_of_an_undis
         pid = int(re.findall(r"pid (\d+)", (run / "logs/worker-1.log").read_text())[-1])
         starts = len(re.findall(r"pid \d+", (run / "logs/worker-0.log").read_text()))
         os.kill(pid, signal.SIGKILL)
-        assert process.wait(timeout=120) == 0
+        assert process.wait(timeout=TIMEOUT_S) == 0
     assert len(re.findall(r"pid \d+", (run / "logs/worker-0.log").read_text())) == starts + 1, "restarted once"
     assert not joining.left_over()
     assert steps_of(run) == undisturbed, f"to the last digit; everything was killed in step {survived + 1}"
