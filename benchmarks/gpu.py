@@ -238,7 +238,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.deadline = time.perf_counter() + arguments.seconds
     if arguments.tiny:
-        arguments.shape, arguments.pairs, arguments.longest, arguments.runs = "tiny", 4, 80, 2
+        arguments.shape, arguments.pairs, arguments.longest, arguments.runs = "tiny", 2, 24, 2
     recompute, tokens = FITS.get(arguments.shape, ("none", 16384))
     arguments.recompute = arguments.recompute or recompute
     arguments.tokens_per_micro_batch = arguments.tokens_per_micro_batch or tokens

@@ -1,6 +1,7 @@
 """Small real models and data, built without downloads, and a marker for every test."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,8 @@ import pytest
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+WritePairs = Callable[[Sequence[tuple[str, str, str]]], Path]
 
 TESTS = Path(__file__).parent
 MARKERS = {"unit": "unit", "distributed": "distributed", "oracles": "distributed", "ray": "ray", "rollout_vllm": "vllm"}
@@ -19,12 +22,30 @@ CHAT_TEMPLATE = (
 )
 
 
+def pytest_configure() -> None:
+    """Compute on one thread, here and in subprocesses: the tensors are tiny, and idle threads spin on the cores."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test by its folder."""
+    """Mark each test by its folder; the tests of ``tests/ray`` come first, since they take longest."""
+    items.sort(key=lambda item: not item.path.is_relative_to(TESTS / "ray"))
     for item in items:
         for folder, marker in MARKERS.items():
             if item.path.is_relative_to(TESTS / folder):
                 item.add_marker(marker)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Run the tests of a file in one process, which shares its fixtures, and those of ``tests/ray`` on one cluster."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "tests/ray" if nodeid.startswith("tests/ray/") else super()._split_scope(nodeid)
+
+    return ByFile(config, log)
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -80,23 +101,23 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def write_pairs(tmp_path: Path) -> Callable[[Sequence[tuple[str, str, str]]], Path]:
+def write_pairs(tmp_path: Path) -> WritePairs:
     """Write (prompt, chosen, rejected) texts as a JSONL file of message lists."""
+    return lambda pairs: save_pairs(tmp_path / "pairs.jsonl", pairs)
 
-    def write(pairs: Sequence[tuple[str, str, str]]) -> Path:
-        file = tmp_path / "pairs.jsonl"
-        records = [
-            {
-                "prompt": [{"role": "user", "content": prompt}],
-                "chosen": [{"role": "assistant", "content": chosen}],
-                "rejected": [{"role": "assistant", "content": rejected}],
-            }
-            for prompt, chosen, rejected in pairs
-        ]
-        file.write_text("".join(json.dumps(record) + "\n" for record in records))
-        return file
 
-    return write
+def save_pairs(file: Path, pairs: Sequence[tuple[str, str, str]]) -> Path:
+    """Write (prompt, chosen, rejected) texts as message lists."""
+    records = [
+        {
+            "prompt": [{"role": "user", "content": prompt}],
+            "chosen": [{"role": "assistant", "content": chosen}],
+            "rejected": [{"role": "assistant", "content": rejected}],
+        }
+        for prompt, chosen, rejected in pairs
+    ]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
 
 
 def gradient(tensor: "Tensor") -> "Tensor":

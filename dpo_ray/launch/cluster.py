@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -100,8 +101,9 @@ def _connect(local_cpus: int) -> None:
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        # The dashboard serves the State API, which Ray Train needs to free the resources of a killed run.
-        ray.init(num_cpus=local_cpus, include_dashboard=True, **quiet)
+        with _services_in_own_groups():
+            # The dashboard serves the State API, which Ray Train needs to free the resources of a killed run.
+            ray.init(num_cpus=local_cpus, include_dashboard=True, **quiet)
     except ValueError:  # a running cluster has its own CPUs
         try:
             # Not address="auto", which would also join the private cluster of another run on this machine.
@@ -111,6 +113,30 @@ def _connect(local_cpus: int) -> None:
     else:
         # The watcher waits for nodes to be preempted, and takes a core while the workers start.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+
+
+@contextlib.contextmanager
+def _services_in_own_groups() -> Iterator[None]:
+    """Starts the services of a local cluster in process groups of their own.
+
+    SIGTERM to the group of this process, as ``timeout`` and ``kill -- -PGID`` send it, must reach the run, which saves
+    a checkpoint, and not the cluster that it needs for that. Ray shields its services from Ctrl-C only.
+    """
+    from ray._private import services
+
+    if sys.platform != "linux":  # elsewhere Ray kills the services of a dead driver by their common group
+        yield
+        return
+
+    class OwnGroup(services.ConsolePopen):
+        def __init__(self, *args: Any, **named: Any) -> None:
+            super().__init__(*args, process_group=0, **named)
+
+    before, services.ConsolePopen = services.ConsolePopen, OwnGroup
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before
 
 
 def _connection_advice(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,11 @@ from dpo_ray.reference.store import ReferenceStore
 from dpo_ray.storage import folder_at
 from dpo_ray.train.checkpoint_files import MARKER, damaged_files
 from dpo_ray.train.export import export_checkpoint, find_checkpoint
-from tests.conftest import ragged_texts
+from tests.conftest import WritePairs, ragged_texts
 from tests.distributed.conftest import COMPARED
 from tests.distributed.processes import run_ranks
 from tests.distributed.runs import offline, offline_in_store
 from tests.object_store import BUCKET, environment, free_port, port_of, served
-
-WritePairs = Callable[[Sequence[tuple[str, str, str]]], Path]
 
 
 @pytest.fixture

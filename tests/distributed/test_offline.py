@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from safetensors.torch import load_file
 from dpo_ray.reference.store import ReferenceStore
 from dpo_ray.train.checkpoint_files import damaged_files
 from dpo_ray.train.export import export_checkpoint, find_checkpoint
-from tests.conftest import ragged_texts, save_tiny_model
+from dpo_ray.types import Metrics
+from tests.conftest import WritePairs, ragged_texts, save_tiny_model
 from tests.distributed.conftest import COMPARED, assert_same, over
 from tests.distributed.processes import run_ranks
 from tests.distributed.runs import (
@@ -25,14 +25,13 @@ from tests.distributed.runs import (
     offline_uncompiled,
 )
 
-WritePairs = Callable[[Sequence[tuple[str, str, str]]], Path]
+Steps = list[Metrics]
 
 
-def test_one_and_two_workers_report_the_same_steps(config: dict[str, Any]) -> None:
-    (alone,) = run_ranks(1, offline, config)
-    first, second = run_ranks(2, offline, config | {"cluster": {"train_workers": 2}})
-    assert len(alone) == 6
-    assert_same(alone, first, absolute=1e-4)
+def test_one_and_two_workers_report_the_same_steps(steps_of_one: Steps, steps_of_two: list[Steps]) -> None:
+    first, second = steps_of_two
+    assert len(steps_of_one) == 6
+    assert_same(steps_of_one, first, absolute=1e-4)
     assert [line["loss"] for line in first] == [line["loss"] for line in second]
 
 
@@ -53,27 +52,26 @@ def test_a_head_of_its_own_beside_a_tied_configuration_trains_alike_and_is_expor
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
 
 
-def test_the_first_loss_is_ln_2(config: dict[str, Any]) -> None:
-    (lines,) = run_ranks(1, offline, config)
-    assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
-    assert lines[-1]["loss"] < 0.6, "six steps reduce the loss"
+def test_the_first_loss_is_ln_2(steps_of_one: Steps) -> None:
+    assert steps_of_one[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert steps_of_one[-1]["loss"] < 0.6, "six steps reduce the loss"
 
 
-def test_neither_micro_batches_nor_the_layout_change_the_steps(config: dict[str, Any]) -> None:
-    (lines,) = run_ranks(1, offline, config)
+def test_neither_micro_batches_nor_the_layout_change_the_steps(config: dict[str, Any], steps_of_one: Steps) -> None:
     (one_at_a_time,) = run_ranks(1, offline, config | {"optim": config["optim"] | {"tokens_per_micro_batch": 1}})
     (plain,) = run_ranks(1, offline, config | {"optim": config["optim"] | {"layout": "plain"}})
-    assert_same(lines, one_at_a_time, absolute=1e-4)
-    assert_same(lines, plain, absolute=1e-4)
+    assert_same(steps_of_one, one_at_a_time, absolute=1e-4)
+    assert_same(steps_of_one, plain, absolute=1e-4)
 
 
-def test_gradients_of_micro_batches_add_up_over_shards_and_replicas(config: dict[str, Any]) -> None:
+def test_gradients_of_micro_batches_add_up_over_shards_and_replicas(
+    config: dict[str, Any], steps_of_one: Steps
+) -> None:
     config["run"]["epochs"] = 1
-    (alone,) = run_ranks(1, offline, config)
     config["optim"]["tokens_per_micro_batch"] = 1  # one pair each, and five pairs on four ranks
     for reshard in (True, False):  # reduced per micro-batch, and once per step
         for lines in run_ranks(4, offline, over(4, config, replicate=2, reshard_after_forward=reshard)):
-            assert_same(alone, lines, absolute=1e-4)
+            assert_same(steps_of_one[:3], lines, absolute=1e-4)
 
 
 def test_a_weighted_sum_of_losses_is_the_same_on_two_workers_in_plain_rows(config: dict[str, Any]) -> None:
@@ -106,10 +104,9 @@ def test_a_reference_free_loss_learns_without_computing_a_reference(
     assert not (tmp_path / "cache" / "reference").exists()
 
 
-def test_a_live_reference_gives_the_steps_of_a_cached_one(config: dict[str, Any]) -> None:
-    (cached,) = run_ranks(1, offline, config)
+def test_a_live_reference_gives_the_steps_of_a_cached_one(config: dict[str, Any], steps_of_one: Steps) -> None:
     (live,) = run_ranks(1, offline, config | {"reference": config["reference"] | {"kind": "live"}})
-    assert_same(cached, live, absolute=1e-5)
+    assert_same(steps_of_one, live, absolute=1e-5)
 
 
 LEAN = (
@@ -118,12 +115,12 @@ LEAN = (
 )
 
 
-def test_recomputing_resharding_and_prefetching_change_nothing(config: dict[str, Any]) -> None:
-    two = config | {"cluster": {"train_workers": 2}}
-    lines, _ = run_ranks(2, offline, two)
+def test_recomputing_resharding_and_prefetching_change_nothing(
+    config: dict[str, Any], steps_of_two: list[Steps]
+) -> None:
     for shard in LEAN:
-        lean, _ = run_ranks(2, offline, two | {"shard": shard})
-        assert_same(lines, lean, absolute=1e-5)
+        lean, _ = run_ranks(2, offline, over(2, config, **shard))
+        assert_same(steps_of_two[0], lean, absolute=1e-5)
 
 
 def test_layers_are_prefetched_in_both_passes_as_configured(config: dict[str, Any], tmp_path: Path) -> None:
@@ -136,19 +133,19 @@ def test_layers_are_prefetched_in_both_passes_as_configured(config: dict[str, An
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recomputed", ["none", "full"])
-def test_compiled_layers_give_the_steps_of_uncompiled_ones(config: dict[str, Any], recomputed: str) -> None:
-    (lines,) = run_ranks(1, offline, config)
+def test_compiled_layers_give_the_steps_of_uncompiled_ones(
+    config: dict[str, Any], steps_of_one: Steps, recomputed: str
+) -> None:
     shard = {"compile": True, "activation_checkpointing": recomputed}
     ((compiled, graphs),) = run_ranks(1, offline_counting_graphs, config | {"shard": shard})
-    assert_same(lines, compiled, absolute=1e-4)
+    assert_same(steps_of_one, compiled, absolute=1e-4)
     assert 0 < graphs <= 12, "layers share graphs, and rows of other lengths add few"
 
 
-def test_eight_bit_averages_learn_and_resume_exactly(config: dict[str, Any]) -> None:
+def test_eight_bit_averages_learn_and_resume_exactly(config: dict[str, Any], steps_of_two: list[Steps]) -> None:
     pytest.importorskip("torchao")
-    two = config | {"cluster": {"train_workers": 2}}
-    full, _ = run_ranks(2, offline, two)
-    low = two | {"optim": config["optim"] | {"use": "adamw_8bit"}}
+    full, _ = steps_of_two
+    low = over(2, config) | {"optim": config["optim"] | {"use": "adamw_8bit"}}
     undisturbed, _ = run_ranks(2, offline_uncompiled, low)
     assert undisturbed[0]["loss"] == full[0]["loss"]
     assert undisturbed[-1]["loss"] == pytest.approx(full[-1]["loss"], abs=0.05)
@@ -189,14 +186,14 @@ def test_products_in_eight_bits_learn_alike_on_one_and_two_workers(config: dict[
 
 
 @pytest.mark.parametrize("then", [1, 2])
-def test_a_resumed_run_reports_the_steps_of_an_undisturbed_one(config: dict[str, Any], then: int) -> None:
-    two = config | {"cluster": {"train_workers": 2}}
-    undisturbed, _ = run_ranks(2, offline, two)
+def test_a_resumed_run_reports_the_steps_of_an_undisturbed_one(
+    config: dict[str, Any], steps_of_two: list[Steps], then: int
+) -> None:
     saving = config["run"] | {"name": "stopped", "save_every": 2}
-    run_ranks(2, offline, two | {"run": saving | {"steps": 4}})
+    run_ranks(2, offline, over(2, config) | {"run": saving | {"steps": 4}})
     resumed, *_ = run_ranks(then, offline, config | {"run": saving, "cluster": {"train_workers": then}})
     assert [line["step"] for line in resumed] == [5, 6]
-    assert_same(undisturbed[4:], resumed, absolute=1e-4)
+    assert_same(steps_of_two[0][4:], resumed, absolute=1e-4)
 
 
 def test_a_run_resumed_with_larger_steps_finishes_its_epoch_and_its_schedule(
@@ -242,14 +239,14 @@ def test_a_run_whose_only_marker_is_truncated_does_not_restart_silently(config: 
         run_ranks(1, offline, saving)
 
 
-def test_a_run_asked_to_stop_saves_a_checkpoint_and_resumes_from_it(config: dict[str, Any]) -> None:
-    two = config | {"cluster": {"train_workers": 2}}
-    undisturbed, _ = run_ranks(2, offline, two)
-    stopping = two | {"run": config["run"] | {"name": "stopped", "save_every": 100}}
+def test_a_run_asked_to_stop_saves_a_checkpoint_and_resumes_from_it(
+    config: dict[str, Any], steps_of_two: list[Steps]
+) -> None:
+    stopping = over(2, config) | {"run": config["run"] | {"name": "stopped", "save_every": 100}}
     stopped, _ = run_ranks(2, offline, stopping, 2)
     resumed, _ = run_ranks(2, offline, stopping)
     assert [line["step"] for line in stopped + resumed] == [1, 2, 3, 4, 5, 6]
-    for one, other in zip(undisturbed, stopped + resumed, strict=True):
+    for one, other in zip(steps_of_two[0], stopped + resumed, strict=True):
         assert {key: one[key] for key in COMPARED} == {key: other[key] for key in COMPARED}, "to the last digit"
 
 

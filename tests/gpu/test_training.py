@@ -16,8 +16,8 @@ from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer, pair_losses
 from dpo_ray.train.offline import train_offline
 from dpo_ray.types import Metrics, TokenPair
-from tests.conftest import ragged_texts
-from tests.distributed.conftest import WritePairs, assert_same
+from tests.conftest import WritePairs, ragged_texts
+from tests.distributed.conftest import assert_same
 from tests.distributed.runs import ListReporter
 from tests.families import PACKED, save_small_model
 from tests.unit.model.test_scorer import (

@@ -1,21 +1,19 @@
 """Our steps against TRL's trainers: losses, rewards, log-probabilities and gradient norms, through all steps."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import ragged_texts
+from tests.conftest import WritePairs, ragged_texts
 from tests.distributed.processes import run_ranks
 from tests.distributed.runs import offline
 from tests.oracles.trl_run import trl_kto_steps, trl_simpo_steps, trl_steps
 
 SAME_NAMES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
 PAIRS_PER_STEP, LR, BETA = 4, 5e-4, 0.1
-
-WritePairs = Callable[[Sequence[tuple[str, str, str]]], Path]
 
 
 def our_steps(

@@ -75,7 +75,7 @@ class Commands:
         )
 
     def start(self, job: str, *arguments: str | Path, stderr: int | None = None) -> subprocess.Popen[bytes]:
-        """Start a command."""
+        """Start a command in a process group of its own, as a shell does."""
         return subprocess.Popen(
             [sys.executable, "-m", f"jobs.{job}", *map(str, arguments)],
             cwd=ROOT,
@@ -83,6 +83,7 @@ class Commands:
             stdout=subprocess.DEVNULL,
             stderr=stderr,
             preexec_fn=heed_ctrl_c,
+            process_group=0,
         )
 
     def kill_when(

@@ -28,7 +28,7 @@ from tests.conftest import ragged_texts
 from tests.distributed.processes import run_ranks
 from tests.distributed.runs import offline
 from tests.object_store import BUCKET, environment, free_port, port_of, served
-from tests.ray.commands import Commands, SharedCluster, lines, pick, wait_until, write_yaml
+from tests.ray.commands import TIMEOUT_S, Commands, SharedCluster, lines, pick, wait_until, write_yaml
 
 
 def messages(prompt: str, chosen: str, rejected: str) -> str:
@@ -196,37 +196,30 @@ def test_a_run_stopped_killed_and_robbed_of_a_worker_has_the_metrics_of_an_undis
     def steps_done() -> int:
         return len(steps_of(run)) if (run / "metrics.jsonl").exists() else 0
 
-    def stop(commands: Commands, number: int, step: int) -> int:
-        """Send a signal after ``step``; the run saves a checkpoint and reports its last step, which is returned."""
-        with commands.start("offline", slow, "run.save_every=100", stderr=subprocess.PIPE) as process:
-            wait_until(lambda: steps_done() >= step, process)
-            os.kill(process.pid, number)
-            stderr = process.communicate(timeout=60)[1].decode()
-        assert process.returncode == 130
-        stopped = steps_done()
-        assert f"stopped after step {stopped} of 20; rerun the same command to resume" in stderr, stderr
-        newest = max((run / "checkpoints").iterdir())
-        assert int(newest.name) == stopped
-        assert not damaged_files(newest)
-        assert not commands.left_over()
-        return stopped
-
-    stopped = stop(joining, signal.SIGINT, 2)
+    with starting.start("offline", slow, "run.save_every=100", stderr=subprocess.PIPE) as process:
+        wait_until(lambda: steps_done() >= 2, process)
+        os.killpg(process.pid, signal.SIGTERM)
+        stderr = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130
+    stopped = steps_done()
+    assert f"stopped after step {stopped} of 20; rerun the same command to resume" in stderr, stderr
+    newest = max((run / "checkpoints").iterdir())
+    assert int(newest.name) == stopped
+    assert not damaged_files(newest)
+    assert not starting.left_over()
 
     last = random.randrange(stopped + 1, stopped + 7)
     starting.kill_when("offline", slow, ready=lambda: steps_done() >= last)
     survived = steps_done()
 
-    stopped = stop(starting, signal.SIGTERM, survived + 1)
-    # The kill may have come before or after the checkpoint of that moment was complete.
-    assert resumed_after(run) in range(max(2, survived - 5), survived + 1), (survived, resumed_after(run))
-
     with joining.start("offline", slow) as process:
-        wait_until(lambda: steps_done() >= stopped + 2, process)
+        wait_until(lambda: steps_done() >= survived + 2, process)
+        # The kill may have come before or after the checkpoint of that moment was complete.
+        assert resumed_after(run) in range(max(2, survived - 5), survived + 1), (survived, resumed_after(run))
         pid = int(re.findall(r"pid (\d+)", (run / "logs/worker-1.log").read_text())[-1])
         starts = len(re.findall(r"pid \d+", (run / "logs/worker-0.log").read_text()))
         os.kill(pid, signal.SIGKILL)
-        assert process.wait(timeout=120) == 0
+        assert process.wait(timeout=TIMEOUT_S) == 0
     assert len(re.findall(r"pid \d+", (run / "logs/worker-0.log").read_text())) == starts + 1, "restarted once"
     assert not joining.left_over()
     assert steps_of(run) == undisturbed, f"to the last digit; everything was killed in step {survived + 1}"

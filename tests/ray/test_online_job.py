@@ -98,7 +98,7 @@ def test_a_run_killed_in_round_three_and_robbed_of_an_engine_in_round_four_repea
 
 
 def test_ctrl_c_leaves_no_process_and_a_failing_judge_ends_the_run_with_its_message(
-    joining: Commands, starting: Commands, config: dict[str, Any], tmp_path: Path
+    joining: Commands, config: dict[str, Any], tmp_path: Path
 ) -> None:
     config["cluster"] = {"train_workers": 1, "rollout_engines": 1}
     config["online"]["judge"] = {"use": "tests.ray.test_online_job:failing"}
@@ -109,6 +109,6 @@ def test_ctrl_c_leaves_no_process_and_a_failing_judge_ends_the_run_with_its_mess
     assert "logs" in failed.stderr
     assert not joining.left_over()
     logs = tmp_path / "runs/again/logs/engine-0.log"
-    status = starting.kill_when("online", file, "run.name=again", ready=logs.exists, signal_number=signal.SIGINT)
+    status = joining.kill_when("online", file, "run.name=again", ready=logs.exists, signal_number=signal.SIGINT)
     assert status == 130, "before the first step it waits for neither engines nor judge"
-    assert not starting.left_over()
+    assert not joining.left_over()

@@ -113,7 +113,7 @@ RECORD = st.dictionaries(st.sampled_from(NAMES), FIELD, max_size=6).map(json.dum
 LINE = RECORD | JSON.map(json.dumps).map(str.encode) | st.binary(max_size=40)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(LINE, min_size=1, max_size=4))
 def test_arbitrary_lines_are_counted_or_rejected(tmp_path: Path, tokenizer: Any, noise: list[bytes]) -> None:
     content = lines(GOOD, *noise)

@@ -1,5 +1,6 @@
 """Errors of the connection to a cluster and of a run directory that would be lost; without a cluster."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import ray
 
 from dpo_ray.config.schema import ClusterConfig, RunConfig
-from dpo_ray.launch.cluster import ray_cluster
+from dpo_ray.launch.cluster import _sigterm_as_interrupt, ray_cluster
 from dpo_ray.launch.run_dir import validate_run_dir_permanent
 
 REJECTED = "RPC error: InvalidAuthToken: Authentication token is missing or incorrect"
@@ -48,3 +49,10 @@ def test_a_run_directory_in_the_package_of_a_submitted_job_is_rejected(
         validate_run_dir_permanent(RunConfig(dir="runs", name="demo"))
     validate_run_dir_permanent(RunConfig(dir=str(tmp_path / "runs"), name="demo"))
     validate_run_dir_permanent(RunConfig(dir="s3://bucket/runs", name="demo"))
+
+
+def test_sigterm_interrupts_a_run_as_ctrl_c_does_and_the_earlier_handler_returns() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), _sigterm_as_interrupt():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before

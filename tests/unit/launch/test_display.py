@@ -1,12 +1,35 @@
 """The live display, on a terminal and elsewhere."""
 
 import io
-import time
+import threading
+from collections.abc import Callable
 
+import pytest
 from rich.console import Console
 
-from dpo_ray.launch.display import POLL_S, live_display
+from dpo_ray.launch import display
+from dpo_ray.launch.display import live_display
 from dpo_ray.launch.status import Status
+
+TIMEOUT_S = 30
+
+
+@pytest.fixture(autouse=True)
+def _polling_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display, "POLL_S", 0.01)
+
+
+def show_all(read: Callable[[], Status], polls: int, *, rounds: int | None, console: Console) -> None:
+    """Display until ``read`` has been called ``polls`` times and the status of each call but the last is shown."""
+    calls, enough = iter(range(1, polls)), threading.Event()
+
+    def counted() -> Status:
+        if next(calls, None) is None:
+            enough.set()
+        return read()
+
+    with live_display(counted, title="demo", rounds=rounds, console=console):
+        assert enough.wait(TIMEOUT_S)
 
 
 def displayed(statuses: list[Status], rounds: int | None, *, terminal: bool = False) -> str:
@@ -17,8 +40,7 @@ def displayed(statuses: list[Status], rounds: int | None, *, terminal: bool = Fa
         return statuses.pop(0) if len(statuses) > 1 else statuses[0]
 
     console = Console(file=output, width=100, force_terminal=terminal)
-    with live_display(read, title="demo", rounds=rounds, console=console):
-        time.sleep((len(statuses) + 1.4) * POLL_S)
+    show_all(read, len(statuses) + 1, rounds=rounds, console=console)
     return output.getvalue()
 
 
@@ -50,5 +72,4 @@ def test_an_unreadable_status_does_not_end_the_display() -> None:
     def read() -> Status:
         raise ConnectionError("the status actor is gone")
 
-    with live_display(read, title="demo", rounds=None, console=Console(file=io.StringIO())):
-        time.sleep(1.2 * POLL_S)
+    show_all(read, 2, rounds=None, console=Console(file=io.StringIO()))

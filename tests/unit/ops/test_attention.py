@@ -18,7 +18,7 @@ from dpo_ray.ops.windows import Window
 LENGTH = st.integers(0, 2 * QUERY_BLOCK + 3)
 Attend = Callable[[Tensor, Tensor, Tensor, list[Span]], Tensor]
 SPAN = st.builds(lambda prompt, rest: Span.of(prompt + 1, *rest), LENGTH, st.lists(LENGTH, max_size=3))
-SPANS = st.lists(SPAN, min_size=1, max_size=3)
+SPANS = st.lists(SPAN, min_size=1, max_size=2)
 
 
 def inputs(spans: list[Span], heads: int, key_heads: int, dtype: torch.dtype, size: int = 16) -> list[Tensor]:
@@ -113,8 +113,8 @@ def errors(actual: list[Tensor], exact: list[Tensor]) -> list[float]:
     return [float((a.double() - e).norm() / e.norm().clamp(min=1)) for a, e in zip(actual, exact, strict=True)]
 
 
-@settings(max_examples=30, deadline=None)
-@given(SPANS, st.sampled_from([(4, 4), (6, 2), (3, 1)]), WINDOWS, st.sampled_from([None, 1.5]))
+@settings(max_examples=20, deadline=None)
+@given(SPANS, st.sampled_from([(2, 2), (4, 2), (3, 1)]), WINDOWS, st.sampled_from([None, 1.5]))
 def test_values_and_gradients_are_those_of_a_float64_softmax_over_the_masked_row(
     spans: list[Span], heads: tuple[int, int], window: Window | None, softcap: float | None
 ) -> None:
