@@ -54,8 +54,8 @@ UNPAIRED_LOSSES = ("kto", "bco")
 LIST_LOSSES = ("plackett_luce", "lipo")
 """Losses of ranked lists."""
 Examples = Literal["pairs", "lists", "unpaired", "unpaired_kl"]
-"""What records become: pairs; pairs of neighbours in ranked lists; completions without a pair; or these, each with a
-completion of another prompt."""
+"""Kinds of training examples: pairs; pairs of neighbours in ranked lists; completions without a pair; or these, each
+with a completion of another prompt."""
 JUDGES = ("length", "sentiment")
 SELECTORS = ("best_vs_worst", "random_pair")
 TRANSPORTS = ("object_store", "nccl", "ipc")
@@ -324,7 +324,7 @@ class LossConfig(Section):
 
     @property
     def examples(self) -> Examples:
-        """What records become, see ``Examples``."""
+        """Kind of training examples that the loss takes."""
         if "kto" in self.names:
             return "unpaired_kl"
         if "bco" in self.names:

@@ -66,7 +66,7 @@ class RecordTokenizer:
         tokenizer: the policy's tokenizer.
         data: limits on prompts and completions, and the treatment of strings.
         limits: of the model.
-        examples: what records become.
+        examples: kind of training examples that records become.
     """
 
     def __init__(

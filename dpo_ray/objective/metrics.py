@@ -16,7 +16,7 @@ PAIR_METRICS = (
     "logps/rejected",
 )
 REWARDS = slice(1, 3)
-"""Those of PAIR_METRICS that are rewards of completions."""
+"""Slice of PAIR_METRICS with the rewards of completions."""
 
 
 @torch.no_grad()
