@@ -69,23 +69,13 @@ class Trainer:
 
 
 def build_trainer(config: Config, device: torch.device, reporter: Reporter) -> Trainer:
-    """Builds the parts of a run. A collective: torch.distributed is initialised.
-
-    Raises:
-        ValueError: the loss is of ranked lists, but rows do not keep lists together.
-    """
+    """Builds the parts of a run. A collective: torch.distributed is initialised."""
     reporter.phase("loading")
     torch.manual_seed(config.run.seed)
     mesh, compute_mesh = build_mesh(config.shard, device), build_compute_mesh(config.shard, device)
     ranks = compute_mesh["context"]
     context = ContextParallel(ranks.get_local_rank(), ranks.size(), ranks.get_group())
     policy = load_sharded(config.model, config.shard, mesh, device, context=context, trainable=True)
-    layout = policy.layout(config.optim.layout)
-    if config.loss.examples == "lists" and layout != "shared":
-        raise ValueError(
-            f"loss.use: {config.loss.use!r} is of ranked lists, which only rows of the shared layout keep together; "
-            f"here they are {layout} (see optim.layout and model.attention)"
-        )
     if obstacle := packing_obstacle(policy.model.config):
         kind = policy.model.config.model_type
         reporter.note(f"one completion per row, padded, instead of packed rows: the model, a {kind}, {obstacle}")

@@ -143,10 +143,3 @@ def transformers_logps(config: Config, folder: Path) -> tuple[float, float]:
         ]
     chosen, rejected = np.mean(logps, axis=0).tolist()
     return chosen, rejected
-
-
-def test_losses_of_ranked_lists_are_rejected_where_rows_do_not_keep_lists_together(config: dict[str, Any]) -> None:
-    config["loss"] = {"use": "plackett_luce"}
-    config["model"]["attention"] = "padded"
-    with pytest.raises(Exception, match=r"loss\.use: 'plackett_luce' is of ranked lists, .*; here they are padded"):
-        run_ranks(1, offline, config)
