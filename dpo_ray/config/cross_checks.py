@@ -97,6 +97,15 @@ def validate_run(run: schema.RunConfig, data: schema.DataConfig, online: schema.
         raise ValueError("run.best_metric needs evaluations to compare; it is for offline runs with data.eval")
 
 
+def validate_lists(data: schema.DataConfig, loss: schema.LossConfig) -> None:
+    """Check that an epoch has whole ranked lists if the loss is of lists."""
+    if loss.examples == "lists" and (parts := [weight for weight in data.weights if weight != int(weight)]):
+        raise ValueError(
+            f"data.weights has {parts[0]:g}, which takes parts of ranked lists, and loss.use: {loss.use!r} is of whole "
+            "ones; give whole numbers"
+        )
+
+
 def validate_engines(online: schema.OnlineConfig, cluster: schema.ClusterConfig) -> None:
     """Check that the weight transport suits the placement of engines, and that colocated ones fit."""
     if online.sync.use == "ipc" and not cluster.colocate:

@@ -7,6 +7,7 @@ import bisect
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -78,7 +79,7 @@ class Assignment:
 
 
 def balance_micro_batches(
-    tokens: np.ndarray, costs: np.ndarray, *, ranks: int, tokens_per_micro_batch: int, padded: bool = False
+    tokens: np.ndarray, costs: np.ndarray, *, ranks: int, tokens_per_micro_batch: int, rows: np.ndarray | None = None
 ) -> Assignment:
     """Assign items to micro-batches and ranks, with nearly equal cost over the ranks at every turn.
 
@@ -90,9 +91,10 @@ def balance_micro_batches(
         tokens: (B,) tokens of each item.
         costs: (B,) time of each item, in any unit.
         tokens_per_micro_batch: maximum tokens of a micro-batch; a longer item forms its own.
-        padded: items are padded to the longest of their micro-batch, and the padding counts.
+        rows: (B,) sequences of each item, which are padded to the longest of the micro-batch, and the padding counts;
+            None without padding.
     """
-    fill = _fill_padded if padded else _fill_packed
+    fill = _fill_packed if rows is None else partial(_fill_padded, rows=rows)
     largest_first = np.argsort(-costs, kind="stable").tolist()
     # An item over the limit fills exactly one micro-batch.
     turns = max(1, -(-int(np.minimum(tokens, tokens_per_micro_batch).sum()) // (ranks * tokens_per_micro_batch)))
@@ -131,24 +133,36 @@ def _fill_packed(
 
 
 def _fill_padded(
-    items: Sequence[int], tokens: np.ndarray, costs: np.ndarray, batches: int, limit: int
+    items: Sequence[int], tokens: np.ndarray, costs: np.ndarray, batches: int, limit: int, *, rows: np.ndarray
 ) -> list[tuple[float, tuple[int, ...]]] | None:
     """As ``_fill_packed``, for items that are padded; a lower limit is taken if it suffices, for more even costs."""
-    longest_first = sorted(items, key=lambda item: -tokens[item])
-    split = lambda limit: _split_padded(longest_first, tokens, limit)  # noqa: E731
+    longest = tokens // np.maximum(rows, 1)  # of an item's sequences, all of which are padded to it
+    longest_first = sorted(items, key=lambda item: -longest[item])
+    split = lambda limit: _split_padded(longest_first, longest, rows, limit)  # noqa: E731
     if len(split(limit)) > batches:
         return None
     limits = range(1, limit + 1)
     even = split(limits[bisect.bisect_left(limits, True, key=lambda limit: len(split(limit)) <= batches)])
     even += [()] * (batches - len(even))
-    return [(len(batch) * max((float(costs[i]) for i in batch), default=0.0), tuple(sorted(batch))) for batch in even]
+    # In a padded batch each sequence costs as much as the longest.
+    of_row = costs / np.maximum(rows, 1)
+    return [
+        (float(rows[list(batch)].sum() * of_row[list(batch)].max()) if batch else 0.0, tuple(sorted(batch)))
+        for batch in even
+    ]
 
 
-def _split_padded(longest_first: Sequence[int], tokens: np.ndarray, limit: int) -> list[tuple[int, ...]]:
+def _split_padded(
+    longest_first: Sequence[int], longest: np.ndarray, rows: np.ndarray, limit: int
+) -> list[tuple[int, ...]]:
     """Consecutive items as micro-batches of at most ``limit`` tokens with padding, or of a single item."""
-    batches, start = [], 0
-    while start < len(longest_first):
-        count = max(1, limit // int(tokens[longest_first[start]]))
-        batches.append(tuple(longest_first[start : start + count]))
-        start += count
-    return batches
+    batches: list[list[int]] = []
+    width = height = 0
+    for item in longest_first:
+        if batches and (height + rows[item]) * width <= limit:
+            batches[-1].append(item)
+            height += int(rows[item])
+        else:
+            batches.append([item])
+            width, height = int(longest[item]), int(rows[item])
+    return [tuple(batch) for batch in batches]

@@ -127,11 +127,14 @@ def micro_batches(
         tokens + shape.attention_cost * attended(lengths),
         ranks=shape.dp_size,
         tokens_per_micro_batch=shape.tokens_per_micro_batch,
-        padded=shape.layout == "padded",
+        rows=(lengths[:, 1:] > 0).sum(1) if shape.layout == "padded" else None,
     )
-    indices = (tuple(pair for i in batch for pair in items[i]) for batch in assignment.micro_batches[shape.dp_rank])
-    batches = tuple(MicroBatch(batch, build_row([source[i] for i in batch], shape.layout)) for batch in indices)
-    return batches, int(lengths.sum()), assignment.idle
+    batches = []
+    for batch in assignment.micro_batches[shape.dp_rank]:
+        numbered = [(number, pair) for number in batch for pair in items[number]]
+        row = build_row([source[pair] for _, pair in numbered], shape.layout, [number for number, _ in numbered])
+        batches.append(MicroBatch(tuple(pair for _, pair in numbered), row))
+    return tuple(batches), int(lengths.sum()), assignment.idle
 
 
 def _prompts(source: PairSource, pairs: Sequence[int]) -> tuple[list[tuple[int, ...]], np.ndarray]:

@@ -107,21 +107,33 @@ def padded_positions(spans: Sequence[Span]) -> tuple[tuple[int, int], np.ndarray
     return is_token.shape, np.flatnonzero(is_token)
 
 
-def build_row(pairs: Sequence[TokenPair], layout: Layout) -> PackedRow:
+def build_row(pairs: Sequence[TokenPair], layout: Layout, numbers: Sequence[int] | None = None) -> PackedRow:
     """Pack pairs into one row.
 
     Consecutive pairs of the same prompt share each of their completions. In the ``shared`` layout these are one span,
     in the other layouts each completion is one.
 
+    Args:
+        numbers: of the prompt of each pair; pairs with different ones share nothing, even if their prompts are equal.
+
     Without pairs, the row is a single token without labels: a rank without work still takes part in collectives.
     """
     segments, indices = [], []
-    for prompt, group in groupby(pairs, key=lambda pair: pair.prompt):
-        of_prompt = [(pair.chosen, pair.rejected) for pair in group]
-        completions = list(dict.fromkeys(chain(*of_prompt)))
-        segments.append([(prompt, *completions)] if layout == "shared" else [(prompt, ids) for ids in completions])
+    numbered = zip(numbers or [0] * len(pairs), pairs, strict=True)
+    for (_, prompt), group in groupby(numbered, key=lambda item: (item[0], item[1].prompt)):
+        of_prompt = [(pair.chosen, pair.rejected) for _, pair in group]
+        completions = sorted(dict.fromkeys(chain(*of_prompt)), key=lambda ids: not ids)  # an empty one is the last
+        segments.append(_segments(prompt, completions, layout))
         indices.append([(completions.index(chosen), completions.index(rejected)) for chosen, rejected in of_prompt])
     return _pack(segments, indices, [pair.unpaired for pair in pairs])
+
+
+def _segments(prompt: tuple[int, ...], completions: Sequence[tuple[int, ...]], layout: Layout) -> "list[Segment]":
+    """Spans of a prompt; an empty completion, the last one, has none of its own."""
+    if layout == "shared" or len(completions) == 1:
+        return [(prompt, *completions)]
+    *separate, last = completions if completions[-1] else completions[:-1]
+    return [*((prompt, ids) for ids in separate), (prompt, last, *completions[len(separate) + 1 :])]
 
 
 def build_sample_row(samples: Sequence[TokenSample]) -> PackedRow:

@@ -104,8 +104,11 @@ def read_pairs(
             for i, j in pairs:
                 yield record(candidates.completions[i], candidates.completions[j], completions=(i, j))
             return
-        of_pairs = [labelled for better, worse in pairs for labelled in ((better, 1), (worse, -1))]
-        for i, label in dict.fromkeys(of_pairs) or [(0, int(candidates.scores[0]))]:
+        labels = {} if pairs else {0: int(candidates.scores[0])}
+        for better, worse in pairs:
+            labels.setdefault(better, 1)
+            labels.setdefault(worse, -1)
+        for i, label in labels.items():
             completion = candidates.completions[i]
             yield record(completion, completion, completions=(2 * i, 2 * i + 1), unpaired=label)
 

@@ -142,6 +142,8 @@ class DataReportBuilder:
     def __init__(self) -> None:
         self.kept = self.examples = 0
         self._last: tuple[str, int] | None = None
+        self._last_kept = False
+        self._noted: set[str] = set()  # notes on the last record
         self._dropped: dict[str, Tally] = {}
         self._notes: dict[str, Tally] = {}
         self._unread: Counter[str] = Counter()
@@ -152,25 +154,36 @@ class DataReportBuilder:
         return self.kept + sum(tally.count for tally in self._dropped.values())
 
     def drop(self, problem: Problem) -> None:
-        """Count a dropped record."""
+        """Count a dropped record, or a dropped pair of a record of which others were kept."""
+        last, self._last = self._last, (problem.source, problem.number)
+        if last == self._last:
+            if self._last_kept:
+                detail = f"{MEANINGS.get(problem.reason, problem.reason)}: {problem.detail}"
+                _add(self._notes, "pair_dropped", Tally(1, (Example(problem.source, problem.number, detail),)))
+            return
+        self._last_kept = False
         _add(self._dropped, problem.reason, Tally(1, (Example(problem.source, problem.number, problem.detail),)))
 
     def keep(self, source: str, number: int, notes: Sequence[tuple[str, str]] = (), unread: Sequence[str] = ()) -> None:
         """Count a pair or prompt of a kept record; and the record, the notes on it and its fields that were not read.
 
-        The pairs of a record follow each other, and it counts once.
+        The pairs of a record follow each other; the record and each kind of note on it count once.
 
         Args:
             notes: reason and detail of each.
         """
         self.examples += 1
-        if self._last == (source, number):
-            return
-        self._last = source, number
-        self.kept += 1
-        self._unread.update(unread)
+        again, self._last = self._last == (source, number), (source, number)
+        if not again:
+            self._noted.clear()
+        if not again or not self._last_kept:
+            self.kept += 1
+            self._unread.update(unread)
+        self._last_kept = True
         for note, detail in notes:
-            _add(self._notes, note, Tally(1, (Example(source, number, detail),)))
+            if note not in self._noted:
+                self._noted.add(note)
+                _add(self._notes, note, Tally(1, (Example(source, number, detail),)))
 
     def add(self, other: "DataReportBuilder") -> None:
         """Add the counts of another builder, whose records follow."""

@@ -223,7 +223,10 @@ def _join(building: Path, digest: str, files: Sequence[str], counts: DataReportB
                 part.unlink()
     lengths = np.fromfile(building / _LENGTHS, "<i4").reshape(-1, 3)
     origins = np.fromfile(building / _ORIGINS, "<i8").reshape(-1, 2)
-    report = counts.build(lengths)
+    unpaired = np.fromfile(building / _UNPAIRED, "<i1")
+    of_records = lengths.copy()  # without completions of other records
+    of_records[unpaired > 0, 2] = of_records[unpaired < 0, 1] = 0
+    report = counts.build(of_records)
     meta = {
         "digest": digest,
         "files": list(files),

@@ -363,26 +363,29 @@ def _beside(item: tuple[PairRecord, TokenizedPair], other: tuple[int, ...]) -> t
 
 
 def _beside_others(items: Iterator[Item], positions: int | None) -> Iterator[Item]:
-    """Each completion without a pair beside the one of the next record; the last beside the first.
+    """Each completion without a pair beside one of the next record; those of the last record beside one of the first.
 
     The other completion is truncated to what fits ``positions`` after the prompt.
     """
 
-    def beside(item: tuple[PairRecord, TokenizedPair], other: TokenizedPair) -> Item:
+    def beside(item: tuple[PairRecord, TokenizedPair], other: tuple[int, ...]) -> Item:
         room = None if positions is None else positions - len(item[1].pair.prompt)
-        return _beside(item, other.pair.chosen[:room])
+        return _beside(item, other[:room])
 
-    first = held = None
+    first: tuple[int, ...] | None = None
+    held: list[tuple[PairRecord, TokenizedPair]] = []  # of one record
     for item in items:
         if isinstance(item, Problem):
             yield item
             continue
-        first = first or item
-        if held is not None:
-            yield beside(held, item[1])
-        held = item
-    if first is not None and held is not None:
-        yield beside(held, first[1])
+        record, completion = item[0], item[1].pair.chosen
+        first = completion if first is None else first
+        if held and (held[0][0].source, held[0][0].number) != (record.source, record.number):
+            yield from (beside(of_record, completion) for of_record in held)
+            held = []
+        held.append(item)
+    if first is not None:
+        yield from (beside(of_record, first) for of_record in held)
 
 
 def tokenize_prompts(

@@ -186,7 +186,8 @@ def pair_losses(
         loss: (policy, reference) -> (b,) losses of some consecutive pairs. Each must depend only on its prompt's pairs.
         reference: reference log-probabilities of the B pairs; None for losses without a reference.
         weighting: ``wpo`` sets ``weights`` of the log-probabilities.
-        router_aux: weight of the load balancing loss of a pair, the mean of its two sequences' losses.
+        router_aux: weight of the load balancing loss of a pair, the mean of its two sequences' losses, or the loss of
+            a completion without a pair.
     """
     with_squares, whole = weighting == "wpo", head.whole_group(row.prompts)
 
@@ -222,7 +223,9 @@ def pair_losses(
     losses: ChunkedLosses
     if router_aux:
         losses, balance = model(row, head_fn, balance=True)
-        added = router_aux * balance[row.pairs].mean(1)  # (B,)
+        chosen, rejected = balance[row.pairs].unbind(1)  # (B,) each
+        own = torch.where(row.unpaired > 0, chosen, rejected)
+        added = router_aux * torch.where(row.unpaired == 0, (chosen + rejected) / 2, own)
         losses = losses._replace(total=losses.total + added.sum(), each=losses.each + added.detach())
     else:
         losses = model(row, head_fn)

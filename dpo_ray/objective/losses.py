@@ -251,14 +251,16 @@ def lipo(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
     chosen, rejected = (beta * ratio for ratio in log_ratios(policy, reference))
     first = chosen[lists.start]
 
-    def discount(score: Tensor) -> Tensor:
-        """(B,) 1 / log(1 + rank) of scores among those of their lists."""
-        higher = (lists.same & (rejected > score[:, None])).sum(1) + (first > score)
-        return (higher + 2).log().reciprocal()
+    def discount(score: Tensor, place: Tensor) -> Tensor:
+        """(B,) 1 / log(1 + rank) of completions by score, and of equal scores by place in the list."""
+        ahead = (rejected > score[:, None]) | ((rejected == score[:, None]) & (lists.place + 1 < place[:, None]))
+        first_is_ahead = (first > score) | ((first == score) & (place > 0))
+        return ((lists.same & ahead).sum(1) + first_is_ahead + 2).log().reciprocal()
 
     with torch.no_grad():
         gain, next_gain = (torch.exp2(1 - (lists.place + i) / lists.length) for i in (0, 1))
-        swap = (gain[:, None] - next_gain).abs() * (discount(chosen)[:, None] - discount(rejected)).abs()
+        own, others = discount(chosen, lists.place), discount(rejected, lists.place + 1)
+        swap = (gain[:, None] - next_gain).abs() * (own[:, None] - others).abs()
     return (swap * F.softplus(rejected - chosen[:, None])).where(lists.later, 0.0).sum(1)
 
 

@@ -65,7 +65,7 @@ def compute_sample_logps(trainer: Trainer, model: LogpsModel, samples: Sequence[
         tokens + shape.attention_cost * tokens**2 / 2,
         ranks=trainer.dp_size,
         tokens_per_micro_batch=shape.tokens_per_micro_batch,
-        padded=shape.layout == "padded",
+        rows=np.ones_like(tokens) if shape.layout == "padded" else None,
     )
     batches = assignment.micro_batches[trainer.dp_rank]
     computed = [

@@ -238,6 +238,12 @@ def test_a_pair_is_a_desirable_and_an_undesirable_completion_for_losses_without_
     assert found == [("b", 1), ("a", -1)]
 
 
+def test_a_completion_gets_one_label_from_several_pairs(write: Write):
+    source = write([{"prompt": "q", "completions": ["a", "b", "c"], "scores": [3, 2, 1]}])
+    read = read_pairs([Part(source)], examples="unpaired", pairs_per_prompt=3)
+    assert [(r.chosen, r.unpaired) for r in read if isinstance(r, PairRecord)] == [("a", 1), ("c", -1), ("b", -1)]
+
+
 def test_a_ranked_list_is_the_pairs_of_its_neighbours_for_losses_of_lists(write: Write):
     source = write([{"prompt": "q", "completions": ["a", "b", "c", "d", "b"], "scores": [1, 4, 4, 2, 0]}])
     pairs = [pair for pair in read_pairs([Part(source)], examples="lists") if isinstance(pair, PairRecord)]

@@ -76,6 +76,29 @@ def test_pairs_of_one_prompt_share_its_span_and_their_completions() -> None:
     assert other.pairs.tolist() == [[0, 1], [2, 3], [4, 5]]
 
 
+def test_pairs_of_different_records_with_the_same_prompt_share_nothing() -> None:
+    ranked, opposite = TokenPair((1,), (2,), (3,)), TokenPair((1,), (3,), (2,))
+    assert build_row([ranked, opposite], "shared").pairs.tolist() == [[0, 1], [1, 0]]
+    assert build_row([ranked, opposite], "shared", [5, 6]).pairs.tolist() == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("layout", ["shared", "plain", "padded"])
+def test_the_empty_place_beside_a_completion_costs_nothing(layout: Layout) -> None:
+    row = build_row([TokenPair((1, 2), (3,), (), 1), TokenPair((4,), (), (5, 6), -1)], layout)
+    assert row.input_ids.tolist() == [[1, 2, 3, 4, 5, 6]]
+    assert row.spans == ((2, 1, 0), (1, 2, 0))
+    assert row.pairs.tolist() == [[0, 1], [3, 2]]
+    assert row.lengths.tolist() == [1, 0, 2, 0]
+    assert row.unpaired.tolist() == [1, -1]
+
+
+def test_padded_micro_batches_count_the_padding_of_every_sequence() -> None:
+    # A list of 10 sequences of 50 tokens and a pair of 200: together they would be padded to 12 * 200.
+    tokens, rows = np.array([500, 400]), np.array([10, 2])
+    (share,) = balance_micro_batches(tokens, tokens, ranks=1, tokens_per_micro_batch=1000, rows=rows).micro_batches
+    assert sorted(share) == [(0,), (1,)]
+
+
 def test_sample_rows_hold_one_sequence_each() -> None:
     row = build_sample_row([TokenSample((1,), (2, 3)), TokenSample((4, 5), (6,))])
     assert row.lengths.tolist() == [2, 1]
@@ -135,7 +158,9 @@ def test_items_longer_than_a_micro_batch_run_alone_and_none_is_empty_for_their_s
 @pytest.mark.parametrize("items", [0, 1, 4, 29, 300])
 def test_padded_micro_batches_hold_items_of_like_length_within_the_limit(ranks: int, items: int) -> None:
     tokens = np.random.default_rng(items).integers(1, 500, items)
-    assigned = balance_micro_batches(tokens, tokens, ranks=ranks, tokens_per_micro_batch=2000, padded=True)
+    assigned = balance_micro_batches(
+        tokens, tokens, ranks=ranks, tokens_per_micro_batch=2000, rows=np.ones_like(tokens)
+    )
     batches = [tokens[list(batch)] for share in assigned.micro_batches for batch in share]
     assert sorted(item for share in assigned.micro_batches for batch in share for item in batch) == list(range(items))
     assert len({len(share) for share in assigned.micro_batches}) == 1
@@ -148,7 +173,7 @@ def test_padded_micro_batches_hold_items_of_like_length_within_the_limit(ranks: 
 
 def test_padded_micro_batches_have_like_costs() -> None:
     tokens = np.random.default_rng(0).integers(50, 800, 64)
-    assigned = balance_micro_batches(tokens, tokens, ranks=4, tokens_per_micro_batch=4096, padded=True)
+    assigned = balance_micro_batches(tokens, tokens, ranks=4, tokens_per_micro_batch=4096, rows=np.ones_like(tokens))
     assert assigned.idle < 0.15
 
 
@@ -162,7 +187,9 @@ def test_padded_sequences_lie_at_the_starts_of_their_rows() -> None:
 def test_a_large_step_is_balanced_in_milliseconds(padded: bool) -> None:
     tokens = np.random.default_rng(0).integers(50, 4000, 4096)
     started = time.perf_counter()
-    balance_micro_batches(tokens, tokens, ranks=256, tokens_per_micro_batch=8192, padded=padded)
+    balance_micro_batches(
+        tokens, tokens, ranks=256, tokens_per_micro_batch=8192, rows=np.ones_like(tokens) if padded else None
+    )
     assert time.perf_counter() - started < 0.5
 
 

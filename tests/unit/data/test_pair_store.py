@@ -89,6 +89,19 @@ def test_completions_without_a_pair_stand_beside_the_next_ones_or_alone(
     assert beside == ([()] * 3 if examples == "unpaired" else [own[1], own[2], own[0]])
 
 
+def test_both_completions_of_a_pair_stand_beside_one_of_the_next_record(tokenizer: Any, write: Write, tmp_path: Path):
+    made = RecordTokenizer(tokenizer, LIMITS, examples="unpaired_kl")
+    store = prepare_pairs([write(GOOD[:3])], made, folder=tmp_path / "stores")
+    pairs = [store[i] for i in range(6)]
+    assert [pair.unpaired for pair in pairs] == [1, -1] * 3
+    good = [pair.chosen for pair in pairs[::2]]
+    assert [pair.rejected for pair in pairs[::2]] == [good[1], good[2], good[0]]
+    assert [pair.chosen for pair in pairs[1::2]] == [good[1], good[2], good[0]]
+    assert (store.report.read, store.report.kept, store.report.examples) == (3, 3, 6)
+    assert store.report.rejected is not None
+    assert store.report.rejected.max == len(pairs[1].rejected), "the report is of the completions with a label only"
+
+
 def test_bad_records_are_counted_and_the_rest_is_kept(prepare: Any, write: Write):
     source = write(
         [

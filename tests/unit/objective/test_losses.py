@@ -193,6 +193,15 @@ def test_lipo_weights_each_pair_of_a_list_by_the_gain_of_a_swap() -> None:
     assert losses.tolist() == pytest.approx(expected)
 
 
+def test_lipo_ranks_equal_scores_by_their_places() -> None:
+    # All log-ratios are 0, as at the first step: ranks are 1, 2, 3, and each logistic loss is log 2.
+    policy = replace(pairs([-1.0, -1.0], [-1.0, -1.0]), follows=torch.tensor([False, True]))
+    losses = build_loss(LossConfig(use="lipo"))(policy, pairs([-1.0, -1.0], [-1.0, -1.0]))
+    gain, discount = [2.0, 2**0.5, 1.0], [1 / log(2), 1 / log(3), 1 / log(4)]
+    swaps = {(i, j): (gain[i] - gain[j]) * (discount[i] - discount[j]) for i in range(3) for j in range(i + 1, 3)}
+    assert losses.tolist() == pytest.approx([(swaps[0, 1] + swaps[0, 2]) * log(2), swaps[1, 2] * log(2)])
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
