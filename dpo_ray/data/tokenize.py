@@ -6,7 +6,7 @@ would generate. Independent of files.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Literal, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -335,7 +335,7 @@ def tokenize_pairs(parts: Sequence[Part], tokenizer: RecordTokenizer) -> Iterato
     For losses of completions without a pair, a pair is two of them. The place of the other completion is empty, or has
     a completion of another record.
     """
-    items = _tokenized(parts, tokenizer)
+    items = _with_one_prompt(_tokenized(parts, tokenizer), tokenizer.data.max_completion_tokens)
     match tokenizer.examples:
         case "unpaired":
             items = (item if isinstance(item, Problem) else _beside(item, ()) for item in items)
@@ -352,6 +352,32 @@ def _tokenized(parts: Sequence[Part], tokenizer: RecordTokenizer) -> Iterator[It
         else:
             tokenized = tokenizer.pair(record)
             yield tokenized if isinstance(tokenized, Problem) else (record, tokenized)
+
+
+def _with_one_prompt(items: Iterator[Item], limit: int | None) -> Iterator[Item]:
+    """The pairs of each record with the same prompt: the tokens that come before all of its completions.
+
+    Args:
+        limit: ``data.max_completion_tokens``; the other tokens of a longer prompt become part of the completions.
+    """
+
+    def record_of(item: Item) -> tuple[str, int]:
+        origin = item if isinstance(item, Problem) else item[0]
+        return origin.source, origin.number
+
+    for _, of_record in groupby(items, key=record_of):
+        of_record = list(of_record)
+        start = min((len(item[1].pair.prompt) for item in of_record if not isinstance(item, Problem)), default=0)
+        for item in of_record:
+            yield item if isinstance(item, Problem) else (item[0], _starting_at(item[1], start, limit))
+
+
+def _starting_at(result: TokenizedPair, start: int, limit: int | None) -> TokenizedPair:
+    prompt, rest = result.pair.prompt[:start], result.pair.prompt[start:]
+    if not rest:
+        return result
+    chosen, rejected = ((*rest, *ids)[:limit] for ids in (result.pair.chosen, result.pair.rejected))
+    return replace(result, pair=replace(result.pair, prompt=prompt, chosen=chosen, rejected=rejected))
 
 
 def _beside(item: tuple[PairRecord, TokenizedPair], other: tuple[int, ...]) -> tuple[PairRecord, TokenizedPair]:

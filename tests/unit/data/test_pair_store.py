@@ -9,9 +9,10 @@ import pytest
 from dpo_ray.config.schema import DataConfig, Examples
 from dpo_ray.data import store as store_module
 from dpo_ray.data.formats import Part
-from dpo_ray.data.records import read_pairs
+from dpo_ray.data.records import PairRecord, Problem, read_pairs
 from dpo_ray.data.store import PairStore, prepare_pairs
-from dpo_ray.data.tokenize import RecordTokenizer
+from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPair, _with_one_prompt
+from dpo_ray.types import TokenPair
 
 Write = Callable[..., str]
 GOOD = [{"prompt": f"question {i}?", "chosen": " yes" * (i + 1), "rejected": " no"} for i in range(5)]
@@ -100,6 +101,19 @@ def test_both_completions_of_a_pair_stand_beside_one_of_the_next_record(tokenize
     assert (store.report.read, store.report.kept, store.report.examples) == (3, 3, 6)
     assert store.report.rejected is not None
     assert store.report.rejected.max == len(pairs[1].rejected), "the report is of the completions with a label only"
+
+
+def test_all_pairs_of_a_record_have_the_prompt_before_every_completion():
+    def item(prompt: int, chosen: str, rejected: str) -> tuple[PairRecord, TokenizedPair]:
+        ids = lambda text: tuple(map(ord, text))  # noqa: E731
+        pair = TokenPair(ids("abcd")[:prompt], ids(f"abcd{chosen}")[prompt:][:6], ids(f"abcd{rejected}")[prompt:][:6])
+        return PairRecord("q", chosen, rejected, "f", 1), TokenizedPair(pair)
+
+    # The tokenizer merges the last token of the prompt with the first of a completion, as in the second pair.
+    items = [item(4, "123456", "x"), Problem("identical", "f", 1, ""), item(3, "x", "yz")]
+    first, second = (found[1] for found in _with_one_prompt(iter(items), 6) if not isinstance(found, Problem))
+    assert first.pair == TokenPair((97, 98, 99), tuple(b"d12345"), tuple(b"dx")), "six tokens, from the prompt on"
+    assert second.pair == TokenPair((97, 98, 99), tuple(b"dx"), tuple(b"dyz"))
 
 
 def test_bad_records_are_counted_and_the_rest_is_kept(prepare: Any, write: Write):
