@@ -4,7 +4,7 @@ Independent of Ray. vLLM is imported when an engine is built, so ``engine_enviro
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dpo_ray.config.schema import EngineConfig, SamplingConfig
@@ -227,14 +227,8 @@ class VLLMEngine:
             )
 
 
-def engine_environment(
-    engine: EngineConfig, *, on_cpu: bool, threads: int, inherited: Mapping[str, str]
-) -> dict[str, str]:
-    """Environment variables that a process needs before it imports torch and builds a ``VLLMEngine``.
-
-    Args:
-        inherited: variables of the starting process, whose ``OMP_WAIT_POLICY`` is kept.
-    """
+def engine_environment(engine: EngineConfig, *, on_cpu: bool, threads: int) -> dict[str, str]:
+    """Environment variables that a process needs before it imports torch and builds a ``VLLMEngine``."""
     environment = {
         # The scheduler stays in this process: buckets reach it without a copy, and no process outlives it.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -245,9 +239,6 @@ def engine_environment(
     if on_cpu:
         # By default, all engines of a node bind their threads to the same cores.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        # By default, threads that wait for each other spin; where others use the cores, they spin while the awaited one
-        # is not running.
-        environment["OMP_WAIT_POLICY"] = inherited.get("OMP_WAIT_POLICY", "PASSIVE")
         if is_eager(engine, on_cpu=on_cpu):
             # vLLM compiles small functions even in eager mode; the first probe would wait 20 s for a C++ compiler.
             environment["TORCH_COMPILE_DISABLE"] = "1"

@@ -101,7 +101,7 @@ def engine_on(gpu: int, path: Path, worker_extension: str) -> Iterator[OneProces
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     device = visible[gpu] if len(visible) > gpu and visible[0] else str(gpu)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in engine_environment(ENGINE, on_cpu=False, threads=2, inherited={}).items():
+        for name, value in engine_environment(ENGINE, on_cpu=False, threads=2).items():
             patch.setenv(name, value)
         patch.setenv("CUDA_VISIBLE_DEVICES", device)
         process.start()

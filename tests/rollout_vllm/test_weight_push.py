@@ -136,7 +136,7 @@ def environment() -> Iterator[None]:
     from dpo_ray.rollout.vllm_engine import engine_environment
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in engine_environment(ENGINE, on_cpu=True, threads=1, inherited={}).items():
+        for name, value in engine_environment(ENGINE, on_cpu=True, threads=1).items():
             patch.setenv(name, value)
         yield
 

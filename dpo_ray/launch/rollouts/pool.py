@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -84,9 +83,7 @@ class RolloutPool:
         size, online, placement = self.config.cluster, self.config.online, self.placements[index]
         assert online is not None
         on_cpu = not self.cluster.on_gpus
-        environment = engine_environment(
-            online.engine, on_cpu=on_cpu, threads=size.cpus_per_engine, inherited=os.environ
-        )
+        environment = engine_environment(online.engine, on_cpu=on_cpu, threads=size.cpus_per_engine)
         actor = ray.remote(EngineActor).options(
             num_cpus=placement.num_cpus,
             num_gpus=placement.num_gpus,
