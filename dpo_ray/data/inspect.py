@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dpo_ray.config import Config
+from dpo_ray.data.examples import tokenize_pairs, tokenize_prompts
 from dpo_ray.data.records import PairRecord, Problem
 from dpo_ray.data.report import MEANINGS, DataReport, DataReportBuilder
 from dpo_ray.data.sources import expand_source, split_sources
@@ -19,8 +20,6 @@ from dpo_ray.data.tokenize import (
     RecordTokenizer,
     TokenizedPair,
     load_record_tokenizer,
-    tokenize_pairs,
-    tokenize_prompts,
 )
 from dpo_ray.types import Messages
 

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dpo_ray.data.examples import tokenize_prompts
 from dpo_ray.data.records import Problem
 from dpo_ray.data.report import DataReport, DataReportBuilder
-from dpo_ray.data.tokenize import RecordTokenizer, tokenize_prompts
+from dpo_ray.data.tokenize import RecordTokenizer
 from dpo_ray.types import Prompt
 
 

@@ -6,7 +6,6 @@ Invalid records are returned as a ``Problem`` with reason and location. Independ
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -88,29 +87,11 @@ def read_pairs(
         candidates = read_candidates(fields)
         validate_completions(candidates)
         tools, (prompt, system) = fields.tools(), _with_system(fields, candidates.prompt)
-        record = partial(
-            PairRecord, prompt, source=source, number=number, tools=tools, system=system, unread=fields.unread()
-        )
-        unpaired = examples.startswith("unpaired")
-        if candidates.unpaired and not unpaired:
-            raise Unusable("unpaired", "one completion and a label, for loss.use: kto or bco; other losses take pairs")
-        if candidates.unpaired:
-            pairs = []
-        elif examples == "lists":
-            pairs = list(pairwise(_ranking(candidates)))
-        else:
-            pairs = _pairs(candidates, pairs_per_prompt)
-        if not unpaired:
-            for i, j in pairs:
-                yield record(candidates.completions[i], candidates.completions[j], completions=(i, j))
-            return
-        labels = {} if pairs else {0: int(candidates.scores[0])}
-        for better, worse in pairs:
-            labels.setdefault(better, 1)
-            labels.setdefault(worse, -1)
-        for i, label in labels.items():
-            completion = candidates.completions[i]
-            yield record(completion, completion, completions=(2 * i, 2 * i + 1), unpaired=label)
+        for i, j, label in _examples(candidates, examples, pairs_per_prompt):
+            chosen, rejected = candidates.completions[i], candidates.completions[j]
+            # Beside a completion without a pair stands none of this record.
+            numbers = (2 * i, 2 * i + 1) if label else (i, j)
+            yield PairRecord(prompt, chosen, rejected, source, number, tools, system, fields.unread(), numbers, label)
 
     check_sources(parts)
     return _read(parts, build)
@@ -156,6 +137,25 @@ def _with_system(fields: Fields, prompt: Messages | str) -> tuple[Messages | str
     if prompt[0]["role"] in ("system", "developer"):
         bad_field("system", f"{show(system[0]['content'])} beside a system turn in the conversation", "one of the two")
     return (*system, *prompt), ()
+
+
+def _examples(candidates: Candidates, examples: Examples, count: int) -> Iterator[tuple[int, int, int]]:
+    """Numbers of the chosen and the rejected completion of each example, and its ``PairRecord.unpaired``."""
+    unpaired = examples.startswith("unpaired")
+    if candidates.unpaired:
+        if not unpaired:
+            raise Unusable("unpaired", "one completion and a label, for loss.use: kto or bco; other losses take pairs")
+        yield 0, 0, int(candidates.scores[0])
+        return
+    pairs = list(pairwise(_ranking(candidates))) if examples == "lists" else _pairs(candidates, count)
+    if unpaired:
+        labels: dict[int, int] = {}
+        for better, worse in pairs:
+            labels.setdefault(better, 1)
+            labels.setdefault(worse, -1)
+        yield from ((i, i, label) for i, label in labels.items())
+    else:
+        yield from ((i, j, 0) for i, j in pairs)
 
 
 def _pairs(candidates: Candidates, count: int) -> Sequence[tuple[int, int]]:

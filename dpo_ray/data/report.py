@@ -162,6 +162,7 @@ class DataReportBuilder:
                 _add(self._notes, "pair_dropped", Tally(1, (Example(problem.source, problem.number, detail),)))
             return
         self._last_kept = False
+        self._noted.clear()
         _add(self._dropped, problem.reason, Tally(1, (Example(problem.source, problem.number, problem.detail),)))
 
     def keep(self, source: str, number: int, notes: Sequence[tuple[str, str]] = (), unread: Sequence[str] = ()) -> None:

@@ -17,11 +17,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dpo_ray.data.examples import tokenize_pairs
 from dpo_ray.data.formats import Part, Unreadable
 from dpo_ray.data.records import Problem
 from dpo_ray.data.report import DataReport, DataReportBuilder
 from dpo_ray.data.sources import expand_source, source_digest, source_version, split_sources
-from dpo_ray.data.tokenize import RecordTokenizer, tokenize_pairs
+from dpo_ray.data.tokenize import RecordTokenizer
 from dpo_ray.data.tokenizer import tokenizer_digest
 from dpo_ray.storage import atomic_folder, cached_text
 from dpo_ray.types import TokenPair

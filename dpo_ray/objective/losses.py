@@ -252,7 +252,7 @@ def lipo(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
     first = chosen[lists.start]
 
     def discount(score: Tensor, place: Tensor) -> Tensor:
-        """(B,) 1 / log(1 + rank) of completions by score, and of equal scores by place in the list."""
+        """(B,) 1 / log(1 + rank) of completions, ranked by score; equal scores are ranked by place in the list."""
         ahead = (rejected > score[:, None]) | ((rejected == score[:, None]) & (lists.place + 1 < place[:, None]))
         first_is_ahead = (first > score) | ((first == score) & (place > 0))
         return ((lists.same & ahead).sum(1) + first_is_ahead + 2).log().reciprocal()

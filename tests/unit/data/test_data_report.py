@@ -76,3 +76,17 @@ def test_a_data_set_without_usable_records_is_rejected():
     counts.drop(Problem("tie", "a.jsonl", 1, ""))
     with pytest.raises(ValueError, match="no record can be used\ndata: 1 records read, 0 kept, 1 dropped\n"):
         counts.build(np.empty((0, 3))).check(strict=False)
+
+
+def test_a_record_counts_once_however_many_pairs_it_becomes():
+    counts = DataReportBuilder()
+    for number in (1, 1, 2):
+        counts.keep("f", number, [("completion_cut", "")])
+    counts.drop(Problem("identical", "f", 2, "both are red"))
+    counts.drop(Problem("identical", "f", 3, ""))
+    counts.drop(Problem("identical", "f", 3, ""))
+    report = counts.build(np.ones((3, 3), np.int64))
+    assert (report.read, report.kept, report.examples) == (3, 2, 3)
+    assert {reason: tally.count for reason, tally in report.notes.items()} == {"completion_cut": 2, "pair_dropped": 1}
+    assert report.dropped["identical"].count == 1
+    assert "3 records read, 2 kept as 3 pairs or completions, 1 dropped" in report.text()

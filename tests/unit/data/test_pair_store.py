@@ -8,10 +8,11 @@ import pytest
 
 from dpo_ray.config.schema import DataConfig, Examples
 from dpo_ray.data import store as store_module
+from dpo_ray.data.examples import _with_one_prompt
 from dpo_ray.data.formats import Part
 from dpo_ray.data.records import PairRecord, Problem, read_pairs
 from dpo_ray.data.store import PairStore, prepare_pairs
-from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPair, _with_one_prompt
+from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPair
 from dpo_ray.types import TokenPair
 
 Write = Callable[..., str]
