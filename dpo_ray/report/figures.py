@@ -38,7 +38,7 @@ def key_figures(record: RunRecord) -> list[KeyFigure]:
     eval_losses = same_decimals(losses[0] if len(losses) else None, losses[-1] if len(losses) > 1 else None)
     changes = [
         KeyFigure("Held-out judge score", scores[1], interval, scores[0]),
-        KeyFigure("Held-out accuracy", shares[1], f"of pairs ordered right{tied}", shares[0]),
+        KeyFigure("Held-out accuracy", shares[1], f"of {_ordered_right(record)}{tied}", shares[0]),
         KeyFigure("Held-out loss", eval_losses[1], "mean over pairs", eval_losses[0]),
     ]
     figures = [figure for figure in changes if not figure.before == figure.value == "-"]
@@ -118,10 +118,10 @@ def _outcome(record: RunRecord) -> str:
         return f"The judge's mean score went from {before} to {after} over {len(scores)} rounds."
     eval_steps, accuracies = record.accuracies("eval/")
     if len(accuracies) and eval_steps[-1] > 0:
-        return (
-            f"After {count_noun(int(eval_steps[-1]), 'step')} the policy prefers the chosen completion in "
-            f"{accuracies[-1]:.0%} of held-out pairs."
-        )
+        share, after = f"{accuracies[-1]:.0%}", count_noun(int(eval_steps[-1]), "step")
+        if record.labelled:
+            return f"After {after} {share} of held-out {_ordered_right(record)}."
+        return f"After {after} the policy prefers the chosen completion in {share} of held-out pairs."
     accuracies, margins = record.accuracies()[1], record.over_steps("rewards/margins")[1]
     if len(accuracies) and len(margins):
         tail = max(1, len(accuracies) // 10)
@@ -130,6 +130,11 @@ def _outcome(record: RunRecord) -> str:
             f"pairs, with a mean margin of {margins[-tail:].mean():.2f}."
         )
     return f"The run has made {steps}."
+
+
+def _ordered_right(record: RunRecord) -> str:
+    """The end of a sentence that a share of held-out examples begins."""
+    return "completions got likelier or less likely as labelled" if record.labelled else "pairs ordered right"
 
 
 def _median(curve: Curve) -> float | None:

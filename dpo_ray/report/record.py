@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import yaml
 
+from dpo_ray.config.schema import UNPAIRED_LOSSES
 from dpo_ray.report.formatting import prompt_text
 from dpo_ray.storage import folder_at, read_jsonl
 from dpo_ray.types import Messages, Metrics
@@ -114,6 +115,11 @@ class RunRecord:
         for part in dotted.split("."):
             node = node.get(part) if isinstance(node, Mapping) else None
         return default if node is None else node
+
+    @property
+    def labelled(self) -> bool:
+        """True if the run trained on completions with a label instead of pairs."""
+        return self.setting("loss.use") in UNPAIRED_LOSSES
 
     def over_steps(self, key: str) -> Curve:
         """A metric over optimizer steps."""

@@ -12,7 +12,7 @@ import pytest
 from dpo_ray.report.figures import KeyFigure, comparisons, key_figures, verdict
 from dpo_ray.report.formatting import format_duration
 from dpo_ray.report.page import write_report, write_sweep_report
-from dpo_ray.report.record import read_run
+from dpo_ray.report.record import RunRecord, read_run
 from jobs.picture import write_picture
 
 CONFIG = """
@@ -418,3 +418,13 @@ def test_a_metric_no_trial_has_is_rejected_with_the_metrics_there_are(tmp_path):
 def test_a_sweep_without_a_finished_trial_still_has_a_page(tmp_path):
     html = write_sweep_report(tmp_path, ROWS[2:], "eval/loss", "min").read_text(encoding="utf-8")
     assert "No trial finished with a result." in html
+
+
+def test_a_run_on_labels_speaks_of_completions_and_not_of_pairs() -> None:
+    evals = tuple({"step": step, "eval/rewards/accuracies": 0.75, "eval/rewards/margins": 1.0} for step in (4, 8))
+    labelled, paired = (RunRecord(Path("run"), {"loss": {"use": use}}, evals=evals) for use in ("kto", "sigmoid"))
+    assert key_figures(labelled)[0].detail == "of completions got likelier or less likely as labelled"
+    assert key_figures(paired)[0].detail == "of pairs ordered right"
+    assert verdict(labelled, []).startswith(
+        "After 8 steps 75% of held-out completions got likelier or less likely as labelled."
+    )
