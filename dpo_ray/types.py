@@ -36,6 +36,12 @@ class Completion:
     """Sampled tokens, including the end-of-turn token if the model generated it."""
     finished: bool
     """True if the model ended its turn; False if the completion was truncated at the token limit."""
+    first_version: int = 0
+    """Policy version that sampled the first token."""
+    last_version: int = 0
+    """Policy version that sampled the last token; a weight update may come in between if ``online.max_lag`` > 0."""
+    logp: float | None = None
+    """Sum of the engine's log-probabilities of the tokens, nats; None if the request did not ask for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +49,14 @@ class CompletionGroup:
     """The candidates that an engine generated for one prompt."""
 
     prompt: Prompt
-    prompt_token_ids: tuple[int, ...]
-    """The prompt as passed to the engine, with chat template and generation prompt."""
     completions: tuple[Completion, ...]
-    policy_version: int
-    """Version of the weights that generated all completions of the group."""
     seed: int
     """Sampling seed of the first completion; the i-th used ``seed + i``."""
+
+    @property
+    def policy_version(self) -> int:
+        """Oldest policy version that sampled a token of the group."""
+        return min(completion.first_version for completion in self.completions)
 
 
 @dataclass(frozen=True, slots=True)
