@@ -16,6 +16,8 @@ class Member:
     engine: Engine
     version: int
     """Policy version that it serves: its digest and probe have passed."""
+    digest: str = ""
+    """Digest of the weights of that version."""
 
 
 @dataclass(frozen=True, slots=True)

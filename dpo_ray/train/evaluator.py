@@ -1,6 +1,5 @@
 """Evaluations of the policy during a run, and their schedule."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
@@ -11,12 +10,13 @@ from dpo_ray.data.loader import PairLoader
 from dpo_ray.data.store import PairStore
 from dpo_ray.model.scorer import LogpsModel
 from dpo_ray.reference.reference import Reference
+from dpo_ray.rollout.evaluation import Evaluation
 from dpo_ray.train.checkpoint import save_due
 from dpo_ray.train.logps import compute_sample_logps
 from dpo_ray.train.reporter import Reporter
 from dpo_ray.train.step import evaluate_pairs
 from dpo_ray.train.trainer import Trainer
-from dpo_ray.types import Metrics, TokenSample
+from dpo_ray.types import Metrics
 
 
 def evaluation_due(run: RunConfig, position: int, total: int, *, stopping: bool = False) -> bool:
@@ -55,32 +55,58 @@ class PairEvaluator:
         return metrics
 
 
-class HeldOutPrompts(Protocol):
-    """Source of held-out completions, and storage for their log-probabilities."""
+class Evaluations(Protocol):
+    """Evaluations by the engines. Every rank calls every method with the same arguments and gets the same answer."""
 
-    def held_out(self, version: int) -> Sequence[TokenSample]:
-        """Completions of the held-out prompts by the engines' weights; empty without held-out prompts."""
+    def recorded(self, version: int) -> bool:
+        """True if the evaluation of a version is on disk."""
+        ...
 
-    def scored(self, version: int, policy: np.ndarray, reference: np.ndarray | None) -> None:
-        """Stores the log-probabilities of the held-out completions beside their judge scores."""
+    def record(self, evaluation: Evaluation, policy: np.ndarray | None, reference: np.ndarray | None) -> Metrics:
+        """Stores an evaluation with the log-probabilities of its samples; returns its metrics."""
+        ...
 
 
 class PromptEvaluator:
-    """Evaluates the policy on completions of held-out prompts: judge scores, and divergence from the reference."""
+    """Evaluates the policy on completions that the engines generate: judge scores, and divergence from the reference.
+
+    An evaluation is a request: training goes on, and its result is received when it is there.
+    """
 
     def __init__(
-        self, trainer: Trainer, prompts: HeldOutPrompts, frozen: LogpsModel | None, reporter: Reporter, *, total: int
+        self, trainer: Trainer, evaluations: Evaluations, frozen: LogpsModel | None, reporter: Reporter, *, total: int
     ) -> None:
-        self.trainer, self.prompts, self.frozen, self.reporter, self.total = trainer, prompts, frozen, reporter, total
-        self.last: int | None = None
+        self.trainer, self.evaluations, self.frozen = trainer, evaluations, frozen
+        self.reporter, self.total = reporter, total
+        self.pending: list[int] = []
+        """Versions whose evaluations have not been received."""
+        self.latest: Metrics = {}
+        """Metrics of the evaluations received since they were last reported."""
 
-    def maybe_run(self, round: int) -> None:
-        """Evaluates if it is due after ``round`` rounds and was not done yet."""
-        if round == self.last or not evaluation_due(self.trainer.config.run, round, self.total):
-            return
-        self.last = round
-        if samples := self.prompts.held_out(round):
+    def maybe_request(self, round: int) -> None:
+        """Requests an evaluation if it is due after ``round`` rounds and not on disk."""
+        due = evaluation_due(self.trainer.config.run, round, self.total)
+        if due and round not in self.pending and not self.evaluations.recorded(round):
+            self.pending.append(round)
+
+    def receive(self, evaluation: Evaluation, version: int) -> None:
+        """Computes the log-probabilities of an evaluation's samples and stores it.
+
+        Args:
+            version: version of the trainer's policy. If it has moved on, the engine's own log-probabilities count.
+        """
+        self.pending.remove(evaluation.version)
+        samples = evaluation.token_samples
+        policy = reference = None
+        if self.frozen is not None and samples:
             self.reporter.phase("evaluating")
             logps = partial(compute_sample_logps, self.trainer, samples=samples)
-            reference = logps(self.frozen) if self.frozen else None
-            self.prompts.scored(round, logps(self.trainer.policy), reference)
+            reference = logps(self.frozen)
+            of_engine = np.array(evaluation.engine_logps)
+            policy = logps(self.trainer.policy) if version == evaluation.version else of_engine
+        self.latest |= self.evaluations.record(evaluation, policy, reference)
+
+    def take_metrics(self) -> Metrics:
+        """The metrics of the evaluations received since the last call."""
+        metrics, self.latest = self.latest, {}
+        return metrics

@@ -20,9 +20,13 @@ PAIRS_PER_BLOCK = 512
 
 
 def compute_logps(
-    trainer: Trainer, source: PairSource, pairs: Sequence[int], progress: Callable[[int, int], None]
+    trainer: Trainer,
+    model: LogpsModel,
+    source: PairSource,
+    pairs: Sequence[int],
+    progress: Callable[[int, int], None],
 ) -> np.ndarray:
-    """Log-probabilities of pairs under the current policy.
+    """Log-probabilities of pairs under ``model``, the policy or a frozen reference.
 
     Args:
         pairs: indices into ``source``.
@@ -40,7 +44,7 @@ def compute_logps(
         computed: list[Tensor] = []
         for batch in batches:
             with torch.no_grad():
-                of_batch = pair_logps(trainer.policy, batch.row.to(trainer.device))
+                of_batch = pair_logps(model, batch.row.to(trainer.device))
             computed.append(torch.stack((of_batch.chosen, of_batch.rejected), 1))
             done = min(len(pairs), done + trainer.dp_size * len(batch.pairs))
             progress(done, len(pairs))

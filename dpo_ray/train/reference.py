@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from dpo_ray.config import Config
-from dpo_ray.data.loader import PairList
+from dpo_ray.data.loader import PairSource
 from dpo_ray.data.store import PairStore
 from dpo_ray.model.adapters import WithoutAdapters
 from dpo_ray.model.architecture import model_digest
@@ -58,20 +58,25 @@ def build_references(
     return reference, _cached_reference(trainer, held_out, "held-out reference cache", reporter)
 
 
-def round_reference(trainer: Trainer, pairs: PairList, frozen: LogpsModel | None) -> Reference:
-    """The frozen reference model if there is one; with ``reference.refresh: round`` the policy as the round begins."""
-    if frozen is not None:
+def round_reference(trainer: Trainer, pairs: PairSource, frozen: LogpsModel | None, *, epochs: int) -> Reference:
+    """The frozen reference model if there is one; with ``reference.refresh: round`` the policy as the round begins.
+
+    Args:
+        epochs: passes over ``pairs``. With several, each pair is scored once, before the first.
+    """
+    if frozen is not None and epochs == 1:
         return live_reference(partial(pair_logps, frozen))
     if trainer.config.reference_kind == "none":
         return no_reference
-    return cached_reference(compute_logps(trainer, pairs, range(len(pairs)), lambda done, total: None))
+    model = trainer.policy if frozen is None else frozen
+    return cached_reference(compute_logps(trainer, model, pairs, range(len(pairs)), lambda done, total: None))
 
 
 def _cached_reference(trainer: Trainer, pairs: PairStore, name: str, reporter: Reporter) -> Reference:
     logps, summary = cached_logps(
         _open_store(trainer.config, trainer.device, trainer.policy.model.config.get_text_config()._attn_implementation),
         pairs,
-        partial(compute_logps, trainer, pairs),
+        partial(compute_logps, trainer, trainer.policy, pairs),
         partial(reporter.phase, "scoring"),
     )
     reporter.note(f"{name}: {summary}")

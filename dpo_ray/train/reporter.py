@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from dpo_ray.types import Metrics
@@ -34,10 +34,10 @@ class Reporter(Protocol):
 
 
 class PhaseTimer:
-    """Wall-clock seconds of named phases."""
+    """Wall-clock seconds of named phases; ``seconds`` may have some already."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, seconds: Mapping[str, float]) -> None:
+        self.seconds = dict(seconds)
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:

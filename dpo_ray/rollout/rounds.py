@@ -1,12 +1,11 @@
-"""A round's prompts, sampling seeds and pairs, as pure functions: a restarted run gets the same round again."""
+"""The prompts and sampling seeds of a round, as pure functions: a restarted run gets the same round again."""
 
 import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 
-from dpo_ray.rollout.selectors import Selector
-from dpo_ray.types import CompletionGroup, Dropped, Prompt, ScoredPair
+from dpo_ray.types import Prompt
 
 SEEDS = 2**31 - 1000
 """Sampling seeds are in [0, SEEDS): the i-th of up to 1000 candidates, with ``seed + i``, still fits 31 bits."""
@@ -44,21 +43,9 @@ def stable_hash(*key: int) -> int:
     return int.from_bytes(digest, "big")
 
 
-def select_pairs(
-    groups: Sequence[CompletionGroup], scores: Sequence[Sequence[float]], selector: Selector
-) -> list[ScoredPair | Dropped]:
-    """The selector's choice for each group, in order.
-
-    Raises:
-        ValueError: the selector returned neither a pair of two candidates of the group nor ``Dropped``.
-    """
-    choices = [selector(group, row) for group, row in zip(groups, scores, strict=True)]
-    for group, choice in zip(groups, choices, strict=True):
-        candidates = len(group.completions)
-        indices = {choice.chosen, choice.rejected} if isinstance(choice, ScoredPair) else set()
-        if not isinstance(choice, Dropped) and (len(indices) < 2 or not indices <= set(range(candidates))):
-            raise ValueError(
-                f"the selector returned {choice!r} for prompt {group.prompt.index} with {candidates} candidates; "
-                "it must return ScoredPair(chosen, rejected) with the indices of two candidates, or Dropped(reason)"
-            )
-    return choices
+def digest_of_prompts(prompts: Sequence[Prompt]) -> str:
+    """Digest of the token ids of a prompt set: the prompts of every round are a function of it."""
+    digest = hashlib.blake2b(digest_size=16)
+    for prompt in prompts:
+        digest.update(np.array([len(prompt.token_ids), *prompt.token_ids], np.int64).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,192 @@
+"""The collector: keeps every admitted round in work, and evaluations before them. Independent of Ray.
+
+Its state is the ledger and what the trainer says in each ``poll``, so it can be restarted at any moment.
+"""
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_ray.config.schema import OnlineConfig
+from dpo_ray.rollout.admission import admitted, oldest_version
+from dpo_ray.rollout.dispatch import Dispatcher, EngineError, VersionGone
+from dpo_ray.rollout.engine import Request, RequestTimedOut
+from dpo_ray.rollout.evaluation import Evaluation, evaluation_requests
+from dpo_ray.rollout.judging import JudgeFailed, JudgePool
+from dpo_ray.rollout.ledger import Ledger, OpenRound, Outcome
+from dpo_ray.rollout.pipeline import FailureLimit, Pipeline, Select
+from dpo_ray.rollout.rounds import prompts_of_round, seed_of
+from dpo_ray.types import CompletionGroup, Prompt
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The answer to a poll."""
+
+    finished: bool = False
+    """True if the round asked for is complete on disk."""
+    evaluation: Evaluation | None = None
+    """The evaluation asked for, once it is complete."""
+    needs_weights: bool = False
+    """True if engines are up and none has weights: the trainer must publish them again."""
+    error: str | None = None
+    """Why the run cannot continue."""
+
+
+class Collector:
+    """Collects rounds and evaluations. Belongs to one event loop.
+
+    Args:
+        prompts, held_out: all training prompts, and the held-out prompts.
+        seed: ``run.seed``.
+        concurrency: groups that are generated at a time.
+        progress: called with the phase, and the number of finished and of all groups.
+    """
+
+    def __init__(
+        self,
+        online: OnlineConfig,
+        *,
+        seed: int,
+        prompts: Sequence[Prompt],
+        held_out: Sequence[Prompt],
+        ledger: Ledger,
+        engines: Dispatcher,
+        judge: JudgePool,
+        select: Select,
+        concurrency: int,
+        progress: Callable[[str, int, int], None],
+    ) -> None:
+        self.online, self.seed, self.prompts, self.held_out = online, seed, prompts, held_out
+        self.ledger, self.engines, self.judge, self.select = ledger, engines, judge, select
+        self.concurrency, self.progress = concurrency, progress
+        self._tasks: dict[tuple[str, int], asyncio.Task[Any]] = {}
+
+    async def poll(self, version: int, *, round: int | None, evaluations: Sequence[int], wait_s: float) -> Progress:
+        """Collect what the trainer may need; answer when something that it asks for is complete, or after ``wait_s``.
+
+        Args:
+            version: policy version that the trainer has published, its number of finished rounds.
+            round: the round that the trainer waits for, if any.
+            evaluations: the versions whose evaluations it waits for.
+        """
+        for asked in evaluations:
+            self._start("evaluation", asked, self._evaluate)
+        for ahead in admitted(version, max_lag=self.online.max_lag, rounds=self.online.rounds):
+            if not self._complete(ahead):
+                self._start("round", ahead, self._collect)
+        wanted = [("round", round), *(("evaluation", asked) for asked in evaluations)]
+        waited_for = [self._tasks[key] for key in wanted if key in self._tasks]
+        if not (round is not None and self._complete(round)):
+            await asyncio.wait([*waited_for, self._nap(wait_s)], return_when=asyncio.FIRST_COMPLETED)
+        return self._progress(round, evaluations)
+
+    def _nap(self, seconds: float) -> asyncio.Task[None]:
+        return asyncio.get_running_loop().create_task(asyncio.sleep(seconds))
+
+    def _progress(self, round: int | None, evaluations: Sequence[int]) -> Progress:
+        for task in self._tasks.values():
+            if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+                return Progress(error=f"{type(error).__name__}: {error}")
+        tasks = (self._tasks.get(("evaluation", asked)) for asked in evaluations)
+        return Progress(
+            finished=round is not None and self._complete(round),
+            evaluation=next((task.result() for task in tasks if task is not None and task.done()), None),
+            needs_weights=self.engines.current.needs_weights,
+            error=self.engines.current.error,
+        )
+
+    def _complete(self, round: int) -> bool:
+        """True if the round is finished and none of its tokens is too old."""
+        oldest = oldest_version(round, max_lag=self.online.max_lag)
+        return self.ledger.finished(round) and not self.ledger.stale(round, oldest=oldest)
+
+    def _start(self, kind: str, number: int, run: Callable[[int], Any]) -> None:
+        """Start a task once; the finished ones of smaller numbers are forgotten."""
+        if (kind, number) in self._tasks:
+            return
+        for key in [key for key, task in self._tasks.items() if key[0] == kind and key[1] < number and task.done()]:
+            if self._tasks[key].exception() is None:
+                del self._tasks[key]
+        self._tasks[kind, number] = asyncio.get_running_loop().create_task(run(number), name=f"{kind} {number}")
+
+    async def _collect(self, round: int) -> None:
+        """Collect a round, or what is missing of it."""
+        online, oldest = self.online, oldest_version(round, max_lag=self.online.max_lag)
+        prompts = prompts_of_round(self.prompts, seed=self.seed, round=round, per_round=online.prompts_per_round)
+        ledger = self.ledger.open(round, oldest=oldest)
+        if ledger.done or ledger.stale:
+            logger.info("round %d: %d groups are on disk, %d were too old", round, len(ledger.done), ledger.stale)
+        limit = FailureLimit(round, len(prompts), online.max_failed_share)
+        digests: dict[str, str] = {}
+
+        async def generate(request: Request) -> CompletionGroup:
+            group = await self.engines.generate(request, oldest=oldest)
+            digests.update({str(member.version): member.digest for member in self.engines.current.members})
+            return group
+
+        def append(outcome: Outcome) -> None:
+            ledger.append(outcome)
+            self.progress("generating", len(ledger.done), len(prompts))
+            limit.count(outcome)
+
+        pipeline = Pipeline(generate, self.judge.score, self.select, self.concurrency)
+        try:
+            await pipeline.run(self._requests(round, prompts, ledger), append)
+        finally:
+            ledger.close()
+        ledger.finish(
+            timings={"generate_s": pipeline.generating.seconds, "judge_s": pipeline.judging.seconds},
+            metrics=dict(self.engines.current.metrics or {}),
+            weights_digests=digests,
+            seed=self.seed,
+            sampling=online.sampling.model_dump(mode="json"),
+        )
+
+    def _requests(
+        self, round: int, prompts: Sequence[Prompt], ledger: OpenRound
+    ) -> Iterator[tuple[int, Request]]:
+        online = self.online
+        for position, prompt in enumerate(prompts):
+            if prompt.index not in ledger.done:
+                seed = seed_of(self.seed, round, prompt.index)
+                yield position, Request(prompt, online.sampling, online.candidates, seed, online.generate_timeout_s)
+
+    async def _evaluate(self, version: int) -> Evaluation:
+        """Complete and judge the held-out prompts by the engines of one version; empty if none serves it any more."""
+        judged, samples = evaluation_requests(self.online, self.prompts, self.held_out, seed=self.seed)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                scored = [tasks.create_task(self._judged(request, version)) for request in judged]
+                plain = [tasks.create_task(self._completed(request, version)) for request in samples]
+        except BaseExceptionGroup as errors:
+            gone, others = errors.split(VersionGone)
+            if others is not None:
+                raise others.exceptions[0] from None
+            logger.warning("no evaluation of version %d: %s", version, gone)
+            return Evaluation(version)
+        results = [pair for task in scored if (pair := task.result()) is not None]
+        groups = [group for task in plain if (group := task.result()) is not None] if samples else [g for g, _ in results]
+        return Evaluation(version, tuple(results), tuple(group for group in groups if group.completions[0].token_ids))
+
+    async def _completed(self, request: Request, version: int) -> CompletionGroup | None:
+        """A completion; None if it failed, which leaves a gap in the evaluation."""
+        try:
+            return await self.engines.generate(request, oldest=version, newest=version)
+        except (ValueError, RequestTimedOut, EngineError) as error:
+            logger.warning("evaluation of prompt %d failed: %s", request.prompt.index, error)
+            return None
+
+    async def _judged(self, request: Request, version: int) -> tuple[CompletionGroup, float] | None:
+        if (group := await self._completed(request, version)) is None:
+            return None
+        try:
+            return group, (await self.judge.score(group))[0]
+        except JudgeFailed as error:
+            logger.warning("held-out prompt %d has no score: %s", request.prompt.index, error)
+            return group, math.nan

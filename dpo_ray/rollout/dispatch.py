@@ -1,0 +1,114 @@
+"""Dispatch: sends each request to an engine that serves a recent enough policy, and again if that engine fails."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable
+
+from dpo_ray.rollout.engine import Request, RequestTimedOut
+from dpo_ray.rollout.fleet import Member, Membership
+from dpo_ray.types import CompletionGroup, NonRetryableError
+
+ENGINE_ATTEMPTS = 3
+"""Engines that may fail over one request: then the request is the likely cause."""
+GRACE_S = 30.0
+"""Seconds beyond a request's deadline after which its engine counts as hung: a working one would have aborted it."""
+POLL_S = 5.0
+"""Longest wait of one question for the membership."""
+
+
+class FleetFailed(NonRetryableError):
+    """There are no engines, and there will be none."""
+
+
+class EngineError(RuntimeError):
+    """Several engines failed over the same request."""
+
+
+class VersionGone(RuntimeError):
+    """Every engine serves a newer policy than the one requested."""
+
+
+class Dispatcher:
+    """The engines as one: requests in, groups out. Belongs to one event loop.
+
+    Args:
+        membership: ``Fleet.membership``.
+        suspect: ``Fleet.suspect``.
+    """
+
+    def __init__(
+        self,
+        membership: Callable[[int, float], Awaitable[Membership]],
+        suspect: Callable[[str, str], Awaitable[None]],
+    ) -> None:
+        self._membership, self._suspect = membership, suspect
+        self.current = Membership(epoch=-1)
+        self.running: Counter[str] = Counter()
+        """Requests in progress, by member id."""
+        self._changed = asyncio.Condition()
+
+    async def follow(self) -> None:
+        """Follow the membership until cancelled; a fleet that restarts is asked again."""
+        while True:
+            try:
+                current = await self._membership(self.current.epoch, POLL_S)
+            except Exception:
+                # The fleet's process died: its engines with it. A new one counts epochs from 0.
+                current = Membership(epoch=-1)
+                await asyncio.sleep(1.0)
+            if current != self.current:
+                async with self._changed:
+                    self.current = current
+                    self._changed.notify_all()
+
+    async def generate(self, request: Request, *, oldest: int, newest: int | None = None) -> CompletionGroup:
+        """Complete a prompt by an engine whose policy is in the range of versions; waits for one.
+
+        Raises:
+            ValueError, RequestTimedOut: see ``Engine.generate``.
+            EngineError: ENGINE_ATTEMPTS engines failed.
+            VersionGone: all engines are newer than ``newest``.
+            FleetFailed: see there.
+        """
+        for attempt in range(1, ENGINE_ATTEMPTS + 1):
+            member = await self._member(oldest, newest)
+            self.running[member.id] += 1
+            try:
+                async with asyncio.timeout(request.deadline_s + GRACE_S):
+                    return await member.engine.generate(request)
+            except (ValueError, RequestTimedOut):
+                raise
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}".rstrip(": ")
+                await self._report(member, reason)
+                if attempt == ENGINE_ATTEMPTS:
+                    raise EngineError(f"{attempt} engines failed over prompt {request.prompt.index}: {reason}") from None
+            finally:
+                self.running[member.id] -= 1
+                async with self._changed:
+                    self._changed.notify_all()
+        raise AssertionError("unreachable")
+
+    async def _member(self, oldest: int, newest: int | None) -> Member:
+        """The least busy engine of a version in the range."""
+        async with self._changed:
+            while True:
+                if self.current.error is not None:
+                    raise FleetFailed(self.current.error)
+                members = self.current.members
+                suitable = [m for m in members if m.version >= oldest and (newest is None or m.version <= newest)]
+                if suitable:
+                    return min(suitable, key=lambda member: self.running[member.id])
+                if newest is not None and members and all(member.version > newest for member in members):
+                    raise VersionGone(f"all engines serve policy version {members[0].version}, not {newest}")
+                await self._changed.wait()
+
+    async def _report(self, member: Member, reason: str) -> None:
+        """Tell the fleet, and leave the engine out until it has answered."""
+        members = tuple(other for other in self.current.members if other.id != member.id)
+        self.current = Membership(self.current.epoch, members, self.current.needs_weights, self.current.error)
+        try:
+            async with asyncio.timeout(POLL_S):
+                await self._suspect(member.id, reason)
+        except Exception:
+            await asyncio.sleep(1.0)  # the fleet is restarting; its engines die with it

@@ -1,0 +1,128 @@
+"""Evaluation: completions of held-out prompts for the judge, and samples for the KL divergence, by one policy version."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from dpo_ray.config.schema import OnlineConfig, SamplingConfig
+from dpo_ray.rollout.engine import Request
+from dpo_ray.rollout.rounds import seed_of
+from dpo_ray.storage import write_atomically
+from dpo_ray.types import CompletionGroup, Prompt, TokenSample
+
+EVALUATION_ROUND = 2**20
+"""Round number from which the seeds of evaluations are derived: the same at every evaluation."""
+UNMODIFIED: Mapping[str, Any] = {
+    "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "min_tokens": 0, "repetition_penalty": 1.0
+}  # fmt: skip
+"""Sampling settings with which completions are samples of the policy itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The completions of an evaluation."""
+
+    version: int
+    """Policy version that generated them; also the number of finished rounds."""
+    judged: tuple[tuple[CompletionGroup, float], ...] = ()
+    """Completions of the held-out prompts and their scores."""
+    samples: tuple[CompletionGroup, ...] = ()
+    """Samples of the policy for the KL divergence; the judged completions if these are samples of the policy."""
+
+    @property
+    def token_samples(self) -> list[TokenSample]:
+        """Token ids of ``samples``."""
+        return [TokenSample(group.prompt.token_ids, group.completions[0].token_ids) for group in self.samples]
+
+    @property
+    def engine_logps(self) -> list[float]:
+        """The engine's log-probability of each of ``samples``, nats."""
+        return [group.completions[0].logp or 0.0 for group in self.samples]
+
+
+def evaluation_requests(
+    online: OnlineConfig, prompts: Sequence[Prompt], held_out: Sequence[Prompt], *, seed: int
+) -> tuple[list[Request], list[Request]]:
+    """The requests of an evaluation: those to judge, and those for the KL divergence.
+
+    Where the sampling settings modify the policy's distribution, the divergence needs samples of its own.
+    """
+
+    def requests(prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Request]:
+        seeds = [seed_of(seed, EVALUATION_ROUND, prompt.index) for prompt in prompts]
+        deadline = online.generate_timeout_s
+        return [Request(p, sampling, 1, s, deadline, evaluation=True) for p, s in zip(prompts, seeds, strict=True)]
+
+    unmodified = online.sampling.model_copy(update=UNMODIFIED)
+    judged = requests(held_out, online.sampling)
+    if held_out and unmodified == online.sampling:
+        return judged, []
+    return judged, requests((held_out or prompts)[: online.kl_samples], unmodified)
+
+
+def kl_divergence(policy: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
+    """KL divergence of the policy from the reference, estimated on the policy's samples, with its standard error.
+
+    Args:
+        policy, reference: log-probability of each sample, nats.
+
+    Returns:
+        ``kl`` and ``kl_stderr``, nats per completion; empty without samples.
+    """
+    ratios = [p - r for p, r in zip(policy, reference, strict=True)]
+    if not ratios:
+        return {}
+    error = stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.nan
+    return {"kl": fmean(ratios), "kl_stderr": error}
+
+
+class EvaluationStore:
+    """``evaluations/VERSION.jsonl`` (judged completions) and ``evaluations/VERSION.kl.json`` in the run directory."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.folder = run_dir / "evaluations"
+
+    def recorded(self, version: int) -> bool:
+        """True if the evaluation of a version is complete on disk."""
+        return self._file(version).exists()
+
+    def write(
+        self, evaluation: Evaluation, policy: Sequence[float] | None, reference: Sequence[float] | None
+    ) -> dict[str, float]:
+        """Write an evaluation.
+
+        Args:
+            policy, reference: log-probability of each of ``evaluation.samples``, nats; None without a reference.
+
+        Returns:
+            Its metrics: ``heldout/score``, ``kl`` and ``kl_stderr``, as far as there are any.
+        """
+        kl = {} if policy is None or reference is None else kl_divergence(policy, reference)
+        scores = [score for _, score in evaluation.judged if math.isfinite(score)]
+        metrics = kl | ({"heldout/score": fmean(scores)} if scores else {})
+        self.folder.mkdir(parents=True, exist_ok=True)
+        finite = {key: value if math.isfinite(value) else None for key, value in kl.items()}
+        summary = {"version": evaluation.version, "samples": len(evaluation.samples), **finite}
+        write_atomically(self._file(evaluation.version).with_suffix(".kl.json"), json.dumps(summary) + "\n")
+        lines = [_line(group, score) for group, score in evaluation.judged]
+        text = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
+        write_atomically(self._file(evaluation.version), text)
+        return metrics
+
+    def _file(self, version: int) -> Path:
+        return self.folder / f"{version:06d}.jsonl"
+
+
+def _line(group: CompletionGroup, score: float) -> dict[str, Any]:
+    completion = group.completions[0]
+    return {
+        "prompt": [dict(message) for message in group.prompt.messages],
+        "completion": completion.text,
+        "tokens": len(completion.token_ids),
+        "finished": completion.finished,
+        "score": score if math.isfinite(score) else None,
+    }

@@ -1,0 +1,118 @@
+"""The judges' processes as one judge of single groups: batches, time-outs, and another attempt for what failed."""
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from dpo_ray.types import CompletionGroup
+
+
+class JudgeReplica(Protocol):
+    """A judge in a process of its own."""
+
+    async def score(self, groups: Sequence[CompletionGroup]) -> list[list[float]]:
+        """Scores of every completion of every group, checked."""
+        ...
+
+    async def restart(self) -> None:
+        """Kill the process, whatever it does, and start another; calls in progress raise."""
+        ...
+
+
+class JudgeFailed(RuntimeError):
+    """The judge hung, died or raised over one group, as often as it may."""
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A group that waits for its scores."""
+
+    group: CompletionGroup
+    scores: asyncio.Future[Sequence[float]]
+    alone: bool = False
+    """True after a batch with it failed: only the group at fault fails again."""
+    attempts: int = 0
+
+
+class JudgePool:
+    """Scores single groups by replicas that take batches. Belongs to one event loop.
+
+    Args:
+        batch: largest number of groups per call; a call takes those that wait, without waiting for more.
+        concurrency: calls in progress per replica.
+        timeout_s: longest wait for one call; then the replica is restarted.
+        retries: further attempts for a group that failed alone.
+    """
+
+    def __init__(
+        self, replicas: Sequence[JudgeReplica], *, batch: int, concurrency: int, timeout_s: float, retries: int
+    ) -> None:
+        self._replicas, self._batch, self._concurrency = replicas, batch, concurrency
+        self._timeout_s, self._retries = timeout_s, retries
+        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for replica in self._replicas:
+                for _ in range(self._concurrency):
+                    tasks.create_task(self._serve(replica))
+
+    async def score(self, group: CompletionGroup) -> Sequence[float]:
+        """One score per completion; NaN for a completion without a score.
+
+        Raises:
+            JudgeFailed: see there.
+        """
+        waiting = _Waiting(group, asyncio.get_running_loop().create_future())
+        self._queue.put_nowait(waiting)
+        return await waiting.scores
+
+    async def _serve(self, replica: JudgeReplica) -> None:
+        while True:
+            batch = await self._next_batch()
+            problem = await self._call(replica, batch)
+            if problem is None:
+                continue
+            for waiting in batch:
+                waiting.attempts += len(batch) == 1
+                waiting.alone = True
+                self._again(waiting, problem)
+
+    async def _next_batch(self) -> list[_Waiting]:
+        batch = [await self._queue.get()]
+        while len(batch) < self._batch and not batch[0].alone and not self._queue.empty():
+            following = self._queue.get_nowait()
+            if following.alone:
+                self._queue.put_nowait(following)
+                break
+            batch.append(following)
+        return batch
+
+    async def _call(self, replica: JudgeReplica, batch: Sequence[_Waiting]) -> str | None:
+        """Score a batch; returns what went wrong, or None."""
+        limit = asyncio.timeout(self._timeout_s)
+        try:
+            async with limit:
+                scores = await replica.score([waiting.group for waiting in batch])
+        except Exception as error:
+            if not limit.expired():
+                return f"raised {type(error).__name__}: {error}"
+            with contextlib.suppress(Exception):
+                await replica.restart()
+            return f"returned no scores in {self._timeout_s:g} s (online.judge.timeout_s)"
+        for waiting, row in zip(batch, scores, strict=True):
+            if not waiting.scores.done():
+                waiting.scores.set_result(row)
+        return None
+
+    def _again(self, waiting: _Waiting, problem: str) -> None:
+        """Put a group into the queue again, alone, or give it up."""
+        if waiting.scores.done():  # its round was cancelled
+            return
+        if waiting.attempts > self._retries:
+            waiting.scores.set_exception(JudgeFailed(f"the judge {problem}"))
+        else:
+            self._queue.put_nowait(waiting)
