@@ -129,3 +129,22 @@ class TrainResult:
 
 class NonRetryableError(RuntimeError):
     """An error that is not retried, because it would recur; crashes and lost connections are retried."""
+
+
+class SyncMismatch(NonRetryableError):
+    """An engine does not use the weights that the trainer sent."""
+
+
+class EngineLost(RuntimeError):
+    """An engine failed, or did not answer in time, in a weight update that sender and engines make together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A text whose log-probabilities prove that an engine uses the weights that it received."""
+
+    token_ids: tuple[int, ...]
+    logps: tuple[float, ...]
+    """The trainer's log-probability of each token after the first, nats."""
+    tolerance: float
+    """Largest accepted mean absolute difference, nats per token."""

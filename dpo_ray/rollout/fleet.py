@@ -1,10 +1,14 @@
-"""The fleet: engines that start, serve, are updated, die and are replaced, each by itself. Independent of Ray and vLLM."""
+"""The fleet: engines that start, serve, are updated, die and are replaced, each by itself.
 
+Independent of Ray and vLLM.
+"""
+
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from dpo_ray.rollout.engine import Engine
+from dpo_ray.types import Probe, SyncMismatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,41 +39,26 @@ class Membership:
     """Of the last update: ``sync/probe_difference`` (nats per token, largest), ``perf/push_s`` (slowest engine)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """A text whose log-probabilities prove that an engine uses the weights that it received."""
+def check_probe(probe: Probe, logps: Sequence[float]) -> float:
+    """Compare an engine's log-probabilities of the probe tokens with the trainer's.
 
-    token_ids: tuple[int, ...]
-    logps: tuple[float, ...]
-    """The trainer's log-probability of each token after the first, nats."""
-    tolerance: float
-    """Largest accepted mean absolute difference, nats per token."""
+    This detects weights that arrived intact and are not used (a stale packed copy, a skipped layer).
 
+    Returns:
+        Mean absolute difference, nats per token.
 
-class EngineGroup(Protocol):
-    """The engines as the sender of weights sees them. An update: ``begin_update``, ``load`` for each message,
-    ``end_update``; a new ``begin_update`` supersedes an unfinished update.
-
-    With ``collective`` (NCCL, CUDA IPC) sender and engines transfer together: the engines that take part are fixed by
-    ``begin_update``, and each call waits for all of them. Otherwise no call waits: each engine, also one that starts
-    later, loads the messages at its own pace.
+    Raises:
+        SyncMismatch: the difference is more than ``probe.tolerance``, or a log-probability is not finite.
+        ValueError: there are no tokens, or the engine returned a different number of them.
     """
-
-    def begin_update(self, version: int, *, collective: bool) -> Sequence[str]:
-        """Start an update; returns the ids of the engines that take part (collective), never waiting for one that is
-        not up."""
-        ...
-
-    def init_transfer(self, infos: Sequence[Mapping[str, Any]]) -> None:
-        """Pass each participating engine its initialization info, in the order of ``begin_update``."""
-        ...
-
-    def load(self, message: Any) -> None:
-        """Send a message to every engine. Collective: raises EngineLost if an engine failed or did not answer in time;
-        the engine is replaced and the sender starts the update again with the others."""
-        ...
-
-    def end_update(self, digest: str, probe: Probe) -> None:
-        """Finish the update. An engine serves the version once its digest and its probe pass; one that fails is
-        replaced. If every engine fails, ``Membership.error`` has both values."""
-        ...
+    tokens = len(probe.logps)
+    if not tokens:
+        raise ValueError("the probe has no tokens to compare; it needs at least two")
+    difference = sum(abs(a - b) for a, b in zip(probe.logps, logps, strict=True)) / tokens
+    if not (math.isfinite(difference) and difference <= probe.tolerance):
+        raise SyncMismatch(
+            f"engine and trainer differ by {difference:.4f} nats per token on the probe text ({tokens} tokens; mean "
+            f"{sum(probe.logps) / tokens:.4f} in the trainer, {sum(logps) / tokens:.4f} in the engine); "
+            f"accepted is {probe.tolerance} (online.probe_tolerance)"
+        )
+    return difference

@@ -7,7 +7,7 @@ and an object that stands for all engines.
 import hashlib
 import math
 import warnings
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_ray.types import NonRetryableError
+from dpo_ray.types import Probe, SyncMismatch
 
 NamedTensor = tuple[str, Tensor]
 """A whole parameter under its name in the model's checkpoint."""
@@ -24,10 +24,6 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer dtype by size of an element, in bytes."""
 DIGEST_BLOCK = {"cpu": 2**17, "cuda": 2**22}
 """Elements per step of a digest, at 24 bytes of memory each: a block fits a CPU's cache, or fills a GPU."""
-
-
-class SyncMismatch(NonRetryableError):
-    """The engines do not hold the weights that the trainer sent."""
 
 
 class Digest:
@@ -118,6 +114,52 @@ def dtype_name(tensor: Tensor) -> str:
 
 
 class EngineGroup(Protocol):
+    """The engines, as the sender of weights sees them.
+
+    An update is ``begin_update``, ``load`` for each message, ``end_update``; a new ``begin_update`` supersedes an
+    unfinished update. In a ``collective`` one (NCCL, CUDA IPC) sender and engines transfer together: ``begin_update``
+    fixes the engines that take part, and each call waits for all of them. Otherwise no call waits: each engine, also
+    one that starts later, loads the messages at its own pace.
+    """
+
+    host: str
+    """Address of this process for the engines."""
+    workers_per_engine: int
+    """GPUs per engine, each with a receiver of its own."""
+    timeout_s: float
+    """Longest wait for one call."""
+
+    def begin_update(self, version: int, *, collective: bool) -> Sequence[str]:
+        """Start an update, without waiting for an engine that is not up.
+
+        Returns:
+            Ids of the engines that take part, if the update is collective.
+        """
+        ...
+
+    def init_transfer(self, infos: Sequence[Mapping[str, Any]]) -> None:
+        """Pass each participating engine its initialization info, in the order of ``begin_update``."""
+        ...
+
+    def load(self, message: Any) -> None:
+        """Send a message to every engine.
+
+        Raises:
+            EngineLost: in a collective update, an engine failed or did not answer in time. It is replaced; the sender
+                starts the update again with the others.
+        """
+        ...
+
+    def end_update(self, digest: str, probe: Probe) -> None:
+        """Finish the update.
+
+        An engine serves the version once its digest and its probe pass; one that fails is replaced. If every engine
+        fails, ``Membership.error`` has both values.
+        """
+        ...
+
+
+class EnginePool(Protocol):
     """All engines of the pool, called together.
 
     Each call returns when every engine has answered, and raises if one fails or does not answer in time.
@@ -171,7 +213,7 @@ class WeightSync(Protocol):
     """True if messages can be sent again, to an engine that joins after the push. If False, an engine that dies between
     pushes stays out until the next one, and an engine that dies during a push fails it."""
 
-    def connect(self, engines: EngineGroup | None) -> None:
+    def connect(self, engines: EnginePool | None) -> None:
         """Set the receiver of later pushes; None on all ranks except rank 0."""
 
     def push(self, weights: Iterable[NamedTensor], *, version: int) -> str:
@@ -220,12 +262,12 @@ class Sender:
             raise ValueError(f"bucket_mib is {bucket_mib}; it must be at least 1 (online.sync.args.bucket_mib)")
         self._bucket_bytes = bucket_mib * 2**20
         self._dtype: torch.dtype = getattr(torch, dtype)
-        self.engines: EngineGroup | None = None
+        self.engines: EnginePool | None = None
         self._connected = False
         self._members: list[Hashable] = []
         self._device = torch.device("cpu")
 
-    def connect(self, engines: EngineGroup | None) -> None:
+    def connect(self, engines: EnginePool | None) -> None:
         """Set the receiver of later pushes; None on all ranks except rank 0."""
         self.engines, self._connected = engines, True
 
@@ -257,23 +299,23 @@ class Sender:
         if not self._connected:
             raise RuntimeError("push before connect: the transport has no engines to send to")
 
-    def _start_update(self, engines: EngineGroup) -> None:
+    def _start_update(self, engines: EnginePool) -> None:
         """Start an update, with a new transfer if the engines are not those of the last push."""
         members = list(engines.start_update())
         if members != self._members:
             self._init_transfer(engines, len(members))
             self._members = members
 
-    def _init_transfer(self, engines: EngineGroup, count: int) -> None:
+    def _init_transfer(self, engines: EnginePool, count: int) -> None:
         """Prepare transfers to ``count`` engines."""
 
-    def _send(self, engines: EngineGroup, bucket: list[NamedTensor], version: int) -> None:
+    def _send(self, engines: EnginePool, bucket: list[NamedTensor], version: int) -> None:
         raise NotImplementedError
 
     def _buckets(self, weights: Iterable[NamedTensor], device: torch.device) -> Iterator[list[NamedTensor]]:
         return to_buckets(weights, dtype=self._dtype, device=device, bucket_bytes=self._bucket_bytes)
 
-    def _finish_update(self, engines: EngineGroup, sent: Digest, version: int) -> str:
+    def _finish_update(self, engines: EnginePool, sent: Digest, version: int) -> str:
         """Switch the engines to the weights sent and compare digests."""
         expected = sent.hexdigest()
         for index, digest in enumerate(engines.finish_update(version)):

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dpo_ray.parallel.collectives import gather_values
-from dpo_ray.sync.base import Digest, EngineGroup, NamedTensor, Sender
+from dpo_ray.sync.base import Digest, EnginePool, NamedTensor, Sender
 
 Handles = dict[str, tuple[Any, ...]]
 """CUDA IPC handles of one packed buffer by GPU UUID."""
@@ -51,7 +51,7 @@ class IPCSync(Sender):
             return ""
         return self._finish_update(engines, sent, version)
 
-    def _init_transfer(self, engines: EngineGroup, count: int) -> None:
+    def _init_transfer(self, engines: EnginePool, count: int) -> None:
         engines.init_transfer([{"packed": True}] * count)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dpo_ray.sync.base import EngineGroup, NamedTensor, Sender, dtype_name
+from dpo_ray.sync.base import EnginePool, NamedTensor, Sender, dtype_name
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +56,12 @@ class NCCLSync(Sender):
         self._destroy_group()
         super().close()
 
-    def _init_transfer(self, engines: EngineGroup, count: int) -> None:
+    def _init_transfer(self, engines: EnginePool, count: int) -> None:
         self._destroy_group()
         self._group = init_group(engines, count, self._bucket_bytes)
         self._device = self._group.device
 
-    def _send(self, engines: EngineGroup, bucket: list[NamedTensor], version: int) -> None:
+    def _send(self, engines: EnginePool, bucket: list[NamedTensor], version: int) -> None:
         run_concurrently(
             functools.partial(engines.load, update_info(bucket)),
             functools.partial(broadcast, bucket, self._group, self._bucket_bytes),
@@ -120,7 +120,7 @@ def init_infos(host: str, port: int, engines: int, workers_per_engine: int, buck
     ]
 
 
-def init_group(engines: EngineGroup, count: int, bucket_bytes: int) -> Any:
+def init_group(engines: EnginePool, count: int, bucket_bytes: int) -> Any:
     """Build the NCCL group of this process and all workers of ``count`` engines.
 
     Raises:

@@ -1,13 +1,13 @@
 """Weights through an object store: rank 0 packs them into buckets and every engine reads them. For CPUs and GPUs.
 
-The sender uses ``EngineGroup`` only, which puts each bucket into the store. The receiver runs in vLLM's workers, so its
+The sender uses ``EnginePool`` only, which puts each bucket into the store. The receiver runs in vLLM's workers, so its
 half of this file imports vLLM on first use.
 """
 
 import functools
 from typing import Any
 
-from dpo_ray.sync.base import EngineGroup, NamedTensor, Sender, WireTensor
+from dpo_ray.sync.base import EnginePool, NamedTensor, Sender, WireTensor
 
 
 class ObjectStoreSync(Sender):
@@ -21,7 +21,7 @@ class ObjectStoreSync(Sender):
     worker_extension = f"{__name__}.ObjectStoreWorker"
     replays = True
 
-    def _send(self, engines: EngineGroup, bucket: list[NamedTensor], version: int) -> None:
+    def _send(self, engines: EnginePool, bucket: list[NamedTensor], version: int) -> None:
         engines.load([WireTensor.from_tensor(name, tensor) for name, tensor in bucket])
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dpo_ray.config.schema import EngineConfig
-from dpo_ray.sync.base import EngineGroup, WeightSync
+from dpo_ray.sync.base import EnginePool, WeightSync
 from dpo_ray.sync.ipc import IPCSync
 from dpo_ray.sync.nccl import NCCLSync
 
@@ -53,8 +53,8 @@ def serve(calls: Any, path: str, worker_extension: str) -> None:
             calls.send(("error", repr(error)))
 
 
-class OneProcess(EngineGroup):
-    """An ``EngineGroup`` of one engine in another process."""
+class OneProcess(EnginePool):
+    """An ``EnginePool`` of one engine in another process."""
 
     host, workers_per_engine, timeout_s = "127.0.0.1", 1, float(CALL_S)
 

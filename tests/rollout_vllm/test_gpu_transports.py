@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dpo_ray.sync import ipc, nccl
-from dpo_ray.sync.base import EngineGroup
+from dpo_ray.sync.base import EnginePool
 from dpo_ray.sync.nccl import NCCLSync
 from tests.rollout_vllm.test_weight_push import Policy, environment, policy_a, policy_b, start_engine
 
@@ -149,7 +149,7 @@ def test_a_push_over_nccl_loads_a_real_engine_when_only_the_broadcast_is_replace
     monkeypatch.setattr(nccl, "broadcast", lambda bucket, group, bucket_bytes: in_transit.put(list(bucket)))
     engine = start_engine(policy_a, worker_extension=NCCLSync.worker_extension)
 
-    class One(EngineGroup):
+    class One(EnginePool):
         host, workers_per_engine, timeout_s = "127.0.0.1", 1, 30.0
 
         def start_update(self) -> list[str]:

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpo_ray.config.schema import EngineConfig, SamplingConfig
 from dpo_ray.rollout.vllm_engine import UNPUSHED
-from dpo_ray.sync.base import EngineGroup, WireTensor, to_buckets
+from dpo_ray.sync.base import EnginePool, WireTensor, to_buckets
 from dpo_ray.sync.object_store import ObjectStoreSync
 from dpo_ray.types import Messages, Prompt
 
@@ -159,7 +159,7 @@ def engine(
     engine.close()
 
 
-class OneEngine(EngineGroup):
+class OneEngine(EnginePool):
     """A pool of one, without a cluster."""
 
     def __init__(self, engine: "VLLMEngine") -> None:

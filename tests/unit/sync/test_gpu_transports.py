@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_ray.sync import ipc, nccl
-from dpo_ray.sync.base import Digest, EngineGroup, SyncMismatch
+from dpo_ray.sync.base import Digest, EnginePool
 from dpo_ray.sync.receiver import DigestMixin, RecordingModel
+from dpo_ray.types import SyncMismatch
 
 SIZES = (10, 20, 30, 5, 5)
 
@@ -33,7 +34,7 @@ def digest_of(tensors: Sequence[tuple[str, Tensor]]) -> str:
 SENT = [(name, tensor.bfloat16()) for name, tensor in weights()]
 
 
-class Engines(EngineGroup):
+class Engines(EnginePool):
     """Two engines of two workers each that take part in broadcasts, fail, or hang."""
 
     host, workers_per_engine = "10.0.0.7", 2

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from dpo_ray.plugins import build
 from dpo_ray.sync import TRANSPORTS, base
-from dpo_ray.sync.base import Digest, EngineGroup, NamedTensor, SyncMismatch, WireTensor, to_buckets
+from dpo_ray.sync.base import Digest, EnginePool, NamedTensor, WireTensor, to_buckets
 from dpo_ray.sync.object_store import ObjectStoreSync
+from dpo_ray.types import SyncMismatch
 
 
-class Memory(EngineGroup):
+class Memory(EnginePool):
     """Two engines that keep what they receive; with ``damaged``, the second receives a changed element."""
 
     def __init__(self, *, damaged: bool = False) -> None:
