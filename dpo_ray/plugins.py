@@ -84,8 +84,10 @@ def bind(
     return partial(function, **arguments)
 
 
-def build(use: str, args: Mapping[str, Any], registry: Mapping[str, Any], kind: str, **runtime: Any) -> Any:
-    """Call the factory named by ``use`` and return the result: for judges and transports.
+def bind_factory(
+    use: str, args: Mapping[str, Any], registry: Mapping[str, Any], kind: str, **runtime: Any
+) -> Callable[[], Any]:
+    """The factory named by ``use``, with all its arguments bound and not called: for what is built in another process.
 
     Arguments and errors are those of ``bind``; a missing positional argument is an error too.
     """
@@ -94,7 +96,12 @@ def build(use: str, args: Mapping[str, Any], registry: Mapping[str, Any], kind: 
         signature.bind(**arguments)
     except TypeError as error:
         raise ValueError(f"{kind} {use!r}: {error}; its signature is {use}{signature}") from None
-    return factory(**arguments)
+    return partial(factory, **arguments)
+
+
+def build(use: str, args: Mapping[str, Any], registry: Mapping[str, Any], kind: str, **runtime: Any) -> Any:
+    """Call the factory named by ``use`` and return the result: for transports. Errors are those of ``bind_factory``."""
+    return bind_factory(use, args, registry, kind, **runtime)()
 
 
 def _resolve_arguments(

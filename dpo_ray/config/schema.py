@@ -505,6 +505,17 @@ class JudgeConfig(Component):
 
     use: Annotated[str, _one_of("judge", JUDGES)] = "length"
     """Judge: length, sentiment, or an import path."""
+    replicas: int = Field(1, ge=1)
+    """Number of judge processes."""
+    batch: int = Field(16, ge=1)
+    """Maximum number of prompts per call of the judge; a call takes those that wait."""
+    concurrency: int | None = Field(None, ge=1)
+    """Calls in progress per replica; null is 32 for a judge that is an async function, and 1 for others, which need not
+    be thread-safe."""
+    timeout_s: float = Field(300.0, gt=0)
+    """Seconds to wait for one call; then the judge's process is restarted."""
+    retries: int = Field(1, ge=0)
+    """Further attempts for a prompt whose completions the judge failed to score."""
 
 
 class SelectConfig(Component):
@@ -546,11 +557,17 @@ class OnlineConfig(Section):
     select: SelectConfig = SelectConfig()
     sync: SyncConfig = SyncConfig()
     kl_samples: int = Field(32, ge=1)
-    """Completions per round used to estimate the KL divergence of the policy from the reference."""
+    """Completions per evaluation used to estimate the KL divergence of the policy from the reference, sampled at
+    temperature 1 from all tokens. The held-out completions serve if they are sampled so."""
+    max_failed_share: float = Field(0.1, ge=0, le=1)
+    """Fraction of a round's prompts that may fail (the judge raises, a request times out, engines die over it) before
+    the run fails. Failed prompts make no pair and are counted by reason."""
+    keep_rounds: int | None = Field(None, ge=0)
+    """Number of past rounds whose texts and token ids are kept; null keeps all. Manifests are always kept."""
     generate_timeout_s: float = Field(1800.0, gt=0)
-    """Seconds to wait for the candidates of a round."""
-    judge_timeout_s: float = Field(600.0, gt=0)
-    """Seconds to wait for the scores of a round."""
+    """Seconds to wait for the candidates of a prompt."""
+    engine_timeout_s: float = Field(120.0, gt=0)
+    """Seconds without an answer, or within one step, after which an engine counts as hung and is replaced."""
     sync_timeout_s: float = Field(600.0, gt=0)
     """Seconds to wait for a weight update of the engines."""
     probe_tolerance: float = Field(0.1, gt=0)

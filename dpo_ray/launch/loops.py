@@ -1,6 +1,8 @@
 """The training loops as one rank runs them, connected to Ray. Imported by training workers only."""
 
-from collections.abc import Sequence
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,80 +10,114 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from dpo_ray.config import Config
 from dpo_ray.launch.data import open_pairs
 from dpo_ray.launch.reporter import RunReporter
+from dpo_ray.launch.rollouts.actors import Rollouts
 from dpo_ray.launch.rollouts.placement import GpuSlot
-from dpo_ray.launch.rollouts.push import PoolReceiver, build_transport
-from dpo_ray.parallel.collectives import gather_values
+from dpo_ray.launch.rollouts.weights import FleetEngines, build_transport
+from dpo_ray.parallel.collectives import broadcast_from_rank0, gather_values
+from dpo_ray.rollout.collector import Progress
+from dpo_ray.rollout.evaluation import Evaluation
+from dpo_ray.rollout.ledger import Ledger, RoundData
 from dpo_ray.sync.ipc import free_cuda_cache
 from dpo_ray.train.offline import train_offline
 from dpo_ray.train.online import train_online
-from dpo_ray.types import RoundData, TokenSample, TrainResult
+from dpo_ray.types import Metrics, TrainResult
+
+ANSWER_TIMEOUT_S = 60.0
+"""Longest wait for one answer of the collector, beyond the wait that was asked for."""
 
 
-def offline(config: Config, device: torch.device, reporter: RunReporter, coordinator: Any) -> TrainResult:
+def offline(config: Config, device: torch.device, reporter: RunReporter, rollouts: None) -> TrainResult:
     """Trains on the pairs that the driver has tokenized."""
     pairs, held_out = open_pairs(config)
     return train_offline(config, pairs=pairs, held_out=held_out, device=device, reporter=reporter)
 
 
-class CoordinatorRounds:
-    """The Rounds of one training rank, served by the coordinator.
+class CollectorRounds:
+    """The Rounds of one training rank: rank 0 asks the collector, every rank reads its pairs from the ledger.
+
+    A collector that died or hangs is restarted by others; it is asked again for ``cluster.start_timeout_s``.
 
     Args:
         colocated: True if engines use this rank's GPU while it waits for them.
     """
 
-    def __init__(self, coordinator: Any, rank: int, *, colocated: bool) -> None:
-        self.coordinator, self.rank, self.colocated = coordinator, rank, colocated
-        self.pending: Any = None
+    def __init__(self, config: Config, rollouts: Rollouts, *, colocated: bool) -> None:
+        self.rollouts, self.colocated = rollouts, colocated
+        self.ledger, self.patience_s = Ledger(config.run.path), config.cluster.start_timeout_s
+        self.sleep_timeout_s = config.online.sync_timeout_s if config.online else 0.0
+        self.freed_for: int | None = None
 
-    def take(self, round: int, *, wait_s: float) -> RoundData | None:
-        """The pairs of a round; None if they are not ready after ``wait_s`` seconds: call again."""
-        if self.pending is None:
-            self._free_gpu()
-            self.pending = self.coordinator.take.remote(round)
-        ready, _ = ray.wait([self.pending], timeout=wait_s)
-        if not ready:
-            return None
-        self.pending = None
-        return ray.get(ready[0])
-
-    def held_out(self, version: int) -> Sequence[TokenSample]:
-        """Completions of the held-out prompts by the engines' current weights."""
-        self._free_gpu()
-        return ray.get(self.coordinator.held_out.remote(version))
-
-    def scored(self, version: int, policy: np.ndarray, reference: np.ndarray | None) -> None:
-        """Sends the log-probabilities of the held-out completions, from rank 0."""
-        if self.rank == 0:
-            ray.get(self.coordinator.scored.remote(version, policy, reference))
-
-    def _free_gpu(self) -> None:
-        if self.colocated:
+    def poll(self, version: int, *, round: int | None, evaluations: Sequence[int], wait_s: float) -> Progress:
+        """Asks for a round and for evaluations, and waits for news; see ``Collector.poll``."""
+        if self.colocated and self.freed_for != version:
             free_cuda_cache()
             dist.barrier()
+            self.freed_for = version
+        return broadcast_from_rank0(lambda: self._poll(version, round, evaluations, wait_s))
+
+    def read(self, round: int) -> RoundData:
+        """A finished round."""
+        return self.ledger.read(round)
+
+    def recorded(self, version: int) -> bool:
+        """True if the evaluation of a version is on disk."""
+        collector = self.rollouts.collector
+        return broadcast_from_rank0(lambda: self._ask(lambda: collector.recorded.remote(version), 0.0))
+
+    def record(self, evaluation: Evaluation, policy: np.ndarray | None, reference: np.ndarray | None) -> Metrics:
+        """Stores an evaluation with the log-probabilities of its samples; returns its metrics."""
+        record = self.rollouts.collector.record
+        return broadcast_from_rank0(lambda: self._ask(lambda: record.remote(evaluation, policy, reference), 0.0))
+
+    def _poll(self, version: int, round: int | None, evaluations: Sequence[int], wait_s: float) -> Progress:
+        poll = self.rollouts.collector.poll
+        try:
+            ask = lambda: poll.remote(version, round=round, evaluations=list(evaluations), wait_s=wait_s)  # noqa: E731
+            progress = self._ask(ask, wait_s)
+            if not (self.colocated and progress.finished):
+                return progress
+            # Training begins when the engines sleep, and an evaluation needs them awake.
+            waits = set(evaluations) - ({progress.evaluation.version} if progress.evaluation else set())
+            if not waits:
+                ray.get(self.rollouts.fleet.sleep.remote(), timeout=self.sleep_timeout_s)
+            return dataclasses.replace(progress, finished=not waits)
+        except Exception as error:  # every rank must get it, or the others wait for this one
+            return Progress(error=f"{type(error).__name__}: {error}")
+
+    def _ask(self, call: Callable[[], Any], wait_s: float) -> Any:
+        deadline = time.monotonic() + self.patience_s
+        while True:
+            try:
+                return ray.get(call(), timeout=wait_s + ANSWER_TIMEOUT_S)
+            except (RayActorError, GetTimeoutError) as error:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        f"the collector did not answer in {self.patience_s:.0f} s (cluster.start_timeout_s): {error}"
+                    ) from None
+                time.sleep(1.0)
 
 
-def online(config: Config, device: torch.device, reporter: RunReporter, coordinator: Any) -> TrainResult:
-    """Trains in rounds, whose pairs the coordinator collects."""
+def online(config: Config, device: torch.device, reporter: RunReporter, rollouts: Rollouts) -> TrainResult:
+    """Trains in rounds, which the collector collects."""
     assert config.online is not None
     rank, on_gpus = ray.train.get_context().get_world_rank(), device.type == "cuda"
     colocated = on_gpus and config.cluster.colocate
     sync = build_transport(config, on_gpus=on_gpus)
     if colocated:
-        ray.get(coordinator.place_engines.remote(_gather_gpu_slots()))
-    receiver = PoolReceiver(
-        coordinator,
+        ray.get(rollouts.fleet.place_engines.remote(_gather_gpu_slots()), timeout=config.cluster.start_timeout_s)
+    engines = FleetEngines(
+        rollouts.fleet,
         config.online.sync_timeout_s,
         workers_per_engine=config.cluster.gpus_per_engine if on_gpus else 1,
-        replays=sync.replays,
     )
-    sync.connect(receiver if rank == 0 else None)
-    rounds = CoordinatorRounds(coordinator, rank, colocated=colocated)
+    sync.connect(engines if rank == 0 else None)
     try:
+        rounds = CollectorRounds(config, rollouts, colocated=colocated)
         return train_online(config, rounds=rounds, sync=sync, device=device, reporter=reporter)
     finally:
         sync.close()

@@ -45,14 +45,15 @@ def train_on_workers(
     loop: str,
     *,
     status_actor: Any,
-    coordinator: Any = None,
+    rollouts: Any = None,
     callbacks: list[Any] | None = None,
 ) -> None:
     """Runs ``loop`` on ``cluster.train_workers`` workers.
 
     Args:
         loop: import path of a function in ``launch.loops``; imported by the workers only.
-        status_actor, coordinator: actor handles; an offline run has no coordinator.
+        status_actor: actor handle.
+        rollouts: the actors of an online run.
         callbacks: Ray Train callbacks of a sweep; with them, evaluations are reported to Ray Train.
 
     Raises:
@@ -67,7 +68,7 @@ def train_on_workers(
         "status_actor": status_actor,
         "on_gpus": cluster.on_gpus,
         "to_train": bool(callbacks),
-        "coordinator": coordinator,
+        "rollouts": rollouts,
     }
     trainer = _build_trainer(config, cluster, arguments, ray_dir, callbacks)
     try:
@@ -157,11 +158,9 @@ def _request_stop(status_actor: Any) -> bool:
 def collective_timeout_s(config: Config) -> int:
     """Seconds that a worker may wait for the others in a collective.
 
-    The timeouts of engines and judge, for which one rank may wait, must expire first: their errors name the cause.
+    The timeouts for which rank 0 may wait alone must expire first: their errors name the cause.
     """
-    waits = 0.0
-    if (online := config.online) is not None:
-        waits = 2 * online.generate_timeout_s + 2 * online.judge_timeout_s + online.sync_timeout_s
+    waits = config.online.sync_timeout_s if config.online is not None else 0.0
     return max(MIN_COLLECTIVE_TIMEOUT_S, int(waits + config.cluster.start_timeout_s) + 300)
 
 
@@ -186,7 +185,7 @@ def _run_worker(arguments: dict[str, Any]) -> Metrics:
         reporter = RunReporter(
             config.run.path, status_actor, rank, online=config.online is not None, to_train=arguments["to_train"]
         )
-        result = resolve(arguments["loop"], {}, "loop")(config, device, reporter, arguments["coordinator"])
+        result = resolve(arguments["loop"], {}, "loop")(config, device, reporter, arguments["rollouts"])
         upload_appendable()
         return asdict(result)
     except Exception as error:

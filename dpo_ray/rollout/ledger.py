@@ -106,6 +106,25 @@ class Ledger:
     def __init__(self, run_dir: str | Path) -> None:
         self.folder = Path(run_dir) / "rounds"
 
+    def validate_prompts(self, digest: str, count: int) -> None:
+        """Record the prompt set of the run, or check that it is the one recorded.
+
+        Raises:
+            ValueError: the run was started with other prompts: its next rounds would repeat some and miss others.
+        """
+        file = self.folder / "prompts.json"
+        if not file.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, to_json({"digest": digest, "prompts": count}) + "\n")
+            return
+        recorded = json.loads(file.read_text(encoding="utf-8"))
+        if recorded["digest"] != digest:
+            raise ValueError(
+                f"online.prompts: {count} usable prompts, which are not the {recorded['prompts']} that "
+                f"{self.folder.parent} was started with: a source or the tokenizer has changed; restore it, set another "
+                "run.name, or remove the directory to start over"
+            )
+
     def path(self, round: int) -> Path:
         """The folder of a round."""
         return self.folder / f"{round:06d}"

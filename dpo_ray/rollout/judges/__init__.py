@@ -5,46 +5,62 @@ A judge gets groups of texts. It runs beside the engines, never in a training wo
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from functools import partial
 from typing import Any, Protocol, SupportsFloat
 
 from dpo_ray.config import Component
-from dpo_ray.plugins import bind, build, resolve
+from dpo_ray.plugins import bind, bind_factory, resolve
 from dpo_ray.rollout.judges.length import Length
 from dpo_ray.rollout.judges.sentiment import Sentiment
 from dpo_ray.types import CompletionGroup
 
 
+Scores = Sequence[Sequence[float]]
+
+
 class Judge(Protocol):
     """Scores completions; higher is better. Only order and gaps within one group matter.
 
-    A judge that compares completions pairwise returns how often each one won.
+    A judge that compares completions pairwise returns how often each one won. An async function is a judge, too; its
+    calls overlap.
     """
 
-    def __call__(self, groups: Sequence[CompletionGroup]) -> list[list[float]]:
+    def __call__(self, groups: Sequence[CompletionGroup]) -> Scores | Awaitable[Scores]:
         """One list per group with one score per completion, in order; NaN for a completion without a score."""
         ...
 
 
-def build_judge(component: Component) -> Judge:
-    """The judge of ``online.judge``.
+def bind_judge(component: Component) -> Callable[[], Judge]:
+    """A function that builds the judge of ``online.judge``; checked here, so that wrong arguments fail at once.
 
     An import path names a judge function, to which ``args`` are bound, or a factory that is called with ``args``.
 
     Raises:
-        ValueError: the name or an argument is unknown, an argument is missing, or the factory returned no callable.
+        ValueError: the name or an argument is unknown, or an argument is missing.
     """
-    if is_judge_function(resolve(component.use, JUDGES, "judge")):
-        if "groups" in component.args:
-            raise ValueError(f"judge {component.use!r}: groups cannot be set in args; each call passes it")
-        return bind(component.use, component.args, JUDGES, "judge")
-    judge = build(component.use, component.args, JUDGES, "judge")
+    use, args = component.use, component.args
+    if is_judge_function(resolve(use, JUDGES, "judge")):
+        if "groups" in args:
+            raise ValueError(f"judge {use!r}: groups cannot be set in args; each call passes it")
+        judge = bind(use, args, JUDGES, "judge")
+        return lambda: judge
+    return partial(_call_factory, bind_factory(use, args, JUDGES, "judge"), use)
+
+
+def _call_factory(factory: Callable[[], Any], use: str) -> Judge:
+    judge = factory()
     if not callable(judge):
         raise ValueError(
-            f"judge {component.use!r} returned {_described(judge)}; a judge factory must return a callable that takes "
+            f"judge {use!r} returned {_described(judge)}; a judge factory must return a callable that takes "
             "groups, and a plain judge function must call its first parameter groups"
         )
     return judge
+
+
+def is_async(judge: Judge) -> bool:
+    """True if calls of the judge return coroutines."""
+    return inspect.iscoroutinefunction(judge) or inspect.iscoroutinefunction(type(judge).__call__)
 
 
 def is_judge_function(part: Any) -> bool:

@@ -1,0 +1,93 @@
+"""The actors of an online run. The driver creates them, so that none dies with another, and restarts those that hang."""
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from dpo_ray.config import Config
+from dpo_ray.launch.cluster import Cluster, same_node
+from dpo_ray.launch.rollouts.collector import CollectorActor
+from dpo_ray.launch.rollouts.fleet import FleetActor
+from dpo_ray.launch.rollouts.judge_actor import RemoteJudge, start_judges
+from dpo_ray.types import Prompt
+
+logger = logging.getLogger(__name__)
+
+CALLS = 1000
+"""Calls in progress per actor: most of them wait."""
+PING_INTERVAL_S = 10.0
+PING_TIMEOUT_S = 60.0
+CLOSE_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """Handles for the training workers."""
+
+    fleet: Any
+    collector: Any
+
+
+@contextlib.contextmanager
+def rollout_actors(
+    config: Config, cluster: Cluster, prompts: Sequence[Prompt], held_out: Sequence[Prompt], status_actor: Any
+) -> Iterator[Rollouts]:
+    """Starts fleet, judges and collector, and shuts them down at the end. Engines start meanwhile.
+
+    Raises:
+        ValueError: the judge cannot be built.
+    """
+    plain = config.model_dump(mode="json")
+    fleet = _start(FleetActor, plain, cluster)
+    judges = start_judges(config)
+    collector = _start(CollectorActor, plain, ray.put(prompts), ray.put(held_out), fleet, judges, status_actor)
+    stop = threading.Event()
+    watch = threading.Thread(target=_watch, args=({"fleet": fleet, "collector": collector}, stop), daemon=True)
+    watch.start()
+    try:
+        yield Rollouts(fleet, collector)
+    finally:
+        stop.set()
+        _shut_down(fleet, collector, judges)
+
+
+def _start(actor: type, *arguments: Any) -> Any:
+    return (
+        ray.remote(actor)
+        .options(num_cpus=0, max_restarts=-1, max_concurrency=CALLS, scheduling_strategy=same_node())
+        .remote(*arguments)
+    )
+
+
+def _watch(actors: dict[str, Any], stop: threading.Event) -> None:
+    """Kills an actor that hangs; Ray restarts it, as it does with one that dies."""
+    while not stop.wait(PING_INTERVAL_S):
+        for name, actor in actors.items():
+            try:
+                ray.get(actor.ping.remote(), timeout=PING_TIMEOUT_S)
+            except GetTimeoutError:
+                if not stop.is_set():
+                    logger.warning("the %s did not answer in %.0f s; restarting it", name, PING_TIMEOUT_S)
+                    with contextlib.suppress(RayError):
+                        ray.kill(actor, no_restart=False)
+            except RayError:
+                continue  # it is restarting
+
+
+def _shut_down(fleet: Any, collector: Any, judges: Sequence[RemoteJudge]) -> None:
+    """Shuts all actors down; a failure is logged, so that it does not hide the error of the run."""
+    for actor in (collector, *(judge.handle for judge in judges)):
+        with contextlib.suppress(RayError):
+            ray.kill(actor)
+    try:
+        ray.get(fleet.close.remote(), timeout=CLOSE_TIMEOUT_S)
+    except Exception as error:
+        logger.warning("the engines could not be shut down in order: %s", error)
+    with contextlib.suppress(RayError):
+        ray.kill(fleet)

@@ -1,0 +1,112 @@
+"""The collector as a Ray actor. It owns nothing: its state is the ledger, so Ray may restart it at any moment."""
+
+import asyncio
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from dpo_ray.config import Config
+from dpo_ray.launch.rollouts.judge_actor import RemoteJudge
+from dpo_ray.launch.run_dir import log_to_run
+from dpo_ray.rollout.collector import Collector, Progress
+from dpo_ray.rollout.dispatch import Dispatcher
+from dpo_ray.rollout.evaluation import Evaluation, EvaluationStore
+from dpo_ray.rollout.judging import JudgePool
+from dpo_ray.rollout.ledger import Ledger
+from dpo_ray.rollout.selectors import build_selector, select_pairs
+from dpo_ray.types import Metrics, Prompt
+
+SEQUENCES_PER_ENGINE = 320
+"""Completions in flight per engine: those that vLLM generates at a time (256 by default), and some that wait."""
+
+
+class CollectorActor:
+    """See ``rollout.collector``.
+
+    Args:
+        prompts, held_out: all training prompts, and the held-out prompts.
+        fleet: handle of the FleetActor.
+        status_actor: handle of the StatusActor.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        prompts: Sequence[Prompt],
+        held_out: Sequence[Prompt],
+        fleet: Any,
+        judges: Sequence[RemoteJudge],
+        status_actor: Any,
+    ) -> None:
+        self.config = Config.model_validate(config)
+        log_to_run(self.config.run.path, "collector")
+        self.prompts, self.held_out, self.fleet, self.judges = prompts, held_out, fleet, judges
+        self.status_actor = status_actor
+        self.evaluations = EvaluationStore(self.config.run.path)
+        self._started: asyncio.Future[Collector] | None = None
+        self._background: list[asyncio.Task[None]] = []
+
+    async def ping(self) -> None:
+        """Returns at once."""
+
+    async def poll(
+        self, version: int, *, round: int | None, evaluations: Sequence[int], wait_s: float
+    ) -> Progress:
+        """See ``Collector.poll``."""
+        try:
+            collector = await self._collector()
+            for task in self._background:
+                if task.done():
+                    task.result()
+            return await collector.poll(version, round=round, evaluations=evaluations, wait_s=wait_s)
+        except Exception as error:
+            return Progress(error=f"{type(error).__name__}: {error}")
+
+    async def recorded(self, version: int) -> bool:
+        """True if the evaluation of a version is on disk."""
+        return self.evaluations.recorded(version)
+
+    async def record(
+        self, evaluation: Evaluation, policy: np.ndarray | None, reference: np.ndarray | None
+    ) -> Metrics:
+        """Write an evaluation to the run directory; returns its metrics."""
+        as_list = lambda logps: None if logps is None else logps.tolist()  # noqa: E731
+        metrics = self.evaluations.write(evaluation, as_list(policy), as_list(reference))
+        self.status_actor.metrics.remote(metrics)
+        return metrics
+
+    async def _collector(self) -> Collector:
+        """The collector, built by the first call; other calls wait for it."""
+        if self._started is None:
+            self._started = asyncio.ensure_future(self._start())
+        return await asyncio.shield(self._started)
+
+    async def _start(self) -> Collector:
+        online = self.config.online
+        assert online is not None
+        calls = [await judge.ready() for judge in self.judges]
+        judge = JudgePool(
+            self.judges,
+            batch=online.judge.batch,
+            concurrency=online.judge.concurrency or min(calls),
+            timeout_s=online.judge.timeout_s,
+            retries=online.judge.retries,
+        )
+        engines = Dispatcher(self.fleet.membership.remote, self.fleet.suspect.remote)
+        self._background = [asyncio.ensure_future(judge.run()), asyncio.ensure_future(engines.follow())]
+        sequences = self.config.cluster.rollout_engines * SEQUENCES_PER_ENGINE
+        return Collector(
+            online,
+            seed=self.config.run.seed,
+            prompts=self.prompts,
+            held_out=self.held_out,
+            ledger=Ledger(self.config.run.path),
+            engines=engines,
+            judge=judge,
+            select=partial(select_pairs, build_selector(online.select)),
+            concurrency=math.ceil(sequences / online.candidates),
+            progress=self.status_actor.phase.remote,
+        )

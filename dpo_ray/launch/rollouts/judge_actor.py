@@ -1,0 +1,107 @@
+"""Judges as Ray actors, each in a process of its own: a judge that hangs is killed, and nothing else with it."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from dpo_ray.config import Config
+from dpo_ray.launch.run_dir import log_to_run
+from dpo_ray.rollout.judges import Judge, bind_judge, check_scores, is_async
+from dpo_ray.types import CompletionGroup
+
+ASYNC_CONCURRENCY = 32
+"""Calls in progress of a judge that is an async function."""
+
+
+class JudgeActor:
+    """One replica of the judge."""
+
+    def __init__(self, config: dict[str, Any], index: int) -> None:
+        parsed = Config.model_validate(config)
+        log_to_run(parsed.run.path, f"judge-{index}")
+        assert parsed.online is not None
+        self._build = bind_judge(parsed.online.judge)
+        self._judge: Judge | None = None
+        self._building = asyncio.Lock()
+
+    async def ready(self) -> int:
+        """Build the judge; returns how many calls may be in progress."""
+        return ASYNC_CONCURRENCY if is_async(await self._built()) else 1
+
+    async def score(self, groups: Sequence[CompletionGroup]) -> list[list[float]]:
+        """Scores of every completion of every group."""
+        judge = await self._built()
+        scores: Any = judge(groups) if is_async(judge) else asyncio.to_thread(judge, groups)
+        return check_scores(groups, await scores)
+
+    async def _built(self) -> Judge:
+        async with self._building:
+            if self._judge is None:
+                self._judge = await asyncio.to_thread(self._build)
+            return self._judge
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteJudge:
+    """A ``JudgeReplica`` in an actor that Ray restarts.
+
+    Attributes:
+        handle: the actor.
+        start_timeout_s: longest wait for a restarted judge.
+    """
+
+    handle: Any
+    start_timeout_s: float
+
+    async def ready(self) -> int:
+        """Wait until the judge is built; returns how many calls may be in progress.
+
+        Raises:
+            Exception: building it failed.
+            TimeoutError: it was not built in time.
+        """
+        deadline = time.monotonic() + self.start_timeout_s
+        while True:
+            try:
+                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                    return await self.handle.ready.remote()
+            except RayTaskError as error:
+                raise error.cause from None
+            except RayActorError:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.5)
+            except TimeoutError:
+                raise TimeoutError(
+                    f"the judge was not ready after {self.start_timeout_s:.0f} s (cluster.start_timeout_s)"
+                ) from None
+
+    async def score(self, groups: Sequence[CompletionGroup]) -> list[list[float]]:
+        """Scores of every completion of every group; if the process dies, waits until it is up again and raises."""
+        try:
+            return await self.handle.score.remote(groups)
+        except RayTaskError as error:
+            raise error.cause from None
+        except RayActorError:
+            with contextlib.suppress(Exception):
+                await self.ready()
+            raise RuntimeError("its process died") from None
+
+    async def restart(self) -> None:
+        """Kill the process and wait until another has built the judge."""
+        ray.kill(self.handle, no_restart=False)
+        await self.ready()
+
+
+def start_judges(config: Config) -> list[RemoteJudge]:
+    """Start all replicas, without waiting for them. They belong to the calling process."""
+    assert config.online is not None
+    actor = ray.remote(JudgeActor).options(num_cpus=0, max_restarts=-1, max_concurrency=2 * ASYNC_CONCURRENCY)
+    plain, timeout = config.model_dump(mode="json"), config.cluster.start_timeout_s
+    return [RemoteJudge(actor.remote(plain, index), timeout) for index in range(config.online.judge.replicas)]
