@@ -123,11 +123,13 @@ class Collector:
         if ledger.done or ledger.stale:
             logger.info("round %d: %d groups are on disk, %d were too old", round, len(ledger.done), ledger.stale)
         limit = FailureLimit(round, len(prompts), online.max_failed_share)
-        digests: dict[str, str] = {}
+        digests: dict[int, str] = {}
 
         async def generate(request: Request) -> CompletionGroup:
             group = await self.engines.generate(request, oldest=oldest)
-            digests.update({str(member.version): member.digest for member in self.engines.current.members})
+            version = max(completion.last_version for completion in group.completions)
+            if version not in digests:
+                digests[version] = next((m.digest for m in self.engines.current.members if m.version == version), "")
             return group
 
         def append(outcome: Outcome) -> None:
@@ -143,14 +145,12 @@ class Collector:
         ledger.finish(
             timings={"generate_s": pipeline.generating.seconds, "judge_s": pipeline.judging.seconds},
             metrics=dict(self.engines.current.metrics or {}),
-            weights_digests=digests,
+            weights_digests={str(version): digests[version] for version in sorted(digests)},
             seed=self.seed,
             sampling=online.sampling.model_dump(mode="json"),
         )
 
-    def _requests(
-        self, round: int, prompts: Sequence[Prompt], ledger: OpenRound
-    ) -> Iterator[tuple[int, Request]]:
+    def _requests(self, round: int, prompts: Sequence[Prompt], ledger: OpenRound) -> Iterator[tuple[int, Request]]:
         online = self.online
         for position, prompt in enumerate(prompts):
             if prompt.index not in ledger.done:
@@ -171,7 +171,9 @@ class Collector:
             logger.warning("no evaluation of version %d: %s", version, gone)
             return Evaluation(version)
         results = [pair for task in scored if (pair := task.result()) is not None]
-        groups = [group for task in plain if (group := task.result()) is not None] if samples else [g for g, _ in results]
+        groups = (
+            [group for task in plain if (group := task.result()) is not None] if samples else [g for g, _ in results]
+        )
         return Evaluation(version, tuple(results), tuple(group for group in groups if group.completions[0].token_ids))
 
     async def _completed(self, request: Request, version: int) -> CompletionGroup | None:

@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 from dpo_ray.rollout.engine import Request, RequestTimedOut
 from dpo_ray.rollout.fleet import Member, Membership
@@ -45,6 +46,8 @@ class Dispatcher:
         self.current = Membership(epoch=-1)
         self.running: Counter[str] = Counter()
         """Requests in progress, by member id."""
+        self._suitable: dict[tuple[int, int | None], dict[str, Member]] = {}
+        """Members of ``current`` by range of versions; filtered once, since there may be a thousand."""
         self._changed = asyncio.Condition()
 
     async def follow(self) -> None:
@@ -58,8 +61,12 @@ class Dispatcher:
                 await asyncio.sleep(1.0)
             if current != self.current:
                 async with self._changed:
-                    self.current = current
+                    self._set(current)
                     self._changed.notify_all()
+
+    def _set(self, current: Membership) -> None:
+        self.current, self._suitable = current, {}
+        self.running = Counter({member.id: self.running[member.id] for member in current.members})
 
     async def generate(self, request: Request, *, oldest: int, newest: int | None = None) -> CompletionGroup:
         """Complete a prompt by an engine whose policy is in the range of versions; waits for one.
@@ -82,11 +89,11 @@ class Dispatcher:
                 reason = f"{type(error).__name__}: {error}".rstrip(": ")
                 await self._report(member, reason)
                 if attempt == ENGINE_ATTEMPTS:
-                    raise EngineError(f"{attempt} engines failed over prompt {request.prompt.index}: {reason}") from None
+                    raise EngineError(
+                        f"{attempt} engines failed over prompt {request.prompt.index}: {reason}"
+                    ) from None
             finally:
                 self.running[member.id] -= 1
-                async with self._changed:
-                    self._changed.notify_all()
         raise AssertionError("unreachable")
 
     async def _member(self, oldest: int, newest: int | None) -> Member:
@@ -95,18 +102,27 @@ class Dispatcher:
             while True:
                 if self.current.error is not None:
                     raise FleetFailed(self.current.error)
+                if suitable := self._members(oldest, newest):
+                    return suitable[min(suitable, key=self.running.__getitem__)]
                 members = self.current.members
-                suitable = [m for m in members if m.version >= oldest and (newest is None or m.version <= newest)]
-                if suitable:
-                    return min(suitable, key=lambda member: self.running[member.id])
                 if newest is not None and members and all(member.version > newest for member in members):
                     raise VersionGone(f"all engines serve policy version {members[0].version}, not {newest}")
                 await self._changed.wait()
 
+    def _members(self, oldest: int, newest: int | None) -> dict[str, Member]:
+        """Members whose version is in the range, by id."""
+        if (oldest, newest) not in self._suitable:
+            self._suitable[oldest, newest] = {
+                member.id: member
+                for member in self.current.members
+                if member.version >= oldest and (newest is None or member.version <= newest)
+            }
+        return self._suitable[oldest, newest]
+
     async def _report(self, member: Member, reason: str) -> None:
         """Tell the fleet, and leave the engine out until it has answered."""
         members = tuple(other for other in self.current.members if other.id != member.id)
-        self.current = Membership(self.current.epoch, members, self.current.needs_weights, self.current.error)
+        self._set(replace(self.current, members=members))
         try:
             async with asyncio.timeout(POLL_S):
                 await self._suspect(member.id, reason)

@@ -1,4 +1,4 @@
-"""Evaluation: completions of held-out prompts for the judge, and samples for the KL divergence, by one policy version."""
+"""Evaluation of one policy version: completions of held-out prompts for the judge, samples for the KL divergence."""
 
 import json
 import math

@@ -13,10 +13,12 @@ so an uninterrupted run and a resumed one cannot differ, and a rank reads only t
 import json
 import math
 import os
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -121,8 +123,8 @@ class Ledger:
         if recorded["digest"] != digest:
             raise ValueError(
                 f"online.prompts: {count} usable prompts, which are not the {recorded['prompts']} that "
-                f"{self.folder.parent} was started with: a source or the tokenizer has changed; restore it, set another "
-                "run.name, or remove the directory to start over"
+                f"{self.folder.parent} was started with: a source or the tokenizer has changed; restore it, set "
+                "another run.name, or remove the directory to start over"
             )
 
     def path(self, round: int) -> Path:
@@ -256,7 +258,7 @@ class OpenRound:
         ids = [outcome.prompt.token_ids, *(c.token_ids for c in outcome.group.completions)] if outcome.group else []
         line = _line(outcome, self._end)
         # Token ids first: a line whose tokens are missing would be a damaged file, tokens without a line are a gap.
-        tokens = np.concatenate([np.array(part, np.int32) for part in ids]) if ids else np.empty(0, np.int32)
+        tokens = array("i", chain.from_iterable(ids))  # numpy takes four times as long for a tuple
         _write_all(self._tokens, tokens.tobytes())
         _write_all(self._lines, (to_json(line) + "\n").encode())
         self._end += len(tokens)
@@ -375,7 +377,11 @@ def _pair_spans(line: Line) -> list[list[int]]:
     lengths = [candidate["tokens"] for candidate in line["candidates"]]
     starts = [start + prompt + sum(lengths[:i]) for i in range(len(lengths))]
     return [
-        [start, prompt, *(part for side in ("chosen", "rejected") for part in (starts[pair[side]], lengths[pair[side]]))]
+        [
+            start,
+            prompt,
+            *(part for side in ("chosen", "rejected") for part in (starts[pair[side]], lengths[pair[side]])),
+        ]
         for pair in line["pairs"]
     ]
 

@@ -1,6 +1,7 @@
 """The prompts and sampling seeds of a round, as pure functions: a restarted run gets the same round again."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -44,8 +45,9 @@ def stable_hash(*key: int) -> int:
 
 
 def digest_of_prompts(prompts: Sequence[Prompt]) -> str:
-    """Digest of the token ids of a prompt set: the prompts of every round are a function of it."""
+    """Digest of the token ids and fields of a prompt set: the prompts of every round are a function of it."""
     digest = hashlib.blake2b(digest_size=16)
     for prompt in prompts:
         digest.update(np.array([len(prompt.token_ids), *prompt.token_ids], np.int64).tobytes())
+        digest.update(json.dumps(prompt.fields, sort_keys=True, default=str).encode())
     return digest.hexdigest()

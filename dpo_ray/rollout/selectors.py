@@ -13,7 +13,6 @@ from dpo_ray.config import Component
 from dpo_ray.plugins import bind
 from dpo_ray.types import CompletionGroup, Dropped, ScoredPair
 
-
 Choice = Sequence[ScoredPair] | Dropped
 
 
@@ -32,7 +31,9 @@ def build_selector(component: Component) -> Selector:
     return bind(component.use, component.args, SELECTORS, "selector")
 
 
-def select_pairs(selector: Selector, group: CompletionGroup, scores: Sequence[float]) -> tuple[ScoredPair, ...] | Dropped:
+def select_pairs(
+    selector: Selector, group: CompletionGroup, scores: Sequence[float]
+) -> tuple[ScoredPair, ...] | Dropped:
     """The selector's pairs for a group.
 
     Raises:

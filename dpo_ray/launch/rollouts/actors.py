@@ -1,4 +1,4 @@
-"""The actors of an online run. The driver creates them, so that none dies with another, and restarts those that hang."""
+"""The actors of an online run, created by the driver, so that none dies with another; those that hang are restarted."""
 
 import contextlib
 import logging

@@ -52,9 +52,7 @@ class CollectorActor:
     async def ping(self) -> None:
         """Returns at once."""
 
-    async def poll(
-        self, version: int, *, round: int | None, evaluations: Sequence[int], wait_s: float
-    ) -> Progress:
+    async def poll(self, version: int, *, round: int | None, evaluations: Sequence[int], wait_s: float) -> Progress:
         """See ``Collector.poll``."""
         try:
             collector = await self._collector()
@@ -69,9 +67,7 @@ class CollectorActor:
         """True if the evaluation of a version is on disk."""
         return self.evaluations.recorded(version)
 
-    async def record(
-        self, evaluation: Evaluation, policy: np.ndarray | None, reference: np.ndarray | None
-    ) -> Metrics:
+    async def record(self, evaluation: Evaluation, policy: np.ndarray | None, reference: np.ndarray | None) -> Metrics:
         """Write an evaluation to the run directory; returns its metrics."""
         as_list = lambda logps: None if logps is None else logps.tolist()  # noqa: E731
         metrics = self.evaluations.write(evaluation, as_list(policy), as_list(reference))

@@ -15,7 +15,6 @@ from dpo_ray.rollout.judges.length import Length
 from dpo_ray.rollout.judges.sentiment import Sentiment
 from dpo_ray.types import CompletionGroup
 
-
 Scores = Sequence[Sequence[float]]
 
 

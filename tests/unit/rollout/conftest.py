@@ -17,10 +17,11 @@ def group() -> MakeGroup:
         *texts: str, index: int = 0, policy_version: int = 0, seed: int = 7, finished: bool = True
     ) -> CompletionGroup:
         return CompletionGroup(
-            prompt=Prompt(index, ({"role": "user", "content": f"question {index}"},), (1,)),
-            prompt_token_ids=(100, index),
-            completions=tuple(Completion(text, (*range(1, len(text.split()) + 1), 0), finished) for text in texts),
-            policy_version=policy_version,
+            prompt=Prompt(index, ({"role": "user", "content": f"question {index}"},), (100, index)),
+            completions=tuple(
+                Completion(text, (*range(1, len(text.split()) + 1), 0), finished, policy_version, policy_version)
+                for text in texts
+            ),
             seed=seed,
         )
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dpo_ray.config import Component
-from dpo_ray.rollout.judges import build_judge, check_scores
+from dpo_ray.rollout.judges import bind_judge, check_scores
 from dpo_ray.types import CompletionGroup
 
 MODULE = __name__
@@ -43,26 +43,26 @@ not_a_judge = 3
 
 
 def test_length_falls_from_one_at_the_target_to_zero_at_twice_it_and_stays_at_minus_one_from_three_times(group):
-    judge = build_judge(Component(use="length", args={"target_words": 4}))
+    judge = bind_judge(Component(use="length", args={"target_words": 4}))()
     assert judge([group(words(4), words(2), words(6), words(8), words(12), words(40))]) == [
         [1.0, 0.5, 0.5, 0.0, -1.0, -1.0]
     ]
 
 
 def test_length_gives_an_empty_completion_the_lowest_score(group):
-    judge = build_judge(Component(use="length", args={"target_words": 4}))
+    judge = bind_judge(Component(use="length", args={"target_words": 4}))()
     assert judge([group("", " \n")]) == [[-1.0, -1.0]]
 
 
 @pytest.mark.parametrize("target", [0, -3, 2.5, "60"])
 def test_length_rejects_a_target_that_is_not_a_positive_integer(target):
     with pytest.raises(ValueError, match=r"target_words is .* at least 1"):
-        build_judge(Component(use="length", args={"target_words": target}))
+        bind_judge(Component(use="length", args={"target_words": target}))()
 
 
 def test_sentiment_is_the_compound_score_of_vader(group):
     pytest.importorskip("vaderSentiment")
-    judge = build_judge(Component(use="sentiment"))
+    judge = bind_judge(Component(use="sentiment"))()
     [[good, bad, neutral, empty]] = judge([group("I love it", "I hate it", "It is a table", "")])
     assert good == 0.6369  # s / sqrt(s * s + 15) with love's valence s = 3.2
     assert bad == -0.5719  # hate: s = -2.7
@@ -76,13 +76,13 @@ def test_sentiment_without_its_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "vaderSentiment", None)
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
     with pytest.raises(ValueError, match=r"dpo-ray\[demo\]"):
-        build_judge(Component(use="sentiment"))
+        bind_judge(Component(use="sentiment"))()
 
 
 def test_importing_the_judges_imports_neither_vader_nor_torch_nor_ray():
     code = (
-        "import sys, dpo_ray.rollout.judges, dpo_ray.rollout.selectors, dpo_ray.rollout.collect, "
-        "dpo_ray.rollout.records, dpo_ray.rollout.stream\n"
+        "import sys, dpo_ray.rollout.judges, dpo_ray.rollout.collector, "
+        "dpo_ray.rollout.fleet\n"
         "print([m for m in ('vaderSentiment', 'torch', 'ray', 'vllm', 'transformers') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -100,7 +100,7 @@ def test_importing_the_judges_imports_neither_vader_nor_torch_nor_ray():
     ],
 )
 def test_an_import_path_names_a_judge_or_a_factory(group, use, args, score):
-    assert build_judge(Component(use=use, args=args))([group("a", "b")]) == [[score, score]]
+    assert bind_judge(Component(use=use, args=args))()([group("a", "b")]) == [[score, score]]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_an_import_path_names_a_judge_or_a_factory(group, use, args, score):
 )
 def test_a_judge_that_cannot_be_built_is_rejected_with_the_reason(use, args, message):
     with pytest.raises(ValueError, match=message):
-        build_judge(Component(use=use, args=args))
+        bind_judge(Component(use=use, args=args))()
 
 
 def test_check_scores_converts_to_floats_and_replaces_scores_that_are_not_finite_by_nan(group):

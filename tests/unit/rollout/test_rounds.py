@@ -1,10 +1,11 @@
-"""The prompts of a round, their seeds, and the validation of a selector's choice."""
+"""The prompts of a round and their seeds."""
+
+from dataclasses import replace
 
 import pytest
 
-from dpo_ray.rollout.collect import SEEDS, prompts_of_round, seed_of, select_pairs, validate_round_size
-from dpo_ray.rollout.selectors import best_vs_worst
-from dpo_ray.types import Dropped, Prompt, ScoredPair
+from dpo_ray.rollout.rounds import SEEDS, digest_of_prompts, prompts_of_round, seed_of, validate_round_size
+from dpo_ray.types import Prompt
 
 
 def prompts(n: int) -> list[Prompt]:
@@ -64,15 +65,9 @@ def test_a_seed_is_the_same_in_every_process():
     assert seed_of(1, 2, 3) == 1212592519
 
 
-def test_select_pairs_gives_one_choice_per_group(group):
-    groups = [group("a", "b", index=0), group("a", "a", index=1)]
-    assert select_pairs(groups, [[0.0, 1.0], [0.0, 1.0]], best_vs_worst) == [
-        ScoredPair(chosen=1, rejected=0),
-        Dropped("duplicates"),
-    ]
-
-
-@pytest.mark.parametrize("choice", [None, (0, 1), ScoredPair(0, 0), ScoredPair(0, 2), ScoredPair(-1, 0)], ids=str)
-def test_a_choice_that_is_not_a_pair_of_two_candidates_is_rejected(group, choice):
-    with pytest.raises(ValueError, match=r"the selector returned .* for prompt 4 with 2 candidates"):
-        select_pairs([group("a", "b", index=4)], [[0.0, 1.0]], lambda group, scores: choice)
+def test_the_digest_of_a_prompt_set_changes_with_its_prompts_their_order_and_their_fields():
+    three = prompts(3)
+    other_answer = [replace(three[0], fields={"answer": "4"}), *three[1:]]
+    sets = [three, three[::-1], prompts(4), other_answer, [*three[:2], replace(three[2], token_ids=(7,))]]
+    assert len({digest_of_prompts(prompts) for prompts in sets}) == 5
+    assert digest_of_prompts(three) == digest_of_prompts(prompts(3))

@@ -1,0 +1,124 @@
+"""Engines, a fleet and judges that answer at once, fail or hang, in place of processes."""
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from dpo_ray.config.schema import OnlineConfig
+from dpo_ray.rollout.engine import Request
+from dpo_ray.rollout.fleet import Member, Membership
+from dpo_ray.types import Completion, CompletionGroup, Prompt
+
+
+def prompts(count: int) -> list[Prompt]:
+    """Prompts of one token."""
+    return [Prompt(i, ({"role": "user", "content": str(i)},), (i,), {"answer": i}) for i in range(count)]
+
+
+def online(**values: Any) -> OnlineConfig:
+    """A small configuration."""
+    return OnlineConfig.model_validate({"prompts": "p.jsonl", "rounds": 4, "prompts_per_round": 8, **values})
+
+
+class FakeEngine:
+    """Completes a prompt with texts of its seed; ``act`` may wait or raise before.
+
+    Attributes:
+        requests: all that it was asked.
+    """
+
+    def __init__(self, version: int = 0, act: Callable[[Request], Any] | None = None) -> None:
+        self.version, self.act = version, act
+        self.requests: list[Request] = []
+        self.running = self.most = 0
+
+    async def generate(self, request: Request) -> CompletionGroup:
+        """Completions of two tokens."""
+        self.requests.append(request)
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            version = self.version
+            if self.act is not None and (action := self.act(request)) is not None:
+                await action
+            completions = tuple(
+                Completion(f"{request.seed + i}", (request.seed % 97, i), True, version, self.version, -1.0)
+                for i in range(request.candidates)
+            )
+            return CompletionGroup(request.prompt, completions, request.seed)
+        finally:
+            self.running -= 1
+
+
+class FakeFleet:
+    """A membership that tests change."""
+
+    def __init__(self, *engines: FakeEngine) -> None:
+        self.engines = dict(enumerate(engines))
+        self.suspected: list[tuple[str, str]] = []
+        self.error: str | None = None
+        self.needs_weights = False
+        self.epoch = 0
+        self.changed = asyncio.Event()
+
+    async def membership(self, after: int, wait_s: float) -> Membership:
+        """The members, at once if they have changed."""
+        if after == self.epoch:
+            try:
+                async with asyncio.timeout(wait_s):
+                    await self.changed.wait()
+            except TimeoutError:
+                pass
+        self.changed.clear()
+        members = tuple(
+            Member(str(i), engine, engine.version, f"d{engine.version}") for i, engine in self.engines.items()
+        )  # type: ignore[arg-type]
+        return Membership(self.epoch, members, self.needs_weights, self.error, {"perf/push_s": 0.5})
+
+    async def suspect(self, member_id: str, reason: str) -> None:
+        """Remove an engine."""
+        self.suspected.append((member_id, reason))
+        self.engines.pop(int(member_id), None)
+        self.change()
+
+    def change(self) -> None:
+        """Announce a change."""
+        self.epoch += 1
+        self.changed.set()
+
+    def publish(self, version: int) -> None:
+        """All engines serve a version."""
+        for engine in self.engines.values():
+            engine.version = version
+        self.change()
+
+
+class FakeReplica:
+    """A judge whose scores are numbers of the prompt; ``act`` may wait or raise before."""
+
+    def __init__(self, act: Callable[[Sequence[CompletionGroup]], Any] | None = None) -> None:
+        self.act, self.restarts = act, 0
+        self.batches: list[list[int]] = []
+
+    async def score(self, groups: Sequence[CompletionGroup]) -> list[list[float]]:
+        """Scores 0, 1, 2 ... of the completions of each group."""
+        self.batches.append([group.prompt.index for group in groups])
+        if self.act is not None and (action := self.act(groups)) is not None:
+            await action
+        return [[float(i) for i in range(len(group.completions))] for group in groups]
+
+    async def restart(self) -> None:
+        """Count restarts."""
+        self.restarts += 1
+
+
+def raise_for(indices: Iterable[int], error: Exception) -> Callable[[Any], None]:
+    """An action that raises for a request, or a batch, with one of some prompts."""
+    bad = set(indices)
+
+    def act(asked: Any) -> None:
+        groups = [asked] if isinstance(asked, Request) else asked
+        if bad & {group.prompt.index for group in groups}:
+            raise error
+
+    return act

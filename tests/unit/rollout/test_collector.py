@@ -1,0 +1,310 @@
+"""The collector over fake engines, judges and a real ledger: rounds, evaluations, failures and restarts."""
+
+import asyncio
+import json
+import math
+import time
+from collections import Counter
+
+import pytest
+
+from dpo_ray.rollout.collector import Collector
+from dpo_ray.rollout.dispatch import Dispatcher
+from dpo_ray.rollout.engine import RequestTimedOut
+from dpo_ray.rollout.judging import JudgePool
+from dpo_ray.rollout.ledger import Ledger
+from dpo_ray.rollout.selectors import best_vs_worst, select_pairs
+from tests.unit.rollout.fakes import FakeEngine, FakeFleet, FakeReplica, online, prompts, raise_for
+
+PROMPTS = 32
+
+
+class Harness:
+    """A collector with its engines and judge, as one process would have them."""
+
+    def __init__(self, folder, config, engines, replica=None, held_out=0, concurrency=8, judge_timeout_s=1.0):
+        self.fleet, self.replica = FakeFleet(*engines), replica or FakeReplica()
+        self.ledger, self.progress = Ledger(folder), []
+        dispatcher = Dispatcher(self.fleet.membership, self.fleet.suspect)
+        judge = JudgePool([self.replica], batch=4, concurrency=4, timeout_s=judge_timeout_s, retries=1)
+        self.collector = Collector(
+            config,
+            seed=0,
+            prompts=prompts(PROMPTS),
+            held_out=prompts(held_out),
+            ledger=self.ledger,
+            engines=dispatcher,
+            judge=judge,
+            select=lambda group, scores: select_pairs(best_vs_worst, group, scores),
+            concurrency=concurrency,
+            progress=lambda *said: self.progress.append(said),
+        )
+        self.background = [asyncio.ensure_future(judge.run()), asyncio.ensure_future(dispatcher.follow())]
+
+    async def round(self, round, version=None, evaluations=()):
+        """Poll until a round is finished; returns the last answer."""
+        async with asyncio.timeout(10):
+            while True:
+                version = round if version is None else version
+                progress = await self.collector.poll(version, round=round, evaluations=evaluations, wait_s=0.2)
+                if progress.finished or progress.error:
+                    return progress
+
+    async def evaluation(self, version):
+        """Poll until an evaluation is complete."""
+        async with asyncio.timeout(10):
+            while True:
+                progress = await self.collector.poll(version, round=None, evaluations=[version], wait_s=0.2)
+                if progress.evaluation or progress.error:
+                    return progress
+
+    async def die(self):
+        """Stop everything at once, as a killed process does."""
+        tasks = [*self.background, *self.collector._tasks.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def indices(ledger, round):
+    return [line["prompt_index"] for line in ledger.lines(round)]
+
+
+def test_the_rounds_of_an_epoch_have_every_prompt_once_and_name_the_policy_that_generated_them(tmp_path):
+    async def main():
+        harness = Harness(tmp_path, online(), [FakeEngine(0), FakeEngine(0)])
+        for round in range(4):
+            harness.fleet.publish(round)
+            assert not (await harness.round(round)).error
+        assert harness.progress[-1] == ("generating", 8, 8)
+        return harness.ledger
+
+    ledger = asyncio.run(main())
+    assert sorted(index for round in range(4) for index in indices(ledger, round)) == list(range(PROMPTS))
+    manifests = [ledger.manifest(round) for round in range(4)]
+    assert [manifest["policy_version"] for manifest in manifests] == [0, 1, 2, 3]
+    assert [manifest["weights_digests"] for manifest in manifests] == [
+        {"0": "d0"},
+        {"1": "d1"},
+        {"2": "d2"},
+        {"3": "d3"},
+    ]
+    assert ledger.read(2).metrics["perf/push_s"] == 0.5
+    assert next(ledger.lines(0))["fields"] == {"answer": next(ledger.lines(0))["prompt_index"]}
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_collection_runs_ahead_by_max_lag_rounds_and_no_further(tmp_path, lag):
+    async def main():
+        harness = Harness(tmp_path, online(max_lag=lag), [FakeEngine(0)])
+        await harness.round(0)
+        for _ in range(10):
+            await harness.collector.poll(0, round=None, evaluations=[], wait_s=0.05)
+        return [harness.ledger.finished(round) for round in range(4)]
+
+    assert asyncio.run(main()) == [round <= lag for round in range(4)]
+
+
+def test_a_round_is_generated_while_its_first_groups_are_judged(tmp_path):
+    async def main():
+        engine, replica = FakeEngine(0), FakeReplica(lambda groups: asyncio.sleep(0.05))
+        engine.act = lambda _: asyncio.sleep(0.05)
+        harness = Harness(tmp_path, online(prompts_per_round=16), [engine], replica, concurrency=2)
+        started = time.perf_counter()
+        await harness.round(0)
+        return time.perf_counter() - started, harness.ledger.manifest(0)["timings"], engine.most
+
+    seconds, timings, most = asyncio.run(main())
+    assert most == 2
+    assert 0.4 <= timings["generate_s"] < 0.6, "16 groups, two at a time, 0.05 s each"
+    assert seconds < timings["generate_s"] + 0.2, "the last judgement alone is not hidden"
+    assert timings["judge_s"] > 0.3
+
+
+def test_a_collector_that_dies_in_the_middle_goes_on_without_repeating_a_prompt(tmp_path):
+    async def main():
+        slow = FakeEngine(0, lambda request: asyncio.sleep(0.02 * (1 + request.prompt.index % 5)))
+        first = Harness(tmp_path, online(prompts_per_round=16), [slow], concurrency=4)
+        await first.collector.poll(0, round=0, evaluations=[], wait_s=0.1)
+        await first.die()
+        done = len((tmp_path / "rounds/000000/pairs.jsonl").read_text().splitlines())
+        assert 0 < done < 16
+        engine = FakeEngine(0)
+        second = Harness(tmp_path, online(prompts_per_round=16), [engine])
+        await second.round(0)
+        return done, engine, second.ledger
+
+    done, engine, ledger = asyncio.run(main())
+    assert len(engine.requests) == 16 - done
+    assert Counter(Counter(indices(ledger, 0)).values()) == {1: 16}
+
+    async def undisturbed():
+        harness = Harness(tmp_path / "other", online(prompts_per_round=16), [FakeEngine(0)])
+        await harness.round(0)
+        return harness.ledger
+
+    other = asyncio.run(undisturbed())
+    pairs, others = ledger.read(0).pairs, other.read(0).pairs
+    assert [pairs[i] for i in range(16)] == [others[i] for i in range(16)], "in the same order"
+
+
+def test_groups_that_became_too_old_are_collected_again(tmp_path):
+    async def main():
+        ahead = Harness(tmp_path, online(max_lag=2), [FakeEngine(0)])
+        await ahead.round(0)
+        await ahead.round(2, version=0)  # two rounds ahead, with version 0
+        strict = Harness(tmp_path, online(max_lag=1), [FakeEngine(1)])
+        assert not strict.collector._complete(2)
+        await strict.round(1, version=1)
+        await strict.round(2, version=1)
+        return strict.ledger
+
+    ledger = asyncio.run(main())
+    manifest = ledger.manifest(2)
+    assert manifest["policy_version"] == 1
+    assert manifest["counts"]["stale"] == 8
+
+
+def test_failures_are_counted_by_kind_and_the_round_ends_well(tmp_path):
+    """16 prompts: one is too long, one times out, two make the judge raise, one makes it hang, two have no score."""
+    numbers = {index: position for position, index in enumerate(asyncio.run(_order(tmp_path / "order")))}
+    at = {position: index for index, position in numbers.items()}
+
+    async def main():
+        def generate(request):
+            raise_for([at[0]], ValueError("too long"))(request)
+            raise_for([at[1]], RequestTimedOut("late"))(request)
+
+        def judge(groups):
+            raise_for([at[2], at[3]], RuntimeError("unreadable"))(groups)
+            return asyncio.sleep(60) if at[4] in {group.prompt.index for group in groups} else None
+
+        replica = FakeReplica(judge)
+        scores = replica.score
+
+        async def with_nan(groups):
+            rows = await scores(groups)
+            bad = (at[5], at[6])
+            return [
+                [math.nan] * len(row) if g.prompt.index in bad else row for g, row in zip(groups, rows, strict=True)
+            ]
+
+        replica.score = with_nan
+        config = online(prompts_per_round=16, max_failed_share=0.4)
+        harness = Harness(tmp_path / "run", config, [FakeEngine(0, generate)], replica, judge_timeout_s=0.1)
+        progress = await harness.round(0)
+        return progress, harness
+
+    progress, harness = asyncio.run(main())
+    assert progress.error is None
+    counts = harness.ledger.manifest(0)["counts"]
+    assert counts["dropped"] == {"bad_score": 2, "failed_generate": 2, "failed_judge": 3}
+    assert (counts["prompts"], counts["kept"]) == (16, 9)
+    assert harness.fleet.suspected == []
+
+
+async def _order(folder):
+    harness = Harness(folder, online(prompts_per_round=16), [FakeEngine(0)])
+    await harness.round(0)
+    lines = sorted(harness.ledger.lines(0), key=lambda line: line["position"])
+    return [line["prompt_index"] for line in lines]
+
+
+def test_too_many_failures_end_the_run_with_their_kinds_and_the_first_one(tmp_path):
+    async def main():
+        replica = FakeReplica(raise_for(range(PROMPTS), RuntimeError("no key in the environment")))
+        config = online(prompts_per_round=16)
+        return await Harness(tmp_path, config, [FakeEngine(0)], replica).round(0)
+
+    error = asyncio.run(main()).error
+    assert error is not None
+    assert "2 of 16 groups of round 0 failed (judge: 2), more than online.max_failed_share (0.1) allows" in error
+    assert "no key in the environment" in error
+
+    async def again():
+        harness = Harness(tmp_path, online(prompts_per_round=16), [FakeEngine(0)])
+        await harness.round(0)
+        return harness.ledger.manifest(0)["counts"]
+
+    assert asyncio.run(again())["dropped"] == {}, "the same command collects failed groups again"
+
+
+def test_a_full_disk_ends_the_run_with_its_error(tmp_path, monkeypatch):
+    def full(self, outcome):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dpo_ray.rollout.ledger.OpenRound.append", full)
+    error = asyncio.run(_one_round(tmp_path)).error
+    assert error is not None
+    assert "No space left on device" in error
+
+
+async def _one_round(folder):
+    return await Harness(folder, online(), [FakeEngine(0)]).round(0)
+
+
+def test_no_engine_for_a_while_is_no_error_and_weights_are_asked_for(tmp_path):
+    async def main():
+        harness = Harness(tmp_path, online(), [])
+        harness.fleet.needs_weights = True
+        harness.fleet.change()
+        await asyncio.sleep(0.05)
+        waiting = await harness.collector.poll(0, round=0, evaluations=[], wait_s=0.05)
+        assert (waiting.finished, waiting.needs_weights, waiting.error) == (False, True, None)
+        harness.fleet.engines[0] = FakeEngine(0)
+        harness.fleet.needs_weights = False
+        harness.fleet.change()
+        return await harness.round(0)
+
+    assert asyncio.run(main()).finished
+
+
+def test_an_evaluation_is_of_one_version_goes_first_and_does_not_hold_up_the_round(tmp_path):
+    async def main():
+        engine = FakeEngine(0, lambda request: asyncio.sleep(0.2) if request.evaluation else None)
+        config = online(sampling={"temperature": 0.7}, kl_samples=3)
+        harness = Harness(tmp_path, config, [engine], held_out=4)
+        progress = await harness.round(0, evaluations=[0])
+        assert progress.evaluation is None, "the round is there first"
+        return (await harness.evaluation(0)).evaluation, engine
+
+    evaluation, engine = asyncio.run(main())
+    assert [group.prompt.index for group, _ in evaluation.judged] == [0, 1, 2, 3]
+    assert [score for _, score in evaluation.judged] == [0.0] * 4
+    asked = [request for request in engine.requests if request.evaluation]
+    assert Counter(request.sampling.temperature for request in asked) == {0.7: 4, 1.0: 3}
+    assert evaluation.token_samples[0].prompt == (0,)
+    assert evaluation.engine_logps == [-1.0] * 3
+
+
+def test_completions_at_temperature_one_are_judged_and_serve_as_samples(tmp_path):
+    async def main():
+        engine = FakeEngine(0)
+        harness = Harness(tmp_path, online(), [engine], held_out=4)
+        return (await harness.evaluation(0)).evaluation, engine
+
+    evaluation, engine = asyncio.run(main())
+    assert len([request for request in engine.requests if request.evaluation]) == 4
+    assert evaluation.samples == tuple(group for group, _ in evaluation.judged)
+
+
+def test_an_evaluation_whose_version_is_gone_is_empty_and_one_failing_prompt_is_a_gap(tmp_path):
+    async def main():
+        gone = Harness(tmp_path / "gone", online(), [FakeEngine(3)], held_out=4)
+        empty = (await gone.evaluation(2)).evaluation
+        failing = FakeEngine(0, raise_for([1], ValueError("too long")))
+        replica = FakeReplica(raise_for([2], RuntimeError("no")))
+        gap = Harness(tmp_path / "gap", online(max_failed_share=1), [failing], replica, held_out=4)
+        return empty, (await gap.evaluation(0)).evaluation
+
+    empty, gap = asyncio.run(main())
+    assert (empty.version, empty.judged, empty.samples) == (2, (), ())
+    assert [group.prompt.index for group, _ in gap.judged] == [0, 2, 3]
+    assert [math.isnan(score) for _, score in gap.judged] == [False, True, False]
+
+
+def test_lines_of_a_round_are_json_that_anybody_reads(tmp_path):
+    asyncio.run(_one_round(tmp_path))
+    lines = [json.loads(line) for line in (tmp_path / "rounds/000000/pairs.jsonl").read_text().splitlines()]
+    assert {line["pairs"][0]["chosen"] for line in lines} == {3}
+    assert {line["pairs"][0]["rejected_score"] for line in lines} == {0.0}

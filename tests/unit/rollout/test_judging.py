@@ -1,0 +1,73 @@
+"""Single groups scored by replicas that take batches: overlap, isolation of the group at fault, hangs."""
+
+import asyncio
+import time
+
+import pytest
+
+from dpo_ray.rollout.judging import JudgeFailed, JudgePool
+from tests.unit.rollout.fakes import FakeReplica, raise_for
+
+
+def score_all(groups, *replicas, batch=4, concurrency=1, timeout_s=5.0, retries=1):
+    """Score all groups at once; returns the score of each, or its error."""
+
+    async def main():
+        pool = JudgePool(replicas, batch=batch, concurrency=concurrency, timeout_s=timeout_s, retries=retries)
+        serving = asyncio.ensure_future(pool.run())
+        results = await asyncio.gather(*(pool.score(group) for group in groups), return_exceptions=True)
+        serving.cancel()
+        return results
+
+    return asyncio.run(main())
+
+
+def test_groups_that_wait_share_a_call_up_to_the_batch_size(group):
+    replica = FakeReplica()
+    results = score_all([group("a", "b", index=i) for i in range(10)], replica)
+    assert results == [[0.0, 1.0]] * 10
+    assert [len(batch) for batch in replica.batches] == [4, 4, 2]
+
+
+def test_only_the_group_at_fault_fails_and_it_is_tried_alone(group):
+    replica = FakeReplica(raise_for([2], RuntimeError("cannot read this")))
+    results = score_all([group("a", "b", index=i) for i in range(4)], replica, retries=2)
+    assert [isinstance(result, JudgeFailed) for result in results] == [False, False, True, False]
+    assert "raised RuntimeError: cannot read this" in str(results[2])
+    assert replica.batches.count([2]) == 3, "once alone, and two retries"
+    assert replica.restarts == 0
+
+
+def test_a_judge_that_fails_once_is_asked_again(group):
+    failures = iter([RuntimeError("busy")])
+
+    def act(groups):
+        if error := next(failures, None):
+            raise error
+
+    replica = FakeReplica(act)
+    assert score_all([group("a", "b")], replica) == [[0.0, 1.0]]
+    assert replica.batches == [[0], [0]]
+
+
+def test_a_judge_that_hangs_over_one_group_is_restarted_and_the_others_get_their_scores(group):
+    replica = FakeReplica(lambda groups: asyncio.sleep(60) if any(g.prompt.index == 1 for g in groups) else None)
+    results = score_all([group("a", "b", index=i) for i in range(4)], replica, timeout_s=0.05)
+    assert [isinstance(result, JudgeFailed) for result in results] == [False, True, False, False]
+    assert "returned no scores in 0.05 s (online.judge.timeout_s)" in str(results[1])
+    assert replica.restarts == 3, "in the batch, alone, and in its retry"
+
+
+def test_a_timeout_that_the_judge_raises_itself_does_not_restart_it(group):
+    replica = FakeReplica(raise_for([0], TimeoutError("http")))
+    (result,) = score_all([group("a", "b")], replica, retries=0)
+    assert "raised TimeoutError: http" in str(result)
+    assert replica.restarts == 0
+
+
+@pytest.mark.parametrize(("replicas", "concurrency", "rounds"), [(1, 1, 8), (1, 4, 2), (2, 4, 1)])
+def test_calls_overlap_over_replicas_and_within_one(group, replicas, concurrency, rounds):
+    waits = [FakeReplica(lambda groups: asyncio.sleep(0.1)) for _ in range(replicas)]
+    started = time.perf_counter()
+    score_all([group("a", "b", index=i) for i in range(8)], *waits, batch=1, concurrency=concurrency)
+    assert rounds * 0.1 <= time.perf_counter() - started < (rounds + 1) * 0.1
