@@ -24,7 +24,7 @@ from dpo_ray.config.secrets import mask_secrets
 from dpo_ray.launch.run_dir import has_work
 from dpo_ray.launch.trackers import TRACKERS, Row, Tracker
 from dpo_ray.plugins import build, check_arguments, resolve
-from dpo_ray.rollout.records import RoundStore
+from dpo_ray.rollout.ledger import Ledger
 from dpo_ray.storage import error_summary, open_appendable, write_atomically
 from dpo_ray.types import Metrics
 
@@ -155,15 +155,15 @@ class TrackerFeed:
 
 
 def _samples(run_dir: Path, round: int) -> list[Row]:
-    pairs = (line for line in RoundStore(run_dir).lines(round) if line["dropped"] is None)
+    pairs = ((line, pair) for line in Ledger(run_dir).lines(round) for pair in line["pairs"])
     return [
         {
             "round": round,
-            "prompt": "\n".join(message["content"] for message in pair["prompt"]),
-            **{side: pair["candidates"][pair[side]]["text"] for side in ("chosen", "rejected")},
-            **{f"{side}_score": pair["scores"][pair[side]] for side in ("chosen", "rejected")},
+            "prompt": "\n".join(str(message["content"]) for message in line["prompt"]),
+            **{side: line["candidates"][pair[side]]["text"] for side in ("chosen", "rejected")},
+            **{f"{side}_score": pair[f"{side}_score"] for side in ("chosen", "rejected")},
         }
-        for pair in islice(pairs, SAMPLES)
+        for line, pair in islice(pairs, SAMPLES)
     ]
 
 

@@ -150,8 +150,8 @@ def _comparison_examples(record: RunRecord) -> list[Example]:
 
 def _group_examples(record: RunRecord) -> list[Example]:
     """Groups evenly spaced over those with a pair, and the first dropped group."""
-    paired = [group for group in record.groups if group.get("chosen") is not None]
-    dropped = [group for group in record.groups if group.get("chosen") is None][:1]
+    paired = [group for group in record.groups if group.get("pairs")]
+    dropped = [group for group in record.groups if not group.get("pairs") and group.get("candidates")][:1]
     paired = [paired[i] for i in evenly_spaced(len(paired), MAX_GROUPS - len(dropped))]
     return [_group_example(group) for group in paired + dropped]
 
@@ -159,7 +159,7 @@ def _group_examples(record: RunRecord) -> list[Example]:
 def _group_example(group: Mapping[str, Any]) -> Example:
     """All candidates of a group, best first; those without a score last."""
     candidates = group.get("candidates") or ()
-    scores = [number(score) for score in group.get("scores") or ()]
+    scores = [number(score) for score in group.get("scores") or (None,) * len(candidates)]
     score_texts = same_decimals(*scores)
     ranking = sorted(range(len(candidates)), key=lambda i: math.inf if (score := scores[i]) is None else -score)
     reason = group.get("dropped")
@@ -172,7 +172,7 @@ def _group_example(group: Mapping[str, Any]) -> Example:
 
 def _candidate_text(group: Mapping[str, Any], i: int, score: str) -> Text:
     candidate = group["candidates"][i]
-    role = "chosen" if i == group.get("chosen") else "rejected" if i == group.get("rejected") else ""
+    role = next((side for pair in group.get("pairs") or () for side in ("chosen", "rejected") if pair[side] == i), "")
     tokens = len(candidate.get("token_ids") or ())
     remarks = ((f"{tokens} tokens", tokens > 0), ("truncated", not candidate.get("finished", True)))
     remark = ", ".join(remark for remark, applies in remarks if applies)

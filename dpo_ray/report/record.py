@@ -38,8 +38,6 @@ class HeldOutSample:
     completion: str
     tokens: int
     score: float | None
-    kl: float | None
-    """Log-probability of the completion under the policy minus that under the reference, in nats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +47,10 @@ class Evaluation:
     version: int
     """Rounds finished before the completions were generated; 0 is the untrained policy."""
     samples: tuple[HeldOutSample, ...]
+    kl: float | None = None
+    """KL divergence of the policy from the reference, nats per completion."""
 
-    def mean(self, attribute: Literal["score", "tokens", "kl"]) -> float | None:
+    def mean(self, attribute: Literal["score", "tokens"]) -> float | None:
         """Mean over samples, without those that have no value."""
         values = [value for sample in self.samples if (value := getattr(sample, attribute)) is not None]
         return fmean(values) if values else None
@@ -104,7 +104,7 @@ class RunRecord:
     evaluations: tuple[Evaluation, ...] = ()
     """Completions of the held-out prompts, by version."""
     groups: tuple[Mapping[str, Any], ...] = ()
-    """Completion groups of the last round: prompt, candidates, scores, chosen and rejected."""
+    """Completion groups of the last round: prompt, candidates, scores and pairs."""
     groups_round: int | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
     """The data report; empty if the file is missing."""
@@ -135,7 +135,8 @@ class RunRecord:
 
     def over_versions(self, attribute: Literal["score", "tokens", "kl"]) -> Curve:
         """A mean over the held-out prompts, over policy versions."""
-        lines = [{"version": e.version, attribute: e.mean(attribute)} for e in self.evaluations]
+        mean = lambda e: e.kl if attribute == "kl" else e.mean(attribute)  # noqa: E731
+        lines = [{"version": e.version, attribute: mean(e)} for e in self.evaluations]
         return _curve(lines, "version", attribute)
 
     def accuracies(self, prefix: Literal["", "eval/"] = "") -> Curve:
@@ -189,8 +190,8 @@ class RunRecord:
     @property
     def kl(self) -> float | None:
         """Final distance to the reference, nats per completion: on held-out prompts, else on the last round's."""
-        if self.after and (kl := self.after.mean("kl")) is not None:
-            return kl
+        if self.after and self.after.kl is not None:
+            return self.after.kl
         values = self.over_rounds("kl")[1]
         return float(values[-1]) if len(values) else None
 
@@ -231,9 +232,9 @@ def read_run(run_dir: str | Path, *, running: bool = False) -> RunRecord:
     steps, evals = _read_metrics(path / "metrics.jsonl")
     rounds = {line["round"]: line for line in steps if isinstance(line.get("round"), int)}
     evaluations = tuple(
-        Evaluation(int(file.stem), samples)
+        evaluation
         for file in sorted((path / "evaluations").glob("*.jsonl"))
-        if file.stem.isdigit() and (samples := tuple(map(_held_out_sample, read_jsonl(file))))
+        if file.stem.isdigit() and ((evaluation := _read_evaluation(file)).samples or evaluation.kl is not None)
     )
     if not (steps or evals or evaluations or running):
         raise ValueError(
@@ -276,14 +277,19 @@ def _read_last_groups(folder: Path) -> tuple[int | None, tuple[Metrics, ...]]:
     return None, ()
 
 
+def _read_evaluation(file: Path) -> Evaluation:
+    samples = tuple(map(_held_out_sample, read_jsonl(file)))
+    return Evaluation(
+        int(file.stem), samples, number(_read_mapping(file.with_suffix(".kl.json"), json.loads).get("kl"))
+    )
+
+
 def _held_out_sample(line: Mapping[str, Any]) -> HeldOutSample:
-    policy, reference = number(line.get("policy_logp")), number(line.get("reference_logp"))
     return HeldOutSample(
         prompt=tuple(line.get("prompt") or ()),
         completion=str(line.get("completion") or ""),
         tokens=int(number(line.get("tokens")) or 0),
         score=number(line.get("score")),
-        kl=policy - reference if policy is not None and reference is not None else None,
     )
 
 

@@ -20,12 +20,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from dpo_ray.storage import write_atomically
 from dpo_ray.types import CompletionGroup, Dropped, Prompt, ScoredPair, TokenPair
+
+if TYPE_CHECKING:
+    from dpo_ray.data.loader import PairSource  # imports torch
 
 _REMEDY = "delete the folder of this round to collect it again"
 FAILED = "failed_"
@@ -76,7 +79,8 @@ class RoundPairs:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> TokenPair:
-        return TokenPair(*(tuple(part.tolist()) for part in self._parts(index)))
+        prompt, chosen, rejected = (tuple(part.tolist()) for part in self._parts(index))
+        return TokenPair(prompt, chosen, rejected)
 
     def tokens(self, index: int) -> np.ndarray:
         """Concatenated token ids of prompt, chosen and rejected."""
@@ -95,7 +99,7 @@ class RoundData:
     """A finished round."""
 
     index: int
-    pairs: RoundPairs
+    pairs: "PairSource"
     policy_version: int
     """Oldest policy version that sampled a token of the round."""
     metrics: Mapping[str, float]

@@ -21,7 +21,7 @@ ROUNDS, PAIRS = 3, 4
 
 
 class DrawnRounds:
-    """Rounds of random tokens, the same for every policy; records the computed log-probabilities."""
+    """Rounds of random tokens, the same for every policy; keeps the log-probabilities of evaluations."""
 
     def __init__(self) -> None:
         draw = np.random.default_rng(0)
@@ -29,41 +29,55 @@ class DrawnRounds:
         self.pairs = [TokenPair(part(), part(), part()) for _ in range(ROUNDS * PAIRS)]
         self.scores: list[Any] = []
 
-    def take(self, round: int, *, wait_s: float) -> RoundData | None:
-        """Four pairs, and their chosen completions as samples."""
-        pairs = self.pairs[round * PAIRS : (round + 1) * PAIRS]
-        return RoundData(round, tuple(pairs), tuple(TokenSample(of.prompt, of.chosen) for of in pairs), round)
+    def poll(self, version: int, *, round: int | None, evaluations: Sequence[int], wait_s: float) -> Progress:
+        """Every round is there, and so are the evaluations: samples are the rejected completions of the last round."""
+        groups = tuple(
+            CompletionGroup(Prompt(i, (), pair.prompt), (Completion("", pair.rejected, finished=True),), 0)
+            for i, pair in enumerate(self.pairs[-PAIRS:])
+        )
+        evaluation = Evaluation(evaluations[0], samples=groups) if evaluations else None
+        return Progress(finished=True, evaluation=evaluation)
 
-    def held_out(self, version: int) -> Sequence[TokenSample]:
-        """The rejected completions of the last round."""
-        return [TokenSample(of.prompt, of.rejected) for of in self.pairs[-PAIRS:]]
+    def read(self, round: int) -> RoundData:
+        """Four pairs."""
+        return RoundData(round, PairList(self.pairs[round * PAIRS : (round + 1) * PAIRS]), round, {})
 
-    def scored(self, version: int, policy: np.ndarray, reference: np.ndarray | None) -> None:
+    def recorded(self, version: int) -> bool:
+        """Never."""
+        return False
+
+    def record(self, evaluation: Evaluation, policy: np.ndarray | None, reference: np.ndarray | None) -> Metrics:
         """Keep the policy's and the reference's log-probabilities."""
-        self.scores.append((version, policy, reference))
+        assert policy is not None
+        assert reference is not None
+        self.scores.append((evaluation.version, policy, reference))
+        return kl_divergence(policy.tolist(), reference.tolist())
 
 
 class FreshModel:
-    """A weight transport to a transformers model that is built for each push in place of an engine."""
+    """A weight transport to a transformers model that rank 0 builds for each version in place of an engine."""
 
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def push(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> str:
-        """Load all tensors into a model with other weights."""
+    def publish(self, weights: Iterable[tuple[str, Tensor]], *, version: int, probe: Probe) -> None:
+        """Load all tensors into a model with other weights, and compare log-probabilities."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.path))
-        lacking, unknown = self.model.load_state_dict({name: of.clone() for name, of in weights}, strict=False)
+        whole = {name: of.clone() for name, of in weights}  # every rank takes part in gathering
+        if dist.get_rank() > 0:
+            return
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.path))
+        lacking, unknown = model.load_state_dict(whole, strict=False)
         assert (lacking, unknown) == (["lm_head.weight"], []), "the head is the embedding"
-        return str(version)
-
-    def verify(self, token_ids: Sequence[int], trainer: Sequence[float], *, tolerance: float) -> float:
-        """Compare the model's log-probabilities with the trainer's."""
-        tokens = torch.tensor([token_ids])
+        tokens = torch.tensor([probe.token_ids])
         with torch.no_grad():
-            logps = self.model(tokens).logits[0, :-1].log_softmax(-1)
-        return check_probe(trainer, [logps.gather(-1, tokens[0, 1:, None]).squeeze(-1).tolist()], tolerance)
+            logps = model(tokens).logits[0, :-1].log_softmax(-1)
+        engine = logps.gather(-1, tokens[0, 1:, None]).squeeze(-1).tolist()
+        check_probe(probe, engine)
+
+    def wait(self) -> None:
+        """Nothing is in progress."""
 
 
 def online(rank: int, config: dict[str, Any]) -> tuple[list[Metrics], list[Any]]:

@@ -26,7 +26,7 @@ from dpo_ray.config.paths import validate_paths
 from dpo_ray.data.formats import Part
 from dpo_ray.data.records import Problem, read_pairs
 from dpo_ray.launch.spaces import find_space
-from dpo_ray.rollout.judges import build_judge, check_scores
+from dpo_ray.rollout.judges import bind_judge, check_scores
 from dpo_ray.types import Completion, CompletionGroup, Prompt
 
 ROOT = Path(__file__).parents[2]
@@ -236,10 +236,8 @@ def test_the_judge_of_the_online_example_prefers_an_answer_to_the_point(monkeypa
     assert config.online is not None
     texts = ("A lock that one thread holds at a time.", "Certainly! " + "It depends on many things. " * 20)
     completions = tuple(Completion(text, (1, 2), True) for text in texts)
-    group = CompletionGroup(
-        Prompt(0, ({"role": "user", "content": "What is a mutex?"},), (1,)), (1,), completions, 0, 0
-    )
-    ((short, long),) = check_scores([group], build_judge(config.online.judge)([group]))
+    group = CompletionGroup(Prompt(0, ({"role": "user", "content": "What is a mutex?"},), (1,)), completions, 0)
+    ((short, long),) = check_scores([group], bind_judge(config.online.judge)()([group]))
     assert short == 1.0
     assert long < 0
 

@@ -19,7 +19,7 @@ from dpo_ray.config.secrets import mask_secrets
 from dpo_ray.launch import follower
 from dpo_ray.launch.follower import Position, Tail, TrackerFeed, follow_run, validate_trackers
 from dpo_ray.launch.trackers import TRACKERS
-from dpo_ray.rollout.records import RoundStore
+from dpo_ray.rollout.ledger import Ledger, Outcome
 from dpo_ray.types import Completion, CompletionGroup, Prompt, ScoredPair
 
 TOKEN = "hf_" + 34 * "x"
@@ -190,7 +190,7 @@ def record_run(tmp_path: Path, tracker: str, **args: Any) -> list[str]:
         args={tracker: args},
         online={"prompts": "p.jsonl", "judge": {"use": "lab:judge", "args": {"api_key": "k-1", "note": f"of {TOKEN}"}}},
     )
-    store = RoundStore(run.run.path)
+    store = Ledger(run.run.path)
     for round in range(2):
         write_round(store, round)
     write_lines(run.run.path, step(1), step(2, round=0), step(3))
@@ -199,22 +199,21 @@ def record_run(tmp_path: Path, tracker: str, **args: Any) -> list[str]:
     return reports + feed(run)
 
 
-def write_round(store: RoundStore, round: int) -> None:
+def write_round(store: Ledger, round: int) -> None:
     """Six judged pairs."""
     completion = lambda text: Completion(text, (1, 2), True)  # noqa: E731
     groups = [
         CompletionGroup(
             Prompt(n, ({"role": "user", "content": f"question {n} | of round {round}"},), (1,)),
-            (1,),
             (completion("yes"), completion("no")),
-            round,
             0,
         )
         for n in range(6)
     ]
-    pairs = [ScoredPair(0, 1) for _ in groups]
-    timings = {"generate_s": 1.0, "judge_s": 1.0}
-    store.write(round, groups, 6 * [(2.0, 1.0)], pairs, timings=timings, weights_digest=None, seed=0, sampling={})
+    lines = store.open(round, oldest=0)
+    for group in groups:
+        lines.append(Outcome(group.prompt, group.prompt.index, (ScoredPair(0, 1),), group, (2.0, 1.0)))
+    lines.finish()
 
 
 def test_tensorboard_shows_each_step_once_config_and_samples(recorded: Path) -> None:

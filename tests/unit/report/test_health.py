@@ -50,10 +50,9 @@ def record_of_rounds(**series: Sequence[float]) -> RunRecord:
 
 def evaluation(version: int, scores: Sequence[float], tokens: int = 40, kl: float = 1.0) -> Evaluation:
     samples = (
-        HeldOutSample(({"role": "user", "content": str(i)},), "text", tokens, score, kl)
-        for i, score in enumerate(scores)
+        HeldOutSample(({"role": "user", "content": str(i)},), "text", tokens, score) for i, score in enumerate(scores)
     )
-    return Evaluation(version, tuple(samples))
+    return Evaluation(version, tuple(samples), kl)
 
 
 def before_and_after(before: Evaluation, after: Evaluation) -> RunRecord:

@@ -95,12 +95,11 @@ def write_evaluation(path: Path, version: int, scores: Sequence[float], tokens: 
                 "completion": f"version {version} of {i}",
                 "tokens": tokens,
                 "score": score,
-                "policy_logp": -20.0 + kl,
-                "reference_logp": -20.0,
             }
             for i, score in enumerate(scores)
         ),
     )
+    write_lines(path / "evaluations" / f"{version:06d}.kl.json", [{"version": version, "kl": kl}])
 
 
 def write_round(path: Path, index: int, groups: Iterable[Mapping[str, Any]]) -> None:
@@ -114,10 +113,8 @@ def group(*texts: str, scores: Sequence[float], finished: bool = True, dropped: 
         "prompt": [{"role": "user", "content": "say something"}],
         "candidates": [{"text": text, "token_ids": [1, 2, 3], "finished": finished} for text in texts],
         "scores": list(scores),
-        "chosen": None if dropped else scores.index(max(scores)),
-        "rejected": None if dropped else scores.index(min(scores)),
+        "pairs": [] if dropped else [{"chosen": scores.index(max(scores)), "rejected": scores.index(min(scores))}],
         "dropped": dropped,
-        "policy_version": 0,
         "seed": 0,
     }
 

@@ -2,10 +2,10 @@
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from dpo_ray.config.schema import OnlineConfig
-from dpo_ray.rollout.engine import Request
+from dpo_ray.rollout.engine import Engine, Request
 from dpo_ray.rollout.fleet import Member, Membership
 from dpo_ray.types import Completion, CompletionGroup, Prompt
 
@@ -70,9 +70,11 @@ class FakeFleet:
             except TimeoutError:
                 pass
         self.changed.clear()
+        as_engine = lambda engine: cast(Engine, engine)  # noqa: E731
         members = tuple(
-            Member(str(i), engine, engine.version, f"d{engine.version}") for i, engine in self.engines.items()
-        )  # type: ignore[arg-type]
+            Member(str(i), as_engine(engine), engine.version, f"d{engine.version}")
+            for i, engine in self.engines.items()
+        )
         return Membership(self.epoch, members, self.needs_weights, self.error, {"perf/push_s": 0.5})
 
     async def suspect(self, member_id: str, reason: str) -> None:

@@ -51,12 +51,13 @@ class Harness:
                     return progress
 
     async def evaluation(self, version):
-        """Poll until an evaluation is complete."""
+        """Poll until an evaluation is complete; returns it."""
         async with asyncio.timeout(10):
             while True:
                 progress = await self.collector.poll(version, round=None, evaluations=[version], wait_s=0.2)
-                if progress.evaluation or progress.error:
-                    return progress
+                assert progress.error is None
+                if progress.evaluation is not None:
+                    return progress.evaluation
 
     async def die(self):
         """Stop everything at once, as a killed process does."""
@@ -266,7 +267,7 @@ def test_an_evaluation_is_of_one_version_goes_first_and_does_not_hold_up_the_rou
         harness = Harness(tmp_path, config, [engine], held_out=4)
         progress = await harness.round(0, evaluations=[0])
         assert progress.evaluation is None, "the round is there first"
-        return (await harness.evaluation(0)).evaluation, engine
+        return await harness.evaluation(0), engine
 
     evaluation, engine = asyncio.run(main())
     assert [group.prompt.index for group, _ in evaluation.judged] == [0, 1, 2, 3]
@@ -281,7 +282,7 @@ def test_completions_at_temperature_one_are_judged_and_serve_as_samples(tmp_path
     async def main():
         engine = FakeEngine(0)
         harness = Harness(tmp_path, online(), [engine], held_out=4)
-        return (await harness.evaluation(0)).evaluation, engine
+        return await harness.evaluation(0), engine
 
     evaluation, engine = asyncio.run(main())
     assert len([request for request in engine.requests if request.evaluation]) == 4
@@ -291,11 +292,11 @@ def test_completions_at_temperature_one_are_judged_and_serve_as_samples(tmp_path
 def test_an_evaluation_whose_version_is_gone_is_empty_and_one_failing_prompt_is_a_gap(tmp_path):
     async def main():
         gone = Harness(tmp_path / "gone", online(), [FakeEngine(3)], held_out=4)
-        empty = (await gone.evaluation(2)).evaluation
+        empty = await gone.evaluation(2)
         failing = FakeEngine(0, raise_for([1], ValueError("too long")))
         replica = FakeReplica(raise_for([2], RuntimeError("no")))
         gap = Harness(tmp_path / "gap", online(max_failed_share=1), [failing], replica, held_out=4)
-        return empty, (await gap.evaluation(0)).evaluation
+        return empty, await gap.evaluation(0)
 
     empty, gap = asyncio.run(main())
     assert (empty.version, empty.judged, empty.samples) == (2, (), ())

@@ -4,12 +4,13 @@ import math
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 
 from dpo_ray.config import Component
-from dpo_ray.rollout.judges import bind_judge, check_scores
+from dpo_ray.rollout.judges import bind_judge, check_scores, is_async
 from dpo_ray.types import CompletionGroup
 
 MODULE = __name__
@@ -33,6 +34,15 @@ class Constant:
 
     def __call__(self, groups: Sequence[CompletionGroup]) -> list[list[float]]:
         return constant(groups, self.value)
+
+
+async def later(groups: Sequence[CompletionGroup], value: float = 1.0) -> list[list[float]]:
+    return constant(groups, value)
+
+
+class Later:
+    async def __call__(self, groups: Sequence[CompletionGroup]) -> list[list[float]]:
+        return constant(groups)
 
 
 def half_a_judge(completions):
@@ -60,9 +70,16 @@ def test_length_rejects_a_target_that_is_not_a_positive_integer(target):
         bind_judge(Component(use="length", args={"target_words": target}))()
 
 
+@pytest.mark.parametrize(
+    ("use", "expected"), [("constant", False), ("Constant", False), ("later", True), ("Later", True)]
+)
+def test_calls_of_async_judges_overlap(use, expected):
+    assert is_async(bind_judge(Component(use=f"{MODULE}:{use}"))()) == expected
+
+
 def test_sentiment_is_the_compound_score_of_vader(group):
     pytest.importorskip("vaderSentiment")
-    judge = bind_judge(Component(use="sentiment"))()
+    judge: Any = bind_judge(Component(use="sentiment"))()
     [[good, bad, neutral, empty]] = judge([group("I love it", "I hate it", "It is a table", "")])
     assert good == 0.6369  # s / sqrt(s * s + 15) with love's valence s = 3.2
     assert bad == -0.5719  # hate: s = -2.7

@@ -249,7 +249,7 @@ def test_a_run_with_other_prompts_under_the_same_path_is_rejected(ledger):
     ledger.validate_prompts("abc", 10)
     ledger.validate_prompts("abc", 10)
     with pytest.raises(ValueError, match=r"online.prompts: 12 usable prompts, which are not the 10 that .* started"):
-        ledger.validate_prompts("abd", 12)
+        ledger.validate_prompts("def", 12)
 
 
 def test_texts_and_tokens_of_old_rounds_are_deleted_and_their_manifests_kept(ledger, group):

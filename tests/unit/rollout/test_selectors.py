@@ -19,6 +19,13 @@ def test_of_equal_scores_the_earlier_candidate_is_taken(group):
     assert best_vs_worst(group("a", "b", "c", "d"), [1.0, 0.0, 1.0, 0.0]) == [ScoredPair(chosen=0, rejected=1)]
 
 
+def pairs_of(select, group, scores, **arguments) -> list[ScoredPair]:
+    """The pairs of a group that has some."""
+    choice = select(group, scores, **arguments)
+    assert not isinstance(choice, Dropped)
+    return list(choice)
+
+
 @pytest.mark.parametrize("select", SELECTORS.values(), ids=SELECTORS)
 def test_a_tie_gives_no_pair(group, select):
     assert select(group("a", "b", "c"), [0.5, 0.5, 0.5]) == Dropped("tie")
@@ -67,13 +74,15 @@ def test_a_completion_without_a_token_is_neither_chosen_nor_rejected(group):
 def test_random_pair_chooses_the_better_of_two_and_is_reproducible_for_a_seed(group):
     scores = [0.0, 1.0, 2.0, 3.0]
     for seed in range(50):
-        (pair,) = choice = random_pair(group("a", "b", "c", "d", seed=seed), scores)
+        (pair,) = choice = pairs_of(random_pair, group("a", "b", "c", "d", seed=seed), scores)
         assert scores[pair.chosen] > scores[pair.rejected]
-        assert choice == random_pair(group("a", "b", "c", "d", seed=seed), scores)
+        assert choice == pairs_of(random_pair, group("a", "b", "c", "d", seed=seed), scores)
 
 
 def test_random_pair_draws_each_of_the_six_pairs_about_equally_often(group):
-    drawn = Counter(random_pair(group("a", "b", "c", "d", seed=seed), [0.0, 1.0, 2.0, 3.0])[0] for seed in range(1200))
+    drawn = Counter(
+        pairs_of(random_pair, group("a", "b", "c", "d", seed=seed), [0.0, 1.0, 2.0, 3.0])[0] for seed in range(1200)
+    )
     assert len(drawn) == 6
     assert all(140 <= times <= 260 for times in drawn.values())  # 200 each, standard deviation 13
 
@@ -103,8 +112,8 @@ def test_a_truncated_completion_is_not_chosen_without_choose_truncated_and_may_s
 def test_several_pairs_are_those_with_the_largest_differences_of_scores(group):
     pairs = best_vs_worst(group("a", "b", "c"), [0.0, 1.0, 3.0], pairs=2)
     assert pairs == [ScoredPair(chosen=2, rejected=0), ScoredPair(chosen=2, rejected=1)]  # gaps of 3, 2 and 1
-    assert len(best_vs_worst(group("a", "b", "c"), [0.0, 1.0, 3.0], pairs=9)) == 3
-    assert len(best_vs_worst(group("a", "b", "c"), [0.0, 1.0, 3.0], pairs=9, min_gap=2.0)) == 2
+    assert len(pairs_of(best_vs_worst, group("a", "b", "c"), [0.0, 1.0, 3.0], pairs=9)) == 3
+    assert len(pairs_of(best_vs_worst, group("a", "b", "c"), [0.0, 1.0, 3.0], pairs=9, min_gap=2.0)) == 2
 
 
 def test_select_pairs_takes_a_single_pair_a_list_or_a_reason(group):
