@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from dpo_ray.config import Config
-from dpo_ray.sync.base import WeightSync, check_probe
+from dpo_ray.rollout.fleet import check_probe
+from dpo_ray.sync.base import WeightSync
 from dpo_ray.train.online import train_online
-from dpo_ray.types import Metrics, RoundData, TokenPair, TokenSample
+from dpo_ray.types import Metrics, Probe, RoundData, TokenPair, TokenSample
 from tests.distributed.conftest import assert_same, over
 from tests.distributed.processes import run_ranks
 from tests.distributed.runs import ListReporter
@@ -49,21 +50,22 @@ class FreshModel:
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def push(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> str:
-        """Load all tensors into a model with other weights."""
+    every_rank = True
+
+    def publish(self, weights: Iterable[tuple[str, Tensor]], *, version: int, probe: Probe) -> None:
+        """Load all tensors into a model with other weights, and compare its log-probabilities with the trainer's."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.path))
         lacking, unknown = self.model.load_state_dict({name: of.clone() for name, of in weights}, strict=False)
         assert (lacking, unknown) == (["lm_head.weight"], []), "the head is the embedding"
-        return str(version)
-
-    def verify(self, token_ids: Sequence[int], trainer: Sequence[float], *, tolerance: float) -> float:
-        """Compare the model's log-probabilities with the trainer's."""
-        tokens = torch.tensor([token_ids])
+        tokens = torch.tensor([probe.token_ids])
         with torch.no_grad():
             logps = self.model(tokens).logits[0, :-1].log_softmax(-1)
-        return check_probe(trainer, [logps.gather(-1, tokens[0, 1:, None]).squeeze(-1).tolist()], tolerance)
+        check_probe(probe, logps.gather(-1, tokens[0, 1:, None]).squeeze(-1).tolist())
+
+    def wait(self) -> None:
+        """Nothing is in progress."""
 
 
 def online(rank: int, config: dict[str, Any]) -> tuple[list[Metrics], list[Any]]:
