@@ -136,7 +136,7 @@ class SyncMismatch(NonRetryableError):
 
 
 class EngineLost(RuntimeError):
-    """An engine failed, or did not answer in time, in a weight update that sender and engines make together."""
+    """A weight update must begin again: an engine failed or did not answer in time, or the fleet has restarted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from dpo_ray.config.schema import LoraConfig
 from dpo_ray.model.architecture import other_modalities
 from dpo_ray.model.quantized import quantize_base
-from dpo_ray.parallel.collectives import full_tensor
 from dpo_ray.storage import error_summary
 
 if TYPE_CHECKING:
@@ -71,10 +70,12 @@ class WithoutAdapters:
                 layer._disable_adapters = False
 
 
-def adapter_product(layer: Any) -> Tensor:
-    """Weight update of one of peft's linear layers by its adapters: scale * B A, (out, in). A collective."""
-    a, b = (full_tensor(getattr(layer, name)[ADAPTER].weight) for name in ("lora_A", "lora_B"))
-    return layer.scaling[ADAPTER] * (b @ a)
+def adapter_factors(layer: Any) -> tuple[Tensor, Tensor, float]:
+    """A (rank, in), B (out, rank) and scale of the adapters of one of peft's linear layers: its update is scale * B A.
+
+    A and B may be sharded.
+    """
+    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER]
 
 
 def peft_config(lora: LoraConfig, model: "PreTrainedModel") -> "PeftConfig":

@@ -4,6 +4,7 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
 
 from dpo_ray.config.schema import ModelConfig
-from dpo_ray.model.adapters import ADAPTER, adapter_product, peft_config
+from dpo_ray.model.adapters import ADAPTER, adapter_factors, peft_config
 from dpo_ray.model.load import build_model, head_is_tied, untie_head
 from dpo_ray.model.quantized import NF4Linear
 from dpo_ray.model.scorer import Scorer
 from dpo_ray.objective.precision import DTYPES
-from dpo_ray.parallel.collectives import full_tensor
+from dpo_ray.parallel.collectives import full_tensor, gather_to_rank0, is_sharded
 from dpo_ray.storage import atomic_folder, is_remote, storage_errors, upload_folder
 
 BASE_LAYER = ".base_layer."
@@ -32,33 +33,50 @@ PROCESSOR_FILES = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME)
 """Files that models with other modalities than text have beside those of the tokenizer."""
 
 
-def named_weights(policy: Scorer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def named_weights(policy: Scorer, dtype: torch.dtype, *, every_rank: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Full weights with adapters merged, one at a time, under their names in the model.
 
-    Each weight is gathered by a collective, so every rank must iterate to the end. Tied weights are yielded once.
+    Each weight is gathered by a collective, so every rank must iterate to the end; ranks other than 0 get no weights.
+    Tied weights are yielded once.
 
     Args:
-        dtype: the receiver's compute dtype. Without adapters, weights are cast before they are gathered, which halves
-            the traffic for bfloat16.
+        dtype: the receiver's compute dtype. Sharded weights are cast before they are gathered, which halves the traffic
+            for bfloat16; merged ones afterwards. Unsharded weights are yielded without a copy, in their own dtype.
+        every_rank: yield the weights on every rank.
     """
+    gather = full_tensor if every_rank else gather_to_rank0
     for name, parameter in policy.model.named_parameters():
         if ".lora_" in name:
             continue
         if name.endswith(f"{BASE_LAYER}weight"):
             layer: Any = policy.model.get_submodule(name.removesuffix(f"{BASE_LAYER}weight"))
-            weight = full_tensor(parameter)
-            if isinstance(layer.base_layer, NF4Linear):
-                weight = layer.base_layer.dequantize(weight)
-            weight = (weight.float() + adapter_product(layer)).to(dtype)
+            a, b, scale = adapter_factors(layer)
+            base, a, b = (gather(tensor.detach()) for tensor in (parameter, a, b))
+            weight = None
+            if base is not None and a is not None and b is not None:
+                if isinstance(layer.base_layer, NF4Linear):
+                    base = layer.base_layer.dequantize(base)
+                weight = (base.float() + scale * (b @ a)).to(dtype)
         else:
-            weight = full_tensor(parameter.detach().to(dtype))
-        yield name.replace(BASE_LAYER, "."), weight
+            weight = gather(parameter.detach().to(dtype) if is_sharded(parameter) else parameter.detach())
+        if weight is not None:
+            yield name.replace(BASE_LAYER, "."), weight
 
 
-def checkpoint_weights(policy: Scorer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """``named_weights`` as a Hugging Face checkpoint has them: other names, and experts one by one, in some models."""
-    for name, weight in named_weights(policy, dtype):
-        yield from revert_weight_conversion(policy.model, {name: weight}).items()
+@dataclass(frozen=True, slots=True)
+class CheckpointWeights:
+    """``named_weights`` as a Hugging Face checkpoint has them: other names, and experts one by one, in some models.
+
+    Each iteration gathers them anew.
+    """
+
+    policy: Scorer
+    dtype: torch.dtype
+    every_rank: bool = False
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in named_weights(self.policy, self.dtype, every_rank=self.every_rank):
+            yield from revert_weight_conversion(self.policy.model, {name: weight}).items()
 
 
 def export_policy(policy: Scorer, model: ModelConfig, tokenizer: PreTrainedTokenizerBase, run_dir: Path) -> None:
@@ -68,12 +86,14 @@ def export_policy(policy: Scorer, model: ModelConfig, tokenizer: PreTrainedToken
     written, and ``policy/`` only if ``model.lora.merge`` is set.
     """
     if model.lora is not None:
-        adapters = ((name, p) for name, p in policy.model.named_parameters() if ".lora_" in name)
-        weights = _collect_on_rank0((name, full_tensor(p.detach())) for name, p in adapters)
+        adapters = ((name, p.detach()) for name, p in policy.model.named_parameters() if ".lora_" in name)
+        gathered = ((name, gather_to_rank0(weight)) for name, weight in adapters)
+        weights = {name: weight.cpu() for name, weight in gathered if weight is not None}
         if dist.get_rank() == 0:
             write_model_folder(run_dir / "adapter", partial(save_adapter, weights, model), tokenizer)
     if model.lora is None or model.lora.merge:
-        merged = _collect_on_rank0(named_weights(policy, DTYPES[model.dtype]))
+        dtype = DTYPES[model.dtype]
+        merged = {name: weight.to("cpu", dtype) for name, weight in named_weights(policy, dtype)}
         names = policy.model.state_dict().keys()
         merged |= {name: buffer.cpu() for name, buffer in policy.model.named_buffers() if name in names}
         if dist.get_rank() == 0:
@@ -110,12 +130,6 @@ def save_policy(weights: Mapping[str, Tensor], model: ModelConfig, folder: Path)
 def weight_name(layer: nn.Module | None, model: nn.Module) -> str:
     """Name of the weight of a layer of ``model``."""
     return next(f"{name}.weight" for name, module in model.named_modules() if module is layer)
-
-
-def _collect_on_rank0(weights: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Copies the weights to rank 0's host memory; empty on other ranks, which iterate for the collectives."""
-    is_rank0 = dist.get_rank() == 0
-    return {name: weight.cpu() for name, weight in weights if is_rank0}
 
 
 def write_model_folder(folder: Path, write: Callable[[Path], None], tokenizer: PreTrainedTokenizerBase) -> None:

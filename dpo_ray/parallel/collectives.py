@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 Value = TypeVar("Value")
 
@@ -25,6 +25,15 @@ def broadcast_from_rank0(compute: Callable[[], Value]) -> Value:
     return values[0]
 
 
+def broadcast_or_raise(compute: Callable[[], Value]) -> Value:
+    """Every rank calls ``compute``; rank 0's result is returned, or its exception raised, on all of them."""
+    outcome: Any = _outcome(compute)
+    value, error = broadcast_from_rank0(lambda: outcome)
+    if error is not None:
+        raise error
+    return value
+
+
 def gather_values(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
     """Returns the values of all ranks of ``group``, by rank, on each of them."""
     values: list[Any] = [None] * dist.get_world_size(group)
@@ -34,17 +43,61 @@ def gather_values(value: Value, group: dist.ProcessGroup | None = None) -> list[
 
 def gather_or_raise(compute: Callable[[], Value], group: dist.ProcessGroup | None = None) -> list[Value]:
     """``gather_values`` of ``compute()``; an exception on any rank is raised on all of them."""
-    outcome: Any  # (value, error)
-    try:
-        outcome = (compute(), None)
-    except Exception as error:
-        outcome = (None, error)
-    outcomes: list[Any] = gather_values(outcome, group)
+    outcomes: list[Any] = gather_values(_outcome(compute), group)
     if failures := [error for _, error in outcomes if error is not None]:
         raise failures[0]
     return [value for value, _ in outcomes]
 
 
+def _outcome(compute: Callable[[], Value]) -> tuple[Value | None, Exception | None]:
+    try:
+        return compute(), None
+    except Exception as error:
+        return None, error
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """Returns the whole of a sharded tensor, and any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """True if ranks hold different parts of the tensor."""
+    return isinstance(tensor, DTensor) and bool(_sharded_dims(tensor))
+
+
+def gather_to_rank0(tensor: Tensor) -> Tensor | None:
+    """Returns the whole of a sharded tensor on rank 0 and None on other ranks, which allocate no more than a shard.
+
+    A collective. Of several replicas only rank 0's takes part. A tensor that is sharded over several dimensions of the
+    mesh, such as tensor parallelism with FSDP, is gathered on every rank.
+    """
+    is_rank0 = not dist.is_initialized() or dist.get_rank() == 0
+    if not isinstance(tensor, DTensor):
+        return tensor if is_rank0 else None
+    sharded = _sharded_dims(tensor)
+    if not sharded:
+        return tensor.to_local() if is_rank0 else None
+    placement: Any = tensor.placements[sharded[0]]
+    if len(sharded) > 1 or type(placement) is not Shard:
+        whole = tensor.full_tensor()
+        return whole if is_rank0 else None
+    group = tensor.device_mesh.get_group(sharded[0])
+    ranks = dist.get_process_group_ranks(group)
+    if 0 not in ranks:
+        return None
+    size, dim = tensor.shape[placement.dim], placement.dim
+    rows = -(-size // len(ranks))  # shards are like torch.chunk's: the last ones may be smaller, or empty
+    shard = tensor.to_local().movedim(dim, 0)
+    if len(shard) < rows:
+        shard = torch.cat((shard, shard.new_zeros(rows - len(shard), *shard.shape[1:])))
+    whole = shard.new_empty(len(ranks) * rows, *shard.shape[1:]) if is_rank0 else None
+    parts = None if whole is None else list(whole.chunk(len(ranks)))
+    dist.gather(shard.contiguous(), parts, group=group, group_dst=ranks.index(0))
+    return None if whole is None else whole[:size].movedim(0, dim)
+
+
+def _sharded_dims(tensor: DTensor) -> list[int]:
+    """Dimensions of the mesh along which ranks hold different parts."""
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return [dim for dim, placement in enumerate(placements) if mesh.size(dim) > 1 and not placement.is_replicate()]

@@ -5,44 +5,55 @@ and an object that stands for all engines.
 """
 
 import hashlib
-import math
+import logging
+import threading
 import warnings
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
-from dpo_ray.types import Probe, SyncMismatch
+from dpo_ray.parallel.collectives import broadcast_or_raise
+from dpo_ray.types import EngineLost, Probe
+
+logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
 
 NamedTensor = tuple[str, Tensor]
 """A whole parameter under its name in the model's checkpoint."""
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer dtype by size of an element, in bytes."""
-DIGEST_BLOCK = {"cpu": 2**17, "cuda": 2**22}
-"""Elements per step of a digest, at 24 bytes of memory each: a block fits a CPU's cache, or fills a GPU."""
+DIGEST_BLOCK = 2**22
+"""Elements per step of a weighted sum, at 24 bytes of memory each."""
+ATTEMPTS = 3
+"""Attempts to send weights while engines are lost."""
 
 
 class Digest:
     """Running digest of tensors: names, dtypes, shapes, values and order, but not the split into buckets.
 
-    It is computed on each tensor's device and is the same on all. Every element, read as an integer, is multiplied by
-    its position and summed modulo 2**64, so a changed element and two swapped ones always change the digest. It detects
-    faults, not forgery.
+    It is computed on each tensor's device, so both ends of a transfer must be on the same kind: on CPUs from the bytes
+    (XXH3, 13 GB/s), on GPUs from a sum modulo 2**64 of all elements, read as integers and multiplied by their
+    positions. A changed element and two swapped ones always change the sum. It detects faults, not forgery.
     """
 
     def __init__(self) -> None:
         self._headers = hashlib.sha256()
-        self._sums: list[Tensor] = []
+        self._sums: list[Tensor | int] = []
 
     def update(self, tensors: Iterable[NamedTensor]) -> None:
         """Add tensors, in order."""
         for name, tensor in tensors:
             self._headers.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-            self._sums.append(_weighted_sum(tensor))
+            self._sums.append(_hash_bytes(tensor) if tensor.device.type == "cpu" else _weighted_sum(tensor))
 
     def hexdigest(self) -> str:
         """Digest of all tensors so far, 64 hexadecimal digits; waits for their devices."""
@@ -50,12 +61,15 @@ class Digest:
         return hashlib.sha256(f"{self._headers.hexdigest()} {sums}".encode()).hexdigest()
 
 
+def _hash_bytes(tensor: Tensor) -> int:
+    return xxhash.xxh3_128_intdigest(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
 def _weighted_sum(tensor: Tensor) -> Tensor:
     integers = tensor.detach().contiguous().view(-1).view(INTEGERS[tensor.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    size = DIGEST_BLOCK[tensor.device.type]
-    for start in range(0, len(integers), size):
-        block = integers[start : start + size].to(torch.int64)
+    for start in range(0, len(integers), DIGEST_BLOCK):
+        block = integers[start : start + DIGEST_BLOCK].to(torch.int64)
         total += (block * torch.arange(start + 1, start + 1 + len(block), device=tensor.device)).sum()
     return total
 
@@ -159,192 +173,242 @@ class EngineGroup(Protocol):
         ...
 
 
-class EnginePool(Protocol):
-    """All engines of the pool, called together.
-
-    Each call returns when every engine has answered, and raises if one fails or does not answer in time.
-    """
-
-    host: str
-    """Address of this process for the engines."""
-    workers_per_engine: int
-    """GPUs per engine, each with a receiver of its own."""
-    timeout_s: float
-    """Longest wait for one call."""
-
-    def start_update(self) -> Sequence[Hashable]:
-        """Wait until the engines are idle, and start a weight update on each.
-
-        Returns:
-            One identity per engine, in order; a replacement is not equal to the engine that it replaces.
-        """
-
-    def init_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
-        """Pass each engine's receivers their initialization info, one entry per engine."""
-
-    def load(self, bucket: Any) -> None:
-        """Send a message to every engine. Its memory must not change until the update is finished."""
-
-    def finish_update(self, version: int) -> list[str]:
-        """Switch every engine to the received weights.
-
-        Returns:
-            Each engine's digest of the weights it received.
-        """
-
-    def token_logps(self, token_ids: Sequence[int]) -> list[list[float]]:
-        """Each engine's log-probability of each token after the first, nats."""
-
-
 class WeightSync(Protocol):
-    """Moves policy weights to the rollout engines. Collective: every rank calls every method.
+    """Moves policy weights to the rollout engines. Every rank calls every method.
 
     Example:
         sync.connect(engines if rank == 0 else None)
         for round in ...:
             train(...)
-            digest = sync.push(checkpoint_weights(policy), version=round)    # engines then use ``version``
+            sync.publish(CheckpointWeights(policy, dtype), version=round, probe=probe)    # engines then use ``version``
+        sync.wait()
         sync.close()
     """
 
     worker_extension: str
     """Import path (dotted) of the class that vLLM mixes into its workers. Its import registers the receiver."""
-    replays: bool
-    """True if messages can be sent again, to an engine that joins after the push. If False, an engine that dies between
-    pushes stays out until the next one, and an engine that dies during a push fails it."""
+    collective: bool
+    """True if sender and engines transfer together, see ``EngineGroup``: an engine that joins later waits for the next
+    publish."""
+    every_rank: bool
+    """True if each rank needs all weights, False if only rank 0 does."""
 
-    def connect(self, engines: EnginePool | None) -> None:
-        """Set the receiver of later pushes; None on all ranks except rank 0."""
+    def connect(self, engines: EngineGroup | None) -> None:
+        """Set the receiver of later publishes; None on all ranks except rank 0."""
+        ...
 
-    def push(self, weights: Iterable[NamedTensor], *, version: int) -> str:
-        """Send all weights and switch the engines to them.
+    def publish(self, weights: Iterable[NamedTensor], *, version: int, probe: Probe) -> None:
+        """Send all weights to the engines, or start to.
 
-        Args:
-            weights: all parameters, whole. Gathering one is a collective, so every rank exhausts the iterator.
-            version: policy version of the completions generated from now on.
-
-        Returns:
-            Digest of the weights sent; empty on ranks without engines.
-
-        Raises:
-            SyncMismatch: an engine received other weights than those sent.
-        """
-
-    def verify(self, token_ids: Sequence[int], trainer: Sequence[float], *, tolerance: float) -> float:
-        """Compare the engines' log-probabilities of a probe text with the trainer's, after a push.
+        Waits for the last publish, and raises its error. If no engine is up, nothing is sent.
 
         Args:
-            token_ids: the probe text.
-            trainer: the trainer's log-probability of each token after the first, nats.
-            tolerance: largest accepted mean absolute difference, nats per token.
-
-        Returns:
-            The largest mean absolute difference over the engines, nats per token; 0 on ranks without engines.
+            weights: all parameters, whole. Each iteration may gather them by collectives, so every rank iterates to the
+                end, as often as rank 0 does.
+            version: policy version of the completions that engines then generate.
+            probe: computed with these weights.
 
         Raises:
-            SyncMismatch: an engine differs by more than ``tolerance``.
+            EngineLost: engines failed in each of several attempts.
         """
+        ...
+
+    def wait(self) -> None:
+        """Wait until the last publish has been handed over to the engines, or to the fleet; raises its error."""
+        ...
 
     def close(self) -> None:
-        """Disconnect from the engines and free the transport's resources."""
+        """Disconnect from the engines and free the transport's resources; an unfinished publish is abandoned."""
+        ...
 
 
 class Sender:
-    """The part of ``WeightSync`` that all transports share; each adds ``_send`` or a push of its own.
+    """The part of ``WeightSync`` that all transports share; each adds ``_send``.
+
+    Rank 0 gathers a bucket while a thread sends the one before it, so it holds up to two.
 
     Args:
         bucket_mib: largest size of a message, in MiB.
         dtype: torch dtype of the transfer.
+        background: return from ``publish`` as soon as rank 0 has a copy of the weights in host memory, which a thread
+            then sends.
     """
 
-    def __init__(self, bucket_mib: int = 256, dtype: str = "bfloat16") -> None:
+    worker_extension: str
+    collective = False
+    every_rank = False
+
+    def __init__(self, bucket_mib: int = 256, dtype: str = "bfloat16", background: bool = False) -> None:
         if bucket_mib < 1:
             raise ValueError(f"bucket_mib is {bucket_mib}; it must be at least 1 (online.sync.args.bucket_mib)")
         self._bucket_bytes = bucket_mib * 2**20
         self._dtype: torch.dtype = getattr(torch, dtype)
-        self.engines: EnginePool | None = None
+        self._staging = Staging(self._dtype) if background else None
+        self._publishing: Future[Any] | None = None
+        self.engines: EngineGroup | None = None
         self._connected = False
-        self._members: list[Hashable] = []
+        self._members: list[str] = []
         self._device = torch.device("cpu")
 
-    def connect(self, engines: EnginePool | None) -> None:
-        """Set the receiver of later pushes; None on all ranks except rank 0."""
+    def connect(self, engines: EngineGroup | None) -> None:
+        """Set the receiver of later publishes; None on all ranks except rank 0."""
         self.engines, self._connected = engines, True
 
-    def push(self, weights: Iterable[NamedTensor], *, version: int) -> str:
-        """Send all weights and switch the engines to them; see ``WeightSync.push``."""
-        self._require_connected()
-        if self.engines is None:
-            for _ in weights:  # rank 0 gathers with the help of all ranks
-                pass
-            return ""
-        sent = Digest()
-        self._start_update(self.engines)
-        for bucket in self._buckets(weights, self._device):
-            self._send(self.engines, bucket, version)
-            sent.update(bucket)
-        return self._finish_update(self.engines, sent, version)
+    def publish(self, weights: Iterable[NamedTensor], *, version: int, probe: Probe) -> None:
+        """Send all weights to the engines, or start to; see ``WeightSync.publish``."""
+        if not self._connected:
+            raise RuntimeError("publish before connect: the transport has no engines to send to")
+        self.wait()
+        if self._staging is None:
+            self._update(weights, version, probe, broadcast_or_raise if self.collective else call)
+            return
+        staged = self._staging.copy(weights)
+        if self.engines is not None:
+            self._publishing = in_thread(on_own_stream(partial(self._update, staged, version, probe, call)))
 
-    def verify(self, token_ids: Sequence[int], trainer: Sequence[float], *, tolerance: float) -> float:
-        """Compare the engines with the trainer on a probe text; see ``WeightSync.verify``."""
-        if self.engines is None:
-            return 0.0
-        return check_probe(trainer, self.engines.token_logps(token_ids), tolerance)
+    def wait(self) -> None:
+        """Wait until the last publish has been handed over; raises its error."""
+        publishing, self._publishing = self._publishing, None
+        if publishing is not None:
+            publishing.result()
 
     def close(self) -> None:
         """Disconnect from the engines."""
-        self.engines, self._connected, self._members = None, False, []
+        self._reset()
+        self.engines, self._connected, self._publishing = None, False, None
 
-    def _require_connected(self) -> None:
-        if not self._connected:
-            raise RuntimeError("push before connect: the transport has no engines to send to")
+    def _update(
+        self, weights: Iterable[NamedTensor], version: int, probe: Probe, agree: Callable[[Callable[[], Any]], Any]
+    ) -> None:
+        """Send the weights, again if an engine is lost.
 
-    def _start_update(self, engines: EnginePool) -> None:
-        """Start an update, with a new transfer if the engines are not those of the last push."""
-        members = list(engines.start_update())
-        if members != self._members:
-            self._init_transfer(engines, len(members))
-            self._members = members
+        Args:
+            agree: calls a function on every rank that takes part and returns rank 0's result, or raises its error.
+        """
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                if agree(partial(self._begin_update, version)):
+                    agree(partial(self._send_all, weights, version, probe))
+                return
+            except BaseException as error:
+                self._reset()
+                if not isinstance(error, EngineLost) or attempt == ATTEMPTS:
+                    raise
+                logger.warning("weights of version %d are sent again: %s", version, error)
 
-    def _init_transfer(self, engines: EnginePool, count: int) -> None:
-        """Prepare transfers to ``count`` engines."""
+    def _begin_update(self, version: int) -> bool:
+        """Start an update; False if no engine takes part."""
+        if self.engines is None:
+            return True
+        members = list(self.engines.begin_update(version, collective=self.collective))
+        if not self.collective:
+            return True
+        if members and members != self._members:
+            self._init_transfer(self.engines, len(members))
+        self._members = members
+        return bool(members)
 
-    def _send(self, engines: EnginePool, bucket: list[NamedTensor], version: int) -> None:
+    def _init_transfer(self, engines: EngineGroup, count: int) -> None:
+        """Prepare transfers to ``count`` engines, which are not those of the last update."""
+
+    def _send_all(self, weights: Iterable[NamedTensor], version: int, probe: Probe) -> None:
+        """Send all buckets and finish the update. Iterates over all weights, also if sending fails."""
+        buckets = self._buckets(weights, self._device)
+        if self.engines is None:
+            exhaust(buckets)  # rank 0 gathers with the help of all ranks
+            return
+        sent, sending = Digest(), None
+        try:
+            for bucket in buckets:
+                sent.update(bucket)
+                synchronize(self._device)  # the bucket is complete; another thread's stream reads it
+                if sending is not None:
+                    sending.result()
+                sending = in_thread(partial(self._send, self.engines, bucket, version))
+            if sending is not None:
+                sending.result()
+        except Exception:
+            exhaust(buckets)
+            raise
+        self.engines.end_update(sent.hexdigest(), probe)
+
+    def _send(self, engines: EngineGroup, bucket: list[NamedTensor], version: int) -> None:
         raise NotImplementedError
 
     def _buckets(self, weights: Iterable[NamedTensor], device: torch.device) -> Iterator[list[NamedTensor]]:
         return to_buckets(weights, dtype=self._dtype, device=device, bucket_bytes=self._bucket_bytes)
 
-    def _finish_update(self, engines: EnginePool, sent: Digest, version: int) -> str:
-        """Switch the engines to the weights sent and compare digests."""
-        expected = sent.hexdigest()
-        for index, digest in enumerate(engines.finish_update(version)):
-            if digest != expected:
-                raise SyncMismatch(
-                    f"engine {index} received weights with digest {digest}; version {version} has {expected}"
-                )
-        return expected
+    def _reset(self) -> None:
+        """Give up transfers in progress; the next update starts with new ones."""
+        self._members = []
 
 
-def check_probe(trainer: Sequence[float], engines: Sequence[Sequence[float]], tolerance: float) -> float:
-    """Compare log-probabilities of probe tokens; arguments and result as in ``WeightSync.verify``.
+class Staging:
+    """Copies of all weights in host memory. Each copy overwrites the last: allocating takes longer than copying.
 
-    This detects weights that arrived intact and are not used (a stale packed copy, a skipped layer).
-
-    Raises:
-        SyncMismatch: an engine differs by more than ``tolerance``, or a log-probability is not finite.
-        ValueError: there are no tokens, or an engine returned a different number of them.
+    Args:
+        dtype: dtype of the copies; integer tensors keep theirs.
     """
-    if not trainer:
-        raise ValueError("the probe has no tokens to compare; it needs at least two")
-    largest = 0.0
-    for index, engine in enumerate(engines):
-        difference = sum(abs(a - b) for a, b in zip(trainer, engine, strict=True)) / len(trainer)
-        if not (math.isfinite(difference) and difference <= tolerance):
-            raise SyncMismatch(
-                f"engine {index} and the trainer differ by {difference:.4f} nats per token on the probe text "
-                f"({len(trainer)} tokens; mean {sum(trainer) / len(trainer):.4f} in the trainer, "
-                f"{sum(engine) / len(engine):.4f} in the engine); accepted is {tolerance} (online.probe_tolerance)"
-            )
-        largest = max(largest, difference)
-    return largest
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._copies: dict[str, Tensor] = {}
+
+    def copy(self, weights: Iterable[NamedTensor]) -> list[NamedTensor]:
+        """Copies of the weights, in order."""
+        names, device = [], torch.device("cpu")
+        for name, weight in weights:
+            dtype = self.dtype if weight.is_floating_point() else weight.dtype
+            copy = self._copies.get(name)
+            if copy is None or copy.shape != weight.shape or copy.dtype != dtype:
+                copy = torch.empty(weight.shape, dtype=dtype, pin_memory=weight.device.type != "cpu")
+                self._copies[name] = copy
+            copy.copy_(weight.detach(), non_blocking=True)
+            names.append(name)
+            device = weight.device
+        synchronize(device)
+        return [(name, self._copies[name]) for name in names]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the work on the current stream of a device, and no other stream: one might wait for a dead engine."""
+    if device.type != "cpu":
+        torch.accelerator.current_stream(device).synchronize()
+
+
+def call(function: Callable[[], Value]) -> Value:
+    """``function()``."""
+    return function()
+
+
+def exhaust(iterator: Iterator[Any]) -> None:
+    """Iterate to the end."""
+    for _ in iterator:
+        pass
+
+
+def on_own_stream(function: Callable[[], Value]) -> Callable[[], Value]:
+    """``function`` for another thread: on this thread's GPU, if there is one, and on a stream of its own."""
+    if not torch.accelerator.is_available():
+        return function
+    device = torch.accelerator.current_device_index()
+
+    def run() -> Value:
+        with torch.accelerator.device_index(device), torch.Stream(device):
+            return function()
+
+    return run
+
+
+def in_thread(function: Callable[[], Value]) -> "Future[Value]":
+    """Call ``function`` in a thread that is never joined, also not at exit: it may wait for an engine that died."""
+    result: Future[Value] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result

@@ -7,13 +7,15 @@ engine worker opens the handle of its own GPU. No weights leave the GPU.
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dpo_ray.parallel.collectives import gather_values
-from dpo_ray.sync.base import Digest, EnginePool, NamedTensor, Sender
+from dpo_ray.parallel.collectives import broadcast_or_raise, gather_values
+from dpo_ray.sync.base import Digest, EngineGroup, NamedTensor, Sender, in_thread
+from dpo_ray.types import Probe
 
 Handles = dict[str, tuple[Any, ...]]
 """CUDA IPC handles of one packed buffer by GPU UUID."""
@@ -23,35 +25,40 @@ class IPCSync(Sender):
     """The sender; see ``WeightSync``.
 
     Args:
-        bucket_mib: largest size of a bucket; each GPU holds up to two of them during a push.
+        bucket_mib: largest size of a bucket; each GPU holds up to three of them during a publish.
         dtype: torch dtype of the transfer.
     """
 
     worker_extension = f"{__name__}.IPCWorker"
-    replays = False
+    collective = True
+    every_rank = True
 
-    def push(self, weights: Iterable[NamedTensor], *, version: int) -> str:
-        """Send all weights and switch the engines to them; see ``WeightSync.push``."""
-        self._require_connected()
+    def __init__(self, bucket_mib: int = 256, dtype: str = "bfloat16") -> None:
+        super().__init__(bucket_mib, dtype)
+
+    def _begin_update(self, version: int) -> bool:
         free_cuda_cache()  # for the engines, which wake up on the same GPUs
         dist.barrier()
+        return super()._begin_update(version)
+
+    def _send_all(self, weights: Iterable[NamedTensor], version: int, probe: Probe) -> None:
         engines, sent = self.engines, Digest()
-        if engines is not None:
-            self._start_update(engines)
-        for bucket in self._buckets(weights, current_device()):
+        buckets = self._buckets(weights, current_device())
+        bucket = next(buckets, None)
+        while bucket is not None:
             for chunk in export(bucket):  # yields once; the buffer is as large as the bucket and freed afterwards
                 handles = merge_handles(gather_values(chunk.ipc_handle))
-                if engines is not None:
-                    engines.load(update_info(chunk, handles))
-                    sent.update(bucket)
-                dist.barrier()  # no rank reuses its buffer before the engines have read it
+                load = None if engines is None else in_thread(partial(engines.load, update_info(chunk, handles)))
+                sent.update(bucket)
+                bucket = next(buckets, None)
+                # No rank reuses its buffer before the engines have read it.
+                broadcast_or_raise(lambda load=load: None if load is None else load.result())
         free_cuda_cache()
         dist.barrier()  # all buffers are freed before the engines allocate their key-value caches
-        if engines is None:
-            return ""
-        return self._finish_update(engines, sent, version)
+        if engines is not None:
+            engines.end_update(sent.hexdigest(), probe)
 
-    def _init_transfer(self, engines: EnginePool, count: int) -> None:
+    def _init_transfer(self, engines: EngineGroup, count: int) -> None:
         engines.init_transfer([{"packed": True}] * count)
 
 

@@ -8,14 +8,13 @@ that are never joined, and a broadcast that takes too long is aborted.
 import functools
 import logging
 import socket
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, wait
 from typing import Any
 
 import torch
 
-from dpo_ray.sync.base import EnginePool, NamedTensor, Sender, dtype_name
+from dpo_ray.sync.base import EngineGroup, NamedTensor, Sender, dtype_name, in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -27,41 +26,25 @@ class NCCLSync(Sender):
     """The sender; see ``WeightSync``.
 
     Args:
-        bucket_mib: largest size of a broadcast; rank 0 and each GPU of an engine hold one.
+        bucket_mib: largest size of a broadcast; rank 0 holds up to three of them, each GPU of an engine one.
         dtype: torch dtype of the transfer.
+        background: see ``Sender``.
     """
 
     worker_extension = f"{__name__}.NCCLWorker"
-    replays = False
+    collective = True
 
-    def __init__(self, bucket_mib: int = 512, dtype: str = "bfloat16") -> None:
-        super().__init__(bucket_mib, dtype)
+    def __init__(self, bucket_mib: int = 512, dtype: str = "bfloat16", background: bool = False) -> None:
+        super().__init__(bucket_mib, dtype, background)
         self._group: Any = None
         """vLLM's ``PyNcclCommunicator``; this process is its rank 0."""
 
-    def push(self, weights: Iterable[NamedTensor], *, version: int) -> str:
-        """Send all weights and switch the engines to them; see ``WeightSync.push``.
-
-        Raises:
-            TimeoutError: an engine did not take part in a broadcast in time.
-        """
-        try:
-            return super().push(weights, version=version)
-        except BaseException:
-            self._destroy_group()  # unusable after an interrupted broadcast
-            raise
-
-    def close(self) -> None:
-        """Destroy the group and disconnect from the engines."""
-        self._destroy_group()
-        super().close()
-
-    def _init_transfer(self, engines: EnginePool, count: int) -> None:
-        self._destroy_group()
+    def _init_transfer(self, engines: EngineGroup, count: int) -> None:
+        self._reset()
         self._group = init_group(engines, count, self._bucket_bytes)
         self._device = self._group.device
 
-    def _send(self, engines: EnginePool, bucket: list[NamedTensor], version: int) -> None:
+    def _send(self, engines: EngineGroup, bucket: list[NamedTensor], version: int) -> None:
         run_concurrently(
             functools.partial(engines.load, update_info(bucket)),
             functools.partial(broadcast, bucket, self._group, self._bucket_bytes),
@@ -69,10 +52,11 @@ class NCCLSync(Sender):
             action=f"broadcasting {len(bucket)} tensors of version {version} to {len(self._members)} engines",
         )
 
-    def _destroy_group(self) -> None:
+    def _reset(self) -> None:
+        super()._reset()
         if self._group is not None:
-            self._group.destroy()  # aborts a broadcast in progress
-        self._group, self._members = None, []
+            self._group.destroy()  # aborts a broadcast in progress, after which the group is unusable
+        self._group = None
 
 
 def broadcast(bucket: Sequence[NamedTensor], group: Any, bucket_bytes: int) -> None:
@@ -80,7 +64,6 @@ def broadcast(bucket: Sequence[NamedTensor], group: Any, bucket_bytes: int) -> N
     from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
     with torch.accelerator.device_index(group.device.index):  # a new thread is on device 0
-        torch.accelerator.synchronize()  # vLLM's own streams do not wait for the gather
         packed_nccl_broadcast_producer(
             iter(bucket),
             group,
@@ -120,7 +103,7 @@ def init_infos(host: str, port: int, engines: int, workers_per_engine: int, buck
     ]
 
 
-def init_group(engines: EnginePool, count: int, bucket_bytes: int) -> Any:
+def init_group(engines: EngineGroup, count: int, bucket_bytes: int) -> Any:
     """Build the NCCL group of this process and all workers of ``count`` engines.
 
     Raises:
@@ -171,27 +154,13 @@ def run_concurrently(
     Raises:
         TimeoutError: not both returned in time; the message names ``action``.
     """
-    calls = [_in_thread(receive), _in_thread(send)]
+    calls = [in_thread(receive), in_thread(send)]
     done, pending = wait(calls, timeout=timeout_s, return_when=FIRST_EXCEPTION)
     for call in done:
         call.result()
     if pending:
         raise TimeoutError(f"{action} did not end in {timeout_s:g} s (online.sync_timeout_s)")
     return calls[0].result(), calls[1].result()
-
-
-def _in_thread(call: Callable[[], Any]) -> Future[Any]:
-    # Not an executor: Python joins its threads at exit, and a thread that waits for NCCL would block the exit forever.
-    result: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            result.set_result(call())
-        except BaseException as error:
-            result.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return result
 
 
 @functools.cache

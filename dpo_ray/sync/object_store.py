@@ -1,27 +1,28 @@
 """Weights through an object store: rank 0 packs them into buckets and every engine reads them. For CPUs and GPUs.
 
-The sender uses ``EnginePool`` only, which puts each bucket into the store. The receiver runs in vLLM's workers, so its
-half of this file imports vLLM on first use.
+The sender uses ``EngineGroup`` only, which puts each bucket into the store, and never waits for an engine. The receiver
+runs in vLLM's workers, so its half of this file imports vLLM on first use.
 """
 
 import functools
 from typing import Any
 
-from dpo_ray.sync.base import EnginePool, NamedTensor, Sender, WireTensor
+from dpo_ray.sync.base import EngineGroup, NamedTensor, Sender, WireTensor
 
 
 class ObjectStoreSync(Sender):
     """The sender; see ``WeightSync``.
 
     Args:
-        bucket_mib: largest size of a message. Rank 0 and the object store hold about one each.
+        bucket_mib: largest size of a message. The object store holds all messages until the next publish, since
+            engines load them at their own pace.
         dtype: torch dtype of the transfer; vLLM casts to the engines' dtype if it differs.
+        background: see ``Sender``.
     """
 
     worker_extension = f"{__name__}.ObjectStoreWorker"
-    replays = True
 
-    def _send(self, engines: EnginePool, bucket: list[NamedTensor], version: int) -> None:
+    def _send(self, engines: EngineGroup, bucket: list[NamedTensor], version: int) -> None:
         engines.load([WireTensor.from_tensor(name, tensor) for name, tensor in bucket])
 
 

@@ -17,13 +17,12 @@ import torch
 from dpo_ray.config import Config
 from dpo_ray.data.loader import PairLoader
 from dpo_ray.data.packing import build_sample_row
-from dpo_ray.model.export import checkpoint_weights, export_policy
+from dpo_ray.model.export import CheckpointWeights, export_policy
 from dpo_ray.model.scorer import LogpsModel, token_logps
 from dpo_ray.objective.precision import DTYPES
 from dpo_ray.parallel.collectives import any_rank
 from dpo_ray.parallel.fsdp import reshard
 from dpo_ray.rollout.collector import Progress
-from dpo_ray.rollout.fleet import Probe
 from dpo_ray.rollout.ledger import RoundData
 from dpo_ray.sync.base import WeightSync
 from dpo_ray.train.checkpoint import Checkpointer
@@ -33,7 +32,7 @@ from dpo_ray.train.reporter import PhaseTimer, Reporter
 from dpo_ray.train.state import TrainState
 from dpo_ray.train.step import dpo_step
 from dpo_ray.train.trainer import Trainer, build_trainer
-from dpo_ray.types import Metrics, NonRetryableError, TokenSample, TrainResult
+from dpo_ray.types import Metrics, NonRetryableError, Probe, TokenSample, TrainResult
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +197,6 @@ def publish_policy(trainer: Trainer, sync: WeightSync, reporter: Reporter, versi
     logps = token_logps(trainer.policy, row).tolist()
     reshard(trainer.policy)
     probe = Probe(tuple(tokens), tuple(logps), config.online.probe_tolerance)
-    weights = checkpoint_weights(trainer.policy, DTYPES[config.model.dtype])
+    weights = CheckpointWeights(trainer.policy, DTYPES[config.model.dtype], every_rank=sync.every_rank)
     sync.publish(weights, version=version, probe=probe)
     return time.perf_counter() - started

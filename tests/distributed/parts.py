@@ -1,5 +1,6 @@
 """Functions that the processes of the distributed tests run: heads, rows and gradients of a step."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_ray.config import Config
 from dpo_ray.config.schema import ModelConfig
@@ -16,11 +20,13 @@ from dpo_ray.data.loader import PairLoader
 from dpo_ray.data.packing import build_row
 from dpo_ray.data.store import prepare_pairs
 from dpo_ray.data.tokenize import load_record_tokenizer
+from dpo_ray.model.export import CheckpointWeights
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer, Weighting, pair_losses, token_logps
 from dpo_ray.objective import head
 from dpo_ray.objective.head import Counts, Group, Head, LogitTransform
 from dpo_ray.objective.logps import PairLogps, TokenLogps
+from dpo_ray.parallel.collectives import broadcast_or_raise, gather_to_rank0
 from dpo_ray.parallel.context import NO_CONTEXT_PARALLEL, ContextParallel
 from dpo_ray.train.trainer import build_trainer
 from dpo_ray.types import TokenPair
@@ -108,3 +114,67 @@ def vocabulary_parallel_head(
     results: dict[str, Any] = {"logps": tokens.logps, "squares": tokens.log_sum_squares, "each": losses.each}
     results |= {"hidden": hidden.grad, "weight": weight.grad, "bias": bias.grad}
     return {name: tensor.numpy() for name, tensor in results.items()}
+
+
+class LargestAllocation(TorchDispatchMode):
+    """Elements of the largest tensor that an operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not isinstance(result, DTensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def gathered(rank: int, mesh_shape: Sequence[int]) -> list[tuple[bool, bool, int]]:
+    """For tensors of several shapes: is it on this rank, is it whole, and the largest allocation in elements."""
+    mesh = init_device_mesh("cpu", tuple(mesh_shape))
+    replicas = [Replicate()] * (len(mesh_shape) - 1)
+    found = []
+    for shape, placement in SHARDED:
+        values = torch.arange(math.prod(shape), dtype=torch.bfloat16).reshape(shape)
+        tensor = distribute_tensor(values, mesh, [*replicas, placement])
+        with LargestAllocation() as largest, patch.object(DTensor, "full_tensor", side_effect=AssertionError):
+            whole = gather_to_rank0(tensor)
+        found.append((whole is not None, whole is not None and torch.equal(whole, values), largest.elements))
+    return found
+
+
+SHARDED = [((7, 30), Shard(0)), ((30, 7), Shard(1)), ((2, 90), Shard(0)), ((50,), Shard(0)), ((9, 9), Replicate())]
+"""Shapes that two and three ranks divide unevenly, or not at all; the last of three ranks has nothing of the third."""
+
+
+def gathered_from_two_dimensions(rank: int) -> tuple[bool, bool]:
+    """For a tensor sharded over both dimensions of a mesh of four: is it on this rank, is it whole."""
+    values = torch.arange(50.0).reshape(10, 5)
+    mesh = init_device_mesh("cpu", (2, 2))
+    whole = gather_to_rank0(distribute_tensor(values, mesh, [Shard(0), Shard(1)]))
+    return whole is not None, whole is not None and torch.equal(whole, values)
+
+
+def published(rank: int, config: dict[str, Any]) -> tuple[list[str], float, int]:
+    """Names that this rank gets to publish, largest difference to full tensors, number of full tensors."""
+    parsed = Config.model_validate(config)
+    policy = build_trainer(parsed, torch.device("cpu"), ListReporter()).policy
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data)
+    mine = list(CheckpointWeights(policy, torch.float32))
+    full = dict(CheckpointWeights(policy, torch.float32, every_rank=True))
+    differences = [float((weight - full[name]).abs().max()) for name, weight in mine]
+    return [name for name, _ in mine], max(differences, default=0.0), len(full)
+
+
+def raised(rank: int) -> tuple[str, str]:
+    """Results of calls on every rank: rank 0 returns its rank, then raises."""
+
+    def fail() -> None:
+        raise KeyError(f"rank {rank}")
+
+    try:
+        broadcast_or_raise(fail)
+    except KeyError as error:
+        return broadcast_or_raise(lambda: f"rank {rank}"), error.args[0]
+    return "", ""

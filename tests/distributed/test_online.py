@@ -7,12 +7,18 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dpo_ray.config import Config
-from dpo_ray.sync.base import WeightSync, check_probe
+from dpo_ray.data.loader import PairList
+from dpo_ray.rollout.collector import Progress
+from dpo_ray.rollout.evaluation import Evaluation, kl_divergence
+from dpo_ray.rollout.fleet import check_probe
+from dpo_ray.rollout.ledger import RoundData
+from dpo_ray.sync.base import WeightSync
 from dpo_ray.train.online import train_online
-from dpo_ray.types import Metrics, RoundData, TokenPair, TokenSample
+from dpo_ray.types import Completion, CompletionGroup, Metrics, Probe, Prompt, TokenPair
 from tests.distributed.conftest import assert_same, over
 from tests.distributed.processes import run_ranks
 from tests.distributed.runs import ListReporter
@@ -57,6 +63,8 @@ class DrawnRounds:
 class FreshModel:
     """A weight transport to a transformers model that rank 0 builds for each version in place of an engine."""
 
+    every_rank = False
+
     def __init__(self, path: str) -> None:
         self.path = path
 
@@ -92,7 +100,7 @@ def online(rank: int, config: dict[str, Any]) -> tuple[list[Metrics], list[Any]]
 def config(tmp_path: Path, tiny_model: Path) -> dict[str, Any]:
     """Three rounds of four pairs, two steps in each, in float32."""
     return {
-        "run": {"dir": str(tmp_path), "name": "run", "save_every": None, "export": False, "eval_every": None},
+        "run": {"dir": str(tmp_path), "name": "run", "save_every": None, "export": False, "eval_every": 1},
         "model": {"path": str(tiny_model), "dtype": "float32"},
         "reference": {"cache_dir": str(tmp_path / "cache")},
         "optim": {"lr": 1e-3, "pairs_per_step": 2, "tokens_per_micro_batch": 128, "schedule": "constant"},

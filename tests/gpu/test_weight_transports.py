@@ -3,9 +3,10 @@
 The engine has a process of its own, as in a run: CUDA does not open a handle in the process that exported it.
 """
 
+import asyncio
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ import pytest
 import torch
 
 from dpo_ray.config.schema import EngineConfig
-from dpo_ray.sync.base import EnginePool, WeightSync
+from dpo_ray.rollout.fleet import check_probe
+from dpo_ray.sync.base import EngineGroup, WeightSync
 from dpo_ray.sync.ipc import IPCSync
 from dpo_ray.sync.nccl import NCCLSync
+from dpo_ray.types import Probe
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
@@ -47,14 +50,13 @@ def serve(calls: Any, path: str, worker_extension: str) -> None:
             engine.close()
             return
         try:
-            attribute = getattr(engine, method)
-            calls.send(("answer", attribute(*arguments) if callable(attribute) else attribute))
+            calls.send(("answer", asyncio.run(getattr(engine, method)(*arguments))))
         except Exception as error:
             calls.send(("error", repr(error)))
 
 
-class OneProcess(EnginePool):
-    """An ``EnginePool`` of one engine in another process."""
+class OneProcess(EngineGroup):
+    """An ``EngineGroup`` of one engine in another process."""
 
     host, workers_per_engine, timeout_s = "127.0.0.1", 1, float(CALL_S)
 
@@ -72,23 +74,22 @@ class OneProcess(EnginePool):
         self.calls.send((method, arguments))
         return self.answer()
 
-    def start_update(self) -> list[str]:
-        self.buckets = 0
+    def begin_update(self, version: int, *, collective: bool) -> list[str]:
+        assert collective
+        self.buckets, self.version = 0, version
         self.ask("start_update")
         return ["engine"]
 
-    def init_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
+    def init_transfer(self, infos: Sequence[Mapping[str, Any]]) -> None:
         self.ask("init_transfer", infos[0])
 
-    def load(self, bucket: dict[str, Any]) -> None:
+    def load(self, message: dict[str, Any]) -> None:
         self.buckets += 1
-        self.ask("load", bucket)
+        self.ask("load", message)
 
-    def finish_update(self, version: int) -> list[str]:
-        return [self.ask("finish_update", version)]
-
-    def token_logps(self, token_ids: Sequence[int]) -> list[list[float]]:
-        return [self.ask("token_logps", list(token_ids))]
+    def end_update(self, digest: str, probe: Probe) -> None:
+        assert self.ask("finish_update", self.version) == digest
+        assert check_probe(probe, self.ask("token_logps", probe.token_ids)) > 0
 
 
 @contextmanager
@@ -115,37 +116,40 @@ def engine_on(gpu: int, path: Path, worker_extension: str) -> Iterator[OneProces
         process.kill()
 
 
-def check_pushes(sync: WeightSync, engines: OneProcess, path: Path) -> None:
-    """Push two policies, the second one to a sleeping engine."""
+def check_publishes(sync: WeightSync, engines: OneProcess, path: Path) -> None:
+    """Publish two policies, the second one to a sleeping engine."""
     from tests.rollout_vllm.test_weight_push import saved_policy
 
     sync.connect(engines)
     for version, seed in ((3, 2), (4, 5)):
         policy = saved_policy(seed, path / f"policy-{seed}")
-        expected = policy.token_logps(PROBE)  # computed by transformers, in float32
+        probe = Probe(tuple(PROBE), tuple(policy.token_logps(PROBE)), 0.1)  # computed by transformers, in float32
         if version == 4:
             engines.ask("sleep")
-        digest = sync.push([(n, w.to("cuda:0", torch.bfloat16)) for n, w in policy.weights()], version=version)
-        assert len(digest) == 64
+        weights = [(name, weight.to("cuda:0", torch.bfloat16)) for name, weight in policy.weights()]
+        sync.publish(weights, version=version, probe=probe)
+        sync.wait()
         assert engines.buckets > 1
-        assert engines.ask("version") == version
-        assert sync.verify(PROBE, expected, tolerance=0.1) > 0
+        assert engines.ask("status").version == version
     sync.close()
 
 
-def test_an_engine_on_the_same_card_computes_with_the_weights_that_ipc_pushed(tmp_path: Path, one_rank: None) -> None:
+def test_an_engine_on_the_same_card_computes_with_the_weights_that_ipc_sent(tmp_path: Path, one_rank: None) -> None:
     from tests.rollout_vllm.test_weight_push import saved_policy
 
     initial = saved_policy(1, tmp_path / "start")
     with engine_on(0, initial.path, IPCSync.worker_extension) as engines:
-        check_pushes(IPCSync(bucket_mib=1), engines, tmp_path)
+        check_publishes(IPCSync(bucket_mib=1), engines, tmp_path)
     assert torch.cuda.memory_allocated() < 64 * 2**20, "buckets are freed"
 
 
+@pytest.mark.parametrize("background", [False, True])
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each end")
-def test_an_engine_on_another_card_computes_with_the_weights_that_nccl_pushed(tmp_path: Path, one_rank: None) -> None:
+def test_an_engine_on_another_card_computes_with_the_weights_that_nccl_sent(
+    tmp_path: Path, one_rank: None, background: bool
+) -> None:
     from tests.rollout_vllm.test_weight_push import saved_policy
 
     initial = saved_policy(1, tmp_path / "start")
     with engine_on(1, initial.path, NCCLSync.worker_extension) as engines:
-        check_pushes(NCCLSync(bucket_mib=1), engines, tmp_path)
+        check_publishes(NCCLSync(bucket_mib=1, background=background), engines, tmp_path)

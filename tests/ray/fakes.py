@@ -1,9 +1,14 @@
 """Actors that stand for engines and coordinator, apart from the tests: their processes import next to nothing."""
 
 import os
+import time
+from pathlib import Path
 from typing import Any
 
-from dpo_ray.types import Completion, CompletionGroup, Prompt
+import ray
+
+from dpo_ray.launch.rollouts.weights import StoredMessage
+from dpo_ray.types import Completion, CompletionGroup, EngineLost, Probe, Prompt
 
 
 class Engine:
@@ -36,26 +41,42 @@ class Engine:
         return self.loaded
 
 
-class Pushing:
-    """A coordinator that has engines and can start no others."""
+class Fleet:
+    """Keeps the calls of an update since its own start; may die, fail or hang.
 
-    def __init__(self, engines: list[Any]) -> None:
-        self.engines, self.told = engines, ()
+    Args:
+        file: exists after the first death.
+        dies_at: the call at which it dies, once.
+        answers_in_s: duration of each call.
+    """
 
-    def begin_push(self) -> list[Any]:
-        """All engines, dead or not."""
-        return self.engines
+    def __init__(self, file: str, dies_at: str = "", answers_in_s: float = 0.0) -> None:
+        self.file, self.dies_at, self.answers_in_s = Path(file), dies_at, answers_in_s
+        self.calls: list[Any] = []
 
-    def replace(self, index: int) -> Any:
-        """There is no place for another."""
-        from dpo_ray.launch.rollouts.pool import EngineFailed
+    def begin_update(self, version: int, *, collective: bool) -> list[str]:
+        """Start over."""
+        self.calls = []
+        self._note("begin", version, collective)
+        return ["0.1", "1.1"]
 
-        raise EngineFailed("no place")
+    def load(self, message: Any) -> None:
+        """Keep a message."""
+        if not self.calls:
+            raise EngineLost("no update has begun")
+        self._note("load", message)
 
-    def pushed(self, *told: Any) -> None:
-        """Keep what the push came to."""
-        self.told = told
+    def end_update(self, digest: str, probe: Probe) -> None:
+        """Keep the end."""
+        self._note("end", digest, probe)
 
-    def outcome(self) -> Any:
-        """What ``pushed`` was told."""
-        return self.told
+    def seen(self) -> list[Any]:
+        """All calls, with the stored messages as an engine gets them."""
+        return [tuple(ray.get(x.ref) if isinstance(x, StoredMessage) else x for x in call) for call in self.calls]
+
+    def _note(self, name: str, *arguments: Any) -> None:
+        time.sleep(self.answers_in_s)
+        if name == self.dies_at and not self.file.exists():
+            self.file.touch()
+            os._exit(1)
+        self.calls.append((name, *arguments))

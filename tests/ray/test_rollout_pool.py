@@ -1,7 +1,6 @@
 """The pool's dealing of work when engines die, on real actors that write numbers instead of text."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import ray
@@ -9,10 +8,9 @@ import ray
 from dpo_ray.config import Config
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.rollouts.pool import EngineFailed, EnginesLost, RolloutPool
-from dpo_ray.launch.rollouts.push import PoolReceiver
 from dpo_ray.types import CompletionGroup, Prompt
 from tests.ray.commands import SharedCluster
-from tests.ray.fakes import Engine, Pushing
+from tests.ray.fakes import Engine
 
 PROMPTS = [Prompt(index, ({"role": "user", "content": str(index)},), (index,)) for index in range(600)]
 NOT_AGAIN: tuple[int, None, str] = (3, None, "digest")
@@ -106,17 +104,3 @@ def test_one_that_has_other_weights_ends_the_run_and_one_that_does_not_come_up_i
     with pytest.raises(error, match=said):
         generate(pool)
     pool.close()
-
-
-def test_a_push_goes_on_without_an_engine_that_is_dead_and_cannot_be_replaced_and_not_without_any() -> None:
-    engines = [ray.remote(num_cpus=0)(Engine).remote(0, (1,)), ray.remote(num_cpus=0)(Engine).remote(1, ())]
-    coordinator: Any = ray.remote(num_cpus=0)(Pushing).remote(engines)
-    push = PoolReceiver(coordinator, 30, workers_per_engine=1, replays=True)
-    assert push.start_update() == engines[1:]
-    push.load("all weights")
-    assert push.finish_update(5) == ["all weights"]
-    version, _, digest, without = ray.get(coordinator.outcome.remote())
-    assert (version, digest, without) == (5, "all weights", [0])
-    none: Any = ray.remote(num_cpus=0)(Pushing).remote(engines[:1])
-    with pytest.raises(EngineFailed, match="no place"):
-        PoolReceiver(none, 30, workers_per_engine=1, replays=True).start_update()

@@ -1,17 +1,20 @@
 """Transports between GPUs with vLLM's real classes and functions, as far as a CPU runs them."""
 
+import asyncio
 import inspect
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from dpo_ray.rollout.fleet import check_probe
 from dpo_ray.sync import ipc, nccl
-from dpo_ray.sync.base import EnginePool
+from dpo_ray.sync.base import EngineGroup
 from dpo_ray.sync.nccl import NCCLSync
+from dpo_ray.types import Probe
 from tests.rollout_vllm.test_weight_push import Policy, environment, policy_a, policy_b, start_engine
 
 pytest.importorskip("vllm")
@@ -74,7 +77,6 @@ def test_a_bucket_is_one_broadcast_for_sender_and_receiver_also_when_its_tensor_
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.accelerator, "device_index", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
-    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
     for bucket in (BUCKET, [("large", torch.randn(50))]):
         group = Group()
         nccl.broadcast(bucket, group, 40)
@@ -119,8 +121,8 @@ def test_both_receivers_are_registered_with_vllm(environment: None):
         assert not receiver.__abstractmethods__
 
 
-def test_a_push_over_nccl_loads_a_real_engine_when_only_the_broadcast_is_replaced(
-    policy_a: Policy, policy_b: Policy, environment: None, monkeypatch: pytest.MonkeyPatch
+def test_a_publish_over_nccl_loads_a_real_engine_when_only_the_broadcast_is_replaced(
+    policy_a: Policy, policy_b: Policy, environment: None, one_rank: None, monkeypatch: pytest.MonkeyPatch
 ):
     from vllm.distributed.weight_transfer import nccl_engine
     from vllm.v1.worker.cpu_worker import CPUWorker
@@ -149,30 +151,37 @@ def test_a_push_over_nccl_loads_a_real_engine_when_only_the_broadcast_is_replace
     monkeypatch.setattr(nccl, "broadcast", lambda bucket, group, bucket_bytes: in_transit.put(list(bucket)))
     engine = start_engine(policy_a, worker_extension=NCCLSync.worker_extension)
 
-    class One(EnginePool):
+    class One(EngineGroup):
         host, workers_per_engine, timeout_s = "127.0.0.1", 1, 30.0
 
-        def start_update(self) -> list[str]:
-            engine.start_update()
+        def begin_update(self, version: int, *, collective: bool) -> list[str]:
+            assert collective
+            self.version = version
+            run(engine.start_update())
             return ["engine"]
 
-        def init_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
-            engine.init_transfer(infos[0])
+        def init_transfer(self, infos: Sequence[Mapping[str, Any]]) -> None:
+            run(engine.init_transfer(infos[0]))
 
-        def load(self, bucket: dict[str, Any]) -> None:
-            engine.load(bucket)
+        def load(self, message: dict[str, Any]) -> None:
+            run(engine.load(message))
 
-        def finish_update(self, version: int) -> list[str]:
-            return [engine.finish_update(version)]
+        def end_update(self, digest: str, probe: Probe) -> None:
+            assert run(engine.finish_update(self.version)) == digest
+            check_probe(probe, run(engine.token_logps(probe.token_ids)))
 
-        def token_logps(self, token_ids: Sequence[int]) -> list[list[float]]:
-            return [engine.token_logps(token_ids)]
+    async def answer(call: Awaitable[Any]) -> Any:
+        return await call
 
+    def run(call: Awaitable[Any]) -> Any:
+        return asyncio.run(answer(call))
+
+    tokens = tuple(range(4, 104))
     try:
         sync = NCCLSync(bucket_mib=1)
         sync.connect(One())
-        assert sync.push(policy_b.weights(), version=5)
-        assert engine.version == 5
+        sync.publish(policy_b.weights(), version=5, probe=Probe(tokens, tuple(policy_b.token_logps(tokens)), 0.05))
+        assert run(engine.status()).version == 5
         (norm,) = engine._llm.collective_rpc(lambda worker: worker.model_runner.model.model.norm.weight.detach())
         assert torch.equal(norm, policy_b.model.model.norm.weight)
         (embedding,) = engine._llm.collective_rpc(

@@ -4,7 +4,7 @@ Engines run in this process, one at a time. The models are random and tiny, with
 those of a real model.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpo_ray.config.schema import EngineConfig, SamplingConfig
 from dpo_ray.rollout.vllm_engine import UNPUSHED
-from dpo_ray.sync.base import EnginePool, WireTensor, to_buckets
+from dpo_ray.sync.base import EngineGroup, WireTensor, to_buckets
 from dpo_ray.sync.object_store import ObjectStoreSync
-from dpo_ray.types import Messages, Prompt
+from dpo_ray.types import Messages, Probe, Prompt
 
 if TYPE_CHECKING:
     from dpo_ray.rollout.vllm_engine import VLLMEngine
@@ -159,30 +159,27 @@ def engine(
     engine.close()
 
 
-class OneEngine(EnginePool):
+class OneEngine(EngineGroup):
     """A pool of one, without a cluster."""
 
     def __init__(self, engine: "VLLMEngine") -> None:
         self.engine = engine
         self.buckets = 0
 
-    def start_update(self) -> list[str]:
-        self.buckets = 0
+    def begin_update(self, version: int, *, collective: bool) -> list[str]:
+        self.buckets, self.version = 0, version
         self.engine.start_update()
-        return ["engine"]
+        return []
 
-    def init_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
+    def init_transfer(self, infos: Sequence[Mapping[str, Any]]) -> None:
         raise NotImplementedError
 
-    def load(self, bucket: list[WireTensor]) -> None:
+    def load(self, message: list[WireTensor]) -> None:
         self.buckets += 1
-        self.engine.load(bucket)
+        self.engine.load(message)
 
-    def finish_update(self, version: int) -> list[str]:
-        return [self.engine.finish_update(version)]
-
-    def token_logps(self, token_ids: Sequence[int]) -> list[list[float]]:
-        return [self.engine.token_logps(token_ids)]
+    def end_update(self, digest: str, probe: Probe) -> None:
+        assert self.engine.finish_update(self.version) == digest
 
 
 def pack(weights: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[list[WireTensor]]:
@@ -194,7 +191,7 @@ def push(engine: "VLLMEngine", policy: Policy, version: int) -> OneEngine:
     engines = OneEngine(engine)
     sync = ObjectStoreSync(bucket_mib=1)
     sync.connect(engines)
-    sync.push(policy.weights(), version=version)
+    sync.publish(policy.weights(), version=version, probe=Probe((), (), 0.0))
     return engines
 
 

@@ -8,7 +8,7 @@ from dpo_ray.config import Config
 from dpo_ray.config.schema import ClusterConfig
 from dpo_ray.launch.cluster import Cluster, validate_capacity
 from dpo_ray.launch.rollouts.placement import EnginePlacement, GpuSlot, colocated_placements, dedicated_placement
-from dpo_ray.launch.rollouts.push import build_transport
+from dpo_ray.launch.rollouts.weights import build_transport
 from dpo_ray.sync import TRANSPORTS
 
 KEEP_VISIBLE = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
@@ -69,9 +69,10 @@ def test_auto_selects_the_transport_that_fits_the_cluster(on_gpus: bool, colocat
     assert type(build_transport(config(colocate=colocate), on_gpus=on_gpus)) is TRANSPORTS[name]
 
 
-def test_only_the_object_store_replays_a_push():
+def test_engines_that_load_from_the_object_store_need_no_sender_and_only_ipc_needs_all_weights_on_every_rank():
     transports: dict[str, Any] = dict(TRANSPORTS)
-    assert {name for name, transport in transports.items() if transport.replays} == {"object_store"}
+    assert {name for name, transport in transports.items() if transport.collective} == {"nccl", "ipc"}
+    assert {name for name, transport in transports.items() if transport.every_rank} == {"ipc"}
 
 
 @pytest.mark.parametrize(("use", "colocate"), [("nccl", False), ("ipc", True)])

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo_ray.config.schema import ModelConfig
-from dpo_ray.model.export import checkpoint_weights
+from dpo_ray.model.export import CheckpointWeights
 from dpo_ray.model.load import build_model, head_is_tied
 from dpo_ray.model.scorer import Scorer
 from tests.conftest import save_tiny_model
@@ -68,7 +68,7 @@ def test_extra_weights_are_named_in_the_log(checkpoint: Any, caplog: pytest.LogC
 def test_engines_get_the_weights_of_the_checkpoint_under_its_names(tmp_path: Path, architecture: str) -> None:
     folder = save_small_model(tmp_path, architecture)
     scorer = Scorer(build_model(ModelConfig(path=str(folder)), with_weights=True))
-    weights = dict(checkpoint_weights(scorer, torch.float32))
+    weights = dict(CheckpointWeights(scorer, torch.float32))
     expected = load_file(folder / "model.safetensors")
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())

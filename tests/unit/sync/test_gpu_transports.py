@@ -2,20 +2,19 @@
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dpo_ray.sync import ipc, nccl
-from dpo_ray.sync.base import Digest, EnginePool
+from dpo_ray.sync.base import Digest, EngineGroup
 from dpo_ray.sync.receiver import DigestMixin, RecordingModel
-from dpo_ray.types import SyncMismatch
+from dpo_ray.types import EngineLost, Probe
 
 SIZES = (10, 20, 30, 5, 5)
 
@@ -31,10 +30,11 @@ def digest_of(tensors: Sequence[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
+PROBE = Probe((1, 2, 3), (-1.0, -2.0), 0.1)
 SENT = [(name, tensor.bfloat16()) for name, tensor in weights()]
 
 
-class Engines(EnginePool):
+class Engines(EngineGroup):
     """Two engines of two workers each that take part in broadcasts, fail, or hang."""
 
     host, workers_per_engine = "10.0.0.7", 2
@@ -47,37 +47,41 @@ class Engines(EnginePool):
         self.sent, self.arrived = threading.Semaphore(0), threading.Semaphore(0)
         self.error: BaseException | None = None
         self.hanging = threading.Event()
+        self.lose: list[str] = []
+        """Engines that die at the next messages, last first."""
         self.received: list[tuple[str, Tensor]] = []
 
-    def start_update(self) -> list[str]:
-        self.calls.append("start")
+    def begin_update(self, version: int, *, collective: bool) -> list[str]:
+        assert collective
+        self.calls.append(f"begin {version}")
         self.received = []
         return list(self.identities)
 
-    def init_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
+    def init_transfer(self, infos: Sequence[Mapping[str, Any]]) -> None:
         self.calls.append("init")
         self.infos = list(infos)
 
-    def load(self, bucket: dict[str, Any]) -> None:
-        self.calls.append([name.split(".")[1] for name in bucket["names"]])
+    def load(self, message: dict[str, Any]) -> None:
+        self.calls.append([name.split(".")[1] for name in message["names"]])
         if self.error:
             raise self.error
+        if self.lose:
+            self.identities.remove(self.lose.pop())
+            raise EngineLost("engine 1 died")
         if self.hanging.is_set():
             time.sleep(30)
         self.arrived.release()  # a broadcast needs both ends
         assert self.sent.acquire(timeout=5)
         tensors = self.in_transit.pop()
-        assert bucket["names"] == [name for name, _ in tensors]
-        assert bucket["shapes"] == [list(tensor.shape) for _, tensor in tensors]
-        assert bucket["dtype_names"] == ["bfloat16"] * len(tensors)
+        assert message["names"] == [name for name, _ in tensors]
+        assert message["shapes"] == [list(tensor.shape) for _, tensor in tensors]
+        assert message["dtype_names"] == ["bfloat16"] * len(tensors)
         self.received += tensors
 
-    def finish_update(self, version: int) -> list[str]:
-        self.calls.append(f"finish {version}")
-        return [digest_of(self.received)] * 2
-
-    def token_logps(self, token_ids: Sequence[int]) -> list[list[float]]:
-        return [[-1.0] * (len(token_ids) - 1)] * 2
+    def end_update(self, digest: str, probe: Probe) -> None:
+        assert digest == digest_of(self.received)
+        assert probe is PROBE
+        self.calls.append("end")
 
 
 @dataclass
@@ -103,11 +107,13 @@ class Communicator:
 
 
 @pytest.fixture
-def sync(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[nccl.NCCLSync, Engines, list[Communicator]]]:
+def sync(
+    monkeypatch: pytest.MonkeyPatch, one_rank: None
+) -> Iterator[tuple[nccl.NCCLSync, Engines, list[Communicator]]]:
     engines, communicators = Engines(), []
 
     def join_group(host: str, port: int, world_size: int, device: int) -> Communicator:
-        assert (host, world_size) == ("10.0.0.7", 5)
+        assert (host, world_size) == ("10.0.0.7", 1 + 2 * len(engines.identities))
         communicators.append(Communicator(engines))
         return communicators[-1]
 
@@ -128,69 +134,103 @@ def test_workers_of_all_engines_follow_the_sender_in_one_group():
     assert {(info["packed_buffer_size_bytes"], info["packed"]) for info in infos} == {(60, True)}
 
 
-def test_a_push_over_nccl_makes_one_call_per_bucket_and_builds_the_group_once(sync):
+def test_a_publish_over_nccl_makes_one_call_per_bucket_and_builds_the_group_once(sync):
     sender, engines, communicators = sync
-    digest = sender.push(weights(), version=3)
-    assert engines.calls == ["start", "init", ["0", "1"], ["2"], ["3", "4"], "finish 3"]
+    sender.publish(weights(), version=3, probe=PROBE)
+    assert engines.calls == ["begin 3", "init", ["0", "1"], ["2"], ["3", "4"], "end"]
     assert [info["rank_offset"] for info in engines.infos] == [1, 3]
-    assert digest == digest_of(SENT)
+    assert digest_of(engines.received) == digest_of(SENT)
     engines.calls.clear()
-    sender.push(weights(), version=4)
-    assert engines.calls == ["start", ["0", "1"], ["2"], ["3", "4"], "finish 4"]
+    sender.publish(weights(), version=4, probe=PROBE)
+    assert engines.calls == ["begin 4", ["0", "1"], ["2"], ["3", "4"], "end"]
     assert len(communicators) == 1
+
+
+def test_weights_are_sent_again_without_an_engine_that_is_lost(sync):
+    sender, engines, communicators = sync
+    engines.lose = ["second"]
+    sender.publish(weights(), version=3, probe=PROBE)
+    every_bucket = [["0", "1"], ["2"], ["3", "4"]]
+    assert engines.calls == ["begin 3", "init", ["0", "1"], "begin 3", "init", *every_bucket, "end"]
+    assert [info["world_size"] for info in engines.infos] == [3], "one engine of two workers"
+    assert [communicator.closed for communicator in communicators] == [True, False]
+    assert digest_of(engines.received) == digest_of(SENT)
+
+
+def test_publish_returns_when_the_last_engine_is_lost_and_sends_nothing_to_none(sync):
+    sender, engines, _ = sync
+    engines.lose = ["first", "second"]
+    sender.publish(weights(), version=3, probe=PROBE)
+    assert engines.calls == ["begin 3", "init", ["0", "1"]] * 2 + ["begin 3"]
+
+
+def test_three_lost_engines_end_the_publish(sync):
+    sender, engines, _ = sync
+    engines.identities = ["first", "second", "third", "fourth"]
+    engines.lose = ["third", "second", "first"]
+    with pytest.raises(EngineLost, match="engine 1 died"):
+        sender.publish(weights(), version=3, probe=PROBE)
+    assert engines.calls == ["begin 3", "init", ["0", "1"]] * 3
+
+
+def test_in_the_background_weights_are_staged_once_and_sent_again_from_the_copy(sync):
+    _, engines, communicators = sync
+    sender = nccl.NCCLSync(background=True)
+    sender._bucket_bytes = 60
+    sender.connect(engines)
+    engines.lose = ["second"]
+    sender.publish(iter(weights()), version=3, probe=PROBE)
+    sender.wait()
+    assert engines.calls.count("begin 3") == 2
+    assert digest_of(engines.received) == digest_of(SENT)
+    assert len(communicators) == 2
+    sender.close()
 
 
 def test_the_group_is_built_again_when_an_engine_was_replaced(sync):
     sender, engines, communicators = sync
-    sender.push(weights(), version=0)
+    sender.publish(weights(), version=0, probe=PROBE)
     engines.identities[1] = "its replacement"
-    sender.push(weights(), version=1)
+    sender.publish(weights(), version=1, probe=PROBE)
     assert [communicator.closed for communicator in communicators] == [True, False]
     assert engines.calls.count("init") == 2
 
 
-def test_an_engine_that_never_answers_ends_the_push_in_time_and_the_group(sync, monkeypatch):
+def test_an_engine_that_never_answers_ends_the_publish_in_time_and_the_group(sync, monkeypatch):
     sender, engines, communicators = sync
     monkeypatch.setattr(nccl, "GRACE_S", 0.0)
-    sender.push(weights(), version=0)
+    sender.publish(weights(), version=0, probe=PROBE)
     engines.timeout_s = 0.3
     engines.hanging.set()
     began = time.monotonic()
     with pytest.raises(
         TimeoutError, match=r"broadcasting 2 tensors of version 1 to 2 engines did not end in 0\.3 s .*sync_timeout_s"
     ):
-        sender.push(weights(), version=1)
+        sender.publish(weights(), version=1, probe=PROBE)
     assert time.monotonic() - began < 5
     assert communicators[0].closed, "a broadcast in progress is aborted"
     engines.hanging.clear()
     engines.timeout_s = 20
-    sender.push(weights(), version=2)
+    sender.publish(weights(), version=2, probe=PROBE)
     assert len(communicators) == 2
 
 
-def test_an_engine_that_fails_ends_the_push_at_once_with_its_error(sync):
+def test_an_engine_that_fails_ends_the_publish_at_once_with_its_error(sync):
     sender, engines, communicators = sync
     engines.error = RuntimeError("engine 1 is dead")
     began = time.monotonic()
     with pytest.raises(RuntimeError, match="engine 1 is dead"):
-        sender.push(weights(), version=0)
+        sender.publish(weights(), version=0, probe=PROBE)
     assert time.monotonic() - began < 5, "nobody waits for the broadcast"
     assert communicators[0].closed
 
 
-def test_an_engine_with_other_weights_is_a_mismatch(sync, monkeypatch):
-    sender, engines, _ = sync
-    monkeypatch.setattr(engines, "finish_update", lambda version: [digest_of(SENT), digest_of(SENT[1:])])
-    with pytest.raises(SyncMismatch, match="engine 1 received weights with digest"):
-        sender.push(weights(), version=0)
-
-
 @pytest.mark.parametrize("transport", [nccl.NCCLSync, ipc.IPCSync])
-def test_a_bucket_size_of_zero_and_a_push_before_connect_are_rejected(transport):
+def test_a_bucket_size_of_zero_and_a_publish_before_connect_are_rejected(transport):
     with pytest.raises(ValueError, match=r"online\.sync\.args\.bucket_mib"):
         transport(bucket_mib=0)
     with pytest.raises(RuntimeError, match="before connect"):
-        transport().push(weights(), version=0)
+        transport().publish(weights(), version=0, probe=PROBE)
 
 
 def test_a_communicator_without_nccl_is_rejected():
@@ -237,50 +277,55 @@ class Card:
         self.log.append("exported")
         names = [name for name, _ in bucket]
         shapes, sizes = [list(t.shape) for _, t in bucket], [t.nbytes for _, t in bucket]
-        yield Chunk(names, ["bfloat16"] * len(names), shapes, sizes, {"GPU-a": (address,)})
-        del self.memory[address]
-        self.log.append("freed")
+        try:
+            yield Chunk(names, ["bfloat16"] * len(names), shapes, sizes, {"GPU-a": (address,)})
+        finally:
+            del self.memory[address]
+            self.log.append("freed")
 
 
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def test_a_push_over_ipc_frees_each_bucket_after_the_engines_have_read_it(monkeypatch, one_rank):
-    card, received = Card(monkeypatch), []
+def test_a_publish_over_ipc_frees_each_bucket_after_the_engines_have_read_it(monkeypatch, one_rank):
+    card = Card(monkeypatch)
 
     class Readers(Engines):
-        def load(self, bucket: dict[str, Any]) -> None:
-            assert bucket["tensor_sizes"] == [2 * shape[0] for shape in bucket["shapes"]]
+        def load(self, message: dict[str, Any]) -> None:
+            assert message["tensor_sizes"] == [2 * shape[0] for shape in message["shapes"]]
+            if self.lose:
+                self.identities.remove(self.lose.pop())
+                raise EngineLost("engine 1 died")
             card.log.append("read")
-            received.extend(card.memory[bucket["ipc_handles"]["GPU-a"][0]])
+            self.received.extend(card.memory[message["ipc_handles"]["GPU-a"][0]])
 
-        def finish_update(self, version: int) -> list[str]:
-            card.log.append(f"finish {version}")
-            return [digest_of(received)]
+        def end_update(self, digest: str, probe: Probe) -> None:
+            super().end_update(digest, probe)
+            card.log.append("end")
 
     engines, sender = Readers(), ipc.IPCSync()
     sender._bucket_bytes = 60
     sender.connect(engines)
-    digest = sender.push(weights(), version=7)
+    sender.publish(weights(), version=7, probe=PROBE)
     bucket = ["exported", "read", "freed"]
-    assert card.log == ["cache freed", *bucket, *bucket, *bucket, "cache freed", "finish 7"]
-    assert digest == digest_of(SENT)
+    assert card.log == ["cache freed", *bucket, *bucket, *bucket, "cache freed", "end"]
+    assert digest_of(engines.received) == digest_of(SENT)
     assert engines.infos == [{"packed": True}] * 2
     assert not card.memory
-    received.clear()
-    sender.push(weights(), version=8)
-    assert engines.calls == ["start", "init", "start"], "an engine is initialized once"
+    sender.publish(weights(), version=8, probe=PROBE)
+    assert engines.calls == ["begin 7", "init", "end", "begin 8", "end"], "an engine is initialized once"
+
+    card.log.clear()
+    engines.lose = ["second"]
+    sender.publish(weights(), version=9, probe=PROBE)
+    again = ["cache freed", "exported", "freed", "cache freed", *bucket, *bucket, *bucket, "cache freed", "end"]
+    assert card.log == again
+    assert digest_of(engines.received) == digest_of(SENT)
+    assert not card.memory
 
 
 def test_a_rank_without_engines_exports_its_buckets_too(monkeypatch, one_rank):
     card, sender = Card(monkeypatch), ipc.IPCSync()
     sender._bucket_bytes = 60
     sender.connect(None)
-    assert sender.push(weights(), version=1) == ""
+    sender.publish(weights(), version=1, probe=PROBE)
     assert card.log.count("exported") == card.log.count("freed") == 3
 
 

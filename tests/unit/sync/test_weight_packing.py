@@ -3,7 +3,8 @@
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,43 +14,39 @@ from torch import Tensor
 
 from dpo_ray.plugins import build
 from dpo_ray.sync import TRANSPORTS, base
-from dpo_ray.sync.base import Digest, EnginePool, NamedTensor, WireTensor, to_buckets
+from dpo_ray.sync.base import Digest, EngineGroup, NamedTensor, WireTensor, to_buckets
 from dpo_ray.sync.object_store import ObjectStoreSync
-from dpo_ray.types import SyncMismatch
+from dpo_ray.types import Probe
+
+PROBE = Probe((1, 2, 3), (-1.0, -2.0), 0.1)
 
 
-class Memory(EnginePool):
-    """Two engines that keep what they receive; with ``damaged``, the second receives a changed element."""
+class Memory(EngineGroup):
+    """Engines that keep what they receive."""
 
-    def __init__(self, *, damaged: bool = False) -> None:
-        self.damaged = damaged
+    def __init__(self) -> None:
         self.calls: list[str] = []
         self.weights: dict[str, Tensor] = {}
 
-    def start_update(self) -> list[str]:
-        self.calls.append("start")
-        self.digests = [Digest(), Digest()]
-        return ["first", "second"]
+    def begin_update(self, version: int, *, collective: bool) -> list[str]:
+        assert not collective
+        self.calls.append(f"begin {version}")
+        self.received = Digest()
+        return []
 
-    def init_transfer(self, infos: Sequence[dict[str, Any]]) -> None:
+    def init_transfer(self, infos: Sequence[Mapping[str, Any]]) -> None:
         raise NotImplementedError
 
-    def load(self, bucket: list[WireTensor]) -> None:
+    def load(self, message: list[WireTensor]) -> None:
         self.calls.append("load")
-        for index, digest in enumerate(self.digests):
-            received = pickle.loads(pickle.dumps(bucket))
-            if self.damaged and index == 1:
-                received[0].array.flat[0] += 1
-            tensors = [(tensor.name, tensor.to_tensor()) for tensor in received]
-            digest.update(tensors)
+        tensors = [(tensor.name, tensor.to_tensor()) for tensor in pickle.loads(pickle.dumps(message))]
+        self.received.update(tensors)
         self.weights |= dict(tensors)
 
-    def finish_update(self, version: int) -> list[str]:
-        self.calls.append(f"finish {version}")
-        return [digest.hexdigest() for digest in self.digests]
-
-    def token_logps(self, token_ids: Sequence[int]) -> list[list[float]]:
-        raise NotImplementedError
+    def end_update(self, digest: str, probe: Probe) -> None:
+        assert digest == self.received.hexdigest()
+        assert probe is PROBE
+        self.calls.append("end")
 
 
 def some_weights(*, sizes: Sequence[int] = (10, 20, 30)) -> list[NamedTensor]:
@@ -156,19 +153,20 @@ def test_the_digest_changes_with_swapped_elements_rows_and_columns_and_not_with_
     assert exact_digest(("w", tensor.T.contiguous().T)) == exact_digest(("w", tensor))
 
 
+@pytest.mark.parametrize("checksum", [base._hash_bytes, base._weighted_sum], ids=["on CPUs", "on GPUs"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_any_two_swapped_elements_and_any_changed_bit_change_the_digest(dtype: torch.dtype):
+def test_any_two_swapped_elements_and_any_changed_bit_change_the_digest(dtype: torch.dtype, checksum: Any):
     integer = base.INTEGERS[dtype.itemsize]
     elements = torch.randperm(320, generator=torch.Generator().manual_seed(1)).to(integer)  # all different
-    original = exact_digest(("w", elements.view(dtype).view(4, 80)))
+    original = int(checksum(elements.view(dtype).view(4, 80)))
     for i in range(0, 320, 7):
         for distance in (1, 31, 32, 33, 80, 256):  # also where a weighting by row and column could cancel
             swapped, j = elements.clone(), (i + distance) % 320
             swapped[[i, j]] = swapped[[j, i]]
-            assert exact_digest(("w", swapped.view(dtype).view(4, 80))) != original
+            assert int(checksum(swapped.view(dtype).view(4, 80))) != original
         flipped = elements.clone()
         flipped[i] ^= 1 << (i % (8 * dtype.itemsize - 1))
-        assert exact_digest(("w", flipped.view(dtype).view(4, 80))) != original
+        assert int(checksum(flipped.view(dtype).view(4, 80))) != original
 
 
 def test_the_digest_takes_scalars_empty_tensors_and_integers():
@@ -180,49 +178,138 @@ def test_the_weighted_sum_is_the_stated_one_and_does_not_depend_on_its_blocks(mo
     integers = torch.tensor([[1, -2], [3, 2**31 - 1], [5, 6]], dtype=torch.int32)
     expected = sum(position * value for position, value in enumerate(integers.flatten().tolist(), start=1))
     assert base._weighted_sum(integers).item() == expected
-    monkeypatch.setitem(base.DIGEST_BLOCK, "cpu", 2)
+    monkeypatch.setattr(base, "DIGEST_BLOCK", 2)
     assert base._weighted_sum(integers).item() == expected
 
 
-# --------------------------------------------------------------------------------------------------------------- pushes
+# ------------------------------------------------------------------------------------------------------------ publishes
 
 
-def test_push_delivers_every_weight_in_the_dtype_of_the_transfer():
-    engines, sync = Memory(), ObjectStoreSync()
+def connected(engines: EngineGroup, **arguments: Any) -> ObjectStoreSync:
+    sync = ObjectStoreSync(**arguments)
+    sync._bucket_bytes = 60  # 20, 40 and 60 bytes in bfloat16
     sync.connect(engines)
-    digest = sync.push(some_weights(), version=3)
-    assert engines.calls == ["start", "load", "finish 3"]
-    assert digest == digest_of(*some_weights())
+    return sync
+
+
+def test_publish_delivers_every_weight_in_the_dtype_of_the_transfer():
+    engines = Memory()
+    connected(engines).publish(some_weights(), version=3, probe=PROBE)
+    assert engines.calls == ["begin 3", "load", "load", "end"]
     for name, tensor in some_weights():
         assert torch.equal(engines.weights[name], tensor.bfloat16())
 
 
-def test_push_raises_if_an_engine_received_other_weights():
-    sync = ObjectStoreSync()
-    sync.connect(Memory(damaged=True))
-    with pytest.raises(SyncMismatch, match="engine 1 received weights with digest"):
-        sync.push(some_weights(), version=1)
+def test_a_bucket_is_sent_while_the_next_one_is_gathered():
+    gathering, met = threading.Event(), []
+
+    class Slow(Memory):
+        def load(self, message: list[WireTensor]) -> None:
+            met.append(gathering.wait(5))
+            super().load(message)
+
+    def gather() -> Iterator[NamedTensor]:
+        yield from some_weights(sizes=(30, 30))  # the second tensor completes the first bucket
+        gathering.set()
+        yield from some_weights(sizes=(30,))
+
+    connected(Slow()).publish(gather(), version=0, probe=PROBE)
+    assert met == [True, True, True]
+
+
+def test_all_weights_are_gathered_also_if_sending_fails():
+    class Failing(Memory):
+        def load(self, message: list[WireTensor]) -> None:
+            raise OSError("the object store is full")
+
+    weights = iter(some_weights(sizes=(30, 30, 30, 30)))
+    with pytest.raises(OSError, match="full"):
+        connected(Failing()).publish(weights, version=1, probe=PROBE)
+    assert next(weights, None) is None, "other ranks take part in each gather"
 
 
 def test_a_rank_without_engines_exhausts_the_weights():
-    weights = iter(some_weights())
-    sync = ObjectStoreSync()
-    sync.connect(None)
-    assert sync.push(weights, version=1) == ""
-    assert next(weights, None) is None
+    for background in (False, True):
+        weights = iter(some_weights())
+        sync = ObjectStoreSync(background=background)
+        sync.connect(None)
+        sync.publish(weights, version=1, probe=PROBE)
+        sync.wait()
+        assert next(weights, None) is None
 
 
-def test_push_before_connect_is_rejected():
+def test_publish_before_connect_is_rejected():
     with pytest.raises(RuntimeError, match="before connect"):
-        ObjectStoreSync().push(some_weights(), version=1)
+        ObjectStoreSync().publish(some_weights(), version=1, probe=PROBE)
 
 
 def test_the_transport_is_built_by_name_with_the_dtype_of_the_run():
     sync = build("object_store", {"bucket_mib": 1}, TRANSPORTS, "transport", dtype="float32")
     engines = Memory()
     sync.connect(engines)
-    sync.push(some_weights(), version=0)
+    sync.publish(some_weights(), version=0, probe=PROBE)
     assert {tensor.dtype for tensor in engines.weights.values()} == {torch.float32}
+
+
+# ------------------------------------------------------------------------------------------------------- in background
+
+
+class Gated(Memory):
+    """Engines that take each message after ``gate`` opens; an ``error`` is raised instead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.error: Exception | None = None
+
+    def load(self, message: list[WireTensor]) -> None:
+        assert self.gate.wait(5)
+        if self.error:
+            raise self.error
+        super().load(message)
+
+
+def test_publish_in_the_background_sends_the_weights_that_it_was_given_although_they_change_meanwhile():
+    engines = Gated()
+    sync, weights = connected(engines, background=True), some_weights()
+    sync.publish(weights, version=3, probe=PROBE)
+    for _, tensor in weights:
+        tensor.zero_()
+    assert "load" not in engines.calls
+    engines.gate.set()
+    sync.wait()
+    assert engines.calls == ["begin 3", "load", "load", "end"]
+    for name, tensor in some_weights():
+        assert torch.equal(engines.weights[name], tensor.bfloat16())
+
+
+def test_the_next_publish_waits_for_the_last_one_and_reuses_its_memory():
+    engines = Gated()
+    sync = connected(engines, background=True)
+    sync.publish(some_weights(), version=3, probe=PROBE)
+    assert sync._staging is not None
+    memory = {name: copy.data_ptr() for name, copy in sync._staging._copies.items()}
+    opening = threading.Timer(0.2, engines.gate.set)
+    opening.start()
+    sync.publish([(name, -tensor) for name, tensor in some_weights()], version=4, probe=PROBE)
+    assert engines.calls[:4] == ["begin 3", "load", "load", "end"]
+    sync.wait()
+    assert engines.calls[4:] == ["begin 4", "load", "load", "end"]
+    for name, tensor in some_weights():
+        assert torch.equal(engines.weights[name], -tensor.bfloat16())
+    assert {name: copy.data_ptr() for name, copy in sync._staging._copies.items()} == memory
+
+
+def test_an_error_in_the_background_is_raised_once_by_the_next_publish_or_wait():
+    engines = Gated()
+    engines.error = TimeoutError("no answer")
+    engines.gate.set()
+    sync = connected(engines, background=True)
+    for then in (lambda: sync.publish(some_weights(), version=4, probe=PROBE), sync.wait):
+        sync.publish(some_weights(), version=3, probe=PROBE)
+        with pytest.raises(TimeoutError, match="no answer"):
+            then()
+        sync.wait()
 
 
 def test_the_sender_does_not_import_vllm():

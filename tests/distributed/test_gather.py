@@ -1,0 +1,44 @@
+"""Gathering sharded weights to rank 0 over gloo: whole on rank 0, and nothing larger than a shard elsewhere."""
+
+import math
+from typing import Any
+
+import pytest
+from torch.distributed.tensor import Shard
+
+from tests.distributed.conftest import over
+from tests.distributed.parts import SHARDED, gathered, gathered_from_two_dimensions, published, raised
+from tests.distributed.processes import run_ranks
+
+
+@pytest.mark.parametrize("mesh", [(2,), (3,), (2, 2)], ids=str)
+def test_rank_0_gets_each_tensor_and_other_ranks_allocate_no_more_than_a_shard(mesh: tuple[int, ...]):
+    first, *others = run_ranks(math.prod(mesh), gathered, mesh)
+    assert [(there, whole) for there, whole, _ in first] == [(True, True)] * len(SHARDED)
+    assert all(largest >= math.prod(shape) for (shape, _), (*_, largest) in zip(SHARDED, first, strict=True))
+    for found in others:
+        for (shape, placement), (there, _, largest) in zip(SHARDED, found, strict=True):
+            rows = shape[placement.dim] if isinstance(placement, Shard) else math.prod(shape)
+            size = math.ceil(rows / mesh[-1]) * math.prod(shape) // rows
+            assert not there
+            assert largest <= size, (shape, "padded to the largest shard")
+
+
+def test_a_tensor_that_is_sharded_over_two_dimensions_of_the_mesh_is_on_rank_0_only():
+    assert run_ranks(4, gathered_from_two_dimensions) == [(True, True), *[(False, False)] * 3]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("lora", [None, {"rank": 5}], ids=["full", "adapters"])
+def test_only_rank_0_gets_weights_to_publish_and_they_equal_the_full_tensors(
+    config: dict[str, Any], ranks: int, lora: dict[str, Any] | None
+):
+    config["model"]["lora"] = lora
+    (names, difference, every), *others = run_ranks(ranks, published, over(ranks, config))
+    assert len(names) == every == 20, "two layers of nine, an embedding and a norm; the head is the embedding"
+    assert difference == 0
+    assert others == [([], 0.0, 20)] * (ranks - 1)
+
+
+def test_every_rank_gets_the_result_or_the_error_of_rank_0():
+    assert run_ranks(2, raised) == [("rank 0", "rank 0")] * 2
