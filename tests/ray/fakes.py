@@ -1,61 +1,60 @@
-"""Actors that stand for engines and coordinator, apart from the tests: their processes import next to nothing."""
+"""An engine's actor for the tests of the fleet: its process imports next to nothing."""
 
 import os
 from typing import Any
 
-from dpo_ray.types import Completion, CompletionGroup, Prompt
+from dpo_ray.rollout.engine import UNPUSHED, EngineStatus, Request, RequestTimedOut
+
+LOGPS = (-1.0, -2.0)
+"""The fake's log-probabilities of every text of three tokens."""
 
 
-class Engine:
-    """Writes what seed it was given; dies over some prompts."""
+class FakeEngineActor:
+    """Its weights are a text, which is its own digest."""
 
-    def __init__(self, index: int, deadly: tuple[int, ...]) -> None:
-        self.index, self.deadly = index, deadly
+    def __init__(self, config: dict[str, Any], index: int, *, on_cpu: bool, executor: str, worker_extension: str):
+        self.version, self.weights = UNPUSHED, ""
 
-    def generate(self, prompts: list[Prompt], seeds: list[int], candidates: int) -> list[CompletionGroup]:
-        """A completion of one token, the engine's index."""
-        if any(prompt.index in self.deadly for prompt in prompts):
-            os._exit(1)
-        completion = Completion(str(self.index), (self.index,), finished=True)
-        return [
-            CompletionGroup(prompt, (0,), (completion,) * candidates, 3, seed)
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
+    async def pid(self) -> int:
+        return os.getpid()
 
-    def start_update(self) -> None:
-        """An engine with anything deadly does not survive it."""
-        if self.deadly:
-            os._exit(1)
+    async def generate(self, request: Request) -> None:
+        if request.candidates == 0:
+            raise ValueError("the prompt leaves no room")
+        raise RequestTimedOut("not complete")
 
-    def load(self, bucket: str) -> None:
-        """Take weights, which are a text."""
-        self.loaded = bucket
+    async def status(self) -> EngineStatus:
+        return EngineStatus(self.version, 0, 0, 0, 0.0, 0.0, 0.0)
 
-    def finish_update(self, version: int) -> str:
-        """The text is its own digest."""
-        return self.loaded
+    async def start_update(self) -> None:
+        self.weights = ""
+
+    async def load(self, message: str) -> None:
+        self.weights += message
+
+    async def finish_update(self, version: int) -> str:
+        self.version = version
+        return self.weights
+
+    async def token_logps(self, token_ids: Any) -> list[float]:
+        return list(LOGPS)
+
+    async def sleep(self) -> None: ...
+
+    async def wake(self) -> None: ...
 
 
-class Pushing:
-    """A coordinator that has engines and can start no others."""
+class UnbuildableEngineActor(FakeEngineActor):
+    """Raises in its constructor."""
 
-    def __init__(self, engines: list[Any]) -> None:
-        self.engines, self.told = engines, ()
+    def __init__(self, config: dict[str, Any], index: int, **options: Any):
+        raise OSError(f"no such model: {config['model']['path']}")
 
-    def begin_push(self) -> list[Any]:
-        """All engines, dead or not."""
-        return self.engines
 
-    def replace(self, index: int) -> Any:
-        """There is no place for another."""
-        from dpo_ray.launch.rollouts.pool import EngineFailed
+class Sender:
+    """Owns the messages that it puts into the object store."""
 
-        raise EngineFailed("no place")
+    def put(self, message: str) -> list[Any]:
+        import ray
 
-    def pushed(self, *told: Any) -> None:
-        """Keep what the push came to."""
-        self.told = told
-
-    def outcome(self) -> Any:
-        """What ``pushed`` was told."""
-        return self.told
+        return [ray.put(message)]
