@@ -17,9 +17,9 @@ from dpo_ray.config.schema import OnlineConfig
 from dpo_ray.rollout.collector import Collector
 from dpo_ray.rollout.dispatch import Dispatcher
 from dpo_ray.rollout.engine import Request
-from dpo_ray.rollout.fleet import Member, Membership
 from dpo_ray.rollout.judging import JudgePool
 from dpo_ray.rollout.ledger import Ledger
+from dpo_ray.rollout.membership import Member, Membership
 from dpo_ray.rollout.selectors import best_vs_worst, select_pairs
 from dpo_ray.types import Completion, CompletionGroup, Prompt
 

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from dpo_ray.rollout.engine import Request, RequestTimedOut
-from dpo_ray.rollout.fleet import Member, Membership
+from dpo_ray.rollout.membership import Member, Membership
 from dpo_ray.types import CompletionGroup, NonRetryableError
 
 ENGINE_ATTEMPTS = 3

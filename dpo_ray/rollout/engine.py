@@ -14,6 +14,10 @@ UNPUSHED = -1
 """Policy version of the weights that an engine loaded from disk, before the first update."""
 
 
+class MessageLost(RuntimeError):
+    """A message of a weight update cannot be fetched, because its owner died; the engine is unharmed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """A prompt to complete."""
@@ -72,7 +76,11 @@ class Engine(Protocol):
         ...
 
     async def status(self) -> EngineStatus:
-        """The engine's status; answers at once, also during a long step."""
+        """The engine's status; answers at once, also during a long step.
+
+        Raises:
+            Exception: the engine cannot be used any more.
+        """
         ...
 
     async def start_update(self) -> None:
@@ -88,7 +96,11 @@ class Engine(Protocol):
         ...
 
     async def load(self, message: Any) -> None:
-        """Pass one message of the transport to the receiver in every worker of the engine."""
+        """Pass one message of the transport to the receiver in every worker of the engine.
+
+        Raises:
+            MessageLost: the message cannot be fetched.
+        """
         ...
 
     async def finish_update(self, version: int) -> str:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dpo_ray.config.schema import EngineConfig
-from dpo_ray.rollout.fleet import check_probe
+from dpo_ray.rollout.updates import check_probe
 from dpo_ray.sync.base import EngineGroup, WeightSync
 from dpo_ray.sync.ipc import IPCSync
 from dpo_ray.sync.nccl import NCCLSync

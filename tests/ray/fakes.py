@@ -1,4 +1,4 @@
-"""Actors that stand for engines and coordinator, apart from the tests: their processes import next to nothing."""
+"""Actors of engines, senders and a fleet: their processes import next to nothing."""
 
 import os
 import time
@@ -8,40 +8,63 @@ from typing import Any
 import ray
 
 from dpo_ray.launch.rollouts.weights import StoredMessage
-from dpo_ray.types import Completion, CompletionGroup, EngineLost, Probe, Prompt
+from dpo_ray.rollout.engine import UNPUSHED, EngineStatus, Request, RequestTimedOut
+from dpo_ray.types import EngineLost, Probe
+
+LOGPS = (-1.0, -2.0)
+"""The fake's log-probabilities of every text of three tokens."""
 
 
-class Engine:
-    """Writes what seed it was given; dies over some prompts."""
+class FakeEngineActor:
+    """Its weights are a text, which is its own digest."""
 
-    def __init__(self, index: int, deadly: tuple[int, ...]) -> None:
-        self.index, self.deadly = index, deadly
+    def __init__(self, config: dict[str, Any], index: int, *, on_cpu: bool, executor: str, worker_extension: str):
+        self.version, self.weights = UNPUSHED, ""
 
-    def generate(self, prompts: list[Prompt], seeds: list[int], candidates: int) -> list[CompletionGroup]:
-        """A completion of one token, the engine's index."""
-        if any(prompt.index in self.deadly for prompt in prompts):
-            os._exit(1)
-        completion = Completion(str(self.index), (self.index,), finished=True)
-        return [
-            CompletionGroup(prompt, (0,), (completion,) * candidates, 3, seed)
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
+    async def pid(self) -> int:
+        return os.getpid()
 
-    def start_update(self) -> None:
-        """An engine with anything deadly does not survive it."""
-        if self.deadly:
-            os._exit(1)
+    async def generate(self, request: Request) -> None:
+        if request.candidates == 0:
+            raise ValueError("the prompt leaves no room")
+        raise RequestTimedOut("not complete")
 
-    def load(self, bucket: str) -> None:
-        """Take weights, which are a text."""
-        self.loaded = bucket
+    async def status(self) -> EngineStatus:
+        return EngineStatus(self.version, 0, 0, 0, 0.0, 0.0, 0.0)
 
-    def finish_update(self, version: int) -> str:
-        """The text is its own digest."""
-        return self.loaded
+    async def start_update(self) -> None:
+        self.weights = ""
+
+    async def load(self, message: str) -> None:
+        self.weights += message
+
+    async def finish_update(self, version: int) -> str:
+        self.version = version
+        return self.weights
+
+    async def token_logps(self, token_ids: Any) -> list[float]:
+        return list(LOGPS)
+
+    async def sleep(self) -> None: ...
+
+    async def wake(self) -> None: ...
 
 
-class Fleet:
+class UnbuildableEngineActor(FakeEngineActor):
+    """Raises in its constructor."""
+
+    def __init__(self, config: dict[str, Any], index: int, **options: Any):
+        raise OSError(f"no such model: {config['model']['path']}")
+
+
+class Sender:
+    """Owns the messages that it puts into the object store."""
+
+    def put(self, message: str) -> list[Any]:
+        return [ray.put(message)]
+
+
+class RecordingFleet:
     """Keeps the calls of an update since its own start; may die, fail or hang.
 
     Args:

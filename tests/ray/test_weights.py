@@ -12,7 +12,7 @@ from dpo_ray.launch.rollouts import weights
 from dpo_ray.launch.rollouts.weights import FleetEngines
 from dpo_ray.types import EngineLost, Probe
 from tests.ray.commands import SharedCluster
-from tests.ray.fakes import Fleet
+from tests.ray.fakes import RecordingFleet
 
 PROBE = Probe((1, 2, 3), (-1.0, -2.0), 0.1)
 BUCKETS = [np.full(200_000, fill, dtype=np.float32) for fill in (1, 2)]  # large enough for the object store
@@ -29,7 +29,7 @@ def cluster(shared_cluster: SharedCluster) -> Iterator[None]:
 
 
 def start_fleet(folder: Path, dies_at: str = "", *, restarts: int = -1, answers_in_s: float = 0.0) -> Any:
-    options = ray.remote(Fleet).options(num_cpus=0, max_restarts=restarts)
+    options = ray.remote(RecordingFleet).options(num_cpus=0, max_restarts=restarts)
     return options.remote(str(folder / "died"), dies_at, answers_in_s)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_ray.rollout.fleet import check_probe
+from dpo_ray.rollout.updates import check_probe
 from dpo_ray.sync import ipc, nccl
 from dpo_ray.sync.base import EngineGroup
 from dpo_ray.sync.nccl import NCCLSync

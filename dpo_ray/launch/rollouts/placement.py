@@ -1,7 +1,7 @@
 """Placement of engines: on dedicated CPUs and GPUs, or colocated with training workers on their GPUs."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dpo_ray.config.schema import ClusterConfig
@@ -81,3 +81,15 @@ def colocated_placements(size: ClusterConfig, slots: Sequence[GpuSlot]) -> list[
             f"which fit {len(placements)} engines; lower one of these keys"
         )
     return placements[: size.rollout_engines]
+
+
+def packing_strategy(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]]) -> str:
+    """Ray's placement strategy of an engine: on one node if it fits one, else on as few as possible.
+
+    Args:
+        bundles: the resources that the engine needs, by bundle.
+        nodes: the resources of each node, free or not.
+    """
+    needed = {name: sum(other.get(name, 0.0) for other in bundles) for bundle in bundles for name in bundle}
+    fits = any(all(node.get(name, 0.0) >= amount for name, amount in needed.items()) for node in nodes)
+    return "STRICT_PACK" if fits else "PACK"

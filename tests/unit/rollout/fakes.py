@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from dpo_ray.config.schema import OnlineConfig
 from dpo_ray.rollout.engine import Engine, Request
-from dpo_ray.rollout.fleet import Member, Membership
+from dpo_ray.rollout.membership import Member, Membership
 from dpo_ray.types import Completion, CompletionGroup, Prompt
 
 

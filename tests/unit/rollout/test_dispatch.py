@@ -7,7 +7,7 @@ import pytest
 
 from dpo_ray.rollout.dispatch import Dispatcher, EngineError, FleetFailed, VersionGone
 from dpo_ray.rollout.engine import Request, RequestTimedOut
-from dpo_ray.rollout.fleet import Membership
+from dpo_ray.rollout.membership import Membership
 from tests.unit.rollout.fakes import FakeEngine, FakeFleet, online, prompts, raise_for
 
 SAMPLING = online().sampling

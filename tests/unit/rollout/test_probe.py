@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from dpo_ray.rollout.fleet import check_probe
+from dpo_ray.rollout.updates import check_probe
 from dpo_ray.types import Probe, SyncMismatch
 
 

@@ -1,0 +1,80 @@
+"""An engine in an actor, for the processes that call it. Light to import."""
+
+import asyncio
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray.exceptions import ActorUnavailableError, ObjectLostError, RayTaskError
+
+from dpo_ray.rollout.engine import EngineStatus, MessageLost, Request
+from dpo_ray.storage import error_summary
+from dpo_ray.types import CompletionGroup
+
+UNAVAILABLE_S = 1.0
+"""Seconds between two calls of an engine that is alive and cannot be reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMessage:
+    """A message of a transport in the object store, which each engine's node fetches once."""
+
+    ref: Any
+    """Object reference. Ray passes it on as it is, since it is not an argument itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteEngine:
+    """The ``Engine`` of an EngineActor. An exception of the engine is raised as it is, its death as a RayActorError."""
+
+    handle: Any
+
+    async def generate(self, request: Request) -> CompletionGroup:
+        """See ``Engine.generate``."""
+        return await _answer(self.handle.generate.remote(request))
+
+    async def status(self) -> EngineStatus:
+        """See ``Engine.status``. An engine that cannot be reached for a moment is called again."""
+        while True:
+            try:
+                return await _answer(self.handle.status.remote())
+            except ActorUnavailableError:
+                await asyncio.sleep(UNAVAILABLE_S)
+
+    async def start_update(self) -> None:
+        """See ``Engine.start_update``."""
+        await _answer(self.handle.start_update.remote())
+
+    async def init_transfer(self, info: Mapping[str, Any]) -> None:
+        """See ``Engine.init_transfer``."""
+        await _answer(self.handle.init_transfer.remote(info))
+
+    async def load(self, message: Any) -> None:
+        """See ``Engine.load``. Ray fetches a stored message to the engine's node."""
+        try:
+            await _answer(self.handle.load.remote(message.ref if isinstance(message, StoredMessage) else message))
+        except ObjectLostError as error:
+            raise MessageLost(error_summary(error)) from None
+
+    async def finish_update(self, version: int) -> str:
+        """See ``Engine.finish_update``."""
+        return await _answer(self.handle.finish_update.remote(version))
+
+    async def token_logps(self, token_ids: Sequence[int]) -> list[float]:
+        """See ``Engine.token_logps``."""
+        return await _answer(self.handle.token_logps.remote(token_ids))
+
+    async def sleep(self) -> None:
+        """See ``Engine.sleep``."""
+        await _answer(self.handle.sleep.remote())
+
+    async def wake(self) -> None:
+        """See ``Engine.wake``."""
+        await _answer(self.handle.wake.remote())
+
+
+async def _answer(call: Awaitable[Any]) -> Any:
+    try:
+        return await call
+    except RayTaskError as error:
+        raise error.cause or error from None

@@ -1,0 +1,484 @@
+"""The fleet with fake engines: what happens to an engine, at which moment, and what callers then see."""
+
+import asyncio
+import functools
+import itertools
+import math
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from dpo_ray.rollout import fleet
+from dpo_ray.rollout.engine import MessageLost
+from dpo_ray.rollout.fleet import ConstructorError
+from dpo_ray.types import EngineLost
+from tests.unit.rollout.fake_engines import PROBE, FakeEngine, World, dies, hangs, running
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet, "FIRST_PAUSE_S", 0.01)
+
+
+def run(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run an asynchronous test within 40 s."""
+
+    @functools.wraps(test)
+    def wrapped(**arguments: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(**arguments), 40))
+
+    return wrapped
+
+
+def only(name: str, fault: Callable[[FakeEngine], Any]) -> Callable[[FakeEngine], Any]:
+    """A fault of one engine."""
+    return lambda engine: fault(engine) if engine.name == name else None
+
+
+def fault(method: str, what: Callable[[], Any]) -> Callable[[FakeEngine], None]:
+    """A fault of a method."""
+    return lambda engine: engine.faults.update({method: what})
+
+
+def failing(error: Exception) -> Callable[[FakeEngine], None]:
+    """A fault of the start."""
+
+    def start(engine: FakeEngine) -> None:
+        raise error
+
+    return start
+
+
+# ------------------------------------------------------------------------------------------------- one engine fails
+
+FAULTS: dict[str, tuple[Callable[[FakeEngine], Any], dict[str, float]]] = {
+    "dies while it starts": (failing(ConnectionError("died")), {}),
+    "its constructor raises": (failing(ConstructorError("no such model")), {}),
+    "gets no resources": (lambda engine: hangs(), {"start_timeout_s": 0.3}),
+    "dies idle": (fault("status", dies()), {}),
+    "does not answer": (fault("status", hangs), {"ping_timeout_s": 0.2}),
+    "hangs in a step": (lambda engine: setattr(engine, "step_s", 31.0), {}),
+    "dies as an update starts": (fault("start_update", dies()), {}),
+    "hangs as an update starts": (fault("start_update", hangs), {"sync_timeout_s": 0.2}),
+    "dies while it loads": (fault("load", dies()), {}),
+    "hangs while it loads": (fault("load", hangs), {"sync_timeout_s": 0.2}),
+    "dies as an update ends": (fault("finish_update", dies()), {}),
+    "hangs as an update ends": (fault("finish_update", hangs), {"sync_timeout_s": 0.2}),
+    "has other weights": (fault("finish_update", lambda: None), {}),
+    "dies at its probe": (fault("token_logps", dies()), {}),
+    "hangs at its probe": (fault("token_logps", hangs), {"sync_timeout_s": 0.2}),
+    "does not use its weights": (lambda engine: setattr(engine, "logps", [-1.0, -2.3]), {}),
+    "computes no numbers": (lambda engine: setattr(engine, "logps", [math.nan, math.nan]), {}),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+@run
+async def test_an_engine_that_fails_is_replaced_and_the_others_serve_without_it(case: str) -> None:
+    prepare, limits = FAULTS[case]
+    world = World(3, only("1.1", prepare), **limits)
+    if case == "has other weights":
+        world.prepare = only("1.1", lambda engine: engine.faults.update(finish_update=lambda: engine.weights.pop()))
+    async with running(world):
+        await world.up("0.1", "2.1")
+        await world.update(1, "a", "b")
+        now = await world.serving("0.1", "1.2", "2.1")
+        assert now.error is None
+        assert not now.needs_weights
+        assert {member.digest for member in now.members} == {"ab"}
+        assert "1.1" in world.retired
+        assert set(world.alive) == {"0.1", "1.2", "2.1"}
+        assert world.engines["0.1"].calls.count("start_update") == 1
+
+
+@pytest.mark.parametrize("what", ["dies", "hangs", "hangs in a step"])
+@run
+async def test_an_engine_that_serves_and_fails_disappears_at_once_and_its_successor_loads_the_same_weights(
+    what: str,
+) -> None:
+    async with running(World(2, ping_timeout_s=0.2)) as world:
+        await world.update(1, "a", "b")
+        await world.serving("0.1", "1.1")
+        held = asyncio.Event()
+        world.prepare = lambda engine: held.wait()
+        broken = world.engines["0.1"]
+        if what == "hangs in a step":
+            broken.step_s = 0.3
+        else:
+            broken.faults["status"] = dies() if what == "dies" else hangs
+        await world.serving("1.1")
+        held.set()
+        await world.serving("0.2", "1.1")
+        assert world.engines["0.2"].weights == ["a", "b"]
+        assert world.engines["1.1"].calls.count("load") == 2
+
+
+@run
+async def test_a_suspect_that_is_dead_is_gone_when_the_call_returns_and_one_that_answers_stays() -> None:
+    async with running(World(2, ping_interval_s=3600.0)) as world:
+        await world.update(1, "a")
+        now = await world.serving("0.1", "1.1")
+        await world.fleet.suspect("0.1", "RuntimeError: a caller lost its connection")
+        assert await world.fleet.membership(-1, 0.0) == now
+        world.engines["0.1"].faults["status"] = dies()
+        await world.fleet.suspect("0.1", "ActorDiedError")
+        assert [member.id for member in (await world.fleet.membership(-1, 0.0)).members] == ["1.1"]
+        await world.serving("0.2", "1.1")
+        await world.fleet.suspect("0.1", "an old engine")
+        await world.fleet.suspect("7.9", "an unknown engine")
+        assert len((await world.serving("0.2", "1.1")).members) == 2
+
+
+@run
+async def test_callers_that_all_suspect_an_engine_at_once_count_once_and_the_third_time_replaces_it() -> None:
+    async with running(World(1, ping_interval_s=3600.0)) as world:
+        await world.update(1, "a")
+        await world.serving("0.1")
+        for _ in range(2):
+            await asyncio.gather(*(world.fleet.suspect("0.1", "RuntimeError: CUDA") for _ in range(100)))
+        await world.serving("0.1")
+        await world.fleet.suspect("0.1", "RuntimeError: CUDA")
+        await world.serving("0.2")
+
+
+@run
+async def test_pauses_between_the_starts_of_a_slot_double_and_nobody_waits_for_them() -> None:
+    times: list[float] = []
+
+    def prepare(engine: FakeEngine) -> None:
+        if engine.name.startswith("1."):
+            times.append(time.monotonic())
+            raise ConnectionError("no place")
+
+    async with running(World(2, prepare)) as world:
+        await world.update(1, "a")
+        await world.serving("0.1")
+        while len(times) < 6:
+            await asyncio.sleep(0.01)
+    pauses = [after - before for before, after in itertools.pairwise(times)]
+    assert all(pause >= 0.01 * 2**number for number, pause in enumerate(pauses))
+
+
+# ------------------------------------------------------------------------------------------------ when the run must end
+
+
+@run
+async def test_constructors_that_all_raise_end_the_run_at_once_with_their_error_and_the_log() -> None:
+    async with running(World(3, failing(ConstructorError("no such model: x")))) as world:
+        now = await world.until(lambda now: now.error)
+    assert now.error is not None
+    assert "no such model: x" in now.error
+    assert "see engine.log" in now.error
+
+
+@run
+async def test_engines_that_all_die_as_they_start_end_the_run_only_after_the_limit() -> None:
+    started = time.monotonic()
+    async with running(World(2, failing(ConnectionError("out of memory")), start_timeout_s=0.5)) as world:
+        now = await world.until(lambda now: now.error)
+    assert time.monotonic() - started >= 0.5
+    assert "no engine was up for 0.5 s (cluster.start_timeout_s)" in str(now.error)
+    assert "out of memory" in str(now.error)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "both"),
+    [
+        (lambda engine: engine.faults.update(finish_update=lambda: engine.weights.append("x")), ("abx", "ab")),
+        (lambda engine: setattr(engine, "logps", [-2.0, -3.0]), ("differ by 1.0000 nats per token", "accepted is 0.1")),
+    ],
+    ids=["digest", "probe"],
+)
+@run
+async def test_engines_that_all_fail_the_proof_of_a_version_end_the_run_with_both_values(
+    wrong: Callable[[FakeEngine], Any], both: tuple[str, str]
+) -> None:
+    async with running(World(3, wrong)) as world:
+        await world.update(4, "a", "b")
+        now = await world.until(lambda now: now.error)
+    assert "policy version 4" in str(now.error)
+    assert all(value in str(now.error) for value in both)
+
+
+@run
+async def test_an_engine_that_still_starts_is_waited_for_before_a_version_counts_as_failed() -> None:
+    held = asyncio.Event()
+
+    def prepare(engine: FakeEngine) -> Any:
+        if engine.name.startswith("1."):
+            return held.wait()
+        engine.logps = [-2.0, -3.0]
+        return None
+
+    async with running(World(2, prepare)) as world:
+        await world.update(1, "a")
+        await world.up("0.3")
+        assert (await world.fleet.membership(-1, 0.0)).error is None
+        held.set()
+        now = await world.until(lambda now: [member.id for member in now.members] == ["1.1"])
+        assert now.error is None
+
+
+@run
+async def test_an_update_that_kills_every_engine_ends_the_run_after_three_attempts_per_slot() -> None:
+    async with running(World(2, fault("load", dies()))) as world:
+        await world.update(1, "a")
+        now = await world.until(lambda now: now.error)
+    assert "the process died" in str(now.error)
+    assert world.starts[0] <= 4
+    assert max(world.starts[0], world.starts[1]) >= 3
+
+
+# -------------------------------------------------------------------------------------------------------------- updates
+
+
+@run
+async def test_an_update_does_not_wait_for_engines_and_one_that_comes_later_loads_its_messages() -> None:
+    held = asyncio.Event()
+    async with running(World(3, only("2.1", lambda engine: held.wait()))) as world:
+        await world.up("0.1", "1.1")
+        assert await world.fleet.begin_update(1, collective=False) == ["0.1", "1.1"]
+        await world.fleet.load("a")
+        held.set()  # joins in the middle
+        await world.up("2.1")
+        await world.fleet.load("b")
+        await world.fleet.end_update("ab", PROBE)
+        now = await world.serving("0.1", "1.1", "2.1")
+        assert world.engines["2.1"].weights == ["a", "b"]
+        assert now.metrics is not None
+        assert now.metrics["sync/probe_difference"] == 0.0
+        assert 0 < now.metrics["perf/push_s"] < 5
+
+
+@run
+async def test_members_keep_their_version_while_they_are_updated() -> None:
+    async with running(World(2)) as world:
+        await world.update(1, "a")
+        await world.serving("0.1", "1.1")
+        slow = asyncio.Event()
+        world.engines["1.1"].faults["finish_update"] = slow.wait
+        await world.update(2, "b")
+        await world.until(lambda now: [member.version for member in now.members] == [2, 1])
+        slow.set()
+        await world.serving("0.1", "1.1", version=2)
+
+
+@run
+async def test_an_update_that_is_interrupted_is_superseded_by_the_next_one() -> None:
+    async with running(World(2)) as world:
+        await world.up("0.1", "1.1")
+        slow = asyncio.Event()
+        world.engines["1.1"].faults["load"] = slow.wait
+        await world.fleet.begin_update(1, collective=False)
+        await world.fleet.load("a")
+        await asyncio.sleep(0.01)
+        await world.update(2, "b", "c")
+        await world.until(lambda now: [(m.id, m.version) for m in now.members] == [("0.1", 2)])
+        assert world.engines["1.1"].calls.count("start_update") == 1  # until its call in progress is answered
+        slow.set()
+        await world.serving("0.1", "1.1", version=2)
+        assert world.engines["1.1"].weights == ["b", "c"]
+
+
+@run
+async def test_a_sender_that_stays_away_leaves_no_engine_with_half_a_policy() -> None:
+    async with running(World(2, sync_timeout_s=0.2)) as world:
+        await world.update(1, "a")
+        await world.serving("0.1", "1.1")
+        await world.fleet.begin_update(2, collective=False)
+        await world.fleet.load("b")
+        now = await world.until(lambda now: not now.members)
+        assert now.needs_weights
+        with pytest.raises(EngineLost, match="sent nothing for 0"):
+            await world.fleet.load("c")
+        await world.update(3, "d")
+        now = await world.serving("0.1", "1.1", version=3)
+        assert not now.needs_weights
+
+
+@run
+async def test_a_message_whose_owner_died_costs_the_update_and_no_engine() -> None:
+    async with running(World(2)) as world:
+        await world.update(1, "a")
+        await world.serving("0.1", "1.1")
+        for engine in world.engines.values():
+            engine.faults["load"] = dies(MessageLost)
+        world.engines["0.1"].faults["status"] = dies()
+        await world.serving("0.2", "1.1")  # a fake of its own: it has no fault
+        world.prepare = fault("load", dies(MessageLost))
+        world.engines["0.2"].faults["status"] = dies()
+        await world.up("0.3")
+        now = await world.serving("1.1")
+        assert not now.needs_weights
+        world.engines["1.1"].faults["status"] = dies()
+        now = await world.until(lambda now: now.needs_weights)
+        assert now.error is None
+        for engine in world.engines.values():
+            engine.faults = {}
+        world.prepare = lambda engine: None
+        await world.up("1.2")
+        await world.update(2, "b")
+        await world.serving("0.3", "1.2", version=2)
+
+
+@run
+async def test_weights_are_needed_from_the_first_engine_until_an_update_begins() -> None:
+    async with running(World(2)) as world:
+        await world.until(lambda now: now.needs_weights)
+        await world.fleet.begin_update(1, collective=False)
+        await world.until(lambda now: not now.needs_weights)
+
+
+@run
+async def test_a_fleet_that_restarted_needs_weights_and_has_no_update_to_continue() -> None:
+    async with running(World(2)) as world:
+        await world.until(lambda now: now.needs_weights)
+        for call in (world.fleet.load("a"), world.fleet.init_transfer([]), world.fleet.end_update("a", PROBE)):
+            with pytest.raises(EngineLost, match="restarted"):
+                await call
+        await world.update(7, "a")
+        await world.serving("0.1", "1.1", version=7)
+
+
+# --------------------------------------------------------------------------------------------------- collective updates
+
+
+@run
+async def test_a_collective_update_passes_each_engine_its_info_and_waits_for_all() -> None:
+    async with running(World(3, only("2.1", lambda engine: hangs()))) as world:
+        await world.up("0.1", "1.1")
+        assert await world.update(1, "a", "b", collective=True) == ["0.1", "1.1"]
+        assert [member.id for member in (await world.fleet.membership(-1, 0.0)).members] == ["0.1", "1.1"]
+        assert [world.engines[name].infos for name in ("0.1", "1.1")] == [[{"rank": 0}], [{"rank": 1}]]
+
+
+@pytest.mark.parametrize("what", [dies(), hangs], ids=["dies", "hangs"])
+@run
+async def test_a_collective_update_that_loses_an_engine_goes_through_without_it(what: Callable[[], Any]) -> None:
+    async with running(World(3, sync_timeout_s=0.5)) as world:
+        await world.up("0.1", "1.1", "2.1")
+        world.engines["1.1"].faults["load"] = what
+        if what is not hangs:  # the others hang in the transfer until it starts again
+            world.engines["0.1"].faults["load"] = hangs
+        with pytest.raises(EngineLost, match=r"engine 1\.1 failed"):
+            await world.update(1, "a", collective=True)
+        world.engines["0.1"].faults = {}
+        await world.up("1.2")
+        held = asyncio.Event()
+        world.engines["1.2"].faults["start_update"] = dies()
+        world.prepare = only("1.3", lambda engine: held.wait())
+        assert await world.update(1, "a", collective=True) == ["0.1", "2.1"]
+        now = await world.serving("0.1", "2.1")
+        held.set()
+        await world.up("1.3")
+        assert await world.fleet.membership(-1, 0.0) == now
+        assert world.engines["1.3"].calls.count("start_update") == 0  # left out until the next update
+        await world.update(2, "b", collective=True)
+        await world.serving("0.1", "1.3", "2.1", version=2)
+
+
+@run
+async def test_survivors_of_a_broken_transfer_may_raise_without_being_replaced() -> None:
+    async with running(World(2)) as world:
+        await world.up("0.1", "1.1")
+        aborted = asyncio.Event()
+
+        async def broken_transfer() -> None:
+            await aborted.wait()
+            raise RuntimeError("NCCL error: remote process exited")
+
+        world.engines["0.1"].faults["load"] = broken_transfer
+        world.engines["1.1"].faults["load"] = dies()
+        with pytest.raises(EngineLost):
+            await world.update(1, "a", collective=True)
+        aborted.set()  # the sender closes its communicator
+        await asyncio.sleep(0.01)
+        world.engines["0.1"].faults = {}
+        await world.update(1, "a", collective=True)
+        assert "0.1" not in world.retired
+
+
+@run
+async def test_after_a_collective_update_engines_that_all_died_need_weights() -> None:
+    async with running(World(2)) as world:
+        await world.up("0.1", "1.1")
+        await world.update(1, "a", collective=True)
+        for name in ("0.1", "1.1"):
+            world.engines[name].faults["status"] = dies()
+        await world.up("0.2", "1.2")
+        now = await world.until(lambda now: now.needs_weights)
+        assert now.members == ()
+        await world.update(1, "a", collective=True)
+        await world.serving("0.2", "1.2")
+
+
+@pytest.mark.parametrize("collective", [False, True])
+@run
+async def test_without_an_engine_an_update_ends_at_once(collective: bool) -> None:
+    async with running(World(2, lambda engine: hangs())) as world:
+        assert await asyncio.wait_for(world.update(1, "a", collective=collective), 1) == []
+
+
+# --------------------------------------------------------------------------------------------------- sleep, stop, scale
+
+
+@run
+async def test_engines_sleep_and_wake_together_also_one_that_comes_later_and_one_that_dies_is_replaced() -> None:
+    held = asyncio.Event()
+    async with running(World(3, only("2.1", lambda engine: held.wait()))) as world:
+        await world.up("0.1", "1.1")
+        world.engines["1.1"].faults["sleep"] = dies()
+        await world.fleet.sleep()
+        held.set()
+        await world.up("1.2", "2.1")
+        assert all(world.engines[name].calls.count("sleep") == 1 for name in ("0.1", "1.2", "2.1"))
+        await world.fleet.wake()
+        assert all(world.engines[name].calls.count("wake") == 1 for name in ("0.1", "1.2", "2.1"))
+
+
+@run
+async def test_a_fleet_runs_again_after_a_stop_with_new_engines() -> None:
+    world = World(2)
+    async with running(world):
+        await world.fleet.started(5.0)
+        assert world.alive == {"0.1", "1.1"}
+        await world.update(1, "a")
+        before = await world.serving("0.1", "1.1")
+    assert (await world.fleet.membership(before.epoch, 0.0)).members == ()
+    async with running(world):
+        await world.serving("0.2", "1.2")
+
+
+@run
+async def test_a_poll_returns_at_once_for_an_old_epoch_and_after_its_wait_for_the_latest() -> None:
+    async with running(World(1)) as world:
+        await world.update(1, "a")
+        now = await world.serving("0.1")
+        assert await world.fleet.membership(now.epoch - 1, 60.0) == now
+        started = time.monotonic()
+        assert await world.fleet.membership(now.epoch, 0.1) == now
+        assert 0.1 <= time.monotonic() - started < 1.0
+        poll = asyncio.create_task(world.fleet.membership(now.epoch, 60.0))
+        await asyncio.sleep(0)
+        world.engines["0.1"].faults["status"] = dies()
+        assert (await poll).members == ()
+
+
+@run
+async def test_an_update_of_1000_engines_of_which_100_are_replaced_takes_less_than_15_s() -> None:
+    async with running(World(1000, ping_interval_s=5.0)) as world:
+        started = time.monotonic()
+        await world.fleet.started(20.0)
+        await world.update(1, *"abcd")
+        await world.until(lambda now: len(now.members) == 1000)
+        for slot in range(100):
+            world.engines[f"{slot}.1"].faults["status"] = dies()
+        await asyncio.gather(*(world.fleet.suspect(f"{slot}.1", "died") for slot in range(100)))
+        expected = [f"{slot}.{2 if slot < 100 else 1}" for slot in range(1000)]
+        await world.until(lambda now: [member.id for member in now.members] == expected)
+        await world.update(2, *"abcd", collective=True)
+        await world.serving(*expected, version=2)
+        elapsed = time.monotonic() - started
+    assert elapsed < 15, elapsed
