@@ -36,6 +36,7 @@ MEANINGS: Mapping[str, str] = {
     "carried": "fields carried along for judges",
     "strings_chat": "strings put into the chat template",
     "strings_raw": "strings used as written",
+    "special_in_text": "special token in text, trained on as written",
     "text_not_rendered": "text left out by the chat template",
     "boundary_moved": "prompt boundary moved by the tokenizer",
     "completion_cut": "completion truncated",
