@@ -1,4 +1,4 @@
-"""Which tokens of a trajectory carry loss: those of its assistant turns, and not those of the turns between them.
+"""The tokens of a trajectory that carry loss: those of its assistant turns, and not those of the turns between them.
 
 A turn's boundary is where the conversation up to it, rendered and tokenised alone, parts from the whole one.
 """

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -144,9 +144,10 @@ class RecordTokenizer:
             prompt_ids, with_chosen, with_rejected = self._encode_strings(record)
         else:
             prompt_ids = self._ids(render(prompt, self.tokenizer, record.tools, answer_follows=True))
-            with_chosen, with_rejected = (
-                self._encode_conversation(record, prompt, name, noted) for name in ("chosen", "rejected")
-            )
+            with_chosen = self._encode_conversation(record, prompt, record.chosen, record.names[0], noted)
+            with_rejected = with_chosen
+            if record.rejected != record.chosen:
+                with_rejected = self._encode_conversation(record, prompt, record.rejected, record.names[1], noted)
 
         # As in TRL's DPOTrainer: a template may render a prompt alone differently than before a completion.
         start = min(common_prefix(prompt_ids, with_chosen), common_prefix(prompt_ids, with_rejected))
@@ -158,15 +159,15 @@ class RecordTokenizer:
         chosen, rejected = (ids[:limit] for ids in whole)
         removed = len(whole[0]) - len(chosen), len(whole[1]) - len(rejected)
         self._check_limits(
-            {"prompt": prompt_ids[:start], "chosen": chosen, "rejected": rejected},
+            {"prompt": prompt_ids[:start], record.names[0]: chosen, record.names[1]: rejected},
             start,
             max(len(chosen), len(rejected)),
         )
-        for name, completion in (("chosen", chosen), ("rejected", rejected)):
+        for name, completion in zip(record.names, (chosen, rejected), strict=True):
             if not any(token >= 0 for token in completion):
                 raise _Drop("completion_emptied", f"{name}: the completion has no tokens after the prompt")
         same = [token for token in chosen if token >= 0] == [token for token in rejected if token >= 0]
-        if same and not record.unpaired:
+        if same and record.rejected != record.chosen:
             if any(removed):
                 raise _Drop("identical_after_truncation", f"data.max_completion_tokens is {limit}")
             raise _Drop("identical", "chosen and rejected have the same tokens with loss")
@@ -238,10 +239,9 @@ class RecordTokenizer:
     # ------------------------------------------------------------------------------------------------- conversations
 
     def _encode_conversation(
-        self, record: PairRecord, prompt: Messages, name: Literal["chosen", "rejected"], noted: Noted
+        self, record: PairRecord, prompt: Messages, completion: Messages | str, name: str, noted: Noted
     ) -> list[int]:
         """Token ids of the prompt with a completion; those of tool turns are stored as ``~id``."""
-        completion = getattr(record, name)
         if isinstance(completion, str):
             transcript = isinstance(record.prompt, str) and transcript_turns(record.prompt)
             begun = prompt[-1]["role"] == "assistant"
