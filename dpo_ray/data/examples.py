@@ -5,22 +5,26 @@ An example is a pair, or a completion without a pair beside one of another recor
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import chain, groupby, pairwise
 
 from dpo_ray.data.formats import Part
 from dpo_ray.data.records import PairRecord, Problem, PromptRecord, read_pairs, read_prompts
+from dpo_ray.data.report import MEANINGS
 from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPair, TokenizedPrompt
 
-Item = tuple[PairRecord, TokenizedPair] | Problem
+Kept = tuple[PairRecord, TokenizedPair]
+Item = Kept | Problem
 
 
 def tokenize_pairs(parts: Sequence[Part], tokenizer: RecordTokenizer) -> Iterator[Item]:
-    """Read and tokenise the pairs of ``parts``, in order; a problem per record that is dropped.
+    """Read and tokenise the pairs of ``parts``, in order; a problem per record without any.
 
     For losses of completions without a pair, a pair is two of them. The place of the other completion is empty, or has
     a completion of another record.
     """
-    items = _with_one_prompt(_tokenized(parts, tokenizer), tokenizer.data.max_completion_tokens)
+    records = read_pairs(parts, pairs_per_prompt=tokenizer.data.pairs_per_prompt, examples=tokenizer.examples)
+    by_record = groupby(records, key=lambda record: (record.source, record.number))
+    items = chain.from_iterable(_examples(list(of_record), tokenizer) for _, of_record in by_record)
     match tokenizer.examples:
         case "unpaired":
             items = (item if isinstance(item, Problem) else _beside(item, ()) for item in items)
@@ -29,32 +33,65 @@ def tokenize_pairs(parts: Sequence[Part], tokenizer: RecordTokenizer) -> Iterato
     return items
 
 
-def _tokenized(parts: Sequence[Part], tokenizer: RecordTokenizer) -> Iterator[Item]:
-    count = tokenizer.data.pairs_per_prompt
-    for record in read_pairs(parts, pairs_per_prompt=count, examples=tokenizer.examples):
-        if isinstance(record, Problem):
-            yield record
-        else:
-            tokenized = tokenizer.pair(record)
-            yield tokenized if isinstance(tokenized, Problem) else (record, tokenized)
+def _examples(records: Sequence[PairRecord | Problem], tokenizer: RecordTokenizer) -> list[Kept] | list[Problem]:
+    """The examples of a record, with the same prompt: the tokens that come before all of its completions.
+
+    A problem if there is none; otherwise, the pairs and completions that cannot be used are notes on the first.
+    """
+    problems = [record for record in records if isinstance(record, Problem)]
+    kept: list[Kept] = []
+    for record in records:
+        if isinstance(record, PairRecord):
+            result = tokenizer.pair(record)
+            if isinstance(result, TokenizedPair):
+                kept.append((record, result))
+            else:
+                names = " and ".join(dict.fromkeys(record.names))
+                problems.append(replace(result, detail=f"{names}: {result.detail}") if len(records) > 1 else result)
+    kept = _with_one_prompt(kept, tokenizer.data.max_completion_tokens)
+    if tokenizer.examples == "lists":
+        kept = _neighbours(kept, problems)
+    if not kept:
+        return problems[:1]
+    first, result = kept[0]
+    left_out = (("left_out", f"{MEANINGS[p.reason]}: {p.detail}") for p in (*first.left_out, *problems))
+    return [(first, replace(result, notes=(*result.notes, *left_out))), *kept[1:]]
 
 
-def _with_one_prompt(items: Iterator[Item], limit: int | None) -> Iterator[Item]:
-    """The pairs of each record with the same prompt: the tokens that come before all of its completions.
+def _neighbours(ranking: Sequence[Kept], problems: list[Problem]) -> list[Kept]:
+    """The pairs of neighbours in a ranking of completions; one with the tokens of a better one adds a problem."""
+    different: dict[tuple[int, ...], Kept] = {}
+    for record, result in ranking:
+        better, _ = different.setdefault(tuple(t for t in result.pair.chosen if t >= 0), (record, result))
+        if better is not record:
+            detail = f"{better.names[0]} and {record.names[0]} have the same tokens with loss"
+            problems.append(Problem("identical", record.source, record.number, detail))
+    return [
+        (
+            replace(
+                better,
+                rejected=worse.chosen,
+                completions=(better.completions[0], worse.completions[0]),
+                names=(better.names[0], worse.names[0]),
+            ),
+            TokenizedPair(
+                replace(one.pair, rejected=other.pair.chosen),
+                tuple(dict.fromkeys((*one.notes, *other.notes))),
+                (one.removed[0], other.removed[0]),
+            ),
+        )
+        for (better, one), (worse, other) in pairwise(different.values())
+    ]
+
+
+def _with_one_prompt(kept: Sequence[Kept], limit: int | None) -> list[Kept]:
+    """The examples with the shortest of their prompts; the other tokens of longer ones become part of the completions.
 
     Args:
-        limit: ``data.max_completion_tokens``; the other tokens of a longer prompt become part of the completions.
+        limit: ``data.max_completion_tokens``.
     """
-
-    def record_of(item: Item) -> tuple[str, int]:
-        origin = item if isinstance(item, Problem) else item[0]
-        return origin.source, origin.number
-
-    for _, of_record in groupby(items, key=record_of):
-        of_record = list(of_record)
-        start = min((len(item[1].pair.prompt) for item in of_record if not isinstance(item, Problem)), default=0)
-        for item in of_record:
-            yield item if isinstance(item, Problem) else (item[0], _starting_at(item[1], start, limit))
+    start = min((len(result.pair.prompt) for _, result in kept), default=0)
+    return [(record, _starting_at(result, start, limit)) for record, result in kept]
 
 
 def _starting_at(result: TokenizedPair, start: int, limit: int | None) -> TokenizedPair:
@@ -65,7 +102,7 @@ def _starting_at(result: TokenizedPair, start: int, limit: int | None) -> Tokeni
     return replace(result, pair=replace(result.pair, prompt=prompt, chosen=chosen, rejected=rejected))
 
 
-def _beside(item: tuple[PairRecord, TokenizedPair], other: tuple[int, ...]) -> tuple[PairRecord, TokenizedPair]:
+def _beside(item: Kept, other: tuple[int, ...]) -> Kept:
     """A completion without a pair, with ``other`` in the place of its pair."""
     record, result = item
     desirable = record.unpaired > 0
@@ -79,12 +116,12 @@ def _beside_others(items: Iterator[Item], positions: int | None) -> Iterator[Ite
     The other completion is truncated to what fits ``positions`` after the prompt.
     """
 
-    def beside(item: tuple[PairRecord, TokenizedPair], other: tuple[int, ...]) -> Item:
+    def beside(item: Kept, other: tuple[int, ...]) -> Item:
         room = None if positions is None else positions - len(item[1].pair.prompt)
         return _beside(item, other[:room])
 
     first: tuple[int, ...] | None = None
-    held: list[tuple[PairRecord, TokenizedPair]] = []  # of one record
+    held: list[Kept] = []  # of one record
     for item in items:
         if isinstance(item, Problem):
             yield item

@@ -54,6 +54,8 @@ class Candidates:
     """Higher is better; of a single completion, 1 if it is desirable and -1 if not."""
     names: tuple[str, ...]
     """Field of each completion, for messages."""
+    left_out: tuple[Unusable, ...] = ()
+    """The completions of a ranked list that cannot be used."""
 
     @property
     def unpaired(self) -> bool:
@@ -79,23 +81,22 @@ def read_candidates(fields: Fields) -> Candidates:
     missing_field(fields.record, "rejected" if chosen else "chosen", LAYOUTS_ACCEPTED)
 
 
-def validate_completions(candidates: Candidates) -> None:
-    """Reject completions with turns of the user: the model would be trained to write them.
+def validate_completion(name: str, completion: Messages | str, prompt: Messages | str) -> None:
+    """Reject a completion with turns of the user: the model would be trained to write them.
 
     Raises:
-        Unusable: a completion has such a turn, or ends with the turn of a tool.
+        Unusable: the completion has such a turn, or ends with the turn of a tool.
     """
-    for name, completion in zip(candidates.names, candidates.completions, strict=True):
-        if isinstance(completion, str):
-            transcript = isinstance(candidates.prompt, str) and transcript_turns(candidates.prompt)
-            if (HUMAN in completion and transcript) or transcript_turns(completion):
-                bad_field(name, "a turn by 'Human' after the prompt", "transcripts that part in their last answer")
-            continue
-        for message in completion:
-            if message["role"] not in ("assistant", "tool"):
-                bad_field(name, f"a turn by {message['role']!r} after the prompt", "assistant and tool turns")
-        if completion[-1]["role"] != "assistant":
-            bad_field(name, "a tool turn at the end", "an assistant turn at the end")
+    if isinstance(completion, str):
+        transcript = isinstance(prompt, str) and transcript_turns(prompt)
+        if (HUMAN in completion and transcript) or transcript_turns(completion):
+            bad_field(name, "a turn by 'Human' after the prompt", "transcripts that part in their last answer")
+        return
+    for message in completion:
+        if message["role"] not in ("assistant", "tool"):
+            bad_field(name, f"a turn by {message['role']!r} after the prompt", "assistant and tool turns")
+    if completion[-1]["role"] != "assistant":
+        bad_field(name, "a tool turn at the end", "an assistant turn at the end")
 
 
 def read_prompt(fields: Fields) -> Messages | str:
@@ -382,17 +383,17 @@ def _ranked(fields: Fields, name: str) -> Candidates:
         try:
             if (number := finite_number(score)) is None:
                 raise Unusable("bad_score", f"{name}[{i}]: found score {show(score)}; accepted: a finite number")
-            usable.append((f"{name}[{i}]", number, _completion(fields, f"{name}[{i}]", item)))
+            completion = _completion(fields, f"{name}[{i}]", item)
+            validate_completion(f"{name}[{i}]", completion, prompt)
+            usable.append((f"{name}[{i}]", number, completion))
         except Unusable as problem:
             problems.append(problem)
     if len(usable) < 2:
         raise problems[0]
-    if problems:
-        fields.skip_key(f"{name}[] without text or score")
     names, scores, completions = zip(*usable, strict=True)
     if not isinstance(prompt, str) or not all(isinstance(completion, str) for completion in completions):
         prompt, completions = _prompt_turns(prompt), tuple(map(_as_turns, completions))
-    return Candidates(prompt, completions, scores, names)
+    return Candidates(prompt, completions, scores, names, tuple(problems))
 
 
 def _unpaired(fields: Fields, label: str) -> Candidates:

@@ -6,13 +6,12 @@ Invalid records are returned as a ``Problem`` with reason and location. Independ
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from dpo_ray.config.schema import Examples
 from dpo_ray.data.fields import Fields, bad_field, check_placeholders
 from dpo_ray.data.formats import Part, Unusable, show
-from dpo_ray.data.layouts import PROMPT, Candidates, read_candidates, read_prompt, validate_completions
+from dpo_ray.data.layouts import PROMPT, Candidates, read_candidates, read_prompt, validate_completion
 from dpo_ray.data.sources import check_sources, expand_source, read_rows
 from dpo_ray.types import Messages
 
@@ -40,6 +39,10 @@ class PairRecord:
     unpaired: int = 0
     """0 for a pair; 1 for a desirable completion without a pair and -1 for an undesirable one, which is both chosen and
     rejected."""
+    names: tuple[str, str] = ("chosen", "rejected")
+    """Fields of chosen and rejected."""
+    left_out: tuple["Problem", ...] = ()
+    """Completions of the record that cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +78,9 @@ def read_pairs(
     """Yield the preference pairs or a problem per record of ``parts``, in order.
 
     Args:
-        examples: ``lists`` yields the pairs of neighbours of ranked lists, and the others completions without a pair,
-            a pair as two of them. Records of one completion are problems unless these are asked for.
+        examples: ``lists`` yields the completions of ranked lists, best first, each as chosen and as rejected;
+            ``unpaired`` completions without a pair, a pair as two of them. Records of one completion are problems
+            otherwise.
         pairs_per_prompt: largest number of pairs of a ranked list; the pairs with the largest difference of scores.
 
     Raises:
@@ -85,13 +89,28 @@ def read_pairs(
 
     def build(fields: Fields, source: str, number: int) -> Iterator[PairRecord]:
         candidates = read_candidates(fields)
-        validate_completions(candidates)
+        for name, completion in zip(candidates.names, candidates.completions, strict=True):
+            validate_completion(name, completion, candidates.prompt)
         tools, (prompt, system) = fields.tools(), _with_system(fields, candidates.prompt)
+        left_out = tuple(Problem(problem.reason, source, number, problem.detail) for problem in candidates.left_out)
         for i, j, label in _examples(candidates, examples, pairs_per_prompt):
             chosen, rejected = candidates.completions[i], candidates.completions[j]
             # Beside a completion without a pair stands none of this record.
-            numbers = (2 * i, 2 * i + 1) if label else (i, j)
-            yield PairRecord(prompt, chosen, rejected, source, number, tools, system, fields.unread(), numbers, label)
+            numbers, names = (2 * i, 2 * i + 1) if label else (i, j), (candidates.names[i], candidates.names[j])
+            yield PairRecord(
+                prompt,
+                chosen,
+                rejected,
+                source,
+                number,
+                tools,
+                system,
+                fields.unread(),
+                numbers,
+                label,
+                names,
+                left_out,
+            )
 
     check_sources(parts)
     return _read(parts, build)
@@ -147,7 +166,10 @@ def _examples(candidates: Candidates, examples: Examples, count: int) -> Iterato
             raise Unusable("unpaired", "one completion and a label, for loss.use: kto or bco; other losses take pairs")
         yield 0, 0, int(candidates.scores[0])
         return
-    pairs = list(pairwise(_ranking(candidates))) if examples == "lists" else _pairs(candidates, count)
+    if examples == "lists":
+        yield from ((i, i, 0) for i in _ranking(candidates))
+        return
+    pairs = _pairs(candidates, count)
     if unpaired:
         labels: dict[int, int] = {}
         for better, worse in pairs:

@@ -32,10 +32,12 @@ MEANINGS: Mapping[str, str] = {
     "unknown_token": "token without an embedding",
     "split_special_token": "special token split by the tokenizer",
     "unpaired": "one completion with a label",
+    "left_out": "pair or completion left out",
     "not_used": "fields not used",
     "carried": "fields carried along for judges",
     "strings_chat": "strings put into the chat template",
     "strings_raw": "strings used as written",
+    "special_in_text": "special token in text, trained on as written",
     "text_not_rendered": "text left out by the chat template",
     "boundary_moved": "prompt boundary moved by the tokenizer",
     "completion_cut": "completion truncated",
@@ -140,55 +142,42 @@ class DataReportBuilder:
     """Counts records as they are read."""
 
     def __init__(self) -> None:
-        self.kept = self.examples = 0
+        self.read = self.kept = self.examples = 0
         self._last: tuple[str, int] | None = None
-        self._last_kept = False
         self._noted: set[str] = set()  # notes on the last record
         self._dropped: dict[str, Tally] = {}
         self._notes: dict[str, Tally] = {}
         self._unread: Counter[str] = Counter()
 
-    @property
-    def read(self) -> int:
-        """Number of records counted so far."""
-        return self.kept + sum(tally.count for tally in self._dropped.values())
-
     def drop(self, problem: Problem) -> None:
-        """Count a dropped record, or a dropped pair of a record of which others were kept."""
-        last, self._last = self._last, (problem.source, problem.number)
-        if last == self._last:
-            if self._last_kept:
-                detail = f"{MEANINGS.get(problem.reason, problem.reason)}: {problem.detail}"
-                _add(self._notes, "pair_dropped", Tally(1, (Example(problem.source, problem.number, detail),)))
-            return
-        self._last_kept = False
-        self._noted.clear()
+        """Count a dropped record."""
+        self.read += 1
         _add(self._dropped, problem.reason, Tally(1, (Example(problem.source, problem.number, problem.detail),)))
 
     def keep(self, source: str, number: int, notes: Sequence[tuple[str, str]] = (), unread: Sequence[str] = ()) -> None:
         """Count a pair or prompt of a kept record; and the record, the notes on it and its fields that were not read.
 
-        The pairs of a record follow each other; the record and each kind of note on it count once.
+        The pairs of a record follow each other; the record and each kind of note on it count once, except that every
+        pair or completion left out counts.
 
         Args:
             notes: reason and detail of each.
         """
         self.examples += 1
-        again, self._last = self._last == (source, number), (source, number)
-        if not again:
-            self._noted.clear()
-        if not again or not self._last_kept:
+        if self._last != (source, number):
+            self._last, self._noted = (source, number), set()
+            self.read += 1
             self.kept += 1
             self._unread.update(unread)
-        self._last_kept = True
         for note, detail in notes:
-            if note not in self._noted:
+            if note not in self._noted or note == "left_out":
                 self._noted.add(note)
                 _add(self._notes, note, Tally(1, (Example(source, number, detail),)))
 
     def add(self, other: "DataReportBuilder") -> None:
         """Add the counts of another builder, whose records follow."""
-        self.kept, self.examples = self.kept + other.kept, self.examples + other.examples
+        self.read, self.kept = self.read + other.read, self.kept + other.kept
+        self.examples += other.examples
         self._unread.update(other._unread)
         for tallies, added in ((self._dropped, other._dropped), (self._notes, other._notes)):
             for reason, tally in added.items():

@@ -5,13 +5,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dpo_ray.types import Messages
+from dpo_ray.types import Message, Messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SPECIAL_TOKEN = re.compile(r"<\|[^|<>\s]{1,40}\|>")
-"""The spelling of a special token."""
+SPECIAL_TOKEN = re.compile(r"<\|[^|<>\s]{1,40}\|>|<\uff5c[^\uff5c<>\s]{1,40}\uff5c>|<(?:start|end)_of_turn>")
+"""The spelling of a special token: those of most models, DeepSeek's and Gemma's."""
+FOREIGN_SPECIAL_TOKEN = re.compile(rf"{SPECIAL_TOKEN.pattern}|<s>(?=\s*\[INST\])|</s>(?=\s*\Z)")
+"""The spelling of a special token that may be none of the tokenizer's; elsewhere in a text, <s> and </s> are HTML."""
 
 
 class ChatTemplateError(ValueError):
@@ -107,30 +109,67 @@ def unrendered_texts(
     tokenizer: "PreTrainedTokenizerBase",
     tools: Sequence[Mapping[str, Any]] = (),
     **how: Any,
-) -> Iterator[str]:
+) -> list[str]:
     """Names of the parts of a conversation that its rendered ``text`` lacks.
 
-    A content is looked for in the text, white space and the tags of reasoning aside. The other parts are left out of
-    the conversation, and count as rendered if that changes the text. ``how`` has the arguments of ``render``.
+    A content is looked for in the text, white space and the tags of reasoning aside. The other parts are replaced by
+    markers, all at once; a part whose marker is not rendered counts as rendered if the text changes without it.
+    ``how`` has the arguments of ``render``.
     """
 
-    def changes(other: Messages, other_tools: Sequence[Mapping[str, Any]]) -> bool:
+    def is_same(*conversation: Any) -> bool:
         try:
-            return render(other, tokenizer, other_tools, **how) != text
+            return render(conversation[0], tokenizer, conversation[1], **how) == text
         except ValueError:
-            return True
+            return False
 
     squeezed = "".join(text.split())
-    for i, (message, name) in enumerate(zip(messages, names, strict=True)):
-        pieces = re.split(r"</?think>", message["content"] or "")
-        if not all("".join(piece.split()) in squeezed for piece in pieces):
-            yield f"{name}.content"
-        for key in ("reasoning_content", "thinking", "name", "tool_calls"):
-            without = {other: value for other, value in message.items() if other != key}
-            if key in message and not changes((*messages[:i], without, *messages[i + 1 :]), tools):
-                yield f"{name}.{key}"
-    if tools and not changes(messages, ()):
-        yield "tools"
+    lost = [
+        f"{name}.content"
+        for message, name in zip(messages, names, strict=True)
+        for piece in re.split(r"</?think>", message["content"] or "")
+        if "".join(piece.split()) not in squeezed
+    ]
+    parts = [(i, key) for i, message in enumerate(messages) for key in _MARKED_KEYS if key in message]
+    if parts:
+        try:
+            marked = render(tuple(_marked(message, i) for i, message in enumerate(messages)), tokenizer, tools, **how)
+        except ValueError:
+            marked = ""
+        parts = [
+            (i, key)
+            for i, key in parts
+            if marked.count(_marker(i, key)) < (len(messages[i][key]) if key == "tool_calls" else 1)
+        ]
+    if parts and not is_same(_without(messages, parts), tools):
+        parts = [part for part in parts if is_same(_without(messages, [part]), tools)]
+    lost += [f"{names[i]}.{key}" for i, key in parts]
+    return [*dict.fromkeys(lost), *(["tools"] if tools and is_same(messages, ()) else [])]
+
+
+_MARKED_KEYS = ("reasoning_content", "thinking", "name", "tool_calls")
+
+
+def _marker(i: int, key: str) -> str:
+    return f"[marker {i} {key}]"
+
+
+def _marked(message: Message, i: int) -> Message:
+    """The message with markers for its parts other than the content; of a call, for its name."""
+    marked = {key: _marker(i, key) if key in _MARKED_KEYS else value for key, value in message.items()}
+    if "tool_calls" in message:
+        name = {"name": _marker(i, "tool_calls")}
+        marked["tool_calls"] = [
+            call | ({"function": call["function"] | name} if isinstance(call.get("function"), dict) else name)
+            for call in message["tool_calls"]
+        ]
+    return marked
+
+
+def _without(messages: Messages, parts: Sequence[tuple[int, str]]) -> Messages:
+    return tuple(
+        {key: value for key, value in message.items() if (i, key) not in parts} for i, message in enumerate(messages)
+    )
 
 
 def probe_texts(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:

@@ -4,18 +4,21 @@ Prompt and completion are tokenised as one text and split afterwards, so that th
 would generate. Independent of files.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, TypeVar
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from dpo_ray.config import Config
 from dpo_ray.config.schema import DataConfig, Examples
 from dpo_ray.data.layouts import transcript_turns
-from dpo_ray.data.records import PairRecord, Problem, PromptRecord
+from dpo_ray.data.loss_mask import LostTurn, common_prefix, mask_other_turns
+from dpo_ray.data.records import PairRecord, Problem, PromptRecord, Tools
 from dpo_ray.data.template import (
+    FOREIGN_SPECIAL_TOKEN,
     SPECIAL_TOKEN,
     ChatTemplateError,
     probe_texts,
@@ -48,6 +51,8 @@ class TokenizedPrompt:
     notes: tuple[tuple[str, str], ...] = ()
 
 
+Noted = dict[str, dict[str, None]]
+"""Details of the notes on a record by reason, each once."""
 AnyRecord = TypeVar("AnyRecord", PairRecord, PromptRecord)
 Tokenized = TypeVar("Tokenized", TokenizedPair, TokenizedPrompt)
 
@@ -79,6 +84,8 @@ class RecordTokenizer:
         added = tokenizer.added_tokens_decoder
         self.special = {*tokenizer.all_special_ids, *(id for id, token in added.items() if token.special)}
         self.special_texts = [*filter(None, map(str, tokenizer.convert_ids_to_tokens(sorted(self.special))))]
+        spellings = *map(re.escape, sorted(self.special_texts, key=len, reverse=True)), FOREIGN_SPECIAL_TOKEN.pattern
+        self._markers = re.compile("|".join(spellings))
         whole, open_ended = probe_texts(tokenizer)
         self.end_of_turn = next((token for token in reversed(self._ids(whole)) if token in self.special), None)
         """The last special token that the chat template writes after an answer."""
@@ -119,33 +126,31 @@ class RecordTokenizer:
 
     def _prompt(self, record: PromptRecord) -> TokenizedPrompt:
         messages, treatment = self._conversation(record, record.prompt)
-        unrendered: list[str] = []
+        noted: Noted = {}
         if messages is None:
             assert isinstance(record.prompt, str)
             messages, ids = ({"role": "user", "content": record.prompt},), self._with_bos(record.prompt)
         else:
-            text, names = (
-                render(messages, self.tokenizer, record.tools, answer_follows=True),
-                _names("prompt", messages),
-            )
-            unrendered += unrendered_texts(text, messages, names, self.tokenizer, record.tools, answer_follows=True)
+            text = render(messages, self.tokenizer, record.tools, answer_follows=True)
+            self._check_texts(text, messages, _names("prompt", messages), record.tools, noted, answer_follows=True)
             ids = self._ids(text)
         self._check_limits({"prompt": ids}, len(ids), 0)
-        return TokenizedPrompt(tuple(ids), messages, (*_treated(treatment), *_unrendered(unrendered)))
+        return TokenizedPrompt(tuple(ids), messages, (*_treated(treatment), *_notes(noted)))
 
     def _pair(self, record: PairRecord) -> TokenizedPair:
         prompt, treatment = self._conversation(record, record.prompt, record.chosen, record.rejected)
-        unrendered: list[str] = []
+        noted: Noted = {}
         if prompt is None:
             prompt_ids, with_chosen, with_rejected = self._encode_strings(record)
         else:
             prompt_ids = self._ids(render(prompt, self.tokenizer, record.tools, answer_follows=True))
-            with_chosen, with_rejected = (
-                self._encode_conversation(record, prompt, name, unrendered) for name in ("chosen", "rejected")
-            )
+            with_chosen = self._encode_conversation(record, prompt, record.chosen, record.names[0], noted)
+            with_rejected = with_chosen
+            if record.rejected != record.chosen:
+                with_rejected = self._encode_conversation(record, prompt, record.rejected, record.names[1], noted)
 
         # As in TRL's DPOTrainer: a template may render a prompt alone differently than before a completion.
-        start = min(_common_prefix(prompt_ids, with_chosen), _common_prefix(prompt_ids, with_rejected))
+        start = min(common_prefix(prompt_ids, with_chosen), common_prefix(prompt_ids, with_rejected))
         if not start:
             raise _Drop("empty_prompt", f"none of the prompt's {len(prompt_ids)} tokens precede both completions")
 
@@ -154,15 +159,15 @@ class RecordTokenizer:
         chosen, rejected = (ids[:limit] for ids in whole)
         removed = len(whole[0]) - len(chosen), len(whole[1]) - len(rejected)
         self._check_limits(
-            {"prompt": prompt_ids[:start], "chosen": chosen, "rejected": rejected},
+            {"prompt": prompt_ids[:start], record.names[0]: chosen, record.names[1]: rejected},
             start,
             max(len(chosen), len(rejected)),
         )
-        for name, completion in (("chosen", chosen), ("rejected", rejected)):
+        for name, completion in zip(record.names, (chosen, rejected), strict=True):
             if not any(token >= 0 for token in completion):
                 raise _Drop("completion_emptied", f"{name}: the completion has no tokens after the prompt")
         same = [token for token in chosen if token >= 0] == [token for token in rejected if token >= 0]
-        if same and not record.unpaired:
+        if same and record.rejected != record.chosen:
             if any(removed):
                 raise _Drop("identical_after_truncation", f"data.max_completion_tokens is {limit}")
             raise _Drop("identical", "chosen and rejected have the same tokens with loss")
@@ -177,7 +182,7 @@ class RecordTokenizer:
         }
         pair = TokenPair(tuple(prompt_ids[:start]), tuple(chosen), tuple(rejected), record.unpaired)
         applying = tuple((note, "") for note, applies in notes.items() if applies)
-        return TokenizedPair(pair, (*_treated(treatment), *applying, *_unrendered(unrendered)), removed)
+        return TokenizedPair(pair, (*_treated(treatment), *applying, *_notes(noted)), removed)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens and tokens without loss included."""
@@ -234,10 +239,9 @@ class RecordTokenizer:
     # ------------------------------------------------------------------------------------------------- conversations
 
     def _encode_conversation(
-        self, record: PairRecord, prompt: Messages, name: Literal["chosen", "rejected"], unrendered: list[str]
+        self, record: PairRecord, prompt: Messages, completion: Messages | str, name: str, noted: Noted
     ) -> list[int]:
         """Token ids of the prompt with a completion; those of tool turns are stored as ``~id``."""
-        completion = getattr(record, name)
         if isinstance(completion, str):
             transcript = isinstance(record.prompt, str) and transcript_turns(record.prompt)
             begun = prompt[-1]["role"] == "assistant"
@@ -251,38 +255,34 @@ class RecordTokenizer:
             del names[len(prompt)]
         messages = (*prompt, *completion)
         text = render(messages, self.tokenizer, record.tools)
-        lost = unrendered_texts(text, messages, names, self.tokenizer, record.tools)
-        unrendered += [field for field in lost if field not in unrendered]
+        self._check_texts(text, messages, names, record.tools, noted)
         ids = self._ids(text)
-        return self._mask_tools(ids, messages, len(prompt), record) if len(completion) > 1 else ids
+        if len(completion) == 1:
+            return ids
 
-    def _mask_tools(self, ids: list[int], messages: Messages, prompt_turns: int, record: PairRecord) -> list[int]:
-        """Token ids; the completion's tokens outside assistant turns become ``~id``."""
-        masked: list[int] = []
-        for i in range(prompt_turns, len(messages)):
-            if messages[i]["role"] == "assistant":
-                before = messages[:i]
-                # The turn starts after the generation prompt, which follows every turn but an assistant turn.
-                follows = before[-1]["role"] != "assistant"
-                starts = self._ids(render(before, self.tokenizer, record.tools, answer_follows=follows))
-                start, end = _common_prefix(starts, ids), self._end_of_turn(ids, messages, i, record)
-                between = ids[len(masked) : start]
-                masked += [*([~token for token in between] if masked else between), *ids[start:end]]
-        return masked + [~token for token in ids[len(masked) :]]
+        def encode(messages: Messages, *, answer_follows: bool = False) -> list[int]:
+            return self._ids(render(messages, self.tokenizer, record.tools, answer_follows=answer_follows))
 
-    def _end_of_turn(self, ids: list[int], messages: Messages, i: int, record: PairRecord) -> int:
-        """Number of ids up to the end of the i-th turn, with its end-of-turn token."""
-        ends = self._ids(render(messages[: i + 1], self.tokenizer, record.tools))
-        end = _common_prefix(ends, ids)
-        if end == len(ends) or i + 1 == len(messages):
-            return end
-        # The template renders a last turn otherwise: the turn ends at the last end-of-turn token before the next text.
-        altered = (*messages[: i + 1], {**messages[i + 1], "content": "\x00"})
-        following = _common_prefix(self._ids(render(altered, self.tokenizer, record.tools)), ids)
-        positions = [n for n in range(end, following) if ids[n] == self.end_of_turn]
-        if not positions:
-            raise _Drop("loss_mask", f"the chat template rewrites turn {i} of the conversation when others follow")
-        return positions[-1] + 1
+        try:
+            return mask_other_turns(ids, messages, len(prompt), encode, self.end_of_turn)
+        except LostTurn as error:
+            raise _Drop("loss_mask", str(error)) from None
+
+    def _check_texts(
+        self, text: str, messages: Messages, names: Sequence[str], tools: Tools, noted: Noted, **how: Any
+    ) -> None:
+        """Note the parts of a conversation that the template leaves out, and special tokens written in the others."""
+        lost = unrendered_texts(text, messages, names, self.tokenizer, tools, **how)
+        for name in lost:
+            noted.setdefault("text_not_rendered", {})[name] = None
+        parts = {
+            f"{name}.{key}": message[key] for message, name in zip(messages, names, strict=True) for key in message
+        }
+        for name, value in (parts | {"tools": tools}).items():
+            markers = dict.fromkeys(self._markers.findall(str(value)) if name not in lost else ())
+            for reason, is_own in (("special_in_text", True), ("split_special_token", False)):
+                if found := [marker for marker in markers if (len(self._ids(marker)) == 1) == is_own]:
+                    noted.setdefault(reason, {})[f"{name}: {' '.join(found)}"] = None
 
     # -------------------------------------------------------------------------------------------------------- limits
 
@@ -342,15 +342,8 @@ def _treated(treatment: str | None) -> tuple[tuple[str, str], ...]:
     return ((f"strings_{treatment}", ""),) if treatment else ()
 
 
-def _unrendered(fields: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    return (("text_not_rendered", ", ".join(fields)),) if fields else ()
-
-
-def _common_prefix(ids: Sequence[int], other: Sequence[int]) -> int:
-    for i, (token, other_token) in enumerate(zip(ids, other, strict=False)):
-        if token != other_token:
-            return i
-    return min(len(ids), len(other))
+def _notes(noted: Noted) -> Iterator[tuple[str, str]]:
+    return ((reason, ", ".join(details)) for reason, details in noted.items())
 
 
 def _has_double(ids: Sequence[int], token: int | None) -> bool:

@@ -78,15 +78,13 @@ def test_a_data_set_without_usable_records_is_rejected():
         counts.build(np.empty((0, 3))).check(strict=False)
 
 
-def test_a_record_counts_once_however_many_pairs_it_becomes():
+def test_a_record_counts_once_however_many_pairs_it_becomes_and_every_pair_that_is_left_out():
     counts = DataReportBuilder()
-    for number in (1, 1, 2):
-        counts.keep("f", number, [("completion_cut", "")])
-    counts.drop(Problem("identical", "f", 2, "both are red"))
-    counts.drop(Problem("identical", "f", 3, ""))
-    counts.drop(Problem("identical", "f", 3, ""))
+    counts.keep("f", 1, [("completion_cut", ""), ("left_out", "a"), ("left_out", "b")])
+    counts.keep("f", 1, [("completion_cut", "")])
+    counts.drop(Problem("identical", "f", 2, ""))
+    counts.keep("f", 3, [("completion_cut", "")])
     report = counts.build(np.ones((3, 3), np.int64))
     assert (report.read, report.kept, report.examples) == (3, 2, 3)
-    assert {reason: tally.count for reason, tally in report.notes.items()} == {"completion_cut": 2, "pair_dropped": 1}
-    assert report.dropped["identical"].count == 1
+    assert {reason: tally.count for reason, tally in report.notes.items()} == {"completion_cut": 2, "left_out": 2}
     assert "3 records read, 2 kept as 3 pairs or completions, 1 dropped" in report.text()

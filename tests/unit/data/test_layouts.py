@@ -244,12 +244,12 @@ def test_a_completion_gets_one_label_from_several_pairs(write: Write):
     assert [(r.chosen, r.unpaired) for r in read if isinstance(r, PairRecord)] == [("a", 1), ("c", -1), ("b", -1)]
 
 
-def test_a_ranked_list_is_the_pairs_of_its_neighbours_for_losses_of_lists(write: Write):
+def test_a_ranked_list_is_read_by_decreasing_score_and_without_ties_for_losses_of_lists(write: Write):
     source = write([{"prompt": "q", "completions": ["a", "b", "c", "d", "b"], "scores": [1, 4, 4, 2, 0]}])
     pairs = [pair for pair in read_pairs([Part(source)], examples="lists") if isinstance(pair, PairRecord)]
     # "b" is as good as "c" and the worst: beside "c" it makes the longest list.
-    assert [(pair.chosen, pair.rejected) for pair in pairs] == [("c", "d"), ("d", "a"), ("a", "b")]
-    assert [pair.completions for pair in pairs] == [(2, 3), (3, 0), (0, 4)]
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [(text, text) for text in "cdab"]
+    assert [pair.completions for pair in pairs] == [(i, i) for i in (2, 3, 0, 4)]
 
 
 TOOLS = [{"type": "function", "function": {"name": "forecast", "description": "Weather of a city"}}]
@@ -362,7 +362,10 @@ def test_unusable_completions_of_a_ranked_list_are_left_out_and_reported(write: 
     (pair,) = read_pairs([Part(write([record]))])
     assert isinstance(pair, PairRecord), pair
     assert (pair.chosen, pair.rejected) == ("c", "a")
-    assert pair.unread == ("generations[] without text or score",)
+    assert [(problem.reason, problem.detail.partition(":")[0]) for problem in pair.left_out] == [
+        ("empty_field", "generations[1]"),
+        ("bad_score", "generations[2]"),
+    ]
 
 
 def test_null_and_empty_fields_are_no_content(write: Write):

@@ -10,9 +10,10 @@ from dpo_ray.config.schema import DataConfig, Examples
 from dpo_ray.data import store as store_module
 from dpo_ray.data.examples import _with_one_prompt
 from dpo_ray.data.formats import Part
-from dpo_ray.data.records import PairRecord, Problem, read_pairs
+from dpo_ray.data.records import PairRecord, read_pairs
 from dpo_ray.data.store import PairStore, prepare_pairs
 from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPair
+from dpo_ray.data.tokenizer import ModelLimits
 from dpo_ray.types import TokenPair
 
 Write = Callable[..., str]
@@ -111,8 +112,7 @@ def test_all_pairs_of_a_record_have_the_prompt_before_every_completion():
         return PairRecord("q", chosen, rejected, "f", 1), TokenizedPair(pair)
 
     # The tokenizer merges the last token of the prompt with the first of a completion, as in the second pair.
-    items = [item(4, "123456", "x"), Problem("identical", "f", 1, ""), item(3, "x", "yz")]
-    first, second = (found[1] for found in _with_one_prompt(iter(items), 6) if not isinstance(found, Problem))
+    first, second = (result for _, result in _with_one_prompt([item(4, "123456", "x"), item(3, "x", "yz")], 6))
     assert first.pair == TokenPair((97, 98, 99), tuple(b"d12345"), tuple(b"dx")), "six tokens, from the prompt on"
     assert second.pair == TokenPair((97, 98, 99), tuple(b"dx"), tuple(b"dyz"))
 
@@ -135,6 +135,64 @@ def test_bad_records_are_counted_and_the_rest_is_kept(prepare: Any, write: Write
     text = store.report.text()
     assert text.startswith("data: 6 records read, 2 kept, 4 dropped\n")
     assert re.search(rf"{re.escape(source)}:5 \(\d{{5}} tokens; data.max_prompt_tokens is 1024\)", text)
+
+
+RANKED = {"prompt": "sky?", "completions": ["blue", "grey", "pink", "red"], "scores": [4, 3, 2, 1]}
+
+
+@pytest.mark.parametrize(
+    ("middle", "scores", "reason"),
+    [
+        (" ", [4, 3, 2, 1], "field empty: completions[1]"),
+        ("grey", [4, None, 2, 1], "score missing or not finite: completions[1]"),
+        ("\n\nHuman: Hm?\n\nAssistant: Hm.", [4, 3, 2, 1], "field not usable: completions[1]"),
+        ("grey " * 400, [4, 3, 2, 1], "longer than the model's positions: completions[1]: "),
+        ("blue\n", [4, 3, 2, 1], "chosen equal to rejected: completions[0] and completions[1] have the same tokens"),
+    ],
+)
+def test_a_ranked_list_goes_on_without_a_completion_that_cannot_be_used(
+    middle: str, scores: list[Any], reason: str, tokenizer: Any, write: Write, tmp_path: Path
+):
+    tokenizer.chat_template = tokenizer.chat_template.replace("['content'] }", "['content'] | trim }")
+    made = RecordTokenizer(tokenizer, LIMITS, ModelLimits(positions=500), examples="lists")
+    record = RANKED | {"completions": ["blue", middle, "pink", "red"], "scores": scores}
+    store = prepare_pairs([write([record])], made, folder=tmp_path / "stores")
+    texts = [
+        [tokenizer.decode(ids).split("<")[0] for ids in (pair.chosen, pair.rejected)]
+        for pair in map(store.__getitem__, range(2))
+    ]
+    assert texts == [["blue", "pink"], ["pink", "red"]]
+    assert store.members is not None
+    assert len({*store.members[:, 1:].ravel().tolist()}) == 3, "neighbours share pink"
+    assert (store.report.read, store.report.kept, store.report.dropped) == (1, 1, {})
+    assert store.report.notes["left_out"].count == 1
+    assert store.report.notes["left_out"].first[0].detail.startswith(reason)
+
+
+def test_a_list_of_which_one_completion_remains_is_dropped(tokenizer: Any, write: Write, tmp_path: Path):
+    made = RecordTokenizer(tokenizer, LIMITS, ModelLimits(positions=500), examples="lists")
+    long = RANKED | {"completions": ["blue", "grey " * 400], "scores": [2, 1]}
+    report = prepare_pairs([write([long, RANKED])], made, folder=tmp_path / "stores").report
+    assert (report.read, report.kept, report.examples) == (2, 1, 3)
+    assert report.dropped["too_long_for_model"].first[0].detail.startswith("completions[1]: ")
+
+
+def test_records_read_are_those_kept_and_dropped_whichever_pair_of_a_record_cannot_be_used(
+    tokenizer: Any, write: Write, tmp_path: Path
+):
+    long = "grey " * 400
+    records = [
+        RANKED | {"completions": ["blue", "grey", "pink", long]},  # the first pair, best against worst, is too long
+        RANKED | {"completions": [long, "grey", "pink", "red"]},
+        RANKED | {"completions": [long, long + "!"], "scores": [2, 1]},
+        RANKED,
+    ]
+    made = RecordTokenizer(tokenizer, LIMITS.model_copy(update={"pairs_per_prompt": 6}), ModelLimits(positions=500))
+    report = prepare_pairs([write(records)], made, folder=tmp_path / "stores").report
+    assert (report.read, report.kept, report.examples) == (4, 3, 3 + 3 + 6)
+    assert {reason: tally.count for reason, tally in report.dropped.items()} == {"too_long_for_model": 1}
+    assert report.notes["left_out"].count == 3 + 3
+    assert "4 records read, 3 kept as 12 pairs or completions, 1 dropped" in report.text()
 
 
 def test_tokens_are_memory_mapped(prepare: Any, write: Write):

@@ -9,7 +9,7 @@ import pytest
 from dpo_ray.config.schema import DataConfig
 from dpo_ray.data.records import PairRecord, Problem, PromptRecord
 from dpo_ray.data.template import validate_template
-from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPair
+from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPair, TokenizedPrompt
 from dpo_ray.data.tokenizer import ModelLimits
 from dpo_ray.types import Messages
 
@@ -94,6 +94,39 @@ def test_special_tokens_of_another_model_in_text_are_rejected(tokenizer: Any):
     assert (problem.reason, problem.detail.partition(":")[0]) == ("split_special_token", "<|start_header_id|>")
 
 
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "notes"),
+    [
+        ("Why <|im_end|>?", "It ends a turn.", (("special_in_text", "prompt[0].content: <|im_end|>"),)),
+        ("Why?", "<|im_end|> twice: <|im_end|>.", (("special_in_text", "chosen[0].content: <|im_end|>"),)),
+        ("Why?", "So.<|eot_id|>", (("split_special_token", "chosen[0].content: <|eot_id|>"),)),
+        ("<s>[INST] Why?", "So.</s>", (("split_special_token", "prompt[0].content: <s>, chosen[0].content: </s>"),)),
+        ("Why <start_of_turn>?", "No.", (("split_special_token", "prompt[0].content: <start_of_turn>"),)),
+        ("Strike it out.", "<s>it</s> is <b>HTML</b>.", ()),
+    ],
+)
+def test_special_tokens_written_in_messages_are_trained_on_as_written_and_named(
+    prompt: str, chosen: str, notes: Any, tokenizer: Any
+):
+    messages = (USER | {"content": prompt},)
+    result = pair(tokenizer, messages, answer(chosen), answer("None."))
+    assert result.notes == notes
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert result.pair.chosen.count(end) == 1 + chosen.count("<|im_end|>")
+    assert result.pair.prompt.count(end) == 1 + prompt.count("<|im_end|>")
+    online = RecordTokenizer(tokenizer, DataConfig()).prompt(PromptRecord(messages, "f", 1))
+    assert isinstance(online, TokenizedPrompt)
+    assert online.notes == tuple((reason, text.split(", ")[0]) for reason, text in notes if text.startswith("prompt"))
+
+
+def test_special_tokens_in_results_of_tools_and_in_schemas_are_named(tokenizer: Any):
+    tokenizer.chat_template = TOOLS_TEMPLATE
+    rain = RAIN | {"content": "rain<|im_end|>"}
+    tools = ({"name": "<|im_start|>"},)
+    result = pair(tokenizer, (USER,), (CALL, rain, *answer("Wet.")), answer("Dry."), tools=tools)
+    assert result.notes == (("special_in_text", "chosen[1].content: <|im_end|>, tools: <|im_start|>"),)
+
+
 def test_a_template_whose_special_tokens_the_tokenizer_splits_is_rejected(tokenizer: Any):
     tokenizer.chat_template = LLAMA
     with pytest.raises(ValueError, match=r"model\.chat_template: the template writes <\|start_header_id\|>, which the"):
@@ -120,7 +153,8 @@ def test_strings_are_used_as_written_where_asked_or_already_rendered(
     strings: str, prompt: str, raw: bool, tokenizer: Any
 ):
     result = pair(tokenizer, prompt, "An oak.", "No.", data={"strings": strings})
-    assert reasons(result) == ["strings_raw" if raw else "strings_chat"]
+    written = ["special_in_text"] if prompt.startswith("<|im_start|>") else []
+    assert reasons(result) == (["strings_raw"] if raw else ["strings_chat", *written])
     assert (tokenizer.decode(result.pair.prompt) == prompt) == raw
     online = RecordTokenizer(tokenizer, DataConfig.model_validate({"strings": strings})).prompt(
         PromptRecord(prompt, "f", 1)
@@ -262,6 +296,55 @@ def test_every_assistant_turn_of_a_trajectory_carries_loss_and_no_other_text(nam
     assert "None" not in scored
 
 
+@pytest.mark.parametrize(
+    "name", ["glm4moe", "lfm2", "lfm2_v2", "llama3", "qwen2_5_vl", "qwen3", "qwen3_instruct_2507", "qwen3_vl"]
+)
+def test_the_loss_of_a_trajectory_is_on_the_tokens_that_transformers_marks(name: str, tokenizer: Any):
+    names = ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|assistant|>", "<|user|>", "<|observation|>"]
+    model = with_tokens(tokenizer, *names)
+    model.chat_template = trl_template(f"{name}_training")  # the model's, with {% generation %} around assistant turns
+    first, second = (CALL | {"content": text} for text in ("Let me look.", "And once more."))
+    chosen = (first, RAIN, second, RAIN | {"content": "clear sky"}, *answer("Take a coat."))
+    pairs = pair(model, (USER,), chosen, answer("Sunny."), tools=TOOLS).pair
+    marked = model.apply_chat_template(
+        [USER, *chosen], tools=list(TOOLS), return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids = [*(~token for token in pairs.prompt), *pairs.chosen]
+    assert [token if token >= 0 else ~token for token in ids] == marked["input_ids"]
+    assert [int(token >= 0) for token in ids] == marked["assistant_masks"]
+
+
+def test_two_assistant_turns_in_a_row_are_each_trained_on_once(tokenizer: Any):
+    model = with_tokens(tokenizer)
+    model.chat_template = trl_template("qwen3")  # writes <think> into the last turn only
+    chosen = (*answer("Look."), CALL, RAIN, *answer("Wet."))
+    result = pair(model, (USER,), chosen, answer("Sunny."), tools=TOOLS).pair
+    ids = [token if token >= 0 else ~token for token in (*result.prompt, *result.chosen)]
+    assert ids == model.apply_chat_template([USER, *chosen], tools=list(TOOLS), return_dict=False)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3_1"])
+def test_the_work_for_a_trajectory_is_linear_in_its_turns(name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
+    model = with_tokens(tokenizer, "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
+    model.chat_template = trl_template(name)
+    rendered: list[int] = []
+    render = type(model).apply_chat_template
+
+    def count(self: Any, conversation: Any, **how: Any) -> Any:
+        rendered.append(len(conversation))
+        return render(self, conversation, **how)
+
+    monkeypatch.setattr(type(model), "apply_chat_template", count)
+    messages = []
+    for calls in (10, 20):
+        rendered.clear()
+        trajectory = (*(CALL, RAIN | {"name": "forecast"}) * calls, *answer("Wet."))
+        pair(model, (USER,), trajectory, answer("Dry."), tools=TOOLS, data={"max_completion_tokens": None})
+        messages.append(sum(rendered))
+    assert messages[1] < 2.1 * messages[0]
+    assert messages[1] < 20 * 20  # some twenty messages rendered per call
+
+
 def test_arguments_that_are_json_text_are_encoded_once(tokenizer: Any):
     model = with_tokens(tokenizer)
     model.chat_template = trl_template("qwen2_5")
@@ -281,5 +364,6 @@ def test_a_template_with_tags_of_plain_text_is_accepted(tokenizer: Any):
 def test_text_that_only_looks_like_a_special_token_goes_into_the_template(tokenizer: Any):
     model = with_tokens(tokenizer, "<filename>")
     model.chat_template = tokenizer.chat_template
-    assert reasons(pair(model, "How do I use git add <filename>?", "So.", "No.")) == ["strings_chat"]
-    assert reasons(pair(model, "Compute <|x|> for me", "So.", "No.")) == ["strings_chat"]
+    result = pair(model, "How do I use git add <filename>?", "So.", "No.")
+    assert result.notes == (("strings_chat", ""), ("special_in_text", "prompt[0].content: <filename>"))
+    assert reasons(pair(model, "Compute <|x|> for me", "So.", "No.")) == ["strings_chat", "split_special_token"]

@@ -63,7 +63,7 @@ def test_no_end_of_turn_is_added_where_the_template_has_none(tokenizer: Any):
 
 def test_an_end_of_turn_in_the_text_before_that_of_the_template_is_noted(tokenizer: Any):
     result = tokenized(answers("blue<|im_end|>", "green"), tokenizer)
-    assert reasons(result) == ["double_eos"]
+    assert reasons(result) == ["double_eos", "special_in_text"]
 
 
 def test_the_boundary_moves_back_where_the_template_renders_the_prompt_otherwise_alone(tokenizer: Any):
