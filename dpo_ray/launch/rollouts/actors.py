@@ -8,19 +8,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from dpo_ray.config import Config
 from dpo_ray.launch.cluster import Cluster, same_node
+from dpo_ray.launch.command import TrainingFailed
 from dpo_ray.launch.rollouts.collector import CollectorActor
 from dpo_ray.launch.rollouts.fleet import FleetActor
 from dpo_ray.launch.rollouts.judge_actor import RemoteJudge, start_judges
+from dpo_ray.storage import error_summary
 from dpo_ray.types import Prompt
 
 logger = logging.getLogger(__name__)
 
 CALLS = 1000
 """Calls in progress per actor: most of them wait."""
+EARLY_S = 5.0
+"""Longest wait for judges to be built before the workers start: most are, and those that cannot be fail by then."""
 PING_INTERVAL_S = 10.0
 PING_TIMEOUT_S = 60.0
 CLOSE_TIMEOUT_S = 60.0
@@ -41,16 +45,17 @@ def rollout_actors(
     """Starts fleet, judges and collector, and shuts them down at the end. Engines start meanwhile.
 
     Raises:
-        ValueError: the judge cannot be built.
+        ValueError, TrainingFailed: the judge cannot be built.
     """
     plain = config.model_dump(mode="json")
     fleet = _start(FleetActor, plain, cluster)
     judges = start_judges(config)
     collector = _start(CollectorActor, plain, ray.put(prompts), ray.put(held_out), fleet, judges, status_actor)
     stop = threading.Event()
-    watch = threading.Thread(target=_watch, args=({"fleet": fleet, "collector": collector}, stop), daemon=True)
-    watch.start()
     try:
+        _raise_early_failure(judges)
+        watched = {"fleet": fleet, "collector": collector}
+        threading.Thread(target=_watch, args=(watched, stop), daemon=True).start()
         yield Rollouts(fleet, collector)
     finally:
         stop.set()
@@ -63,6 +68,19 @@ def _start(actor: type, *arguments: Any) -> Any:
         .options(num_cpus=0, max_restarts=-1, max_concurrency=CALLS, scheduling_strategy=same_node())
         .remote(*arguments)
     )
+
+
+def _raise_early_failure(judges: Sequence[RemoteJudge]) -> None:
+    """Raises the error of a judge that fails while it is built, if it fails soon; later the collector reports it."""
+    building = [judge.handle.ready.remote() for judge in judges]
+    done, _ = ray.wait(building, num_returns=len(building), timeout=EARLY_S)
+    for answer in done:
+        try:
+            ray.get(answer)
+        except RayTaskError as error:
+            if isinstance(error.cause, ValueError):
+                raise error.cause from None
+            raise TrainingFailed(f"the judge cannot be built: {error_summary(error.cause)}") from None
 
 
 def _watch(actors: dict[str, Any], stop: threading.Event) -> None:
