@@ -6,7 +6,7 @@ Defaults exist only here. ``--help`` prints the docstring under each key.
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, model_validator
 from pydantic_core import PydanticCustomError
 
 from dpo_ray.plugins import validate_name
@@ -479,10 +479,27 @@ class SamplingConfig(Section):
     """Cumulative probability of the tokens to sample from; 1 considers all tokens."""
     top_k: int = Field(0, ge=0)
     """Number of most likely tokens to sample from; 0 considers all tokens."""
+    min_p: float = Field(0.0, ge=0, le=1)
+    """Minimum probability of a token, relative to that of the most likely one; 0 considers all tokens."""
+    repetition_penalty: float = Field(1.0, gt=0)
+    """Penalty for tokens of the prompt and of the completion so far: above 1 discourages them, below 1 favors them."""
     max_tokens: int = Field(256, ge=1)
     """Maximum number of tokens to generate per completion."""
+    min_tokens: int = Field(0, ge=0)
+    """Number of tokens to generate before an end-of-turn token or one of stop_token_ids may be sampled."""
     stop: tuple[str, ...] = ()
     """Strings that stop generation, in addition to the model's end-of-turn token."""
+    stop_token_ids: tuple[NonNegativeInt, ...] = ()
+    """Token ids that stop generation, in addition to the model's end-of-turn token."""
+
+    @model_validator(mode="after")
+    def _validate_min_tokens(self) -> Self:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"online.sampling.min_tokens is {self.min_tokens}; it must be at most online.sampling.max_tokens, "
+                f"{self.max_tokens}"
+            )
+        return self
 
 
 class EngineConfig(Section):

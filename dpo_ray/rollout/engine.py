@@ -1,4 +1,4 @@
-"""What an engine is to the rest of the package: requests in, groups of completions out, weights between two steps.
+"""The engine protocol: requests in, groups of completions out, weight updates between two steps.
 
 Independent of vLLM and Ray: ``VLLMEngine`` is the real one, tests use fakes.
 """

@@ -1,46 +1,59 @@
-"""The rollout engine: vLLM in the process that builds it.
+"""The rollout engine: vLLM, fed and stepped by a thread of its own.
 
 Independent of Ray. vLLM is imported when an engine is built, so ``engine_environment`` works without it.
 """
 
+import asyncio
+import pickle
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dpo_ray.config.schema import EngineConfig, SamplingConfig
+from dpo_ray.rollout.engine import UNPUSHED, EngineStatus, Request
+from dpo_ray.rollout.stepping import Call, Job, Stepper
 from dpo_ray.types import Completion, CompletionGroup, Prompt
 
 if TYPE_CHECKING:
-    from vllm import RequestOutput, SamplingParams
+    from vllm import CompletionOutput, RequestOutput, SamplingParams
 
-UNPUSHED = -1
-"""Policy version of the weights that an engine loaded from disk, before the first push."""
 CPU_BATCH_TOKENS = 4096
 """Minimum limit of prompt tokens per step on a CPU."""
+CLOSE_S = 30.0
+"""Seconds to wait for the step in progress when an engine is closed."""
+FIRST, NORMAL = -1, 0
+"""vLLM's priorities: lower values go first."""
 
 
 class VLLMEngine:
-    """``vllm.LLM`` with its scheduler in this process. Not thread-safe.
+    """``vllm.LLM`` behind the ``Engine`` protocol.
 
-    The process needs ``engine_environment`` in its environment before it imports torch or vLLM.
+    One thread owns vLLM. Coroutines hand it requests, which join the running batch at the next step, and calls, which
+    run between two steps. The process needs ``engine_environment`` in its environment before it imports torch or vLLM.
 
     Args:
         model_path: hub id or Hugging Face directory.
         engine: vLLM's settings; ``engine.args`` override every other argument of ``vllm.LLM``.
         max_model_len: longest prompt plus completion, in tokens.
+        drain_updates: True if a weight update waits for all running requests; False if it waits for evaluation requests
+            only and the others continue with the new weights, their keys and values computed again.
         tensor_parallel: GPUs of this engine; 1 on a CPU.
         executor: ``ray`` runs the workers of several GPUs in this process's placement group, ``mp`` on the GPUs visible
             to this process.
         sleeps: True for an engine that shares its GPUs with another process.
         worker_extension: ``WeightSync.worker_extension``; None for an engine that never gets new weights.
         on_cpu: True for the CPU build of vLLM.
+        on_failure: called on the engine's thread if vLLM fails; every later call raises the exception.
 
     Example:
-        engine.start_update()
-        for bucket in buckets:
-            engine.load(bucket)
-        digest = engine.finish_update(version=3)
-        groups = engine.generate(prompts, sampling=sampling, candidates=4, seeds=seeds)   # policy_version 3
+        await engine.start_update()
+        for message in messages:
+            await engine.load(message)
+        digest = await engine.finish_update(version=3)
+        group = await engine.generate(request)   # last_version 3
     """
 
     def __init__(
@@ -50,16 +63,22 @@ class VLLMEngine:
         dtype: str,
         engine: EngineConfig,
         max_model_len: int,
+        drain_updates: bool = True,
         tensor_parallel: int = 1,
         executor: str = "ray",
         sleeps: bool = False,
         worker_extension: str | None = None,
         on_cpu: bool,
         seed: int = 0,
+        on_failure: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         from vllm import LLM
+        from vllm.v1.engine.core_client import InprocClient
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         self._update_open = self._asleep = False
+        self._drain_updates = drain_updates
+        self._version = UNPUSHED
         arguments: dict[str, Any] = {
             "model": model_path,
             "dtype": dtype,
@@ -67,9 +86,10 @@ class VLLMEngine:
             "seed": seed,
             "enforce_eager": is_eager(engine, on_cpu=on_cpu),
             "enable_prefix_caching": True,
+            "scheduling_policy": "priority",
             # "vllm" ignores temperature and nucleus of the model's generation config, but not its end-of-turn tokens.
             "generation_config": "vllm",
-            "disable_log_stats": True,
+            "disable_log_stats": False,
             "use_tqdm_on_load": False,
         }
         if on_cpu:
@@ -94,125 +114,164 @@ class VLLMEngine:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
             self._llm = LLM(**{**arguments, **engine.args})
+        core: Any = self._llm.llm_engine
+        self._statistics = core.logger_manager = Statistics()
+        self._in_process = isinstance(core.engine_core, InprocClient)
         self._max_model_len = self._llm.model_config.max_model_len
         self._llm.update_weight_version(str(UNPUSHED))
+        self._stepper = Stepper(core, fatal=(EngineDeadError,), on_failure=on_failure)
 
-    @property
-    def version(self) -> int:
-        """Policy version of the weights in use; ``UNPUSHED`` before the first push."""
-        return int(self._llm.get_weight_version())
+    async def generate(self, request: Request) -> CompletionGroup:
+        """Complete a prompt; see ``Engine.generate``.
 
-    def generate(
-        self, prompts: Sequence[Prompt], *, sampling: SamplingConfig, candidates: int, seeds: Sequence[int]
-    ) -> list[CompletionGroup]:
-        """Generate completions, one group per prompt, in the order of ``prompts``.
+        A stop string is not part of the text, but ``token_ids`` end with the token that completed it. While the engine
+        sleeps or is updated, requests wait.
+        """
+        prompt, sampling = request.prompt, request.sampling
+        self._require_room(prompt, sampling)
+        params = _sampling_params(request)
+        return await self._submit(
+            Job(
+                add=self._adder(prompt.token_ids, params, FIRST if request.evaluation else NORMAL),
+                read=partial(_completion_group, prompt, request.seed),
+                sequences=request.candidates,
+                pinned=request.evaluation,
+                deadline_s=request.deadline_s,
+            )
+        )
 
-        Args:
-            sampling: a stop string is not part of the text, but ``token_ids`` end with the token that completed it.
-            candidates: completions per prompt.
-            seeds: one per prompt; the i-th completion of a prompt uses its seed + i.
+    async def status(self) -> EngineStatus:
+        """The engine's status; answers at once, also during a long step."""
+        if self._stepper.error is not None:
+            raise self._stepper.error
+        progress, statistics = self._stepper.progress, self._statistics
+        running = min(statistics.running, progress.running)
+        return EngineStatus(
+            version=self._version,
+            running=running,
+            waiting=progress.running - running + progress.held,
+            generated_tokens=statistics.generated_tokens,
+            busy_s=progress.busy_s,
+            step_s=0.0 if progress.step_started is None else time.monotonic() - progress.step_started,
+            cache_hit_rate=statistics.cache_hits / max(statistics.cache_queries, 1),
+        )
+
+    async def token_logps(self, token_ids: Sequence[int]) -> list[float]:
+        """The model's log-probability of each token after the first, nats; sampling settings do not affect it.
 
         Raises:
-            ValueError: a prompt leaves no room for ``sampling.max_tokens``.
             RuntimeError: a weight update is unfinished, or the engine sleeps.
         """
-        self._require_ready()
-        longest = self._max_model_len - sampling.max_tokens
-        for prompt in prompts:
-            if (length := len(prompt.token_ids)) > longest:
-                raise ValueError(
-                    f"prompt {prompt.index} has {length} tokens; an engine of {self._max_model_len} tokens takes "
-                    f"at most {longest} beside {sampling.max_tokens} new ones; raise online.engine.max_model_len, or "
-                    "lower data.max_prompt_tokens to drop such prompts"
-                )
-        if not prompts:
-            return []
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts],
-            [_sampling_params(sampling, candidates, seed) for seed in seeds],
-            use_tqdm=False,
-        )
-        return [
-            _completion_group(prompt, output, seed)
-            for prompt, output, seed in zip(prompts, outputs, seeds, strict=True)
-        ]
-
-    def token_logps(self, token_ids: Sequence[int]) -> list[float]:
-        """The model's log-probability of each token after the first, nats; sampling settings do not affect it."""
         from vllm import SamplingParams
 
-        self._require_ready()
-        (output,) = self._llm.generate(
-            [{"prompt_token_ids": list(token_ids)}],
-            SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
-            use_tqdm=False,
-        )
-        prompt_logprobs: Any = output.prompt_logprobs  # requested, so only its first entry is None
-        return [logps[token].logprob for token, logps in zip(token_ids[1:], prompt_logprobs[1:], strict=True)]
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        job = Job(add=self._adder(token_ids, params, FIRST), read=partial(_token_logps, tuple(token_ids)), pinned=True)
+        await self._call(self._require_ready)
+        return await self._submit(job)
 
-    def sleep(self) -> None:
-        """Free the GPU for the process that shares it: weights move to host memory, the key-value cache is dropped."""
-        if not self._asleep:
-            # Level 2 would drop the weights, and an engine that wakes without a push would generate gibberish.
-            self._llm.sleep(level=1)
-            self._asleep = True
-
-    def wake(self) -> None:
-        """Move the weights back to the GPU and allocate the cache; does nothing if awake."""
-        self._require_no_open_update()
-        if self._asleep:
-            self._llm.wake_up()
-            self._asleep = False
-
-    def init_transfer(self, info: dict[str, Any]) -> None:
-        """Pass the transport's initialization info to the receiver in every worker."""
-        self._llm.init_weight_transfer_engine({"init_info": info})
-
-    def start_update(self) -> None:
-        """Start a weight update; the engine cannot generate until it is finished.
+    async def start_update(self) -> None:
+        """Start a weight update; see ``Engine.start_update``.
 
         A sleeping engine is woken: its weights here, its cache in ``finish_update``.
-
-        Raises:
-            RuntimeError: an update is unfinished. Some layers are half loaded, so the engine must be replaced.
         """
-        self._require_no_open_update()
-        self._update_open = True
-        if self._asleep:
-            self._llm.wake_up(tags=["weights"])
-        self._llm.start_weight_update()
+        await self._call(self._start_update, drains=lambda job: job.pinned or self._drain_updates, serves=False)
 
-    def load(self, bucket: Any) -> None:
+    async def init_transfer(self, info: Mapping[str, Any]) -> None:
+        """Pass the transport's initialization info to the receiver in every worker."""
+        await self._call(lambda: self._llm.init_weight_transfer_engine({"init_info": dict(info)}))
+
+    async def load(self, message: Any) -> None:
         """Pass one message of the transport to the receiver in every worker."""
-        self._llm.update_weights({"update_info": {"bucket": bucket}})
+        await self._call(lambda: self._load(message))
 
-    def finish_update(self, version: int) -> str:
+    async def finish_update(self, version: int) -> str:
         """Switch to the received weights and drop all keys and values computed with the old ones.
 
         Returns:
             The transport's digest of the weights received since ``start_update``.
 
         Raises:
-            RuntimeError: the workers received different weights, or vLLM did not drop its prefix cache.
+            ValueError: parameters got no weights. The update stays open: start it again.
+            RuntimeError: the workers received different weights.
         """
-        self._llm.finish_weight_update(weight_version=str(version))
+        return await self._call(lambda: self._finish_update(version), serves=True)
+
+    async def sleep(self) -> None:
+        """Free the GPU for the process that shares it, once the running requests are done.
+
+        Weights move to host memory, the key-value cache is dropped.
+        """
+        await self._call(self._sleep, drains=lambda job: True, serves=False)
+
+    async def wake(self) -> None:
+        """Move the weights back to the GPU and allocate the cache; does nothing if awake.
+
+        Raises:
+            RuntimeError: a weight update is unfinished.
+        """
+        await self._call(self._wake, serves=True)
+
+    def close(self) -> None:
+        """Shut vLLM down; requests in progress get an exception."""
+        self._stepper.close(CLOSE_S)
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+
+    # -------------------------------------------------------------------------------------- on the engine's thread
+
+    def _adder(self, token_ids: Sequence[int], params: "SamplingParams", priority: int) -> Callable[[str], Any]:
+        def add(request_id: str) -> None:
+            with _rejections():
+                self._llm.llm_engine.add_request(request_id, prompt, params, priority=priority)
+
+        prompt: Any = {"prompt_token_ids": list(token_ids)}
+        return add
+
+    def _start_update(self) -> None:
+        if self._update_open:
+            self._llm.collective_rpc("abandon_update")
+        elif self._asleep:
+            self._llm.wake_up(tags=["weights"])
+        else:
+            self._llm.sleep(level=0, mode="keep")  # an engine process would continue to step
+        self._update_open = True
+        self._llm.start_weight_update()
+
+    def _load(self, message: Any) -> None:
+        # vLLM's own encoding loses the types of records and tuples on the way to its engine process.
+        bucket = message if self._in_process else pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        self._llm.update_weights({"update_info": {"bucket": bucket}})
+
+    def _finish_update(self, version: int) -> str:
+        self._llm.finish_weight_update()
         digests = set(self._llm.collective_rpc("received_digest"))
         if len(digests) != 1:
             raise RuntimeError(f"the workers of one engine received different weights: digests {sorted(digests)}")
+        self._llm.update_weight_version(str(version))
         if self._asleep:
             # The cache is allocated only now: during the transfer the sender's buckets need the memory.
             self._llm.wake_up(tags=["kv_cache"])
-            self._asleep = False
         # vLLM keeps its prefix cache over an update: known prompts would reuse keys and values of the old weights.
-        if not self._llm.reset_prefix_cache():
-            raise RuntimeError(f"vLLM did not drop its prefix cache after the push of version {version}")
-        self._update_open = False
+        # Running requests are preempted, so theirs are computed again.
+        if not self._llm.reset_prefix_cache(reset_running_requests=True):
+            raise RuntimeError(f"vLLM did not drop its prefix cache after the update to version {version}")
+        self._llm.wake_up(tags=["scheduling"])
+        self._update_open = self._asleep = False
+        self._version = version
         return digests.pop()
 
-    def close(self) -> None:
-        """Shut vLLM down."""
-        self._llm.llm_engine.engine_core.shutdown()
-        del self._llm
+    def _sleep(self) -> None:
+        self._require_no_open_update()
+        if not self._asleep:
+            # Level 2 would drop the weights, and an engine that wakes without an update would generate gibberish.
+            self._llm.sleep(level=1)
+            self._asleep = True
+
+    def _wake(self) -> None:
+        self._require_no_open_update()
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
 
     def _require_ready(self) -> None:
         self._require_no_open_update()
@@ -221,17 +280,54 @@ class VLLMEngine:
 
     def _require_no_open_update(self) -> None:
         if self._update_open:
-            raise RuntimeError(
-                f"a weight update after version {self.version} was started and not finished: "
-                "this engine holds parts of two policies and must be replaced"
+            raise RuntimeError(f"the weight update after version {self._version} is not finished")
+
+    # --------------------------------------------------------------------------------------------- on any thread
+
+    async def _submit(self, work: Job | Call) -> Any:
+        return await asyncio.wrap_future(self._stepper.submit(work))
+
+    async def _call(self, run: Callable[[], Any], **conditions: Any) -> Any:
+        return await self._submit(Call(run, **conditions))
+
+    def _require_room(self, prompt: Prompt, sampling: SamplingConfig) -> None:
+        longest = self._max_model_len - sampling.max_tokens
+        if (length := len(prompt.token_ids)) > longest:
+            raise ValueError(
+                f"prompt {prompt.index} has {length} tokens; an engine of {self._max_model_len} tokens takes "
+                f"at most {longest} beside {sampling.max_tokens} new ones; raise online.engine.max_model_len, or "
+                "lower data.max_prompt_tokens to drop such prompts"
             )
+
+
+class Statistics:
+    """Stands in for vLLM's loggers and keeps what ``EngineStatus`` reports."""
+
+    def __init__(self) -> None:
+        self.running = self.generated_tokens = self.cache_queries = self.cache_hits = 0
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, **others: Any) -> None:
+        """Add a step; called by vLLM."""
+        self.running = scheduler_stats.num_running_reqs
+        if (cache := scheduler_stats.prefix_cache_stats) is not None:
+            self.cache_queries += cache.queries
+            self.cache_hits += cache.hits
+        if iteration_stats is not None:
+            self.generated_tokens += iteration_stats.num_generation_tokens
+
+    def log(self) -> None:
+        """Called by vLLM at intervals."""
+
+    def record_sleep_state(self, *state: int) -> None:
+        """Called by vLLM when it sleeps or wakes."""
 
 
 def engine_environment(engine: EngineConfig, *, on_cpu: bool, threads: int) -> dict[str, str]:
     """Environment variables that a process needs before it imports torch and builds a ``VLLMEngine``."""
     environment = {
-        # The scheduler stays in this process: buckets reach it without a copy, and no process outlives it.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # On a CPU vLLM runs in this process: buckets reach it without a copy. On a GPU its own process keeps scheduling
+        # while this one converts text.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if on_cpu else "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "OMP_NUM_THREADS": str(threads),
@@ -250,28 +346,47 @@ def is_eager(engine: EngineConfig, *, on_cpu: bool) -> bool:
     return on_cpu if engine.enforce_eager is None else engine.enforce_eager
 
 
-def _sampling_params(sampling: SamplingConfig, candidates: int, seed: int) -> "SamplingParams":
+@contextmanager
+def _rejections() -> Iterator[None]:
+    """Convert vLLM's errors about a request to ValueErrors, which also reach a process without vLLM."""
+    from vllm.exceptions import VLLMClientError
+
+    try:
+        yield
+    except (ValueError, VLLMClientError) as error:
+        raise ValueError(str(error)) from None
+
+
+def _sampling_params(request: Request) -> "SamplingParams":
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    return SamplingParams(
-        n=candidates, seed=seed, output_kind=RequestOutputKind.FINAL_ONLY, **sampling.model_dump(mode="json")
+    with _rejections():
+        return SamplingParams(
+            n=request.candidates,
+            seed=request.seed,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            logprobs=0 if request.evaluation else None,  # 0: of the sampled token
+            **request.sampling.model_dump(mode="json"),
+        )
+
+
+def _completion_group(prompt: Prompt, seed: int, output: "RequestOutput") -> CompletionGroup:
+    return CompletionGroup(prompt, tuple(_completion(completion) for completion in output.outputs), seed=seed)
+
+
+def _completion(completion: "CompletionOutput") -> Completion:
+    versions: Any = completion.weight_versions  # finished, so they are set
+    return Completion(
+        completion.text,
+        tuple(completion.token_ids),
+        finished=completion.finish_reason == "stop",
+        first_version=int(versions[0].version),
+        last_version=int(versions[-1].version),
+        logp=completion.cumulative_logprob,
     )
 
 
-def _completion_group(prompt: Prompt, output: "RequestOutput", seed: int) -> CompletionGroup:
-    outputs: list[Any] = output.outputs  # finished, so vLLM's optional fields are set
-    assert output.prompt_token_ids is not None
-    versions = {int(span.version) for completion in outputs for span in completion.weight_versions}
-    if len(versions) != 1:
-        raise RuntimeError(f"prompt {prompt.index} was completed with several policy versions: {sorted(versions)}")
-    return CompletionGroup(
-        prompt=prompt,
-        prompt_token_ids=tuple(output.prompt_token_ids),
-        completions=tuple(
-            Completion(completion.text, tuple(completion.token_ids), finished=completion.finish_reason == "stop")
-            for completion in outputs
-        ),
-        policy_version=versions.pop(),
-        seed=seed,
-    )
+def _token_logps(token_ids: Sequence[int], output: "RequestOutput") -> list[float]:
+    prompt_logprobs: Any = output.prompt_logprobs  # requested, so only its first entry is None
+    return [logps[token].logprob for token, logps in zip(token_ids[1:], prompt_logprobs[1:], strict=True)]

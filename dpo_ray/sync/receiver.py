@@ -3,6 +3,7 @@
 Uses only methods of vLLM's ``WeightTransferEngine``; each transport chooses its subclass.
 """
 
+import pickle
 from collections.abc import Iterable
 from typing import Any
 
@@ -38,8 +39,10 @@ class DigestMixin:
     """Digest of the last finished update."""
 
     def parse_update_info(self, update_dict: dict[str, Any]) -> Any:
-        """Parse a message."""
-        return super().parse_update_info(update_dict["bucket"])  # pyrefly: ignore
+        """Parse a message, which is pickled if the engine has a process of its own."""
+        bucket = update_dict["bucket"]
+        bucket = pickle.loads(bucket) if isinstance(bucket, bytes) else bucket
+        return super().parse_update_info(bucket)  # pyrefly: ignore
 
     def start_weight_update(self) -> None:
         """Start an update; vLLM's worker restores the model when the update ends or fails."""
@@ -67,8 +70,28 @@ class DigestMixin:
 class DigestWorker:
     """Mixed into vLLM's worker."""
 
+    vllm_config: Any
     weight_transfer_engine: Any
-    """Set by vLLM."""
+    _weight_update_active: bool
+    """Set by vLLM, like the others."""
+
+    def abandon_update(self) -> None:
+        """Abandon the unfinished update, so that another can start.
+
+        vLLM loads layer by layer: layers that are complete keep the new weights, the others get back the old ones.
+        """
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, get_layerwise_info
+
+        engine = self.weight_transfer_engine
+        engine.reset_weight_update_target()
+        for layer in engine.model.modules():
+            info = get_layerwise_info(layer)
+            info.loaded_weights.clear()
+            info.load_numel = 0  # vLLM puts the old tensors of a layer back if nothing was loaded
+        with set_current_vllm_config(self.vllm_config):
+            finalize_layerwise_reload(engine.model, engine.model_config)
+        self._weight_update_active = False
 
     def received_digest(self) -> str:
         """Digest of the last update."""

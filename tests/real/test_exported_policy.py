@@ -1,5 +1,6 @@
 """The exported policy of the real model generates the same greedy text in transformers and in vLLM."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ from dpo_ray.data.tokenizer import load_tokenizer
 from dpo_ray.model.export import named_weights, save_policy
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer
-from dpo_ray.types import Prompt
+from dpo_ray.rollout.engine import Request
+from dpo_ray.types import CompletionGroup, Prompt
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
-PROMPTS, TOKENS = 12, 40
+PROMPTS, TOKENS, DEADLINE_S = 12, 40, 300.0
 DATA = Path(__file__).parents[2] / "jobs/data/demo_heldout.jsonl"
 
 
@@ -61,9 +63,14 @@ def test_transformers_and_vllm_generate_the_same_greedy_text(exported: Path, mon
         max_model_len=512,
         on_cpu=True,
     )
-    groups = engine.generate(
-        prompts, sampling=SamplingConfig(temperature=0, max_tokens=TOKENS), candidates=1, seeds=[0] * len(prompts)
-    )
+    sampling = SamplingConfig(temperature=0, max_tokens=TOKENS)
+
+    async def generate() -> list[CompletionGroup]:
+        requests = [Request(prompt, sampling, 1, 0, DEADLINE_S) for prompt in prompts]
+        return await asyncio.gather(*map(engine.generate, requests))
+
+    groups = asyncio.run(generate())
+    engine.close()
     found = [group.completions[0].token_ids for group in groups]
     same = sum(a == b for a, b in zip(found, expected, strict=True))
     # Two float32 implementations differ only where two tokens are equally likely to the last digits.

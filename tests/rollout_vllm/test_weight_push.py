@@ -1,9 +1,10 @@
-"""A real vLLM engine on the CPU: its completions, and that after a push it uses exactly the new weights.
+"""A real vLLM engine on the CPU: after a weight update it uses exactly the new weights.
 
 Engines run in this process, one at a time. The models are random and tiny, with tied embeddings and fused layers like
 those of a real model.
 """
 
+import asyncio
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpo_ray.config.schema import EngineConfig, SamplingConfig
-from dpo_ray.rollout.vllm_engine import UNPUSHED
-from dpo_ray.sync.base import EngineGroup, WireTensor, to_buckets
+from dpo_ray.rollout.engine import UNPUSHED, Request
+from dpo_ray.sync.base import Digest, EngineGroup, WireTensor, to_buckets
 from dpo_ray.sync.object_store import ObjectStoreSync
-from dpo_ray.types import Messages, Probe, Prompt
+from dpo_ray.types import CompletionGroup, Messages, Probe, Prompt
 
 if TYPE_CHECKING:
     from dpo_ray.rollout.vllm_engine import VLLMEngine
@@ -33,6 +34,7 @@ WORDS = 250
 MAX_MODEL_LEN = 512
 ENGINE = EngineConfig(kv_cache_gib=0.125)
 GREEDY = SamplingConfig(temperature=0, max_tokens=24)
+DEADLINE_S = 120.0
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|> {{ message.content }} <|end|> {% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -118,14 +120,17 @@ def policy_b(tmp_path_factory: pytest.TempPathFactory) -> Policy:
     return saved_policy(2, tmp_path_factory.mktemp("policies") / "b")
 
 
-def start_engine(policy: Policy, *, worker_extension: str | None) -> "VLLMEngine":
+def start_engine(
+    policy: Policy, *, worker_extension: str | None, drain_updates: bool = True, settings: EngineConfig = ENGINE
+) -> "VLLMEngine":
     from dpo_ray.rollout.vllm_engine import VLLMEngine
 
     return VLLMEngine(
         str(policy.path),
         dtype="bfloat16",
-        engine=ENGINE,
+        engine=settings,
         max_model_len=MAX_MODEL_LEN,
+        drain_updates=drain_updates,
         worker_extension=worker_extension,
         on_cpu=True,
     )
@@ -168,7 +173,7 @@ class OneEngine(EngineGroup):
 
     def begin_update(self, version: int, *, collective: bool) -> list[str]:
         self.buckets, self.version = 0, version
-        self.engine.start_update()
+        asyncio.run(self.engine.start_update())
         return []
 
     def init_transfer(self, infos: Sequence[Mapping[str, Any]]) -> None:
@@ -176,15 +181,21 @@ class OneEngine(EngineGroup):
 
     def load(self, message: list[WireTensor]) -> None:
         self.buckets += 1
-        self.engine.load(message)
+        asyncio.run(self.engine.load(message))
 
     def end_update(self, digest: str, probe: Probe) -> None:
-        assert self.engine.finish_update(self.version) == digest
+        assert asyncio.run(self.engine.finish_update(self.version)) == digest
 
 
 def pack(weights: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[list[WireTensor]]:
     for tensors in to_buckets(weights, dtype=torch.bfloat16, device=torch.device("cpu"), bucket_bytes=bucket_bytes):
         yield [WireTensor.from_tensor(name, tensor) for name, tensor in tensors]
+
+
+def digest_of(policy: Policy) -> str:
+    digest = Digest()
+    digest.update(policy.weights())
+    return digest.hexdigest()
 
 
 def push(engine: "VLLMEngine", policy: Policy, version: int) -> OneEngine:
@@ -207,16 +218,30 @@ def prompts(*lengths: int) -> list[Prompt]:
     return [Prompt(index, turns, tuple(render(turns))) for index, turns in enumerate(messages)]
 
 
+def request(prompt: Prompt, sampling: SamplingConfig = GREEDY, candidates: int = 1, seed: int = 0) -> Request:
+    return Request(prompt, sampling, candidates, seed, DEADLINE_S)
+
+
+def generate(engine: "VLLMEngine", *requests: Request) -> list[CompletionGroup]:
+    async def all_at_once() -> list[CompletionGroup]:
+        return await asyncio.gather(*map(engine.generate, requests))
+
+    return asyncio.run(all_at_once())
+
+
 def greedy(engine: "VLLMEngine") -> list[tuple[int, ...]]:
     """Tokens after four prompts; the last is long enough for two blocks of the prefix cache."""
-    batch = prompts(3, 10, 40, 300)
-    groups = engine.generate(batch, sampling=GREEDY, candidates=1, seeds=[0] * len(batch))
+    groups = generate(engine, *map(request, prompts(3, 10, 40, 300)))
     return [group.completions[0].token_ids for group in groups]
 
 
+def version_of(engine: "VLLMEngine") -> int:
+    return asyncio.run(engine.status()).version
+
+
 def test_unpushed_weights_are_stamped_as_such(engine: "VLLMEngine"):
-    (group,) = engine.generate(prompts(3), sampling=GREEDY, candidates=1, seeds=[0])
-    assert engine.version == group.policy_version == UNPUSHED
+    (group,) = generate(engine, request(prompts(3)[0]))
+    assert version_of(engine) == group.policy_version == UNPUSHED
 
 
 def test_pushing_the_weights_an_engine_has_changes_nothing(engine: "VLLMEngine", policy_a: Policy):
@@ -241,34 +266,119 @@ def test_after_a_push_an_engine_generates_the_completions_of_a_fresh_engine_with
 def test_fused_layers_load_from_buckets_of_one_tensor(
     engine: "VLLMEngine", policy_a: Policy, policy_b: Policy, completions_of_a_fresh_engine_of_b: list[tuple[int, ...]]
 ):
+    async def update() -> None:
+        await engine.start_update()
+        for bucket in pack(policy_b.weights(), bucket_bytes=1):
+            await engine.load(bucket)
+        await engine.finish_update(5)
+
     push(engine, policy_a, version=4)
-    engine.start_update()
-    for bucket in pack(policy_b.weights(), bucket_bytes=1):
-        engine.load(bucket)
-    engine.finish_update(5)
+    asyncio.run(update())
     assert greedy(engine) == completions_of_a_fresh_engine_of_b
 
 
-def test_completions_are_stamped_with_the_version_of_the_push(engine: "VLLMEngine", policy_a: Policy):
-    push(engine, policy_a, version=17)
-    (group,) = engine.generate(prompts(3), sampling=GREEDY, candidates=1, seeds=[0])
-    assert engine.version == group.policy_version == 17
+@pytest.mark.parametrize("loaded", [1, 7, 20, 29])
+def test_an_update_abandoned_after_some_tensors_leaves_no_trace_in_the_next(
+    engine: "VLLMEngine", policy_a: Policy, policy_b: Policy, loaded: int
+):
+    """Of 29 tensors; 7 are the embedding and a part of the first layer, with one of its fused layers incomplete."""
+    broken = [(name, torch.full_like(weight, 3.0)) for name, weight in policy_a.weights()]
+
+    async def update() -> str:
+        await engine.start_update()
+        for bucket in list(pack(broken, bucket_bytes=1))[:loaded]:
+            await engine.load(bucket)
+        await engine.start_update()
+        for bucket in pack(policy_b.weights(), bucket_bytes=2**20):
+            await engine.load(bucket)
+        return await engine.finish_update(loaded)
+
+    assert len(broken) == 29
+    push(engine, policy_a, version=0)
+    expected = digest_of(policy_b)
+    assert asyncio.run(update()) == expected
+    assert version_of(engine) == loaded
+    check_logps(engine, policy_b)
 
 
-def test_a_sleeping_engine_generates_nothing_and_after_waking_the_same_as_before(
+def test_an_update_that_leaves_out_a_parameter_is_rejected_and_can_be_started_again(
+    engine: "VLLMEngine", policy_a: Policy, policy_b: Policy
+):
+    name, _ = policy_b.weights()[-1]
+
+    async def incomplete() -> None:
+        await engine.start_update()
+        for bucket in pack(policy_b.weights()[:-1], bucket_bytes=2**20):
+            await engine.load(bucket)
+        await engine.finish_update(2)
+
+    push(engine, policy_a, version=1)
+    with pytest.raises(ValueError, match=f"left out 1 parameters .* first '{name}'"):
+        asyncio.run(incomplete())
+    assert version_of(engine) == 1
+    push(engine, policy_b, version=2)
+    check_logps(engine, policy_b)
+
+
+def test_requests_wait_while_an_update_is_unfinished_and_log_probabilities_are_refused(
     engine: "VLLMEngine", policy_a: Policy
 ):
+    async def update() -> CompletionGroup:
+        await engine.start_update()
+        waiting = asyncio.create_task(engine.generate(request(prompts(3)[0])))
+        with pytest.raises(RuntimeError, match="not finished"):
+            await engine.token_logps([1, 2, 3])
+        await asyncio.sleep(0.3)
+        assert not waiting.done()
+        assert (await engine.status()).waiting == 1
+        for bucket in pack(policy_a.weights(), bucket_bytes=2**20):
+            await engine.load(bucket)
+        await engine.finish_update(9)
+        return await waiting
+
+    assert asyncio.run(update()).policy_version == 9
+
+
+def test_a_draining_update_waits_for_running_requests_and_changes_none_of_them(
+    engine: "VLLMEngine", policy_a: Policy, policy_b: Policy
+):
+    sampling = SamplingConfig(temperature=0, max_tokens=100, min_tokens=100)
+
+    async def update() -> list[CompletionGroup]:
+        running = [asyncio.create_task(engine.generate(request(prompt, sampling))) for prompt in prompts(3, 40)]
+        while (await engine.status()).running < 2:
+            await asyncio.sleep(0.001)
+        await engine.start_update()
+        assert all(task.done() for task in running)
+        for bucket in pack(policy_b.weights(), bucket_bytes=2**20):
+            await engine.load(bucket)
+        await engine.finish_update(22)
+        return await asyncio.gather(*running)
+
+    push(engine, policy_a, version=21)
+    undisturbed = generate(engine, *(request(prompt, sampling) for prompt in prompts(3, 40)))
+    assert asyncio.run(update()) == undisturbed
+    assert [c.last_version for group in undisturbed for c in group.completions] == [21, 21]
+
+
+def test_a_sleeping_engine_generates_after_waking_the_same_as_before(engine: "VLLMEngine", policy_a: Policy):
     """On a CPU vLLM keeps the memory; scheduler and caches behave as on a GPU."""
+
+    async def sleep_and_wake() -> tuple[int, ...]:
+        await engine.sleep()
+        await engine.sleep()
+        waiting = asyncio.create_task(engine.generate(request(prompts(3)[0])))
+        with pytest.raises(RuntimeError, match="sleeps"):
+            await engine.token_logps([1, 2, 3])
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        await engine.wake()
+        await engine.wake()
+        return (await waiting).completions[0].token_ids
+
     push(engine, policy_a, version=0)
     before = greedy(engine)
-    engine.sleep()
-    engine.sleep()
-    with pytest.raises(RuntimeError, match="sleeps"):
-        greedy(engine)
-    with pytest.raises(RuntimeError, match="sleeps"):
-        engine.token_logps([1, 2, 3])
-    engine.wake()
-    engine.wake()
+    assert asyncio.run(sleep_and_wake()) == before[0]
     assert greedy(engine) == before
 
 
@@ -287,7 +397,7 @@ def test_a_push_wakes_the_weights_first_and_the_cache_after_the_last_bucket(
             return _real(*args, **kwargs)
 
         monkeypatch.setattr(engine._llm, name, recorded)
-    engine.sleep()
+    asyncio.run(engine.sleep())
     buckets = push(engine, policy_b, version=11).buckets
     assert calls == [
         "wake_up weights",
@@ -296,98 +406,22 @@ def test_a_push_wakes_the_weights_first_and_the_cache_after_the_last_bucket(
         "finish_weight_update",
         "wake_up kv_cache",
         "reset_prefix_cache",
+        "wake_up scheduling",
     ]
-    assert engine.version == 11
+    assert version_of(engine) == 11
     assert greedy(engine) == completions_of_a_fresh_engine_of_b
 
 
-def test_token_logps_are_computed_with_the_pushed_weights(engine: "VLLMEngine", policy_a: Policy, policy_b: Policy):
+def check_logps(engine: "VLLMEngine", policy: Policy) -> None:
+    """The engine's log-probabilities of 302 tokens are those of the policy; two random models differ by 1.7."""
     token_ids = render(({"role": "user", "content": words(range(0, 900, 3))},))
-    assert len(token_ids) > 256
+    logps, expected = asyncio.run(engine.token_logps(token_ids)), policy.token_logps(token_ids)
+    assert len(logps) == len(token_ids) - 1 > 256
+    differences = [abs(a - b) for a, b in zip(logps, expected, strict=True)]
+    assert sum(differences) / len(differences) < 0.05  # bfloat16 against float32
+
+
+def test_token_logps_are_computed_with_the_pushed_weights(engine: "VLLMEngine", policy_a: Policy, policy_b: Policy):
     for version, policy in enumerate((policy_a, policy_b)):
         push(engine, policy, version=version)
-        logps = engine.token_logps(token_ids)
-        expected = policy.token_logps(token_ids)
-        assert len(logps) == len(token_ids) - 1
-        differences = [abs(a - b) for a, b in zip(logps, expected, strict=True)]
-        assert sum(differences) / len(differences) < 0.05  # bfloat16 against float32
-
-
-def test_the_same_seeds_give_the_same_completions_and_other_seeds_do_not(engine: "VLLMEngine"):
-    def generate(*seeds: int) -> list[tuple[int, ...]]:
-        groups = engine.generate(prompts(3, 20), sampling=SamplingConfig(max_tokens=16), candidates=3, seeds=seeds)
-        return [completion.token_ids for group in groups for completion in group.completions]
-
-    first = generate(100, 200)
-    assert generate(100, 200) == first
-    assert not set(generate(300, 400)) & set(first)
-    assert len(set(first)) == 6
-    # Completion i of a group uses seed + i, so neighbouring seeds share all completions except one.
-    assert generate(101, 201)[0] == first[1]
-
-
-def test_groups_come_in_the_order_of_the_prompts_with_as_many_candidates_as_asked(engine: "VLLMEngine"):
-    batch = prompts(40, 3, 10)
-    groups = engine.generate(batch, sampling=SamplingConfig(max_tokens=8), candidates=5, seeds=[10, 20, 30])
-    assert [group.prompt for group in groups] == batch
-    assert [list(group.prompt_token_ids) for group in groups] == [list(prompt.token_ids) for prompt in batch]
-    assert [group.seed for group in groups] == [10, 20, 30]
-    assert [len(group.completions) for group in groups] == [5, 5, 5]
-
-
-def test_a_finished_completion_ends_with_the_end_of_turn_token_and_its_text_without(engine: "VLLMEngine"):
-    sampling = SamplingConfig(max_tokens=200)
-    groups = engine.generate(prompts(3, 5, 9), sampling=sampling, candidates=8, seeds=[0, 100, 200])
-    completions = [completion for group in groups for completion in group.completions]
-    for completion in completions:
-        assert completion.finished == (completion.token_ids[-1] == TOKENIZER.eos_token_id)
-        assert completion.finished or len(completion.token_ids) == 200
-        assert TOKENIZER.eos_token_id not in completion.token_ids[:-1]
-        text = TOKENIZER.decode(list(completion.token_ids), skip_special_tokens=True)
-        assert isinstance(text, str)
-        assert completion.text.split() == text.split()
-    assert {completion.finished for completion in completions} == {True, False}
-
-
-def test_a_stop_string_ends_the_text_before_it_and_the_tokens_with_it(engine: "VLLMEngine"):
-    def generate(stop: tuple[str, ...]) -> tuple[str, tuple[int, ...], bool]:
-        sampling = SamplingConfig(max_tokens=32, stop=stop)
-        (group,) = engine.generate(prompts(3), sampling=sampling, candidates=1, seeds=[5])
-        (completion,) = group.completions
-        return completion.text, completion.token_ids, completion.finished
-
-    text, token_ids, _ = generate(())
-    stop = text.split()[4]
-    length = token_ids.index(TOKENIZER.convert_tokens_to_ids(stop)) + 1
-    stopped_text, stopped_ids, finished = generate((stop,))
-    assert finished
-    assert stopped_ids == token_ids[:length]
-    assert stopped_text.split() == text.split()[: length - 1]
-
-
-def test_a_prompt_without_room_for_its_completion_is_rejected_by_index(engine: "VLLMEngine"):
-    batch = prompts(3, MAX_MODEL_LEN - 10)
-    with pytest.raises(ValueError, match=r"prompt 1 has 505 tokens; .* takes at most 488 beside 24"):
-        engine.generate(batch, sampling=GREEDY, candidates=1, seeds=[0, 0])
-
-
-def test_an_engine_does_not_generate_until_an_update_is_finished(engine: "VLLMEngine", policy_a: Policy):
-    engine.start_update()
-    with pytest.raises(RuntimeError, match="not finished"):
-        engine.generate(prompts(3), sampling=GREEDY, candidates=1, seeds=[0])
-    with pytest.raises(RuntimeError, match="not finished"):
-        engine.start_update()
-    for bucket in pack(policy_a.weights(), bucket_bytes=2**20):
-        engine.load(bucket)
-    engine.finish_update(1)
-    assert len(engine.generate(prompts(3), sampling=GREEDY, candidates=1, seeds=[0])) == 1
-
-
-def test_a_push_that_leaves_out_a_parameter_is_rejected(engine: "VLLMEngine", policy_a: Policy):
-    """Comes last: the engine is unusable afterwards."""
-    name, _ = policy_a.weights()[-1]
-    engine.start_update()
-    for bucket in pack(policy_a.weights()[:-1], bucket_bytes=2**20):
-        engine.load(bucket)
-    with pytest.raises(ValueError, match=f"left out 1 parameters .* first '{name}'"):
-        engine.finish_update(2)
+        check_logps(engine, policy)

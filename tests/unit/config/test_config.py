@@ -197,6 +197,19 @@ def test_an_unknown_key_is_reported_with_the_closest_one(online, argument, messa
         ("optim.pairs_per_step=1.5", "optim.pairs_per_step: found 1.5; input should be a valid integer"),
         ("model.lora={r: 8}", "model.lora.r: no such key; did you mean model.lora.rank?"),
         ("online.candidates=1", "online.candidates: found 1; input should be greater than or equal to 2"),
+        ("online.sampling.min_p=1.5", "online.sampling.min_p: found 1.5; input should be less than or equal to 1"),
+        (
+            "online.sampling.repetition_penalty=0",
+            "online.sampling.repetition_penalty: found 0; input should be greater",
+        ),
+        (
+            "online.sampling={min_tokens: 9, max_tokens: 8}",
+            "online.sampling.min_tokens is 9; it must be at most online.sampling.max_tokens, 8",
+        ),
+        (
+            "online.sampling.stop_token_ids=[-1]",
+            "online.sampling.stop_token_ids.0: found -1; input should be greater than or equal to 0",
+        ),
         ("online.judge=length", "online.judge: found 'length'; it must be a mapping of keys to values"),
         ("loss.beta.x=1", "loss.beta.x: loss.beta is 0.1 and has no keys"),
         (
