@@ -1,5 +1,7 @@
-"""Rollouts: from prompts to preference pairs. Text and token ids in, records out; no Ray.
+"""Rollouts: from prompts to preference pairs. Text and token ids in, files out; asyncio, no Ray.
 
-Reading order: ``collect`` (prompts, seeds and pairs of a round), ``judges`` and ``selectors`` (the replaceable parts),
-``records`` (a round on disk), ``stream`` (rounds in flight), ``vllm_engine`` and ``stepping`` (generate the candidates).
+Reading order: ``pipeline`` (the way of a group), ``collector`` (rounds and evaluations), ``admission`` and ``rounds``
+(which prompts, and when), ``ledger`` (a round on disk), ``judging``, ``judges`` and ``selectors``; ``engine`` (the
+protocol), ``dispatch`` (requests to engines), ``fleet`` with ``membership`` and ``updates`` (the life of engines),
+``vllm_engine`` with ``stepping`` (the real one).
 """

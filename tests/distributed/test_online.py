@@ -14,8 +14,8 @@ from dpo_ray.config import Config
 from dpo_ray.data.loader import PairList
 from dpo_ray.rollout.collector import Progress
 from dpo_ray.rollout.evaluation import Evaluation, kl_divergence
-from dpo_ray.rollout.updates import check_probe
 from dpo_ray.rollout.ledger import RoundData
+from dpo_ray.rollout.updates import check_probe
 from dpo_ray.sync.base import WeightSync
 from dpo_ray.train.online import train_online
 from dpo_ray.types import Completion, CompletionGroup, Metrics, Probe, Prompt, TokenPair
