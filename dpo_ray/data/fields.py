@@ -94,8 +94,11 @@ class Fields:
 
     def tools(self) -> tuple[Mapping[str, Any], ...]:
         """The column ``tools``: a list of JSON schemas, or such a list as JSON text."""
-        inner = self.record.get("input")
-        value = self.read("tools") or (inner.get("tools") if isinstance(inner, dict) else None)
+        outer, inner = self.read("tools"), self.record.get("input")
+        inner = inner.get("tools") if isinstance(inner, dict) else None
+        if outer and inner:
+            self.skip_key("input.tools")
+        value = outer or inner
         if isinstance(value, str) and value.strip():
             value = _parse_json("tools", value)
         if not value:

@@ -38,8 +38,13 @@ def key_figures(record: RunRecord) -> list[KeyFigure]:
     eval_losses = same_decimals(losses[0] if len(losses) else None, losses[-1] if len(losses) > 1 else None)
     changes = [
         KeyFigure("Held-out judge score", scores[1], interval, scores[0]),
-        KeyFigure("Held-out accuracy", shares[1], f"of {_ordered_right(record)}{tied}", shares[0]),
-        KeyFigure("Held-out loss", eval_losses[1], "mean over pairs", eval_losses[0]),
+        KeyFigure(
+            "Held-out accuracy",
+            shares[1],
+            f"of {record.examples} {record.learned.removeprefix('are ')}{tied}",
+            shares[0],
+        ),
+        KeyFigure("Held-out loss", eval_losses[1], f"mean over {record.examples}", eval_losses[0]),
     ]
     figures = [figure for figure in changes if not figure.before == figure.value == "-"]
     if record.kl is not None:
@@ -57,7 +62,7 @@ def _speed_figures(record: RunRecord) -> list[KeyFigure]:
     pairs, tokens = (_median(record.over_steps(f"perf/{unit}_per_s")) for unit in ("pairs", "tokens"))
     if pairs is not None:
         detail = f"{format_number(tokens, 3)} tokens/s" if tokens is not None else ""
-        figures.append(KeyFigure("Training", f"{format_number(pairs, 3)} pairs/s", detail))
+        figures.append(KeyFigure("Training", f"{format_number(pairs, 3)} {record.examples}/s", detail))
     if (generated := _median(record.over_rounds("rollout/tokens_per_s"))) is not None:
         figures.append(KeyFigure("Generation", f"{format_number(generated, 3)} tokens/s", "median over rounds"))
     if record.rounds:
@@ -119,22 +124,15 @@ def _outcome(record: RunRecord) -> str:
     eval_steps, accuracies = record.accuracies("eval/")
     if len(accuracies) and eval_steps[-1] > 0:
         share, after = f"{accuracies[-1]:.0%}", count_noun(int(eval_steps[-1]), "step")
-        if record.labelled:
-            return f"After {after} {share} of held-out {_ordered_right(record)}."
-        return f"After {after} the policy prefers the chosen completion in {share} of held-out pairs."
+        return f"After {after} {share} of held-out {record.examples} {record.learned}."
     accuracies, margins = record.accuracies()[1], record.over_steps("rewards/margins")[1]
     if len(accuracies) and len(margins):
         tail = max(1, len(accuracies) // 10)
         return (
-            f"After {steps} the policy prefers the chosen completion in {accuracies[-tail:].mean():.0%} of training "
-            f"pairs, with a mean margin of {margins[-tail:].mean():.2f}."
+            f"After {steps} {accuracies[-tail:].mean():.0%} of training {record.examples} {record.learned}, "
+            f"with a mean margin of {margins[-tail:].mean():.2f}."
         )
     return f"The run has made {steps}."
-
-
-def _ordered_right(record: RunRecord) -> str:
-    """The end of a sentence that a share of held-out examples begins."""
-    return "completions got likelier or less likely as labelled" if record.labelled else "pairs ordered right"
 
 
 def _median(curve: Curve) -> float | None:

@@ -75,7 +75,7 @@ def values_are_finite(record: RunRecord) -> Finding | None:
         "NaN or infinite values",
         f"{key} is not finite from step {step}; {count_noun(len({step for step, _ in nonfinite}), 'step')} of "
         f"{len(record.steps)} affected. Steps whose loss or gradient is not finite are skipped; the workers' logs name "
-        "their pairs. Inspect these pairs, lower optim.lr or raise optim.warmup_steps.",
+        f"their {record.examples}. Inspect these, lower optim.lr or raise optim.warmup_steps.",
     )
 
 
@@ -107,37 +107,37 @@ def chosen_stays_likely(record: RunRecord) -> Finding | None:
     if len(chosen) < 2 or len(margins) < 2:
         return None
     (first_margin, last_margin), (first, last) = _ends(margins), _ends(chosen)
-    fall = first - last
+    fall, completions = first - last, f"{record.roles[0].capitalize()} completions"
     if fall > CHOSEN_FALL_NATS and last_margin > first_margin:
         return warning(
-            "Chosen completions became less likely",
+            f"{completions} became less likely",
             f"Their log-probability fell by {fall:.1f} nats per completion while the margin grew from "
-            f"{first_margin:.2f} to {last_margin:.2f}: probability moves to completions that nobody ranked. Raise "
-            "loss.beta, lower optim.lr, stop earlier, or use a loss that anchors the chosen completion.",
+            f"{first_margin:.2f} to {last_margin:.2f}: probability moves to completions that the data does not have. "
+            "Raise loss.beta, lower optim.lr, stop earlier, or use a loss that anchors these completions.",
         )
     if fall > CHOSEN_NOISE_NATS:
         return note(
-            "Chosen completions became slightly less likely",
-            f"Their log-probability fell by {fall:.1f} nats per completion. In DPO, chosen and rejected often fall "
+            f"{completions} became slightly less likely",
+            f"Their log-probability fell by {fall:.1f} nats per completion. Often {' and '.join(record.roles)} fall "
             f"together; more than {CHOSEN_FALL_NATS:.0f} nats is a concern.",
         )
     change = f"rose by {-fall:.1f}" if fall < 0 else f"fell by {fall:.1f}"
-    return ok("Chosen completions stayed likely", f"Their log-probability {change} nats per completion.")
+    return ok(f"{completions} stayed likely", f"Their log-probability {change} nats per completion.")
 
 
-def pairs_are_not_saturated(record: RunRecord) -> Finding | None:
-    """With every pair ordered right by a wide margin, further steps only fit noise."""
+def training_is_not_saturated(record: RunRecord) -> Finding | None:
+    """With every example on the right side by a wide margin, further steps only fit noise."""
     margins, accuracies = record.over_steps("rewards/margins")[1], record.over_steps("rewards/accuracies")[1]
     if len(margins) < 2 or len(accuracies) < 2:
         return None
-    margin, accuracy = _ends(margins)[1], _ends(accuracies)[1]
-    figures = f"At the end {accuracy:.0%} of training pairs are ordered right, with a mean margin of {margin:.2f}"
+    margin, accuracy, examples = _ends(margins)[1], _ends(accuracies)[1], record.examples
+    figures = f"At the end {accuracy:.0%} of training {examples} {record.learned}, with a mean margin of {margin:.2f}"
     if accuracy < SATURATED_ACCURACY or margin < SATURATED_MARGIN:
-        return ok("Training pairs still have gradient", f"{figures}.")
+        return ok(f"Training {examples} still have gradient", f"{figures}.")
     return warning(
-        "Training pairs are memorized",
+        f"Training {examples} are memorized",
         f"{figures}. Use fewer run.epochs (online: online.epochs_per_round), lower optim.lr, or raise loss.beta, and "
-        "compare with held-out pairs.",
+        f"compare with held-out {examples}.",
     )
 
 
@@ -203,8 +203,8 @@ def gradients_have_no_spikes(record: RunRecord) -> Finding | None:
     return warning(
         "Gradient spikes",
         f"The gradient norm exceeded {GRAD_SPIKE:.0f} times its median ({median:.3g}) at step "
-        f"{', '.join(spikes[:MAX_NAMED_STEPS])}{more}; the largest is {largest:.3g}. Inspect the pairs of those steps; "
-        "raise optim.pairs_per_step or optim.warmup_steps.",
+        f"{', '.join(spikes[:MAX_NAMED_STEPS])}{more}; the largest is {largest:.3g}. Inspect their "
+        f"{record.examples}; raise optim.pairs_per_step or optim.warmup_steps.",
     )
 
 
@@ -326,7 +326,7 @@ CHECKS: tuple[Callable[[RunRecord], Finding | None], ...] = (
     kl_is_moderate,
     length_is_steady,
     chosen_stays_likely,
-    pairs_are_not_saturated,
+    training_is_not_saturated,
     eval_loss_keeps_falling,
     few_ties,
     few_dropped,

@@ -50,10 +50,10 @@ def write_report(run_dir: str | Path, *, running: bool = False) -> Path:
         ValueError: the directory has nothing to report.
     """
     record = read_run(run_dir, running=running)
-    findings = diagnose(record)
+    findings, online = diagnose(record), record.rounds or record.config.get("online")
     return _write_page(
         record.path,
-        kind="Online DPO" if record.rounds or record.config.get("online") else "DPO",
+        kind=" + ".join(record.losses).upper() if record.labelled else "Online DPO" if online else "DPO",
         title=record.setting("run.name") or record.path.resolve().name,
         running=_progress(record) if running else "",
         verdict=verdict(record, findings),

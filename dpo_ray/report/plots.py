@@ -128,10 +128,11 @@ def _result_plots(record: RunRecord) -> list[Plot]:
 def _training_plots(record: RunRecord) -> list[Plot]:
     """Metrics of the optimizer steps."""
     steps, evals = record.over_steps, record.over_evals
-    margins = _with_heldout("pairs", steps("rewards/margins"), evals("eval/rewards/margins"))
-    accuracies = _with_heldout("pairs", record.accuracies(), record.accuracies("eval/"))
-    losses = _with_heldout("pairs", steps("loss"), evals("eval/loss"))
-    logps = [Series(role, steps(f"logps/{role}"), role) for role in ("chosen", "rejected")]
+    margins = _with_heldout(record.examples, steps("rewards/margins"), evals("eval/rewards/margins"))
+    accuracies = _with_heldout(record.examples, record.accuracies(), record.accuracies("eval/"))
+    losses = _with_heldout(record.examples, steps("loss"), evals("eval/loss"))
+    chosen, rejected = record.roles
+    logps = [Series(name, steps(f"logps/{role}"), role) for name, role in ((chosen, "chosen"), (rejected, "rejected"))]
     unit, ln2 = (" (nats)", math.log(2)) if record.setting("loss.use") == "sigmoid" else ("", None)
     norms, max_norm = steps("optim/grad_norm"), record.setting("optim.max_grad_norm")
     if max_norm and len(norms[1]) and max_norm > 1.5 * norms[1].max():
@@ -139,13 +140,13 @@ def _training_plots(record: RunRecord) -> list[Plot]:
     gradients, rates = [Series("", norms, style="peaks")], [Series("", steps("optim/lr"), "sand")]
     return [
         Plot(
-            "Reward margin and accuracy",
+            "Reward and accuracy" if record.labelled else "Reward margin and accuracy",
             [
-                Panel("reward margin", margins, 0.0),
-                Panel("accuracy (share of pairs)", accuracies, 0.5, limits=(-0.03, 1.03)),
+                Panel("reward in the direction of the label" if record.labelled else "reward margin", margins, 0.0),
+                Panel(f"accuracy (share of {record.examples})", accuracies, 0.5, limits=(-0.03, 1.03)),
             ],
             "Both should rise and then level off; held-out points that stay behind the line are a sign of overfitting. "
-            "An accuracy of 0.5 is chance; before the first update every pair ties and the accuracy is left out.",
+            "An accuracy of 0.5 is chance; before the first update all rewards are 0 and the accuracy is left out.",
             "optimizer step",
         ),
         Plot(
@@ -160,14 +161,14 @@ def _training_plots(record: RunRecord) -> list[Plot]:
         Plot(
             "Loss",
             [Panel(f"loss{unit}", losses, ln2, "ln 2: policy and reference are equal")],
-            "Falls as the policy learns to prefer the chosen completions.",
+            f"Falls as the policy learns to prefer the {chosen} completions.",
             "optimizer step",
         ),
         Plot(
-            "Log-probability of chosen and rejected",
+            f"Log-probability of {chosen} and {rejected}",
             [Panel("nats per completion", logps)],
-            "Rejected should fall; chosen may fall a little with it. Where both fall fast, probability moves to "
-            "completions that nobody ranked. Longer completions have lower values, too.",
+            f"{rejected.capitalize()} should fall; {chosen} may fall a little with it. Where both fall fast, "
+            "probability moves to completions that the data does not have. Longer completions have lower values, too.",
             "optimizer step",
         ),
     ]

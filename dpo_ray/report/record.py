@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
@@ -119,7 +119,28 @@ class RunRecord:
     @property
     def labelled(self) -> bool:
         """True if the run trained on completions with a label instead of pairs."""
-        return self.setting("loss.use") in UNPAIRED_LOSSES
+        return any(name in UNPAIRED_LOSSES for name in self.losses)
+
+    @property
+    def losses(self) -> Sequence[str]:
+        """Names of the losses whose sum the run minimizes."""
+        use = self.setting("loss.use", ())
+        return [use] if isinstance(use, str) else use
+
+    @property
+    def examples(self) -> str:
+        """The training examples, for sentences."""
+        return "completions" if self.labelled else "pairs"
+
+    @property
+    def roles(self) -> tuple[str, str]:
+        """Names of the completions to prefer and to avoid, for sentences."""
+        return ("desirable", "undesirable") if self.labelled else ("chosen", "rejected")
+
+    @property
+    def learned(self) -> str:
+        """Predicate of a sentence on the examples with a reward on the right side."""
+        return "got likelier or less likely as labelled" if self.labelled else "are ordered right"
 
     def over_steps(self, key: str) -> Curve:
         """A metric over optimizer steps."""

@@ -12,6 +12,8 @@ from rich.console import Console
 
 from dpo_ray.config import Config
 from dpo_ray.data.inspect import inspect_run
+from tests.unit.data.conftest import CHATML
+from tests.unit.data.test_templates import TOOLS_TEMPLATE
 
 USER, OAK, HERRING = (
     {"role": role, "content": text}
@@ -26,14 +28,18 @@ def model(tokenizer: Any, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def inspect(folder: Path, model: Path, records: dict[str, list[Any]], **data: Any) -> tuple[str, list[dict[str, Any]]]:
+def inspect(
+    folder: Path, model: Path, records: dict[str, list[Any]], loss: Any = None, **data: Any
+) -> tuple[str, list[dict[str, Any]]]:
     """The printed text and the lines of --json."""
     paths = {}
     for name, rows in records.items():
         paths[name] = str(folder / f"{name}.jsonl")
         Path(paths[name]).write_text("".join(json.dumps(row) + "\n" for row in rows))
     online = {"prompts": paths.pop("prompts"), "judge": {"use": "length"}} if "prompts" in paths else None
-    config = Config.model_validate({"model": {"path": str(model)}, "data": {**paths, **data}, "online": online})
+    config = Config.model_validate(
+        {"model": {"path": str(model)}, "data": {**paths, **data}, "online": online, "loss": loss or {}}
+    )
     output = io.StringIO()
     inspect_run(config, Console(file=output, width=200), json_file=folder / "records.json")
     return output.getvalue(), [json.loads(line) for line in (folder / "records.json").read_text().splitlines()]
@@ -110,58 +116,107 @@ class Markers:
             self.maybe(turn, "tool_calls", lambda: [{"function": {"name": self.text("call"), "arguments": {}}}])
         return turn
 
-    def dialogue(self, field: str) -> list[dict[str, Any]]:
-        """One or three turns that end with the user's."""
-        roles = self.draw(st.sampled_from([["user"], ["user", "assistant", "user"], ["system", "user"]]))
+    def dialogue(self, field: str, *others: list[str]) -> list[dict[str, Any]]:
+        """Some turns that end with the user's, or those of ``others``."""
+        roles = self.draw(st.sampled_from([["user"], ["user", "assistant", "user"], ["system", "user"], *others]))
         return [self.turn(role, field) for role in roles]
+
+    def answer(self, field: str) -> list[dict[str, Any]]:
+        """An answer, or a trajectory of up to three calls of a tool with their results and an answer."""
+        calls = self.draw(st.integers(0, 3))
+        return [
+            *(self.turn(role, field) for _ in range(calls) for role in ("assistant", "tool")),
+            self.turn("assistant", field),
+        ]
+
+    def completion(self, field: str, number: int) -> Any:
+        """A completion of a ranked list with its score: text in an object, or messages in a list."""
+        item = {"score": number, "critique": self.text("critique")}
+        match self.draw(st.sampled_from(["text", "nested", "message"])):
+            case "text":
+                return item | {"text": self.text(field)}
+            case "nested":
+                return item | {"response": self.answer(field)}
+        return item | self.turn("assistant", field)
+
+
+PAIR, CALLS = ("chosen", "rejected"), ["user", "assistant", "tool"]
+LAYOUTS = (
+    "strings", "messages", "whole", "prompt and whole", "ranked", "scores", "verdict", "sharegpt", "openai", "alpaca",
+    "label", "label of a conversation",
+)  # fmt: skip
 
 
 @st.composite
-def marked_records(draw: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """A record in a random layout, and the field of each marker in it."""
+def marked_records(draw: Any) -> tuple[str, dict[str, Any], dict[str, str]]:
+    """The loss, a record in a random layout, and the field of each marker in it."""
     m = Markers(draw)
-    layout = draw(
-        st.sampled_from(["strings", "messages", "whole", "prompt and whole", "ranked", "verdict", "sharegpt"])
-    )
+    layout, loss = draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from(["sigmoid", "kto", "bco", "plackett_luce"]))
     record: dict[str, Any] = {}
-    if layout == "strings":
-        record = {key: m.text(key) for key in ("prompt", "chosen", "rejected")}
-    elif layout == "messages":
-        record = {"prompt": m.dialogue("prompt"), **{key: [m.turn("assistant", key)] for key in ("chosen", "rejected")}}
-    elif layout in ("whole", "prompt and whole"):
-        shared = m.dialogue("prompt")
-        record = {key: [*shared, m.turn("assistant", key)] for key in ("chosen", "rejected")}
-        if layout == "prompt and whole":
-            record["prompt"] = [m.turn("system", "prompt")] if shared[0]["role"] != "system" else shared
-    elif layout == "ranked":
-        items = [{"text": m.text("completions"), "score": i, "critique": m.text("critique")} for i in range(2)]
-        record = {"prompt": m.dialogue("prompt"), "completions": items}
-    elif layout == "verdict":
-        record = {key: m.text(key) for key in ("prompt", "response_1", "response_2")} | {"preference_strength": 2}
-    else:
-        record = {
-            "conversations": [{"from": "human", "value": m.text("conversations")}],
-            **{key: {"from": "gpt", "value": m.text(key)} for key in ("chosen", "rejected")},
-        }
-    turns = [record.get(key) for key in ("prompt", "chosen")]
-    has_system = any(isinstance(value, list) and value[0]["role"] == "system" for value in turns)
+    match layout:
+        case "strings":
+            record = {key: m.text(key) for key in ("prompt", *PAIR)}
+        case "messages":
+            record = {"prompt": m.dialogue("prompt", CALLS), **{key: m.answer(key) for key in PAIR}}
+        case "whole" | "prompt and whole":
+            shared = m.dialogue("prompt")
+            record = {key: [*shared, *m.answer(key)] for key in PAIR}
+            if layout == "prompt and whole":
+                record["prompt"] = [m.turn("system", "prompt")] if shared[0]["role"] != "system" else shared
+        case "ranked":
+            count = draw(st.integers(2, 4)) if loss == "plackett_luce" else 2
+            items = [m.completion("completions", i) for i in range(count)]
+            record = {draw(st.sampled_from(["prompt", "messages"])): m.dialogue("prompt"), "completions": items}
+        case "scores":
+            record = {
+                "prompt": m.text("prompt"),
+                "generations": [m.text("generations") for _ in range(2)],
+                "ratings": [1, 2],
+            }
+        case "verdict":
+            record = {key: m.text(key) for key in ("prompt", "response_1", "response_2")} | {"preference_strength": 2}
+        case "sharegpt":
+            turns = [{"from": role, "value": m.text("conversations")} for role in ("human", "gpt", "human")]
+            record = {"conversations": turns, **{key: {"from": "gpt", "value": m.text(key)} for key in PAIR}}
+        case "openai":
+            record = {"input": {"messages": m.dialogue("input", CALLS), "tools": [{"name": m.text("input.tools")}]}}
+            record |= {key: m.answer(key) for key in ("preferred_output", "non_preferred_output")}
+        case "alpaca":
+            record = {key: m.text(key) for key in ("instruction", "input", *PAIR)}
+            record["history"] = [[m.text("history"), m.text("history")]]
+        case "label":
+            loss = draw(st.sampled_from(["kto", "bco"]))
+            record = {
+                "prompt": m.dialogue("prompt"),
+                "completion": m.answer("completion"),
+                "label": draw(st.booleans()),
+            }
+        case "label of a conversation":
+            loss = draw(st.sampled_from(["kto", "bco"]))
+            record = {"messages": [*m.dialogue("messages"), *m.answer("messages")], "label": draw(st.booleans())}
+    values = (value if isinstance(value, list) else [] for value in record.values())
+    has_system = any(isinstance(turn, dict) and turn.get("role") == "system" for value in values for turn in value)
+    has_system |= "input" in record and '"system"' in json.dumps(record["input"])
     for key in ("tools", "note") if has_system else ("system", "tools", "note"):
         m.maybe(record, key, lambda key=key: [{"name": m.text(key)}] if key == "tools" else m.text(key))
-    return record, m.fields
+    return loss, record, m.fields
 
 
-@hypothesis.given(marked_records())
+@hypothesis.given(marked_records(), st.booleans())
 @hypothesis.settings(
     deadline=None, max_examples=60, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
 def test_every_text_of_a_record_is_read_by_the_model_or_its_field_is_reported(
-    model: Path, tmp_path: Path, marked: tuple[dict[str, Any], dict[str, str]]
+    model: Path, tokenizer: Any, tmp_path: Path, marked: tuple[str, dict[str, Any], dict[str, str]], with_tools: bool
 ):
-    record, fields = marked
-    text, (line,) = inspect(tmp_path, model, {"train": [record]})
-    named = " ".join(line["notes"]).replace("tool_calls", "call")
+    loss, record, fields = marked
+    tokenizer.chat_template = TOOLS_TEMPLATE if with_tools else CHATML
+    tokenizer.save_pretrained(model)
+    text, lines = inspect(tmp_path, model, {"train": [record]}, loss={"use": loss})
+    assert {line["status"] for line in lines} == {"kept"}, (lines, text)
+    named = " ".join(note for line in lines for note in line["notes"]).replace("tool_calls", "call")
     for marker, field in fields.items():
-        seen = any(marker in line[side] for side in ("prompt", "chosen", "rejected"))
+        seen = any(marker in line[side] for line in lines for side in ("prompt", "chosen", "rejected"))
         # Only these may be left out; then the record's notes and the report name them.
         key = field.rpartition(".")[2]
         optional = key in ("name", "weight", "reasoning_content", "call", "critique", "tools", "note")

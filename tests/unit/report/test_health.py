@@ -22,8 +22,8 @@ from dpo_ray.report.health import (
     judge_score_rises,
     kl_is_moderate,
     length_is_steady,
-    pairs_are_not_saturated,
     trainers_are_busy,
+    training_is_not_saturated,
     values_are_finite,
 )
 from dpo_ray.report.record import Evaluation, HeldOutSample, RunRecord
@@ -112,9 +112,9 @@ def test_saturated_pairs_need_both_accuracy_and_margin():
     def run(accuracy: float, margin: float) -> RunRecord:
         return record_of_steps(rewards__accuracies=[0.5, accuracy], rewards__margins=[0.0, margin])
 
-    assert level(pairs_are_not_saturated(run(1.0, 8.0))) == "warning"
-    assert level(pairs_are_not_saturated(run(1.0, 2.0))) == "ok"
-    assert level(pairs_are_not_saturated(run(0.8, 8.0))) == "ok"
+    assert level(training_is_not_saturated(run(1.0, 8.0))) == "warning"
+    assert level(training_is_not_saturated(run(1.0, 2.0))) == "ok"
+    assert level(training_is_not_saturated(run(0.8, 8.0))) == "ok"
 
 
 def test_a_held_out_loss_that_rises_again_is_reported_with_its_best_step():

@@ -1,6 +1,7 @@
 """Reading a run directory, its key figures, and the page: on small synthetic runs."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html.parser import HTMLParser
@@ -11,7 +12,9 @@ import pytest
 
 from dpo_ray.report.figures import KeyFigure, comparisons, key_figures, verdict
 from dpo_ray.report.formatting import format_duration
+from dpo_ray.report.health import diagnose
 from dpo_ray.report.page import write_report, write_sweep_report
+from dpo_ray.report.plots import legend, run_plots
 from dpo_ray.report.record import RunRecord, read_run
 from jobs.picture import write_picture
 
@@ -418,10 +421,25 @@ def test_a_sweep_without_a_finished_trial_still_has_a_page(tmp_path):
 
 
 def test_a_run_on_labels_speaks_of_completions_and_not_of_pairs() -> None:
-    evals = tuple({"step": step, "eval/rewards/accuracies": 0.75, "eval/rewards/margins": 1.0} for step in (4, 8))
-    labelled, paired = (RunRecord(Path("run"), {"loss": {"use": use}}, evals=evals) for use in ("kto", "sigmoid"))
-    assert key_figures(labelled)[0].detail == "of completions got likelier or less likely as labelled"
+    keys = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "logps/chosen", "logps/rejected")
+    diverged = {"step": 9, "optim/grad_norm": 99.0, **dict.fromkeys(keys, math.nan)}
+    for use, change in (("kto", 9.0), ("bco", -9.0), (["kto", "bco"], 0.1)):
+        steps = tuple(
+            {"step": step, "optim/grad_norm": 1.0, **dict.fromkeys(keys, 1 + change * step)} for step in range(1, 9)
+        )
+        evals = tuple({"step": step, **{f"eval/{key}": 0.75 for key in keys}} for step in (4, 6, 8))
+        record = RunRecord(Path("run"), {"loss": {"use": use, "beta": 0.1}}, steps=(*steps, diverged), evals=evals)
+        findings, plots = diagnose(record), run_plots(record)
+        texts = [verdict(record, findings), *(text for finding in findings for text in finding[1:])]
+        texts += [text for figure in key_figures(record) for text in figure]
+        texts += [
+            text for plot in plots for text in (plot.title, plot.caption, *(panel.label for panel in plot.panels))
+        ]
+        texts += [swatch.label for plot in plots for swatch in legend(plot)]
+        words = " ".join(texts).replace("optim.pairs_per_step", "").replace("rewards/chosen", "")
+        assert not re.search("pair|chosen|rejected|ranked", words, re.IGNORECASE), words
+        assert "75% of held-out completions got likelier or less likely as labelled" in words
+        assert "Log-probability of desirable and undesirable" in words
+    paired = RunRecord(Path("run"), {"loss": {"use": "sigmoid"}}, evals=evals)
     assert key_figures(paired)[0].detail == "of pairs ordered right"
-    assert verdict(labelled, []).startswith(
-        "After 8 steps 75% of held-out completions got likelier or less likely as labelled."
-    )
+    assert verdict(paired, []) == "After 8 steps 75% of held-out pairs are ordered right."
