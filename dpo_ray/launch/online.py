@@ -15,6 +15,7 @@ from dpo_ray.launch.rollouts.coordinator import SPARE_THREADS, Coordinator
 from dpo_ray.launch.rollouts.push import BETWEEN_GPUS, build_transport
 from dpo_ray.launch.run_dir import make_run_dir
 from dpo_ray.launch.workers import train_on_workers
+from dpo_ray.model.architecture import validate_online_model
 from dpo_ray.rollout.collect import validate_round_size
 from dpo_ray.rollout.judges import build_judge
 from dpo_ray.rollout.selectors import build_selector
@@ -74,6 +75,7 @@ def validate_online(config: Config) -> None:
     """Checks everything that can be checked before prompts and model are loaded."""
     assert config.online is not None
     validate_training(config)
+    validate_online_model(config.model.path)
     build_judge(config.online.judge)
     build_selector(config.online.select)
     build_transport(config, on_gpus=config.online.sync.use in BETWEEN_GPUS)
