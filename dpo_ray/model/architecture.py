@@ -54,6 +54,9 @@ UNTRAINABLE: Mapping[str, str] = {
 }
 """Architectures that no layout of the rows makes trainable, and why."""
 
+OFFLINE_ONLY: Mapping[str, str] = {"gpt_oss": "whose attention sinks and experts vLLM cannot update"}
+"""Architectures that the engines of online runs do not support, and why."""
+
 
 def read_model_config(path: str) -> "PreTrainedConfig":
     """Configuration of the model at ``path``.
@@ -69,6 +72,15 @@ def read_model_config(path: str) -> "PreTrainedConfig":
     if config.model_type in UNTRAINABLE:
         raise ValueError(f"model.path: {path!r} is a {config.model_type}, {UNTRAINABLE[config.model_type]}")
     return config
+
+
+def validate_online_model(path: str) -> None:
+    """Raise a ValueError if engines cannot get new weights of the architecture at ``path``."""
+    architecture = read_model_config(path).model_type
+    if architecture in OFFLINE_ONLY:
+        raise ValueError(
+            f"model.path: {path!r} is a {architecture}, {OFFLINE_ONLY[architecture]}; train it by the command offline"
+        )
 
 
 def is_composite(config: "PreTrainedConfig") -> bool:

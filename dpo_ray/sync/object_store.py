@@ -48,6 +48,12 @@ def __getattr__(name: str) -> Any:
             return update_dict  # a list of WireTensor already
 
         def start_weight_update(self) -> None:
+            if self.device.type == "cpu":
+                # On CPUs experts are packed only while their kernel is built, so reloading must build it again.
+                for layer in self.model.modules():
+                    method: Any = getattr(layer, "quant_method", None)
+                    if getattr(method, "moe_kernel", None) is not None:
+                        method.moe_kernel = None
             initialize_layerwise_reload(self.model)
 
         def receive_weights(self, update_info: list[WireTensor]) -> None:
@@ -56,8 +62,9 @@ def __getattr__(name: str) -> Any:
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)
             head = getattr(self.model, "lm_head", None)
-            if self.device.type == "cpu" and head is not None and self.model.config.tie_word_embeddings:
-                # On CPUs a tied head multiplies with a packed copy, which reloading the embedding does not update.
+            if self.device.type == "cpu" and head is not None:
+                # On CPUs a head multiplies with a packed copy, which reloading the embedding it is tied to does not
+                # update. Untied in the configuration is not enough: vLLM ties a stored head that equals the embedding.
                 head.quant_method.process_weights_after_loading(head)
 
         def shutdown(self) -> None: ...

@@ -17,6 +17,7 @@ class RecordingModel:
         self.model = model
         self.digest = Digest()
         self.missing = {name for name, _ in model.named_parameters()}
+        self.loaded: set[str] = set()
 
     def load_weights(self, weights: Iterable[NamedTensor]) -> set[str]:
         """Load tensors under their checkpoint names; returns the names of the parameters that they fill."""
@@ -24,7 +25,24 @@ class RecordingModel:
         self.digest.update(weights)
         loaded = self.model.load_weights(weights)
         self.missing -= loaded
+        self.loaded |= loaded
         return loaded
+
+    def unchanged(self) -> list[str]:
+        """Parameters whose weights the model's loader copied by itself, so that reloading, which buffers, lost them."""
+        return [
+            f"{prefix}.{name}"
+            for prefix, layer in self.model.named_modules()
+            for name, parameter in layer.named_parameters(recurse=False)
+            if parameter.is_meta and f"{prefix}.{name}" in self.loaded and name not in _buffered(layer)
+        ]
+
+
+def _buffered(layer: Any) -> set[str]:
+    """Names of the parameters whose weights vLLM keeps until the layer is complete."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    return {name for name, _ in get_layerwise_info(layer).loaded_weights}
 
 
 class DigestMixin:
@@ -54,13 +72,18 @@ class DigestMixin:
         """Switch to the received weights.
 
         Raises:
-            ValueError: a parameter got no weights.
+            ValueError: a parameter got no weights, or vLLM cannot reload it.
         """
         recording: RecordingModel = self.model
         if recording.missing:
             raise ValueError(
                 f"the push left out {len(recording.missing)} parameters of the engine's model, "
                 f"first {min(recording.missing)!r}; a layer would keep old or undefined weights"
+            )
+        if unchanged := recording.unchanged():
+            raise ValueError(
+                f"vLLM cannot update {len(unchanged)} parameters of {type(recording.model).__name__}, "
+                f"first {unchanged[0]!r}: they would keep their old weights; train this model by the command offline"
             )
         self.digest = recording.digest.hexdigest()
         self.reset_weight_update_target()  # pyrefly: ignore

@@ -50,7 +50,8 @@ def rollout_actors(
     plain = config.model_dump(mode="json")
     fleet = _start(FleetActor, plain, cluster)
     judges = start_judges(config)
-    collector = _start(CollectorActor, plain, ray.put(prompts), ray.put(held_out), fleet, judges, status_actor)
+    stored = [ray.put(prompts), ray.put(held_out)]  # in a list, because a restarted actor must find its arguments
+    collector = _start(CollectorActor, plain, stored, fleet, judges, status_actor)
     stop = threading.Event()
     try:
         _raise_early_failure(judges)

@@ -17,7 +17,7 @@ from dpo_ray.rollout.evaluation import Evaluation, EvaluationStore
 from dpo_ray.rollout.judging import JudgePool
 from dpo_ray.rollout.ledger import Ledger
 from dpo_ray.rollout.selectors import build_selector, select_pairs
-from dpo_ray.types import Metrics, Prompt
+from dpo_ray.types import Metrics
 
 SEQUENCES_PER_ENGINE = 320
 """Completions in flight per engine: those that vLLM generates at a time (256 by default), and some that wait."""
@@ -27,7 +27,7 @@ class CollectorActor:
     """See ``rollout.collector``.
 
     Args:
-        prompts, held_out: all training prompts, and the held-out prompts.
+        prompts: references of all training prompts, and of the held-out prompts.
         fleet: handle of the FleetActor.
         status_actor: handle of the StatusActor.
     """
@@ -35,15 +35,14 @@ class CollectorActor:
     def __init__(
         self,
         config: dict[str, Any],
-        prompts: Sequence[Prompt],
-        held_out: Sequence[Prompt],
+        prompts: Sequence[Any],
         fleet: Any,
         judges: Sequence[RemoteJudge],
         status_actor: Any,
     ) -> None:
         self.config = Config.model_validate(config)
         log_to_run(self.config.run.path, "collector")
-        self.prompts, self.held_out, self.fleet, self.judges = prompts, held_out, fleet, judges
+        self.prompts, self.fleet, self.judges = prompts, fleet, judges
         self.status_actor = status_actor
         self.evaluations = EvaluationStore(self.config.run.path)
         self._started: asyncio.Future[Collector] | None = None
@@ -93,12 +92,13 @@ class CollectorActor:
         )
         engines = Dispatcher(self.fleet.membership.remote, self.fleet.suspect.remote)
         self._background = [asyncio.ensure_future(judge.run()), asyncio.ensure_future(engines.follow())]
+        prompts, held_out = await asyncio.gather(*self.prompts)
         sequences = self.config.cluster.rollout_engines * SEQUENCES_PER_ENGINE
         return Collector(
             online,
             seed=self.config.run.seed,
-            prompts=self.prompts,
-            held_out=self.held_out,
+            prompts=prompts,
+            held_out=held_out,
             ledger=Ledger(self.config.run.path),
             engines=engines,
             judge=judge,

@@ -339,6 +339,9 @@ class Model:
     def named_parameters(self) -> list[tuple[str, None]]:
         return [("qkv", None), ("head", None)]
 
+    def named_modules(self) -> list[tuple[str, Any]]:
+        return []
+
     def load_weights(self, tensors: list[tuple[str, Tensor]]) -> set[str]:
         self.loaded += [name for name, _ in tensors]
         return {"qkv" if name in "qkv" else name for name, _ in tensors}
