@@ -3,6 +3,7 @@
 After a push of changed weights, an engine's log-probabilities are those of transformers in float32.
 """
 
+import asyncio
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dpo_ray.sync.object_store import ObjectStoreSync
+from dpo_ray.types import Probe
 from tests.families import EXPERTS, save_small_model
 from tests.rollout_vllm.test_weight_push import ENGINE, TOKENIZER, WORDS, OneEngine, environment, tiny_llama
 
@@ -63,7 +65,11 @@ def engine_of(folder: Path) -> Iterator["VLLMEngine"]:
 def push(engine: "VLLMEngine", weights: dict[str, Tensor]) -> None:
     sync = ObjectStoreSync(bucket_mib=1, dtype="float32")
     sync.connect(OneEngine(engine))
-    sync.push(weights.items(), version=0)
+    sync.publish(weights.items(), version=0, probe=Probe((), (), 0.0))
+
+
+def engine_logps(engine: "VLLMEngine") -> list[float]:
+    return asyncio.run(engine.token_logps(PROBE))
 
 
 def changed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -99,12 +105,12 @@ def test_an_engine_computes_with_the_experts_of_the_last_push(tmp_path: Path, ar
     before, weights = token_logps(folder), load_file(folder / "model.safetensors")
     with engine_of(folder) as engine:
         push(engine, weights)
-        assert difference(engine.token_logps(PROBE), before) < TOLERANCE
+        assert difference(engine_logps(engine), before) < TOLERANCE
         save_weights(folder, changed(weights))
         after = token_logps(folder)
         assert difference(before, after) > 1
         push(engine, changed(weights))
-        assert difference(engine.token_logps(PROBE), after) < TOLERANCE
+        assert difference(engine_logps(engine), after) < TOLERANCE
 
 
 @pytest.mark.parametrize("redundant", [True, False], ids=["a copy of the embedding", "weights of its own"])
@@ -117,11 +123,11 @@ def test_a_head_stored_beside_a_tied_embedding_is_updated(tmp_path: Path, redund
     stored = tied | {"lm_head.weight": embedding.clone() if redundant else 2 * embedding.flip(0)}
     save_weights(tmp_path, stored)
     with engine_of(tmp_path) as engine:
-        assert difference(engine.token_logps(PROBE), token_logps(tmp_path)) < TOLERANCE
+        assert difference(engine_logps(engine), token_logps(tmp_path)) < TOLERANCE
         new = changed(tied if redundant else stored)
         save_weights(tmp_path, new)
         push(engine, new)
-        assert difference(engine.token_logps(PROBE), token_logps(tmp_path)) < TOLERANCE
+        assert difference(engine_logps(engine), token_logps(tmp_path)) < TOLERANCE
 
 
 def test_a_push_of_weights_that_vllm_cannot_update_is_rejected(tmp_path: Path) -> None:
