@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_ray.config.schema import EngineConfig, SamplingConfig
 from dpo_ray.rollout.engine import UNPUSHED, EngineStatus, Request
-from dpo_ray.rollout.stepping import Call, Job, Stepper
+from dpo_ray.rollout.stepping import Call, EngineFailed, Job, Stepper
 from dpo_ray.types import Completion, CompletionGroup, Prompt
 
 if TYPE_CHECKING:
@@ -141,9 +141,15 @@ class VLLMEngine:
         )
 
     async def status(self) -> EngineStatus:
-        """The engine's status; answers at once, also during a long step."""
+        """The engine's status; answers at once, also during a long step.
+
+        Raises:
+            EngineFailed: vLLM failed, or its engine process died.
+        """
         if self._stepper.error is not None:
             raise self._stepper.error
+        if not self._in_process and self._llm.llm_engine.engine_core.resources.engine_dead:
+            raise EngineFailed("vLLM's engine process died")  # a step in progress would wait for it forever
         progress, statistics = self._stepper.progress, self._statistics
         running = min(statistics.running, progress.running)
         return EngineStatus(
