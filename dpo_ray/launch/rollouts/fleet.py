@@ -233,6 +233,8 @@ class FleetActor:
                 self._unplaced = False
                 self._run()
                 await self.fleet.started(self.cluster.start_timeout_s)
+            else:
+                await self.fleet.replace_unfinished()
             await self.fleet.sleep()
 
     async def membership(self, after: int, wait_s: float) -> Membership:
