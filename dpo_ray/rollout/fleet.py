@@ -13,7 +13,7 @@ from typing import Any
 
 from dpo_ray.rollout.engine import Engine, EngineStatus, MessageLost
 from dpo_ray.rollout.membership import Board, Member, Membership, News
-from dpo_ray.rollout.updates import ATTEMPTS, EngineSilent, Update, UpdateOver
+from dpo_ray.rollout.updates import ATTEMPTS, EngineSilent, Update, UpdateOver, within
 from dpo_ray.storage import error_summary
 from dpo_ray.types import EngineLost, Probe
 
@@ -139,6 +139,12 @@ class Fleet:
         """The latest status of each engine that is up."""
         return {life.id: life.status for life in self._lives.values() if life.status is not None}
 
+    async def replace_unfinished(self) -> None:
+        """Replace the engines that hold a part of a policy, because the sender of the other part has died."""
+        for life in [life for life in self._lives.values() if life.loading]:
+            self._lose(life, "its weight update was not finished")
+        await self.started(self.start_timeout_s)
+
     async def sleep(self) -> None:
         """Put all engines to sleep; one that comes up later sleeps too. The next update wakes them."""
         self._asleep = True
@@ -154,7 +160,7 @@ class Fleet:
 
         async def one(life: _Life) -> None:
             try:
-                await _within(self.sync_timeout_s, call(life.engine), f"{doing}: no answer in {{}} (sync_timeout_s)")
+                await within(self.sync_timeout_s, call(life.engine), f"{doing}: no answer in {{}} (sync_timeout_s)")
             except Exception as error:
                 self._lose(life, error_summary(error))
 
@@ -163,7 +169,13 @@ class Fleet:
     # --------------------------------------------------------------------------------- for the sender: see EngineGroup
 
     async def begin_update(self, version: int, *, collective: bool) -> list[str]:
-        """Start an update; returns the ids of the engines that take part."""
+        """Start an update; returns the ids of the engines that take part.
+
+        The first collective one waits until each slot's engine is up or has failed to start, since others would be left
+        out of it.
+        """
+        if collective and self._update is None:
+            await self.started(self.start_timeout_s)
         if self._watch is not None:
             self._watch.cancel()
         if self._update is not None:
@@ -236,9 +248,9 @@ class Fleet:
         slot.starts += 1
         id = f"{slot.index}.{slot.starts}"
         try:
-            engine = await _within(self.start_timeout_s, self._launch(slot.index), "not up after {} (start_timeout_s)")
+            engine = await within(self.start_timeout_s, self._launch(slot.index), "not up after {} (start_timeout_s)")
             if self._asleep:
-                await _within(self.sync_timeout_s, engine.sleep(), "falling asleep: no answer in {} (sync_timeout_s)")
+                await within(self.sync_timeout_s, engine.sleep(), "falling asleep: no answer in {} (sync_timeout_s)")
         except Exception as error:
             slot.failed_starts += 1
             self._last_failure = f"engine {id}: {error_summary(error)}"
@@ -294,7 +306,7 @@ class Fleet:
     async def _retire_slot(self, slot: _Slot, life: _Life | None) -> None:
         try:
             retired = self._retire(slot.index, life.engine if life else None)
-            await _within(RETIRE_TIMEOUT_S, retired, "not retired after {}")
+            await within(RETIRE_TIMEOUT_S, retired, "not retired after {}")
         except Exception as error:
             logger.warning("the engine of slot %d was not retired in order: %s", slot.index, error_summary(error))
 
@@ -306,7 +318,7 @@ class Fleet:
     async def _check(self, life: _Life) -> None:
         """Raises if an engine cannot be used, does not answer, or hangs in a step."""
         limit = self.ping_timeout_s
-        life.status = await _within(limit, life.engine.status(), "no status in {} (online.engine_timeout_s)")
+        life.status = await within(limit, life.engine.status(), "no status in {} (online.engine_timeout_s)")
         if life.status.step_s > limit:
             raise EngineSilent(f"in one step for {life.status.step_s:.0f} s (online.engine_timeout_s: {limit:g})")
 
@@ -335,9 +347,11 @@ class Fleet:
                 self._abandon(update, error_summary(error))
                 continue
             if self._asleep:
-                await _within(self.sync_timeout_s, life.engine.sleep(), "falling asleep: no answer in {}")
+                await within(self.sync_timeout_s, life.engine.sleep(), "falling asleep: no answer in {}")
+            if life.lost.done():
+                return
             life.loading = False
-            life.slot.pauses = 0
+            life.slot.pauses = update.attempts[life.slot.index] = 0
             self._board.members[life.slot.index] = Member(life.id, life.engine, update.version, update.digest)
             self._board.metrics = update.metrics()
             self._changed()
@@ -352,9 +366,9 @@ class Fleet:
                 self._fail(f"no engine was up for {limit:g} s (cluster.start_timeout_s); {cause}; see {self.logs}")
 
     def _check_version(self) -> None:
-        """Fail the run if every slot has failed over an update that no engine has passed."""
+        """Fail the run if every slot has failed over an update, or has no engine."""
         update = self._update
-        if update is None or update.passed or update.over.done() or not update.attempts:
+        if update is None or update.over.done() or not any(update.attempts.values()):
             return
         if all(slot.failed_starts or update.attempts[slot.index] >= ATTEMPTS for slot in self._slots):
             self._fail(f"no engine took over policy version {update.version}: {update.last_failure}; see {self.logs}")
@@ -372,15 +386,3 @@ class Fleet:
         needed, board.needs_weights = board.needs_weights, bool(self._lives) and not board.members and not coming
         if visible or needed != board.needs_weights:
             board.publish()
-
-
-async def _within(limit_s: float, call: Awaitable[Any], otherwise: str) -> Any:
-    """The result of a call; raises EngineSilent if it takes longer. ``otherwise``: message, ``{}`` is the limit."""
-    timeout = asyncio.timeout(limit_s)
-    try:
-        async with timeout:
-            return await call
-    except TimeoutError:
-        if not timeout.expired():
-            raise
-        raise EngineSilent(otherwise.format(f"{limit_s:g} s")) from None

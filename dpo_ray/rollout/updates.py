@@ -57,7 +57,7 @@ class Update:
         self.push_s: float | None = None
         """Seconds until the slowest of the engines that were present at the start served."""
         self.attempts: Counter[int] = Counter()
-        """Failed attempts by slot; ATTEMPTS if an engine received or uses wrong weights."""
+        """Failed attempts by slot since its last engine that passed; ATTEMPTS if that received wrong weights."""
         self.last_failure = ""
         self.heard = 0
         """Number of calls of the sender."""
@@ -200,7 +200,8 @@ class Update:
         del self.loading[id]
         self._pending.discard(id)
         self._losses.append(f"engine {id} failed: {reason}")
-        self.attempts[slot] += ATTEMPTS if isinstance(error, SyncMismatch) else 1
+        # Wrong weights on every engine are an error of the run; if others have proven them, only this engine failed.
+        self.attempts[slot] += ATTEMPTS if isinstance(error, SyncMismatch) and not self.passed else 1
         self.last_failure = self._losses[-1]
         self._news.tell()
 
@@ -231,6 +232,18 @@ class Update:
             raise EngineSilent(f"{step.doing}: no answer in {self.timeout_s:g} s (online.sync_timeout_s)")
         finally:
             task.cancel()
+
+
+async def within(limit_s: float, call: Awaitable[Any], otherwise: str) -> Any:
+    """The result of a call; raises EngineSilent if it takes longer. ``otherwise``: message, ``{}`` is the limit."""
+    timeout = asyncio.timeout(limit_s)
+    try:
+        async with timeout:
+            return await call
+    except TimeoutError:
+        if not timeout.expired():
+            raise
+        raise EngineSilent(otherwise.format(f"{limit_s:g} s")) from None
 
 
 def check_probe(probe: Probe, logps: Sequence[float]) -> float:

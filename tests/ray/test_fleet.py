@@ -16,7 +16,7 @@ from ray.util.placement_group import placement_group_table
 
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.rollouts.fleet import FleetActor
-from dpo_ray.launch.rollouts.remote_engine import StoredMessage
+from dpo_ray.launch.rollouts.weights import StoredMessage
 from dpo_ray.rollout.engine import Request, RequestTimedOut
 from dpo_ray.rollout.membership import Membership
 from dpo_ray.types import Probe, Prompt
@@ -38,13 +38,15 @@ def cluster(shared_cluster: SharedCluster) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def fleet_of(folder: Path, engines: int, actor_class: type = FakeEngineActor) -> Iterator[Any]:
+def fleet_of(
+    folder: Path, engines: int, actor_class: type = FakeEngineActor, *, engine_timeout_s: float = 60.0
+) -> Iterator[Any]:
     """A fleet of engines of three CPUs each, of which the cluster has eight; nothing may be left of it."""
     config = {
         "run": {"dir": str(folder)},
         "model": {"path": "tiny"},
         "cluster": {"rollout_engines": engines, "cpus_per_engine": 3, "start_timeout_s": 60},
-        "online": {"prompts": "p.jsonl", "engine_timeout_s": 2, "sync_timeout_s": 20},
+        "online": {"prompts": "p.jsonl", "engine_timeout_s": engine_timeout_s, "sync_timeout_s": 20},
     }
     options = {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 1000}
     actor = ray.remote(FleetActor).options(**options)
@@ -92,7 +94,7 @@ def update(fleet: Any, version: int, refs: list[Any], digest: str) -> None:
 
 
 def test_engines_that_are_killed_or_stopped_are_replaced_and_a_fleet_that_dies_starts_new_ones(tmp_path: Path) -> None:
-    with fleet_of(tmp_path, 3) as fleet:  # the cluster has room for two
+    with fleet_of(tmp_path, 3, engine_timeout_s=5.0) as fleet:  # the cluster has room for two
         update(fleet, 1, [ray.put("all "), ray.put("weights")], "all weights")
         before = until(lambda: len((now := membership(fleet)).members) == 2 and now)
         first, second = (member.id for member in before.members)
@@ -112,8 +114,7 @@ def test_engines_that_are_killed_or_stopped_are_replaced_and_a_fleet_that_dies_s
         until(lambda: not psutil.pid_exists(pids[second]))
 
         old = {ray.get(member.engine.handle.pid.remote()) for member in now.members}
-        fleet_pid = next(p.pid for p in psutil.process_iter() if "ray::FleetActor" in " ".join(_title(p)))
-        os.kill(fleet_pid, signal.SIGKILL)
+        os.kill(ray.get(fleet.__ray_call__.remote(lambda actor: os.getpid()), timeout=PATIENCE_S), signal.SIGKILL)
         until(lambda: not any(psutil.pid_exists(pid) for pid in old))
         restarted = until(lambda: (now := membership(fleet)).needs_weights and now)
         assert restarted.epoch > now.epoch
@@ -152,10 +153,3 @@ def test_an_engine_that_cannot_be_built_ends_the_run_with_its_error_and_the_plac
         assert "no such model: tiny" in error
         assert str(tmp_path) in error
         assert "engine-*.log" in error
-
-
-def _title(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []

@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from dpo_ray.config import Config
 from dpo_ray.launch.cluster import Cluster
-from dpo_ray.launch.rollouts.engine_actor import EngineActor
+from dpo_ray.launch.rollouts.engine_actor import MAX_CONCURRENCY, EngineActor
 from dpo_ray.launch.rollouts.placement import (
     EnginePlacement,
     GpuSlot,
@@ -33,6 +33,7 @@ from dpo_ray.launch.rollouts.placement import (
     packing_strategy,
 )
 from dpo_ray.launch.rollouts.remote_engine import RemoteEngine
+from dpo_ray.launch.rollouts.weights import build_transport
 from dpo_ray.launch.run_dir import log_to_run
 from dpo_ray.rollout.engine import Engine, EngineStatus
 from dpo_ray.rollout.fleet import ConstructorError, Fleet
@@ -43,8 +44,6 @@ from dpo_ray.types import Probe
 
 logger = logging.getLogger(__name__)
 
-CALLS_PER_ENGINE = 100_000
-"""Calls of an engine in progress: requests wait in the engine, where a status call overtakes them."""
 LAUNCH_SHARE = 0.95
 """Part of the fleet's time-out in which a launch fails by itself, with a better message."""
 
@@ -120,7 +119,7 @@ class Launcher:
             .options(
                 num_cpus=placement.num_cpus,
                 num_gpus=placement.num_gpus,
-                max_concurrency=CALLS_PER_ENGINE,
+                max_concurrency=MAX_CONCURRENCY,
                 scheduling_strategy=self._strategy(slot, placement),
                 runtime_env={
                     "env_vars": engine_environment(online.engine, on_cpu=on_cpu, threads=threads)
@@ -176,9 +175,6 @@ class FleetActor:
         log_to_run(parsed.run.path, "fleet")
         assert parsed.online is not None
         if worker_extension is None:
-            # Imported here: a transport imports torch, which the callers of this actor do not need.
-            from dpo_ray.launch.rollouts.weights import build_transport
-
             worker_extension = build_transport(parsed, on_gpus=cluster.on_gpus).worker_extension
         self.cluster, on_workers = parsed.cluster, parsed.cluster.colocate and cluster.on_gpus
         self.launcher = Launcher(
@@ -233,6 +229,8 @@ class FleetActor:
                 self._unplaced = False
                 self._run()
                 await self.fleet.started(self.cluster.start_timeout_s)
+            else:
+                await self.fleet.replace_unfinished()
             await self.fleet.sleep()
 
     async def membership(self, after: int, wait_s: float) -> Membership:

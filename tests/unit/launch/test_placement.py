@@ -7,7 +7,13 @@ import pytest
 from dpo_ray.config import Config
 from dpo_ray.config.schema import ClusterConfig
 from dpo_ray.launch.cluster import Cluster, validate_capacity
-from dpo_ray.launch.rollouts.placement import EnginePlacement, GpuSlot, colocated_placements, dedicated_placement
+from dpo_ray.launch.rollouts.placement import (
+    EnginePlacement,
+    GpuSlot,
+    colocated_placements,
+    dedicated_placement,
+    packing_strategy,
+)
 from dpo_ray.launch.rollouts.weights import build_transport
 from dpo_ray.sync import TRANSPORTS
 
@@ -34,6 +40,13 @@ def test_a_tensor_parallel_engine_leaves_one_gpu_per_bundle_to_the_vllm_workers(
     assert [bundle.get("GPU") for bundle in placement.bundles] == [1.0] * 3, "vLLM accepts at most one per bundle"
     assert [bundle.get("CPU") for bundle in placement.bundles] == [2.0, None, None], "vLLM workers request none"
     assert (placement.num_gpus, placement.executor, placement.environment) == (0, "ray", KEEP_VISIBLE)
+
+
+@pytest.mark.parametrize(("gpus", "strategy"), [(1, "STRICT_PACK"), (8, "STRICT_PACK"), (9, "PACK"), (16, "PACK")])
+def test_an_engine_stays_on_one_node_if_one_is_large_enough(gpus: int, strategy: str):
+    nodes = [{"CPU": 64.0, "memory": 1e9}, {"CPU": 16.0, "GPU": 8.0}, {"CPU": 16.0, "GPU": 8.0}]
+    placement = dedicated_placement(ClusterConfig(cpus_per_engine=16, gpus_per_engine=gpus), on_gpus=True)
+    assert packing_strategy(placement.bundles, nodes) == strategy
 
 
 def test_colocated_engines_get_neighbouring_ranks_of_one_node_and_request_nothing():

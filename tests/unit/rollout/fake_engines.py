@@ -25,6 +25,9 @@ class FakeEngine:
         self.weights: list[str] = []
         self.logps = list(PROBE.logps)
         self.infos: list[Any] = []
+        self.dead = False
+        self.finished: dict[int, str] = {}
+        """Digest of the weights by version."""
         self.calls: list[str] = []
         self.faults: dict[str, Callable[[], Any]] = {}
         """By method: raises, or returns a coroutine to await first."""
@@ -56,7 +59,8 @@ class FakeEngine:
     async def finish_update(self, version: int) -> str:
         await self._called("finish_update")
         self.version = version
-        return "".join(self.weights)
+        self.finished[version] = "".join(self.weights)
+        return self.finished[version]
 
     async def token_logps(self, token_ids: Sequence[int]) -> list[float]:
         await self._called("token_logps")
@@ -105,6 +109,7 @@ class World:
         self.fleet = Fleet(self.launch, self.retire, slots, logs="engine.log", **(limits | options))
 
     async def launch(self, slot: int) -> FakeEngine:
+        assert not any(name.startswith(f"{slot}.") for name in self.alive)
         self.starts[slot] += 1
         engine = FakeEngine(slot, self.starts[slot])
         if (waits := self.prepare(engine)) is not None:

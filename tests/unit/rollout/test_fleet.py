@@ -1,10 +1,14 @@
 """The fleet with fake engines: what happens to an engine, at which moment, and what callers then see."""
 
 import asyncio
+import contextlib
 import functools
+import gc
 import itertools
 import math
+import random
 import time
+import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -13,6 +17,7 @@ import pytest
 from dpo_ray.rollout import fleet
 from dpo_ray.rollout.engine import MessageLost
 from dpo_ray.rollout.fleet import ConstructorError
+from dpo_ray.rollout.membership import Membership
 from dpo_ray.types import EngineLost
 from tests.unit.rollout.fake_engines import PROBE, FakeEngine, World, dies, hangs, running
 
@@ -42,6 +47,11 @@ def fault(method: str, what: Callable[[], Any]) -> Callable[[FakeEngine], None]:
     return lambda engine: engine.faults.update({method: what})
 
 
+def loses_weights(engine: FakeEngine) -> None:
+    """A fault: the last message is not loaded."""
+    engine.faults["finish_update"] = lambda: engine.weights.clear()
+
+
 def failing(error: Exception) -> Callable[[FakeEngine], None]:
     """A fault of the start."""
 
@@ -66,7 +76,7 @@ FAULTS: dict[str, tuple[Callable[[FakeEngine], Any], dict[str, float]]] = {
     "hangs while it loads": (fault("load", hangs), {"sync_timeout_s": 0.2}),
     "dies as an update ends": (fault("finish_update", dies()), {}),
     "hangs as an update ends": (fault("finish_update", hangs), {"sync_timeout_s": 0.2}),
-    "has other weights": (fault("finish_update", lambda: None), {}),
+    "has other weights": (loses_weights, {}),
     "dies at its probe": (fault("token_logps", dies()), {}),
     "hangs at its probe": (fault("token_logps", hangs), {"sync_timeout_s": 0.2}),
     "does not use its weights": (lambda engine: setattr(engine, "logps", [-1.0, -2.3]), {}),
@@ -79,8 +89,6 @@ FAULTS: dict[str, tuple[Callable[[FakeEngine], Any], dict[str, float]]] = {
 async def test_an_engine_that_fails_is_replaced_and_the_others_serve_without_it(case: str) -> None:
     prepare, limits = FAULTS[case]
     world = World(3, only("1.1", prepare), **limits)
-    if case == "has other weights":
-        world.prepare = only("1.1", lambda engine: engine.faults.update(finish_update=lambda: engine.weights.pop()))
     async with running(world):
         await world.up("0.1", "2.1")
         await world.update(1, "a", "b")
@@ -196,10 +204,60 @@ async def test_engines_that_all_fail_the_proof_of_a_version_end_the_run_with_bot
     wrong: Callable[[FakeEngine], Any], both: tuple[str, str]
 ) -> None:
     async with running(World(3, wrong)) as world:
+        await world.fleet.started(5.0)
         await world.update(4, "a", "b")
         now = await world.until(lambda now: now.error)
+        assert world.starts == {0: 1, 1: 1, 2: 1}
     assert "policy version 4" in str(now.error)
     assert all(value in str(now.error) for value in both)
+
+
+@run
+async def test_a_version_counts_as_failed_also_if_other_engines_do_not_start() -> None:
+    def prepare(engine: FakeEngine) -> None:
+        if engine.name.startswith("1."):
+            raise ConnectionError("no place")
+        loses_weights(engine)
+
+    async with running(World(2, prepare)) as world:
+        await world.update(1, "a")
+        now = await world.until(lambda now: now.error)
+    assert "policy version 1" in str(now.error)
+
+
+@run
+async def test_an_engine_that_serves_resets_the_attempts_and_the_pauses_of_its_slot() -> None:
+    def prepare(engine: FakeEngine) -> None:
+        if int(engine.name.split(".")[1]) % 3:
+            engine.faults["load"] = dies()
+
+    async with running(World(1, prepare)) as world:
+        await world.update(1, "a")
+        for number in (3, 6, 9, 12):
+            await world.serving(f"0.{number}")
+            started = time.monotonic()
+            world.engines[f"0.{number}"].faults["status"] = dies()
+        assert (await world.serving("0.15")).error is None
+        assert time.monotonic() - started < 0.01 * 2**8  # of pauses of 0.01, 0.02 and 0.04 s
+
+
+@run
+async def test_an_engine_that_is_lost_in_the_moment_of_its_last_answer_does_not_serve() -> None:
+    answered = asyncio.Event()
+
+    async def dies_then() -> None:
+        await answered.wait()
+        raise ConnectionError("the process died")
+
+    def prepare(engine: FakeEngine) -> Any:
+        engine.faults = {"token_logps": answered.set, "status": dies_then}
+        return None if engine.name == "0.1" else hangs()
+
+    async with running(World(1, prepare)) as world:
+        await world.update(1, "a")
+        while "0.1" not in world.retired:
+            await asyncio.sleep(0)
+        assert (await world.fleet.membership(-1, 0.0)).members == ()
 
 
 @run
@@ -324,6 +382,23 @@ async def test_a_message_whose_owner_died_costs_the_update_and_no_engine() -> No
 
 
 @run
+async def test_the_messages_of_a_superseded_update_are_freed() -> None:
+    class Message(str):
+        pass
+
+    async with running(World(1, lambda engine: hangs())) as world:
+        message = Message("a")
+        freed = weakref.ref(message)
+        await world.update(1, message)
+        del message
+        gc.collect()
+        assert freed() is not None
+        await world.fleet.begin_update(2, collective=False)
+        gc.collect()
+        assert freed() is None
+
+
+@run
 async def test_weights_are_needed_from_the_first_engine_until_an_update_begins() -> None:
     async with running(World(2)) as world:
         await world.until(lambda now: now.needs_weights)
@@ -347,8 +422,8 @@ async def test_a_fleet_that_restarted_needs_weights_and_has_no_update_to_continu
 
 @run
 async def test_a_collective_update_passes_each_engine_its_info_and_waits_for_all() -> None:
-    async with running(World(3, only("2.1", lambda engine: hangs()))) as world:
-        await world.up("0.1", "1.1")
+    world = World(3, only("2.1", failing(ConnectionError("no place"))))
+    async with running(world):
         assert await world.update(1, "a", "b", collective=True) == ["0.1", "1.1"]
         assert [member.id for member in (await world.fleet.membership(-1, 0.0)).members] == ["0.1", "1.1"]
         assert [world.engines[name].infos for name in ("0.1", "1.1")] == [[{"rank": 0}], [{"rank": 1}]]
@@ -369,7 +444,9 @@ async def test_a_collective_update_that_loses_an_engine_goes_through_without_it(
         held = asyncio.Event()
         world.engines["1.2"].faults["start_update"] = dies()
         world.prepare = only("1.3", lambda engine: held.wait())
+        started = time.monotonic()
         assert await world.update(1, "a", collective=True) == ["0.1", "2.1"]
+        assert time.monotonic() - started < 0.4  # not for the answer that 0.1 still owes
         now = await world.serving("0.1", "2.1")
         held.set()
         await world.up("1.3")
@@ -414,11 +491,53 @@ async def test_after_a_collective_update_engines_that_all_died_need_weights() ->
         await world.serving("0.2", "1.2")
 
 
-@pytest.mark.parametrize("collective", [False, True])
 @run
-async def test_without_an_engine_an_update_ends_at_once(collective: bool) -> None:
+async def test_only_the_first_collective_update_waits_for_engines_and_only_while_they_start() -> None:
+    held = asyncio.Event()
+
+    def prepare(engine: FakeEngine) -> Any:
+        return {"0": lambda: None, "1": held.wait, "2": hangs}[engine.name[0]]()
+
+    async with running(World(3, prepare, start_timeout_s=1.0)) as world:
+        await world.up("0.1")
+        first = asyncio.create_task(world.update(1, "a", collective=True))
+        await asyncio.sleep(0.05)
+        held.set()
+        assert await first == ["0.1", "1.1"]
+        await world.serving("0.1", "1.1")
+        started = time.monotonic()
+        assert await world.update(2, "a", collective=True) == ["0.1", "1.1"]
+        assert time.monotonic() - started < 0.5
+
+
+@run
+async def test_without_an_engine_an_update_that_is_not_collective_ends_at_once() -> None:
     async with running(World(2, lambda engine: hangs())) as world:
-        assert await asyncio.wait_for(world.update(1, "a", collective=collective), 1) == []
+        assert await asyncio.wait_for(world.update(1, "a"), 1) == []
+
+
+@run
+async def test_engines_with_half_a_policy_are_replaced_on_demand_and_the_others_stay() -> None:
+    async with running(World(2)) as world:
+        await world.update(1, "a")
+        await world.serving("0.1", "1.1")
+        world.engines["1.1"].faults["load"] = hangs
+        await world.update(2, "b")
+        await world.until(lambda now: (now.members[0].id, now.members[0].version) == ("0.1", 2))
+        await world.fleet.replace_unfinished()
+        assert world.alive == {"0.1", "1.2"}
+        await world.serving("0.1", "1.2", version=2)
+
+
+@run
+async def test_one_engine_with_wrong_weights_after_others_have_proven_them_is_replaced_and_not_the_run() -> None:
+    async with running(World(1)) as world:
+        await world.update(1, "a")
+        await world.serving("0.1")
+        world.prepare = only("0.2", loses_weights)
+        world.engines["0.1"].faults["status"] = dies()
+        now = await world.serving("0.3")
+        assert now.error is None
 
 
 # --------------------------------------------------------------------------------------------------- sleep, stop, scale
@@ -464,6 +583,76 @@ async def test_a_poll_returns_at_once_for_an_old_epoch_and_after_its_wait_for_th
         await asyncio.sleep(0)
         world.engines["0.1"].faults["status"] = dies()
         assert (await poll).members == ()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("collective", [False, True])
+@run
+async def test_under_random_failures_no_engine_is_listed_with_weights_that_it_does_not_have(
+    seed: int, collective: bool
+) -> None:
+    chance = random.Random(seed)
+    sent: dict[int, str] = {}
+    faulty = True
+
+    def answer(engine: FakeEngine, method: str) -> Any:
+        async def later() -> None:
+            await asyncio.sleep(chance.choice((0, 0, 0.001, 0.003)))
+            what = chance.random() if faulty else 1.0
+            if what < 0.01:
+                engine.dead = True
+            elif what < 0.015:
+                await hangs()
+            elif what < 0.025:
+                engine.weights.append("flipped bit")
+            if engine.dead:
+                raise ConnectionError("died")
+
+        return later()
+
+    def prepare(engine: FakeEngine) -> None:
+        if faulty and chance.random() < 0.1:
+            raise ConnectionError("died as it started")
+        methods = ("status", "start_update", "init_transfer", "load", "finish_update", "token_logps")
+        engine.faults = {method: functools.partial(answer, engine, method) for method in methods}
+
+    def check(now: Membership) -> None:
+        assert now.error is None
+        for member in now.members:
+            engine: Any = member.engine
+            assert engine.finished[member.version] == member.digest == sent[member.version]
+
+    async def watch() -> None:
+        now = await world.fleet.membership(-1, 0.0)
+        while True:
+            check(now)
+            now = await world.fleet.membership(now.epoch, 60.0)
+
+    limits = {"sync_timeout_s": 0.1, "ping_timeout_s": 0.1, "ping_interval_s": 0.005}
+    async with running(World(5, prepare, **limits)) as world:
+        watching = asyncio.create_task(watch())
+        for version in range(40):
+            messages = [f"{version}{letter} " for letter in "abc"[: chance.randint(1, 3)]]
+            sent[version] = "".join(messages)
+            with contextlib.suppress(EngineLost):
+                if chance.random() < 0.2:  # the sender dies
+                    await world.fleet.begin_update(version, collective=collective)
+                    await world.fleet.load(messages[0])
+                else:
+                    await world.update(version, *messages, collective=collective)
+            await asyncio.sleep(chance.choice((0, 0.01, 0.05)))
+        faulty = False
+        while not watching.done():
+            sent[version := version + 1] = "last"
+            with contextlib.suppress(EngineLost):
+                await world.update(version, "last", collective=collective)
+            await asyncio.sleep(0.3)
+            now = await world.fleet.membership(-1, 0.0)
+            if [member.version for member in now.members] == [version] * 5:
+                break
+        check(now)
+        assert not watching.done()
+        watching.cancel()
 
 
 @run
