@@ -106,7 +106,9 @@ def validate_lists(data: schema.DataConfig, loss: schema.LossConfig) -> None:
         )
 
 
-def validate_engines(online: schema.OnlineConfig, cluster: schema.ClusterConfig) -> None:
+def validate_engines(
+    online: schema.OnlineConfig, cluster: schema.ClusterConfig, lora: schema.LoraConfig | None
+) -> None:
     """Check that the weight transport suits the placement of engines, and that colocated ones fit."""
     if online.sync.use == "ipc" and not cluster.colocate:
         raise ValueError(
@@ -118,6 +120,14 @@ def validate_engines(online: schema.OnlineConfig, cluster: schema.ClusterConfig)
             "online.sync.use: nccl is not supported with cluster.colocate, because NCCL rejects two ranks on one "
             "GPU; set online.sync.use: auto"
         )
+    if online.sync.use == "lora":
+        if lora is None or lora.quantize is not None:
+            raise ValueError(
+                "online.sync.use: lora sends the adapters of model.lora, which engines merge into the weights of "
+                "model.path: give model.lora, without quantize, whose four-bit weights differ from these; or set auto"
+            )
+        if cluster.colocate:
+            raise ValueError("online.sync.use: lora is not for cluster.colocate; set online.sync.use: auto")
     if not cluster.colocate:
         return
     if online.max_lag > 0:

@@ -58,7 +58,7 @@ Examples = Literal["pairs", "lists", "unpaired", "unpaired_kl"]
 with a completion of another prompt."""
 JUDGES = ("length", "sentiment")
 SELECTORS = ("best_vs_worst", "random_pair")
-TRANSPORTS = ("object_store", "nccl", "ipc")
+TRANSPORTS = ("object_store", "nccl", "ipc", "lora")
 OPTIMIZERS = ("adamw", "adamw_8bit")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
@@ -547,8 +547,9 @@ class SyncConfig(Component):
 
     use: Annotated[str, _one_of("transport", ("auto", *TRANSPORTS))] = "auto"
     """Weight transport. object_store: Ray's object store, for CPUs and GPUs. nccl: NCCL broadcast, for engines with
-    GPUs of their own. ipc: CUDA IPC on the same GPU, with cluster.colocate. auto: object_store without GPUs, otherwise
-    nccl or ipc. Or an import path."""
+    GPUs of their own. ipc: CUDA IPC on the same GPU, with cluster.colocate. lora: the adapters of model.lora alone,
+    which engines merge into the weights of model.path. auto: object_store without GPUs, otherwise nccl or ipc. Or an
+    import path."""
 
 
 class OnlineConfig(Section):

@@ -57,5 +57,5 @@ class Config(schema.Section):
         cross_checks.validate_run(self.run, self.data, self.online)
         cross_checks.validate_lists(self.data, self.loss)
         if self.online is not None:
-            cross_checks.validate_engines(self.online, self.cluster)
+            cross_checks.validate_engines(self.online, self.cluster, self.model.lora)
         return self

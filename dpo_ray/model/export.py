@@ -79,6 +79,32 @@ class CheckpointWeights:
             yield from revert_weight_conversion(self.policy.model, {name: weight}).items()
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterWeights:
+    """The adapters alone, in float32, on rank 0. Each iteration gathers them anew.
+
+    For each weight NAME of the checkpoint that they change by scale * B A: ``NAME.lora_A`` (rank, in), ``NAME.lora_B``
+    (out, rank) and ``NAME.lora_scale`` ().
+    """
+
+    policy: Scorer
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, _ in self.policy.model.named_parameters():
+            if not name.endswith(f"{BASE_LAYER}weight"):
+                continue
+            a, b, scale = adapter_factors(self.policy.model.get_submodule(name.removesuffix(f"{BASE_LAYER}weight")))
+            a, b = (gather_to_rank0(factor.detach()) for factor in (a, b))
+            if a is not None and b is not None:
+                stored = self._name_in_checkpoint(name.replace(BASE_LAYER, "."))
+                yield from {f"{stored}.lora_A": a, f"{stored}.lora_B": b}.items()
+                yield f"{stored}.lora_scale", torch.tensor(scale, dtype=torch.float32)
+
+    def _name_in_checkpoint(self, name: str) -> str:
+        (stored,) = revert_weight_conversion(self.policy.model, {name: torch.empty(0)})
+        return stored
+
+
 def export_policy(policy: Scorer, model: ModelConfig, tokenizer: PreTrainedTokenizerBase, run_dir: Path) -> None:
     """Save the policy to the run directory, replacing an earlier export. Every rank must call; rank 0 writes.
 

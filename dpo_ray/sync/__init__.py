@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from dpo_ray.sync.base import WeightSync
 from dpo_ray.sync.ipc import IPCSync
+from dpo_ray.sync.lora import LoraSync
 from dpo_ray.sync.nccl import NCCLSync
 from dpo_ray.sync.object_store import ObjectStoreSync
 
@@ -11,4 +12,5 @@ TRANSPORTS: dict[str, Callable[..., WeightSync]] = {
     "object_store": ObjectStoreSync,
     "nccl": NCCLSync,
     "ipc": IPCSync,
+    "lora": LoraSync,
 }

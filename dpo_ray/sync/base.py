@@ -192,6 +192,8 @@ class WeightSync(Protocol):
     publish."""
     every_rank: bool
     """True if each rank needs all weights, False if only rank 0 does."""
+    adapters_only: bool
+    """True if the adapters of the policy are published, not its weights."""
 
     def connect(self, engines: EngineGroup | None) -> None:
         """Set the receiver of later publishes; None on all ranks except rank 0."""
@@ -237,6 +239,7 @@ class Sender:
     worker_extension: str
     collective = False
     every_rank = False
+    adapters_only = False
 
     def __init__(self, bucket_mib: int = 256, dtype: str = "bfloat16", background: bool = False) -> None:
         if bucket_mib < 1:

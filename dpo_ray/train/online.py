@@ -17,7 +17,7 @@ import torch
 from dpo_ray.config import Config
 from dpo_ray.data.loader import PairLoader
 from dpo_ray.data.packing import build_sample_row
-from dpo_ray.model.export import CheckpointWeights, export_policy
+from dpo_ray.model.export import AdapterWeights, CheckpointWeights, export_policy
 from dpo_ray.model.scorer import LogpsModel, token_logps
 from dpo_ray.objective.precision import DTYPES
 from dpo_ray.parallel.collectives import any_rank
@@ -197,6 +197,9 @@ def publish_policy(trainer: Trainer, sync: WeightSync, reporter: Reporter, versi
     logps = token_logps(trainer.policy, row).tolist()
     reshard(trainer.policy)
     probe = Probe(tuple(tokens), tuple(logps), config.online.probe_tolerance)
-    weights = CheckpointWeights(trainer.policy, DTYPES[config.model.dtype], every_rank=sync.every_rank)
+    if sync.adapters_only:
+        weights = AdapterWeights(trainer.policy)
+    else:
+        weights = CheckpointWeights(trainer.policy, DTYPES[config.model.dtype], every_rank=sync.every_rank)
     sync.publish(weights, version=version, probe=probe)
     return time.perf_counter() - started

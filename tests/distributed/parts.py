@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -20,7 +22,7 @@ from dpo_ray.data.loader import PairLoader
 from dpo_ray.data.packing import build_row
 from dpo_ray.data.store import prepare_pairs
 from dpo_ray.data.tokenize import load_record_tokenizer
-from dpo_ray.model.export import CheckpointWeights
+from dpo_ray.model.export import AdapterWeights, CheckpointWeights
 from dpo_ray.model.load import build_model
 from dpo_ray.model.scorer import Scorer, Weighting, pair_losses, token_logps
 from dpo_ray.objective import head
@@ -28,6 +30,7 @@ from dpo_ray.objective.head import Counts, Group, Head, LogitTransform
 from dpo_ray.objective.logps import PairLogps, TokenLogps
 from dpo_ray.parallel.collectives import broadcast_or_raise, gather_to_rank0
 from dpo_ray.parallel.context import NO_CONTEXT_PARALLEL, ContextParallel
+from dpo_ray.sync.lora import merged_weights
 from dpo_ray.train.trainer import build_trainer
 from dpo_ray.types import TokenPair
 from tests.conftest import gradient
@@ -156,15 +159,33 @@ def gathered_from_two_dimensions(rank: int) -> tuple[bool, bool]:
 
 def published(rank: int, config: dict[str, Any]) -> tuple[list[str], float, int]:
     """Names that this rank gets to publish, largest difference to full tensors, number of full tensors."""
-    parsed = Config.model_validate(config)
-    policy = build_trainer(parsed, torch.device("cpu"), ListReporter()).policy
-    for name, parameter in policy.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter.data)
+    policy = _policy(config)
     mine = list(CheckpointWeights(policy, torch.float32))
     full = dict(CheckpointWeights(policy, torch.float32, every_rank=True))
     differences = [float((weight - full[name]).abs().max()) for name, weight in mine]
     return [name for name, _ in mine], max(differences, default=0.0), len(full)
+
+
+def merged_by_an_engine(rank: int, config: dict[str, Any]) -> tuple[list[str], float, int]:
+    """Names of the weights that an engine changes, largest difference to the policy's, elements published."""
+    policy = _policy(config)
+    adapters, full = dict(AdapterWeights(policy)), dict(CheckpointWeights(policy, torch.bfloat16))
+    if rank > 0:
+        return [], 0.0, len(adapters)
+    stored = load_file(Path(config["model"]["path"]) / "model.safetensors")
+    fused, cpu = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")], torch.device("cpu")
+    merged = dict(merged_weights(stored.items(), adapters, fused, dtype=torch.bfloat16, device=cpu))
+    differences = [float((weight.float() - full[name].float()).abs().max()) for name, weight in merged.items()]
+    return list(merged), max(differences), sum(tensor.numel() for tensor in adapters.values())
+
+
+def _policy(config: dict[str, Any]) -> Scorer:
+    """A sharded policy, with adapters that change its weights if it has any."""
+    policy = build_trainer(Config.model_validate(config), torch.device("cpu"), ListReporter()).policy
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data)
+    return policy
 
 
 def raised(rank: int) -> tuple[str, str]:

@@ -7,7 +7,14 @@ import pytest
 from torch.distributed.tensor import Shard
 
 from tests.distributed.conftest import over
-from tests.distributed.parts import SHARDED, gathered, gathered_from_two_dimensions, published, raised
+from tests.distributed.parts import (
+    SHARDED,
+    gathered,
+    gathered_from_two_dimensions,
+    merged_by_an_engine,
+    published,
+    raised,
+)
 from tests.distributed.processes import run_ranks
 
 
@@ -38,6 +45,16 @@ def test_only_rank_0_gets_weights_to_publish_and_they_equal_the_full_tensors(
     assert len(names) == every == 20, "two layers of nine, an embedding and a norm; the head is the embedding"
     assert difference == 0
     assert others == [([], 0.0, 20)] * (ranks - 1)
+
+
+def test_an_engine_that_merges_the_adapters_has_the_weights_of_the_policy_bit_for_bit(config: dict[str, Any]):
+    config["model"] |= {"dtype": "bfloat16", "lora": {"rank": 5, "alpha": 7, "targets": ["q_proj", "down_proj"]}}
+    (names, difference, elements), other = run_ranks(2, merged_by_an_engine, over(2, config))
+    layer = ["mlp.down_proj", "self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"]
+    assert sorted(names) == sorted(f"model.layers.{i}.{name}.weight" for i in (0, 1) for name in layer)
+    assert difference == 0
+    assert elements == 2 * (5 * (128 + 256) + 1 + 5 * (192 + 128) + 1), "A, B and scale of q_proj and of down_proj"
+    assert other == ([], 0.0, 0)
 
 
 def test_every_rank_gets_the_result_or_the_error_of_rank_0():

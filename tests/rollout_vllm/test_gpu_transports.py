@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_ray.rollout.updates import check_probe
 from dpo_ray.sync import ipc, nccl
 from dpo_ray.sync.base import EngineGroup
+from dpo_ray.sync.lora import LoraSync
 from dpo_ray.sync.nccl import NCCLSync
 from dpo_ray.types import Probe
 from tests.rollout_vllm.test_weight_push import Policy, environment, policy_a, policy_b, start_engine
@@ -109,12 +109,12 @@ def test_ipc_messages_fit_the_records_of_vllm(environment: None):
     accepts(packed_ipc_producer, iter(BUCKET), gpu_uuid="", post_iter_func=max, buffer_size_bytes=1)
 
 
-def test_both_receivers_are_registered_with_vllm(environment: None):
+def test_all_receivers_are_registered_with_vllm(environment: None):
     from vllm.distributed.weight_transfer.base import WeightTransferEngine
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
-    for transport in (NCCLSync, ipc.IPCSync):
+    for transport in (NCCLSync, ipc.IPCSync, LoraSync):
         assert hasattr(resolve_obj_by_qualname(transport.worker_extension), "received_digest")
         receiver = WeightTransferEngineFactory._registry[transport.worker_extension]()
         assert issubclass(receiver, WeightTransferEngine)
@@ -122,7 +122,7 @@ def test_both_receivers_are_registered_with_vllm(environment: None):
 
 
 def test_a_publish_over_nccl_loads_a_real_engine_when_only_the_broadcast_is_replaced(
-    policy_a: Policy, policy_b: Policy, environment: None, one_rank: None, monkeypatch: pytest.MonkeyPatch
+    policy_a: Policy, policy_b: Policy, environment: None, monkeypatch: pytest.MonkeyPatch
 ):
     from vllm.distributed.weight_transfer import nccl_engine
     from vllm.v1.worker.cpu_worker import CPUWorker
@@ -168,7 +168,6 @@ def test_a_publish_over_nccl_loads_a_real_engine_when_only_the_broadcast_is_repl
 
         def end_update(self, digest: str, probe: Probe) -> None:
             assert run(engine.finish_update(self.version)) == digest
-            check_probe(probe, run(engine.token_logps(probe.token_ids)))
 
     async def answer(call: Awaitable[Any]) -> Any:
         return await call
@@ -176,11 +175,11 @@ def test_a_publish_over_nccl_loads_a_real_engine_when_only_the_broadcast_is_repl
     def run(call: Awaitable[Any]) -> Any:
         return asyncio.run(answer(call))
 
-    tokens = tuple(range(4, 104))
     try:
-        sync = NCCLSync(bucket_mib=1)
+        sync = NCCLSync(bucket_mib=1, background=True)
         sync.connect(One())
-        sync.publish(policy_b.weights(), version=5, probe=Probe(tokens, tuple(policy_b.token_logps(tokens)), 0.05))
+        sync.publish(policy_b.weights(), version=5, probe=Probe((), (), 0.0))
+        sync.wait()
         assert run(engine.status()).version == 5
         (norm,) = engine._llm.collective_rpc(lambda worker: worker.model_runner.model.model.norm.weight.detach())
         assert torch.equal(norm, policy_b.model.model.norm.weight)

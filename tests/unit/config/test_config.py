@@ -278,6 +278,9 @@ def test_a_bad_value_is_reported_with_key_found_and_accepted_values(tmp_path, ar
         ),
         (ONLINE, ["cluster.colocate=true", "online.max_lag=1"], "online.max_lag is 1: with cluster.colocate"),
         (ONLINE, ["cluster.colocate=true", "online.sync.use=nccl"], "NCCL rejects two ranks on one GPU"),
+        (ONLINE, ["online.sync.use=lora"], "give model.lora, without quantize"),
+        (ONLINE, ["online.sync.use=lora", "model.lora.quantize=nf4"], "give model.lora, without quantize"),
+        (ONLINE, ["online.sync.use=lora", "model.lora.rank=4", "cluster.colocate=true"], "is not for cluster.colocate"),
         (ONLINE, ["cluster.colocate=true", "cluster.rollout_engines=2"], "is 2, more than cluster.train_workers (1)"),
     ],
 )

@@ -1,0 +1,151 @@
+"""Adapters alone through an object store: megabytes instead of a whole policy. For CPUs and GPUs.
+
+The receiver merges them into the weights on disk, from which the engine has started, and loads the layers that they
+change: vLLM's own adapters do not compute log-probabilities of a prompt on CPUs, which the probe needs.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_ray.sync.base import Digest, EngineGroup, NamedTensor, Sender, WireTensor
+
+FACTORS = ("lora_A", "lora_B", "lora_scale")
+"""Endings of the names of a weight's adapters, see ``publish``."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterMessage:
+    """A message of ``LoraSync``."""
+
+    adapters: list[WireTensor]
+    dtype: str
+    """Name of the torch dtype of the merged weights."""
+
+
+class LoraSync(Sender):
+    """The sender; see ``WeightSync``. ``publish`` takes adapters in float32.
+
+    For each weight NAME that they change by scale * B A: ``NAME.lora_A`` (rank, in), ``NAME.lora_B`` (out, rank) and
+    ``NAME.lora_scale`` ().
+
+    Args:
+        bucket_mib: largest size of a message.
+        dtype: torch dtype of the weights, before and after merging.
+        background: see ``Sender``.
+    """
+
+    worker_extension = f"{__name__}.LoraWorker"
+    adapters_only = True
+
+    def __init__(self, bucket_mib: int = 64, dtype: str = "bfloat16", background: bool = False) -> None:
+        super().__init__(bucket_mib, "float32", background)
+        self._merged_dtype = dtype
+
+    def _send(self, engines: EngineGroup, bucket: list[NamedTensor], version: int) -> None:
+        adapters = [WireTensor.from_tensor(name, tensor) for name, tensor in bucket]
+        engines.load(AdapterMessage(adapters, self._merged_dtype))
+
+
+def merged_weights(
+    stored: Iterable[NamedTensor],
+    adapters: Mapping[str, Tensor],
+    fused: Iterable[Iterable[str]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Iterator[NamedTensor]:
+    """The weights of all modules that adapters change, in the order of the checkpoint.
+
+    Args:
+        stored: the checkpoint.
+        adapters: see ``LoraSync``.
+        fused: names of modules that the engine holds as one layer, such as ``q_proj``, ``k_proj`` and ``v_proj``. If
+            adapters change one of them, the weights of all are yielded: a layer is loaded whole.
+        dtype: dtype of the weights, before and after merging.
+        device: where they are computed.
+
+    Raises:
+        ValueError: the adapters of a weight are incomplete, or the checkpoint has no weight of that name.
+    """
+    names = {name.rsplit(".", 1)[0] for name in adapters}
+    if incomplete := [name for name in names if any(f"{name}.{factor}" not in adapters for factor in FACTORS)]:
+        raise ValueError(f"the adapters of {len(incomplete)} weights are incomplete, first {min(incomplete)}")
+    modules = {name.rpartition(".")[0] for name in names}
+    for group in map(tuple, fused):
+        for module in list(modules):
+            parent, dot, last = module.rpartition(".")
+            if last in group:
+                modules |= {f"{parent}{dot}{sibling}" for sibling in group}
+    for name, weight in stored:
+        if name.rpartition(".")[0] not in modules:
+            continue
+        weight = weight.to(device, dtype)
+        if name in names:
+            names.remove(name)
+            a, b, scale = (adapters[f"{name}.{factor}"].to(device) for factor in FACTORS)
+            weight = (weight.float() + scale * (b @ a)).to(dtype)
+        yield name, weight
+    if names:
+        raise ValueError(f"the checkpoint has no weights for {len(names)} adapters, first {min(names)}")
+
+
+@functools.cache
+def __getattr__(name: str) -> Any:
+    """``LoraWorker``, the class to mix into vLLM's workers; its first use registers the receiver with vLLM."""
+    if name != "LoraWorker":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from vllm.distributed.weight_transfer.base import WeightTransferEngine
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    from dpo_ray.sync.receiver import DigestMixin, DigestWorker
+
+    class LoraEngine(WeightTransferEngine[Any, Any]):
+        """Keeps all adapters until the update ends, then merges and loads."""
+
+        model: Any
+        adapters: Mapping[str, Tensor] = {}
+
+        def init_transfer_engine(self, init_info: Any) -> None: ...
+
+        def parse_update_info(self, update_dict: Any) -> Any:
+            return update_dict  # an AdapterMessage already
+
+        def receive_weights(self, update_info: AdapterMessage) -> None:
+            self.dtype: torch.dtype = getattr(torch, update_info.dtype)
+            self.adapters = {**self.adapters, **{tensor.name: tensor.to_tensor() for tensor in update_info.adapters}}
+
+        def shutdown(self) -> None: ...
+
+    class LoraReceiver(DigestMixin, LoraEngine):
+        """Receiver with a digest of the adapters."""
+
+        def start_weight_update(self) -> None:
+            self.adapters = {}
+            initialize_layerwise_reload(self.model)
+
+        def finish_weight_update(self) -> None:
+            received = Digest()
+            received.update(self.adapters.items())
+            loader: Any = get_model_loader(self.vllm_config.load_config)
+            stored = loader.get_all_weights(self.model_config, self.model)
+            fused = getattr(self.model, "packed_modules_mapping", {}).values()
+            merged = merged_weights(stored, self.adapters, fused, dtype=self.dtype, device=self.device)
+            self.model.load_weights(merged)
+            for layer_name, layer in self.model.named_modules():
+                info = get_layerwise_info(layer)
+                if info.can_load() and info.load_numel:  # vLLM would fill the rest with undefined values
+                    raise ValueError(f"adapters change a part of {layer_name}, whose other weights were not found")
+            finalize_layerwise_reload(self.model, self.model_config)
+            self.adapters = {}
+            self.digest = received.hexdigest()
+
+    WeightTransferEngineFactory.register_engine(LoraSync.worker_extension, LoraReceiver)
+    return DigestWorker
