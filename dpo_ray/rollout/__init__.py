@@ -3,5 +3,5 @@
 Reading order: ``pipeline`` (the way of a group), ``collector`` (rounds and evaluations), ``admission`` and ``rounds``
 (which prompts, and when), ``ledger`` (a round on disk), ``judging``, ``judges`` and ``selectors``; ``engine`` (the
 protocol), ``dispatch`` (requests to engines), ``fleet`` with ``membership`` and ``updates`` (the life of engines),
-``vllm_engine`` with ``stepping`` (the real one).
+``vllm_engine`` with ``stepping`` and ``vllm_requests`` (the real one).
 """

@@ -5,20 +5,21 @@ Independent of Ray. vLLM is imported when an engine is built, so ``engine_enviro
 
 import asyncio
 import pickle
+import subprocess
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dpo_ray.config.schema import EngineConfig, SamplingConfig
 from dpo_ray.rollout.engine import UNPUSHED, EngineStatus, Request
-from dpo_ray.rollout.stepping import Call, Job, Stepper
-from dpo_ray.types import Completion, CompletionGroup, Prompt
+from dpo_ray.rollout.stepping import Call, EngineFailed, Job, Stepper
+from dpo_ray.rollout.vllm_requests import Statistics, completion_group, prompt_logps, rejections, sampling_params
+from dpo_ray.types import CompletionGroup, Prompt
 
 if TYPE_CHECKING:
-    from vllm import CompletionOutput, RequestOutput, SamplingParams
+    from vllm import SamplingParams
 
 CPU_BATCH_TOKENS = 4096
 """Minimum limit of prompt tokens per step on a CPU."""
@@ -117,6 +118,9 @@ class VLLMEngine:
         core: Any = self._llm.llm_engine
         self._statistics = core.logger_manager = Statistics()
         self._in_process = isinstance(core.engine_core, InprocClient)
+        self._guards = (
+            [] if self._in_process else [guard(p.pid) for p in core.engine_core.resources.engine_manager.processes]
+        )
         self._max_model_len = self._llm.model_config.max_model_len
         self._llm.update_weight_version(str(UNPUSHED))
         self._stepper = Stepper(core, fatal=(EngineDeadError,), on_failure=on_failure)
@@ -129,11 +133,11 @@ class VLLMEngine:
         """
         prompt, sampling = request.prompt, request.sampling
         self._require_room(prompt, sampling)
-        params = _sampling_params(request)
+        params = sampling_params(request)
         return await self._submit(
             Job(
                 add=self._adder(prompt.token_ids, params, FIRST if request.evaluation else NORMAL),
-                read=partial(_completion_group, prompt, request.seed),
+                read=partial(completion_group, prompt, request.seed),
                 sequences=request.candidates,
                 pinned=request.evaluation,
                 deadline_s=request.deadline_s,
@@ -141,9 +145,16 @@ class VLLMEngine:
         )
 
     async def status(self) -> EngineStatus:
-        """The engine's status; answers at once, also during a long step."""
+        """The engine's status; answers at once, also during a long step.
+
+        Raises:
+            EngineFailed: vLLM failed, or its engine process died.
+        """
         if self._stepper.error is not None:
             raise self._stepper.error
+        core: Any = self._llm.llm_engine.engine_core
+        if not self._in_process and core.resources.engine_dead:
+            raise EngineFailed("vLLM's engine process died")  # a step in progress would wait for it forever
         progress, statistics = self._stepper.progress, self._statistics
         running = min(statistics.running, progress.running)
         return EngineStatus(
@@ -165,7 +176,7 @@ class VLLMEngine:
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        job = Job(add=self._adder(token_ids, params, FIRST), read=partial(_token_logps, tuple(token_ids)), pinned=True)
+        job = Job(add=self._adder(token_ids, params, FIRST), read=partial(prompt_logps, tuple(token_ids)), pinned=True)
         await self._call(self._require_ready)
         return await self._submit(job)
 
@@ -215,13 +226,16 @@ class VLLMEngine:
         """Shut vLLM down; requests in progress get an exception."""
         self._stepper.close(CLOSE_S)
         self._llm.llm_engine.engine_core.shutdown()
+        for process in self._guards:
+            process.kill()
+            process.wait()
         del self._llm
 
     # -------------------------------------------------------------------------------------- on the engine's thread
 
     def _adder(self, token_ids: Sequence[int], params: "SamplingParams", priority: int) -> Callable[[str], Any]:
         def add(request_id: str) -> None:
-            with _rejections():
+            with rejections():
                 self._llm.llm_engine.add_request(request_id, prompt, params, priority=priority)
 
         prompt: Any = {"prompt_token_ids": list(token_ids)}
@@ -300,28 +314,6 @@ class VLLMEngine:
             )
 
 
-class Statistics:
-    """Stands in for vLLM's loggers and keeps what ``EngineStatus`` reports."""
-
-    def __init__(self) -> None:
-        self.running = self.generated_tokens = self.cache_queries = self.cache_hits = 0
-
-    def record(self, scheduler_stats: Any, iteration_stats: Any, **others: Any) -> None:
-        """Add a step; called by vLLM."""
-        self.running = scheduler_stats.num_running_reqs
-        if (cache := scheduler_stats.prefix_cache_stats) is not None:
-            self.cache_queries += cache.queries
-            self.cache_hits += cache.hits
-        if iteration_stats is not None:
-            self.generated_tokens += iteration_stats.num_generation_tokens
-
-    def log(self) -> None:
-        """Called by vLLM at intervals."""
-
-    def record_sleep_state(self, *state: int) -> None:
-        """Called by vLLM when it sleeps or wakes."""
-
-
 def engine_environment(engine: EngineConfig, *, on_cpu: bool, threads: int) -> dict[str, str]:
     """Environment variables that a process needs before it imports torch and builds a ``VLLMEngine``."""
     environment = {
@@ -341,52 +333,13 @@ def engine_environment(engine: EngineConfig, *, on_cpu: bool, threads: int) -> d
     return environment
 
 
+def guard(pid: int) -> "subprocess.Popen[bytes]":
+    """Start a process that kills another one when this one ends, even by SIGKILL: vLLM's would keep its GPU forever."""
+    # The guard reads until the end of its input, which this process holds open; its session is out of reach of Ctrl-C.
+    command = ["sh", "-c", 'cat >/dev/null; kill -9 "$0"', str(pid)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+
 def is_eager(engine: EngineConfig, *, on_cpu: bool) -> bool:
     """``online.engine.enforce_eager``, with null resolved."""
     return on_cpu if engine.enforce_eager is None else engine.enforce_eager
-
-
-@contextmanager
-def _rejections() -> Iterator[None]:
-    """Convert vLLM's errors about a request to ValueErrors, which also reach a process without vLLM."""
-    from vllm.exceptions import VLLMClientError
-
-    try:
-        yield
-    except (ValueError, VLLMClientError) as error:
-        raise ValueError(str(error)) from None
-
-
-def _sampling_params(request: Request) -> "SamplingParams":
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    with _rejections():
-        return SamplingParams(
-            n=request.candidates,
-            seed=request.seed,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            logprobs=0 if request.evaluation else None,  # 0: of the sampled token
-            **request.sampling.model_dump(mode="json"),
-        )
-
-
-def _completion_group(prompt: Prompt, seed: int, output: "RequestOutput") -> CompletionGroup:
-    return CompletionGroup(prompt, tuple(_completion(completion) for completion in output.outputs), seed=seed)
-
-
-def _completion(completion: "CompletionOutput") -> Completion:
-    versions: Any = completion.weight_versions  # finished, so they are set
-    return Completion(
-        completion.text,
-        tuple(completion.token_ids),
-        finished=completion.finish_reason == "stop",
-        first_version=int(versions[0].version),
-        last_version=int(versions[-1].version),
-        logp=completion.cumulative_logprob,
-    )
-
-
-def _token_logps(token_ids: Sequence[int], output: "RequestOutput") -> list[float]:
-    prompt_logprobs: Any = output.prompt_logprobs  # requested, so only its first entry is None
-    return [logps[token].logprob for token, logps in zip(token_ids[1:], prompt_logprobs[1:], strict=True)]

@@ -11,8 +11,6 @@ from dpo_ray.rollout.vllm_engine import VLLMEngine
 
 logger = logging.getLogger(__name__)
 
-MAX_CONCURRENCY = 100_000
-"""Actor option: calls in progress at once. Requests wait in the engine, where a status call overtakes them."""
 GRACE_S = 1.0
 """Seconds for the exceptions of requests in progress to reach their callers before the process exits."""
 
