@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import pickle
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -50,8 +51,11 @@ def rollout_actors(
     plain = config.model_dump(mode="json")
     fleet = _start(FleetActor, plain, cluster)
     judges = start_judges(config)
-    stored = [ray.put(prompts), ray.put(held_out)]  # in a list, because a restarted actor must find its arguments
-    collector = _start(CollectorActor, plain, stored, fleet, judges, status_actor)
+    # In a file: Ray cannot restart an actor whose arguments in the object store are lost.
+    prompt_file = config.run.path / "ray" / "prompts.pickle"
+    prompt_file.parent.mkdir(exist_ok=True)
+    prompt_file.write_bytes(pickle.dumps((prompts, held_out)))
+    collector = _start(CollectorActor, plain, prompt_file, fleet, judges, status_actor)
     stop = threading.Event()
     try:
         _raise_early_failure(judges)

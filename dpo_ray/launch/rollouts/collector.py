@@ -2,8 +2,10 @@
 
 import asyncio
 import math
+import pickle
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ class CollectorActor:
     """See ``rollout.collector``.
 
     Args:
-        prompts: references of all training prompts, and of the held-out prompts.
+        prompt_file: pickled, the training prompts and the held-out prompts.
         fleet: handle of the FleetActor.
         status_actor: handle of the StatusActor.
     """
@@ -35,14 +37,14 @@ class CollectorActor:
     def __init__(
         self,
         config: dict[str, Any],
-        prompts: Sequence[Any],
+        prompt_file: Path,
         fleet: Any,
         judges: Sequence[RemoteJudge],
         status_actor: Any,
     ) -> None:
         self.config = Config.model_validate(config)
         log_to_run(self.config.run.path, "collector")
-        self.prompts, self.fleet, self.judges = prompts, fleet, judges
+        self.prompt_file, self.fleet, self.judges = prompt_file, fleet, judges
         self.status_actor = status_actor
         self.evaluations = EvaluationStore(self.config.run.path)
         self._started: asyncio.Future[Collector] | None = None
@@ -92,7 +94,7 @@ class CollectorActor:
         )
         engines = Dispatcher(self.fleet.membership.remote, self.fleet.suspect.remote)
         self._background = [asyncio.ensure_future(judge.run()), asyncio.ensure_future(engines.follow())]
-        prompts, held_out = await asyncio.gather(*self.prompts)
+        prompts, held_out = pickle.loads(self.prompt_file.read_bytes())
         sequences = self.config.cluster.rollout_engines * SEQUENCES_PER_ENGINE
         return Collector(
             online,
