@@ -32,7 +32,7 @@ def build_transport(config: Config, *, on_gpus: bool) -> "WeightSync":
     Raises:
         ValueError: the transport does not suit the cluster, or its arguments are wrong.
     """
-    from dpo_ray.sync import TRANSPORTS  # imports torch, which a process that receives a StoredMessage does not need
+    from dpo_ray.sync import TRANSPORTS  # imports torch, which most processes do not need
 
     assert config.online is not None
     sync, shared = config.online.sync, config.cluster.colocate
