@@ -72,7 +72,7 @@ def test_a_run_killed_in_round_three_and_robbed_of_an_engine_in_round_four_repea
     with joining.start("online", file, "cluster.colocate=true") as command:
         wait_until(kill_an_engine, command)
         assert command.wait(timeout=TIMEOUT_S) == 0
-    assert "engine 0 died; starting another" in (run / "logs/coordinator.log").read_text()
+    assert re.search(r"engine 0\.1 is replaced: ", (run / "logs/fleet.log").read_text())
     assert not joining.left_over()
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     assert "resuming after round" in (run / "logs/worker-0.log").read_text()
@@ -93,8 +93,39 @@ def test_a_run_killed_in_round_three_and_robbed_of_an_engine_in_round_four_repea
     assert pick(ended, "policy_lag") == [0] * 6
     assert all(step["sync/probe_difference"] < 0.1 for step in ended)
     assert ended[0]["kl"] == pytest.approx(0.0, abs=0.05), "the untrained policy is the reference"
-    assert {path.name for path in run.glob("evaluations/*")} == {"000000.jsonl", "000006.jsonl"}
+    assert {path.name for path in run.glob("evaluations/*.jsonl")} == {"000000.jsonl", "000006.jsonl"}
     assert (run / "report.html").exists()
+
+
+def test_a_run_survives_the_death_of_every_part_of_its_online_half(
+    joining: Commands, config: dict[str, Any], tmp_path: Path
+) -> None:
+    """One round ahead of training; a different process is killed, or stopped, in each of four rounds."""
+    config["run"] |= {"name": "disturbed", "export": False}
+    config["cluster"]["train_workers"] = 1
+    config["online"] |= {"max_lag": 1, "judge": {"use": "tests.ray.test_online_job:token_sum", "timeout_s": 5}}
+    file, run = write_yaml(tmp_path / "run.yaml", config), tmp_path / "runs/disturbed"
+    victims = {0: ("judge-0", signal.SIGSTOP), 1: ("collector", signal.SIGKILL), 2: ("fleet", signal.SIGKILL),
+               3: ("worker-0", signal.SIGKILL)}  # fmt: skip
+
+    def trained() -> int:
+        steps = lines(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+        return sum("round" in step for step in steps)
+
+    with joining.start("online", file) as command:
+        for rounds, (name, signal_number) in victims.items():
+            wait_until(lambda: trained() > rounds, command)  # noqa: B023
+            os.kill(int(re.findall(r"pid (\d+)", (run / f"logs/{name}.log").read_text())[-1]), signal_number)
+        assert command.wait(timeout=TIMEOUT_S) == 0
+    assert not joining.left_over()
+    rows = [row for index in range(6) for row in lines(run / f"rounds/{index:06d}/pairs.jsonl")]
+    assert sorted(row["prompt_index"] for row in rows) == list(range(PROMPTS)), "each prompt once"
+    assert not [row["error"] for row in rows if row["error"]]
+    manifests = [json.loads((run / f"rounds/{index:06d}/manifest.json").read_text()) for index in range(6)]
+    assert all(0 <= index - manifest["policy_version"] <= 1 for index, manifest in enumerate(manifests))
+    steps = lines(run / "metrics.jsonl")
+    assert pick(steps, "step") == list(range(1, len(steps) + 1)), "no pair is trained twice"
+    assert pick([step for step in steps if "round" in step], "round") == [0, 1, 2, 3, 4, 5]
 
 
 def test_ctrl_c_leaves_no_process_and_a_failing_judge_ends_the_run_with_its_message(
