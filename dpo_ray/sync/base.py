@@ -146,6 +146,8 @@ class EngineGroup(Protocol):
     def begin_update(self, version: int, *, collective: bool) -> Sequence[str]:
         """Start an update, without waiting for an engine that is not up.
 
+        Only the first collective update waits until each engine is up or has failed to start.
+
         Returns:
             Ids of the engines that take part, if the update is collective.
         """

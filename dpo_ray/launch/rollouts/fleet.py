@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from dpo_ray.config import Config
 from dpo_ray.launch.cluster import Cluster
-from dpo_ray.launch.rollouts.engine_actor import MAX_CONCURRENCY, EngineActor
+from dpo_ray.launch.rollouts.engine_actor import EngineActor
 from dpo_ray.launch.rollouts.placement import (
     EnginePlacement,
     GpuSlot,
@@ -44,6 +44,8 @@ from dpo_ray.types import Probe
 
 logger = logging.getLogger(__name__)
 
+CALLS_PER_ENGINE = 100_000
+"""Calls of an engine in progress: requests wait in the engine, where a status call overtakes them."""
 LAUNCH_SHARE = 0.95
 """Part of the fleet's time-out in which a launch fails by itself, with a better message."""
 
@@ -119,7 +121,7 @@ class Launcher:
             .options(
                 num_cpus=placement.num_cpus,
                 num_gpus=placement.num_gpus,
-                max_concurrency=MAX_CONCURRENCY,
+                max_concurrency=CALLS_PER_ENGINE,
                 scheduling_strategy=self._strategy(slot, placement),
                 runtime_env={
                     "env_vars": engine_environment(online.engine, on_cpu=on_cpu, threads=threads)
