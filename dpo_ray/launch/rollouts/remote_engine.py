@@ -7,13 +7,20 @@ from typing import Any
 
 from ray.exceptions import ActorUnavailableError, ObjectLostError, RayTaskError
 
-from dpo_ray.launch.rollouts.weights import StoredMessage
 from dpo_ray.rollout.engine import EngineStatus, MessageLost, Request
 from dpo_ray.storage import error_summary
 from dpo_ray.types import CompletionGroup
 
 UNAVAILABLE_S = 1.0
 """Seconds between two calls of an engine that is alive and cannot be reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMessage:
+    """A message of a transport in the object store, which each engine's node fetches once."""
+
+    ref: Any
+    """Object reference. Ray passes it on as it is, since it is not an argument itself."""
 
 
 @dataclass(frozen=True, slots=True)
