@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from dpo_ray.config import Config
-from dpo_ray.launch.rollouts.remote_engine import StoredMessage
 from dpo_ray.plugins import build
 from dpo_ray.storage import error_summary
 from dpo_ray.types import EngineLost, Probe
@@ -45,6 +45,14 @@ def build_transport(config: Config, *, on_gpus: bool) -> "WeightSync":
     on_cards = "ipc" if shared else "nccl"
     use = (on_cards if on_gpus else "object_store") if sync.use == "auto" else sync.use
     return build(use, sync.args, TRANSPORTS, "sync", dtype=config.model.dtype, background=config.online.max_lag > 0)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMessage:
+    """A message of a transport in the object store, which each engine's node fetches once."""
+
+    ref: Any
+    """Object reference. Ray passes it on as it is, since it is not an argument itself."""
 
 
 class FleetEngines:
