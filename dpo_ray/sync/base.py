@@ -243,7 +243,7 @@ class Sender:
     every_rank = False
     adapters_only = False
 
-    def __init__(self, bucket_mib: int = 256, dtype: str = "bfloat16", background: bool = False) -> None:
+    def __init__(self, bucket_mib: int = 64, dtype: str = "bfloat16", background: bool = False) -> None:
         if bucket_mib < 1:
             raise ValueError(f"bucket_mib is {bucket_mib}; it must be at least 1 (online.sync.args.bucket_mib)")
         self._bucket_bytes = bucket_mib * 2**20
