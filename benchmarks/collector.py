@@ -1,4 +1,4 @@
-"""How fast one collector takes groups from many engines: engines and judge answer at once, the ledger is real.
+"""Throughput of one collector with many engines: engines and judge answer at once, the ledger is real.
 
 python -m benchmarks.collector --prompts 100000 --engines 1000
 """

@@ -87,7 +87,7 @@ def bind(
 def bind_factory(
     use: str, args: Mapping[str, Any], registry: Mapping[str, Any], kind: str, **runtime: Any
 ) -> Callable[[], Any]:
-    """The factory named by ``use``, with all its arguments bound and not called: for what is built in another process.
+    """The factory named by ``use``, with all its arguments bound and not called: for components of another process.
 
     Arguments and errors are those of ``bind``; a missing positional argument is an error too.
     """

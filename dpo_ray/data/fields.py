@@ -4,6 +4,7 @@ An invalid field raises ``Unusable`` with its name, its content and the accepted
 """
 
 import ast
+import contextlib
 import json
 import re
 from collections import Counter
@@ -17,10 +18,12 @@ ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
     "human": "user",
     "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
     "function_call": "assistant",
     "observation": "tool",
 }
-"""Values accepted in ``role`` and ``from``, and their roles."""
+"""Values accepted in ``role`` and ``from``, in lower or upper case, and their roles."""
 
 ITEM_SCORES = ("score", "overall_score", "rating", "rank")
 """Keys of a completion in a ranked list with its score."""
@@ -144,8 +147,11 @@ class Fields:
         speaker = value.get(speaker_key)
         if speaker is None:
             missing_field(value, f"{name}.{speaker_key}", f"accepted is {accepted}")
-        if not isinstance(speaker, str) or speaker not in ROLES:
+        if not isinstance(speaker, str) or speaker.lower() not in ROLES:
             bad_field(f"{name}.{speaker_key}", show(speaker), ", ".join(ROLES))
+        speaker = speaker.lower()
+        if isinstance(value.get("reasoning"), str) and not value.get("reasoning_content"):  # as newer engines name it
+            value = {"reasoning_content" if key == "reasoning" else key: item for key, item in value.items()}
         extra = {key: value[key] for key in MESSAGE_KEYS[2:] if value.get(key) not in (None, [], "")}
         for key in value:
             if key not in (speaker_key, text_key, *MESSAGE_KEYS[2:], *ITEM_SCORES) and value[key] not in (None, [], ""):
@@ -224,7 +230,11 @@ def _joined(name: str, content: Any) -> Any:
 
 
 def _parse_messages(name: str, value: str) -> Any:
-    """A list of messages stored as JSON or Python text; other text unchanged."""
+    """A list of messages stored as JSON or Python text, also encoded twice; other text unchanged."""
+    if re.match(r'\s*"\s*\[\s*\{', value):
+        with contextlib.suppress(ValueError, RecursionError):
+            decoded = _parse_messages(name, json.loads(value))
+            return value if isinstance(decoded, str) else decoded
     if not re.match(r"""\s*\[\s*\{\s*["'](?:role|from|content|value)["']\s*:""", value) or value.rstrip()[-1] != "]":
         return value
     for parse in (json.loads, ast.literal_eval):
@@ -238,7 +248,9 @@ def _parse_messages(name: str, value: str) -> Any:
 
 def _is_message(value: Any) -> bool:
     pairs = (("role", "content"), ("from", "value"))
-    return isinstance(value, dict) and any(value.get(key) in ROLES and text in value for key, text in pairs)
+    return isinstance(value, dict) and any(
+        str(value.get(key)).lower() in ROLES and text in value for key, text in pairs
+    )
 
 
 def _parse_json(name: str, value: str) -> Any:

@@ -23,6 +23,7 @@ from dpo_ray.types import Message, Messages
 LAYOUTS_ACCEPTED = (
     "accepted are prompt/chosen/rejected, chosen/rejected as whole conversations, "
     "messages/completions with scores, conversations/chosen/rejected, two responses with a verdict, "
+    "prompt/completion/label for loss.use: kto or bco, "
     "and the layouts in docs/data.md"
 )
 

@@ -93,7 +93,10 @@ def read_pairs(
             validate_completion(name, completion, candidates.prompt)
         tools, (prompt, system) = fields.tools(), _with_system(fields, candidates.prompt)
         left_out = tuple(Problem(problem.reason, source, number, problem.detail) for problem in candidates.left_out)
-        for i, j, label in _examples(candidates, examples, pairs_per_prompt):
+        parts = list(_examples(candidates, examples, pairs_per_prompt))
+        if len({i for part in parts for i in part[:2]}) < len(candidates.completions):
+            fields.skip_key(f"{candidates.names[0].partition('[')[0]}[] in no pair")
+        for i, j, label in parts:
             chosen, rejected = candidates.completions[i], candidates.completions[j]
             # Beside a completion without a pair stands none of this record.
             numbers, names = (2 * i, 2 * i + 1) if label else (i, j), (candidates.names[i], candidates.names[j])

@@ -1,6 +1,6 @@
 """The collector: keeps every admitted round in work, and evaluations before them. Independent of Ray.
 
-Its state is the ledger and what the trainer says in each ``poll``, so it can be restarted at any moment.
+Its state is the ledger and the arguments of each ``poll``, so it can be restarted at any moment.
 """
 
 import asyncio
@@ -116,7 +116,7 @@ class Collector:
         self._tasks[kind, number] = asyncio.get_running_loop().create_task(run(number), name=f"{kind} {number}")
 
     async def _collect(self, round: int) -> None:
-        """Collect a round, or what is missing of it."""
+        """Collect the groups that a round lacks."""
         online, oldest = self.online, oldest_version(round, max_lag=self.online.max_lag)
         prompts = prompts_of_round(self.prompts, seed=self.seed, round=round, per_round=online.prompts_per_round)
         ledger = self.ledger.open(round, oldest=oldest)

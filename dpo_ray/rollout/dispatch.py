@@ -120,7 +120,7 @@ class Dispatcher:
         return self._suitable[oldest, newest]
 
     async def _report(self, member: Member, reason: str) -> None:
-        """Tell the fleet, and leave the engine out until it has answered."""
+        """Report an engine to the fleet, and leave it out until the fleet has answered."""
         members = tuple(other for other in self.current.members if other.id != member.id)
         self._set(replace(self.current, members=members))
         try:

@@ -33,7 +33,7 @@ class Membership:
     error: str | None = None
     """Why the run cannot continue."""
     metrics: Mapping[str, float] | None = None
-    """Of the last update: ``sync/probe_difference`` (nats per token, largest), ``perf/push_s`` (slowest engine)."""
+    """The last update: ``sync/probe_difference`` (nats per token, largest), ``perf/push_s`` (slowest engine)."""
 
 
 class News:

@@ -70,7 +70,7 @@ class Evaluations(Protocol):
 class PromptEvaluator:
     """Evaluates the policy on completions that the engines generate: judge scores, and divergence from the reference.
 
-    An evaluation is a request: training goes on, and its result is received when it is there.
+    An evaluation is a request: training continues, and its result is received when it is complete.
     """
 
     def __init__(

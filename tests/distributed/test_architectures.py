@@ -43,6 +43,81 @@ def test_two_ranks_report_the_steps_of_one_with_padded_batches(
     assert_same(alone, run_ranks(2, offline, over(2, config))[0], absolute=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "use"),
+    [
+        ("mamba2", "plackett_luce"),
+        pytest.param("mamba2", "lipo", marks=pytest.mark.slow),
+        pytest.param("qwen3_next", "plackett_luce", marks=pytest.mark.slow),
+    ],
+)
+def test_losses_of_ranked_lists_are_those_of_float64_forwards_with_padded_batches(
+    config: dict[str, Any], tmp_path: Path, architecture: str, use: str
+) -> None:
+    lists = [["oak", "a birch tree", "fir", "stone"], ["blue", "grey or pink"], ["one", "two", "a hundred"]]
+    records = [
+        {"prompt": [{"role": "user", "content": "q" * 9**i}], "completions": ranked, "ranks": [*range(len(ranked))]}
+        for i, ranked in enumerate(lists)
+    ]
+    file = tmp_path / "ranked.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = with_model(config, tmp_path / "model", architecture)
+    config |= {"data": {"train": str(file), "eval": str(file)}, "loss": {"use": use, "beta": 0.5}}
+    config["run"] |= {"epochs": 3, "eval_every": 100, "export": True}
+    config["optim"] |= {"pairs_per_step": 6, "lr": 3e-3}  # all pairs of neighbours, so that no list is split
+    (alone,) = run_ranks(1, offline, config)
+    parsed = Config.model_validate(config)
+    pairs = prepare_pairs(parsed.data.eval, load_record_tokenizer(parsed), folder=tmp_path / "data")
+    ratios: list[list[float]] = []
+    models = [load_exact(tmp_path / "run" / "policy"), load_exact(tmp_path / "model")]
+    for i in range(len(pairs)):
+        chosen, rejected = (
+            [exact_logp(model, pairs[i].prompt, ids).item() for model in models]
+            for ids in (pairs[i].chosen, pairs[i].rejected)
+        )
+        if i == 0 or pairs.record_of(i) != pairs.record_of(i - 1):
+            ratios.append([chosen[0] - chosen[1]])
+        ratios[-1].append(rejected[0] - rejected[1])
+    assert [len(of_list) for of_list in ratios] == [4, 2, 3]
+    expected = np.mean([loss for of_list in ratios for loss in LIST_LOSSES[use](0.5 * np.array(of_list))])
+    losses = [line["eval/loss"] for line in alone if "eval/loss" in line]
+    assert losses[-1] == pytest.approx(expected, abs=1e-4)
+    assert abs(losses[-1] - losses[0]) > 0.1, "the policy has moved"
+    two = run_ranks(2, offline, over(2, config | {"run": config["run"] | {"name": "two", "export": False}}))[0]
+    steps = [[line for line in lines if "loss" in line] for lines in (alone, two)]
+    assert_same(*steps, absolute=1e-4)
+
+
+def plackett_luce(rewards: np.ndarray) -> list[float]:
+    """Terms of the negative log-likelihood of a ranking, best first (arXiv:2305.18290, Eq. 20)."""
+    return [float(np.log(np.exp(rewards[i:] - rewards[i]).sum())) for i in range(len(rewards) - 1)]
+
+
+def lipo(rewards: np.ndarray) -> list[float]:
+    """Logistic losses of all pairs of a ranking, weighted by gain and discount (arXiv:2402.01878)."""
+    gain = 2 ** np.linspace(1, 0, len(rewards))
+    discount = 1 / np.log(2 + (-rewards).argsort().argsort())
+    return [
+        sum(
+            abs(gain[i] - gain[j]) * abs(discount[i] - discount[j]) * np.log1p(np.exp(rewards[j] - rewards[i]))
+            for j in range(i + 1, len(rewards))
+        )
+        for i in range(len(rewards) - 1)
+    ]
+
+
+LIST_LOSSES = {"plackett_luce": plackett_luce, "lipo": lipo}
+
+
+def test_two_tensor_parallel_ranks_report_the_steps_of_one_with_padded_batches(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    config = with_model(config, tmp_path / "model", "vaultgemma")
+    (alone,) = run_ranks(1, offline, config)
+    for lines in run_ranks(2, offline, over(2, config, tensor_parallel=2)):
+        assert_same(alone, lines, absolute=1e-4)
+
+
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
 def test_two_ranks_that_shard_experts_report_the_steps_of_one(
     config: dict[str, Any], tmp_path: Path, architecture: str
@@ -134,8 +209,7 @@ def test_a_run_is_stopped_resumed_and_exported_for_each_family(
 def transformers_logps(config: Config, folder: Path) -> tuple[float, float]:
     """Mean log-probabilities of the chosen and rejected completions by transformers' own forward pass, in float32."""
     pairs = prepare_pairs(config.data.eval, load_record_tokenizer(config), folder=folder / "data")
-    loader: Any = auto_class(read_model_config(str(folder)))
-    model = loader.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = load_exact(folder, torch.float32)
     with torch.no_grad():
         logps = [
             [exact_logp(model, pair.prompt, ids).item() for ids in (pair.chosen, pair.rejected)]
@@ -143,3 +217,9 @@ def transformers_logps(config: Config, folder: Path) -> tuple[float, float]:
         ]
     chosen, rejected = np.mean(logps, axis=0).tolist()
     return chosen, rejected
+
+
+def load_exact(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
+    """The model with transformers' own layers and eager attention."""
+    loader: Any = auto_class(read_model_config(str(folder)))
+    return loader.from_pretrained(folder, dtype=dtype, attn_implementation="eager").requires_grad_(False)

@@ -18,6 +18,7 @@ from tests.distributed.conftest import assert_same, over
 from tests.distributed.parts import gradients, vocabulary_parallel_head
 from tests.distributed.processes import run_ranks
 from tests.distributed.runs import offline
+from tests.families import small_config
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_tensor_parallel_ranks_report_the_steps_of_one_rank_also_with_replicas_a
 ) -> None:
     with_context = {"context_parallel": 2, "activation_checkpointing": "selective"}
     for ranks, attention, shard in (
-        (2, "auto", {}), (2, "sdpa", {}), (4, "auto", {"replicate": 2}), (4, "auto", with_context),
+        (2, "auto", {}), (2, "sdpa", {}), (2, "padded", {}), (4, "auto", {"replicate": 2}), (4, "auto", with_context),
     ):  # fmt: skip
         changed = config | {"model": config["model"] | {"attention": attention}}
         by_rank = run_ranks(ranks, offline, over(ranks, changed, tensor_parallel=2, **shard))
@@ -139,10 +140,11 @@ def test_models_that_cannot_be_split_are_rejected_without_loading_weights(tiny_m
     for architecture, message in (
         ("olmo2", "tensor-parallel plan with "),
         ("qwen2_moe", "splits only .* of its layers|plan with moe_tp_experts"),  # the latter from transformers 5.24 on
+        ("mamba2", "no tensor-parallel plan in transformers; set shard.tensor_parallel: 1"),
+        ("qwen3_next", "tensor-parallel plan with "),
     ):
         folder = tmp_path / architecture
-        small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-        AutoConfig.for_model(architecture, **small, num_key_value_heads=2).save_pretrained(folder)
+        small_config(architecture).save_pretrained(folder)
         with pytest.raises(ValueError, match=message):
             validate_model(ModelConfig(path=str(folder)), ShardConfig(tensor_parallel=2))
 

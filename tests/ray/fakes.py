@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from dpo_ray.launch.rollouts.weights import StoredMessage
+from dpo_ray.launch.rollouts.remote_engine import StoredMessage
 from dpo_ray.rollout.engine import UNPUSHED, EngineStatus, Request, RequestTimedOut
 from dpo_ray.types import EngineLost, Probe
 

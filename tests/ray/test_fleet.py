@@ -16,7 +16,7 @@ from ray.util.placement_group import placement_group_table
 
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.rollouts.fleet import FleetActor
-from dpo_ray.launch.rollouts.weights import StoredMessage
+from dpo_ray.launch.rollouts.remote_engine import StoredMessage
 from dpo_ray.rollout.engine import Request, RequestTimedOut
 from dpo_ray.rollout.membership import Membership
 from dpo_ray.types import Probe, Prompt

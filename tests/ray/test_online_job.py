@@ -26,6 +26,13 @@ def failing(groups: list[Any]) -> list[list[float]]:
     raise RuntimeError("the judge's own words")
 
 
+def ended_rounds(run: Path) -> list[Any]:
+    """The lines of metrics.jsonl that end a round."""
+    return (
+        [line for line in lines(run / "metrics.jsonl") if "round" in line] if (run / "metrics.jsonl").exists() else []
+    )
+
+
 @pytest.fixture
 def config(tmp_path: Path, tiny_model: Path) -> dict[str, Any]:
     """Six rounds of four prompts on the tiny model: two workers, two engines."""
@@ -57,17 +64,19 @@ def test_a_run_killed_in_round_three_and_robbed_of_an_engine_in_round_four_repea
     joining: Commands, starting: Commands, config: dict[str, Any], tmp_path: Path
 ) -> None:
     file, run = write_yaml(tmp_path / "run.yaml", config), tmp_path / "runs/rounds"
-    starting.kill_when("online", file, ready=lambda: (run / "rounds/000003/manifest.json").exists())
+    starting.kill_when("online", file, ready=lambda: len(ended_rounds(run)) == 3)
     assert not starting.left_over()
     finished = {path: path.stat().st_mtime_ns for path in run.glob("rounds/00000[012]/pairs.jsonl")}
     assert len(finished) == 3
 
     def kill_an_engine() -> bool:
-        if not (run / "rounds/000004/manifest.json").exists():
+        pids = re.findall(r"pid (\d+)", (run / "logs/engine-0.log").read_text())
+        if len(pids) < 2 or len(ended_rounds(run)) <= before:
             return False
-        os.kill(int(re.findall(r"pid (\d+)", (run / "logs/engine-0.log").read_text())[-1]), signal.SIGKILL)
+        os.kill(int(pids[-1]), signal.SIGKILL)
         return True
 
+    before = len(ended_rounds(run))
     # Colocation only changes when engines sleep.
     with joining.start("online", file, "cluster.colocate=true") as command:
         wait_until(kill_an_engine, command)
@@ -108,13 +117,9 @@ def test_a_run_survives_the_death_of_every_part_of_its_online_half(
     victims = {0: ("judge-0", signal.SIGSTOP), 1: ("collector", signal.SIGKILL), 2: ("fleet", signal.SIGKILL),
                3: ("worker-0", signal.SIGKILL)}  # fmt: skip
 
-    def trained() -> int:
-        steps = lines(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
-        return sum("round" in step for step in steps)
-
     with joining.start("online", file) as command:
         for rounds, (name, signal_number) in victims.items():
-            wait_until(lambda: trained() > rounds, command)  # noqa: B023
+            wait_until(lambda: len(ended_rounds(run)) > rounds, command)  # noqa: B023
             os.kill(int(re.findall(r"pid (\d+)", (run / f"logs/{name}.log").read_text())[-1]), signal_number)
         assert command.wait(timeout=TIMEOUT_S) == 0
     assert not joining.left_over()

@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from dpo_ray.config import Config
+from dpo_ray.launch.rollouts.remote_engine import StoredMessage
 from dpo_ray.plugins import build
 from dpo_ray.storage import error_summary
 from dpo_ray.types import EngineLost, Probe
@@ -47,19 +47,11 @@ def build_transport(config: Config, *, on_gpus: bool) -> "WeightSync":
     return build(use, sync.args, TRANSPORTS, "sync", dtype=config.model.dtype, background=config.online.max_lag > 0)
 
 
-@dataclass(frozen=True, slots=True)
-class StoredMessage:
-    """A message of a transport in the object store, which each engine's node fetches once."""
-
-    ref: Any
-    """Object reference. Ray passes it on as it is, since it is not an argument itself."""
-
-
 class FleetEngines:
     """The ``EngineGroup`` of rank 0: a synchronous client of the fleet.
 
     Unless the update is collective, each message is put into the object store of this node, which keeps those of the
-    last update for engines that start later, and a fleet that restarts is told the whole update again.
+    last update for engines that start later, and repeats the whole update to a fleet that restarts.
 
     Args:
         fleet: handle of the FleetActor.

@@ -1,10 +1,12 @@
 """Layouts of public preference sets: small records in their form."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from dpo_ray.config.schema import Examples
 from dpo_ray.data.fields import Fields
 from dpo_ray.data.formats import Part
 from dpo_ray.data.layouts import transcript_turns
@@ -68,7 +70,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], tuple[Any, Any, Any], set[str]]] = {
                 {"answer": "A herring.", "model": "m", "rank": 3.0},
             ],
         },
-        (f"{HH} ", "An oak.", "A herring."), {"turns", "answers[].model"},
+        (f"{HH} ", "An oak.", "A herring."), {"turns", "answers[].model", "answers[] in no pair"},
     ),
     "PKU-SafeRLHF": (
         {
@@ -250,6 +252,48 @@ def test_a_ranked_list_is_read_by_decreasing_score_and_without_ties_for_losses_o
     # "b" is as good as "c" and the worst: beside "c" it makes the longest list.
     assert [(pair.chosen, pair.rejected) for pair in pairs] == [(text, text) for text in "cdab"]
     assert [pair.completions for pair in pairs] == [(i, i) for i in (2, 3, 0, 4)]
+
+
+@pytest.mark.parametrize("examples", ["pairs", "lists", "unpaired"])
+def test_completions_of_a_ranked_list_that_are_in_no_pair_are_named(examples: Examples, write: Write):
+    record = {"prompt": "q", "completions": ["a", "b", "b", "d"], "scores": [4, 3, 2, 1]}
+    first, *_ = read_pairs([Part(write([record]))], examples=examples)
+    assert isinstance(first, PairRecord)
+    assert first.unread == ("completions[] in no pair",)  # between best and worst, or equal to a better one
+    first, *_ = read_pairs([Part(write([record]))], pairs_per_prompt=9)
+    assert isinstance(first, PairRecord)
+    assert first.unread == ()
+
+
+@pytest.mark.parametrize(
+    ("record", "turns"),
+    [
+        ({"prompt": json.dumps(json.dumps([ASK])), "chosen": "An oak.", "rejected": "A herring."}, MESSAGES),
+        (
+            {
+                "conversations": [{"from": "Human", "value": "Name a tree."}],
+                "chosen": {"from": "bot", "value": "An oak."},
+                "rejected": {"from": "Model", "value": "A herring."},
+            },
+            MESSAGES,
+        ),
+        (
+            {"prompt": [ASK], "chosen": [{**OAK, "reasoning": "Trees."}], "rejected": [HERRING]},
+            ((ASK,), ({**OAK, "reasoning_content": "Trees."},), (HERRING,)),
+        ),
+    ],
+    ids=["JSON encoded twice", "roles of other names", "reasoning"],
+)
+def test_messages_in_an_odd_spelling_are_read(record: dict[str, Any], turns: Any, write: Write):
+    (pair,) = read_pairs([Part(write([record]))])
+    assert isinstance(pair, PairRecord), pair
+    assert (pair.prompt, pair.chosen, pair.rejected, pair.unread) == (*turns, ())
+
+
+def test_a_text_in_quotes_that_is_no_conversation_stays_a_text(write: Write):
+    (pair,) = read_pairs([Part(write([{"prompt": '"[{1}]" is what?', "chosen": '"[{}]"', "rejected": "b"}]))])
+    assert isinstance(pair, PairRecord), pair
+    assert (pair.prompt, pair.chosen) == ('"[{1}]" is what?', '"[{}]"')
 
 
 TOOLS = [{"type": "function", "function": {"name": "forecast", "description": "Weather of a city"}}]
