@@ -196,7 +196,8 @@ def file_version(file: Path) -> str:
 def file_digest(file: Path) -> str:
     """XXH3 digest of a file's content, in hexadecimal."""
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
+        new_digest: Any = xxhash.xxh3_128  # its stubs differ from hashlib's in the return type of copy
+        return hashlib.file_digest(stream, new_digest).hexdigest()
 
 
 def remove_folder(folder: Path) -> None:
