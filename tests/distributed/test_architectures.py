@@ -48,7 +48,7 @@ def test_two_ranks_report_the_steps_of_one_with_padded_batches(
     [
         ("mamba2", "plackett_luce"),
         pytest.param("mamba2", "lipo", marks=pytest.mark.slow),
-        pytest.param("qwen3_next", "plackett_luce", marks=pytest.mark.slow),
+        pytest.param("qwen3_5_text", "plackett_luce", marks=pytest.mark.slow),
     ],
 )
 def test_losses_of_ranked_lists_are_those_of_float64_forwards_with_padded_batches(
