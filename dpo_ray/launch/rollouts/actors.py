@@ -51,11 +51,12 @@ def rollout_actors(
     plain = config.model_dump(mode="json")
     fleet = _start(FleetActor, plain, cluster)
     judges = start_judges(config)
-    # In a file: Ray cannot restart an actor whose arguments in the object store are lost.
+    # In a file, and handles as bytes: Ray warns of arguments with references, which a restarted actor may not find.
     prompt_file = config.run.path / "ray" / "prompts.pickle"
     prompt_file.parent.mkdir(exist_ok=True)
     prompt_file.write_bytes(pickle.dumps((prompts, held_out)))
-    collector = _start(CollectorActor, plain, prompt_file, fleet, judges, status_actor)
+    handles = ray.cloudpickle.dumps((fleet, judges, status_actor))
+    collector = _start(CollectorActor, plain, prompt_file, handles)
     stop = threading.Event()
     try:
         _raise_early_failure(judges)

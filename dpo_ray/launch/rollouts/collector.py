@@ -3,6 +3,7 @@
 import asyncio
 import math
 import pickle
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from dpo_ray.config import Config
-from dpo_ray.launch.rollouts.judge_actor import RemoteJudge
 from dpo_ray.launch.run_dir import log_to_run
 from dpo_ray.rollout.collector import Collector, Progress
 from dpo_ray.rollout.dispatch import Dispatcher
@@ -25,28 +25,29 @@ SEQUENCES_PER_ENGINE = 320
 """Completions in flight per engine: those that vLLM generates at a time (256 by default), and some that wait."""
 
 
+SHOW_INTERVAL_S = 0.2
+
+
 class CollectorActor:
     """See ``rollout.collector``.
 
     Args:
         prompt_file: pickled, the training prompts and the held-out prompts.
-        fleet: handle of the FleetActor.
-        status_actor: handle of the StatusActor.
+        handles: pickled, the handle of the FleetActor, the judges and the handle of the StatusActor.
     """
 
     def __init__(
         self,
         config: dict[str, Any],
         prompt_file: Path,
-        fleet: Any,
-        judges: Sequence[RemoteJudge],
-        status_actor: Any,
+        handles: bytes,
     ) -> None:
         self.config = Config.model_validate(config)
         log_to_run(self.config.run.path, "collector")
-        self.prompt_file, self.fleet, self.judges = prompt_file, fleet, judges
-        self.status_actor = status_actor
+        self.prompt_file = prompt_file
+        self.fleet, self.judges, self.status_actor = pickle.loads(handles)
         self.evaluations = EvaluationStore(self.config.run.path)
+        self._shown = 0.0
         self._started: asyncio.Future[Collector] | None = None
         self._background: list[asyncio.Task[None]] = []
 
@@ -106,5 +107,11 @@ class CollectorActor:
             judge=judge,
             select=partial(select_pairs, build_selector(online.select)),
             concurrency=math.ceil(sequences / online.candidates),
-            progress=self.status_actor.phase.remote,
+            progress=self._show,
         )
+
+    def _show(self, phase: str, done: int, total: int) -> None:
+        """Update the status, not for each of hundreds of groups per second."""
+        if done == total or time.monotonic() > self._shown + SHOW_INTERVAL_S:
+            self._shown = time.monotonic()
+            self.status_actor.phase.remote(phase, done, total)

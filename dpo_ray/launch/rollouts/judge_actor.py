@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from dpo_ray.types import CompletionGroup
 
 ASYNC_CONCURRENCY = 32
 """Calls in progress of a judge that is an async function."""
+PING_TIMEOUT_S = 20.0
 
 
 class JudgeActor:
@@ -29,6 +29,9 @@ class JudgeActor:
         self._build = bind_judge(parsed.online.judge)
         self._judge: Judge | None = None
         self._building = asyncio.Lock()
+
+    async def ping(self) -> None:
+        """Returns at once, also while the judge is built."""
 
     async def ready(self) -> int:
         """Build the judge; returns how many calls may be in progress."""
@@ -60,27 +63,36 @@ class RemoteJudge:
     start_timeout_s: float
 
     async def ready(self) -> int:
-        """Wait until the judge is built; returns how many calls may be in progress.
+        """Wait until the judge is built, and restart it if it hangs; returns how many calls may be in progress.
 
         Raises:
             Exception: building it failed.
             TimeoutError: it was not built in time.
         """
-        deadline = time.monotonic() + self.start_timeout_s
-        while True:
+        try:
+            async with asyncio.timeout(self.start_timeout_s):
+                while True:
+                    try:
+                        return await self._built()
+                    except RayTaskError as error:
+                        raise error.cause from None
+                    except RayActorError:
+                        await asyncio.sleep(0.5)
+        except TimeoutError:
+            raise TimeoutError(
+                f"the judge was not ready after {self.start_timeout_s:.0f} s (cluster.start_timeout_s)"
+            ) from None
+
+    async def _built(self) -> int:
+        """The answer of ``ready``; a process that does not answer to ``ping`` meanwhile is killed."""
+        building = asyncio.ensure_future(self.handle.ready.remote())
+        while not (await asyncio.wait({building}, timeout=PING_TIMEOUT_S))[0]:
             try:
-                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                    return await self.handle.ready.remote()
-            except RayTaskError as error:
-                raise error.cause from None
-            except RayActorError:
-                if time.monotonic() > deadline:
-                    raise
-                await asyncio.sleep(0.5)
+                async with asyncio.timeout(PING_TIMEOUT_S):
+                    await self.handle.ping.remote()
             except TimeoutError:
-                raise TimeoutError(
-                    f"the judge was not ready after {self.start_timeout_s:.0f} s (cluster.start_timeout_s)"
-                ) from None
+                ray.kill(self.handle, no_restart=False)
+        return building.result()
 
     async def score(self, groups: Sequence[CompletionGroup]) -> list[list[float]]:
         """Scores of every completion of every group; if the process dies, waits until it is up again and raises."""
