@@ -4,12 +4,13 @@ import contextlib
 import logging
 import pickle
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from dpo_ray.config import Config
 from dpo_ray.launch.cluster import Cluster, same_node
@@ -90,18 +91,19 @@ def _raise_early_failure(judges: Sequence[RemoteJudge]) -> None:
 
 
 def _watch(actors: dict[str, Any], stop: threading.Event) -> None:
-    """Kills an actor that hangs; Ray restarts it, as it does with one that dies."""
+    """Kills an actor that does not answer for PING_TIMEOUT_S; Ray restarts it, as it does with one that dies."""
+    answered = dict.fromkeys(actors, time.monotonic())
     while not stop.wait(PING_INTERVAL_S):
         for name, actor in actors.items():
             try:
                 ray.get(actor.ping.remote(), timeout=PING_TIMEOUT_S)
-            except GetTimeoutError:
-                if not stop.is_set():
+                answered[name] = time.monotonic()
+            except RayError:  # it hangs, or it restarts, or it is stopped and takes no new connection
+                if time.monotonic() > answered[name] + PING_TIMEOUT_S and not stop.is_set():
                     logger.warning("the %s did not answer in %.0f s; restarting it", name, PING_TIMEOUT_S)
                     with contextlib.suppress(RayError):
                         ray.kill(actor, no_restart=False)
-            except RayError:
-                continue  # it is restarting
+                    answered[name] = time.monotonic()
 
 
 def _shut_down(fleet: Any, collector: Any, judges: Sequence[RemoteJudge]) -> None:

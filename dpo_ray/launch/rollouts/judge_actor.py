@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from dpo_ray.types import CompletionGroup
 
 ASYNC_CONCURRENCY = 32
 """Calls in progress of a judge that is an async function."""
-PING_TIMEOUT_S = 20.0
+PING_TIMEOUT_S = 30.0
 
 
 class JudgeActor:
@@ -69,6 +70,7 @@ class RemoteJudge:
             Exception: building it failed.
             TimeoutError: it was not built in time.
         """
+        answered = time.monotonic()
         try:
             async with asyncio.timeout(self.start_timeout_s):
                 while True:
@@ -77,6 +79,10 @@ class RemoteJudge:
                     except RayTaskError as error:
                         raise error.cause from None
                     except RayActorError:
+                        # It restarts, or it is stopped and takes no new connection.
+                        if time.monotonic() > answered + PING_TIMEOUT_S:
+                            ray.kill(self.handle, no_restart=False)
+                            answered = time.monotonic()
                         await asyncio.sleep(0.5)
         except TimeoutError:
             raise TimeoutError(
@@ -87,11 +93,13 @@ class RemoteJudge:
         """The answer of ``ready``; a process that does not answer to ``ping`` meanwhile is killed."""
         building = asyncio.ensure_future(self.handle.ready.remote())
         while not (await asyncio.wait({building}, timeout=PING_TIMEOUT_S))[0]:
+            limit = asyncio.timeout(PING_TIMEOUT_S)
             try:
-                async with asyncio.timeout(PING_TIMEOUT_S):
+                async with limit:
                     await self.handle.ping.remote()
-            except TimeoutError:
-                ray.kill(self.handle, no_restart=False)
+            except (TimeoutError, RayActorError):
+                if limit.expired():
+                    ray.kill(self.handle, no_restart=False)
         return building.result()
 
     async def score(self, groups: Sequence[CompletionGroup]) -> list[list[float]]:
