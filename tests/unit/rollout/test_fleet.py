@@ -655,6 +655,7 @@ async def test_under_random_failures_no_engine_is_listed_with_weights_that_it_do
         watching.cancel()
 
 
+@pytest.mark.slow
 @run
 async def test_an_update_of_1000_engines_of_which_100_are_replaced_takes_less_than_15_s() -> None:
     async with running(World(1000, ping_interval_s=5.0)) as world:
