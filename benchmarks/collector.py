@@ -47,6 +47,9 @@ class InstantJudge:
         """The same scores for every group."""
         return [[0.0, 1.0, 2.0, 3.0] for _ in groups]
 
+    async def ready(self) -> None:
+        """At once."""
+
     async def restart(self) -> None:
         """Nothing to restart."""
 

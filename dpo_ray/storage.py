@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import logging
 import os
@@ -160,7 +161,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     An incomplete last line, of a running or killed writer, is ignored. Other invalid lines are skipped with a warning.
     """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        # Not splitlines, which also splits at line separators inside texts.
+        lines = list(io.StringIO(path.read_text(encoding="utf-8", errors="replace"), newline="\n"))
     except FileNotFoundError:
         return []
     objects = []

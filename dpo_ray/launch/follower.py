@@ -155,7 +155,10 @@ class TrackerFeed:
 
 
 def _samples(run_dir: Path, round: int) -> list[Row]:
-    pairs = ((line, pair) for line in Ledger(run_dir).lines(round) for pair in line["pairs"])
+    ledger = Ledger(run_dir)
+    if not (ledger.path(round) / "pairs.jsonl").exists():  # online.keep_rounds
+        return []
+    pairs = ((line, pair) for line in ledger.lines(round) for pair in line["pairs"])
     return [
         {
             "round": round,

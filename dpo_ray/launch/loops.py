@@ -17,7 +17,7 @@ from dpo_ray.launch.data import open_pairs
 from dpo_ray.launch.reporter import RunReporter
 from dpo_ray.launch.rollouts.actors import Rollouts
 from dpo_ray.launch.rollouts.placement import GpuSlot
-from dpo_ray.launch.rollouts.weights import FleetEngines, build_transport
+from dpo_ray.launch.rollouts.weights import FleetEngines, begin_timeout_s, build_transport
 from dpo_ray.parallel.collectives import broadcast_from_rank0, gather_values
 from dpo_ray.rollout.collector import Progress
 from dpo_ray.rollout.evaluation import Evaluation
@@ -29,6 +29,9 @@ from dpo_ray.types import Metrics, TrainResult
 
 ANSWER_TIMEOUT_S = 60.0
 """Longest wait for one answer of the collector, beyond the wait that was asked for."""
+
+COLOCATED_PAUSE_S = 0.2
+"""Pause between two questions while engines work on the workers' GPUs."""
 
 
 def offline(config: Config, device: torch.device, reporter: RunReporter, rollouts: None) -> TrainResult:
@@ -49,7 +52,8 @@ class CollectorRounds:
     def __init__(self, config: Config, rollouts: Rollouts, *, colocated: bool) -> None:
         self.rollouts, self.colocated = rollouts, colocated
         self.ledger, self.patience_s = Ledger(config.run.path), config.cluster.start_timeout_s
-        self.sleep_timeout_s = config.online.sync_timeout_s if config.online else 0.0
+        # The fleet's own limit expires first, and replaces an engine instead of ending the run.
+        self.sleep_timeout_s = (config.online.sync_timeout_s if config.online else 0.0) + ANSWER_TIMEOUT_S
         self.freed_for: int | None = None
 
     def poll(self, version: int, *, round: int | None, evaluations: Sequence[int], wait_s: float) -> Progress:
@@ -79,13 +83,14 @@ class CollectorRounds:
         try:
             ask = lambda: poll.remote(version, round=round, evaluations=list(evaluations), wait_s=wait_s)  # noqa: E731
             progress = self._ask(ask, wait_s)
-            if not (self.colocated and progress.finished):
+            if not self.colocated:
                 return progress
-            # Training begins when the engines sleep, and an evaluation needs them awake.
-            waits = set(evaluations) - ({progress.evaluation.version} if progress.evaluation else set())
-            if not waits:
-                ray.get(self.rollouts.fleet.sleep.remote(), timeout=self.sleep_timeout_s)
-            return dataclasses.replace(progress, finished=not waits)
+            # Training, and receiving an evaluation, need the engines' memory: only when all is there do they sleep.
+            if (round is not None and not progress.finished) or len(progress.evaluations) < len(evaluations):
+                time.sleep(COLOCATED_PAUSE_S)
+                return dataclasses.replace(progress, finished=False, evaluations=())
+            ray.get(self.rollouts.fleet.sleep.remote(), timeout=self.sleep_timeout_s)
+            return progress
         except Exception as error:  # every rank must get it, or the others wait for this one
             return Progress(error=f"{type(error).__name__}: {error}")
 
@@ -109,10 +114,12 @@ def online(config: Config, device: torch.device, reporter: RunReporter, rollouts
     colocated = on_gpus and config.cluster.colocate
     sync = build_transport(config, on_gpus=on_gpus)
     if colocated:
-        ray.get(rollouts.fleet.place_engines.remote(_gather_gpu_slots()), timeout=config.cluster.start_timeout_s)
+        place_timeout_s = 2 * config.cluster.start_timeout_s + config.online.sync_timeout_s + ANSWER_TIMEOUT_S
+        ray.get(rollouts.fleet.place_engines.remote(_gather_gpu_slots()), timeout=place_timeout_s)
     engines = FleetEngines(
         rollouts.fleet,
         config.online.sync_timeout_s,
+        begin_timeout_s=begin_timeout_s(config),
         workers_per_engine=config.cluster.gpus_per_engine if on_gpus else 1,
     )
     sync.connect(engines if rank == 0 else None)

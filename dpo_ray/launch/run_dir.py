@@ -12,7 +12,7 @@ from dpo_ray.config import Config, first_difference, write_config
 from dpo_ray.config.schema import RunConfig
 from dpo_ray.storage import open_appendable, storage_errors
 
-WORK = ("rounds/*/manifest.json", "checkpoints/*/complete.json", "evaluations/*.jsonl")
+WORK = ("rounds/*/pairs.jsonl", "rounds/*/manifest.json", "checkpoints/*/complete.json", "evaluations/*.jsonl")
 """Files from which a later run of the same name resumes."""
 JOB_PACKAGES = "runtime_resources/working_dir_files"
 """Part of the path where Ray unpacks the working directory of a submitted job, and deletes it when the job ends."""

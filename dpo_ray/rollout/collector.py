@@ -23,6 +23,9 @@ from dpo_ray.types import CompletionGroup, Prompt
 
 logger = logging.getLogger(__name__)
 
+RETRY_S = 1.0
+"""Seconds between two attempts of an evaluation whose version no engine serves yet."""
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -30,8 +33,8 @@ class Progress:
 
     finished: bool = False
     """True if the round asked for is complete on disk."""
-    evaluation: Evaluation | None = None
-    """The evaluation asked for, once it is complete."""
+    evaluations: tuple[Evaluation, ...] = ()
+    """Those of the evaluations asked for that are complete."""
     needs_weights: bool = False
     """True if engines are up and none has weights: the trainer must publish them again."""
     error: str | None = None
@@ -65,6 +68,8 @@ class Collector:
         self.online, self.seed, self.prompts, self.held_out = online, seed, prompts, held_out
         self.ledger, self.engines, self.judge, self.select = ledger, engines, judge, select
         self.concurrency, self.progress = concurrency, progress
+        self._version = 0
+        """Version of the last poll."""
         self._tasks: dict[tuple[str, int], asyncio.Task[Any]] = {}
 
     async def poll(self, version: int, *, round: int | None, evaluations: Sequence[int], wait_s: float) -> Progress:
@@ -75,8 +80,10 @@ class Collector:
             round: the round that the trainer waits for, if any.
             evaluations: the versions whose evaluations it waits for.
         """
+        self._forget(version, evaluations)
         for asked in evaluations:
-            self._start("evaluation", asked, self._evaluate)
+            if ("evaluation", asked) not in self._tasks:
+                self._start("evaluation", asked, self._evaluate)
         for ahead in admitted(version, max_lag=self.online.max_lag, rounds=self.online.rounds):
             if not self._complete(ahead):
                 self._start("round", ahead, self._collect)
@@ -93,10 +100,10 @@ class Collector:
         for task in self._tasks.values():
             if task.done() and not task.cancelled() and (error := task.exception()) is not None:
                 return Progress(error=f"{type(error).__name__}: {error}")
-        tasks = (self._tasks.get(("evaluation", asked)) for asked in evaluations)
+        tasks = [task for asked in evaluations if (task := self._tasks.get(("evaluation", asked))) is not None]
         return Progress(
             finished=round is not None and self._complete(round),
-            evaluation=next((task.result() for task in tasks if task is not None and task.done()), None),
+            evaluations=tuple(task.result() for task in tasks if task.done()),
             needs_weights=self.engines.current.needs_weights,
             error=self.engines.current.error,
         )
@@ -107,28 +114,37 @@ class Collector:
         return self.ledger.finished(round) and not self.ledger.stale(round, oldest=oldest)
 
     def _start(self, kind: str, number: int, run: Callable[[int], Any]) -> None:
-        """Start a task once; the finished ones of smaller numbers are forgotten."""
-        if (kind, number) in self._tasks:
-            return
-        for key in [key for key, task in self._tasks.items() if key[0] == kind and key[1] < number and task.done()]:
-            if self._tasks[key].exception() is None:
-                del self._tasks[key]
-        self._tasks[kind, number] = asyncio.get_running_loop().create_task(run(number), name=f"{kind} {number}")
+        """Start a task unless it is in progress or has failed."""
+        task = self._tasks.get((kind, number))
+        if task is None or (task.done() and not task.cancelled() and task.exception() is None):
+            self._tasks[kind, number] = asyncio.get_running_loop().create_task(run(number), name=f"{kind} {number}")
+
+    def _forget(self, version: int, evaluations: Sequence[int]) -> None:
+        """Forget results that the trainer has, and the files of rounds that are not kept."""
+        for kind, number in [key for key, task in self._tasks.items() if task.done()]:
+            received = number not in evaluations if kind == "evaluation" else number < version
+            if received and self._tasks[kind, number].exception() is None:
+                del self._tasks[kind, number]
+        if version != self._version:
+            self._version = version
+            self.ledger.forget(before=version, keep=self.online.keep_rounds)
 
     async def _collect(self, round: int) -> None:
         """Collect the groups that a round lacks."""
         online, oldest = self.online, oldest_version(round, max_lag=self.online.max_lag)
         prompts = prompts_of_round(self.prompts, seed=self.seed, round=round, per_round=online.prompts_per_round)
-        ledger = self.ledger.open(round, oldest=oldest)
+        ledger = await asyncio.to_thread(self.ledger.open, round, oldest=oldest)  # a large round takes a while
         if ledger.done or ledger.stale:
             logger.info("round %d: %d groups are on disk, %d were too old", round, len(ledger.done), ledger.stale)
         limit = FailureLimit(round, len(prompts), online.max_failed_share)
         digests: dict[int, str] = {}
 
         async def generate(request: Request) -> CompletionGroup:
-            group = await self.engines.generate(request, oldest=oldest)
+            # An engine may load an older policy while a request waits in it, if the trainer has restarted.
+            while (group := await self.engines.generate(request, oldest=oldest)).policy_version < oldest:
+                pass
             version = max(completion.last_version for completion in group.completions)
-            if version not in digests:
+            if not digests.get(version):  # the news of an update may come after its first group
                 digests[version] = next((m.digest for m in self.engines.current.members if m.version == version), "")
             return group
 
@@ -140,9 +156,11 @@ class Collector:
         pipeline = Pipeline(generate, self.judge.score, self.select, self.concurrency)
         try:
             await pipeline.run(self._requests(round, prompts, ledger), append)
-        finally:
+        except BaseException:
             ledger.close()
-        ledger.finish(
+            raise
+        await asyncio.to_thread(
+            ledger.finish,
             timings={"generate_s": pipeline.generating.seconds, "judge_s": pipeline.judging.seconds},
             metrics=dict(self.engines.current.metrics or {}),
             weights_digests={str(version): digests[version] for version in sorted(digests)},
@@ -160,16 +178,20 @@ class Collector:
     async def _evaluate(self, version: int) -> Evaluation:
         """Complete and judge the held-out prompts by the engines of one version; empty if none serves it any more."""
         judged, samples = evaluation_requests(self.online, self.prompts, self.held_out, seed=self.seed)
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                scored = [tasks.create_task(self._judged(request, version)) for request in judged]
-                plain = [tasks.create_task(self._completed(request, version)) for request in samples]
-        except BaseExceptionGroup as errors:
-            gone, others = errors.split(VersionGone)
-            if others is not None:
-                raise others.exceptions[0] from None
-            logger.warning("no evaluation of version %d: %s", version, gone)
-            return Evaluation(version)
+        while True:
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    scored = [tasks.create_task(self._judged(request, version)) for request in judged]
+                    plain = [tasks.create_task(self._completed(request, version)) for request in samples]
+                break
+            except BaseExceptionGroup as errors:
+                _, others = errors.split(VersionGone)
+                if others is not None:
+                    raise others.exceptions[0] from None
+                if version < self._version:
+                    logger.warning("no evaluation of version %d: the engines have newer ones", version)
+                    return Evaluation(version)
+                await asyncio.sleep(RETRY_S)  # a trainer that restarted has published it, and engines are loading it
         results = [pair for task in scored if (pair := task.result()) is not None]
         groups = (
             [group for task in plain if (group := task.result()) is not None] if samples else [g for g, _ in results]
@@ -179,7 +201,10 @@ class Collector:
     async def _completed(self, request: Request, version: int) -> CompletionGroup | None:
         """A completion; None if it failed, which leaves a gap in the evaluation."""
         try:
-            return await self.engines.generate(request, oldest=version, newest=version)
+            group = await self.engines.generate(request, oldest=version, newest=version)
+            if {group.completions[0].first_version, group.completions[0].last_version} != {version}:
+                raise VersionGone(f"prompt {request.prompt.index} was completed by another version than {version}")
+            return group
         except (ValueError, RequestTimedOut, EngineError) as error:
             logger.warning("evaluation of prompt %d failed: %s", request.prompt.index, error)
             return None

@@ -1,6 +1,7 @@
 """Dispatch: sends each request to an engine that serves a recent enough policy, and again if that engine fails."""
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -8,6 +9,8 @@ from dataclasses import replace
 from dpo_ray.rollout.engine import Request, RequestTimedOut
 from dpo_ray.rollout.membership import Member, Membership
 from dpo_ray.types import CompletionGroup, NonRetryableError
+
+logger = logging.getLogger(__name__)
 
 ENGINE_ATTEMPTS = 3
 """Engines that may fail over one request: then the request is the likely cause."""
@@ -55,8 +58,9 @@ class Dispatcher:
         while True:
             try:
                 current = await self._membership(self.current.epoch, POLL_S)
-            except Exception:
-                # The fleet's process died: its engines with it. A new one counts epochs from 0.
+            except Exception as error:
+                # The fleet's process died: its engines with it.
+                logger.warning("the fleet does not answer: %s", error)
                 current = Membership(epoch=-1)
                 await asyncio.sleep(1.0)
             if current != self.current:
@@ -66,7 +70,9 @@ class Dispatcher:
 
     def _set(self, current: Membership) -> None:
         self.current, self._suitable = current, {}
-        self.running = Counter({member.id: self.running[member.id] for member in current.members})
+        ids = {member.id for member in current.members}
+        self.running = Counter({id: count for id, count in self.running.items() if count or id in ids})
+        self.running.update(dict.fromkeys(ids, 0))
 
     async def generate(self, request: Request, *, oldest: int, newest: int | None = None) -> CompletionGroup:
         """Complete a prompt by an engine whose policy is in the range of versions; waits for one.

@@ -34,6 +34,11 @@ class Evaluation:
     """Samples of the policy for the KL divergence; the judged completions if these are samples of the policy."""
 
     @property
+    def gone(self) -> bool:
+        """True if there is no completion: the engines have newer policies."""
+        return not (self.judged or self.samples)
+
+    @property
     def token_samples(self) -> list[TokenSample]:
         """Token ids of ``samples``."""
         return [TokenSample(group.prompt.token_ids, group.completions[0].token_ids) for group in self.samples]

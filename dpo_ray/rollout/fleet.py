@@ -70,6 +70,7 @@ class Fleet:
         slots: number of engines.
         start_timeout_s: longest wait for one engine, and longest time without any.
         sync_timeout_s: longest wait for one answer in a weight update, and for the sender's next call.
+        drain_timeout_s: longest time in which an engine finishes its running requests before an update.
         ping_timeout_s: longest wait for a status, and longest step; then an engine counts as hung.
         logs: where the logs of the engines are, for error messages.
         epoch: first epoch; greater than all of an earlier fleet.
@@ -85,6 +86,7 @@ class Fleet:
         start_timeout_s: float,
         sync_timeout_s: float,
         ping_timeout_s: float,
+        drain_timeout_s: float = 0.0,
         logs: str = "the logs of the engines",
         epoch: int = 0,
         ping_interval_s: float = PING_INTERVAL_S,
@@ -92,7 +94,7 @@ class Fleet:
         self._launch, self._retire = launch, retire
         self._slots = [_Slot(index) for index in range(slots)]
         self.start_timeout_s, self.sync_timeout_s, self.ping_timeout_s = start_timeout_s, sync_timeout_s, ping_timeout_s
-        self.logs, self.ping_interval_s = logs, ping_interval_s
+        self.logs, self.ping_interval_s, self.drain_timeout_s = logs, ping_interval_s, drain_timeout_s
         self._lives: dict[str, _Life] = {}
         self._board = Board(epoch)
         self._begun, self._tried = News(), News()
@@ -101,7 +103,7 @@ class Fleet:
         self._last_failure = ""
         self._constructor_errors: set[int] = set()
         """Slots whose first engine did not get beyond its constructor."""
-        self._ever_up = self._asleep = False
+        self._ever_up = self._asleep = self._awaiting_start = False
         self._none_since = time.monotonic()
 
     async def run(self) -> None:
@@ -175,14 +177,22 @@ class Fleet:
         out of it.
         """
         if collective and self._update is None:
-            await self.started(self.start_timeout_s)
+            self._awaiting_start = True
+            try:
+                await self.started(self.start_timeout_s)
+            finally:
+                self._awaiting_start = False
         if self._watch is not None:
             self._watch.cancel()
         if self._update is not None:
             self._update.stop(f"the update to policy version {version} has begun")
         self._asleep = False
         update = self._update = Update(
-            version, collective=collective, present=self._lives, timeout_s=self.sync_timeout_s
+            version,
+            collective=collective,
+            present=self._lives,
+            timeout_s=self.sync_timeout_s,
+            drain_s=self.drain_timeout_s,
         )
         self._watch = asyncio.create_task(self._watch_sender(update))
         self._begun.tell()
@@ -222,8 +232,8 @@ class Fleet:
         if update.over.done():
             return
         logger.warning("the update to policy version %d is abandoned: %s", update.version, reason)
-        for id in update.loading:
-            self._board.members.pop(self._lives[id].slot.index, None)
+        for life in [self._lives[id] for id in update.loading if id in self._lives]:
+            self._board.members.pop(life.slot.index, None)
         update.stop(reason)
         self._changed()
 
@@ -338,6 +348,8 @@ class Fleet:
         while True:
             while (update := self._update) is None or update is tried or not update.expects(life.id):
                 await self._begun.wait()
+            if life.lost.done():
+                return
             tried, life.loading = update, True
             try:
                 await update.apply(life.id, life.engine)
@@ -368,7 +380,7 @@ class Fleet:
     def _check_version(self) -> None:
         """Fail the run if every slot has failed over an update, or has no engine."""
         update = self._update
-        if update is None or update.over.done() or not any(update.attempts.values()):
+        if update is None or update.over.done() or max(update.attempts.values(), default=0) < ATTEMPTS:
             return
         if all(slot.failed_starts or update.attempts[slot.index] >= ATTEMPTS for slot in self._slots):
             self._fail(f"no engine took over policy version {update.version}: {update.last_failure}; see {self.logs}")
@@ -383,6 +395,9 @@ class Fleet:
         """Publish a change. ``visible``: True if members or error changed; ``needs_weights`` is compared."""
         update, board = self._update, self._board
         coming = update is not None and not update.over.done() and (bool(update.loading) or not update.collective)
-        needed, board.needs_weights = board.needs_weights, bool(self._lives) and not board.members and not coming
+        coming = coming or self._awaiting_start
+        # An engine that holds a part of an abandoned update is paused, with its running requests.
+        lacking = not board.members or any(life.loading for life in self._lives.values())
+        needed, board.needs_weights = board.needs_weights, bool(self._lives) and lacking and not coming
         if visible or needed != board.needs_weights:
             board.publish()

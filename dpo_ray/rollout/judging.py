@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from dpo_ray.types import CompletionGroup
 
@@ -16,8 +17,12 @@ class JudgeReplica(Protocol):
         """Scores of every completion of every group, checked."""
         ...
 
+    async def ready(self) -> Any:
+        """Wait until the judge is built, after its process was started again."""
+        ...
+
     async def restart(self) -> None:
-        """Kill the process, whatever it does, and start another; calls in progress raise."""
+        """Kill the process, whatever it does; another starts. Calls in progress raise."""
         ...
 
 
@@ -52,6 +57,8 @@ class JudgePool:
         self._replicas, self._batch, self._concurrency = replicas, batch, concurrency
         self._timeout_s, self._retries = timeout_s, retries
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
+        self._restarts: Counter[int] = Counter()
+        self._locks: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -93,20 +100,28 @@ class JudgePool:
 
     async def _call(self, replica: JudgeReplica, batch: Sequence[_Waiting]) -> str | None:
         """Score a batch; returns what went wrong, or None."""
-        limit = asyncio.timeout(self._timeout_s)
+        limit, restarts = asyncio.timeout(self._timeout_s), self._restarts[id(replica)]
         try:
             async with limit:
                 scores = await replica.score([waiting.group for waiting in batch])
         except Exception as error:
-            if not limit.expired():
-                return f"raised {type(error).__name__}: {error}"
-            with contextlib.suppress(Exception):
-                await replica.restart()
-            return f"returned no scores in {self._timeout_s:g} s (online.judge.timeout_s)"
+            await self._recover(replica, hung=limit.expired(), restarts=restarts)
+            if limit.expired():
+                return f"returned no scores in {self._timeout_s:g} s (online.judge.timeout_s)"
+            return f"raised {type(error).__name__}: {error}"
         for waiting, row in zip(batch, scores, strict=True):
             if not waiting.scores.done():
                 waiting.scores.set_result(row)
         return None
+
+    async def _recover(self, replica: JudgeReplica, *, hung: bool, restarts: int) -> None:
+        """Restart a replica that hangs, unless another call has done so, and wait until it is ready."""
+        async with self._locks[id(replica)]:
+            with contextlib.suppress(Exception):
+                if hung and restarts == self._restarts[id(replica)]:
+                    self._restarts[id(replica)] += 1
+                    await replica.restart()
+                await replica.ready()
 
     def _again(self, waiting: _Waiting, problem: str) -> None:
         """Put a group into the queue again, alone, or give it up."""

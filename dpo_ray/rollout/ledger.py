@@ -137,7 +137,7 @@ class Ledger:
 
     def finished(self, round: int) -> bool:
         """True if the round is complete on disk."""
-        return (self.path(round) / "manifest.json").exists()
+        return all((self.path(round) / name).exists() for name in ("manifest.json", "pairs.i64"))
 
     def open(self, round: int, *, oldest: int) -> "OpenRound":
         """Open a round for appending, with the groups that an interrupted collection has left.
@@ -242,6 +242,7 @@ class OpenRound:
     def __init__(self, folder: Path, oldest: int) -> None:
         self.folder, self.stale, self.failed = folder, 0, 0
         self.done: set[int] = set()
+        self._oldest, self._generated = oldest, 0
         self._tally, self._spans = _Tally(), dict[int, list[list[int]]]()
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("manifest.json", "pairs.i64"):
@@ -261,11 +262,13 @@ class OpenRound:
             raise ValueError(f"prompt {outcome.prompt.index} occurs twice in {self.folder}")
         ids = [outcome.prompt.token_ids, *(c.token_ids for c in outcome.group.completions)] if outcome.group else []
         line = _line(outcome, self._end)
+        text = (to_json(line) + "\n").encode(errors="replace")  # half a surrogate pair cannot be encoded
         # Token ids first: a line whose tokens are missing would be a damaged file, tokens without a line are a gap.
         tokens = array("i", chain.from_iterable(ids))  # numpy takes four times as long for a tuple
         _write_all(self._tokens, tokens.tobytes())
-        _write_all(self._lines, (to_json(line) + "\n").encode())
+        _write_all(self._lines, text)
         self._end += len(tokens)
+        self._generated += sum(candidate["tokens"] for candidate in line["candidates"])
         self.failed += outcome.error is not None
         self._count(line)
 
@@ -278,9 +281,9 @@ class OpenRound:
         counts = {**tally.counts, "dropped": dict(sorted(tally.dropped.items())), "stale": self.stale}
         manifest = {
             "round": int(self.folder.name),
-            "policy_version": min(tally.versions, default=0),
+            "policy_version": min(tally.versions, default=self._oldest),
             "policy_versions": {str(version): tally.versions[version] for version in sorted(tally.versions)},
-            "counts": {**counts, "tokens_stored": self._end},
+            "counts": {**counts, "tokens_stored": self._end, "tokens_generated": self._generated},
             "scores": means,
             **values,
         }
@@ -371,8 +374,17 @@ def _line(outcome: Outcome, start: int) -> Line:
         "dropped": outcome.choice.reason if isinstance(outcome.choice, Dropped) else None,
         "error": outcome.error,
         "seed": outcome.group.seed if outcome.group else None,
-        "fields": dict(prompt.fields),
+        "fields": _finite(prompt.fields),
     }
+
+
+def _finite(value: Any) -> Any:
+    """A value with null for floats that JSON does not have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _pair_spans(line: Line) -> list[list[int]]:
@@ -432,5 +444,5 @@ def _metrics(manifest: Mapping[str, Any]) -> dict[str, float]:
         metrics["rollout/mean_tokens"] = counts["tokens"] / counts["candidates"]
         metrics["rollout/truncated_share"] = counts["truncated"] / counts["candidates"]
     if timings.get("generate_s"):
-        metrics["rollout/tokens_per_s"] = counts["tokens"] / timings["generate_s"]
+        metrics["rollout/tokens_per_s"] = counts["tokens_generated"] / timings["generate_s"]
     return metrics | {f"perf/{name}": seconds for name, seconds in timings.items()} | manifest.get("metrics", {})

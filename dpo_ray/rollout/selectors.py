@@ -54,7 +54,14 @@ def select_pairs(
             "must return ScoredPair(chosen, rejected) with the indices of two candidates, a list of such pairs, or "
             "Dropped(reason)"
         )
-    return tuple(pairs)
+    if unscored := [
+        index for pair in pairs for index in (pair.chosen, pair.rejected) if not math.isfinite(scores[index])
+    ]:
+        raise ValueError(
+            f"the selector chose candidate {unscored[0]} of prompt {group.prompt.index}, which has no score; see "
+            "usable_candidates"
+        )
+    return tuple(ScoredPair(int(pair.chosen), int(pair.rejected)) for pair in pairs)
 
 
 def best_vs_worst(

@@ -35,6 +35,8 @@ class Step:
     """For error messages, such as ``loading weights``."""
     call: Callable[[str, Engine], Awaitable[None]]
     """Takes the step with an engine, given by id and handle."""
+    extra_s: float = 0.0
+    """Seconds that an engine may take beyond the usual limit."""
 
 
 class Update:
@@ -43,9 +45,12 @@ class Update:
     Args:
         present: ids of the engines that are up at the start; if ``collective``, no others take part.
         timeout_s: longest wait for one answer of an engine.
+        drain_s: longest time beyond it in which an engine finishes its running requests before it starts.
     """
 
-    def __init__(self, version: int, *, collective: bool, present: Collection[str], timeout_s: float) -> None:
+    def __init__(
+        self, version: int, *, collective: bool, present: Collection[str], timeout_s: float, drain_s: float = 0.0
+    ) -> None:
         self.version, self.collective, self.timeout_s = version, collective, timeout_s
         self.present, self.loading = frozenset(present), dict.fromkeys(present)
         """``loading``: ids of the engines that take part and have neither passed nor failed, in order."""
@@ -66,14 +71,14 @@ class Update:
         self._losses: list[str] = []
         self._started = time.monotonic()
         self._news = News()
-        self._steps = [Step("starting a weight update", lambda _, engine: engine.start_update())]
+        self._steps = [Step("starting a weight update", lambda _, engine: engine.start_update(), extra_s=drain_s)]
         self._pending = set(present) if collective else set()
         """Engines that have not taken the last step; only counted if collective."""
 
     @property
     def awaits_sender(self) -> bool:
         """True if no call of the sender is in progress and another must come."""
-        return not (self.complete or self.over.done() or self._pending)
+        return not (self.complete or self.over.done()) and (self._broken or not self._pending)
 
     def metrics(self) -> dict[str, float]:
         """See ``Membership.metrics``."""
@@ -224,12 +229,13 @@ class Update:
         # A call of a collective update may hang because another engine died: only a new start ends it.
         ends: set[asyncio.Future[Any]] = {task, self.over} if self.collective else {task}
         try:
-            await asyncio.wait(ends, timeout=self.timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            limit_s = self.timeout_s + step.extra_s
+            await asyncio.wait(ends, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
             if self.collective and self.over.done():
                 raise UpdateOver
-            raise EngineSilent(f"{step.doing}: no answer in {self.timeout_s:g} s (online.sync_timeout_s)")
+            raise EngineSilent(f"{step.doing}: no answer in {limit_s:g} s (online.sync_timeout_s)")
         finally:
             task.cancel()
 

@@ -221,6 +221,10 @@ class WeightSync(Protocol):
         """Wait until the last publish has been handed over to the engines, or to the fleet; raises its error."""
         ...
 
+    def check(self) -> None:
+        """Raise the error of the last publish if it has failed in the background; returns at once."""
+        ...
+
     def close(self) -> None:
         """Disconnect from the engines and free the transport's resources; an unfinished publish is abandoned."""
         ...
@@ -270,6 +274,11 @@ class Sender:
         staged = self._staging.copy(weights)
         if self.engines is not None:
             self._publishing = in_thread(on_own_stream(partial(self._update, staged, version, probe, call)))
+
+    def check(self) -> None:
+        """Raise the error of a publish in the background that failed; see ``WeightSync.check``."""
+        if self._publishing is not None and self._publishing.done():
+            self.wait()
 
     def wait(self) -> None:
         """Wait until the last publish has been handed over; raises its error."""
@@ -370,7 +379,8 @@ class Staging:
                 self._copies[name] = copy
             copy.copy_(weight.detach(), non_blocking=True)
             names.append(name)
-            device = weight.device
+            if weight.device.type != "cpu":  # small values of adapters are on the CPU
+                device = weight.device
         synchronize(device)
         return [(name, self._copies[name]) for name in names]
 

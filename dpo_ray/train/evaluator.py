@@ -90,12 +90,14 @@ class PromptEvaluator:
             self.pending.append(round)
 
     def receive(self, evaluation: Evaluation, version: int) -> None:
-        """Computes the log-probabilities of an evaluation's samples and stores it.
+        """Computes the log-probabilities of an evaluation's samples and stores it, unless no engine had its version.
 
         Args:
             version: version of the trainer's policy. If it has moved on, the engine's own log-probabilities count.
         """
         self.pending.remove(evaluation.version)
+        if evaluation.gone:
+            return
         samples = evaluation.token_samples
         policy = reference = None
         if self.frozen is not None and samples:

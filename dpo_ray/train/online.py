@@ -8,8 +8,7 @@ Independent of engines and judges: ``Rounds`` provides pairs and evaluations, ``
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -76,11 +75,12 @@ def train_online(
     if checkpointer.resume(state):
         reporter.note(f"resuming after round {state.round} of {online.rounds}")
     reporter.start(state.step, state.round)
-    publish = partial(publish_policy, trainer, sync, reporter)
+    publish = Publisher(trainer, sync, reporter)
 
     metrics: Metrics = {}
     sync_s = publish(state.round)
-    evaluator.maybe_request(state.round)
+    for version in range(state.round + 1):  # also those that were in progress when the run was interrupted
+        evaluator.maybe_request(version)
     while state.round < online.rounds and not any_rank(reporter.stop_requested()):
         timer = PhaseTimer({"perf/sync_s": sync_s})
         with timer("perf/wait_s"):
@@ -111,7 +111,7 @@ def train_online(
 
 
 def await_round(
-    rounds: Rounds, round: int, evaluator: PromptEvaluator, publish: Callable[[int], float], reporter: Reporter
+    rounds: Rounds, round: int, evaluator: PromptEvaluator, publish: "Publisher", reporter: Reporter
 ) -> RoundData | None:
     """The pairs of a round; None if a stop is requested first: its groups stay on disk for the resumed run."""
     while True:
@@ -123,7 +123,7 @@ def await_round(
 
 
 def await_evaluations(
-    rounds: Rounds, version: int, evaluator: PromptEvaluator, publish: Callable[[int], float], reporter: Reporter
+    rounds: Rounds, version: int, evaluator: PromptEvaluator, publish: "Publisher", reporter: Reporter
 ) -> None:
     """Waits for the evaluations that are not there yet, unless a stop is requested."""
     while evaluator.pending and not any_rank(reporter.stop_requested()):
@@ -134,16 +134,17 @@ def poll(
     rounds: Rounds,
     version: int,
     evaluator: PromptEvaluator,
-    publish: Callable[[int], float],
+    publish: "Publisher",
     *,
     waiting_for: int | None,
 ) -> Progress:
     """Waits for news about a round, receives evaluations, and publishes the weights again if all engines lost them."""
+    publish.sync.check()
     progress = rounds.poll(version, round=waiting_for, evaluations=evaluator.pending, wait_s=STOP_POLL_S)
     if progress.error is not None:
         raise RoundsFailed(progress.error)
-    if progress.evaluation is not None:
-        evaluator.receive(progress.evaluation, version)
+    for evaluation in progress.evaluations:
+        evaluator.receive(evaluation, version)
     if progress.needs_weights:
         logger.warning("no engine has the weights of version %d; publishing them again", version)
         publish(version)
@@ -176,30 +177,34 @@ def train_on_round(
     for step in range(steps):
         reporter.phase("training", step, steps)
         batch = next(loader)
-        lr = state.next_learning_rate(optim, position=data.index + step / steps_per_round, total=online.rounds)
+        lr = state.next_learning_rate(
+            optim, position=data.index + step / max(steps, steps_per_round), total=online.rounds
+        )
         metrics, nonfinite_pairs = dpo_step(trainer, batch, reference, lr=lr)
         state.count_step(nonfinite_pairs, pairs)
         reporter.step({"step": state.step, "epoch": data.index + batch.epoch / online.epochs_per_round, **metrics})
     return metrics
 
 
-def publish_policy(trainer: Trainer, sync: WeightSync, reporter: Reporter, version: int) -> float:
-    """Publishes the policy's weights to the engines, with the log-probabilities of a probe text as proof.
+class Publisher:
+    """Publishes the policy's weights to the engines, with the log-probabilities of a probe text as proof."""
 
-    Returns:
-        Seconds that training waited.
-    """
-    config, started = trainer.config, time.perf_counter()
-    assert config.online is not None
-    reporter.phase("syncing")
-    tokens = trainer.tokenizer(PROBE_TEXT)["input_ids"][: config.max_model_len - 1]
-    row = build_sample_row([TokenSample(tuple(tokens[:1]), tuple(tokens[1:]))]).to(trainer.device)
-    logps = token_logps(trainer.policy, row).tolist()
-    reshard(trainer.policy)
-    probe = Probe(tuple(tokens), tuple(logps), config.online.probe_tolerance)
-    if sync.adapters_only:
-        weights = AdapterWeights(trainer.policy)
-    else:
-        weights = CheckpointWeights(trainer.policy, DTYPES[config.model.dtype], every_rank=sync.every_rank)
-    sync.publish(weights, version=version, probe=probe)
-    return time.perf_counter() - started
+    def __init__(self, trainer: Trainer, sync: WeightSync, reporter: Reporter) -> None:
+        self.trainer, self.sync, self.reporter = trainer, sync, reporter
+
+    def __call__(self, version: int) -> float:
+        """Publish the policy as ``version``; returns the seconds that training waited."""
+        trainer, config, started = self.trainer, self.trainer.config, time.perf_counter()
+        assert config.online is not None
+        self.reporter.phase("syncing")
+        tokens = trainer.tokenizer(PROBE_TEXT)["input_ids"][: config.max_model_len - 1]
+        row = build_sample_row([TokenSample(tuple(tokens[:1]), tuple(tokens[1:]))]).to(trainer.device)
+        logps = token_logps(trainer.policy, row).tolist()
+        reshard(trainer.policy)
+        probe = Probe(tuple(tokens), tuple(logps), config.online.probe_tolerance)
+        if self.sync.adapters_only:
+            weights = AdapterWeights(trainer.policy)
+        else:
+            weights = CheckpointWeights(trainer.policy, DTYPES[config.model.dtype], every_rank=self.sync.every_rank)
+        self.sync.publish(weights, version=version, probe=probe)
+        return time.perf_counter() - started

@@ -41,8 +41,7 @@ class DrawnRounds:
             CompletionGroup(Prompt(i, (), pair.prompt), (Completion("", pair.rejected, finished=True),), 0)
             for i, pair in enumerate(self.pairs[-PAIRS:])
         )
-        evaluation = Evaluation(evaluations[0], samples=groups) if evaluations else None
-        return Progress(finished=True, evaluation=evaluation)
+        return Progress(True, tuple(Evaluation(version, samples=groups) for version in evaluations))
 
     def read(self, round: int) -> RoundData:
         """Four pairs."""
@@ -63,7 +62,7 @@ class DrawnRounds:
 class FreshModel:
     """A weight transport to a transformers model that rank 0 builds for each version in place of an engine."""
 
-    every_rank = False
+    every_rank = adapters_only = False
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -83,6 +82,9 @@ class FreshModel:
             logps = model(tokens).logits[0, :-1].log_softmax(-1)
         engine = logps.gather(-1, tokens[0, 1:, None]).squeeze(-1).tolist()
         check_probe(probe, engine)
+
+    def check(self) -> None:
+        """Nothing is in progress."""
 
     def wait(self) -> None:
         """Nothing is in progress."""

@@ -194,6 +194,7 @@ class FleetActor:
             start_timeout_s=parsed.cluster.start_timeout_s,
             sync_timeout_s=parsed.online.sync_timeout_s,
             ping_timeout_s=parsed.online.engine_timeout_s,
+            drain_timeout_s=parsed.online.generate_timeout_s,
             logs=str(parsed.run.path / "logs" / "engine-*.log"),
             epoch=time.time_ns() // 1000,
         )
@@ -238,7 +239,8 @@ class FleetActor:
     async def membership(self, after: int, wait_s: float) -> Membership:
         """See ``Fleet.membership``."""
         if self._running is not None and self._running.done() and not self._running.cancelled():
-            self._running.result()
+            await asyncio.sleep(wait_s)
+            return Membership(time.time_ns() // 1000, error=f"the fleet failed: {self._running.exception()!r}")
         membership = await self.fleet.membership(after, wait_s)
         return dataclasses.replace(membership, error=UNPLACED) if self._unplaced else membership
 

@@ -1,7 +1,6 @@
 """Judges as Ray actors, each in a process of its own: a judge that hangs is killed, and nothing else with it."""
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,20 +102,17 @@ class RemoteJudge:
         return building.result()
 
     async def score(self, groups: Sequence[CompletionGroup]) -> list[list[float]]:
-        """Scores of every completion of every group; if the process dies, waits until it is up again and raises."""
+        """Scores of every completion of every group."""
         try:
             return await self.handle.score.remote(groups)
         except RayTaskError as error:
             raise error.cause from None
         except RayActorError:
-            with contextlib.suppress(Exception):
-                await self.ready()
             raise RuntimeError("its process died") from None
 
     async def restart(self) -> None:
-        """Kill the process and wait until another has built the judge."""
+        """Kill the process; Ray starts another."""
         ray.kill(self.handle, no_restart=False)
-        await self.ready()
 
 
 def start_judges(config: Config) -> list[RemoteJudge]:

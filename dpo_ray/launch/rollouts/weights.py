@@ -47,6 +47,12 @@ def build_transport(config: Config, *, on_gpus: bool) -> "WeightSync":
     return build(use, sync.args, TRANSPORTS, "sync", dtype=config.model.dtype, background=config.online.max_lag > 0)
 
 
+def begin_timeout_s(config: Config) -> float:
+    """Longest start of an update: engines may have to start, and to finish their running requests."""
+    assert config.online is not None
+    return config.cluster.start_timeout_s + config.online.generate_timeout_s + config.online.sync_timeout_s
+
+
 class FleetEngines:
     """The ``EngineGroup`` of rank 0: a synchronous client of the fleet.
 
@@ -56,22 +62,28 @@ class FleetEngines:
     Args:
         fleet: handle of the FleetActor.
         timeout_s: longest wait for one call.
+        begin_timeout_s: longest wait for the start of an update; None is ``timeout_s``.
         workers_per_engine: GPUs of one engine.
     """
 
-    def __init__(self, fleet: Any, timeout_s: float, *, workers_per_engine: int) -> None:
+    def __init__(
+        self, fleet: Any, timeout_s: float, *, workers_per_engine: int, begin_timeout_s: float | None = None
+    ) -> None:
         self.fleet, self.timeout_s, self.workers_per_engine = fleet, timeout_s, workers_per_engine
+        self.begin_timeout_s = timeout_s if begin_timeout_s is None else begin_timeout_s
         self.host = ray.util.get_node_ip_address()
         self._collective = False
         self._calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
         """The calls of the current update: method and arguments."""
         self._kept: list[Any] = []
-        """The calls of the last finished update, with its messages: engines may still be loading them."""
+        """The calls of the last finished update, with its messages, until the next begins: engines may be loading."""
 
     def begin_update(self, version: int, *, collective: bool) -> Sequence[str]:
         """Start an update; see ``EngineGroup``. A fleet that restarts is waited for."""
         self._collective, self._calls = collective, []
-        return self._call("begin_update", version, collective=collective)
+        members = self._call("begin_update", version, collective=collective)
+        self._kept = []
+        return members
 
     def init_transfer(self, infos: Sequence[Mapping[str, Any]]) -> None:
         """Pass each participating engine its initialization info."""
@@ -93,7 +105,8 @@ class FleetEngines:
             EngineLost: the update is collective, and must begin again.
             TimeoutError: the fleet did not answer in time.
         """
-        deadline = time.monotonic() + self.timeout_s + ANSWER_S
+        limit_s = self.begin_timeout_s if method == "begin_update" else 2 * self.timeout_s
+        deadline = time.monotonic() + limit_s + ANSWER_S
         first = len(self._calls)
         self._calls.append((method, arguments, keywords))
         while True:
@@ -102,8 +115,7 @@ class FleetEngines:
                 return answers[-1]
             except GetTimeoutError:
                 raise TimeoutError(
-                    f"{method} of a weight update: the fleet did not answer in {self.timeout_s:.0f} s "
-                    "(online.sync_timeout_s)"
+                    f"{method} of a weight update: the fleet did not answer in {limit_s:.0f} s (online.sync_timeout_s)"
                 ) from None
             except (RayActorError, EngineLost) as error:
                 reason = error_summary(error)
@@ -111,7 +123,7 @@ class FleetEngines:
                     raise EngineLost(reason) from None
                 if time.monotonic() > deadline:
                     raise TimeoutError(
-                        f"{method} of a weight update: the fleet was not up in {self.timeout_s:.0f} s "
+                        f"{method} of a weight update: the fleet was not up in {limit_s:.0f} s "
                         f"(online.sync_timeout_s): {reason}"
                     ) from None
             first = 0  # a fleet that has restarted does not know the update

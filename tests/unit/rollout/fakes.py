@@ -38,11 +38,10 @@ class FakeEngine:
         self.running += 1
         self.most = max(self.most, self.running)
         try:
-            version = self.version
             if self.act is not None and (action := self.act(request)) is not None:
                 await action
             completions = tuple(
-                Completion(f"{request.seed + i}", (request.seed % 97, i), True, version, self.version, -1.0)
+                Completion(f"{request.seed + i}", (request.seed % 97, i), True, self.version, self.version, -1.0)
                 for i in range(request.candidates)
             )
             return CompletionGroup(request.prompt, completions, request.seed)
@@ -108,6 +107,10 @@ class FakeReplica:
         if self.act is not None and (action := self.act(groups)) is not None:
             await action
         return [[float(i) for i in range(len(group.completions))] for group in groups]
+
+    async def ready(self) -> int:
+        """At once."""
+        return 1
 
     async def restart(self) -> None:
         """Count restarts."""

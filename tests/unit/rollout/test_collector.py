@@ -56,8 +56,8 @@ class Harness:
             while True:
                 progress = await self.collector.poll(version, round=None, evaluations=[version], wait_s=0.2)
                 assert progress.error is None
-                if progress.evaluation is not None:
-                    return progress.evaluation
+                if progress.evaluations:
+                    return progress.evaluations[0]
 
     async def die(self):
         """Stop everything at once, as a killed process does."""
@@ -266,7 +266,7 @@ def test_an_evaluation_is_of_one_version_goes_first_and_does_not_hold_up_the_rou
         config = online(sampling={"temperature": 0.7}, kl_samples=3)
         harness = Harness(tmp_path, config, [engine], held_out=4)
         progress = await harness.round(0, evaluations=[0])
-        assert progress.evaluation is None, "the round is there first"
+        assert progress.evaluations == (), "the round is there first"
         return await harness.evaluation(0), engine
 
     evaluation, engine = asyncio.run(main())
@@ -292,7 +292,10 @@ def test_completions_at_temperature_one_are_judged_and_serve_as_samples(tmp_path
 def test_an_evaluation_whose_version_is_gone_is_empty_and_one_failing_prompt_is_a_gap(tmp_path):
     async def main():
         gone = Harness(tmp_path / "gone", online(), [FakeEngine(3)], held_out=4)
-        empty = await gone.evaluation(2)
+        answers = ()
+        while not answers:
+            answers = (await gone.collector.poll(3, round=None, evaluations=[2], wait_s=0.2)).evaluations
+        (empty,) = answers
         failing = FakeEngine(0, raise_for([1], ValueError("too long")))
         replica = FakeReplica(raise_for([2], RuntimeError("no")))
         gap = Harness(tmp_path / "gap", online(max_failed_share=1), [failing], replica, held_out=4)
@@ -302,6 +305,56 @@ def test_an_evaluation_whose_version_is_gone_is_empty_and_one_failing_prompt_is_
     assert (empty.version, empty.judged, empty.samples) == (2, (), ())
     assert [group.prompt.index for group, _ in gap.judged] == [0, 2, 3]
     assert [math.isnan(score) for _, score in gap.judged] == [False, True, False]
+
+
+def test_an_evaluation_that_finished_while_others_are_asked_for_is_delivered_once(tmp_path):
+    async def main():
+        engine = FakeEngine(0)
+        harness = Harness(tmp_path, online(max_lag=1), [engine], held_out=2)
+        await harness.round(0, evaluations=[0])
+        harness.fleet.publish(1)
+        delivered = []
+        while len(delivered) < 2:
+            asked = [version for version in (0, 1) if version not in delivered]
+            progress = await harness.collector.poll(1, round=1, evaluations=asked, wait_s=0.1)
+            delivered += [evaluation.version for evaluation in progress.evaluations]
+            assert not any(evaluation.gone for evaluation in progress.evaluations)
+        return delivered, Counter(request.seed for request in engine.requests if request.evaluation)
+
+    delivered, requests = asyncio.run(main())
+    assert sorted(delivered) == [0, 1]
+    assert set(requests.values()) == {2}, "once per version"
+
+
+def test_groups_of_engines_that_went_back_to_an_older_policy_are_generated_again(tmp_path):
+    """Engines listed with version 2 load version 1 for trainers that restarted, while requests wait in them."""
+
+    async def main():
+        released = asyncio.Event()
+        engine = FakeEngine(2, lambda request: None if released.is_set() else released.wait())
+        harness = Harness(tmp_path, online(), [engine])
+        await harness.collector.poll(2, round=2, evaluations=[], wait_s=0.1)
+        engine.version = 1
+        harness.fleet.change()
+        await asyncio.sleep(0.05)
+        released.set()
+        assert (await harness.round(1)).error is None
+        harness.fleet.publish(2)
+        assert (await harness.round(2)).error is None
+        return [harness.ledger.manifest(round)["policy_versions"] for round in (1, 2)]
+
+    assert asyncio.run(main()) == [{"1": 32}, {"2": 32}]
+
+
+def test_an_evaluation_waits_for_engines_that_are_loading_its_version(tmp_path):
+    async def main():
+        harness = Harness(tmp_path, online(), [FakeEngine(3)], held_out=2)
+        waiting = asyncio.ensure_future(harness.evaluation(2))
+        await asyncio.sleep(0.3)
+        harness.fleet.publish(2)
+        return await waiting
+
+    assert [group.policy_version for group, _ in asyncio.run(main()).judged] == [2, 2]
 
 
 def test_lines_of_a_round_are_json_that_anybody_reads(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -94,6 +95,7 @@ def test_the_manifest_counts_candidates_versions_and_dropped_groups_by_reason(wr
             "truncated": 2,
             "tokens": 15,  # 8 + 4 + 3
             "tokens_stored": 21,  # and three prompts of two
+            "tokens_generated": 15,
         },
         "scores": {"mean": pytest.approx(8 / 6), "chosen": 3.0, "rejected": 1.0},  # 1 + 3 + 2 + 0.5 + 0.5 + 1 over 6
         "timings": {"generate_s": 5.0, "judge_s": 0.5},
@@ -154,6 +156,15 @@ def test_a_round_without_a_pair_has_no_mean_score_of_pairs(ledger, group):
     assert not any(name.startswith("judge/") for name in data.metrics)
 
 
+def test_fields_that_json_does_not_have_are_null_or_text(ledger, group):
+    plain = group("a", "b")
+    fields = {"weights": (1.0, math.nan), "nested": {"x": math.inf}, "half": "\ud83d"}
+    prompt = Prompt(0, plain.prompt.messages, plain.prompt.token_ids, fields)
+    write(ledger, 0, [outcome(replace(plain, prompt=prompt), [0.0, 1.0])])
+    [line] = ledger.lines(0)
+    assert line["fields"] == {"weights": [1.0, None], "nested": {"x": None}, "half": "?"}
+
+
 def test_texts_with_line_separators_and_quotes_survive(ledger, group):
     texts = ('line\u2028sep "quoted"\r\n\ttab', "日本語 🙂")
     write(ledger, 0, [outcome(group(*texts), [0.0, 1.0])])
@@ -179,7 +190,12 @@ def test_an_interrupted_round_is_continued_and_equals_an_undisturbed_one(ledger,
     write(undisturbed, 0, outcomes)
     assert pairs_file(ledger, 0).read_bytes() == pairs_file(undisturbed, 0).read_bytes()
     assert (ledger.path(0) / "tokens.i32").read_bytes() == (undisturbed.path(0) / "tokens.i32").read_bytes()
-    assert ledger.manifest(0) == undisturbed.manifest(0)
+    continued, whole = ledger.manifest(0), undisturbed.manifest(0)
+    generated = sum(
+        candidate["tokens"] for line in list(ledger.lines(0))[3 if torn else 4 :] for candidate in line["candidates"]
+    )
+    assert continued["counts"].pop("tokens_generated") == generated < whole["counts"].pop("tokens_generated")
+    assert continued == whole
 
 
 def test_lines_whose_tokens_did_not_reach_the_disk_are_collected_again(ledger, group):
@@ -258,5 +274,6 @@ def test_texts_and_tokens_of_old_rounds_are_deleted_and_their_manifests_kept(led
     ledger.forget(before=4, keep=None)
     assert len(list(ledger.folder.glob("*/tokens.i32"))) == 5
     ledger.forget(before=4, keep=1)  # rounds 0 to 3 are trained; the last of them stays
-    assert [ledger.finished(index) for index in range(5)] == [True] * 5
+    assert [(ledger.path(index) / "manifest.json").exists() for index in range(5)] == [True] * 5
+    assert [ledger.finished(index) for index in range(5)] == [False, False, False, True, True], "others are no data"
     assert [pairs_file(ledger, index).exists() for index in range(5)] == [False, False, False, True, True]

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from dpo_ray.config import Component
@@ -122,6 +123,16 @@ def test_select_pairs_takes_a_single_pair_a_list_or_a_reason(group):
     assert select_pairs(lambda group, scores: pair, two, [0.0, 1.0]) == (pair,)
     assert select_pairs(best_vs_worst, two, [0.0, 1.0]) == (pair,)
     assert select_pairs(best_vs_worst, two, [1.0, 1.0]) == Dropped("tie")
+
+
+def test_select_pairs_converts_indices_of_numpy_and_rejects_candidates_without_a_score(group):
+    one, zero = np.arange(1, -1, -1)  # not Python integers
+    numpy_pair = lambda group, scores: ScoredPair(one, zero)  # noqa: E731
+    choice = select_pairs(numpy_pair, group("a", "b", "c"), [0.0, 1.0, 2.0])
+    assert not isinstance(choice, Dropped)
+    assert [type(choice[0].chosen), type(choice[0].rejected)] == [int, int]
+    with pytest.raises(ValueError, match="chose candidate 2 of prompt 0, which has no score"):
+        select_pairs(lambda group, scores: ScoredPair(2, 0), group("a", "b", "c"), [0.0, 1.0, math.nan])
 
 
 @pytest.mark.parametrize("choice", [None, (0, 1), [], ScoredPair(0, 0), ScoredPair(0, 2), [ScoredPair(-1, 0)]], ids=str)

@@ -39,6 +39,23 @@ class Evaluator:
         self.received.append((evaluation.version, version))
 
 
+class Publisher:
+    """Keeps the versions; its transport may have failed in the background."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.published, self.error, self.sync = [], error, self
+
+    def __call__(self, version: int) -> float:
+        """Publish at once."""
+        self.published.append(version)
+        return 0.0
+
+    def check(self) -> None:
+        """Raise the transport's error."""
+        if self.error is not None:
+            raise self.error
+
+
 class Stops:
     """A reporter that is asked to stop at a question."""
 
@@ -59,16 +76,11 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def wait(rounds: Any, evaluator: Any = None, reporter: Any = None) -> tuple[Any, list[int]]:
     """Wait for round 4; returns its data and the versions published meanwhile."""
-    published: list[int] = []
-
-    def publish(version: int) -> float:
-        published.append(version)
-        return 0.0
-
+    publish: Any = Publisher()
     waiting: Any = evaluator or Evaluator()
     listening: Any = reporter or Stops()
     data = online.await_round(rounds, 4, waiting, publish, listening)
-    return data, published
+    return data, publish.published
 
 
 def test_a_round_is_asked_for_until_it_is_there() -> None:
@@ -88,7 +100,7 @@ def test_a_request_to_stop_is_heard_before_the_round_is_there_and_before_it_is_t
 
 def test_evaluations_are_received_while_a_round_is_awaited_and_with_it() -> None:
     evaluator = Evaluator()
-    rounds = Rounds(Progress(evaluation=Evaluation(4)), Progress(evaluation=Evaluation(3), finished=True))
+    rounds = Rounds(Progress(evaluations=(Evaluation(4),)), Progress(evaluations=(Evaluation(3),), finished=True))
     assert wait(rounds, evaluator) == (4, [])
     assert evaluator.received == [(4, 4), (3, 4)]
     assert rounds.asked[1] == (4, 4, [3])
@@ -103,9 +115,19 @@ def test_an_error_of_the_collector_ends_the_run_with_its_message() -> None:
         wait(Rounds(WAITING, Progress(error="9 of 16 groups failed")))
 
 
+def test_a_publish_that_failed_in_the_background_ends_the_wait() -> None:
+    publish: Any = Publisher(TimeoutError("the fleet did not answer"))
+    rounds, evaluator, listening = Rounds(WAITING), Evaluator(), Stops()
+    arguments: Any = (rounds, 4, evaluator, publish, listening)
+    with pytest.raises(TimeoutError, match="the fleet did not answer"):
+        online.await_round(*arguments)
+
+
 def test_at_the_end_only_the_missing_evaluations_are_awaited() -> None:
     evaluator: Any = Evaluator()
-    rounds: Any = Rounds(WAITING, Progress(evaluation=Evaluation(3)), Progress(evaluation=Evaluation(4)))
-    online.await_evaluations(rounds, 5, evaluator, lambda version: 0.0, Stops())  # type: ignore[arg-type]
+    publish: Any = Publisher()
+    listening: Any = Stops()
+    rounds: Any = Rounds(WAITING, Progress(evaluations=(Evaluation(3),)), Progress(evaluations=(Evaluation(4),)))
+    online.await_evaluations(rounds, 5, evaluator, publish, listening)
     assert evaluator.pending == []
     assert rounds.asked == [(5, None, [3, 4]), (5, None, [3, 4]), (5, None, [4])]
