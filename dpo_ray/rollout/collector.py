@@ -34,7 +34,7 @@ class Progress:
     finished: bool = False
     """True if the round asked for is complete on disk."""
     evaluations: tuple[Evaluation, ...] = ()
-    """Those of the evaluations asked for that are complete."""
+    """The complete evaluations among those asked for."""
     needs_weights: bool = False
     """True if engines are up and none has weights: the trainer must publish them again."""
     error: str | None = None

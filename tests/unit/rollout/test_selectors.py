@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,8 +127,8 @@ def test_select_pairs_takes_a_single_pair_a_list_or_a_reason(group):
 
 
 def test_select_pairs_converts_indices_of_numpy_and_rejects_candidates_without_a_score(group):
-    one, zero = np.arange(1, -1, -1)  # not Python integers
-    numpy_pair = lambda group, scores: ScoredPair(one, zero)  # noqa: E731
+    order: Any = np.arange(1, -1, -1)  # not Python integers
+    numpy_pair = lambda group, scores: ScoredPair(order[0], order[1])  # noqa: E731
     choice = select_pairs(numpy_pair, group("a", "b", "c"), [0.0, 1.0, 2.0])
     assert not isinstance(choice, Dropped)
     assert [type(choice[0].chosen), type(choice[0].rejected)] == [int, int]
