@@ -396,8 +396,6 @@ class Fleet:
         update, board = self._update, self._board
         coming = update is not None and not update.over.done() and (bool(update.loading) or not update.collective)
         coming = coming or self._awaiting_start
-        # An engine that holds a part of an abandoned update is paused, with its running requests.
-        lacking = not board.members or any(life.loading for life in self._lives.values())
-        needed, board.needs_weights = board.needs_weights, bool(self._lives) and lacking and not coming
+        needed, board.needs_weights = board.needs_weights, bool(self._lives) and not board.members and not coming
         if visible or needed != board.needs_weights:
             board.publish()
