@@ -40,8 +40,16 @@ def online(arguments: Sequence[str]) -> None:
     config = config_from_argv(_usage(online), ONLINE, arguments)
 
     from dpo_ray.launch.command import run_command, run_on_cluster
+    from dpo_ray.rollout.judges import bind_judge
+    from dpo_ray.rollout.selectors import build_selector
 
-    run_command(run_on_cluster, "dpo_ray.launch.online:run_online", config, engines=config.cluster.rollout_engines)
+    def run() -> None:
+        assert config.online is not None
+        bind_judge(config.online.judge)
+        build_selector(config.online.select)
+        run_on_cluster("dpo_ray.launch.online:run_online", config, engines=config.cluster.rollout_engines)
+
+    run_command(run)
 
 
 def sweep(arguments: Sequence[str]) -> None:

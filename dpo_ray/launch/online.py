@@ -12,10 +12,8 @@ from dpo_ray.launch.rollouts.weights import BETWEEN_GPUS, build_transport
 from dpo_ray.launch.run_dir import make_run_dir
 from dpo_ray.launch.workers import train_on_workers
 from dpo_ray.model.architecture import validate_online_model
-from dpo_ray.rollout.judges import bind_judge
 from dpo_ray.rollout.ledger import Ledger
 from dpo_ray.rollout.rounds import digest_of_prompts, validate_round_size
-from dpo_ray.rollout.selectors import build_selector
 
 LOOP = "dpo_ray.launch.loops:online"
 
@@ -51,6 +49,4 @@ def validate_online(config: Config) -> None:
     assert config.online is not None
     validate_training(config)
     validate_online_model(config.model.path)
-    bind_judge(config.online.judge)
-    build_selector(config.online.select)
     build_transport(config, on_gpus=config.online.sync.use in BETWEEN_GPUS)

@@ -102,34 +102,26 @@ def __getattr__(name: str) -> Any:
     from vllm.distributed.weight_transfer.base import WeightTransferEngine
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.model_executor.model_loader import get_model_loader
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-    from dpo_ray.sync.receiver import DigestMixin, DigestWorker
+    from dpo_ray.sync.receiver import DigestMixin, DigestWorker, StoredMessages, finish_reload, start_reload
 
-    class LoraEngine(WeightTransferEngine[Any, Any]):
+    class LoraEngine(StoredMessages, WeightTransferEngine[Any, Any]):
         """Keeps all adapters until the update ends, then merges and loads."""
 
         model: Any
         adapters: Mapping[str, Tensor] = {}
 
-        def init_transfer_engine(self, init_info: Any) -> None: ...
-
-        def parse_update_info(self, update_dict: Any) -> Any:
-            return update_dict  # an AdapterMessage already
-
         def receive_weights(self, update_info: AdapterMessage) -> None:
             self.dtype: torch.dtype = getattr(torch, update_info.dtype)
             self.adapters = {**self.adapters, **{tensor.name: tensor.to_tensor() for tensor in update_info.adapters}}
-
-        def shutdown(self) -> None: ...
 
     class LoraReceiver(DigestMixin, LoraEngine):
         """Receiver with a digest of the adapters."""
 
         def start_weight_update(self) -> None:
             self.adapters = {}
-            initialize_layerwise_reload(self.model)
+            start_reload(self.model, self.device)
 
         def finish_weight_update(self) -> None:
             received = Digest()
@@ -143,7 +135,7 @@ def __getattr__(name: str) -> Any:
                 info = get_layerwise_info(layer)
                 if info.can_load() and info.load_numel:  # vLLM would fill the rest with undefined values
                     raise ValueError(f"adapters change a part of {layer_name}, whose other weights were not found")
-            finalize_layerwise_reload(self.model, self.model_config)
+            finish_reload(self.model, self.model_config, self.device)
             self.adapters = {}
             self.digest = received.hexdigest()
 

@@ -33,41 +33,22 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from vllm.distributed.weight_transfer.base import WeightTransferEngine
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-    from dpo_ray.sync.receiver import DigestMixin, DigestWorker
+    from dpo_ray.sync.receiver import DigestMixin, DigestWorker, StoredMessages, finish_reload, start_reload
 
-    class BucketEngine(WeightTransferEngine[Any, Any]):
+    class BucketEngine(StoredMessages, WeightTransferEngine[Any, Any]):
         """Loads buckets into the model. vLLM keeps the parts of a fused layer until the layer is complete."""
 
         model: Any
 
-        def init_transfer_engine(self, init_info: Any) -> None: ...
-
-        def parse_update_info(self, update_dict: Any) -> Any:
-            return update_dict  # a list of WireTensor already
-
         def start_weight_update(self) -> None:
-            if self.device.type == "cpu":
-                # On CPUs experts are packed only while their kernel is built, so reloading must build it again.
-                for layer in self.model.modules():
-                    method: Any = getattr(layer, "quant_method", None)
-                    if getattr(method, "moe_kernel", None) is not None:
-                        method.moe_kernel = None
-            initialize_layerwise_reload(self.model)
+            start_reload(self.model, self.device)
 
         def receive_weights(self, update_info: list[WireTensor]) -> None:
             self.model.load_weights((tensor.name, tensor.to_tensor()) for tensor in update_info)
 
         def finish_weight_update(self) -> None:
-            finalize_layerwise_reload(self.model, self.model_config)
-            head = getattr(self.model, "lm_head", None)
-            if self.device.type == "cpu" and head is not None:
-                # On CPUs a head multiplies with a packed copy, which reloading the embedding it is tied to does not
-                # update. Untied in the configuration is not enough: vLLM ties a stored head that equals the embedding.
-                head.quant_method.process_weights_after_loading(head)
-
-        def shutdown(self) -> None: ...
+            finish_reload(self.model, self.model_config, self.device)
 
     class ObjectStoreReceiver(DigestMixin, BucketEngine):
         """Receiver with a digest."""

@@ -7,6 +7,8 @@ import pickle
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from dpo_ray.sync.base import Digest, NamedTensor
 
 
@@ -88,6 +90,45 @@ class DigestMixin:
         self.digest = recording.digest.hexdigest()
         self.reset_weight_update_target()  # pyrefly: ignore
         super().finish_weight_update()  # pyrefly: ignore
+
+
+class StoredMessages:
+    """Mixed in before a ``WeightTransferEngine`` whose messages come through an object store, as they are."""
+
+    def init_transfer_engine(self, init_info: Any) -> None:
+        """Nothing to connect."""
+
+    def parse_update_info(self, update_dict: Any) -> Any:
+        """The message."""
+        return update_dict
+
+    def shutdown(self) -> None:
+        """Nothing to disconnect."""
+
+
+def start_reload(model: Any, device: torch.device) -> None:
+    """Let ``model.load_weights`` replace the weights of a model in use. vLLM loads each layer once it is complete."""
+    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+    if device.type == "cpu":
+        # On CPUs experts are packed only while their kernel is built, so reloading must build it again.
+        for layer in model.modules():
+            method: Any = getattr(layer, "quant_method", None)
+            if getattr(method, "moe_kernel", None) is not None:
+                method.moe_kernel = None
+    initialize_layerwise_reload(model)
+
+
+def finish_reload(model: Any, model_config: Any, device: torch.device) -> None:
+    """Put the layers in use that got weights; the others keep theirs."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    finalize_layerwise_reload(model, model_config)
+    head = getattr(model, "lm_head", None)
+    if device.type == "cpu" and head is not None:
+        # On CPUs a head multiplies with a packed copy, which reloading the embedding it is tied to does not update.
+        # Untied in the configuration is not enough: vLLM ties a stored head that equals the embedding.
+        head.quant_method.process_weights_after_loading(head)
 
 
 class DigestWorker:

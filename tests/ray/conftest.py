@@ -52,3 +52,16 @@ def joining(shared_cluster: SharedCluster) -> Commands:
 def starting() -> Commands:
     """Commands that start a cluster of their own."""
     return Commands()
+
+
+@pytest.fixture(scope="module")
+def joined_cluster(shared_cluster: SharedCluster) -> Iterator[None]:
+    """This process as a driver on the shared cluster."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in shared_cluster.environment.items():
+            patch.setenv(key, value)
+        ray.init(log_to_driver=False, configure_logging=False)
+        yield
+        ray.shutdown()

@@ -14,7 +14,6 @@ from dpo_ray.launch.rollouts.engine_actor import EngineActor
 from dpo_ray.rollout.engine import UNPUSHED, Request
 from dpo_ray.sync.object_store import ObjectStoreSync
 from dpo_ray.types import Prompt
-from tests.ray.commands import SharedCluster
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -34,7 +33,7 @@ class BreakableActor(EngineActor):
 
 
 def test_an_actor_serves_calls_at_once_and_its_process_exits_when_vllm_fails(
-    shared_cluster: SharedCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    joined_cluster: None, tmp_path: Path
 ) -> None:
     from dpo_ray.rollout.vllm_engine import engine_environment
     from tests.rollout_vllm.test_weight_push import saved_policy
@@ -48,30 +47,24 @@ def test_an_actor_serves_calls_at_once_and_its_process_exits_when_vllm_fails(
         "data": {"max_prompt_tokens": 64},
         "online": {"prompts": "p.jsonl", "engine": {"kv_cache_gib": 0.125}, "sampling": {"max_tokens": 400}},
     }
-    for key, value in shared_cluster.environment.items():
-        monkeypatch.setenv(key, value)
-    ray.init(log_to_driver=False, configure_logging=False)
-    try:
-        environment = engine_environment(EngineConfig(), on_cpu=True, threads=1)
-        actor: Any = (
-            ray.remote(BreakableActor)
-            .options(num_cpus=1, max_concurrency=1000, runtime_env={"env_vars": environment})
-            .remote(config, 0, on_cpu=True, executor="mp", worker_extension=ObjectStoreSync.worker_extension)
-        )
-        call("ready")
-        request = Request(Prompt(0, (), (4, 5, 6)), SamplingConfig(max_tokens=400, min_tokens=400), 4, 0, PATIENCE_S)
-        long = actor.generate.remote(request)
-        while call("status").generated_tokens < 10:
-            assert not ray.wait([long], timeout=0)[0]
-        group = ray.get(long, timeout=PATIENCE_S)
-        assert [len(completion.token_ids) for completion in group.completions] == [400] * 4
-        assert group.policy_version == UNPUSHED
-        process = psutil.Process(call("pid"))
-        call("break_vllm")
-        with pytest.raises((RuntimeError, RayActorError), match=r"index out of range|died"):
-            call("generate", request)
-        process.wait(PATIENCE_S)
-        with pytest.raises(RayActorError):
-            call("status")
-    finally:
-        ray.shutdown()
+    environment = engine_environment(EngineConfig(), on_cpu=True, threads=1)
+    actor: Any = (
+        ray.remote(BreakableActor)
+        .options(num_cpus=1, max_concurrency=1000, runtime_env={"env_vars": environment})
+        .remote(config, 0, on_cpu=True, executor="mp", worker_extension=ObjectStoreSync.worker_extension)
+    )
+    ray.get(actor.__ray_ready__.remote(), timeout=PATIENCE_S)
+    request = Request(Prompt(0, (), (4, 5, 6)), SamplingConfig(max_tokens=400, min_tokens=400), 4, 0, PATIENCE_S)
+    long = actor.generate.remote(request)
+    while call("status").generated_tokens < 10:
+        assert not ray.wait([long], timeout=0)[0]
+    group = ray.get(long, timeout=PATIENCE_S)
+    assert [len(completion.token_ids) for completion in group.completions] == [400] * 4
+    assert group.policy_version == UNPUSHED
+    process = psutil.Process(call("pid"))
+    call("break_vllm")
+    with pytest.raises((RuntimeError, RayActorError), match=r"index out of range|died"):
+        call("generate", request)
+    process.wait(PATIENCE_S)
+    with pytest.raises(RayActorError):
+        call("status")

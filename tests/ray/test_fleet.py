@@ -20,21 +20,12 @@ from dpo_ray.launch.rollouts.remote_engine import StoredMessage
 from dpo_ray.rollout.engine import Request, RequestTimedOut
 from dpo_ray.rollout.membership import Membership
 from dpo_ray.types import Probe, Prompt
-from tests.ray.commands import SharedCluster
 from tests.ray.fakes import LOGPS, FakeEngineActor, Sender, UnbuildableEngineActor
+
+pytestmark = pytest.mark.usefixtures("joined_cluster")
 
 PROBE = Probe((1, 2, 3), LOGPS, tolerance=0.1)
 PATIENCE_S = 60.0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster(shared_cluster: SharedCluster) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in shared_cluster.environment.items():
-            patch.setenv(key, value)
-        ray.init(log_to_driver=False, configure_logging=False)
-        yield
-        ray.shutdown()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """The engines as rank 0 sees them: a client of the fleet that survives its restarts, on a real cluster."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +10,12 @@ import ray
 from dpo_ray.launch.rollouts import weights
 from dpo_ray.launch.rollouts.weights import FleetEngines
 from dpo_ray.types import EngineLost, Probe
-from tests.ray.commands import SharedCluster
 from tests.ray.fakes import RecordingFleet
+
+pytestmark = pytest.mark.usefixtures("joined_cluster")
 
 PROBE = Probe((1, 2, 3), (-1.0, -2.0), 0.1)
 BUCKETS = [np.full(200_000, fill, dtype=np.float32) for fill in (1, 2)]  # large enough for the object store
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster(shared_cluster: SharedCluster) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in shared_cluster.environment.items():
-            patch.setenv(key, value)
-        ray.init(log_to_driver=False, configure_logging=False)
-        yield
-        ray.shutdown()
 
 
 def start_fleet(folder: Path, dies_at: str = "", *, restarts: int = -1, answers_in_s: float = 0.0) -> Any:

@@ -192,6 +192,12 @@ def pack(weights: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[l
         yield [WireTensor.from_tensor(name, tensor) for name, tensor in tensors]
 
 
+async def load_and_finish(engine: "VLLMEngine", policy: Policy, version: int) -> str:
+    for bucket in pack(policy.weights(), bucket_bytes=2**20):
+        await engine.load(bucket)
+    return await engine.finish_update(version)
+
+
 def digest_of(policy: Policy) -> str:
     digest = Digest()
     digest.update(policy.weights())
@@ -331,9 +337,7 @@ def test_requests_wait_while_an_update_is_unfinished_and_log_probabilities_are_r
         await asyncio.sleep(0.3)
         assert not waiting.done()
         assert (await engine.status()).waiting == 1
-        for bucket in pack(policy_a.weights(), bucket_bytes=2**20):
-            await engine.load(bucket)
-        await engine.finish_update(9)
+        await load_and_finish(engine, policy_a, 9)
         return await waiting
 
     assert asyncio.run(update()).policy_version == 9
@@ -350,9 +354,7 @@ def test_a_draining_update_waits_for_running_requests_and_changes_none_of_them(
             await asyncio.sleep(0.001)
         await engine.start_update()
         assert all(task.done() for task in running)
-        for bucket in pack(policy_b.weights(), bucket_bytes=2**20):
-            await engine.load(bucket)
-        await engine.finish_update(22)
+        await load_and_finish(engine, policy_b, 22)
         return await asyncio.gather(*running)
 
     push(engine, policy_a, version=21)

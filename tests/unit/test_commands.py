@@ -29,6 +29,8 @@ def command(job: str, *arguments: str) -> tuple[subprocess.CompletedProcess[str]
         ("offline", "shard.replicate=3", ["shard.replicate", "cluster.train_workers"]),
         ("offline", "loss.use=sigmod", ["loss.use", "did you mean 'sigmoid'", "hinge"]),
         ("online", "online.judge.use=lenght", ["online.judge.use", "did you mean 'length'"]),
+        ("online", "online.judge.args={words: 3}", ["judge 'sentiment' takes no argument 'words'"]),
+        ("online", "online.select.args={gap: 1}", ["selector 'best_vs_worst' takes no argument 'gap'", "min_gap"]),
         ("offline", "data.train=pairs.jsonl", ["data.train", "pairs.jsonl", "no such file"]),
         ("online", "online.prompts=./prompts", ["online.prompts", "./prompts", "no such file"]),
         ("offline", "model.path=../nowhere", ["model.path", "../nowhere", "hub id"]),

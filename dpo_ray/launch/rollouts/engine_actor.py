@@ -39,9 +39,6 @@ class EngineActor(VLLMEngine):
             on_failure=_exit,
         )
 
-    async def ready(self) -> None:
-        """Returns once the engine is up."""
-
 
 def _exit(error: Exception) -> None:
     logger.error("%s; this engine's process exits", error, exc_info=error)

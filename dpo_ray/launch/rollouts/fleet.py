@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -35,12 +35,11 @@ from dpo_ray.launch.rollouts.placement import (
 from dpo_ray.launch.rollouts.remote_engine import RemoteEngine
 from dpo_ray.launch.rollouts.weights import build_transport
 from dpo_ray.launch.run_dir import log_to_run
-from dpo_ray.rollout.engine import Engine, EngineStatus
+from dpo_ray.rollout.engine import Engine
 from dpo_ray.rollout.fleet import ConstructorError, Fleet
 from dpo_ray.rollout.membership import Membership
 from dpo_ray.rollout.vllm_engine import engine_environment
 from dpo_ray.storage import error_summary
-from dpo_ray.types import Probe
 
 logger = logging.getLogger(__name__)
 
@@ -157,8 +156,8 @@ class Launcher:
         return "was not up"
 
 
-class FleetActor:
-    """See ``rollout.fleet``. An async actor; created by the driver.
+class FleetActor(Fleet):
+    """The fleet as an async actor; created by the driver. The methods of ``EngineGroup`` are those of ``Fleet``.
 
     Args:
         actor_class: the class of the engines' actors.
@@ -187,7 +186,7 @@ class FleetActor:
             worker_extension=worker_extension,
         )
         self.launcher.remove_leftovers()
-        self.fleet = Fleet(
+        super().__init__(
             self.launcher.launch,
             self.launcher.retire,
             parsed.cluster.rollout_engines,
@@ -231,50 +230,18 @@ class FleetActor:
                 self.launcher.placements, self._gpu_slots = placements, slots
                 self._unplaced = False
                 self._run()
-                await self.fleet.started(self.cluster.start_timeout_s)
+                await self.started(self.cluster.start_timeout_s)
             else:
-                await self.fleet.replace_unfinished()
-            await self.fleet.sleep()
+                await self.replace_unfinished()
+            await self.sleep()
 
     async def membership(self, after: int, wait_s: float) -> Membership:
-        """See ``Fleet.membership``."""
+        """See ``Fleet.membership``; an error of the actor's own ends the run, too."""
         if self._running is not None and self._running.done() and not self._running.cancelled():
             await asyncio.sleep(wait_s)
             return Membership(time.time_ns() // 1000, error=f"the fleet failed: {self._running.exception()!r}")
-        membership = await self.fleet.membership(after, wait_s)
+        membership = await super().membership(after, wait_s)
         return dataclasses.replace(membership, error=UNPLACED) if self._unplaced else membership
 
-    async def suspect(self, member_id: str, reason: str) -> None:
-        """See ``Fleet.suspect``."""
-        await self.fleet.suspect(member_id, reason)
-
-    async def statuses(self) -> dict[str, EngineStatus]:
-        """See ``Fleet.statuses``."""
-        return self.fleet.statuses()
-
-    async def sleep(self) -> None:
-        """See ``Fleet.sleep``."""
-        await self.fleet.sleep()
-
-    async def wake(self) -> None:
-        """See ``Fleet.wake``."""
-        await self.fleet.wake()
-
-    async def begin_update(self, version: int, *, collective: bool) -> list[str]:
-        """See ``EngineGroup.begin_update``."""
-        return await self.fleet.begin_update(version, collective=collective)
-
-    async def init_transfer(self, infos: Sequence[Mapping[str, Any]]) -> None:
-        """See ``EngineGroup.init_transfer``."""
-        await self.fleet.init_transfer(infos)
-
-    async def load(self, message: Any) -> None:
-        """See ``EngineGroup.load``."""
-        await self.fleet.load(message)
-
-    async def end_update(self, digest: str, probe: Probe) -> None:
-        """See ``EngineGroup.end_update``."""
-        await self.fleet.end_update(digest, probe)
-
     def _run(self) -> None:
-        self._running = asyncio.get_running_loop().create_task(self.fleet.run())
+        self._running = asyncio.get_running_loop().create_task(self.run())
