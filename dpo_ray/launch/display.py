@@ -18,6 +18,7 @@ PHASES = {
     "tokenising": "tokenizing the data",
     "loading": "loading the model",
     "scoring": "computing reference log-probabilities",
+    "waiting": "waiting for engines and candidates",
     "generating": "generating candidates",
     "judging": "judging candidates",
     "syncing": "sending weights to the engines",

@@ -16,7 +16,8 @@ from dpo_ray.rollout.dispatch import Dispatcher, EngineError, VersionGone
 from dpo_ray.rollout.engine import Request, RequestTimedOut
 from dpo_ray.rollout.evaluation import Evaluation, evaluation_requests
 from dpo_ray.rollout.judging import JudgeFailed, JudgePool
-from dpo_ray.rollout.ledger import Ledger, OpenRound, Outcome
+from dpo_ray.rollout.ledger import Ledger
+from dpo_ray.rollout.open_round import OpenRound, Outcome
 from dpo_ray.rollout.pipeline import FailureLimit, Pipeline, Select
 from dpo_ray.rollout.rounds import prompts_of_round, seed_of
 from dpo_ray.types import CompletionGroup, Prompt

@@ -178,10 +178,8 @@ class Fleet:
         """
         if collective and self._update is None:
             self._awaiting_start = True
-            try:
-                await self.started(self.start_timeout_s)
-            finally:
-                self._awaiting_start = False
+            await self.started(self.start_timeout_s)
+            self._awaiting_start = False
         if self._watch is not None:
             self._watch.cancel()
         if self._update is not None:
@@ -394,8 +392,8 @@ class Fleet:
     def _changed(self, *, visible: bool = True) -> None:
         """Publish a change. ``visible``: True if members or error changed; ``needs_weights`` is compared."""
         update, board = self._update, self._board
-        coming = update is not None and not update.over.done() and (bool(update.loading) or not update.collective)
-        coming = coming or self._awaiting_start
+        active = update is not None and not update.over.done() and (bool(update.loading) or not update.collective)
+        coming = active or self._awaiting_start
         needed, board.needs_weights = board.needs_weights, bool(self._lives) and not board.members and not coming
         if visible or needed != board.needs_weights:
             board.publish()

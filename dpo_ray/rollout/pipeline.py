@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from dpo_ray.rollout.dispatch import FleetFailed
 from dpo_ray.rollout.engine import Request
-from dpo_ray.rollout.ledger import FAILED, Outcome
+from dpo_ray.rollout.open_round import FAILED, Outcome
 from dpo_ray.types import CompletionGroup, Dropped, NonRetryableError, ScoredPair
 
 Generate = Callable[[Request], Awaitable[CompletionGroup]]

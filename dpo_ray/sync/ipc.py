@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from dpo_ray.parallel.collectives import broadcast_or_raise, gather_values
-from dpo_ray.sync.base import Digest, EngineGroup, NamedTensor, Sender, in_thread
+from dpo_ray.sync.base import EngineGroup, Sender, in_thread
+from dpo_ray.sync.tensors import Digest, NamedTensor
 from dpo_ray.types import Probe
 
 Handles = dict[str, tuple[Any, ...]]

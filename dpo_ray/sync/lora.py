@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_ray.sync.base import Digest, EngineGroup, NamedTensor, Sender, WireTensor
+from dpo_ray.sync.base import EngineGroup, Sender
+from dpo_ray.sync.tensors import Digest, NamedTensor, WireTensor
 
 FACTORS = ("lora_A", "lora_B", "lora_scale")
 """Endings of the names of a weight's adapters, see ``publish``."""

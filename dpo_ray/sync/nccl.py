@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from dpo_ray.sync.base import EngineGroup, NamedTensor, Sender, dtype_name, in_thread
+from dpo_ray.sync.base import EngineGroup, Sender, in_thread
+from dpo_ray.sync.tensors import NamedTensor, dtype_name
 
 logger = logging.getLogger(__name__)
 

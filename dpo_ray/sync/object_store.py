@@ -7,7 +7,8 @@ runs in vLLM's workers, so its half of this file imports vLLM on first use.
 import functools
 from typing import Any
 
-from dpo_ray.sync.base import EngineGroup, NamedTensor, Sender, WireTensor
+from dpo_ray.sync.base import EngineGroup, Sender
+from dpo_ray.sync.tensors import NamedTensor, WireTensor
 
 
 class ObjectStoreSync(Sender):

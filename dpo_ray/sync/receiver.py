@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dpo_ray.sync.base import Digest, NamedTensor
+from dpo_ray.sync.tensors import Digest, NamedTensor
 
 
 class RecordingModel:

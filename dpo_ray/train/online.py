@@ -114,6 +114,7 @@ def await_round(
     rounds: Rounds, round: int, evaluator: PromptEvaluator, publish: "Publisher", reporter: Reporter
 ) -> RoundData | None:
     """The pairs of a round; None if a stop is requested first: its groups stay on disk for the resumed run."""
+    reporter.phase("waiting")
     while True:
         progress = poll(rounds, round, evaluator, publish, waiting_for=round)
         if any_rank(reporter.stop_requested()):
@@ -126,6 +127,7 @@ def await_evaluations(
     rounds: Rounds, version: int, evaluator: PromptEvaluator, publish: "Publisher", reporter: Reporter
 ) -> None:
     """Waits for the evaluations that are not there yet, unless a stop is requested."""
+    reporter.phase("evaluating")
     while evaluator.pending and not any_rank(reporter.stop_requested()):
         poll(rounds, version, evaluator, publish, waiting_for=None)
 

@@ -20,8 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpo_ray.config.schema import EngineConfig, SamplingConfig
 from dpo_ray.rollout.engine import UNPUSHED, Request
-from dpo_ray.sync.base import Digest, EngineGroup, WireTensor, to_buckets
+from dpo_ray.sync.base import EngineGroup
 from dpo_ray.sync.object_store import ObjectStoreSync
+from dpo_ray.sync.tensors import Digest, WireTensor, to_buckets
 from dpo_ray.types import CompletionGroup, Messages, Probe, Prompt
 
 if TYPE_CHECKING:

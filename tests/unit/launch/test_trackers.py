@@ -19,7 +19,8 @@ from dpo_ray.config.secrets import mask_secrets
 from dpo_ray.launch import follower
 from dpo_ray.launch.follower import Position, Tail, TrackerFeed, follow_run, validate_trackers
 from dpo_ray.launch.trackers import TRACKERS
-from dpo_ray.rollout.ledger import Ledger, Outcome
+from dpo_ray.rollout.ledger import Ledger
+from dpo_ray.rollout.open_round import Outcome
 from dpo_ray.types import Completion, CompletionGroup, Prompt, ScoredPair
 
 TOKEN = "hf_" + 34 * "x"

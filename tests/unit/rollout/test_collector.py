@@ -234,7 +234,7 @@ def test_a_full_disk_ends_the_run_with_its_error(tmp_path, monkeypatch):
     def full(self, outcome):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dpo_ray.rollout.ledger.OpenRound.append", full)
+    monkeypatch.setattr("dpo_ray.rollout.open_round.OpenRound.append", full)
     error = asyncio.run(_one_round(tmp_path)).error
     assert error is not None
     assert "No space left on device" in error

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dpo_ray.rollout.ledger import LINE_KEYS, Ledger, Outcome
+from dpo_ray.rollout.ledger import Ledger
+from dpo_ray.rollout.open_round import LINE_KEYS, Outcome
 from dpo_ray.rollout.selectors import best_vs_worst, select_pairs
 from dpo_ray.types import Dropped, Prompt, ScoredPair, TokenPair
 

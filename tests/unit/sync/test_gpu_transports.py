@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from dpo_ray.sync import ipc, nccl
-from dpo_ray.sync.base import Digest, EngineGroup
+from dpo_ray.sync.base import EngineGroup
 from dpo_ray.sync.receiver import DigestMixin, RecordingModel
+from dpo_ray.sync.tensors import Digest
 from dpo_ray.types import EngineLost, Probe
 
 SIZES = (10, 20, 30, 5, 5)

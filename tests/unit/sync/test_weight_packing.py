@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from dpo_ray.plugins import build
-from dpo_ray.sync import TRANSPORTS, base
-from dpo_ray.sync.base import Digest, EngineGroup, NamedTensor, WireTensor, to_buckets
+from dpo_ray.sync import TRANSPORTS, tensors
+from dpo_ray.sync.base import EngineGroup
 from dpo_ray.sync.object_store import ObjectStoreSync
+from dpo_ray.sync.tensors import Digest, NamedTensor, WireTensor, to_buckets
 from dpo_ray.types import Probe
 
 PROBE = Probe((1, 2, 3), (-1.0, -2.0), 0.1)
@@ -153,10 +154,10 @@ def test_the_digest_changes_with_swapped_elements_rows_and_columns_and_not_with_
     assert exact_digest(("w", tensor.T.contiguous().T)) == exact_digest(("w", tensor))
 
 
-@pytest.mark.parametrize("checksum", [base._hash_bytes, base._weighted_sum], ids=["on CPUs", "on GPUs"])
+@pytest.mark.parametrize("checksum", [tensors._hash_bytes, tensors._weighted_sum], ids=["on CPUs", "on GPUs"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_any_two_swapped_elements_and_any_changed_bit_change_the_digest(dtype: torch.dtype, checksum: Any):
-    integer = base.INTEGERS[dtype.itemsize]
+    integer = tensors.INTEGERS[dtype.itemsize]
     elements = torch.randperm(320, generator=torch.Generator().manual_seed(1)).to(integer)  # all different
     original = int(checksum(elements.view(dtype).view(4, 80)))
     for i in range(0, 320, 7):
@@ -177,9 +178,9 @@ def test_the_digest_takes_scalars_empty_tensors_and_integers():
 def test_the_weighted_sum_is_the_stated_one_and_does_not_depend_on_its_blocks(monkeypatch: pytest.MonkeyPatch):
     integers = torch.tensor([[1, -2], [3, 2**31 - 1], [5, 6]], dtype=torch.int32)
     expected = sum(position * value for position, value in enumerate(integers.flatten().tolist(), start=1))
-    assert base._weighted_sum(integers).item() == expected
-    monkeypatch.setattr(base, "DIGEST_BLOCK", 2)
-    assert base._weighted_sum(integers).item() == expected
+    assert tensors._weighted_sum(integers).item() == expected
+    monkeypatch.setattr(tensors, "DIGEST_BLOCK", 2)
+    assert tensors._weighted_sum(integers).item() == expected
 
 
 # ------------------------------------------------------------------------------------------------------------ publishes

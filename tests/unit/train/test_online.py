@@ -62,6 +62,9 @@ class Stops:
     def __init__(self, at: int = 99) -> None:
         self.asked, self.at = 0, at
 
+    def phase(self, name: str) -> None:
+        """Not looked at."""
+
     def stop_requested(self) -> bool:
         """From then on."""
         self.asked += 1

@@ -1,0 +1,283 @@
+"""A round that grows: groups are appended as they finish, and an interrupted collection is continued.
+
+The files are those of ``rollout.ledger``.
+"""
+
+import json
+import math
+import os
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from dpo_ray.storage import write_atomically
+from dpo_ray.types import CompletionGroup, Dropped, Prompt, ScoredPair
+
+REMEDY = "delete the folder of this round to collect it again"
+FAILED = "failed_"
+"""Prefix of the reasons of groups that failed; they are collected again if their round is continued."""
+LINE_KEYS = ("prompt", "prompt_index", "position", "tokens", "candidates", "scores", "pairs", "dropped", "seed")
+
+Line = dict[str, Any]
+"""One line of pairs.jsonl."""
+to_json = partial(json.dumps, ensure_ascii=False, allow_nan=False, default=str)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The result of a prompt in a round."""
+
+    prompt: Prompt
+    position: int
+    """Position of the prompt in its round."""
+    choice: tuple[ScoredPair, ...] | Dropped
+    group: CompletionGroup | None = None
+    """None if generating failed."""
+    scores: tuple[float, ...] = ()
+    """One per completion; NaN if the judge has none; empty if the group was not judged."""
+    error: str | None = None
+    """The error of a group that failed."""
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Running counts of a round."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    sums: Counter[str] = field(default_factory=Counter)
+    """Sums of scores, by what they are of, as are their counts in ``terms``."""
+    terms: Counter[str] = field(default_factory=Counter)
+    versions: Counter[int] = field(default_factory=Counter)
+    """Completions by the policy version of their first token."""
+
+    def add(self, line: Line) -> None:
+        candidates, scores = line["candidates"], [score for score in line["scores"] if score is not None]
+        texts = [candidate["text"] for candidate in candidates]
+        self.counts.update(
+            prompts=1,
+            candidates=len(candidates),
+            pairs=len(line["pairs"]),
+            kept=bool(line["pairs"]),
+            duplicates=len(texts) - len(set(texts)),
+            empty=sum(not text.strip() for text in texts),
+            bad_scores=len(line["scores"]) - len(scores),
+            truncated=sum(not candidate["finished"] for candidate in candidates),
+            tokens=sum(candidate["tokens"] for candidate in candidates),
+        )
+        if line["dropped"] is not None:
+            self.dropped[line["dropped"]] += 1
+        self.versions.update(candidate["versions"][0] for candidate in candidates)
+        self._add_scores("mean", scores)
+        for side in ("chosen", "rejected"):
+            self._add_scores(side, [pair[f"{side}_score"] for pair in line["pairs"]])
+
+    def _add_scores(self, name: str, scores: Sequence[float]) -> None:
+        self.sums[name] += sum(scores)  # pyrefly: ignore  # a counter of floats
+        self.terms[name] += len(scores)
+
+
+class OpenRound:
+    """A round that grows. One process appends; see ``Ledger.open``.
+
+    Attributes:
+        done: indices of the prompts that have a line.
+        failed: number of groups that failed since the round was opened.
+        stale: number of groups that were dropped as too old when the round was opened.
+    """
+
+    def __init__(self, folder: Path, oldest: int) -> None:
+        self.folder, self.stale, self.failed = folder, 0, 0
+        self.done: set[int] = set()
+        self._oldest, self._generated = oldest, 0
+        self._tally, self._spans = _Tally(), dict[int, list[list[int]]]()
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("manifest.json", "pairs.i64"):
+            (folder / name).unlink(missing_ok=True)
+        self._recover(oldest)
+        self._lines: BinaryIO = (folder / "pairs.jsonl").open("ab", buffering=0)
+        self._tokens: BinaryIO = (folder / "tokens.i32").open("ab", buffering=0)
+        self._end = self._tokens.tell() // 4
+
+    def append(self, outcome: Outcome) -> None:
+        """Append the outcome of a prompt.
+
+        Raises:
+            ValueError: the prompt has a line already.
+        """
+        if outcome.prompt.index in self.done:
+            raise ValueError(f"prompt {outcome.prompt.index} occurs twice in {self.folder}")
+        ids = [outcome.prompt.token_ids, *(c.token_ids for c in outcome.group.completions)] if outcome.group else []
+        line = _line(outcome, self._end)
+        text = (to_json(line) + "\n").encode(errors="replace")  # half a surrogate pair cannot be encoded
+        # Token ids first: a line whose tokens are missing would be a damaged file, tokens without a line are a gap.
+        tokens = array("i", chain.from_iterable(ids))  # numpy takes four times as long for a tuple
+        _write_all(self._tokens, tokens.tobytes())
+        _write_all(self._lines, text)
+        self._end += len(tokens)
+        self._generated += sum(candidate["tokens"] for candidate in line["candidates"])
+        self.failed += outcome.error is not None
+        self._count(line)
+
+    def finish(self, **values: Any) -> None:
+        """Write pairs.i64 and the manifest, which has ``values`` beside counts, scores and policy versions."""
+        spans = [span for position in sorted(self._spans) for span in self._spans[position]]
+        (self.folder / "pairs.i64").write_bytes(np.array(spans, np.int64).tobytes())
+        tally = self._tally
+        means = {name: tally.sums[name] / terms if terms else None for name, terms in tally.terms.items()}
+        counts = {**tally.counts, "dropped": dict(sorted(tally.dropped.items())), "stale": self.stale}
+        manifest = {
+            "round": int(self.folder.name),
+            "policy_version": min(tally.versions, default=self._oldest),
+            "policy_versions": {str(version): tally.versions[version] for version in sorted(tally.versions)},
+            "counts": {**counts, "tokens_stored": self._end, "tokens_generated": self._generated},
+            "scores": means,
+            **values,
+        }
+        self.close()
+        write_atomically(self.folder / "manifest.json", to_json(manifest, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Write everything to the disk and close the files."""
+        for file in (self._tokens, self._lines):
+            if not file.closed:
+                os.fsync(file.fileno())
+                file.close()
+
+    def _recover(self, oldest: int) -> None:
+        """Count the lines of an interrupted collection; rewrite the file if some of them are unusable."""
+        path, tokens = self.folder / "pairs.jsonl", self.folder / "tokens.i32"
+        if not path.exists():
+            tokens.unlink(missing_ok=True)
+            return
+        available = tokens.stat().st_size // 4 if tokens.exists() else 0
+        usable = partial(_usable_lines, path, oldest=oldest, available=available)
+        end, size = 0, 0
+        for line in usable():
+            self._count(line)
+            end = max(end, _end_of(line))
+            size += len(to_json(line).encode()) + 1
+        if size != path.stat().st_size:
+            self.stale = sum(_is_stale(line, oldest) for line in read_lines(path, torn=True))
+            write_atomically(path, (to_json(line) + "\n" for line in usable()))
+        if tokens.exists():
+            os.truncate(tokens, 4 * end)
+
+    def _count(self, line: Line) -> None:
+        self.done.add(line["prompt_index"])
+        self._tally.add(line)
+        if line["pairs"]:
+            self._spans[line["position"]] = _pair_spans(line)
+
+
+def _usable_lines(path: Path, *, oldest: int, available: int) -> Iterator[Line]:
+    """The lines of an interrupted collection that it can be continued with.
+
+    Args:
+        oldest: oldest policy version that may have sampled a token.
+        available: number of token ids on disk.
+    """
+    seen: set[int] = set()
+    for line in read_lines(path, torn=True):
+        failed = line["dropped"] is not None and line["dropped"].startswith(FAILED)
+        if failed or _is_stale(line, oldest) or _end_of(line) > available or line["prompt_index"] in seen:
+            continue
+        seen.add(line["prompt_index"])
+        yield line
+
+
+def _is_stale(line: Line, oldest: int) -> bool:
+    return any(candidate["versions"][0] < oldest for candidate in line["candidates"])
+
+
+def _line(outcome: Outcome, start: int) -> Line:
+    prompt, completions = outcome.prompt, outcome.group.completions if outcome.group else ()
+    pairs = () if isinstance(outcome.choice, Dropped) else outcome.choice
+    scores = [score if math.isfinite(score) else None for score in outcome.scores]
+    return {
+        "prompt": [dict(message) for message in prompt.messages],
+        "prompt_index": prompt.index,
+        "position": outcome.position,
+        "tokens": {"start": start, "prompt": len(prompt.token_ids)},
+        "candidates": [
+            {
+                "text": completion.text,
+                "tokens": len(completion.token_ids),
+                "finished": completion.finished,
+                "versions": [completion.first_version, completion.last_version],
+            }
+            for completion in completions
+        ],
+        "scores": scores,
+        "pairs": [
+            {
+                "chosen": pair.chosen,
+                "rejected": pair.rejected,
+                "chosen_score": outcome.scores[pair.chosen],
+                "rejected_score": outcome.scores[pair.rejected],
+            }
+            for pair in pairs
+        ],
+        "dropped": outcome.choice.reason if isinstance(outcome.choice, Dropped) else None,
+        "error": outcome.error,
+        "seed": outcome.group.seed if outcome.group else None,
+        "fields": _finite(prompt.fields),
+    }
+
+
+def _finite(value: Any) -> Any:
+    """A value with null for floats that JSON does not have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _pair_spans(line: Line) -> list[list[int]]:
+    """Start and length of prompt, chosen and rejected of each pair of a line, in tokens."""
+    start, prompt = line["tokens"]["start"], line["tokens"]["prompt"]
+    lengths = [candidate["tokens"] for candidate in line["candidates"]]
+    starts = [start + prompt + sum(lengths[:i]) for i in range(len(lengths))]
+    return [
+        [
+            start,
+            prompt,
+            *(part for side in ("chosen", "rejected") for part in (starts[pair[side]], lengths[pair[side]])),
+        ]
+        for pair in line["pairs"]
+    ]
+
+
+def _end_of(line: Line) -> int:
+    if not line["candidates"]:
+        return 0
+    return line["tokens"]["start"] + line["tokens"]["prompt"] + sum(c["tokens"] for c in line["candidates"])
+
+
+def read_lines(path: Path, *, torn: bool = False) -> Iterator[Line]:
+    """Yield lines; with ``torn`` without the last one if its writer was killed in the middle of it."""
+    with path.open("rb") as file:
+        for number, text in enumerate(file, start=1):
+            if torn and not text.endswith(b"\n"):
+                return
+            try:
+                line = json.loads(text)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: damaged: not valid JSON: {error}; {REMEDY}") from None
+            if missing := [key for key in LINE_KEYS if key not in line]:
+                raise ValueError(f"{path}:{number}: damaged: has no {missing[0]!r}; {REMEDY}")
+            yield line
+
+
+def _write_all(file: BinaryIO, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
