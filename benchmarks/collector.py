@@ -16,7 +16,7 @@ import numpy as np
 from dpo_ray.config.schema import OnlineConfig
 from dpo_ray.rollout.collector import Collector
 from dpo_ray.rollout.dispatch import Dispatcher
-from dpo_ray.rollout.engine import Request
+from dpo_ray.rollout.engine import EngineStatus, Request
 from dpo_ray.rollout.judging import JudgePool
 from dpo_ray.rollout.ledger import Ledger
 from dpo_ray.rollout.membership import Member, Membership
@@ -64,6 +64,9 @@ async def collect(folder: Path, prompts: int, engines: int, tokens: int) -> floa
             await asyncio.sleep(wait_s)
         return Membership(0, members)
 
+    async def statuses() -> dict[str, EngineStatus]:
+        return {}
+
     async def suspect(member: str, reason: str) -> None:
         raise AssertionError(f"{member}: {reason}")
 
@@ -80,6 +83,7 @@ async def collect(folder: Path, prompts: int, engines: int, tokens: int) -> floa
         judge=judge,
         select=lambda group, scores: select_pairs(best_vs_worst, group, scores),
         concurrency=engines * 80,
+        statuses=statuses,
         progress=lambda *said: None,
     )
     background = [asyncio.ensure_future(judge.run()), asyncio.ensure_future(dispatcher.follow())]

@@ -6,14 +6,15 @@ Its state is the ledger and the arguments of each ``poll``, so it can be restart
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from dpo_ray.config.schema import OnlineConfig
 from dpo_ray.rollout.admission import admitted, oldest_version
 from dpo_ray.rollout.dispatch import Dispatcher, EngineError, VersionGone
-from dpo_ray.rollout.engine import Request, RequestTimedOut
+from dpo_ray.rollout.engine import EngineStatus, Request, RequestTimedOut
 from dpo_ray.rollout.evaluation import Evaluation, evaluation_requests
 from dpo_ray.rollout.judging import JudgeFailed, JudgePool
 from dpo_ray.rollout.ledger import Ledger
@@ -49,6 +50,7 @@ class Collector:
         prompts, held_out: all training prompts, and the held-out prompts.
         seed: ``run.seed``.
         concurrency: groups that are generated at a time.
+        statuses: ``Fleet.statuses``.
         progress: called with the phase, and the number of finished and of all groups.
     """
 
@@ -64,11 +66,12 @@ class Collector:
         judge: JudgePool,
         select: Select,
         concurrency: int,
+        statuses: Callable[[], Awaitable[Mapping[str, EngineStatus]]],
         progress: Callable[[str, int, int], None],
     ) -> None:
         self.online, self.seed, self.prompts, self.held_out = online, seed, prompts, held_out
         self.ledger, self.engines, self.judge, self.select = ledger, engines, judge, select
-        self.concurrency, self.progress = concurrency, progress
+        self.concurrency, self.statuses, self.progress = concurrency, statuses, progress
         self._version = 0
         """Version of the last poll."""
         self._tasks: dict[tuple[str, int], asyncio.Task[Any]] = {}
@@ -163,7 +166,7 @@ class Collector:
         await asyncio.to_thread(
             ledger.finish,
             timings={"generate_s": pipeline.generating.seconds, "judge_s": pipeline.judging.seconds},
-            metrics=dict(self.engines.current.metrics or {}),
+            metrics=dict(self.engines.current.metrics or {}) | engine_metrics((await self.statuses()).values()),
             weights_digests={str(version): digests[version] for version in sorted(digests)},
             seed=self.seed,
             sampling=online.sampling.model_dump(mode="json"),
@@ -218,3 +221,16 @@ class Collector:
         except JudgeFailed as error:
             logger.warning("held-out prompt %d has no score: %s", request.prompt.index, error)
             return group, math.nan
+
+
+def engine_metrics(statuses: Collection[EngineStatus]) -> dict[str, float]:
+    """Sequences in all engines, their speed while they step, and the mean hit rate of their prefix caches."""
+    if not statuses:
+        return {}
+    busy_s = sum(status.busy_s for status in statuses)
+    return {
+        "engine/running": sum(status.running for status in statuses),
+        "engine/waiting": sum(status.waiting for status in statuses),
+        "engine/tokens_per_busy_s": sum(status.generated_tokens for status in statuses) / busy_s if busy_s else 0.0,
+        "engine/cache_hit_rate": fmean(status.cache_hit_rate for status in statuses),
+    }

@@ -4,17 +4,19 @@ import asyncio
 import math
 import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ray.exceptions import RayError
 
 from dpo_ray.config import Config
 from dpo_ray.launch.run_dir import log_to_run
 from dpo_ray.rollout.collector import Collector, Progress
 from dpo_ray.rollout.dispatch import Dispatcher
+from dpo_ray.rollout.engine import EngineStatus
 from dpo_ray.rollout.evaluation import Evaluation, EvaluationStore
 from dpo_ray.rollout.judging import JudgePool
 from dpo_ray.rollout.ledger import Ledger
@@ -26,6 +28,7 @@ SEQUENCES_PER_ENGINE = 320
 
 
 SHOW_INTERVAL_S = 0.2
+STATUS_TIMEOUT_S = 5.0
 
 
 class CollectorActor:
@@ -107,8 +110,17 @@ class CollectorActor:
             judge=judge,
             select=partial(select_pairs, build_selector(online.select)),
             concurrency=math.ceil(sequences / online.candidates),
+            statuses=self._statuses,
             progress=self._show,
         )
+
+    async def _statuses(self) -> Mapping[str, EngineStatus]:
+        """The statuses of all engines; none if the fleet does not answer."""
+        try:
+            async with asyncio.timeout(STATUS_TIMEOUT_S):
+                return await self.fleet.statuses.remote()
+        except (TimeoutError, RayError):
+            return {}
 
     def _show(self, phase: str, done: int, total: int) -> None:
         """Update the status, not for each of hundreds of groups per second."""

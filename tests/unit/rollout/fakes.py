@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 from dpo_ray.config.schema import OnlineConfig
-from dpo_ray.rollout.engine import Engine, Request
+from dpo_ray.rollout.engine import Engine, EngineStatus, Request
 from dpo_ray.rollout.membership import Member, Membership
 from dpo_ray.types import Completion, CompletionGroup, Prompt
 
@@ -75,6 +75,10 @@ class FakeFleet:
             for i, engine in self.engines.items()
         )
         return Membership(self.epoch, members, self.needs_weights, self.error, {"perf/push_s": 0.5})
+
+    async def statuses(self) -> dict[str, EngineStatus]:
+        """Two sequences run and one waits in each engine, which has made 300 tokens in 3 s; 1 of 4 was cached."""
+        return {str(i): EngineStatus(engine.version, 2, 1, 300, 3.0, 0.0, 0.25) for i, engine in self.engines.items()}
 
     async def suspect(self, member_id: str, reason: str) -> None:
         """Remove an engine."""

@@ -37,6 +37,7 @@ class Harness:
             judge=judge,
             select=lambda group, scores: select_pairs(best_vs_worst, group, scores),
             concurrency=concurrency,
+            statuses=self.fleet.statuses,
             progress=lambda *said: self.progress.append(said),
         )
         self.background = [asyncio.ensure_future(judge.run()), asyncio.ensure_future(dispatcher.follow())]
@@ -90,7 +91,10 @@ def test_the_rounds_of_an_epoch_have_every_prompt_once_and_name_the_policy_that_
         {"2": "d2"},
         {"3": "d3"},
     ]
-    assert ledger.read(2).metrics["perf/push_s"] == 0.5
+    metrics = ledger.read(2).metrics
+    assert metrics["perf/push_s"] == 0.5
+    engines = {key.removeprefix("engine/"): value for key, value in metrics.items() if key.startswith("engine/")}
+    assert engines == {"running": 4, "waiting": 2, "tokens_per_busy_s": 100.0, "cache_hit_rate": 0.25}
     assert next(ledger.lines(0))["fields"] == {"answer": next(ledger.lines(0))["prompt_index"]}
 
 
