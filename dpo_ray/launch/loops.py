@@ -20,7 +20,7 @@ from dpo_ray.launch.rollouts.placement import GpuSlot
 from dpo_ray.launch.rollouts.weights import FleetEngines, begin_timeout_s, build_transport
 from dpo_ray.parallel.collectives import broadcast_from_rank0, gather_values
 from dpo_ray.rollout.collector import Progress
-from dpo_ray.rollout.evaluation import Evaluation
+from dpo_ray.rollout.evaluation import Evaluation, EvaluationStore
 from dpo_ray.rollout.ledger import Ledger, RoundData
 from dpo_ray.sync.ipc import free_cuda_cache
 from dpo_ray.train.offline import train_offline
@@ -51,7 +51,8 @@ class CollectorRounds:
 
     def __init__(self, config: Config, rollouts: Rollouts, *, colocated: bool) -> None:
         self.rollouts, self.colocated = rollouts, colocated
-        self.ledger, self.patience_s = Ledger(config.run.path), config.cluster.start_timeout_s
+        self.ledger, self.evaluations = Ledger(config.run.path), EvaluationStore(config.run.path)
+        self.patience_s = config.cluster.start_timeout_s
         # The fleet's own limit expires first, and replaces an engine instead of ending the run.
         self.sleep_timeout_s = (config.online.sync_timeout_s if config.online else 0.0) + ANSWER_TIMEOUT_S
         self.freed_for: int | None = None
@@ -70,8 +71,7 @@ class CollectorRounds:
 
     def recorded(self, version: int) -> bool:
         """True if the evaluation of a version is on disk."""
-        collector = self.rollouts.collector
-        return broadcast_from_rank0(lambda: self._ask(lambda: collector.recorded.remote(version), 0.0))
+        return broadcast_from_rank0(lambda: self.evaluations.recorded(version))
 
     def record(self, evaluation: Evaluation, policy: np.ndarray | None, reference: np.ndarray | None) -> Metrics:
         """Stores an evaluation with the log-probabilities of its samples; returns its metrics."""

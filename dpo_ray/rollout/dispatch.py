@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from dpo_ray.rollout.engine import Request, RequestTimedOut
-from dpo_ray.rollout.membership import Member, Membership
+from dpo_ray.rollout.membership import Member, Membership, News
 from dpo_ray.types import CompletionGroup, NonRetryableError
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Dispatcher:
         """Requests in progress, by member id."""
         self._suitable: dict[tuple[int, int | None], dict[str, Member]] = {}
         """Members of ``current`` by range of versions; filtered once, since there may be a thousand."""
-        self._changed = asyncio.Condition()
+        self._news = News()
 
     async def follow(self) -> None:
         """Follow the membership until cancelled; a fleet that restarts is asked again."""
@@ -64,9 +64,8 @@ class Dispatcher:
                 current = Membership(epoch=-1)
                 await asyncio.sleep(1.0)
             if current != self.current:
-                async with self._changed:
-                    self._set(current)
-                    self._changed.notify_all()
+                self._set(current)
+                self._news.tell()
 
     def _set(self, current: Membership) -> None:
         self.current, self._suitable = current, {}
@@ -104,16 +103,15 @@ class Dispatcher:
 
     async def _member(self, oldest: int, newest: int | None) -> Member:
         """The least busy engine of a version in the range."""
-        async with self._changed:
-            while True:
-                if self.current.error is not None:
-                    raise FleetFailed(self.current.error)
-                if suitable := self._members(oldest, newest):
-                    return suitable[min(suitable, key=self.running.__getitem__)]
-                members = self.current.members
-                if newest is not None and members and all(member.version > newest for member in members):
-                    raise VersionGone(f"all engines serve policy version {members[0].version}, not {newest}")
-                await self._changed.wait()
+        while True:
+            if self.current.error is not None:
+                raise FleetFailed(self.current.error)
+            if suitable := self._members(oldest, newest):
+                return suitable[min(suitable, key=self.running.__getitem__)]
+            members = self.current.members
+            if newest is not None and members and all(member.version > newest for member in members):
+                raise VersionGone(f"all engines serve policy version {members[0].version}, not {newest}")
+            await self._news.wait()
 
     def _members(self, oldest: int, newest: int | None) -> dict[str, Member]:
         """Members whose version is in the range, by id."""

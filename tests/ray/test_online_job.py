@@ -70,10 +70,11 @@ def test_a_run_killed_in_round_three_and_robbed_of_an_engine_in_round_four_repea
     assert len(finished) == 3
 
     def kill_an_engine() -> bool:
-        pids = re.findall(r"pid (\d+)", (run / "logs/engine-0.log").read_text())
-        if len(pids) < 2 or len(ended_rounds(run)) <= before:
+        # A round that the first run had collected is trained before the second run's engine is up.
+        up = (run / "logs/fleet.log").read_text().count("engine 0.1 is up")
+        if up < 2 or len(ended_rounds(run)) <= before:
             return False
-        os.kill(int(pids[-1]), signal.SIGKILL)
+        os.kill(int(re.findall(r"pid (\d+)", (run / "logs/engine-0.log").read_text())[-1]), signal.SIGKILL)
         return True
 
     before = len(ended_rounds(run))

@@ -68,10 +68,6 @@ class CollectorActor:
         except Exception as error:
             return Progress(error=f"{type(error).__name__}: {error}")
 
-    async def recorded(self, version: int) -> bool:
-        """True if the evaluation of a version is on disk."""
-        return self.evaluations.recorded(version)
-
     async def record(self, evaluation: Evaluation, policy: np.ndarray | None, reference: np.ndarray | None) -> Metrics:
         """Write an evaluation to the run directory; returns its metrics."""
         as_list = lambda logps: None if logps is None else logps.tolist()  # noqa: E731
