@@ -93,8 +93,9 @@ class Collector:
                 self._start("round", ahead, self._collect)
         wanted = [("round", round), *(("evaluation", asked) for asked in evaluations)]
         waited_for = [self._tasks[key] for key in wanted if key in self._tasks]
-        if not (round is not None and self._complete(round)):
-            await asyncio.wait([*waited_for, self._nap(wait_s)], return_when=asyncio.FIRST_COMPLETED)
+        # Also without a wait the tasks get their turn: a caller that polls in a loop would starve them.
+        pause_s = 0.0 if round is not None and self._complete(round) else wait_s
+        await asyncio.wait([*waited_for, self._nap(pause_s)], return_when=asyncio.FIRST_COMPLETED)
         return self._progress(round, evaluations)
 
     def _nap(self, seconds: float) -> asyncio.Task[None]:
@@ -114,6 +115,9 @@ class Collector:
 
     def _complete(self, round: int) -> bool:
         """True if the round is finished and none of its tokens is too old."""
+        task = self._tasks.get(("round", round))
+        if task is not None and not task.done():
+            return False  # its files are being rewritten if it was too old
         oldest = oldest_version(round, max_lag=self.online.max_lag)
         return self.ledger.finished(round) and not self.ledger.stale(round, oldest=oldest)
 

@@ -106,6 +106,8 @@ class Engine(Protocol):
     async def finish_update(self, version: int) -> str:
         """Switch to the received weights and drop all keys and values computed with the old ones.
 
+        Until ``serve``, only ``token_logps`` is answered.
+
         Returns:
             Digest of the received weights.
         """
@@ -113,6 +115,10 @@ class Engine(Protocol):
 
     async def token_logps(self, token_ids: Sequence[int]) -> list[float]:
         """The model's log-probability of each token after the first, nats."""
+        ...
+
+    async def serve(self) -> None:
+        """Complete prompts with the weights of ``finish_update``."""
         ...
 
     async def sleep(self) -> None:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any, Protocol
 
 from dpo_ray.rollout.engine import RequestTimedOut
@@ -18,6 +19,16 @@ from dpo_ray.rollout.engine import RequestTimedOut
 
 class EngineFailed(RuntimeError):
     """The engine cannot be used any more."""
+
+
+class Serving(Enum):
+    """Which jobs are taken, stepped and answered; the others wait."""
+
+    ALL = auto()
+    PROOFS = auto()
+    """Jobs with ``proof``. The core cannot leave out others that it has: what it returns for them is withheld."""
+    NONE = auto()
+    """No job; no steps are run."""
 
 
 class Core(Protocol):
@@ -43,6 +54,8 @@ class Job:
     sequences: int = 1
     pinned: bool = False
     """True if no weight update may happen while the request runs."""
+    proof: bool = False
+    """True for a request that shows whether the engine may serve."""
     deadline_s: float = float("inf")
     """Seconds from the arrival after which the request is aborted."""
     arrived: float = field(default_factory=time.monotonic)
@@ -60,9 +73,9 @@ class Call:
     run: Callable[[], Any]
     drains: Callable[[Job], bool] = lambda job: False
     """Running jobs to wait for."""
-    serves: bool | None = None
-    """False: stop serving; jobs that arrive later wait, and after the call no steps are run. True: serve again if the
-    call succeeds. None: as before."""
+    serves: Serving | None = None
+    """What is served if the call succeeds; NONE also if it fails, and later jobs wait from its arrival. None: as
+    before."""
     future: "Future[Any]" = field(default_factory=Future)
 
 
@@ -71,7 +84,7 @@ class Progress:
     """A consistent snapshot of the thread's work."""
 
     held: int = 0
-    """Sequences that wait for the engine to serve again."""
+    """Sequences that wait for the engine to serve them."""
     running: int = 0
     """Sequences that the core has, running or waiting."""
     busy_s: float = 0.0
@@ -103,7 +116,9 @@ class Stepper:
         self._calls: deque[Call] = deque()
         self._held: deque[Job] = deque()
         self._running: dict[str, Job] = {}
-        self._serving = True
+        self._withheld: list[tuple[Job, Any]] = []
+        """Finished jobs and their outputs."""
+        self._serving = Serving.ALL
         self._ids = 0
         self._busy_s = 0.0
         self._thread = threading.Thread(target=self._run, name="engine-steps", daemon=True)
@@ -146,7 +161,7 @@ class Stepper:
 
     def _end(self, error: Exception) -> None:
         self.error = error
-        left: list[Job | Call] = [*self._running.values(), *self._held, *self._calls]
+        left: list[Job | Call] = [*self._jobs(), *self._calls]
         with contextlib.suppress(queue.Empty):
             while True:
                 work = self._inbox.get_nowait()
@@ -155,7 +170,10 @@ class Stepper:
 
     @property
     def _stepping(self) -> bool:
-        return self._serving and bool(self._running)
+        return any(map(self._served, self._running.values()))
+
+    def _served(self, job: Job) -> bool:
+        return self._serving is Serving.ALL or (self._serving is Serving.PROOFS and job.proof)
 
     def _receive(self) -> bool:
         """Take the work that has arrived; if idle, wait for work or a deadline. Returns False if closed."""
@@ -170,14 +188,10 @@ class Stepper:
     def _take(self, work: Job | Call) -> None:
         if isinstance(work, Call):
             self._calls.append(work)
-        elif self._admits:
+        elif self._served(work) and not any(call.serves is Serving.NONE for call in self._calls):
             self._add(work)
         else:
             self._held.append(work)
-
-    @property
-    def _admits(self) -> bool:
-        return self._serving and not any(call.serves is False for call in self._calls)
 
     def _idle_s(self) -> float | None:
         """Seconds to the next deadline."""
@@ -186,7 +200,7 @@ class Stepper:
         return None if left == float("inf") else max(left, 0.0)
 
     def _jobs(self) -> Iterable[Job]:
-        return [*self._running.values(), *self._held]
+        return [*self._running.values(), *self._held, *(job for job, _ in self._withheld)]
 
     def _add(self, job: Job) -> None:
         self._ids += 1
@@ -209,6 +223,7 @@ class Stepper:
         self.core.abort_request([request_id for request_id, job in self._running.items() if job in gone])
         self._running = {request_id: job for request_id, job in self._running.items() if job not in gone}
         self._held = deque(job for job in self._held if job not in gone)
+        self._withheld = [(job, output) for job, output in self._withheld if job not in gone]
         self._report(None)
         for job in gone:
             _set_exception(job.future, RequestTimedOut(f"not complete {job.deadline_s:g} s after its arrival"))
@@ -217,11 +232,11 @@ class Stepper:
         """Run calls in order, up to one that waits for running jobs."""
         while self._calls:
             call = self._calls[0]
-            # While the engine does not serve, jobs do not advance: they were drained before, or wait with their state.
-            if self._serving and any(call.drains(job) for job in self._running.values()):
+            # Jobs that are not served do not advance: they were drained before, or wait with their state.
+            if any(self._served(job) and call.drains(job) for job in self._running.values()):
                 return
-            if call.serves is False:
-                self._serving = False
+            if call.serves is Serving.NONE:
+                self._serving = Serving.NONE
             self._run_call(call)
             self._calls.popleft()
 
@@ -233,14 +248,16 @@ class Stepper:
         except Exception as error:
             _set_exception(call.future, error)
             return
-        if call.serves:
-            self._serve()
+        if call.serves is not None:
+            self._serve(call.serves)
         _set_result(call.future, result)
 
-    def _serve(self) -> None:
-        self._serving = True
-        while self._held and self._admits:
-            self._add(self._held.popleft())
+    def _serve(self, serving: Serving) -> None:
+        self._serving = serving
+        waiting, self._held = self._held, deque()
+        for job in waiting:
+            self._take(job)
+        self._answer_finished()
 
     def _step(self) -> None:
         started = time.monotonic()
@@ -248,14 +265,21 @@ class Stepper:
         outputs = self.core.step()
         self._busy_s += time.monotonic() - started
         done = [(self._running.pop(output.request_id), output) for output in outputs if output.finished]
+        self._withheld += done
+        self._answer_finished()
+
+    def _answer_finished(self) -> None:
+        answered = [(job, output) for job, output in self._withheld if self._served(job)]
+        self._withheld = [(job, output) for job, output in self._withheld if not self._served(job)]
         self._report(None)  # before a caller learns of its result
-        for job, output in done:
+        for job, output in answered:
             _read(job, output)
 
     def _report(self, step_started: float | None) -> None:
+        running = sum(job.sequences for job in self._running.values())
         self.progress = Progress(
-            held=sum(job.sequences for job in self._held),
-            running=sum(job.sequences for job in self._running.values()),
+            held=sum(job.sequences for job in self._jobs()) - running,
+            running=running,
             busy_s=self._busy_s,
             step_started=step_started,
         )

@@ -131,7 +131,11 @@ class Update:
 
         self._require_open()
         self.digest, self.complete = digest, True
-        self._steps += [Step("finishing a weight update", finish), Step("computing the probe", prove)]
+        self._steps += [
+            Step("finishing a weight update", finish),
+            Step("computing the probe", prove),
+            Step("serving", lambda _, engine: engine.serve()),
+        ]
         self.heard += 1
         self._news.tell()
         while self.collective and self.loading and not self.over.done():

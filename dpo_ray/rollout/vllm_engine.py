@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_ray.config.schema import EngineConfig, SamplingConfig
 from dpo_ray.rollout.engine import UNPUSHED, EngineStatus, Request
-from dpo_ray.rollout.stepping import Call, EngineFailed, Job, Stepper
+from dpo_ray.rollout.stepping import Call, EngineFailed, Job, Serving, Stepper
 from dpo_ray.rollout.vllm_requests import Statistics, completion_group, prompt_logps, rejections, sampling_params
 from dpo_ray.types import CompletionGroup, Prompt
 
@@ -54,6 +54,7 @@ class VLLMEngine:
         for message in messages:
             await engine.load(message)
         digest = await engine.finish_update(version=3)
+        await engine.serve()
         group = await engine.generate(request)   # last_version 3
     """
 
@@ -77,7 +78,7 @@ class VLLMEngine:
         from vllm.v1.engine.core_client import InprocClient
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        self._update_open = self._asleep = False
+        self._update_open = self._unproven = self._asleep = False
         self._drain_updates = drain_updates
         self._version = UNPUSHED
         arguments: dict[str, Any] = {
@@ -176,16 +177,22 @@ class VLLMEngine:
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        job = Job(add=self._adder(token_ids, params, FIRST), read=partial(prompt_logps, tuple(token_ids)), pinned=True)
         await self._call(self._require_ready)
-        return await self._submit(job)
+        return await self._submit(
+            Job(
+                add=self._adder(token_ids, params, FIRST),
+                read=partial(prompt_logps, tuple(token_ids)),
+                pinned=True,
+                proof=True,
+            )
+        )
 
     async def start_update(self) -> None:
         """Start a weight update; see ``Engine.start_update``.
 
         A sleeping engine is woken: its weights here, its cache in ``finish_update``.
         """
-        await self._call(self._start_update, drains=lambda job: job.pinned or self._drain_updates, serves=False)
+        await self._call(self._start_update, drains=lambda job: job.pinned or self._drain_updates, serves=Serving.NONE)
 
     async def init_transfer(self, info: Mapping[str, Any]) -> None:
         """Pass the transport's initialization info to the receiver in every worker."""
@@ -198,6 +205,8 @@ class VLLMEngine:
     async def finish_update(self, version: int) -> str:
         """Switch to the received weights and drop all keys and values computed with the old ones.
 
+        Until ``serve``, only ``token_logps`` is answered.
+
         Returns:
             The transport's digest of the weights received since ``start_update``.
 
@@ -205,22 +214,30 @@ class VLLMEngine:
             ValueError: parameters got no weights. The update stays open: start it again.
             RuntimeError: the workers received different weights.
         """
-        return await self._call(lambda: self._finish_update(version), serves=True)
+        return await self._call(lambda: self._finish_update(version), serves=Serving.PROOFS)
+
+    async def serve(self) -> None:
+        """Complete prompts with the weights of ``finish_update``.
+
+        Raises:
+            RuntimeError: a weight update is unfinished, or the engine sleeps.
+        """
+        await self._call(self._serve, serves=Serving.ALL)
 
     async def sleep(self) -> None:
         """Free the GPU for the process that shares it, once the running requests are done.
 
         Weights move to host memory, the key-value cache is dropped.
         """
-        await self._call(self._sleep, drains=lambda job: True, serves=False)
+        await self._call(self._sleep, drains=lambda job: True, serves=Serving.NONE)
 
     async def wake(self) -> None:
         """Move the weights back to the GPU and allocate the cache; does nothing if awake.
 
         Raises:
-            RuntimeError: a weight update is unfinished.
+            RuntimeError: a weight update is unfinished, or ``serve`` has not been called after it.
         """
-        await self._call(self._wake, serves=True)
+        await self._call(self._wake, serves=Serving.ALL)
 
     def close(self) -> None:
         """Shut vLLM down; requests in progress get an exception."""
@@ -248,7 +265,7 @@ class VLLMEngine:
             self._llm.wake_up(tags=["weights"])
         else:
             self._llm.sleep(level=0, mode="keep")  # an engine process would continue to step
-        self._update_open = True
+        self._update_open, self._unproven = True, False
         self._llm.start_weight_update()
 
     def _load(self, message: Any) -> None:
@@ -271,18 +288,23 @@ class VLLMEngine:
             raise RuntimeError(f"vLLM did not drop its prefix cache after the update to version {version}")
         self._llm.wake_up(tags=["scheduling"])
         self._update_open = self._asleep = False
+        self._unproven = True
         self._version = version
         return digests.pop()
 
+    def _serve(self) -> None:
+        self._require_ready()
+        self._unproven = False
+
     def _sleep(self) -> None:
-        self._require_no_open_update()
+        self._require_serving()
         if not self._asleep:
             # Level 2 would drop the weights, and an engine that wakes without an update would generate gibberish.
             self._llm.sleep(level=1)
             self._asleep = True
 
     def _wake(self) -> None:
-        self._require_no_open_update()
+        self._require_serving()
         if self._asleep:
             self._llm.wake_up()
             self._asleep = False
@@ -291,6 +313,11 @@ class VLLMEngine:
         self._require_no_open_update()
         if self._asleep:
             raise RuntimeError("this engine sleeps: it has neither weights nor a cache on its GPU until it wakes up")
+
+    def _require_serving(self) -> None:
+        self._require_no_open_update()
+        if self._unproven:
+            raise RuntimeError(f"this engine does not serve version {self._version} yet")
 
     def _require_no_open_update(self) -> None:
         if self._update_open:

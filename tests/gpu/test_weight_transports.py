@@ -90,6 +90,7 @@ class OneProcess(EngineGroup):
     def end_update(self, digest: str, probe: Probe) -> None:
         assert self.ask("finish_update", self.version) == digest
         assert check_probe(probe, self.ask("token_logps", probe.token_ids)) > 0
+        self.ask("serve")
 
 
 @contextmanager

@@ -73,6 +73,10 @@ async def load(engine: "VLLMEngine", policy: Policy, version: int) -> None:
     for bucket in pack(policy.weights(), bucket_bytes=2**18):
         await engine.load(bucket)
     await engine.finish_update(version)
+    tokens = (await engine.status()).generated_tokens
+    await engine.token_logps([1, 2, 3])
+    assert (await engine.status()).generated_tokens - tokens < 20, "requests in flight do not run to their end"
+    await engine.serve()
 
 
 def test_tokens_after_an_update_in_flight_are_those_of_the_new_weights_given_the_tokens_before(

@@ -168,6 +168,7 @@ def test_a_publish_over_nccl_loads_a_real_engine_when_only_the_broadcast_is_repl
 
         def end_update(self, digest: str, probe: Probe) -> None:
             assert run(engine.finish_update(self.version)) == digest
+            run(engine.serve())
 
     async def answer(call: Awaitable[Any]) -> Any:
         return await call

@@ -186,6 +186,7 @@ class OneEngine(EngineGroup):
 
     def end_update(self, digest: str, probe: Probe) -> None:
         assert asyncio.run(self.engine.finish_update(self.version)) == digest
+        asyncio.run(self.engine.serve())
 
 
 def pack(weights: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[list[WireTensor]]:
@@ -196,7 +197,9 @@ def pack(weights: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[l
 async def load_and_finish(engine: "VLLMEngine", policy: Policy, version: int) -> str:
     for bucket in pack(policy.weights(), bucket_bytes=2**20):
         await engine.load(bucket)
-    return await engine.finish_update(version)
+    digest = await engine.finish_update(version)
+    await engine.serve()
+    return digest
 
 
 def digest_of(policy: Policy) -> str:
@@ -278,6 +281,7 @@ def test_fused_layers_load_from_buckets_of_one_tensor(
         for bucket in pack(policy_b.weights(), bucket_bytes=1):
             await engine.load(bucket)
         await engine.finish_update(5)
+        await engine.serve()
 
     push(engine, policy_a, version=4)
     asyncio.run(update())
@@ -296,9 +300,7 @@ def test_an_update_abandoned_after_some_tensors_leaves_no_trace_in_the_next(
         for bucket in list(pack(broken, bucket_bytes=1))[:loaded]:
             await engine.load(bucket)
         await engine.start_update()
-        for bucket in pack(policy_b.weights(), bucket_bytes=2**20):
-            await engine.load(bucket)
-        return await engine.finish_update(loaded)
+        return await load_and_finish(engine, policy_b, loaded)
 
     assert len(broken) == 29
     push(engine, policy_a, version=0)
@@ -327,9 +329,7 @@ def test_an_update_that_leaves_out_a_parameter_is_rejected_and_can_be_started_ag
     check_logps(engine, policy_b)
 
 
-def test_requests_wait_while_an_update_is_unfinished_and_log_probabilities_are_refused(
-    engine: "VLLMEngine", policy_a: Policy
-):
+def test_requests_wait_for_the_end_of_an_update_and_for_its_proof(engine: "VLLMEngine", policy_a: Policy):
     async def update() -> CompletionGroup:
         await engine.start_update()
         waiting = asyncio.create_task(engine.generate(request(prompts(3)[0])))
@@ -338,7 +338,15 @@ def test_requests_wait_while_an_update_is_unfinished_and_log_probabilities_are_r
         await asyncio.sleep(0.3)
         assert not waiting.done()
         assert (await engine.status()).waiting == 1
-        await load_and_finish(engine, policy_a, 9)
+        for bucket in pack(policy_a.weights(), bucket_bytes=2**20):
+            await engine.load(bucket)
+        await engine.finish_update(9)
+        with pytest.raises(RuntimeError, match="does not serve version 9 yet"):
+            await engine.wake()
+        assert len(await engine.token_logps([1, 2, 3])) == 2
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        await engine.serve()
         return await waiting
 
     assert asyncio.run(update()).policy_version == 9

@@ -64,6 +64,10 @@ class RemoteEngine:
         """See ``Engine.token_logps``."""
         return await _answer(self.handle.token_logps.remote(token_ids))
 
+    async def serve(self) -> None:
+        """See ``Engine.serve``."""
+        await _answer(self.handle.serve.remote())
+
     async def sleep(self) -> None:
         """See ``Engine.sleep``."""
         await _answer(self.handle.sleep.remote())

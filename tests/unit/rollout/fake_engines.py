@@ -26,6 +26,8 @@ class FakeEngine:
         self.logps = list(PROBE.logps)
         self.infos: list[Any] = []
         self.dead = False
+        self.served: set[int] = set()
+        """Versions with which it was told to serve."""
         self.finished: dict[int, str] = {}
         """Digest of the weights by version."""
         self.calls: list[str] = []
@@ -65,6 +67,10 @@ class FakeEngine:
     async def token_logps(self, token_ids: Sequence[int]) -> list[float]:
         await self._called("token_logps")
         return self.logps
+
+    async def serve(self) -> None:
+        await self._called("serve")
+        self.served.add(self.version)
 
     async def sleep(self) -> None:
         await self._called("sleep")

@@ -79,6 +79,8 @@ FAULTS: dict[str, tuple[Callable[[FakeEngine], Any], dict[str, float]]] = {
     "has other weights": (loses_weights, {}),
     "dies at its probe": (fault("token_logps", dies()), {}),
     "hangs at its probe": (fault("token_logps", hangs), {"sync_timeout_s": 0.2}),
+    "dies as it begins to serve": (fault("serve", dies()), {}),
+    "hangs as it begins to serve": (fault("serve", hangs), {"sync_timeout_s": 0.2}),
     "does not use its weights": (lambda engine: setattr(engine, "logps", [-1.0, -2.3]), {}),
     "computes no numbers": (lambda engine: setattr(engine, "logps", [math.nan, math.nan]), {}),
 }
@@ -208,6 +210,7 @@ async def test_engines_that_all_fail_the_proof_of_a_version_end_the_run_with_bot
         await world.update(4, "a", "b")
         now = await world.until(lambda now: now.error)
         assert world.starts == {0: 1, 1: 1, 2: 1}
+        assert not any(engine.served for engine in world.engines.values()), "wrong weights complete no prompt"
     assert "policy version 4" in str(now.error)
     assert all(value in str(now.error) for value in both)
 
@@ -613,7 +616,7 @@ async def test_under_random_failures_no_engine_is_listed_with_weights_that_it_do
     def prepare(engine: FakeEngine) -> None:
         if faulty and chance.random() < 0.1:
             raise ConnectionError("died as it started")
-        methods = ("status", "start_update", "init_transfer", "load", "finish_update", "token_logps")
+        methods = ("status", "start_update", "init_transfer", "load", "finish_update", "token_logps", "serve")
         engine.faults = {method: functools.partial(answer, engine, method) for method in methods}
 
     def check(now: Membership) -> None:
@@ -621,6 +624,7 @@ async def test_under_random_failures_no_engine_is_listed_with_weights_that_it_do
         for member in now.members:
             engine: Any = member.engine
             assert engine.finished[member.version] == member.digest == sent[member.version]
+            assert member.version in engine.served
 
     async def watch() -> None:
         now = await world.fleet.membership(-1, 0.0)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dpo_ray.rollout.engine import RequestTimedOut
-from dpo_ray.rollout.stepping import Call, EngineFailed, Job, Stepper
+from dpo_ray.rollout.stepping import Call, EngineFailed, Job, Serving, Stepper
 
 WAIT_S = 10
 
@@ -121,9 +121,9 @@ def test_a_rejected_request_harms_no_other(core: CountingCore, stepper: Stepper)
 
 def update(core: CountingCore, stepper: Stepper, drains: Callable[[Job], bool]) -> list["Future[Any]"]:
     return [
-        stepper.submit(core.call("start", drains=drains, serves=False)),
+        stepper.submit(core.call("start", drains=drains, serves=Serving.NONE)),
         stepper.submit(core.call("load")),
-        stepper.submit(core.call("finish", serves=True)),
+        stepper.submit(core.call("finish", serves=Serving.ALL)),
     ]
 
 
@@ -165,14 +165,14 @@ def test_an_update_that_drains_evaluation_leaves_the_others_between_two_steps(co
 def test_no_step_is_run_while_an_update_is_unfinished_and_requests_wait(core: CountingCore, stepper: Stepper):
     core.go.set()
     running = stepper.submit(core.job(300))
-    stepper.submit(core.call("start", drains=evaluations, serves=False)).result(WAIT_S)
+    stepper.submit(core.call("start", drains=evaluations, serves=Serving.NONE)).result(WAIT_S)
     late = stepper.submit(core.job(1, sequences=4))
     wait_for(lambda: stepper.progress.held == 4)
     steps = len(core.events)
     stepper.submit(core.call("load")).result(WAIT_S)
     time.sleep(0.05)
     assert core.events[steps:] == ["load"]
-    stepper.submit(core.call("finish", serves=True)).result(WAIT_S)
+    stepper.submit(core.call("finish", serves=Serving.ALL)).result(WAIT_S)
     assert finish(core, running, late) == [1, 2]
 
 
@@ -180,11 +180,42 @@ def test_an_unfinished_update_can_be_started_again(core: CountingCore, stepper: 
     core.go.set()
     running = stepper.submit(core.job(300))
     for drains in (evaluations, everything):  # the second does not wait: nothing advances until the update is finished
-        stepper.submit(core.call("start", drains=drains, serves=False))
+        stepper.submit(core.call("start", drains=drains, serves=Serving.NONE))
         stepper.submit(core.call("load")).result(WAIT_S)
-    stepper.submit(core.call("finish", serves=True)).result(WAIT_S)
+    stepper.submit(core.call("finish", serves=Serving.ALL)).result(WAIT_S)
     assert running.result(WAIT_S) == 1
     assert core.steps_between("start", "finish") == ["load", "start", "load"]
+
+
+def test_between_update_and_proof_only_proofs_are_added_and_answered(core: CountingCore, stepper: Stepper):
+    """The core steps the request in flight too; that is done after the update, and its caller learns of it later."""
+    core.go.set()
+    running = stepper.submit(core.job(300))
+    stepper.submit(core.call("start", drains=evaluations, serves=Serving.NONE)).result(WAIT_S)
+    late = stepper.submit(core.job(1, sequences=2))
+    core.left["1"] = 2
+    stepper.submit(core.call("finish", serves=Serving.PROOFS)).result(WAIT_S)
+    assert stepper.submit(core.job(3, proof=True)).result(WAIT_S) == 2
+    assert core.events[core.events.index("finish") + 1 :] == [("add", "2"), *[("step", "1", "2")] * 2, ("step", "2")]
+    assert not running.done()
+    assert stepper.progress.held == 3
+    stepper.submit(core.call("serve", serves=Serving.ALL)).result(WAIT_S)
+    assert finish(core, running, late) == [1, 3]
+    assert core.steps_between("finish", "serve")[-1] == ("step", "2"), "no step without a proof to compute"
+
+
+def test_an_answer_that_is_withheld_is_lost_at_its_deadline_and_with_the_engine(core: CountingCore, stepper: Stepper):
+    core.go.set()
+    running = [stepper.submit(core.job(10**6, deadline_s=seconds)) for seconds in (0.5, WAIT_S)]
+    stepper.submit(core.call("start", drains=evaluations, serves=Serving.NONE)).result(WAIT_S)
+    core.left |= {"1": 1, "2": 1}
+    stepper.submit(core.call("finish", serves=Serving.PROOFS)).result(WAIT_S)
+    stepper.submit(core.job(2, proof=True)).result(WAIT_S)
+    with pytest.raises(RequestTimedOut):
+        running[0].result(WAIT_S)
+    stepper.close(WAIT_S)
+    with pytest.raises(EngineFailed, match="closed"):
+        running[1].result(WAIT_S)
 
 
 def test_a_call_that_fails_raises_for_its_caller_and_the_engine_stays_closed_to_requests(
@@ -194,14 +225,14 @@ def test_a_call_that_fails_raises_for_its_caller_and_the_engine_stays_closed_to_
         raise ValueError("left out 1 parameters")
 
     core.go.set()
-    stepper.submit(core.call("start", serves=False)).result(WAIT_S)
+    stepper.submit(core.call("start", serves=Serving.NONE)).result(WAIT_S)
     with pytest.raises(ValueError, match="left out"):
-        stepper.submit(Call(fail, serves=True)).result(WAIT_S)
+        stepper.submit(Call(fail, serves=Serving.ALL)).result(WAIT_S)
     late = stepper.submit(core.job(1))
     wait_for(lambda: stepper.progress.held == 1)
     assert not late.done()
-    stepper.submit(core.call("start", serves=False)).result(WAIT_S)
-    stepper.submit(core.call("finish", serves=True)).result(WAIT_S)
+    stepper.submit(core.call("start", serves=Serving.NONE)).result(WAIT_S)
+    stepper.submit(core.call("finish", serves=Serving.ALL)).result(WAIT_S)
     assert late.result(WAIT_S) == 1
 
 
@@ -217,7 +248,7 @@ def test_a_request_is_aborted_at_its_deadline_and_others_go_on(core: CountingCor
 
 
 def test_the_deadline_also_ends_the_wait_for_an_update(core: CountingCore, stepper: Stepper):
-    stepper.submit(core.call("start", serves=False)).result(WAIT_S)
+    stepper.submit(core.call("start", serves=Serving.NONE)).result(WAIT_S)
     late = stepper.submit(core.job(1, deadline_s=0.05))
     with pytest.raises(RequestTimedOut):
         late.result(WAIT_S)
@@ -238,7 +269,7 @@ def test_an_exception_of_a_step_ends_all_requests_and_every_later_call(core: Cou
     failures: list[Exception] = []
     stepper = Stepper(core, on_failure=failures.append)
     core.error = error
-    waiting = [stepper.submit(core.job(3)), stepper.submit(core.call("start", drains=everything, serves=False))]
+    waiting = [stepper.submit(core.job(3)), stepper.submit(core.call("start", drains=everything, serves=Serving.NONE))]
     waiting.append(stepper.submit(core.job(3)))
     core.go.set()
     for future in waiting:
@@ -280,7 +311,7 @@ def test_progress_is_readable_during_a_step(core: CountingCore, stepper: Stepper
 
 def test_closing_fails_what_waits(core: CountingCore):
     stepper = Stepper(core)
-    stepper.submit(core.call("start", serves=False)).result(WAIT_S)
+    stepper.submit(core.call("start", serves=Serving.NONE)).result(WAIT_S)
     late = stepper.submit(core.job(1))
     stepper.close(WAIT_S)
     with pytest.raises(EngineFailed, match="closed"):
