@@ -21,7 +21,7 @@ from dpo_ray.rollout.judging import JudgePool
 from dpo_ray.rollout.ledger import Ledger
 from dpo_ray.rollout.membership import Member, Membership
 from dpo_ray.rollout.selectors import best_vs_worst, select_pairs
-from dpo_ray.types import Completion, CompletionGroup, Prompt
+from dpo_ray.types import Completion, CompletionGroup, Judgement, Prompt
 
 CANDIDATES = 4
 
@@ -43,9 +43,9 @@ class InstantEngine:
 class InstantJudge:
     """Scores 0 to 3."""
 
-    async def score(self, groups: Sequence[CompletionGroup]) -> list[list[float]]:
+    async def score(self, groups: Sequence[CompletionGroup]) -> list[Judgement]:
         """The same scores for every group."""
-        return [[0.0, 1.0, 2.0, 3.0] for _ in groups]
+        return [Judgement((0.0, 1.0, 2.0, 3.0)) for _ in groups]
 
     async def ready(self) -> None:
         """At once."""

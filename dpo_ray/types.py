@@ -60,6 +60,20 @@ class CompletionGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class Judgement:
+    """A judge's answer for a group."""
+
+    scores: tuple[float, ...]
+    """One per completion; higher is better. NaN: the completion has no score."""
+    parts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Scores by component, one per completion: stored with the group, their means logged as judge/NAME_score."""
+    means: Mapping[str, float] = field(default_factory=dict)
+    """Figures whose mean over the groups of a round is logged as judge/NAME."""
+    totals: Mapping[str, float] = field(default_factory=dict)
+    """Figures whose sum over the groups of a round is logged as judge/NAME: calls, tokens, cost."""
+
+
+@dataclass(frozen=True, slots=True)
 class ScoredPair:
     """The chosen and the rejected candidate of a group."""
 

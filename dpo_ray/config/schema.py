@@ -524,6 +524,8 @@ class JudgeConfig(Component):
     """Judge: length, sentiment, or an import path."""
     replicas: int = Field(1, ge=1)
     """Number of judge processes."""
+    num_gpus: float = Field(0.0, ge=0)
+    """GPUs of each judge process, also a fraction; a judge without one sees none."""
     batch: int = Field(16, ge=1)
     """Maximum number of prompts per call of the judge; a call takes those that wait."""
     concurrency: int | None = Field(None, ge=1)

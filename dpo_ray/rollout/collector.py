@@ -221,7 +221,7 @@ class Collector:
         if (group := await self._completed(request, version)) is None:
             return None
         try:
-            return group, (await self.judge.score(group))[0]
+            return group, (await self.judge.score(group)).scores[0]
         except JudgeFailed as error:
             logger.warning("held-out prompt %d has no score: %s", request.prompt.index, error)
             return group, math.nan

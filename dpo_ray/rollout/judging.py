@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from dpo_ray.types import CompletionGroup
+from dpo_ray.types import CompletionGroup, Judgement
 
 
 class JudgeReplica(Protocol):
     """A judge in a process of its own."""
 
-    async def score(self, groups: Sequence[CompletionGroup]) -> list[list[float]]:
+    async def score(self, groups: Sequence[CompletionGroup]) -> list[Judgement]:
         """Scores of every completion of every group, checked."""
         ...
 
@@ -35,7 +35,7 @@ class _Waiting:
     """A group that waits for its scores."""
 
     group: CompletionGroup
-    scores: asyncio.Future[Sequence[float]]
+    judgement: asyncio.Future[Judgement]
     alone: bool = False
     """True after a batch with it failed: only the group at fault fails again."""
     attempts: int = 0
@@ -67,7 +67,7 @@ class JudgePool:
                 for _ in range(self._concurrency):
                     tasks.create_task(self._serve(replica))
 
-    async def score(self, group: CompletionGroup) -> Sequence[float]:
+    async def score(self, group: CompletionGroup) -> Judgement:
         """One score per completion; NaN for a completion without a score.
 
         Raises:
@@ -75,7 +75,7 @@ class JudgePool:
         """
         waiting = _Waiting(group, asyncio.get_running_loop().create_future())
         self._queue.put_nowait(waiting)
-        return await waiting.scores
+        return await waiting.judgement
 
     async def _serve(self, replica: JudgeReplica) -> None:
         while True:
@@ -103,15 +103,15 @@ class JudgePool:
         limit, restarts = asyncio.timeout(self._timeout_s), self._restarts[id(replica)]
         try:
             async with limit:
-                scores = await replica.score([waiting.group for waiting in batch])
+                judgements = await replica.score([waiting.group for waiting in batch])
         except Exception as error:
             await self._recover(replica, hung=limit.expired(), restarts=restarts)
             if limit.expired():
                 return f"returned no scores in {self._timeout_s:g} s (online.judge.timeout_s)"
             return f"raised {type(error).__name__}: {error}"
-        for waiting, row in zip(batch, scores, strict=True):
-            if not waiting.scores.done():
-                waiting.scores.set_result(row)
+        for waiting, judgement in zip(batch, judgements, strict=True):
+            if not waiting.judgement.done():
+                waiting.judgement.set_result(judgement)
         return None
 
     async def _recover(self, replica: JudgeReplica, *, hung: bool, restarts: int) -> None:
@@ -125,9 +125,9 @@ class JudgePool:
 
     def _again(self, waiting: _Waiting, problem: str) -> None:
         """Put a group into the queue again, alone, or give it up."""
-        if waiting.scores.done():  # its round was cancelled
+        if waiting.judgement.done():  # its round was cancelled
             return
         if waiting.attempts > self._retries:
-            waiting.scores.set_exception(JudgeFailed(f"the judge {problem}"))
+            waiting.judgement.set_exception(JudgeFailed(f"the judge {problem}"))
         else:
             self._queue.put_nowait(waiting)

@@ -170,6 +170,7 @@ def _metrics(manifest: Mapping[str, Any]) -> dict[str, float]:
     """The round's metrics; a mean over no scores has no entry."""
     counts, timings = manifest["counts"], manifest.get("timings", {})
     metrics = {f"judge/{name}_score": score for name, score in manifest["scores"].items() if score is not None}
+    metrics |= {f"judge/{name}": value for name, value in manifest.get("judge", {}).items()}
     metrics["rollout/kept"] = counts["kept"]
     metrics |= {f"rollout/dropped_{reason}": count for reason, count in counts["dropped"].items()}
     metrics |= {f"rollout/{name}": counts[name] for name in ("duplicates", "empty", "bad_scores", "stale")}

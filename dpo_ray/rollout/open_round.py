@@ -7,8 +7,7 @@ import json
 import math
 import os
 from array import array
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -17,8 +16,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from dpo_ray.rollout.tally import Tally
 from dpo_ray.storage import write_atomically
-from dpo_ray.types import CompletionGroup, Dropped, Prompt, ScoredPair
+from dpo_ray.types import CompletionGroup, Dropped, Judgement, Prompt, ScoredPair
 
 REMEDY = "delete the folder of this round to collect it again"
 FAILED = "failed_"
@@ -40,48 +40,10 @@ class Outcome:
     choice: tuple[ScoredPair, ...] | Dropped
     group: CompletionGroup | None = None
     """None if generating failed."""
-    scores: tuple[float, ...] = ()
-    """One per completion; NaN if the judge has none; empty if the group was not judged."""
+    judgement: Judgement = field(default_factory=lambda: Judgement(()))
+    """Without scores if the group was not judged."""
     error: str | None = None
     """The error of a group that failed."""
-
-
-@dataclass(slots=True)
-class _Tally:
-    """Running counts of a round."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    dropped: Counter[str] = field(default_factory=Counter)
-    sums: Counter[str] = field(default_factory=Counter)
-    """Sums of scores, by what they are of, as are their counts in ``terms``."""
-    terms: Counter[str] = field(default_factory=Counter)
-    versions: Counter[int] = field(default_factory=Counter)
-    """Completions by the policy version of their first token."""
-
-    def add(self, line: Line) -> None:
-        candidates, scores = line["candidates"], [score for score in line["scores"] if score is not None]
-        texts = [candidate["text"] for candidate in candidates]
-        self.counts.update(
-            prompts=1,
-            candidates=len(candidates),
-            pairs=len(line["pairs"]),
-            kept=bool(line["pairs"]),
-            duplicates=len(texts) - len(set(texts)),
-            empty=sum(not text.strip() for text in texts),
-            bad_scores=len(line["scores"]) - len(scores),
-            truncated=sum(not candidate["finished"] for candidate in candidates),
-            tokens=sum(candidate["tokens"] for candidate in candidates),
-        )
-        if line["dropped"] is not None:
-            self.dropped[line["dropped"]] += 1
-        self.versions.update(candidate["versions"][0] for candidate in candidates)
-        self._add_scores("mean", scores)
-        for side in ("chosen", "rejected"):
-            self._add_scores(side, [pair[f"{side}_score"] for pair in line["pairs"]])
-
-    def _add_scores(self, name: str, scores: Sequence[float]) -> None:
-        self.sums[name] += sum(scores)  # pyrefly: ignore  # a counter of floats
-        self.terms[name] += len(scores)
 
 
 class OpenRound:
@@ -97,7 +59,7 @@ class OpenRound:
         self.folder, self.stale, self.failed = folder, 0, 0
         self.done: set[int] = set()
         self._oldest, self._generated = oldest, 0
-        self._tally, self._spans = _Tally(), dict[int, list[list[int]]]()
+        self._tally, self._spans = Tally(), dict[int, list[list[int]]]()
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("manifest.json", "pairs.i64"):
             (folder / name).unlink(missing_ok=True)
@@ -131,14 +93,14 @@ class OpenRound:
         spans = [span for position in sorted(self._spans) for span in self._spans[position]]
         (self.folder / "pairs.i64").write_bytes(np.array(spans, np.int64).tobytes())
         tally = self._tally
-        means = {name: tally.sums[name] / terms if terms else None for name, terms in tally.terms.items()}
         counts = {**tally.counts, "dropped": dict(sorted(tally.dropped.items())), "stale": self.stale}
         manifest = {
             "round": int(self.folder.name),
             "policy_version": min(tally.versions, default=self._oldest),
             "policy_versions": {str(version): tally.versions[version] for version in sorted(tally.versions)},
             "counts": {**counts, "tokens_stored": self._end, "tokens_generated": self._generated},
-            "scores": means,
+            "scores": {name: mean.value for name, mean in tally.scores.items()},
+            "judge": tally.judging(),
             **values,
         }
         self.close()
@@ -200,7 +162,7 @@ def _is_stale(line: Line, oldest: int) -> bool:
 def _line(outcome: Outcome, start: int) -> Line:
     prompt, completions = outcome.prompt, outcome.group.completions if outcome.group else ()
     pairs = () if isinstance(outcome.choice, Dropped) else outcome.choice
-    scores = [score if math.isfinite(score) else None for score in outcome.scores]
+    judgement = outcome.judgement
     return {
         "prompt": [dict(message) for message in prompt.messages],
         "prompt_index": prompt.index,
@@ -215,13 +177,14 @@ def _line(outcome: Outcome, start: int) -> Line:
             }
             for completion in completions
         ],
-        "scores": scores,
+        "scores": _finite(judgement.scores),
+        "judge": {name: _finite(value) for name in ("parts", "means", "totals") if (value := getattr(judgement, name))},
         "pairs": [
             {
                 "chosen": pair.chosen,
                 "rejected": pair.rejected,
-                "chosen_score": outcome.scores[pair.chosen],
-                "rejected_score": outcome.scores[pair.rejected],
+                "chosen_score": judgement.scores[pair.chosen],
+                "rejected_score": judgement.scores[pair.rejected],
             }
             for pair in pairs
         ],

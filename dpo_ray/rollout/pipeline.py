@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from dpo_ray.rollout.dispatch import FleetFailed
 from dpo_ray.rollout.engine import Request
 from dpo_ray.rollout.open_round import FAILED, Outcome
-from dpo_ray.types import CompletionGroup, Dropped, NonRetryableError, ScoredPair
+from dpo_ray.types import CompletionGroup, Dropped, Judgement, NonRetryableError, ScoredPair
 
 Generate = Callable[[Request], Awaitable[CompletionGroup]]
-Score = Callable[[CompletionGroup], Awaitable[Sequence[float]]]
+Score = Callable[[CompletionGroup], Awaitable[Judgement]]
 Select = Callable[[CompletionGroup, Sequence[float]], tuple[ScoredPair, ...] | Dropped]
 
 JUDGED_PER_GENERATED = 4
@@ -88,22 +88,22 @@ class Pipeline:
 
     async def outcome(self, position: int, request: Request, room: asyncio.Semaphore) -> Outcome:
         """Generate, judge and select; the first step that raises decides the reason of a failed group."""
-        group, scores, step = None, tuple[float, ...](), "generate"
+        group, judgement, step = None, Judgement(()), "generate"
         try:
             async with room:
                 with self.generating():
                     group = await self.generate(request)
             step = "judge"
             with self.judging():
-                scores = tuple(await self.score(group))
+                judgement = await self.score(group)
             step = "select"
-            choice = self.select(group, scores)
+            choice = self.select(group, judgement.scores)
         except FleetFailed:
             raise
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
-            return Outcome(request.prompt, position, Dropped(f"{FAILED}{step}"), group, scores, message)
-        return Outcome(request.prompt, position, choice, group, scores)
+            return Outcome(request.prompt, position, Dropped(f"{FAILED}{step}"), group, judgement, message)
+        return Outcome(request.prompt, position, choice, group, judgement)
 
 
 @dataclass(slots=True)

@@ -22,11 +22,11 @@ class EngineFailed(RuntimeError):
 
 
 class Serving(Enum):
-    """Which jobs are taken, stepped and answered; the others wait."""
+    """The jobs that are taken, stepped and answered; the others wait."""
 
     ALL = auto()
     PROOFS = auto()
-    """Jobs with ``proof``. The core cannot leave out others that it has: what it returns for them is withheld."""
+    """Jobs with ``proof``. The core steps others that it has, too; their results are withheld."""
     NONE = auto()
     """No job; no steps are run."""
 
@@ -74,8 +74,8 @@ class Call:
     drains: Callable[[Job], bool] = lambda job: False
     """Running jobs to wait for."""
     serves: Serving | None = None
-    """What is served if the call succeeds; NONE also if it fails, and later jobs wait from its arrival. None: as
-    before."""
+    """The jobs that are served if the call succeeds; NONE also if it fails, and later jobs wait from its arrival. None:
+    no change."""
     future: "Future[Any]" = field(default_factory=Future)
 
 

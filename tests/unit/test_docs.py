@@ -237,7 +237,8 @@ def test_the_judge_of_the_online_example_prefers_an_answer_to_the_point(monkeypa
     texts = ("A lock that one thread holds at a time.", "Certainly! " + "It depends on many things. " * 20)
     completions = tuple(Completion(text, (1, 2), True) for text in texts)
     group = CompletionGroup(Prompt(0, ({"role": "user", "content": "What is a mutex?"},), (1,)), completions, 0)
-    ((short, long),) = check_scores([group], bind_judge(config.online.judge)()([group]))
+    (judgement,) = check_scores([group], bind_judge(config.online.judge)()([group]))
+    short, long = judgement.scores
     assert short == 1.0
     assert long < 0
 

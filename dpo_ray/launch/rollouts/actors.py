@@ -51,7 +51,7 @@ def rollout_actors(
     """
     plain = config.model_dump(mode="json")
     fleet = _start(FleetActor, plain, cluster)
-    judges = start_judges(config)
+    judges = start_judges(config, fleet)
     # In a file, and handles as bytes: Ray warns of arguments with references, which a restarted actor may not find.
     prompt_file = config.run.path / "ray" / "prompts.pickle"
     prompt_file.parent.mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
 """Judges as Ray actors, each in a process of its own: a judge that hangs is killed, and nothing else with it."""
 
 import asyncio
+import pickle
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from dpo_ray.config import Config
+from dpo_ray.launch.rollouts.completions import EngineCompletions
 from dpo_ray.launch.run_dir import log_to_run
-from dpo_ray.rollout.judges import Judge, bind_judge, check_scores, is_async
-from dpo_ray.types import CompletionGroup
+from dpo_ray.rollout.judges import Judge, JudgeContext, bind_judge, check_scores, is_async
+from dpo_ray.types import CompletionGroup, Judgement
 
 ASYNC_CONCURRENCY = 32
 """Calls in progress of a judge that is an async function."""
@@ -22,11 +24,13 @@ PING_TIMEOUT_S = 30.0
 class JudgeActor:
     """One replica of the judge."""
 
-    def __init__(self, config: dict[str, Any], index: int) -> None:
+    def __init__(self, config: dict[str, Any], index: int, fleet: bytes) -> None:
         parsed = Config.model_validate(config)
         log_to_run(parsed.run.path, f"judge-{index}")
         assert parsed.online is not None
-        self._build = bind_judge(parsed.online.judge)
+        self._engines = EngineCompletions(parsed, pickle.loads(fleet))
+        context = JudgeContext(parsed.run.path, self._engines.complete)
+        self._build = bind_judge(parsed.online.judge, context)
         self._judge: Judge | None = None
         self._building = asyncio.Lock()
 
@@ -37,7 +41,7 @@ class JudgeActor:
         """Build the judge; returns how many calls may be in progress."""
         return ASYNC_CONCURRENCY if is_async(await self._built()) else 1
 
-    async def score(self, groups: Sequence[CompletionGroup]) -> list[list[float]]:
+    async def score(self, groups: Sequence[CompletionGroup]) -> list[Judgement]:
         """Scores of every completion of every group."""
         judge = await self._built()
         scores: Any = judge(groups) if is_async(judge) else asyncio.to_thread(judge, groups)
@@ -101,7 +105,7 @@ class RemoteJudge:
                     ray.kill(self.handle, no_restart=False)
         return building.result()
 
-    async def score(self, groups: Sequence[CompletionGroup]) -> list[list[float]]:
+    async def score(self, groups: Sequence[CompletionGroup]) -> list[Judgement]:
         """Scores of every completion of every group."""
         try:
             return await self.handle.score.remote(groups)
@@ -115,9 +119,17 @@ class RemoteJudge:
         ray.kill(self.handle, no_restart=False)
 
 
-def start_judges(config: Config) -> list[RemoteJudge]:
+def start_judges(config: Config, fleet: Any) -> list[RemoteJudge]:
     """Start all replicas, without waiting for them. They belong to the calling process."""
     assert config.online is not None
-    actor = ray.remote(JudgeActor).options(num_cpus=0, max_restarts=-1, max_concurrency=2 * ASYNC_CONCURRENCY)
-    plain, timeout = config.model_dump(mode="json"), config.cluster.start_timeout_s
-    return [RemoteJudge(actor.remote(plain, index), timeout) for index in range(config.online.judge.replicas)]
+    judge = config.online.judge
+    actor = ray.remote(JudgeActor).options(
+        num_cpus=0,
+        num_gpus=judge.num_gpus,
+        max_restarts=-1,
+        max_concurrency=2 * ASYNC_CONCURRENCY,
+        runtime_env={} if judge.num_gpus else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
+    )
+    plain, handle = config.model_dump(mode="json"), ray.cloudpickle.dumps(fleet)
+    replicas = [actor.remote(plain, index, handle) for index in range(judge.replicas)]
+    return [RemoteJudge(replica, config.cluster.start_timeout_s) for replica in replicas]

@@ -1,4 +1,4 @@
-"""Judges score the candidates of a round. This module builds them and validates their scores.
+"""Judges score the candidates of a round. This module builds them and validates what they return.
 
 A judge gets groups of texts. It runs beside the engines, never in a training worker.
 """
@@ -6,16 +6,34 @@ A judge gets groups of texts. It runs beside the engines, never in a training wo
 import inspect
 import math
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, SupportsFloat
 
 from dpo_ray.config import Component
+from dpo_ray.config.schema import SamplingConfig
 from dpo_ray.plugins import bind, bind_factory, resolve
 from dpo_ray.rollout.judges.length import Length
 from dpo_ray.rollout.judges.sentiment import Sentiment
-from dpo_ray.types import CompletionGroup
+from dpo_ray.types import CompletionGroup, Judgement, Messages
 
-Scores = Sequence[Sequence[float]]
+Scores = Sequence[Sequence[float] | Judgement]
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeContext:
+    """Services of a run for a judge: a factory with a parameter ``context`` gets it."""
+
+    run_dir: Path
+    """The run directory, for a cache."""
+    complete: Callable[[Messages, SamplingConfig], Awaitable[str]]
+    """Complete a conversation by the run's engines with their present policy.
+
+    Raises:
+        ValueError: the conversation is too long for the engines.
+        RequestTimedOut, EngineError: see ``Dispatcher.generate``.
+    """
 
 
 class Judge(Protocol):
@@ -26,14 +44,21 @@ class Judge(Protocol):
     """
 
     def __call__(self, groups: Sequence[CompletionGroup]) -> Scores | Awaitable[Scores]:
-        """One list per group with one score per completion, in order; NaN for a completion without a score."""
+        """Judge groups.
+
+        Returns:
+            Per group one score per completion, in order, NaN for a completion without a score; or a ``Judgement``.
+        """
         ...
 
 
-def bind_judge(component: Component) -> Callable[[], Judge]:
+def bind_judge(component: Component, context: JudgeContext | None = None) -> Callable[[], Judge]:
     """A function that builds the judge of ``online.judge``; checked here, so that wrong arguments fail at once.
 
     An import path names a judge function, to which ``args`` are bound, or a factory that is called with ``args``.
+
+    Args:
+        context: None where the judge is checked and not built.
 
     Raises:
         ValueError: the name or an argument is unknown, or an argument is missing.
@@ -44,7 +69,7 @@ def bind_judge(component: Component) -> Callable[[], Judge]:
             raise ValueError(f"judge {use!r}: groups cannot be set in args; each call passes it")
         judge = bind(use, args, JUDGES, "judge")
         return lambda: judge
-    return partial(_call_factory, bind_factory(use, args, JUDGES, "judge"), use)
+    return partial(_call_factory, bind_factory(use, args, JUDGES, "judge", context=context), use)
 
 
 def _call_factory(factory: Callable[[], Any], use: str) -> Judge:
@@ -70,8 +95,8 @@ def is_judge_function(part: Any) -> bool:
     return groups is not None and groups.default is groups.empty
 
 
-def check_scores(groups: Sequence[CompletionGroup], scores: Any) -> list[list[float]]:
-    """Validate a judge's return value and convert it to floats.
+def check_scores(groups: Sequence[CompletionGroup], scores: Any) -> list[Judgement]:
+    """Validate a judge's return value and convert it to judgements.
 
     A score that is not finite becomes NaN: selectors skip that candidate, and the round counts it in ``bad_scores``.
 
@@ -83,10 +108,17 @@ def check_scores(groups: Sequence[CompletionGroup], scores: Any) -> list[list[fl
             f"the judge returned {_described(scores)} for {len(groups)} groups; "
             "it must return one list of scores for each group"
         )
-    return [_check_group(number, group, row) for number, (group, row) in enumerate(zip(groups, scores, strict=True))]
+    return [_judgement(number, group, row) for number, (group, row) in enumerate(zip(groups, scores, strict=True))]
 
 
-def _check_group(number: int, group: CompletionGroup, row: Any) -> list[float]:
+def _judgement(number: int, group: CompletionGroup, row: Any) -> Judgement:
+    if not isinstance(row, Judgement):
+        return Judgement(_check_group(number, group, row))
+    parts = {name: _check_group(number, group, part) for name, part in row.parts.items()}
+    return replace(row, scores=_check_group(number, group, row.scores), parts=parts)
+
+
+def _check_group(number: int, group: CompletionGroup, row: Any) -> tuple[float, ...]:
     if not isinstance(row, Collection) or len(row) != len(group.completions):
         raise ValueError(
             f"the judge returned {_described(row)} for the {len(group.completions)} completions of group {number} "
@@ -99,7 +131,7 @@ def _check_group(number: int, group: CompletionGroup, row: Any) -> list[float]:
                 "a score must be a number, or NaN for no score"
             )
     numbers = [float(score) for score in row]
-    return [number if math.isfinite(number) else math.nan for number in numbers]
+    return tuple(number if math.isfinite(number) else math.nan for number in numbers)
 
 
 def _described(value: Any) -> str:

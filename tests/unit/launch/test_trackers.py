@@ -21,7 +21,7 @@ from dpo_ray.launch.follower import Position, Tail, TrackerFeed, follow_run, val
 from dpo_ray.launch.trackers import TRACKERS
 from dpo_ray.rollout.ledger import Ledger
 from dpo_ray.rollout.open_round import Outcome
-from dpo_ray.types import Completion, CompletionGroup, Prompt, ScoredPair
+from dpo_ray.types import Completion, CompletionGroup, Judgement, Prompt, ScoredPair
 
 TOKEN = "hf_" + 34 * "x"
 
@@ -213,7 +213,7 @@ def write_round(store: Ledger, round: int) -> None:
     ]
     lines = store.open(round, oldest=0)
     for group in groups:
-        lines.append(Outcome(group.prompt, group.prompt.index, (ScoredPair(0, 1),), group, (2.0, 1.0)))
+        lines.append(Outcome(group.prompt, group.prompt.index, (ScoredPair(0, 1),), group, Judgement((2.0, 1.0))))
     lines.finish()
 
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 from dpo_ray.config.schema import OnlineConfig
 from dpo_ray.rollout.engine import Engine, EngineStatus, Request
 from dpo_ray.rollout.membership import Member, Membership
-from dpo_ray.types import Completion, CompletionGroup, Prompt
+from dpo_ray.types import Completion, CompletionGroup, Judgement, Prompt
 
 
 def prompts(count: int) -> list[Prompt]:
@@ -105,12 +105,12 @@ class FakeReplica:
         self.act, self.restarts = act, 0
         self.batches: list[list[int]] = []
 
-    async def score(self, groups: Sequence[CompletionGroup]) -> list[list[float]]:
+    async def score(self, groups: Sequence[CompletionGroup]) -> list[Judgement]:
         """Scores 0, 1, 2 ... of the completions of each group."""
         self.batches.append([group.prompt.index for group in groups])
         if self.act is not None and (action := self.act(groups)) is not None:
             await action
-        return [[float(i) for i in range(len(group.completions))] for group in groups]
+        return [Judgement(tuple(float(i) for i in range(len(group.completions)))) for group in groups]
 
     async def ready(self) -> int:
         """At once."""

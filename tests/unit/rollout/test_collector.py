@@ -14,6 +14,7 @@ from dpo_ray.rollout.engine import RequestTimedOut
 from dpo_ray.rollout.judging import JudgePool
 from dpo_ray.rollout.ledger import Ledger
 from dpo_ray.rollout.selectors import best_vs_worst, select_pairs
+from dpo_ray.types import Judgement
 from tests.unit.rollout.fakes import FakeEngine, FakeFleet, FakeReplica, online, prompts, raise_for
 
 PROMPTS = 32
@@ -191,7 +192,8 @@ def test_failures_are_counted_by_kind_and_the_round_ends_well(tmp_path):
             rows = await scores(groups)
             bad = (at[5], at[6])
             return [
-                [math.nan] * len(row) if g.prompt.index in bad else row for g, row in zip(groups, rows, strict=True)
+                Judgement((math.nan,) * len(row.scores)) if g.prompt.index in bad else row
+                for g, row in zip(groups, rows, strict=True)
             ]
 
         replica.score = with_nan

@@ -11,7 +11,7 @@ import pytest
 
 from dpo_ray.config import Component
 from dpo_ray.rollout.judges import bind_judge, check_scores, is_async
-from dpo_ray.types import CompletionGroup
+from dpo_ray.types import CompletionGroup, Judgement
 
 MODULE = __name__
 
@@ -139,13 +139,13 @@ def test_a_judge_that_cannot_be_built_is_rejected_with_the_reason(use, args, mes
 
 def test_check_scores_converts_to_floats_and_replaces_scores_that_are_not_finite_by_nan(group):
     checked = check_scores([group("a", "b", "c", "d")], [[1, math.inf, -math.inf, math.nan]])
-    assert checked[0][0] == 1.0
-    assert isinstance(checked[0][0], float)
-    assert all(math.isnan(score) for score in checked[0][1:])
+    assert checked[0].scores[0] == 1.0
+    assert isinstance(checked[0].scores[0], float)
+    assert all(math.isnan(score) for score in checked[0].scores[1:])
 
 
 def test_check_scores_accepts_an_array(group):
-    assert check_scores([group("a", "b")], np.array([[0.5, 2.0]], dtype=np.float32)) == [[0.5, 2.0]]
+    assert check_scores([group("a", "b")], np.array([[0.5, 2.0]], dtype=np.float32)) == [Judgement((0.5, 2.0))]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from dpo_ray.rollout.judging import JudgeFailed, JudgePool
+from dpo_ray.types import Judgement
 from tests.unit.rollout.fakes import FakeReplica, raise_for
 
 
@@ -25,7 +26,7 @@ def score_all(groups, *replicas, batch=4, concurrency=1, timeout_s=5.0, retries=
 def test_groups_that_wait_share_a_call_up_to_the_batch_size(group):
     replica = FakeReplica()
     results = score_all([group("a", "b", index=i) for i in range(10)], replica)
-    assert results == [[0.0, 1.0]] * 10
+    assert results == [Judgement((0.0, 1.0))] * 10
     assert [len(batch) for batch in replica.batches] == [4, 4, 2]
 
 
@@ -46,7 +47,7 @@ def test_a_judge_that_fails_once_is_asked_again(group):
             raise error
 
     replica = FakeReplica(act)
-    assert score_all([group("a", "b")], replica) == [[0.0, 1.0]]
+    assert score_all([group("a", "b")], replica) == [Judgement((0.0, 1.0))]
     assert replica.batches == [[0], [0]]
 
 

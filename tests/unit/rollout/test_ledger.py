@@ -10,7 +10,7 @@ import pytest
 from dpo_ray.rollout.ledger import Ledger
 from dpo_ray.rollout.open_round import LINE_KEYS, Outcome
 from dpo_ray.rollout.selectors import best_vs_worst, select_pairs
-from dpo_ray.types import Dropped, Prompt, ScoredPair, TokenPair
+from dpo_ray.types import Dropped, Judgement, Prompt, ScoredPair, TokenPair
 
 
 @pytest.fixture
@@ -20,7 +20,9 @@ def ledger(tmp_path) -> Ledger:
 
 def outcome(group, scores, position=None):
     choice = select_pairs(best_vs_worst, group, scores)
-    return Outcome(group.prompt, group.prompt.index if position is None else position, choice, group, tuple(scores))
+    return Outcome(
+        group.prompt, group.prompt.index if position is None else position, choice, group, Judgement(tuple(scores))
+    )
 
 
 def failed(index):
@@ -68,6 +70,7 @@ def test_each_prompt_is_one_line_with_every_candidate_score_and_pair(written):
             {"text": "a a", "tokens": 3, "finished": True, "versions": [3, 3]},
         ],
         "scores": [1.0, 3.0, 2.0],
+        "judge": {},
         "pairs": [{"chosen": 1, "rejected": 0, "chosen_score": 3.0, "rejected_score": 1.0}],
         "dropped": None,
         "error": None,
@@ -98,7 +101,9 @@ def test_the_manifest_counts_candidates_versions_and_dropped_groups_by_reason(wr
             "tokens_stored": 21,  # and three prompts of two
             "tokens_generated": 15,
         },
-        "scores": {"mean": pytest.approx(8 / 6), "chosen": 3.0, "rejected": 1.0},  # 1 + 3 + 2 + 0.5 + 0.5 + 1 over 6
+        # 1 + 3 + 2 + 0.5 + 0.5 + 1 over 6; 3 + 0.5 + 1 over 3
+        "scores": {"mean": pytest.approx(8 / 6), "best": 1.5, "chosen": 3.0, "rejected": 1.0},
+        "judge": {"length_correlation": pytest.approx(math.sqrt(3) / 2)},  # scores 1, 3, 2 of 2, 3, 3 tokens
         "timings": {"generate_s": 5.0, "judge_s": 0.5},
         "seed": 11,
     }
@@ -113,6 +118,8 @@ def test_a_round_reads_back_as_the_sampled_tokens_with_its_metrics(written):
     assert data.pairs.members is None
     assert data.metrics == {
         "judge/mean_score": pytest.approx(8 / 6),
+        "judge/best_score": 1.5,
+        "judge/length_correlation": pytest.approx(math.sqrt(3) / 2),
         "judge/chosen_score": 3.0,
         "judge/rejected_score": 1.0,
         "rollout/kept": 1,
@@ -140,7 +147,7 @@ def test_pairs_are_in_the_order_of_the_prompts_however_the_groups_finished(ledge
 def test_several_pairs_of_a_prompt_share_its_tokens(ledger, group):
     three = group("a", "b b", "c c c")
     choice = (ScoredPair(2, 0), ScoredPair(2, 1))
-    write(ledger, 0, [Outcome(three.prompt, 0, choice, three, (0.0, 1.0, 2.0))])
+    write(ledger, 0, [Outcome(three.prompt, 0, choice, three, Judgement((0.0, 1.0, 2.0)))])
     pairs = ledger.read(0).pairs
     assert [pairs[0].chosen, pairs[1].chosen] == [(1, 2, 3, 0)] * 2
     assert [pairs[0].rejected, pairs[1].rejected] == [(1, 0), (1, 2, 0)]

@@ -1,0 +1,110 @@
+"""Running counts of a round, from the lines of its pairs.jsonl."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+Line = Mapping[str, Any]
+"""One line of pairs.jsonl."""
+
+
+@dataclass(slots=True)
+class Mean:
+    """A running mean."""
+
+    total: float = 0.0
+    terms: int = 0
+
+    def add(self, *values: float) -> None:
+        """Add terms."""
+        self.total += sum(values)
+        self.terms += len(values)
+
+    @property
+    def value(self) -> float | None:
+        """The mean; None without terms."""
+        return self.total / self.terms if self.terms else None
+
+
+@dataclass(slots=True)
+class Correlation:
+    """Running Pearson correlation within groups: both variables are taken relative to their group's mean."""
+
+    xx: float = 0.0
+    xy: float = 0.0
+    yy: float = 0.0
+
+    def add(self, xs: Sequence[float], ys: Sequence[float]) -> None:
+        """Add a group."""
+        if not xs:
+            return
+        dx, dy = ([value - fmean(values) for value in values] for values in (xs, ys))
+        self.xx += sum(x * x for x in dx)
+        self.yy += sum(y * y for y in dy)
+        self.xy += sum(x * y for x, y in zip(dx, dy, strict=True))
+
+    @property
+    def value(self) -> float | None:
+        """The correlation; None if a variable does not vary."""
+        return self.xy / math.sqrt(self.xx * self.yy) if self.xx and self.yy else None
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts of a round."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    scores: dict[str, Mean] = field(default_factory=lambda: {n: Mean() for n in ("mean", "best", "chosen", "rejected")})
+    """Means of scores: ``mean`` over all completions, ``best`` over the best of each group, and over the completions
+    of the pairs; further ones by the components of the judge."""
+    means: dict[str, Mean] = field(default_factory=dict)
+    """See ``Judgement.means``."""
+    totals: Counter[str] = field(default_factory=Counter)
+    """See ``Judgement.totals``."""
+    length: Correlation = field(default_factory=Correlation)
+    """Correlation of score and length in tokens."""
+    versions: Counter[int] = field(default_factory=Counter)
+    """Completions by the policy version of their first token."""
+
+    def add(self, line: Line) -> None:
+        """Count a group."""
+        candidates, scores = line["candidates"], [score for score in line["scores"] if score is not None]
+        texts = [candidate["text"] for candidate in candidates]
+        self.counts.update(
+            prompts=1,
+            candidates=len(candidates),
+            pairs=len(line["pairs"]),
+            kept=bool(line["pairs"]),
+            duplicates=len(texts) - len(set(texts)),
+            empty=sum(not text.strip() for text in texts),
+            bad_scores=len(line["scores"]) - len(scores),
+            truncated=sum(not candidate["finished"] for candidate in candidates),
+            tokens=sum(candidate["tokens"] for candidate in candidates),
+        )
+        if line["dropped"] is not None:
+            self.dropped[line["dropped"]] += 1
+        self.versions.update(candidate["versions"][0] for candidate in candidates)
+        self._add_scores(line, scores)
+        judge = line.get("judge", {})
+        for name, value in judge.get("means", {}).items():
+            self.means.setdefault(name, Mean()).add(*([] if value is None else [value]))
+        self.totals.update(judge.get("totals", {}))
+
+    def _add_scores(self, line: Line, scores: Sequence[float]) -> None:
+        self.scores["mean"].add(*scores)
+        self.scores["best"].add(*([max(scores)] if scores else []))
+        for side in ("chosen", "rejected"):
+            self.scores[side].add(*(score for pair in line["pairs"] if (score := pair[f"{side}_score"]) is not None))
+        for name, part in line.get("judge", {}).get("parts", {}).items():
+            self.scores.setdefault(name, Mean()).add(*(score for score in part if score is not None))
+        scored = [(s, c["tokens"]) for s, c in zip(line["scores"], line["candidates"], strict=False) if s is not None]
+        self.length.add([score for score, _ in scored], [tokens for _, tokens in scored])
+
+    def judging(self) -> dict[str, float]:
+        """Figures about the judging, by name."""
+        values = {name: mean.value for name, mean in self.means.items()} | {"length_correlation": self.length.value}
+        return {name: value for name, value in values.items() if value is not None} | dict(self.totals)
