@@ -45,7 +45,9 @@ def online(arguments: Sequence[str]) -> None:
 
     def run() -> None:
         assert config.online is not None
-        bind_judge(config.online.judge)
+        for judge in (config.online.judge, config.online.eval_judge):
+            if judge is not None:
+                bind_judge(judge)
         build_selector(config.online.select)
         run_on_cluster("dpo_ray.launch.online:run_online", config, engines=config.cluster.rollout_engines)
 

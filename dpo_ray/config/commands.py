@@ -27,7 +27,6 @@ INSPECT = Command(required={}, ignored={})
 ONLINE = Command(
     required={"online": "this command needs an online section (prompts, rounds, judge, ...)"},
     ignored={
-        "data.train": _ROUNDS_INSTEAD,
         "data.eval": "an online run is evaluated on online.eval_prompts",
         "run.steps": _ROUNDS_INSTEAD,
         "run.epochs": f"{_ROUNDS_INSTEAD}, each online.epochs_per_round times",
@@ -40,6 +39,16 @@ def validate_command(config: Config, command: Command) -> None:
     for key, advice in command.required.items():
         if not _value(config, key):
             raise ValueError(f"{key} is empty: {advice}")
+    if (
+        config.online is not None
+        and config.data.train
+        and not config.online.source.mix
+        and "online" in command.required
+    ):
+        raise ValueError(
+            f"data.train: found {list(config.data.train)}, which would be ignored: {_ROUNDS_INSTEAD}; set "
+            "online.source.mix to the fraction of a round that data.train gives, or leave data.train out"
+        )
     for key, reason in command.ignored.items():
         value = _value(config, key)
         section, _, name = key.rpartition(".")

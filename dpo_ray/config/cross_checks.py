@@ -106,6 +106,30 @@ def validate_lists(data: schema.DataConfig, loss: schema.LossConfig) -> None:
         )
 
 
+def validate_sources(
+    online: schema.OnlineConfig, data: schema.DataConfig, reference: schema.ReferenceConfig, kind: str
+) -> None:
+    """Check that the sources of a round have what they need.
+
+    Args:
+        kind: ``Config.reference_kind``.
+    """
+    source, keep = online.source, online.keep_rounds
+    if source.mix and not data.train:
+        raise ValueError(f"online.source.mix is {source.mix:g}, and data.train is empty: give pairs to mix in")
+    if source.replay and keep is not None and keep < source.replay_rounds:
+        raise ValueError(
+            f"online.source.replay_rounds is {source.replay_rounds}, but online.keep_rounds: {keep} deletes the pairs "
+            f"of rounds before; set online.keep_rounds to {source.replay_rounds} or more"
+        )
+    if online.judged_by_trainer and (kind == "none" or reference.refresh == "round"):
+        found = "reference.refresh: round" if reference.refresh == "round" else "reference.kind: none"
+        raise ValueError(
+            "online.judge.use: implicit compares the policy with the reference, and with "
+            f"{found} there is none that differs; set reference.kind: auto and reference.refresh: never"
+        )
+
+
 def validate_engines(
     online: schema.OnlineConfig, cluster: schema.ClusterConfig, lora: schema.LoraConfig | None
 ) -> None:

@@ -32,6 +32,7 @@ FIXED_KEYS = (
     "loss.router_aux",
     "online.prompts",
     "online.prompts_per_round",
+    "online.source",
     "online.candidates",
     "online.sampling",
     "online.judge",

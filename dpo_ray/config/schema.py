@@ -56,7 +56,9 @@ LIST_LOSSES = ("plackett_luce", "lipo")
 Examples = Literal["pairs", "lists", "unpaired", "unpaired_kl"]
 """Kinds of training examples: pairs; pairs of neighbours in ranked lists; completions without a pair; or these, each
 with a completion of another prompt."""
-JUDGES = ("length", "sentiment")
+JUDGES = ("implicit", "length", "sentiment")
+IMPLICIT = "implicit"
+"""The judge whose scores the training workers compute."""
 SELECTORS = ("best_vs_worst", "random_pair")
 TRANSPORTS = ("object_store", "nccl", "ipc", "lora")
 OPTIMIZERS = ("adamw", "adamw_8bit")
@@ -521,7 +523,7 @@ class JudgeConfig(Component):
     """The judge, which scores completions."""
 
     use: Annotated[str, _one_of("judge", JUDGES)] = "length"
-    """Judge: length, sentiment, or an import path."""
+    """Judge: length, sentiment, implicit, or an import path."""
     replicas: int = Field(1, ge=1)
     """Number of judge processes."""
     num_gpus: float = Field(0.0, ge=0)
@@ -542,6 +544,29 @@ class SelectConfig(Component):
 
     use: Annotated[str, _one_of("selector", SELECTORS)] = "best_vs_worst"
     """Selector: best_vs_worst, random_pair, or an import path."""
+
+
+class SourceConfig(Section):
+    """The sources of a round's pairs."""
+
+    use: Literal["candidates", "self_play"] = "candidates"
+    """candidates: judge and selector pick pairs from the policy's completions. self_play: the answer of the prompt's
+    record is chosen and the policy's completions are rejected (SPIN, arXiv:2401.01335)."""
+    mix: float = Field(0.0, ge=0, lt=1)
+    """Fraction of a full round's pairs that comes from data.train."""
+    replay: float = Field(0.0, ge=0, lt=1)
+    """Fraction of a full round's pairs that is drawn from earlier rounds."""
+    replay_rounds: int = Field(4, ge=1)
+    """Number of past rounds to draw them from."""
+
+    @model_validator(mode="after")
+    def _validate_fractions(self) -> Self:
+        if self.mix + self.replay >= 1:
+            raise ValueError(
+                f"online.source.mix ({self.mix:g}) and online.source.replay ({self.replay:g}) leave nothing for new "
+                "pairs; their sum must be below 1"
+            )
+        return self
 
 
 class SyncConfig(Component):
@@ -567,13 +592,16 @@ class OnlineConfig(Section):
     """Prompts to generate candidates for per round."""
     epochs_per_round: int = Field(1, ge=1)
     """Passes over the pairs of a round."""
-    candidates: int = Field(4, ge=2)
-    """Completions to sample per prompt."""
+    source: SourceConfig = SourceConfig()
+    candidates: int = Field(4, ge=1)
+    """Completions to sample per prompt; at least 2, and 1 or more with online.source.use: self_play."""
     sampling: SamplingConfig = SamplingConfig()
     engine: EngineConfig = EngineConfig()
     max_lag: int = Field(0, ge=0)
     """Rounds that generation may run ahead of training; 0 is on-policy."""
     judge: JudgeConfig = JudgeConfig()
+    eval_judge: JudgeConfig | None = None
+    """Judge of the held-out completions; null is online.judge."""
     select: SelectConfig = SelectConfig()
     sync: SyncConfig = SyncConfig()
     kl_samples: int = Field(32, ge=1)
@@ -594,8 +622,37 @@ class OnlineConfig(Section):
     """Maximum mean absolute difference, in nats per token, between trainer and engine log-probabilities of a probe text
     after a weight update. Two bfloat16 implementations of the same weights differ by 0.03 to 0.06."""
 
+    @property
+    def judged_by_trainer(self) -> bool:
+        """True if the training workers score the completions."""
+        return self.judge.use == IMPLICIT and self.source.use == "candidates"
+
+    @property
+    def judges(self) -> dict[str, JudgeConfig]:
+        """The judges that the run needs, by key: ``judge`` for its rounds, ``eval_judge`` for held-out completions."""
+        in_rounds = self.source.use == "candidates" and not self.judged_by_trainer
+        judges = {"judge": self.judge} if in_rounds else {}
+        return judges | ({"eval_judge": self.eval_judge or self.judge} if self.eval_prompts else {})
+
+    @model_validator(mode="after")
+    def _validate_judges(self) -> Self:
+        evaluated = self.eval_judge or self.judge
+        if self.eval_prompts and evaluated.use == IMPLICIT:
+            raise ValueError(
+                "online.judge.use: implicit compares policy and reference, which says nothing of held-out completions; "
+                "set online.eval_judge, or leave out online.eval_prompts"
+            )
+        return self
+
     @model_validator(mode="after")
     def _validate_temperature(self) -> Self:
+        if self.source.use == "self_play":
+            return self
+        if self.candidates < 2:
+            raise ValueError(
+                f"online.candidates is {self.candidates}: a pair is made of two completions; set it to 2 or more, or "
+                "online.source.use: self_play"
+            )
         if self.sampling.temperature == 0:
             raise ValueError(
                 f"online.sampling.temperature is 0: all {self.candidates} candidates (online.candidates) would be the "

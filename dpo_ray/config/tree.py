@@ -57,5 +57,6 @@ class Config(schema.Section):
         cross_checks.validate_run(self.run, self.data, self.online)
         cross_checks.validate_lists(self.data, self.loss)
         if self.online is not None:
+            cross_checks.validate_sources(self.online, self.data, self.reference, self.reference_kind)
             cross_checks.validate_engines(self.online, self.cluster, self.model.lora)
         return self

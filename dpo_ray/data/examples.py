@@ -8,9 +8,10 @@ from dataclasses import replace
 from itertools import chain, groupby, pairwise
 
 from dpo_ray.data.formats import Part
-from dpo_ray.data.records import PairRecord, Problem, PromptRecord, read_pairs, read_prompts
+from dpo_ray.data.records import PairRecord, Problem, PromptRecord, read_answers, read_pairs, read_prompts
 from dpo_ray.data.report import MEANINGS
 from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPair, TokenizedPrompt
+from dpo_ray.types import Completion
 
 Kept = tuple[PairRecord, TokenizedPair]
 Item = Kept | Problem
@@ -146,3 +147,28 @@ def tokenize_prompts(
         else:
             tokenized = tokenizer.prompt(record)
             yield tokenized if isinstance(tokenized, Problem) else (record, tokenized)
+
+
+def tokenize_answers(
+    sources: Sequence[str], tokenizer: RecordTokenizer
+) -> Iterator[tuple[PromptRecord, TokenizedPrompt, Completion] | Problem]:
+    """Read and tokenise the prompts of ``sources`` with their answers, in order; a problem per record that is dropped.
+
+    A prompt has the tokens that come before its answer.
+    """
+    for item in read_answers(sources):
+        if isinstance(item, Problem):
+            yield item
+            continue
+        record, answered = item
+        prompt, pair = tokenizer.prompt(record), tokenizer.pair(answered)
+        if isinstance(prompt, Problem):
+            yield prompt
+            continue
+        if isinstance(pair, Problem):
+            yield pair
+            continue
+        answer = answered.chosen if isinstance(answered.chosen, str) else answered.chosen[-1]["content"]
+        completion = Completion(answer or "", pair.pair.chosen, finished=not pair.removed[0])
+        notes = tuple(dict.fromkeys((*prompt.notes, *pair.notes)))
+        yield record, replace(prompt, token_ids=pair.pair.prompt, notes=notes), completion

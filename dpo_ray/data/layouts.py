@@ -32,6 +32,8 @@ PROMPT = ("prompt", "conversations", "instruction", "question", "input", "contex
 _CHOSEN = ("chosen", "chosen_response", "response_j", "preferred_output")
 _REJECTED = ("rejected", "rejected_response", "response_k", "non_preferred_output")
 _LISTS = ("completions", "answers", "generations", "responses")
+_ANSWERS = ("completion", "output", "response", "answer")
+"""Fields that may hold the answer of a record with one completion."""
 _SCORES = ("scores", "score", "ratings", "rating", "ranks", "rank")
 _TEXTS = ("content", "text", "completion", "response", "answer", "value", "generated_text")
 _LOWER_IS_BETTER = ("rank", "ranks")
@@ -127,6 +129,30 @@ def read_prompt(fields: Fields) -> Messages | str:
         if all(message["role"] == "assistant" for message in prompt):
             bad_field(name, "only assistant turns", "a conversation with another turn")
     return prompt
+
+
+def read_answer(fields: Fields) -> Candidates:
+    """The prompt of a record and its answer: the best of its completions, or the text or turns that follow the prompt.
+
+    Raises:
+        Unusable: the record has no prompt or no answer.
+    """
+    if (fields.first_of(*_CHOSEN) and fields.first_of(*_REJECTED)) or _verdict_of(fields) or fields.first_of(*_LISTS):
+        candidates = read_candidates(fields)
+        best = max(range(len(candidates.scores)), key=candidates.scores.__getitem__)
+        return Candidates(
+            candidates.prompt, (candidates.completions[best],), (1.0,), (candidates.names[best],), candidates.left_out
+        )
+    prompt, name = read_prompt(fields), fields.first_of(*PROMPT)
+    assert name is not None
+    conversation = fields.conversation(name) if name in ("messages", "conversations") else ()
+    if isinstance(prompt, tuple) and (turns := conversation[len(prompt) :]):
+        assert not isinstance(turns, str)
+        return Candidates(prompt, (turns,), (1.0,), (name,))
+    answer = fields.first_of(*_CHOSEN, *_ANSWERS)
+    if answer is None:
+        missing_field(fields.record, _ANSWERS[0], f"accepted are {', '.join(_ANSWERS)}, and the layouts of pairs")
+    return Candidates(prompt, (fields.conversation(answer),), (1.0,), (answer,))
 
 
 def transcript_turns(transcript: str) -> Messages | None:

@@ -11,7 +11,7 @@ from typing import Any
 from dpo_ray.config.schema import Examples
 from dpo_ray.data.fields import Fields, bad_field, check_placeholders
 from dpo_ray.data.formats import Part, Unusable, show
-from dpo_ray.data.layouts import PROMPT, Candidates, read_candidates, read_prompt, validate_completion
+from dpo_ray.data.layouts import PROMPT, Candidates, read_answer, read_candidates, read_prompt, validate_completion
 from dpo_ray.data.sources import check_sources, expand_source, read_rows
 from dpo_ray.types import Messages
 
@@ -133,6 +133,31 @@ def read_prompts(sources: Sequence[str]) -> Iterator[PromptRecord | Problem]:
             name: _finite(value) for name, value in fields.record.items() if name not in used and value is not None
         }
         yield PromptRecord(prompt, source, number, tools, system, other, fields.unread_keys())
+
+    return _read([Part(file) for source in sources for file in expand_source(source)], build)
+
+
+def read_answers(sources: Sequence[str]) -> Iterator[tuple[PromptRecord, PairRecord] | Problem]:
+    """Yield per record of ``sources`` its prompt, and the prompt with its answer, or a problem, in order.
+
+    Raises:
+        Unreadable: a source is missing (raised at once), or cannot be read.
+    """
+
+    def build(fields: Fields, source: str, number: int) -> Iterator[tuple[PromptRecord, PairRecord]]:
+        candidates = read_answer(fields)
+        (answer,), (name,) = candidates.completions, candidates.names
+        validate_completion(name, answer, candidates.prompt)
+        tools, (prompt, system) = fields.tools(), _with_system(fields, candidates.prompt)
+        other = {
+            key: _finite(value)
+            for key, value in fields.record.items()
+            if key not in fields.read_names and value is not None
+        }
+        yield (
+            PromptRecord(prompt, source, number, tools, system, other, fields.unread_keys()),
+            PairRecord(prompt, answer, answer, source, number, tools, system, unpaired=1, names=(name, name)),
+        )
 
     return _read([Part(file) for source in sources for file in expand_source(source)], build)
 

@@ -113,14 +113,20 @@ def _prepare(prepare: Prepare, part: tuple[int, Part]) -> DataReportBuilder:
     return prepare(part)
 
 
-def prepare_prompts(config: Config, sources: Sequence[str], key: str, console: Console) -> list[Prompt]:
+def prepare_prompts(
+    config: Config, sources: Sequence[str], key: str, console: Console, *, answers: bool = False
+) -> list[Prompt]:
     """The usable prompts of ``sources``; prints a report of the records read, kept and dropped.
+
+    Args:
+        answers: with the records' own answers, see ``load_prompts``.
 
     Raises:
         ValueError: a source cannot be read, no prompt is usable, or one is dropped and ``data.strict`` is set.
     """
     if not sources:
         return []
-    prompts, report = load_prompts(sources, load_record_tokenizer(config), strict=config.data.strict, name=key)
+    tokenizer = load_record_tokenizer(config)
+    prompts, report = load_prompts(sources, tokenizer, strict=config.data.strict, name=key, answers=answers)
     console.print(report.text(key), highlight=False, markup=False, soft_wrap=True)
     return prompts

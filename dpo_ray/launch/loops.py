@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,11 @@ from dpo_ray.parallel.collectives import broadcast_from_rank0, gather_values
 from dpo_ray.rollout.collector import Progress
 from dpo_ray.rollout.evaluation import Evaluation, EvaluationStore
 from dpo_ray.rollout.ledger import Ledger, RoundData
+from dpo_ray.rollout.selectors import build_selector, select_pairs
 from dpo_ray.sync.ipc import free_cuda_cache
 from dpo_ray.train.offline import train_offline
 from dpo_ray.train.online import train_online
-from dpo_ray.types import Metrics, TrainResult
+from dpo_ray.types import Metrics, TokenSample, TrainResult
 
 ANSWER_TIMEOUT_S = 60.0
 """Longest wait for one answer of the collector, beyond the wait that was asked for."""
@@ -50,11 +52,13 @@ class CollectorRounds:
     """
 
     def __init__(self, config: Config, rollouts: Rollouts, *, colocated: bool) -> None:
+        assert config.online is not None
         self.rollouts, self.colocated = rollouts, colocated
+        self.select = partial(select_pairs, build_selector(config.online.select))
         self.ledger, self.evaluations = Ledger(config.run.path), EvaluationStore(config.run.path)
         self.patience_s = config.cluster.start_timeout_s
         # The fleet's own limit expires first, and replaces an engine instead of ending the run.
-        self.sleep_timeout_s = (config.online.sync_timeout_s if config.online else 0.0) + ANSWER_TIMEOUT_S
+        self.sleep_timeout_s = config.online.sync_timeout_s + ANSWER_TIMEOUT_S
         self.freed_for: int | None = None
 
     def poll(self, version: int, *, round: int | None, evaluations: Sequence[int], wait_s: float) -> Progress:
@@ -68,6 +72,19 @@ class CollectorRounds:
     def read(self, round: int) -> RoundData:
         """A finished round."""
         return self.ledger.read(round)
+
+    def samples(self, round: int) -> list[TokenSample]:
+        """All completions of a round."""
+        return self.ledger.samples(round)
+
+    def judge(self, round: int, scores: Sequence[float]) -> RoundData:
+        """Writes the scores of all completions of a round; returns it with the pairs that the selector picks."""
+        broadcast_from_rank0(lambda: self.ledger.judge(round, scores, self.select))
+        return self.ledger.read(round)
+
+    def write_reference(self, round: int, logps: np.ndarray) -> None:
+        """Stores the reference log-probabilities of a round's pairs."""
+        broadcast_from_rank0(lambda: self.ledger.write_reference(round, logps))
 
     def recorded(self, version: int) -> bool:
         """True if the evaluation of a version is on disk."""
@@ -125,7 +142,8 @@ def online(config: Config, device: torch.device, reporter: RunReporter, rollouts
     sync.connect(engines if rank == 0 else None)
     try:
         rounds = CollectorRounds(config, rollouts, colocated=colocated)
-        return train_online(config, rounds=rounds, sync=sync, device=device, reporter=reporter)
+        fixed = open_pairs(config)[0] if config.online.source.mix else None
+        return train_online(config, rounds=rounds, fixed=fixed, sync=sync, device=device, reporter=reporter)
     finally:
         sync.close()
 

@@ -4,7 +4,7 @@ import time
 
 from dpo_ray.config import Config, with_absolute_paths
 from dpo_ray.launch.cluster import Cluster
-from dpo_ray.launch.data import prepare_prompts
+from dpo_ray.launch.data import prepare_data, prepare_prompts
 from dpo_ray.launch.display import text_console
 from dpo_ray.launch.offline import monitored, validate_training
 from dpo_ray.launch.rollouts.actors import rollout_actors
@@ -29,10 +29,13 @@ def run_online(config: Config, cluster: Cluster) -> None:
     config = with_absolute_paths(config)
     validate_online(config)
     assert config.online is not None
-    prompts = prepare_prompts(config, config.online.prompts, "online.prompts", console)
+    answers = config.online.source.use == "self_play"
+    prompts = prepare_prompts(config, config.online.prompts, "online.prompts", console, answers=answers)
     held_out = prepare_prompts(config, config.online.eval_prompts, "online.eval_prompts", console)
     validate_round_size(prompts, config.online.prompts_per_round)
     make_run_dir(config)
+    if config.online.source.mix:
+        prepare_data(config, cluster, console)
     Ledger(config.run.path).validate_prompts(digest_of_prompts(prompts), len(prompts))
     started = time.monotonic()
     title = f"{config.run.name}: {config.online.rounds} rounds of {config.online.prompts_per_round} prompts"

@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -16,11 +17,13 @@ from dpo_ray.rollout.admission import admitted, oldest_version
 from dpo_ray.rollout.dispatch import Dispatcher, EngineError, VersionGone
 from dpo_ray.rollout.engine import EngineStatus, Request, RequestTimedOut
 from dpo_ray.rollout.evaluation import Evaluation, evaluation_requests
-from dpo_ray.rollout.judging import JudgeFailed, JudgePool
+from dpo_ray.rollout.judging import JudgeFailed
 from dpo_ray.rollout.ledger import Ledger
 from dpo_ray.rollout.open_round import OpenRound, Outcome
-from dpo_ray.rollout.pipeline import FailureLimit, Pipeline, Select
+from dpo_ray.rollout.pipeline import FailureLimit, Generate, Pipeline, Score, Select
 from dpo_ray.rollout.rounds import prompts_of_round, seed_of
+from dpo_ray.rollout.selectors import best_vs_worst, select_pairs
+from dpo_ray.rollout.sources import prefer_answer, unjudged, with_answer
 from dpo_ray.types import CompletionGroup, Prompt
 
 logger = logging.getLogger(__name__)
@@ -48,6 +51,8 @@ class Collector:
 
     Args:
         prompts, held_out: all training prompts, and the held-out prompts.
+        judge: scores the candidates of rounds.
+        eval_judge: scores held-out completions.
         seed: ``run.seed``.
         concurrency: groups that are generated at a time.
         statuses: ``Fleet.statuses``.
@@ -63,14 +68,16 @@ class Collector:
         held_out: Sequence[Prompt],
         ledger: Ledger,
         engines: Dispatcher,
-        judge: JudgePool,
+        judge: Score,
+        eval_judge: Score,
         select: Select,
         concurrency: int,
         statuses: Callable[[], Awaitable[Mapping[str, EngineStatus]]],
         progress: Callable[[str, int, int], None],
     ) -> None:
         self.online, self.seed, self.prompts, self.held_out = online, seed, prompts, held_out
-        self.ledger, self.engines, self.judge, self.select = ledger, engines, judge, select
+        self.ledger, self.engines, self.judge, self.eval_judge = ledger, engines, judge, eval_judge
+        self.select = select
         self.concurrency, self.statuses, self.progress = concurrency, statuses, progress
         self._version = 0
         """Version of the last poll."""
@@ -161,7 +168,7 @@ class Collector:
             self.progress("generating", len(ledger.done), len(prompts))
             limit.count(outcome)
 
-        pipeline = Pipeline(generate, self.judge.score, self.select, self.concurrency)
+        pipeline = self._pipeline(generate)
         try:
             await pipeline.run(self._requests(round, prompts, ledger), append)
         except BaseException:
@@ -174,7 +181,21 @@ class Collector:
             weights_digests={str(version): digests[version] for version in sorted(digests)},
             seed=self.seed,
             sampling=online.sampling.model_dump(mode="json"),
+            judged=not online.judged_by_trainer,
         )
+
+    def _pipeline(self, generate: Generate) -> Pipeline:
+        """The steps of a group for the source of the round's pairs."""
+        if self.online.source.use == "self_play":
+
+            async def played(request: Request) -> CompletionGroup:
+                return with_answer(await generate(request))
+
+            choose = partial(select_pairs, partial(best_vs_worst, pairs=self.online.candidates))
+            return Pipeline(played, prefer_answer, choose, self.concurrency)
+        if self.online.judged_by_trainer:
+            return Pipeline(generate, unjudged, lambda group, scores: (), self.concurrency)
+        return Pipeline(generate, self.judge, self.select, self.concurrency)
 
     def _requests(self, round: int, prompts: Sequence[Prompt], ledger: OpenRound) -> Iterator[tuple[int, Request]]:
         online = self.online
@@ -221,7 +242,7 @@ class Collector:
         if (group := await self._completed(request, version)) is None:
             return None
         try:
-            return group, (await self.judge.score(group)).scores[0]
+            return group, (await self.eval_judge(group)).scores[0]
         except JudgeFailed as error:
             logger.warning("held-out prompt %d has no score: %s", request.prompt.index, error)
             return group, math.nan

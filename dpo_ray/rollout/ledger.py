@@ -4,6 +4,7 @@
                     for having none
     tokens.i32      token ids of prompts and completions; each line of pairs.jsonl has their position
     pairs.i64       positions of prompt, chosen and rejected of each pair in tokens.i32, in the order of the prompts
+    reference.f64   reference log-probabilities of these pairs, where later rounds replay them
     manifest.json   counts and timings; written last and atomically
 
 A round that was interrupted is continued: its groups are on disk. Training reads pairs from these files, memory-mapped,
@@ -11,19 +12,24 @@ so an uninterrupted run and a resumed one cannot differ, and a rank reads only t
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dpo_ray.rollout.late_judging import judge_round, samples_of
 from dpo_ray.rollout.open_round import REMEDY, Line, OpenRound, read_lines, to_json
+from dpo_ray.rollout.pipeline import Select
 from dpo_ray.storage import write_atomically
-from dpo_ray.types import TokenPair
+from dpo_ray.types import TokenPair, TokenSample
 
 if TYPE_CHECKING:
     from dpo_ray.data.loader import PairSource  # imports torch
+
+
+REFERENCE = "reference.f64"
 
 
 class RoundPairs:
@@ -74,6 +80,10 @@ class RoundData:
     """Oldest policy version that sampled a token of the round."""
     metrics: Mapping[str, float]
     """Judge scores, counts of kept and dropped groups, and timings."""
+    judged: bool = True
+    """False if the training workers must score the completions before there are pairs."""
+    reference: np.ndarray | None = None
+    """(n, 2) reference log-probabilities of the pairs, nats, if they are stored; NaN for a pair without."""
 
 
 class Ledger:
@@ -147,7 +157,22 @@ class Ledger:
                 f"{self.path(round)}: damaged: {len(pairs)} pairs and {tokens} tokens, the manifest counted "
                 f"{counts['pairs']} and {counts['tokens_stored']}; {REMEDY}"
             )
-        return RoundData(round, pairs, manifest["policy_version"], _metrics(manifest))
+        logps = self.path(round) / REFERENCE
+        reference = np.fromfile(logps).reshape(-1, 2) if logps.exists() else None
+        judged = manifest.get("judged", True)
+        return RoundData(round, pairs, manifest["policy_version"], _metrics(manifest), judged, reference)
+
+    def write_reference(self, round: int, logps: np.ndarray) -> None:
+        """Store the reference log-probabilities of a round's pairs, for later rounds that replay them."""
+        logps.astype(np.float64).tofile(self.path(round) / REFERENCE)
+
+    def samples(self, round: int) -> list[TokenSample]:
+        """All completions of a round."""
+        return samples_of(self.path(round))
+
+    def judge(self, round: int, scores: Sequence[float], select: Select) -> None:
+        """Write scores of all completions of a round, in the order of ``samples``, and the pairs that follow."""
+        judge_round(self.path(round), scores, select)
 
     def forget(self, *, before: int, keep: int | None) -> None:
         """Delete the token ids of all but the last ``keep`` rounds before ``before``, and their texts; None keeps all.
@@ -158,7 +183,7 @@ class Ledger:
             return
         for folder in self.folder.glob("[0-9]*"):
             if int(folder.name) < before - keep:
-                for name in ("pairs.jsonl", "tokens.i32", "pairs.i64"):
+                for name in ("pairs.jsonl", "tokens.i32", "pairs.i64", REFERENCE):
                     (folder / name).unlink(missing_ok=True)
 
 

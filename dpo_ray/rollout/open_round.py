@@ -77,7 +77,7 @@ class OpenRound:
         if outcome.prompt.index in self.done:
             raise ValueError(f"prompt {outcome.prompt.index} occurs twice in {self.folder}")
         ids = [outcome.prompt.token_ids, *(c.token_ids for c in outcome.group.completions)] if outcome.group else []
-        line = _line(outcome, self._end)
+        line = line_of(outcome, self._end)
         text = (to_json(line) + "\n").encode(errors="replace")  # half a surrogate pair cannot be encoded
         # Token ids first: a line whose tokens are missing would be a damaged file, tokens without a line are a gap.
         tokens = array("i", chain.from_iterable(ids))  # numpy takes four times as long for a tuple
@@ -99,7 +99,7 @@ class OpenRound:
             "policy_version": min(tally.versions, default=self._oldest),
             "policy_versions": {str(version): tally.versions[version] for version in sorted(tally.versions)},
             "counts": {**counts, "tokens_stored": self._end, "tokens_generated": self._generated},
-            "scores": {name: mean.value for name, mean in tally.scores.items()},
+            "scores": tally.mean_scores(),
             "judge": tally.judging(),
             **values,
         }
@@ -136,7 +136,7 @@ class OpenRound:
         self.done.add(line["prompt_index"])
         self._tally.add(line)
         if line["pairs"]:
-            self._spans[line["position"]] = _pair_spans(line)
+            self._spans[line["position"]] = pair_spans(line)
 
 
 def _usable_lines(path: Path, *, oldest: int, available: int) -> Iterator[Line]:
@@ -159,7 +159,8 @@ def _is_stale(line: Line, oldest: int) -> bool:
     return any(candidate["versions"][0] < oldest for candidate in line["candidates"])
 
 
-def _line(outcome: Outcome, start: int) -> Line:
+def line_of(outcome: Outcome, start: int) -> Line:
+    """The line of an outcome, whose token ids begin at ``start``."""
     prompt, completions = outcome.prompt, outcome.group.completions if outcome.group else ()
     pairs = () if isinstance(outcome.choice, Dropped) else outcome.choice
     judgement = outcome.judgement
@@ -204,7 +205,7 @@ def _finite(value: Any) -> Any:
     return [_finite(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def _pair_spans(line: Line) -> list[list[int]]:
+def pair_spans(line: Line) -> list[list[int]]:
     """Start and length of prompt, chosen and rejected of each pair of a line, in tokens."""
     start, prompt = line["tokens"]["start"], line["tokens"]["prompt"]
     lengths = [candidate["tokens"] for candidate in line["candidates"]]

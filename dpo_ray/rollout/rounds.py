@@ -49,5 +49,7 @@ def digest_of_prompts(prompts: Sequence[Prompt]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for prompt in prompts:
         digest.update(np.array([len(prompt.token_ids), *prompt.token_ids], np.int64).tobytes())
+        if prompt.answer is not None:
+            digest.update(np.array(prompt.answer.token_ids, np.int64).tobytes())
         digest.update(json.dumps(prompt.fields, sort_keys=True, default=str).encode())
     return digest.hexdigest()

@@ -104,6 +104,10 @@ class Tally:
         scored = [(s, c["tokens"]) for s, c in zip(line["scores"], line["candidates"], strict=False) if s is not None]
         self.length.add([score for score, _ in scored], [tokens for _, tokens in scored])
 
+    def mean_scores(self) -> dict[str, float | None]:
+        """Means of scores, by name; None without a score."""
+        return {name: mean.value for name, mean in self.scores.items()}
+
     def judging(self) -> dict[str, float]:
         """Figures about the judging, by name."""
         values = {name: mean.value for name, mean in self.means.items()} | {"length_correlation": self.length.value}

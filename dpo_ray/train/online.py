@@ -9,12 +9,14 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from dpo_ray.config import Config
-from dpo_ray.data.loader import PairLoader
+from dpo_ray.data.loader import PairLoader, PairSource
 from dpo_ray.data.packing import build_sample_row
 from dpo_ray.model.export import AdapterWeights, CheckpointWeights, export_policy
 from dpo_ray.model.scorer import LogpsModel, token_logps
@@ -26,8 +28,10 @@ from dpo_ray.rollout.ledger import RoundData
 from dpo_ray.sync.base import WeightSync
 from dpo_ray.train.checkpoint import Checkpointer
 from dpo_ray.train.evaluator import Evaluations, PromptEvaluator
-from dpo_ray.train.reference import load_frozen_reference, round_reference
+from dpo_ray.train.implicit import UnjudgedRounds, judge_by_policy
+from dpo_ray.train.reference import load_frozen_reference, replayable_reference, round_reference
 from dpo_ray.train.reporter import PhaseTimer, Reporter
+from dpo_ray.train.round_pairs import Sources
 from dpo_ray.train.state import TrainState
 from dpo_ray.train.step import dpo_step
 from dpo_ray.train.trainer import Trainer, build_trainer
@@ -36,7 +40,7 @@ from dpo_ray.types import Metrics, NonRetryableError, Probe, TokenSample, TrainR
 logger = logging.getLogger(__name__)
 
 
-class Rounds(Evaluations, Protocol):
+class Rounds(Evaluations, UnjudgedRounds, Protocol):
     """Source of rounds and evaluations. Every rank calls every method alike and gets the same answer."""
 
     def poll(self, version: int, *, round: int | None, evaluations: Sequence[int], wait_s: float) -> Progress:
@@ -45,6 +49,10 @@ class Rounds(Evaluations, Protocol):
 
     def read(self, round: int) -> RoundData:
         """A finished round; each rank reads the pairs that it trains on."""
+        ...
+
+    def write_reference(self, round: int, logps: np.ndarray) -> None:
+        """Stores the reference log-probabilities of a round's pairs, for later rounds that replay them."""
         ...
 
 
@@ -61,9 +69,19 @@ PROBE_TEXT = (
 
 
 def train_online(
-    config: Config, *, rounds: Rounds, sync: WeightSync, device: torch.device, reporter: Reporter
+    config: Config,
+    *,
+    rounds: Rounds,
+    sync: WeightSync,
+    device: torch.device,
+    reporter: Reporter,
+    fixed: PairSource | None = None,
 ) -> TrainResult:
-    """Trains through ``online.rounds`` rounds; a requested stop takes effect after the round in training."""
+    """Trains through ``online.rounds`` rounds; a requested stop takes effect after the round in training.
+
+    Args:
+        fixed: the pairs of data.train, for ``online.source.mix``.
+    """
     assert config.online is not None
     online = config.online
     trainer = build_trainer(config, device, reporter)
@@ -76,6 +94,7 @@ def train_online(
         reporter.note(f"resuming after round {state.round} of {online.rounds}")
     reporter.start(state.step, state.round)
     publish = Publisher(trainer, sync, reporter)
+    sources = Sources(online, fixed, rounds.read, config.run.seed)
 
     metrics: Metrics = {}
     sync_s = publish(state.round)
@@ -88,6 +107,12 @@ def train_online(
         if data is None:
             break
         with timer("perf/train_s"):
+            if frozen is not None and online.judged_by_trainer:
+                reporter.phase("judging")
+                data = judge_by_policy(trainer, rounds, data, frozen, online.judge)
+            if (known := replayable_reference(trainer, data.pairs, frozen)) is not None:
+                rounds.write_reference(data.index, known)
+            data = sources.add_to(replace(data, reference=known))
             metrics = train_on_round(trainer, data, frozen, state, reporter)
         state.round += 1
         lag = {"policy_lag": data.index - data.policy_version}
@@ -173,7 +198,7 @@ def train_on_round(
         seed=config.run.seed + data.index,
         shuffle=config.data.shuffle,
     )
-    reference = round_reference(trainer, pairs, frozen, epochs=online.epochs_per_round)
+    reference = round_reference(trainer, pairs, frozen, epochs=online.epochs_per_round, known=data.reference)
     steps_per_round = math.ceil(online.prompts_per_round / optim.pairs_per_step) * online.epochs_per_round
     steps = loader.steps_per_epoch * online.epochs_per_round
     for step in range(steps):

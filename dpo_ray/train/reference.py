@@ -6,6 +6,7 @@ therefore be built before a checkpoint is loaded.
 
 from functools import partial
 
+import numpy as np
 import torch
 
 from dpo_ray.config import Config
@@ -58,18 +59,33 @@ def build_references(
     return reference, _cached_reference(trainer, held_out, "held-out reference cache", reporter)
 
 
-def round_reference(trainer: Trainer, pairs: PairSource, frozen: LogpsModel | None, *, epochs: int) -> Reference:
+def round_reference(
+    trainer: Trainer, pairs: PairSource, frozen: LogpsModel | None, *, epochs: int, known: np.ndarray | None = None
+) -> Reference:
     """The frozen reference model if there is one; with ``reference.refresh: round`` the policy as the round begins.
 
     Args:
         epochs: passes over ``pairs``. With several, each pair is scored once, before the first.
+        known: (n, 2) log-probabilities of the pairs under the frozen reference, nats; those that are NaN are computed.
     """
+    if known is not None and frozen is not None:
+        missing, logps = np.flatnonzero(np.isnan(known).any(1)), known.copy()
+        logps[missing] = compute_logps(trainer, frozen, pairs, missing.tolist(), lambda done, total: None)
+        return cached_reference(logps)
     if frozen is not None and epochs == 1:
         return live_reference(partial(pair_logps, frozen))
     if trainer.config.reference_kind == "none":
         return no_reference
     model = trainer.policy if frozen is None else frozen
     return cached_reference(compute_logps(trainer, model, pairs, range(len(pairs)), lambda done, total: None))
+
+
+def replayable_reference(trainer: Trainer, pairs: PairSource, frozen: LogpsModel | None) -> np.ndarray | None:
+    """(n, 2) reference log-probabilities of a round's new pairs, nats, if later rounds can use them; otherwise None."""
+    online = trainer.config.online
+    if online is None or not online.source.replay or frozen is None:
+        return None
+    return compute_logps(trainer, frozen, pairs, range(len(pairs)), lambda done, total: None)
 
 
 def _cached_reference(trainer: Trainer, pairs: PairStore, name: str, reporter: Reporter) -> Reference:

@@ -1,6 +1,7 @@
 """The online loop over gloo: equal rounds for any sharding, with a fresh model as the engine."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from dpo_ray.rollout.ledger import RoundData
 from dpo_ray.rollout.updates import check_probe
 from dpo_ray.sync.base import WeightSync
 from dpo_ray.train.online import train_online
-from dpo_ray.types import Completion, CompletionGroup, Metrics, Probe, Prompt, TokenPair
+from dpo_ray.types import Completion, CompletionGroup, Metrics, Probe, Prompt, TokenPair, TokenSample
 from tests.distributed.conftest import assert_same, over
 from tests.distributed.processes import run_ranks
 from tests.distributed.runs import ListReporter
@@ -34,6 +35,9 @@ class DrawnRounds:
         part = lambda: tuple(draw.integers(0, 256, draw.integers(2, 30)).tolist())  # noqa: E731
         self.pairs = [TokenPair(part(), part(), part()) for _ in range(ROUNDS * PAIRS)]
         self.scores: list[Any] = []
+        self.implicit: list[np.ndarray] = []
+        self.references: dict[int, np.ndarray] = {}
+        self.judged = True
 
     def poll(self, version: int, *, round: int | None, evaluations: Sequence[int], wait_s: float) -> Progress:
         """Every round is there, and so are the evaluations: samples are the rejected completions of the last round."""
@@ -45,7 +49,27 @@ class DrawnRounds:
 
     def read(self, round: int) -> RoundData:
         """Four pairs."""
-        return RoundData(round, PairList(self.pairs[round * PAIRS : (round + 1) * PAIRS]), round, {})
+        pairs = PairList(self.pairs[round * PAIRS : (round + 1) * PAIRS], f"round {round}")
+        return RoundData(round, pairs, round, {}, self.judged, self.references.get(round))
+
+    def samples(self, round: int) -> list[TokenSample]:
+        """The completions of all pairs of a round."""
+        pairs = self.pairs[round * PAIRS : (round + 1) * PAIRS]
+        return [TokenSample(pair.prompt, ids) for pair in pairs for ids in (pair.chosen, pair.rejected)]
+
+    def judge(self, round: int, scores: Sequence[float]) -> RoundData:
+        """The pairs of a round with the better completion as chosen."""
+        self.implicit.append(np.array(scores).reshape(-1, 2))
+        pairs = self.pairs[round * PAIRS : (round + 1) * PAIRS]
+        swapped = [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in pairs]
+        better = [
+            a if first > second else b for a, b, (first, second) in zip(pairs, swapped, self.implicit[-1], strict=True)
+        ]
+        return RoundData(round, PairList(better), round, {})
+
+    def write_reference(self, round: int, logps: np.ndarray) -> None:
+        """Kept for later rounds."""
+        self.references[round] = logps
 
     def recorded(self, version: int) -> bool:
         """Never."""

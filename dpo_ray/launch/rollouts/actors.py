@@ -51,12 +51,13 @@ def rollout_actors(
     """
     plain = config.model_dump(mode="json")
     fleet = _start(FleetActor, plain, cluster)
-    judges = start_judges(config, fleet)
+    started = start_judges(config, fleet)
+    judges = list({id(judge): judge for replicas in started.values() for judge in replicas}.values())
     # In a file, and handles as bytes: Ray warns of arguments with references, which a restarted actor may not find.
     prompt_file = config.run.path / "ray" / "prompts.pickle"
     prompt_file.parent.mkdir(exist_ok=True)
     prompt_file.write_bytes(pickle.dumps((prompts, held_out)))
-    handles = ray.cloudpickle.dumps((fleet, judges, status_actor))
+    handles = ray.cloudpickle.dumps((fleet, started, status_actor))
     collector = _start(CollectorActor, plain, prompt_file, handles)
     stop = threading.Event()
     try:

@@ -13,6 +13,8 @@ import numpy as np
 from ray.exceptions import RayError
 
 from dpo_ray.config import Config
+from dpo_ray.config.schema import JudgeConfig
+from dpo_ray.launch.rollouts.judge_actor import RemoteJudge
 from dpo_ray.launch.run_dir import log_to_run
 from dpo_ray.rollout.collector import Collector, Progress
 from dpo_ray.rollout.dispatch import Dispatcher
@@ -21,6 +23,7 @@ from dpo_ray.rollout.evaluation import Evaluation, EvaluationStore
 from dpo_ray.rollout.judging import JudgePool
 from dpo_ray.rollout.ledger import Ledger
 from dpo_ray.rollout.selectors import build_selector, select_pairs
+from dpo_ray.rollout.sources import unjudged
 from dpo_ray.types import Metrics
 
 SEQUENCES_PER_ENGINE = 320
@@ -36,7 +39,7 @@ class CollectorActor:
 
     Args:
         prompt_file: pickled, the training prompts and the held-out prompts.
-        handles: pickled, the handle of the FleetActor, the judges and the handle of the StatusActor.
+        handles: pickled, the handle of the FleetActor, the judges by key and the handle of the StatusActor.
     """
 
     def __init__(
@@ -84,16 +87,10 @@ class CollectorActor:
     async def _start(self) -> Collector:
         online = self.config.online
         assert online is not None
-        calls = [await judge.ready() for judge in self.judges]
-        judge = JudgePool(
-            self.judges,
-            batch=online.judge.batch,
-            concurrency=online.judge.concurrency or min(calls),
-            timeout_s=online.judge.timeout_s,
-            retries=online.judge.retries,
-        )
+        pools = {key: await _pool(online.judges[key], replicas) for key, replicas in self.judges.items()}
         engines = Dispatcher(self.fleet.membership.remote, self.fleet.suspect.remote)
-        self._background = [asyncio.ensure_future(judge.run()), asyncio.ensure_future(engines.follow())]
+        work = (engines.follow(), *(pool.run() for pool in pools.values()))
+        self._background = [asyncio.ensure_future(endless) for endless in work]
         prompts, held_out = pickle.loads(self.prompt_file.read_bytes())
         sequences = self.config.cluster.rollout_engines * SEQUENCES_PER_ENGINE
         return Collector(
@@ -103,7 +100,8 @@ class CollectorActor:
             held_out=held_out,
             ledger=Ledger(self.config.run.path),
             engines=engines,
-            judge=judge,
+            judge=pools["judge"].score if "judge" in pools else unjudged,
+            eval_judge=pools["eval_judge"].score if "eval_judge" in pools else unjudged,
             select=partial(select_pairs, build_selector(online.select)),
             concurrency=math.ceil(sequences / online.candidates),
             statuses=self._statuses,
@@ -123,3 +121,15 @@ class CollectorActor:
         if done == total or time.monotonic() > self._shown + SHOW_INTERVAL_S:
             self._shown = time.monotonic()
             self.status_actor.phase.remote(phase, done, total)
+
+
+async def _pool(config: JudgeConfig, replicas: Sequence[RemoteJudge]) -> JudgePool:
+    """The replicas of a judge as one, when they are ready."""
+    calls = [await replica.ready() for replica in replicas]
+    return JudgePool(
+        replicas,
+        batch=config.batch,
+        concurrency=config.concurrency or min(calls),
+        timeout_s=config.timeout_s,
+        retries=config.retries,
+    )

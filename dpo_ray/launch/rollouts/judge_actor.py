@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from dpo_ray.config import Config
+from dpo_ray.config.schema import JudgeConfig
 from dpo_ray.launch.rollouts.completions import EngineCompletions
 from dpo_ray.launch.run_dir import log_to_run
 from dpo_ray.rollout.judges import Judge, JudgeContext, bind_judge, check_scores, is_async
@@ -22,15 +23,20 @@ PING_TIMEOUT_S = 30.0
 
 
 class JudgeActor:
-    """One replica of the judge."""
+    """One replica of a judge.
 
-    def __init__(self, config: dict[str, Any], index: int, fleet: bytes) -> None:
+    Args:
+        key: of ``OnlineConfig.judges``.
+        fleet: pickled handle of the FleetActor.
+    """
+
+    def __init__(self, config: dict[str, Any], key: str, index: int, fleet: bytes) -> None:
         parsed = Config.model_validate(config)
-        log_to_run(parsed.run.path, f"judge-{index}")
+        log_to_run(parsed.run.path, f"{key}-{index}")
         assert parsed.online is not None
         self._engines = EngineCompletions(parsed, pickle.loads(fleet))
         context = JudgeContext(parsed.run.path, self._engines.complete)
-        self._build = bind_judge(parsed.online.judge, context)
+        self._build = bind_judge(parsed.online.judges[key], context)
         self._judge: Judge | None = None
         self._building = asyncio.Lock()
 
@@ -119,10 +125,20 @@ class RemoteJudge:
         ray.kill(self.handle, no_restart=False)
 
 
-def start_judges(config: Config, fleet: Any) -> list[RemoteJudge]:
-    """Start all replicas, without waiting for them. They belong to the calling process."""
+def start_judges(config: Config, fleet: Any) -> dict[str, list[RemoteJudge]]:
+    """Start all replicas of all judges, without waiting for them. They belong to the calling process.
+
+    One judge with both purposes is started once.
+    """
     assert config.online is not None
-    judge = config.online.judge
+    started: dict[str, list[RemoteJudge]] = {}
+    for key, judge in config.online.judges.items():
+        same = next((other for other in started if config.online.judges[other] == judge), None)
+        started[key] = started[same] if same else _start_replicas(config, key, judge, fleet)
+    return started
+
+
+def _start_replicas(config: Config, key: str, judge: JudgeConfig, fleet: Any) -> list[RemoteJudge]:
     actor = ray.remote(JudgeActor).options(
         num_cpus=0,
         num_gpus=judge.num_gpus,
@@ -131,5 +147,5 @@ def start_judges(config: Config, fleet: Any) -> list[RemoteJudge]:
         runtime_env={} if judge.num_gpus else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
     )
     plain, handle = config.model_dump(mode="json"), ray.cloudpickle.dumps(fleet)
-    replicas = [actor.remote(plain, index, handle) for index in range(judge.replicas)]
+    replicas = [actor.remote(plain, key, index, handle) for index in range(judge.replicas)]
     return [RemoteJudge(replica, config.cluster.start_timeout_s) for replica in replicas]

@@ -14,6 +14,7 @@ from typing import Any, Protocol, SupportsFloat
 from dpo_ray.config import Component
 from dpo_ray.config.schema import SamplingConfig
 from dpo_ray.plugins import bind, bind_factory, resolve
+from dpo_ray.rollout.judges.implicit import Implicit
 from dpo_ray.rollout.judges.length import Length
 from dpo_ray.rollout.judges.sentiment import Sentiment
 from dpo_ray.types import CompletionGroup, Judgement, Messages
@@ -140,5 +141,5 @@ def _described(value: Any) -> str:
     return repr(value)
 
 
-JUDGES: dict[str, Callable[..., Judge]] = {"length": Length, "sentiment": Sentiment}
+JUDGES: dict[str, Callable[..., Judge]] = {"implicit": Implicit, "length": Length, "sentiment": Sentiment}
 """Built-in factories. A judge's optional packages are imported when it is built."""

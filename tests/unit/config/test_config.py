@@ -196,7 +196,7 @@ def test_an_unknown_key_is_reported_with_the_closest_one(online, argument, messa
         ("optim.pairs_per_step=0", "optim.pairs_per_step: found 0; input should be greater than or equal to 1"),
         ("optim.pairs_per_step=1.5", "optim.pairs_per_step: found 1.5; input should be a valid integer"),
         ("model.lora={r: 8}", "model.lora.r: no such key; did you mean model.lora.rank?"),
-        ("online.candidates=1", "online.candidates: found 1; input should be greater than or equal to 2"),
+        ("online.candidates=1", "online.candidates is 1: a pair is made of two completions; set it to 2 or more"),
         ("online.sampling.min_p=1.5", "online.sampling.min_p: found 1.5; input should be less than or equal to 1"),
         (
             "online.sampling.repetition_penalty=0",
@@ -353,7 +353,7 @@ def test_help_lists_every_key_with_type_default_and_meaning(online, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("DPO on fresh pairs.")
     lines = printed.splitlines()
-    for key in leaves(load(online, "model.lora={rank: 8}")):
+    for key in leaves(load(online, "model.lora={rank: 8}", "online.eval_judge={use: length}")):
         [at] = [i for i, line in enumerate(lines) if line.startswith(f"{key}: ")]
         assert " = " in lines[at] or lines[at].endswith(" (required)")
         assert lines[at + 1].startswith("    ")

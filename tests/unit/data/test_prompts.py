@@ -62,3 +62,31 @@ def test_prompts_without_a_usable_record_are_rejected(tiny_model: Path, tmp_path
 def test_strict_rejects_dropped_prompts(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"online\.prompts: data\.strict is true and records were dropped"):
         load(tmp_path, tiny_model, strict=True)
+
+
+ANSWERED = [
+    {"prompt": "p", "completion": "answer"},
+    {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "answer"}]},
+    {"instruction": "p", "output": "answer", "answer": 4},
+    {"prompt": "p", "chosen": "answer", "rejected": "worse"},
+    {"prompt": "p", "completions": ["worse", "answer"], "scores": [1, 2]},
+    {"prompt": "p"},
+]
+
+
+def test_self_play_reads_the_answer_of_each_layout_as_tokens_after_the_prompt(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in ANSWERED))
+    tokenizer = RecordTokenizer(load_tokenizer(str(tiny_model)), DataConfig(strings="chat"))
+    prompts, report = load_prompts([str(tmp_path / "answers.jsonl")], tokenizer, strict=False, answers=True)
+    assert report.kept == 5
+    assert "accepted are completion, output, response, answer" in report.text("online.prompts")
+    (messages,) = {tuple(map(tuple, (turn.items() for turn in prompt.messages))) for prompt in prompts}
+    assert dict(messages[0]) == {"role": "user", "content": "p"}
+    for prompt in prompts:
+        assert prompt.answer is not None
+        assert prompt.answer.text == "answer"
+        whole = tokenizer.tokenizer.apply_chat_template(
+            [{"role": "user", "content": "p"}, {"role": "assistant", "content": "answer"}], return_dict=False
+        )
+        assert [*prompt.token_ids, *prompt.answer.token_ids] == whole
+    assert prompts[2].fields == {"answer": 4}

@@ -1,0 +1,69 @@
+"""Judging a complete round: for scores that only the training workers can compute."""
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_ray.rollout.open_round import Line, Outcome, line_of, pair_spans, read_lines, to_json
+from dpo_ray.rollout.pipeline import Select
+from dpo_ray.rollout.tally import Tally
+from dpo_ray.storage import write_atomically
+from dpo_ray.types import Completion, CompletionGroup, Judgement, Prompt, TokenSample
+
+
+def samples_of(folder: Path) -> list[TokenSample]:
+    """All completions of a round, in the order of its lines."""
+    samples: list[TokenSample] = []
+    for _, group in _groups(folder):
+        samples += [TokenSample(group.prompt.token_ids, c.token_ids) for c in group.completions]
+    return samples
+
+
+def judge_round(folder: Path, scores: Sequence[float], select: Select) -> None:
+    """Write the scores of all completions of a round, and the pairs that follow from them, into its files.
+
+    May be repeated if it was interrupted: the manifest is written last.
+
+    Args:
+        scores: one per completion, in the order of ``samples_of``.
+    """
+    tally, spans, lines = Tally(), dict[int, list[list[int]]](), list[Line]()
+    remaining = iter(scores)
+    for line, group in _groups(folder):
+        if group.completions:
+            judgement = Judgement(tuple(next(remaining) for _ in group.completions))
+            choice = select(group, judgement.scores)
+            outcome = Outcome(group.prompt, line["position"], choice, group, judgement)
+            line = line_of(outcome, line["tokens"]["start"])
+        tally.add(line)
+        lines.append(line)
+        if line["pairs"]:
+            spans[line["position"]] = pair_spans(line)
+    file = folder / "manifest.json"
+    manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    counts = {**manifest["counts"], **tally.counts, "dropped": dict(sorted(tally.dropped.items()))}
+    manifest |= {"judged": True, "counts": counts, "scores": tally.mean_scores(), "judge": tally.judging()}
+    write_atomically(folder / "pairs.jsonl", (to_json(line) + "\n" for line in lines))
+    flat = [span for position in sorted(spans) for span in spans[position]]
+    (folder / "pairs.i64").write_bytes(np.array(flat, np.int64).tobytes())
+    write_atomically(file, to_json(manifest, indent=2) + "\n")
+
+
+def _groups(folder: Path) -> Iterator[tuple[Line, CompletionGroup]]:
+    """The lines of a round with their groups; a group that failed has no completions."""
+    path = folder / "tokens.i32"
+    tokens = np.memmap(path, np.int32, "r") if path.stat().st_size else np.empty(0, np.int32)
+    for line in read_lines(folder / "pairs.jsonl"):
+        start = line["tokens"]["start"]
+        ends = np.cumsum([start, line["tokens"]["prompt"], *(c["tokens"] for c in line["candidates"])]).tolist()
+        prompt_ids, *completion_ids = (tuple(tokens[a:b].tolist()) for a, b in pairwise(ends))
+        prompt = Prompt(line["prompt_index"], tuple(line["prompt"]), prompt_ids, line["fields"])
+        completions = tuple(
+            Completion(candidate["text"], ids, candidate["finished"], *candidate["versions"])
+            for candidate, ids in zip(line["candidates"], completion_ids, strict=True)
+        )
+        yield line, CompletionGroup(prompt, completions, line["seed"] or 0)

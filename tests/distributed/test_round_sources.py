@@ -1,0 +1,81 @@
+"""Rounds with pairs of other sources, and rounds that the trainer judges, on one and on two ranks."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dpo_ray.config import Config
+from dpo_ray.data.loader import PairList
+from dpo_ray.sync.base import WeightSync
+from dpo_ray.train.online import train_online
+from dpo_ray.types import Metrics, TokenPair
+from tests.distributed.conftest import assert_same, over
+from tests.distributed.processes import run_ranks
+from tests.distributed.runs import ListReporter
+from tests.distributed.test_online import PAIRS, DrawnRounds, FreshModel, config, steps_of
+
+__all__ = ["config"]  # a fixture
+
+
+def trained(
+    rank: int, config: dict[str, Any], judged: bool = True
+) -> tuple[list[Metrics], dict[int, np.ndarray], list[np.ndarray]]:
+    """Train with six fixed pairs; returns the metrics, the stored reference values and the implicit scores."""
+    parsed, rounds, reporter = Config.model_validate(config), DrawnRounds(), ListReporter()
+    rounds.judged = judged
+    draw = np.random.default_rng(1)
+    part = lambda: tuple(draw.integers(0, 256, draw.integers(2, 30)).tolist())  # noqa: E731
+    fixed = PairList([TokenPair(part(), part(), part()) for _ in range(6)], "fixed")
+    sync = cast(WeightSync, FreshModel(parsed.model.path))
+    device = torch.device("cpu")
+    train_online(parsed, rounds=rounds, fixed=fixed, sync=sync, device=device, reporter=reporter)
+    return reporter.lines, rounds.references, rounds.implicit
+
+
+def logps(model: torch.nn.Module, prompt: tuple[int, ...], completion: tuple[int, ...]) -> float:
+    """Log-probability of a completion by transformers, in float64."""
+    tokens = torch.tensor([[*prompt, *completion]])
+    with torch.no_grad():
+        of_tokens = model(tokens).logits[0, :-1].log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0]
+    return of_tokens[len(prompt) - 1 :].sum().item()
+
+
+def test_mixed_and_replayed_pairs_train_alike_on_any_number_of_ranks_with_the_reference_values_of_their_rounds(
+    config: dict[str, Any], tiny_model: Path
+) -> None:
+    """4 new pairs, 2 fixed ones and, from the second round on, 2 of earlier rounds, in steps of two pairs."""
+    config["data"] = {"train": [str(tiny_model)]}
+    config["online"]["source"] = {"mix": 0.25, "replay": 0.25}
+    ((alone, references, _),) = run_ranks(1, trained, config)
+    assert len(steps_of(alone)) == 3 + 4 + 4
+    for lines, found, _ in run_ranks(2, trained, over(2, config)):
+        assert_same(steps_of(alone), steps_of(lines), absolute=1e-3)
+        assert all(np.abs(found[round] - values).max() < 1e-3 for round, values in references.items())
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
+    for round, values in references.items():
+        pairs = DrawnRounds().pairs[round * PAIRS : (round + 1) * PAIRS]
+        expected = [[logps(model, pair.prompt, ids) for ids in (pair.chosen, pair.rejected)] for pair in pairs]
+        assert np.abs(values - np.array(expected)).max() < 1e-3, "nats, of the untrained model"
+
+
+def test_the_implicit_judge_scores_by_how_far_the_policy_has_moved_from_the_reference(config: dict[str, Any]) -> None:
+    """All zero before training; the chosen completions of fixed pairs win afterwards, less the penalty of length."""
+    config["data"] = {"train": [config["model"]["path"]]}
+    config["online"] |= {"judge": {"use": "implicit"}, "source": {"mix": 0.5}}
+    ((alone, _, scores),) = run_ranks(1, trained, config, False)
+    assert len(scores) == 3
+    assert np.abs(scores[0]).max() < 1e-4, "nats: the policy is the reference"
+    assert np.abs(scores[1]).max() > 1e-2
+    for lines, _, found in run_ranks(2, trained, over(2, config), False):
+        assert_same(steps_of(alone)[:4], steps_of(lines)[:4], absolute=1e-3)
+        assert np.abs(found[1] - scores[1]).max() < 1e-3
+
+    config["online"]["judge"]["args"] = {"length_penalty": 0.5}
+    ((_, _, penalized),) = run_ranks(1, trained, config, False)
+    lengths = [[len(pair.chosen), len(pair.rejected)] for pair in DrawnRounds().pairs[:PAIRS]]
+    assert penalized[0] == pytest.approx(-0.5 * np.array(lengths), abs=1e-4)
