@@ -33,7 +33,8 @@ def load_prompts(
             continue
         record, result = item
         counts.keep(record.source, record.number, result.notes, (*record.fields, *record.unread))
-        prompts.append(Prompt(len(prompts), result.messages, result.token_ids, record.fields))
+        text = record.prompt if isinstance(record.prompt, str) else None
+        prompts.append(Prompt(len(prompts), result.messages, result.token_ids, record.fields, text))
     report = counts.build(np.array([len(prompt.token_ids) for prompt in prompts]).reshape(-1, 1))
     report.check(strict=strict, name=name, sources=sources)
     return prompts, report

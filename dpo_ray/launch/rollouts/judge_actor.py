@@ -29,7 +29,7 @@ class JudgeActor:
         log_to_run(parsed.run.path, f"judge-{index}")
         assert parsed.online is not None
         self._engines = EngineCompletions(parsed, pickle.loads(fleet))
-        context = JudgeContext(parsed.run.path, self._engines.complete)
+        context = JudgeContext(parsed.run.path, self._engines.complete, self._engines.decode)
         self._build = bind_judge(parsed.online.judge, context)
         self._judge: Judge | None = None
         self._building = asyncio.Lock()

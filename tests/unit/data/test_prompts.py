@@ -62,3 +62,13 @@ def test_prompts_without_a_usable_record_are_rejected(tiny_model: Path, tmp_path
 def test_strict_rejects_dropped_prompts(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"online\.prompts: data\.strict is true and records were dropped"):
         load(tmp_path, tiny_model, strict=True)
+
+
+def test_a_prompt_that_is_a_string_is_kept_as_text_beside_its_messages(tiny_model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "prompts.jsonl"
+    records = [{"prompt": "6 x 7?", "answer": 42}, {"prompt": [{"role": "user", "content": "6 x 7?"}]}]
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    tokenizer = RecordTokenizer(load_tokenizer(str(tiny_model)), DataConfig())
+    (text, turns), _ = load_prompts([str(source)], tokenizer, strict=True)
+    assert text.messages == turns.messages == ({"role": "user", "content": "6 x 7?"},)
+    assert (text.text, turns.text) == ("6 x 7?", None)
