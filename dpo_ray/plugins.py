@@ -86,7 +86,7 @@ def bind(
 
 def bind_factory(
     use: str, args: Mapping[str, Any], registry: Mapping[str, Any], kind: str, **runtime: Any
-) -> Callable[[], Any]:
+) -> partial[Any]:
     """The factory named by ``use``, with all its arguments bound and not called: for components of another process.
 
     Arguments and errors are those of ``bind``; a missing positional argument is an error too.

@@ -25,6 +25,8 @@ class Prompt:
     """The prompt as passed to an engine, with chat template and generation prompt."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """The other fields of the prompt's record, such as a reference answer, for judges and selectors."""
+    text: str | None = None
+    """The prompt as the record has it, if that is a string and not a conversation."""
     answer: "Completion | None" = None
     """The record's own completion, for self-play."""
 

@@ -56,7 +56,7 @@ LIST_LOSSES = ("plackett_luce", "lipo")
 Examples = Literal["pairs", "lists", "unpaired", "unpaired_kl"]
 """Kinds of training examples: pairs; pairs of neighbours in ranked lists; completions without a pair; or these, each
 with a completion of another prompt."""
-JUDGES = ("implicit", "length", "sentiment")
+JUDGES = ("exact", "implicit", "json_schema", "length", "math", "regex", "sentiment", "weighted")
 IMPLICIT = "implicit"
 """The judge whose scores the training workers compute."""
 SELECTORS = ("best_vs_worst", "random_pair")
@@ -523,7 +523,7 @@ class JudgeConfig(Component):
     """The judge, which scores completions."""
 
     use: Annotated[str, _one_of("judge", JUDGES)] = "length"
-    """Judge: length, sentiment, implicit, or an import path."""
+    """Judge: exact, implicit, json_schema, length, math, regex, sentiment, weighted, or an import path."""
     replicas: int = Field(1, ge=1)
     """Number of judge processes."""
     num_gpus: float = Field(0.0, ge=0)

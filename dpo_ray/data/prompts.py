@@ -39,7 +39,8 @@ def load_prompts(
             continue
         record, result, *answer = item
         counts.keep(record.source, record.number, result.notes, (*record.fields, *record.unread))
-        prompts.append(Prompt(len(prompts), result.messages, result.token_ids, record.fields, *answer))
+        text = record.prompt if isinstance(record.prompt, str) else None
+        prompts.append(Prompt(len(prompts), result.messages, result.token_ids, record.fields, text, *answer))
     report = counts.build(np.array([len(prompt.token_ids) for prompt in prompts]).reshape(-1, 1))
     report.check(strict=strict, name=name, sources=sources)
     return prompts, report

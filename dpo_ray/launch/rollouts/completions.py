@@ -2,6 +2,8 @@
 
 import asyncio
 import random
+from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any
 
 from dpo_ray.config import Config
@@ -22,6 +24,7 @@ class EngineCompletions:
 
     def __init__(self, config: Config, fleet: Any) -> None:
         self._config, self._fleet = config, fleet
+        self._tokenizer = cache(partial(load_record_tokenizer, config))
         self._ready: asyncio.Future[tuple[RecordTokenizer, Dispatcher]] | None = None
         self._following: asyncio.Task[None] | None = None
 
@@ -40,7 +43,11 @@ class EngineCompletions:
         group = await engines.generate(request, oldest=UNPUSHED)
         return group.completions[0].text
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """See ``JudgeContext.decode``."""
+        return self._tokenizer().decode(token_ids)
+
     async def _start(self) -> tuple[RecordTokenizer, Dispatcher]:
         engines = Dispatcher(self._fleet.membership.remote, self._fleet.suspect.remote)
         self._following = asyncio.ensure_future(engines.follow())
-        return await asyncio.to_thread(load_record_tokenizer, self._config), engines
+        return await asyncio.to_thread(self._tokenizer), engines

@@ -35,7 +35,7 @@ class JudgeActor:
         log_to_run(parsed.run.path, f"{key}-{index}")
         assert parsed.online is not None
         self._engines = EngineCompletions(parsed, pickle.loads(fleet))
-        context = JudgeContext(parsed.run.path, self._engines.complete)
+        context = JudgeContext(parsed.run.path, self._engines.complete, self._engines.decode)
         self._build = bind_judge(parsed.online.judges[key], context)
         self._judge: Judge | None = None
         self._building = asyncio.Lock()

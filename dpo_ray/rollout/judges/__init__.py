@@ -5,7 +5,7 @@ A judge gets groups of texts. It runs beside the engines, never in a training wo
 
 import inspect
 import math
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,14 @@ from typing import Any, Protocol, SupportsFloat
 
 from dpo_ray.config import Component
 from dpo_ray.config.schema import SamplingConfig
-from dpo_ray.plugins import bind, bind_factory, resolve
+from dpo_ray.plugins import bind, bind_factory, check_arguments, resolve
+from dpo_ray.rollout.judges.functions import RewardFunction, adapt, check_function, reward_format
+from dpo_ray.rollout.judges.functions import is_async as is_async
 from dpo_ray.rollout.judges.implicit import Implicit
 from dpo_ray.rollout.judges.length import Length
 from dpo_ray.rollout.judges.sentiment import Sentiment
+from dpo_ray.rollout.judges.verifiable import Exact, JsonSchema, Math, Regex
+from dpo_ray.rollout.judges.weighted import Weighted
 from dpo_ray.types import CompletionGroup, Judgement, Messages
 
 Scores = Sequence[Sequence[float] | Judgement]
@@ -35,6 +39,8 @@ class JudgeContext:
         ValueError: the conversation is too long for the engines.
         RequestTimedOut, EngineError: see ``Dispatcher.generate``.
     """
+    decode: Callable[[Sequence[int]], str] | None = None
+    """Text of token ids by the policy's tokenizer, with special tokens; for judges that get rendered prompts."""
 
 
 class Judge(Protocol):
@@ -56,7 +62,8 @@ class Judge(Protocol):
 def bind_judge(component: Component, context: JudgeContext | None = None) -> Callable[[], Judge]:
     """A function that builds the judge of ``online.judge``; checked here, so that wrong arguments fail at once.
 
-    An import path names a judge function, to which ``args`` are bound, or a factory that is called with ``args``.
+    An import path names a judge function or a reward function of another library (see ``functions``), to which ``args``
+    are bound, or a factory that is called with ``args`` and returns one.
 
     Args:
         context: None where the judge is checked and not built.
@@ -65,27 +72,43 @@ def bind_judge(component: Component, context: JudgeContext | None = None) -> Cal
         ValueError: the name or an argument is unknown, or an argument is missing.
     """
     use, args = component.use, component.args
-    if is_judge_function(resolve(use, JUDGES, "judge")):
+    part = resolve(use, JUDGES, "judge")
+    if is_judge_function(part):
         if "groups" in args:
             raise ValueError(f"judge {use!r}: groups cannot be set in args; each call passes it")
         judge = bind(use, args, JUDGES, "judge")
         return lambda: judge
-    return partial(_call_factory, bind_factory(use, args, JUDGES, "judge", context=context), use)
+    if reward_format(part):
+        check_arguments(part, args, use, "judge")
+        return _bind_reward_function(part, args, use, context)
+    components = {"bind_component": partial(bind_judge, context=context), "check_scores": check_scores}
+    factory = bind_factory(use, args, JUDGES, "judge", context=context, **components)
+    if use in JUDGES and (check := getattr(part, "check", None)):
+        check(**factory.keywords)
+    return partial(_call_factory, factory, use, context)
 
 
-def _call_factory(factory: Callable[[], Any], use: str) -> Judge:
+def _bind_reward_function(
+    function: Callable[..., Any], args: Mapping[str, Any], use: str, context: JudgeContext | None
+) -> Callable[[], Any]:
+    known = reward_format(function)
+    assert known is not None
+    reward = RewardFunction(function, args, use, context.decode if context else None)
+    check_function(reward, known)
+    return partial(adapt, reward, known)
+
+
+def _call_factory(factory: Callable[[], Any], use: str, context: JudgeContext | None) -> Judge:
     judge = factory()
+    if reward_format(judge):
+        return _bind_reward_function(judge, {}, use, context)()
     if not callable(judge):
         raise ValueError(
             f"judge {use!r} returned {_described(judge)}; a judge factory must return a callable that takes "
-            "groups, and a plain judge function must call its first parameter groups"
+            "groups, and a plain judge function must call its first parameter groups, or have the parameters of a "
+            "reward function of TRL, OpenRLHF or verl"
         )
     return judge
-
-
-def is_async(judge: Judge) -> bool:
-    """True if calls of the judge return coroutines."""
-    return inspect.iscoroutinefunction(judge) or inspect.iscoroutinefunction(type(judge).__call__)
 
 
 def is_judge_function(part: Any) -> bool:
@@ -141,5 +164,15 @@ def _described(value: Any) -> str:
     return repr(value)
 
 
-JUDGES: dict[str, Callable[..., Judge]] = {"implicit": Implicit, "length": Length, "sentiment": Sentiment}
-"""Built-in factories. A judge's optional packages are imported when it is built."""
+JUDGES: dict[str, Callable[..., Judge]] = {
+    "exact": Exact,
+    "implicit": Implicit,
+    "json_schema": JsonSchema,
+    "length": Length,
+    "math": Math,
+    "regex": Regex,
+    "sentiment": Sentiment,
+    "weighted": Weighted,
+}
+"""Built-in factories. A judge's optional packages are imported when it is built; one with a static method ``check``
+validates its arguments where it is bound."""

@@ -90,3 +90,13 @@ def test_self_play_reads_the_answer_of_each_layout_as_tokens_after_the_prompt(ti
         )
         assert [*prompt.token_ids, *prompt.answer.token_ids] == whole
     assert prompts[2].fields == {"answer": 4}
+
+
+def test_a_prompt_that_is_a_string_is_kept_as_text_beside_its_messages(tiny_model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "prompts.jsonl"
+    records = [{"prompt": "6 x 7?", "answer": 42}, {"prompt": [{"role": "user", "content": "6 x 7?"}]}]
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    tokenizer = RecordTokenizer(load_tokenizer(str(tiny_model)), DataConfig())
+    (text, turns), _ = load_prompts([str(source)], tokenizer, strict=True)
+    assert text.messages == turns.messages == ({"role": "user", "content": "6 x 7?"},)
+    assert (text.text, turns.text) == ("6 x 7?", None)

@@ -45,7 +45,7 @@ class Later:
         return constant(groups)
 
 
-def half_a_judge(completions):
+def half_a_judge(texts):
     return 0.0
 
 
@@ -129,7 +129,7 @@ def test_an_import_path_names_a_judge_or_a_factory(group, use, args, score):
         (f"{MODULE}:constant", {"groups": []}, "groups cannot be set in args"),
         (f"{MODULE}:constant", {"weight": 1}, "takes no argument 'weight'"),
         (f"{MODULE}:not_a_judge", {}, "is a int; it must be a function or a class"),
-        (f"{MODULE}:half_a_judge", {"completions": 1}, "must call its first parameter groups"),
+        (f"{MODULE}:half_a_judge", {"texts": 1}, "must call its first parameter groups"),
     ],
 )
 def test_a_judge_that_cannot_be_built_is_rejected_with_the_reason(use, args, message):
