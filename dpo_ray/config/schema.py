@@ -56,7 +56,7 @@ LIST_LOSSES = ("plackett_luce", "lipo")
 Examples = Literal["pairs", "lists", "unpaired", "unpaired_kl"]
 """Kinds of training examples: pairs; pairs of neighbours in ranked lists; completions without a pair; or these, each
 with a completion of another prompt."""
-JUDGES = ("length", "sentiment")
+JUDGES = ("length", "sentiment", "reward_model", "http")
 SELECTORS = ("best_vs_worst", "random_pair")
 TRANSPORTS = ("object_store", "nccl", "ipc", "lora")
 OPTIMIZERS = ("adamw", "adamw_8bit")
@@ -521,7 +521,8 @@ class JudgeConfig(Component):
     """The judge, which scores completions."""
 
     use: Annotated[str, _one_of("judge", JUDGES)] = "length"
-    """Judge: length, sentiment, or an import path."""
+    """Judge: length, sentiment, reward_model (a Hugging Face sequence classifier in the judge's process), http (a
+    reward server: OpenRLHF, vLLM or SGLang), or an import path."""
     replicas: int = Field(1, ge=1)
     """Number of judge processes."""
     num_gpus: float = Field(0.0, ge=0)

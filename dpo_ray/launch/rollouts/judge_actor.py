@@ -5,12 +5,14 @@ import pickle
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from dpo_ray.config import Config
+from dpo_ray.data.tokenizer import load_tokenizer
 from dpo_ray.launch.rollouts.completions import EngineCompletions
 from dpo_ray.launch.run_dir import log_to_run
 from dpo_ray.rollout.judges import Judge, JudgeContext, bind_judge, check_scores, is_async
@@ -29,7 +31,8 @@ class JudgeActor:
         log_to_run(parsed.run.path, f"judge-{index}")
         assert parsed.online is not None
         self._engines = EngineCompletions(parsed, pickle.loads(fleet))
-        context = JudgeContext(parsed.run.path, self._engines.complete)
+        tokenizer = partial(load_tokenizer, parsed.model.path, parsed.model.chat_template)
+        context = JudgeContext(parsed.run.path, self._engines.complete, tokenizer)
         self._build = bind_judge(parsed.online.judge, context)
         self._judge: Judge | None = None
         self._building = asyncio.Lock()

@@ -9,14 +9,19 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, SupportsFloat
+from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat
 
 from dpo_ray.config import Component
 from dpo_ray.config.schema import SamplingConfig
 from dpo_ray.plugins import bind, bind_factory, resolve
+from dpo_ray.rollout.judges.http import Http
 from dpo_ray.rollout.judges.length import Length
+from dpo_ray.rollout.judges.reward_model import RewardModel
 from dpo_ray.rollout.judges.sentiment import Sentiment
 from dpo_ray.types import CompletionGroup, Judgement, Messages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Scores = Sequence[Sequence[float] | Judgement]
 
@@ -34,6 +39,8 @@ class JudgeContext:
         ValueError: the conversation is too long for the engines.
         RequestTimedOut, EngineError: see ``Dispatcher.generate``.
     """
+    policy_tokenizer: Callable[[], "PreTrainedTokenizerBase"]
+    """Loads the policy's tokenizer, with the run's chat template."""
 
 
 class Judge(Protocol):
@@ -64,12 +71,16 @@ def bind_judge(component: Component, context: JudgeContext | None = None) -> Cal
         ValueError: the name or an argument is unknown, or an argument is missing.
     """
     use, args = component.use, component.args
-    if is_judge_function(resolve(use, JUDGES, "judge")):
+    part = resolve(use, JUDGES, "judge")
+    if is_judge_function(part):
         if "groups" in args:
             raise ValueError(f"judge {use!r}: groups cannot be set in args; each call passes it")
         judge = bind(use, args, JUDGES, "judge")
         return lambda: judge
-    return partial(_call_factory, bind_factory(use, args, JUDGES, "judge", context=context), use)
+    factory = bind_factory(use, args, JUDGES, "judge", context=context)
+    if use in JUDGES and (validate := getattr(part, "validate_arguments", None)) is not None:
+        validate(**args)
+    return partial(_call_factory, factory, use)
 
 
 def _call_factory(factory: Callable[[], Any], use: str) -> Judge:
@@ -140,5 +151,11 @@ def _described(value: Any) -> str:
     return repr(value)
 
 
-JUDGES: dict[str, Callable[..., Judge]] = {"length": Length, "sentiment": Sentiment}
-"""Built-in factories. A judge's optional packages are imported when it is built."""
+JUDGES: dict[str, Callable[..., Judge]] = {
+    "length": Length,
+    "sentiment": Sentiment,
+    "reward_model": RewardModel,
+    "http": Http,
+}
+"""Built-in factories. A judge's packages are imported when it is built; one with ``validate_arguments`` has the values
+of its arguments checked by ``bind_judge``."""
