@@ -99,7 +99,7 @@ class Endpoint:
 
         Args:
             body: sent as JSON; values of other types as text.
-            parse: takes the JSON of the answer; its ValueErrors say what is wrong with the answer.
+            parse: reads the JSON of the answer, and raises a ValueError that describes a wrong answer.
 
         Raises:
             RequestFailed: the request failed, also in its retries.

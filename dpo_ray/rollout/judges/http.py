@@ -32,7 +32,7 @@ class Http:
         tokenizer: sglang: hub id or directory of the reward model, whose chat template renders the conversations.
         timeout_s: longest wait for an answer.
         retries: further attempts after a lost connection, a time-out, and the statuses 429 and 5xx, with back-off from
-            half a second, doubled each time, or as Retry-After says.
+            half a second, doubled each time, or after the time in Retry-After.
         concurrency: requests in flight.
         max_failures: failed requests in a row, over all groups, that end the run.
         api_key_env: name of an environment variable of the judge's process; its value is sent as a bearer token.

@@ -22,8 +22,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class RewardModel:
     """The logit of a sequence classifier for the prompt and the completion in the classifier's own chat template.
 
-    Equal texts get equal scores. A conversation longer than ``max_tokens`` has no score (NaN): like TRL, nothing is
-    truncated, because the score of a part says nothing about the whole. It is counted as ``too_long``.
+    Equal texts get equal scores. As in TRL, nothing is truncated, because the score of a part is not that of the whole:
+    a conversation longer than ``max_tokens`` has no score (NaN) and is counted as ``too_long``.
 
     Args:
         model: hub id or directory.

@@ -1,4 +1,4 @@
-"""What reward servers are sent and what they answer: OpenRLHF, vLLM and SGLang. Pure functions of groups and JSON."""
+"""Requests and answers of reward servers: OpenRLHF, vLLM and SGLang. Pure functions of groups and JSON."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

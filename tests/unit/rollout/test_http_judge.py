@@ -1,0 +1,436 @@
+"""The judge ``http`` against a real HTTP server: wire formats, retries, the circuit breaker, and secrets."""
+
+import asyncio
+import json
+import logging
+import math
+import pickle
+import re
+import socket
+import time
+from collections.abc import Sequence
+from email.utils import formatdate
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from dpo_ray.config import Component
+from dpo_ray.data.tokenizer import load_tokenizer
+from dpo_ray.rollout.judges import JudgeContext, bind_judge, check_scores, endpoint
+from dpo_ray.rollout.judges.endpoint import LONGEST_WAIT_S, RequestFailed, RequestLost, retry_after
+from dpo_ray.types import Completion, CompletionGroup, Judgement, JudgeUnavailable, Prompt
+from tests.unit.rollout.reward_server import Reply, serve
+from tests.unit.rollout.test_reward_model import save_tokenizer
+
+KEY = "sk-very-secret-0123456789"
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries after hundredths of a second."""
+    monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.01)
+
+
+@pytest.fixture
+def context(tmp_path: Path, tiny_model: Path) -> JudgeContext:
+    async def complete(*_: Any) -> str:
+        raise NotImplementedError
+
+    return JudgeContext(tmp_path, complete, partial(load_tokenizer, str(tiny_model)))
+
+
+def judge_groups(
+    groups: Sequence[CompletionGroup], context: JudgeContext | None = None, *, calls: int = 1, **args: Any
+) -> list[Judgement]:
+    """Judge groups by ``calls`` calls, one after the other; ``format`` is vllm unless it is given."""
+
+    async def main() -> list[Judgement]:
+        judge: Any = bind_judge(Component(use="http", args={"format": "vllm", **args}), context)()
+        size, judgements = len(groups) // calls, []
+        try:
+            for call in range(calls):
+                part = groups[call * size : (call + 1) * size]
+                judgements += check_scores(part, await judge(part))
+        finally:
+            await judge.close()
+        return judgements
+
+    return asyncio.run(main())
+
+
+def classified(*numbers: float) -> Any:
+    """An answer of vLLM's ``/classify``."""
+    data = [{"index": i, "label": "LABEL_0", "probs": [n], "num_classes": 1} for i, n in enumerate(numbers)]
+    return {"id": "classify-1", "object": "list", "created": 1, "model": "rm", "data": data, "usage": {}}
+
+
+def length(number: int, body: Any) -> Reply:
+    """The score is the length of the answer in characters."""
+    return 200, classified(float(len(body["messages"][-1]["content"])))
+
+
+def closed_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def error_of(groups: Sequence[CompletionGroup], **args: Any) -> Exception:
+    with pytest.raises((RequestFailed, JudgeUnavailable)) as caught:
+        judge_groups(groups, **args)
+    return caught.value
+
+
+# -------------------------------------------------------------------------------------------------------- wire formats
+
+
+@pytest.mark.parametrize("field", ["answer", "ground_truth", "label"])
+def test_openrlhf_gets_the_text_of_the_policys_tokens_with_prompts_and_labels(context, field):
+    """As OpenRLHF's SingleTurnAgentExecutor sends them, for all completions of a group at once."""
+    tokenizer: Any = context.policy_tokenizer()
+    prompt_ids = tuple(tokenizer("<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n")["input_ids"])
+    prompt = Prompt(0, ({"role": "user", "content": "1+1?"},), prompt_ids, {field: "2", "other": 1})
+    completions = [("2", True), ("It is 3", False)]
+    group = CompletionGroup(
+        prompt,
+        tuple(
+            Completion(text, tuple(tokenizer(text + "<|im_end|>" * ended)["input_ids"]), ended)
+            for text, ended in completions
+        ),
+        0,
+    )
+    answer = {
+        "rewards": [0.25, -1],
+        "scores": [1, 0],
+        "extra_logs": {"dummy_scores": [1.0, 2.0], "speed": 7, "note": "hello", "seconds": 99, "broken": [1, "x"]},
+    }
+    with serve(lambda number, body: (200, answer)) as server:
+        (judgement,) = judge_groups([group], context, url=f"{server.url}/get_reward", format="openrlhf")
+    assert server.paths == ["/get_reward"]
+    assert server.bodies == [
+        b'{"query": ["<|im_start|>user\\n1+1?<|im_end|>\\n<|im_start|>assistant\\n2<|im_end|>", '
+        b'"<|im_start|>user\\n1+1?<|im_end|>\\n<|im_start|>assistant\\nIt is 3"], '
+        b'"prompts": ["<|im_start|>user\\n1+1?<|im_end|>\\n<|im_start|>assistant\\n", '
+        b'"<|im_start|>user\\n1+1?<|im_end|>\\n<|im_start|>assistant\\n"], "labels": ["2", "2"]}'
+    ]
+    assert server.headers[0]["content-type"] == "application/json"
+    assert judgement.scores == (0.25, -1.0)
+    assert {name: judgement.means[name] for name in judgement.means if name != "seconds"} == {
+        "dummy_scores": 1.5,
+        "speed": 7.0,
+    }
+    assert 0 < judgement.means["seconds"] < 5
+    assert judgement.totals == {"requests": 1, "retries": 0}
+
+
+def test_openrlhf_gets_an_empty_label_for_a_record_without_an_answer(group, context):
+    with serve(lambda number, body: (200, {"rewards": [1.0] * len(body["query"])})) as server:
+        judge_groups([group("a", "b")], context, url=server.url, format="openrlhf")
+    assert json.loads(server.bodies[0])["labels"] == ["", ""]
+
+
+@pytest.mark.parametrize("path", ["", "/", "/classify", "/v1"])
+def test_vllm_gets_a_request_per_completion_with_messages_and_without_activation(group, path):
+    with serve(length) as server:
+        (judgement,) = judge_groups([group("yes", "")], url=server.url + path, concurrency=1)
+    assert server.paths == ["/classify"] * 2
+    assert server.bodies == [
+        b'{"messages": [{"role": "user", "content": "question 0"}, {"role": "assistant", "content": "yes"}], '
+        b'"use_activation": false}',
+        b'{"messages": [{"role": "user", "content": "question 0"}, {"role": "assistant", "content": ""}], '
+        b'"use_activation": false}',
+    ]
+    assert judgement.scores == (3.0, 0.0)
+    assert judgement.totals == {"requests": 2, "retries": 0}
+
+
+def test_vllm_is_told_the_name_of_the_model_if_it_is_set(group):
+    with serve(length) as server:
+        judge_groups([group("yes")], url=server.url, model="my-rm")
+    assert json.loads(server.bodies[0])["model"] == "my-rm"
+
+
+def test_sglang_gets_rendered_texts_to_which_its_tokenizer_adds_the_only_bos_token(group, tmp_path):
+    save_tokenizer(tmp_path)
+
+    def answer(number: int, body: Any) -> Reply:
+        rows = [{"object": "embedding", "embedding": [i + 0.5], "index": i} for i in range(len(body["input"]))]
+        return 200, {"object": "list", "data": rows[::-1], "model": "rm", "usage": {}}
+
+    with serve(answer) as server:
+        (judgement,) = judge_groups(
+            [group("yes", "no")], url=server.url, format="sglang", tokenizer=str(tmp_path), model="rm"
+        )
+    assert server.paths == ["/v1/embeddings"]
+    assert server.bodies == [
+        b'{"model": "rm", "input": ["<|im_start|>user\\nquestion 0<|im_end|><|im_start|>assistant\\nyes<|im_end|>", '
+        b'"<|im_start|>user\\nquestion 0<|im_end|><|im_start|>assistant\\nno<|im_end|>"]}'
+    ]
+    assert judgement.scores == (0.5, 1.5), "by index, not by position"
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer(json.loads(server.bodies[0])["input"][0])["input_ids"].count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize(
+    ("format", "answer", "message"),
+    [
+        ("openrlhf", {"rewards": [1]}, 'expected an object with 2 numbers in rewards; it answered: {"rewards": [1]}'),
+        ("openrlhf", [1.0, 2.0], "expected an object with 2 numbers in rewards"),
+        ("openrlhf", {"rewards": [1.0, "high"]}, "expected numbers in rewards and found 'high'"),
+        ("vllm", classified(), "expected an object with 1 entries in data"),
+        ("vllm", {"data": [{"index": 0, "probs": [0.4, 0.6]}]}, "one number in data[].probs and found 2 numbers"),
+        ("vllm", {"data": [{"index": 3, "probs": [0.4]}]}, "expected the indices 0 to 0 in data"),
+        ("vllm", {"data": [{"index": 0, "label": "a"}]}, "one number in data[].probs and found none"),
+        ("vllm", "I would rate this answer highly.", "not JSON; it answered: I would rate this answer highly."),
+    ],
+)  # fmt: skip
+def test_an_answer_of_another_form_is_an_error_that_shows_it(group, context, format, answer, message):
+    with serve(lambda number, body: (200, answer)) as server, pytest.raises(RequestFailed, match=re.escape(message)):
+        judge_groups([group("a", "b")], context, url=server.url, format=format, concurrency=1)
+    assert len(server.bodies) <= 2, "it is not asked again"
+
+
+def test_a_null_reward_and_one_that_is_not_finite_are_no_score(group, context):
+    with serve(lambda number, body: (200, '{"rewards": [null, Infinity, 1]}')) as server:
+        (judgement,) = judge_groups([group("a", "b", "c")], context, url=server.url, format="openrlhf")
+    assert [math.isnan(score) for score in judgement.scores] == [True, True, False]
+
+
+def test_an_openrlhf_server_may_answer_a_single_query_with_a_bare_number(group, context):
+    with serve(lambda number, body: (200, {"rewards": 0.5})) as server:
+        (judgement,) = judge_groups([group("a")], context, url=server.url, format="openrlhf")
+    assert judgement.scores == (0.5,)
+
+
+# ----------------------------------------------------------------------------------------------------------- failures
+
+
+def test_a_server_that_fails_3_of_10_calls_costs_no_group_its_score(group):
+    groups = [group("x" * (i + 1), index=i) for i in range(10)]
+    with serve(lambda i, body: (503, "busy") if i % 10 in (1, 4, 8) else length(i, body)) as server:
+        judgements = judge_groups(groups, url=server.url, calls=10)
+    assert [judgement.scores for judgement in judgements] == [(i + 1.0,) for i in range(10)]
+    assert len(server.bodies) == 14, "requests 1, 4, 8 and 11 failed"
+    assert sum(judgement.totals["requests"] for judgement in judgements) == 14
+    assert sum(judgement.totals["retries"] for judgement in judgements) == 4
+
+
+def test_a_slow_answer_is_given_up_after_the_timeout_and_asked_for_again(group):
+    def slow_at_first(number: int, body: Any) -> Reply:
+        time.sleep(20 if number == 0 else 0)
+        return length(number, body)
+
+    with serve(slow_at_first) as server:
+        started = time.monotonic()
+        (judgement,) = judge_groups([group("yes")], url=server.url, timeout_s=1)
+        assert 1 < time.monotonic() - started < 20
+    assert judgement.scores == (3.0,)
+    assert judgement.totals["retries"] == len(server.bodies) - 1 >= 1
+    assert judgement.means["seconds"] < 1, "of the attempt that was answered"
+
+
+def test_an_answer_that_drips_does_not_outlast_the_timeout(group):
+    async def main() -> None:
+        async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            while not writer.is_closing():
+                writer.write(b" ")
+                await asyncio.sleep(0.05)
+
+        server = await asyncio.start_server(drip, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        judge: Any = bind_judge(
+            Component(use="http", args={"url": url, "format": "vllm", "timeout_s": 0.3, "retries": 0})
+        )()
+        with pytest.raises(RequestLost, match=r"no answer in 0\.3 s \(timeout_s\)"):
+            await judge([group("a")])
+        await judge.close()
+        server.close()
+
+    started = time.monotonic()
+    asyncio.run(main())
+    assert time.monotonic() - started < 20
+
+
+def test_the_server_decides_how_long_a_retry_waits(group):
+    def limited(number: int, body: Any) -> Reply:
+        return (429, "slow down", {"Retry-After": "1"}) if number == 0 else length(number, body)
+
+    with serve(limited) as server:
+        judge_groups([group("yes")], url=server.url)
+    assert server.times[1] - server.times[0] >= 1.0, "not after the hundredth of a second of the back-off"
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [("3", 3.0), ("0.5", 0.5), ("-1", 0.0), ("86400", LONGEST_WAIT_S), ("soon", None), ("nan", None), (None, None)],
+)
+def test_retry_after_is_a_number_of_seconds_within_bounds(header, seconds):
+    assert retry_after(header) == seconds
+
+
+def test_retry_after_may_be_a_date():
+    assert 8 < (retry_after(formatdate(time.time() + 10, usegmt=True)) or 0) <= 10
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 422])
+def test_a_rejected_request_is_not_repeated_and_its_error_has_the_status_and_the_start_of_the_answer(group, status):
+    with serve(lambda number, body: (status, "the model\n is " + "x" * 500)) as server:
+        error = error_of([group("yes")], url=server.url)
+    assert str(error) == f"{server.url}/classify: HTTP {status}: the model is " + "x" * 187
+    assert len(server.bodies) == 1
+
+
+def test_servers_take_turns_and_a_retry_goes_to_the_next_one(group):
+    groups = [group("x" * (i + 1), index=i) for i in range(8)]
+    with serve(length) as first, serve(length) as second:
+        urls = [first.url, f"http://127.0.0.1:{closed_port()}", second.url]
+        judgements = judge_groups(groups, url=urls, concurrency=1)
+    assert [judgement.scores for judgement in judgements] == [(i + 1.0,) for i in range(8)]
+    assert len(first.bodies) + len(second.bodies) == 8
+    assert min(len(first.bodies), len(second.bodies)) >= 2
+
+
+def test_no_more_requests_are_in_flight_than_concurrency(group):
+    def wait(number: int, body: Any) -> Reply:
+        time.sleep(0.05)
+        return length(number, body)
+
+    with serve(wait) as server:
+        judge_groups([group("a", "b", "c", "d", index=i) for i in range(4)], url=server.url, concurrency=3)
+    assert server.most == 3
+    assert len(server.bodies) == 16
+
+
+def test_a_server_that_is_down_ends_the_judging_with_one_sentence(group):
+    url = f"http://127.0.0.1:{closed_port()}"
+    error = error_of([group("a", index=i) for i in range(5)], url=url, retries=1, max_failures=5)
+    assert isinstance(error, JudgeUnavailable)
+    assert re.fullmatch(
+        rf"judge 'http': {url}/classify is unavailable: 5 requests in a row failed \(max_failures is 5, each was tried "
+        rf"up to 2 times\); the last: {url}/classify: ConnectError: .+",
+        str(error),
+    )
+    assert "\n" not in str(error)
+
+
+def test_an_answer_between_failures_starts_the_count_anew(group):
+    async def main(url: str) -> list[Any]:
+        args = {"url": url, "format": "vllm", "retries": 0, "max_failures": 3}
+        judge: Any = bind_judge(Component(use="http", args=args))()
+        outcomes = []
+        for i in range(9):
+            try:
+                await judge([group("a", index=i)])
+                outcomes.append("answered")
+            except (RequestFailed, JudgeUnavailable) as error:
+                outcomes.append(type(error).__name__)
+        await judge.close()
+        return outcomes
+
+    with serve(lambda i, body: length(i, body) if i in (2, 8) else (500, "broken")) as server:
+        outcomes = asyncio.run(main(server.url))
+    assert outcomes == [
+        "RequestLost", "RequestLost", "answered",
+        "RequestLost", "RequestLost", "JudgeUnavailable", "JudgeUnavailable", "JudgeUnavailable", "answered",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [RequestLost("down", 2.0), RequestFailed("bad"), JudgeUnavailable("gone")])
+def test_errors_arrive_whole_from_another_process(error):
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy)) == (type(error), str(error))
+
+
+# ------------------------------------------------------------------------------------------------------------ secrets
+
+
+def test_the_key_is_sent_as_a_bearer_token_with_the_other_headers(group, monkeypatch):
+    monkeypatch.setenv("MY_KEY", f" {KEY}\n")
+    with serve(length) as server:
+        judge_groups([group("a")], url=server.url, api_key_env="MY_KEY", headers={"X-Team": "alignment"})
+    assert server.headers[0]["authorization"] == f"Bearer {KEY}"
+    assert server.headers[0]["x-team"] == "alignment"
+
+
+@pytest.mark.parametrize(
+    ("status", "answer"),
+    [(401, f"wrong key: {KEY}"), (503, f"busy, {KEY}"), (200, f"hello {KEY}"), (200, {"data": KEY})],
+)
+def test_the_key_is_in_no_error_and_no_log_even_if_the_server_sends_it_back(group, monkeypatch, caplog, status, answer):
+    monkeypatch.setenv("MY_KEY", KEY)
+    args = {"api_key_env": "MY_KEY", "retries": 1, "max_failures": 1}
+    with caplog.at_level(logging.DEBUG), serve(lambda number, body: (status, answer)) as server:
+        error = error_of([group("a")], url=server.url, **args)
+    assert server.headers[0]["authorization"] == f"Bearer {KEY}", "it was sent"
+    assert "***" in str(error)
+    assert KEY not in str(error)
+    assert KEY.encode() not in pickle.dumps(error)
+    assert KEY not in caplog.text
+    assert KEY not in "".join(repr(record.__dict__) for record in caplog.records)
+
+
+def test_a_key_that_the_judges_process_lacks_is_an_error_that_names_the_variable(group, monkeypatch):
+    monkeypatch.delenv("MY_KEY", raising=False)
+    with pytest.raises(ValueError, match=r"the environment variable MY_KEY .* is not set in the judge's process"):
+        judge_groups([group("a")], url="http://rm:8000", api_key_env="MY_KEY")
+
+
+def test_a_key_with_characters_that_no_header_can_have_is_rejected_without_showing_it(group, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-schlüssel")
+    with pytest.raises(ValueError, match=r"MY_KEY holds characters") as caught:
+        judge_groups([group("a")], url="http://rm:8000", api_key_env="MY_KEY")
+    assert "schl" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"headers": {"authorization": KEY}},
+        {"headers": {"Authorization": f"Bearer {KEY}"}},
+        {"headers": {"X-API-Key": KEY}},
+        {"headers": {"X-Team": [KEY]}},
+        {"headers": KEY},
+        {"api_key_env": KEY},
+        {"url": f"https://me:{KEY}@rm"},
+    ],
+)
+def test_a_key_in_the_arguments_is_rejected_without_showing_it(args):
+    with pytest.raises(ValueError, match=r"judge 'http': .*(api_key_env|headers)") as caught:
+        bind_judge(Component(use="http", args={"url": "http://rm", "format": "vllm", **args}))
+    assert KEY not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"format": "vllm"}, "missing a required argument: 'url'"),
+        ({"url": "rm:8000", "format": "vllm"}, "url is 'rm:8000'; accepted is http://HOST:PORT"),
+        ({"url": "http://rm:port", "format": "vllm"}, "url is 'http://rm:port'"),
+        ({"url": [], "format": "vllm"}, r"url is \[\]"),
+        ({"url": ["http://a", 3], "format": "vllm"}, "url is 3"),
+        ({"url": "http://rm", "format": "tgi"}, "format is 'tgi'; accepted is one of openrlhf, vllm, sglang"),
+        ({"url": "http://rm", "format": "vllm", "timeout_s": 0}, "timeout_s is 0"),
+        ({"url": "http://rm", "format": "vllm", "retries": -1}, "retries is -1; .*online.judge.args.retries"),
+        ({"url": "http://rm", "format": "vllm", "concurrency": True}, "concurrency is True"),
+        ({"url": "http://rm", "format": "vllm", "max_failures": 0}, "max_failures is 0"),
+        ({"url": "http://rm", "format": "vllm", "tokenizer": "a/b"}, "only format sglang uses it"),
+        ({"url": "http://rm", "format": "openrlhf", "model": "rm"}, "name no model; remove it"),
+        ({"url": "http://rm", "format": "sglang"}, "tokenizer is None; accepted is the hub id or directory"),
+        ({"url": "http://rm", "format": "vllm", "token": "x"}, "takes no argument 'token'"),
+    ],
+)
+def test_wrong_arguments_are_rejected_before_the_judge_is_built(args, message):
+    with pytest.raises(ValueError, match=message):
+        bind_judge(Component(use="http", args=args))
+
+
+def test_the_policys_tokenizer_is_needed_for_openrlhf_only(group):
+    with pytest.raises(ValueError, match="needs the policy's tokenizer"):
+        judge_groups([group("a")], url="http://rm", format="openrlhf")
