@@ -18,6 +18,8 @@ import stamina
 
 from dpo_ray.types import JudgeUnavailable
 
+logger = logging.getLogger(__name__)
+
 Parsed = TypeVar("Parsed")
 
 FIRST_WAIT_S = 0.5
@@ -82,7 +84,8 @@ class Endpoint:
         key: str | None,
         headers: Mapping[str, str],
     ) -> None:
-        logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs a line per request
+        for library in ("httpx2", "stamina"):  # they log a line per request, and per retry without its reason
+            logging.getLogger(library).setLevel(logging.ERROR)
         bearer = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = httpx2.AsyncClient(
             headers={"Content-Type": "application/json", **headers, **bearer},
@@ -168,6 +171,7 @@ def _wait_before_retry(error: Exception) -> bool | float:
     """False: no retry; True: after the back-off; else the seconds to wait."""
     if not isinstance(error, RequestLost):
         return False
+    logger.info("%s", error)
     return True if error.wait_s is None else error.wait_s
 
 

@@ -1,13 +1,18 @@
-"""A real HTTP server in a thread, whose answers a test decides."""
+"""A real HTTP server in a thread, whose answers a test decides, and the judge ``http`` on it."""
 
+import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from dpo_ray.config import Component
+from dpo_ray.rollout.judges import JudgeContext, bind_judge, check_scores
+from dpo_ray.types import CompletionGroup, Judgement
 
 Reply = tuple[int, Any] | tuple[int, Any, Mapping[str, str]]
 """Status, body (JSON, or a text as it is), and headers."""
@@ -87,3 +92,33 @@ def serve(answer: Callable[[int, Any], Reply]) -> Iterator[RewardServer]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def judge_groups(
+    groups: Sequence[CompletionGroup], context: JudgeContext | None = None, *, calls: int = 1, **args: Any
+) -> list[Judgement]:
+    """Judge groups by ``calls`` calls, one after the other; ``format`` is vllm unless it is given."""
+
+    async def main() -> list[Judgement]:
+        judge: Any = bind_judge(Component(use="http", args={"format": "vllm", **args}), context)()
+        size, judgements = len(groups) // calls, []
+        try:
+            for call in range(calls):
+                part = groups[call * size : (call + 1) * size]
+                judgements += check_scores(part, await judge(part))
+        finally:
+            await judge.close()
+        return judgements
+
+    return asyncio.run(main())
+
+
+def classified(*numbers: float) -> Any:
+    """An answer of vLLM's ``/classify``."""
+    data = [{"index": i, "label": "LABEL_0", "probs": [n], "num_classes": 1} for i, n in enumerate(numbers)]
+    return {"id": "classify-1", "object": "list", "created": 1, "model": "rm", "data": data, "usage": {}}
+
+
+def length(number: int, body: Any) -> Reply:
+    """The score is the length of the answer in characters."""
+    return 200, classified(float(len(body["messages"][-1]["content"])))
