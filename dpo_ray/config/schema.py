@@ -56,7 +56,9 @@ LIST_LOSSES = ("plackett_luce", "lipo")
 Examples = Literal["pairs", "lists", "unpaired", "unpaired_kl"]
 """Kinds of training examples: pairs; pairs of neighbours in ranked lists; completions without a pair; or these, each
 with a completion of another prompt."""
-JUDGES = ("exact", "implicit", "json_schema", "length", "math", "regex", "sentiment", "weighted")
+JUDGES = (
+    "exact", "http", "implicit", "json_schema", "length", "math", "regex", "reward_model", "sentiment", "weighted"
+)  # fmt: skip
 IMPLICIT = "implicit"
 """The judge whose scores the training workers compute."""
 SELECTORS = ("best_vs_worst", "random_pair")
@@ -523,7 +525,9 @@ class JudgeConfig(Component):
     """The judge, which scores completions."""
 
     use: Annotated[str, _one_of("judge", JUDGES)] = "length"
-    """Judge: exact, implicit, json_schema, length, math, regex, sentiment, weighted, or an import path."""
+    """Judge, or an import path. reward_model: a Hugging Face sequence classifier in the judge's process. http: a reward
+    server of OpenRLHF, vLLM or SGLang. exact, regex, json_schema, math: compare with a field of the record. weighted:
+    a sum of several. implicit: the log-ratio of policy and reference. length, sentiment: for tests and demos."""
     replicas: int = Field(1, ge=1)
     """Number of judge processes."""
     num_gpus: float = Field(0.0, ge=0)

@@ -4,11 +4,15 @@ import json
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dpo_ray.config import Config
 from dpo_ray.storage import error_summary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +64,16 @@ def load_limits(path: str) -> ModelLimits:
         config = AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir()).get_text_config()
     except Exception:  # reported when the model is loaded
         return ModelLimits()
+    return ModelLimits(getattr(config, "vocab_size", None), positions_of(config))
+
+
+def positions_of(config: "PreTrainedConfig") -> int | None:
+    """Longest sequence in tokens of a text model with this configuration; None is no limit."""
     positions, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
     if positions and rope.get("rope_type") in ("linear", "dynamic", "yarn"):
         # Some configurations scale the positions beyond max_position_embeddings, as vLLM does.
         positions = max(positions, int(rope.get("factor", 1) * rope.get("original_max_position_embeddings", positions)))
-    return ModelLimits(getattr(config, "vocab_size", None), positions)
+    return positions
 
 
 def engine_limits(config: Config, limits: ModelLimits) -> ModelLimits:

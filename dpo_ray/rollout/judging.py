@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from dpo_ray.types import CompletionGroup, Judgement
+from dpo_ray.types import CompletionGroup, Judgement, JudgeUnavailable
 
 
 class JudgeReplica(Protocol):
@@ -71,7 +71,7 @@ class JudgePool:
         """One score per completion; NaN for a completion without a score.
 
         Raises:
-            JudgeFailed: see there.
+            JudgeFailed, JudgeUnavailable: see there; the latter is not retried.
         """
         waiting = _Waiting(group, asyncio.get_running_loop().create_future())
         self._queue.put_nowait(waiting)
@@ -104,6 +104,11 @@ class JudgePool:
         try:
             async with limit:
                 judgements = await replica.score([waiting.group for waiting in batch])
+        except JudgeUnavailable as error:
+            for waiting in batch:
+                if not waiting.judgement.done():
+                    waiting.judgement.set_exception(error)
+            return None
         except Exception as error:
             await self._recover(replica, hung=limit.expired(), restarts=restarts)
             if limit.expired():

@@ -1,6 +1,7 @@
 """The pipeline of a round: each group is generated, judged, selected and appended by itself.
 
-Judging overlaps generating. An error is the outcome of its group; only too many of them end the round.
+Judging overlaps generating. An error is the outcome of its group; only too many of them, a failed fleet or an
+unavailable judge end the round.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from dpo_ray.rollout.dispatch import FleetFailed
 from dpo_ray.rollout.engine import Request
 from dpo_ray.rollout.open_round import FAILED, Outcome
-from dpo_ray.types import CompletionGroup, Dropped, Judgement, NonRetryableError, ScoredPair
+from dpo_ray.types import CompletionGroup, Dropped, Judgement, JudgeUnavailable, NonRetryableError, ScoredPair
 
 Generate = Callable[[Request], Awaitable[CompletionGroup]]
 Score = Callable[[CompletionGroup], Awaitable[Judgement]]
@@ -98,7 +99,7 @@ class Pipeline:
                 judgement = await self.score(group)
             step = "select"
             choice = self.select(group, judgement.scores)
-        except FleetFailed:
+        except (FleetFailed, JudgeUnavailable):
             raise
         except Exception as error:
             message = f"{type(error).__name__}: {error}"

@@ -16,8 +16,10 @@ from dpo_ray.config.schema import SamplingConfig
 from dpo_ray.plugins import bind, bind_factory, check_arguments, resolve
 from dpo_ray.rollout.judges.functions import RewardFunction, adapt, check_function, reward_format
 from dpo_ray.rollout.judges.functions import is_async as is_async
+from dpo_ray.rollout.judges.http import Http
 from dpo_ray.rollout.judges.implicit import Implicit
 from dpo_ray.rollout.judges.length import Length
+from dpo_ray.rollout.judges.reward_model import RewardModel
 from dpo_ray.rollout.judges.sentiment import Sentiment
 from dpo_ray.rollout.judges.verifiable import Exact, JsonSchema, Math, Regex
 from dpo_ray.rollout.judges.weighted import Weighted
@@ -39,7 +41,7 @@ class JudgeContext:
         ValueError: the conversation is too long for the engines.
         RequestTimedOut, EngineError: see ``Dispatcher.generate``.
     """
-    decode: Callable[[Sequence[int]], str] | None = None
+    decode: Callable[[Sequence[int]], str]
     """Text of token ids by the policy's tokenizer, with special tokens; for judges that get rendered prompts."""
 
 
@@ -83,8 +85,8 @@ def bind_judge(component: Component, context: JudgeContext | None = None) -> Cal
         return _bind_reward_function(part, args, use, context)
     components = {"bind_component": partial(bind_judge, context=context), "check_scores": check_scores}
     factory = bind_factory(use, args, JUDGES, "judge", context=context, **components)
-    if use in JUDGES and (check := getattr(part, "check", None)):
-        check(**factory.keywords)
+    if use in JUDGES and (validate := getattr(part, "validate_arguments", None)):
+        validate(**{name: value for name, value in factory.keywords.items() if name in args or name in components})
     return partial(_call_factory, factory, use, context)
 
 
@@ -166,13 +168,15 @@ def _described(value: Any) -> str:
 
 JUDGES: dict[str, Callable[..., Judge]] = {
     "exact": Exact,
+    "http": Http,
     "implicit": Implicit,
     "json_schema": JsonSchema,
     "length": Length,
     "math": Math,
     "regex": Regex,
+    "reward_model": RewardModel,
     "sentiment": Sentiment,
     "weighted": Weighted,
 }
-"""Built-in factories. A judge's optional packages are imported when it is built; one with a static method ``check``
-validates its arguments where it is bound."""
+"""Built-in factories. A judge's packages are imported when it is built; one with a static method ``validate_arguments``
+has its arguments checked by ``bind_judge``."""

@@ -30,7 +30,7 @@ class Verifier:
         self._column = None if column is None else Column(column, use)
 
     @classmethod
-    def check(cls, **args: Any) -> None:
+    def validate_arguments(cls, **args: Any) -> None:
         """Validate the arguments, which building the judge does."""
         cls(**args)
 

@@ -70,7 +70,7 @@ class Weighted:
         self._locks = [asyncio.Lock() for _ in self._parts]
 
     @staticmethod
-    def check(
+    def validate_arguments(
         judges: Sequence[Mapping[str, Any]], on_failure: str = "skip", *, bind_component: BindComponent, **_: Any
     ) -> None:
         """Validate the arguments without building a component."""

@@ -14,5 +14,6 @@ def test_judges_decode_tokens_with_the_tokenizer_of_the_policy(tiny_model: Path,
     from transformers import AutoTokenizer
 
     text = "<|im_start|>user\n6 x 7?<|im_end|>\n"
-    ids = AutoTokenizer.from_pretrained(tiny_model)(text)["input_ids"]
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
+    ids = tokenizer(text)["input_ids"]
     assert EngineCompletions(config, None).decode(ids) == text

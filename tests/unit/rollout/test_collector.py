@@ -10,9 +10,11 @@ from functools import partial
 
 import pytest
 
+from dpo_ray.config import Component
 from dpo_ray.rollout.collector import Collector
 from dpo_ray.rollout.dispatch import Dispatcher
 from dpo_ray.rollout.engine import RequestTimedOut
+from dpo_ray.rollout.judges import bind_judge, endpoint
 from dpo_ray.rollout.judging import JudgePool
 from dpo_ray.rollout.ledger import Ledger
 from dpo_ray.rollout.selectors import best_vs_worst, select_pairs
@@ -243,6 +245,31 @@ def test_too_many_failures_end_the_run_with_their_kinds_and_the_first_one(tmp_pa
         return harness.ledger.manifest(0)["counts"]
 
     assert asyncio.run(again())["dropped"] == {}, "the same command collects failed groups again"
+
+
+@pytest.mark.parametrize("kind", ["round", "evaluation"])
+def test_a_reward_server_that_is_down_ends_the_run_with_one_sentence(tmp_path, monkeypatch, kind):
+    """However many groups may fail. The judge is the real one; nobody listens at its port."""
+    monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.01)
+    args = {"url": "http://127.0.0.1:9", "format": "vllm", "retries": 1, "max_failures": 3}
+
+    async def main():
+        judge = bind_judge(Component(use="http", args=args))()
+        replica = FakeReplica()
+        monkeypatch.setattr(FakeReplica, "score", lambda self, groups: judge(groups))
+        harness = Harness(tmp_path, online(max_failed_share=1), [FakeEngine(0)], replica, held_out=4)
+        if kind == "round":
+            return await harness.round(0)
+        async with asyncio.timeout(10):
+            while not (progress := await harness.collector.poll(0, round=None, evaluations=[0], wait_s=0.2)).error:
+                pass
+        return progress
+
+    error = asyncio.run(main()).error
+    assert error is not None
+    assert error.startswith("JudgeUnavailable: judge 'http': http://127.0.0.1:9/classify is unavailable: ")
+    assert "requests in a row failed (max_failures is 3, each was tried up to 2 times); the last: " in error
+    assert "\n" not in error
 
 
 def test_a_full_disk_ends_the_run_with_its_error(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from dpo_ray.rollout.judging import JudgeFailed, JudgePool
-from dpo_ray.types import Judgement
+from dpo_ray.types import Judgement, JudgeUnavailable
 from tests.unit.rollout.fakes import FakeReplica, raise_for
 
 
@@ -57,6 +57,13 @@ def test_a_judge_that_hangs_over_one_group_is_restarted_and_the_others_get_their
     assert [isinstance(result, JudgeFailed) for result in results] == [False, True, False, False]
     assert "returned no scores in 0.05 s (online.judge.timeout_s)" in str(results[1])
     assert replica.restarts == 3, "in the batch, alone, and in its retry"
+
+
+def test_a_judge_that_is_unavailable_is_not_asked_again(group):
+    replica = FakeReplica(raise_for([2], JudgeUnavailable("the endpoint is down")))
+    results = score_all([group("a", "b", index=i) for i in range(6)], replica, retries=2)
+    assert [isinstance(result, JudgeUnavailable) for result in results] == [True] * 4 + [False] * 2
+    assert replica.batches == [[0, 1, 2, 3], [4, 5]]
 
 
 def test_a_timeout_that_the_judge_raises_itself_does_not_restart_it(group):

@@ -194,7 +194,7 @@ def test_components_get_the_context_of_the_run(tmp_path):
         raise AssertionError
 
     component = Component(use="weighted", args={"judges": [mine("WithContext")]})
-    judge = bind_judge(component, JudgeContext(tmp_path / "seven77", no_engines))()
+    judge = bind_judge(component, JudgeContext(tmp_path / "seven77", no_engines, str))()
     assert run(judge, group("a"))[0].scores == (7.0,)
 
 

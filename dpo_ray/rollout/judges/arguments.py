@@ -1,0 +1,25 @@
+"""Checks of judges' arguments, made before anything starts."""
+
+import math
+from typing import Any
+
+
+def check_argument(judge: str, name: str, value: Any, accepted: bool, what: str) -> None:
+    """Raise a ValueError that names the argument, its value and ``what`` is accepted, unless ``accepted``."""
+    if not accepted:
+        raise ValueError(f"judge {judge!r}: {name} is {value!r}; accepted is {what} (online.judge.args.{name})")
+
+
+def is_count(value: Any, least: int = 1) -> bool:
+    """True for an integer of at least ``least``."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_duration(value: Any) -> bool:
+    """True for a positive finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def is_text(value: Any) -> bool:
+    """True for a text that is not empty."""
+    return isinstance(value, str) and bool(value.strip())

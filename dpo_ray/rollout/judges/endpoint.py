@@ -1,0 +1,189 @@
+"""Requests to an HTTP endpoint: time-outs, retries with back-off, a count of failures in a row, and a masked key.
+
+Independent of judges' formats. Belongs to one event loop.
+"""
+
+import asyncio
+import email.utils
+import itertools
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, NoReturn, TypeVar
+
+import httpx2
+import stamina
+
+from dpo_ray.types import JudgeUnavailable
+
+logger = logging.getLogger(__name__)
+
+Parsed = TypeVar("Parsed")
+
+FIRST_WAIT_S = 0.5
+"""Wait before the first retry; it doubles with each one."""
+LONGEST_WAIT_S = 30.0
+"""Longest wait before a retry, also if the endpoint asks for more by Retry-After."""
+SHOWN_CHARACTERS = 200
+"""Characters of an answer that an error shows."""
+
+
+class RequestFailed(RuntimeError):
+    """The endpoint rejected a request, or its answer is not of the expected form. Repeating it would not help."""
+
+
+class RequestLost(RequestFailed):
+    """No connection, no answer in time, or an answer that asks for another attempt.
+
+    Attributes:
+        wait_s: seconds that the endpoint asks to wait; None if it does not.
+    """
+
+    def __init__(self, message: str, wait_s: float | None = None) -> None:
+        super().__init__(message, wait_s)
+        self.message, self.wait_s = message, wait_s
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Generic[Parsed]):
+    """The answer to a request."""
+
+    value: Parsed
+    seconds: float
+    """Round-trip time of the attempt that was answered."""
+    attempts: int
+    """Requests sent: one, and the retries."""
+
+
+class Endpoint:
+    """Posts JSON to one or several URLs, which take turns.
+
+    Args:
+        urls: each with its path.
+        timeout_s: longest wait for the answer to one attempt.
+        retries: further attempts after a lost connection, a time-out, and the statuses 429 and 5xx.
+        concurrency: requests in flight.
+        max_failures: failed requests in a row after which the endpoint counts as unavailable.
+        key: sent as a bearer token, and masked in all errors.
+        headers: sent with each request.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        timeout_s: float,
+        retries: int,
+        concurrency: int,
+        max_failures: int,
+        key: str | None,
+        headers: Mapping[str, str],
+    ) -> None:
+        for library in ("httpx2", "stamina"):  # they log a line per request, and per retry without its reason
+            logging.getLogger(library).setLevel(logging.ERROR)
+        bearer = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx2.AsyncClient(
+            headers={"Content-Type": "application/json", **headers, **bearer},
+            timeout=None,
+            limits=httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+        )
+        self._urls, self._key = itertools.cycle(urls), key
+        self._timeout_s, self._retries, self._max_failures = timeout_s, retries, max_failures
+        self._free = asyncio.Semaphore(concurrency)
+        self._failed_in_a_row = 0
+
+    async def post(self, body: Any, parse: Callable[[Any], Parsed]) -> Answer[Parsed]:
+        """Send a request.
+
+        Args:
+            body: sent as JSON; values of other types as text.
+            parse: reads the JSON of the answer, and raises a ValueError that describes a wrong answer.
+
+        Raises:
+            RequestFailed: the request failed, also in its retries.
+            JudgeUnavailable: ``max_failures`` requests have failed, and none was answered between them.
+        """
+        content, url = json.dumps(body, default=str).encode(), ""
+        try:
+            async for attempt in stamina.retry_context(
+                on=_wait_before_retry,
+                attempts=self._retries + 1,
+                timeout=None,
+                wait_initial=FIRST_WAIT_S,
+                wait_jitter=FIRST_WAIT_S,
+                wait_max=LONGEST_WAIT_S,
+            ):
+                with attempt:
+                    url = next(self._urls)
+                    value, seconds = await self._attempt(url, content, parse)
+                    self._failed_in_a_row = 0
+                    return Answer(value, seconds, attempt.num)
+        except RequestFailed as error:
+            self._count_failure(url, error)
+        raise AssertionError("the loop returns or raises")
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+
+    async def _attempt(self, url: str, content: bytes, parse: Callable[[Any], Parsed]) -> tuple[Parsed, float]:
+        async with self._free:
+            started = time.perf_counter()
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    response = await self._client.post(url, content=content)
+            except TimeoutError:
+                raise RequestLost(self._masked(f"{url}: no answer in {self._timeout_s:g} s (timeout_s)")) from None
+            except httpx2.RequestError as error:
+                raise RequestLost(self._masked(f"{url}: {type(error).__name__}: {error}")) from None
+        seconds = time.perf_counter() - started
+        shown = " ".join(response.text.split())[:SHOWN_CHARACTERS]
+        if response.status_code == 429 or response.status_code >= 500:
+            wait_s = retry_after(response.headers.get("Retry-After"))
+            raise RequestLost(self._masked(f"{url}: HTTP {response.status_code}: {shown}"), wait_s)
+        if not response.is_success:
+            raise RequestFailed(self._masked(f"{url}: HTTP {response.status_code}: {shown}"))
+        try:
+            return parse(response.json()), seconds
+        except ValueError as error:  # of parse, or of the JSON
+            problem = "not JSON" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error)
+            raise RequestFailed(self._masked(f"{url}: {problem}; it answered: {shown}")) from None
+
+    def _count_failure(self, url: str, error: RequestFailed) -> NoReturn:
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row < self._max_failures:
+            raise error from None
+        raise JudgeUnavailable(
+            f"{self._masked(url)} is unavailable: {self._failed_in_a_row} requests in a row failed (max_failures is "
+            f"{self._max_failures}, each was tried up to {self._retries + 1} times); the last: {error}"
+        ) from None
+
+    def _masked(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
+
+
+def _wait_before_retry(error: Exception) -> bool | float:
+    """False: no retry; True: after the back-off; else the seconds to wait."""
+    if not isinstance(error, RequestLost):
+        return False
+    logger.info("%s", error)
+    return True if error.wait_s is None else error.wait_s
+
+
+def retry_after(header: str | None) -> float | None:
+    """Seconds to wait by a Retry-After header, a number or a date, at most LONGEST_WAIT_S; None without a valid one."""
+    if header is None:
+        return None
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+        except ValueError:
+            return None
+    return min(max(seconds, 0.0), LONGEST_WAIT_S) if seconds == seconds else None

@@ -1,0 +1,270 @@
+"""The judge ``http`` against a real HTTP server: retries, the circuit breaker, and secrets."""
+
+import asyncio
+import logging
+import pickle
+import re
+import socket
+import time
+from collections.abc import Sequence
+from email.utils import formatdate
+from typing import Any
+
+import pytest
+
+from dpo_ray.config import Component
+from dpo_ray.rollout.judges import bind_judge, endpoint
+from dpo_ray.rollout.judges.endpoint import LONGEST_WAIT_S, RequestFailed, RequestLost, retry_after
+from dpo_ray.types import CompletionGroup, JudgeUnavailable
+from tests.unit.rollout.reward_server import Reply, judge_groups, length, serve
+
+KEY = "sk-very-secret-0123456789"
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries after hundredths of a second."""
+    monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.01)
+
+
+def closed_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def error_of(groups: Sequence[CompletionGroup], **args: Any) -> Exception:
+    with pytest.raises((RequestFailed, JudgeUnavailable)) as caught:
+        judge_groups(groups, **args)
+    return caught.value
+
+
+# ----------------------------------------------------------------------------------------------------------- failures
+
+
+def test_a_server_that_fails_3_of_10_calls_costs_no_group_its_score(group):
+    groups = [group("x" * (i + 1), index=i) for i in range(10)]
+    with serve(lambda i, body: (503, "busy") if i % 10 in (1, 4, 8) else length(i, body)) as server:
+        judgements = judge_groups(groups, url=server.url, calls=10)
+    assert [judgement.scores for judgement in judgements] == [(i + 1.0,) for i in range(10)]
+    assert len(server.bodies) == 14, "requests 1, 4, 8 and 11 failed"
+    assert sum(judgement.totals["requests"] for judgement in judgements) == 14
+    assert sum(judgement.totals["retries"] for judgement in judgements) == 4
+
+
+def test_a_slow_answer_is_given_up_after_the_timeout_and_asked_for_again(group):
+    def slow_at_first(number: int, body: Any) -> Reply:
+        time.sleep(20 if number == 0 else 0)
+        return length(number, body)
+
+    with serve(slow_at_first) as server:
+        started = time.monotonic()
+        (judgement,) = judge_groups([group("yes")], url=server.url, timeout_s=1)
+        assert 1 < time.monotonic() - started < 20
+    assert judgement.scores == (3.0,)
+    assert judgement.totals["retries"] == len(server.bodies) - 1 >= 1
+    assert judgement.means["seconds"] < 1, "of the attempt that was answered"
+
+
+def test_an_answer_that_drips_does_not_outlast_the_timeout(group):
+    async def main() -> None:
+        async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            while not writer.is_closing():
+                writer.write(b" ")
+                await asyncio.sleep(0.05)
+
+        server = await asyncio.start_server(drip, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        judge: Any = bind_judge(
+            Component(use="http", args={"url": url, "format": "vllm", "timeout_s": 0.3, "retries": 0})
+        )()
+        with pytest.raises(RequestLost, match=r"no answer in 0\.3 s \(timeout_s\)"):
+            await judge([group("a")])
+        await judge.close()
+        server.close()
+
+    started = time.monotonic()
+    asyncio.run(main())
+    assert time.monotonic() - started < 20
+
+
+def test_the_server_decides_how_long_a_retry_waits(group):
+    def limited(number: int, body: Any) -> Reply:
+        return (429, "slow down", {"Retry-After": "1"}) if number == 0 else length(number, body)
+
+    with serve(limited) as server:
+        judge_groups([group("yes")], url=server.url)
+    assert server.times[1] - server.times[0] >= 1.0, "not after the hundredth of a second of the back-off"
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [("3", 3.0), ("0.5", 0.5), ("-1", 0.0), ("86400", LONGEST_WAIT_S), ("soon", None), ("nan", None), (None, None)],
+)
+def test_retry_after_is_a_number_of_seconds_within_bounds(header, seconds):
+    assert retry_after(header) == seconds
+
+
+def test_retry_after_may_be_a_date():
+    assert 8 < (retry_after(formatdate(time.time() + 10, usegmt=True)) or 0) <= 10
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 422])
+def test_a_rejected_request_is_not_repeated_and_its_error_has_the_status_and_the_start_of_the_answer(group, status):
+    with serve(lambda number, body: (status, "the model\n is " + "x" * 500)) as server:
+        error = error_of([group("yes")], url=server.url)
+    assert str(error) == f"{server.url}/classify: HTTP {status}: the model is " + "x" * 187
+    assert len(server.bodies) == 1
+
+
+def test_servers_take_turns_and_a_retry_goes_to_the_next_one(group):
+    groups = [group("x" * (i + 1), index=i) for i in range(8)]
+    with serve(length) as first, serve(length) as second:
+        urls = [first.url, f"http://127.0.0.1:{closed_port()}", second.url]
+        judgements = judge_groups(groups, url=urls, concurrency=1)
+    assert [judgement.scores for judgement in judgements] == [(i + 1.0,) for i in range(8)]
+    assert len(first.bodies) + len(second.bodies) == 8
+    assert min(len(first.bodies), len(second.bodies)) >= 2
+
+
+def test_no_more_requests_are_in_flight_than_concurrency(group):
+    def wait(number: int, body: Any) -> Reply:
+        time.sleep(0.05)
+        return length(number, body)
+
+    with serve(wait) as server:
+        judge_groups([group("a", "b", "c", "d", index=i) for i in range(4)], url=server.url, concurrency=3)
+    assert server.most == 3
+    assert len(server.bodies) == 16
+
+
+def test_a_server_that_is_down_ends_the_judging_with_one_sentence(group):
+    url = f"http://127.0.0.1:{closed_port()}"
+    error = error_of([group("a", index=i) for i in range(5)], url=url, retries=1, max_failures=5)
+    assert isinstance(error, JudgeUnavailable)
+    assert re.fullmatch(
+        rf"judge 'http': {url}/classify is unavailable: 5 requests in a row failed \(max_failures is 5, each was tried "
+        rf"up to 2 times\); the last: {url}/classify: ConnectError: .+",
+        str(error),
+    )
+    assert "\n" not in str(error)
+
+
+def test_an_answer_between_failures_starts_the_count_anew(group):
+    async def main(url: str) -> list[Any]:
+        args = {"url": url, "format": "vllm", "retries": 0, "max_failures": 3}
+        judge: Any = bind_judge(Component(use="http", args=args))()
+        outcomes = []
+        for i in range(9):
+            try:
+                await judge([group("a", index=i)])
+                outcomes.append("answered")
+            except (RequestFailed, JudgeUnavailable) as error:
+                outcomes.append(type(error).__name__)
+        await judge.close()
+        return outcomes
+
+    with serve(lambda i, body: length(i, body) if i in (2, 8) else (500, "broken")) as server:
+        outcomes = asyncio.run(main(server.url))
+    assert outcomes == [
+        "RequestLost", "RequestLost", "answered",
+        "RequestLost", "RequestLost", "JudgeUnavailable", "JudgeUnavailable", "JudgeUnavailable", "answered",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [RequestLost("down", 2.0), RequestFailed("bad"), JudgeUnavailable("gone")])
+def test_errors_arrive_whole_from_another_process(error):
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy)) == (type(error), str(error))
+
+
+# ------------------------------------------------------------------------------------------------------------ secrets
+
+
+def test_the_key_is_sent_as_a_bearer_token_with_the_other_headers(group, monkeypatch):
+    monkeypatch.setenv("MY_KEY", f" {KEY}\n")
+    with serve(length) as server:
+        judge_groups([group("a")], url=server.url, api_key_env="MY_KEY", headers={"X-Team": "alignment"})
+    assert server.headers[0]["authorization"] == f"Bearer {KEY}"
+    assert server.headers[0]["x-team"] == "alignment"
+
+
+@pytest.mark.parametrize(
+    ("status", "answer"),
+    [(401, f"wrong key: {KEY}"), (503, f"busy, {KEY}"), (200, f"hello {KEY}"), (200, {"data": KEY})],
+)
+def test_the_key_is_in_no_error_and_no_log_even_if_the_server_sends_it_back(group, monkeypatch, caplog, status, answer):
+    monkeypatch.setenv("MY_KEY", KEY)
+    args = {"api_key_env": "MY_KEY", "retries": 1, "max_failures": 1}
+    with caplog.at_level(logging.DEBUG), serve(lambda number, body: (status, answer)) as server:
+        error = error_of([group("a")], url=server.url, **args)
+    assert server.headers[0]["authorization"] == f"Bearer {KEY}", "it was sent"
+    assert "***" in str(error)
+    assert KEY not in str(error)
+    assert KEY.encode() not in pickle.dumps(error)
+    assert KEY not in caplog.text
+    assert KEY not in "".join(repr(record.__dict__) for record in caplog.records)
+
+
+def test_a_key_that_the_judges_process_lacks_is_an_error_that_names_the_variable(group, monkeypatch):
+    monkeypatch.delenv("MY_KEY", raising=False)
+    with pytest.raises(ValueError, match=r"the environment variable MY_KEY .* is not set in the judge's process"):
+        judge_groups([group("a")], url="http://rm:8000", api_key_env="MY_KEY")
+
+
+def test_a_key_with_characters_that_no_header_can_have_is_rejected_without_showing_it(group, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-schlüssel")
+    with pytest.raises(ValueError, match=r"MY_KEY holds characters") as caught:
+        judge_groups([group("a")], url="http://rm:8000", api_key_env="MY_KEY")
+    assert "schl" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"headers": {"authorization": KEY}},
+        {"headers": {"Authorization": f"Bearer {KEY}"}},
+        {"headers": {"X-API-Key": KEY}},
+        {"headers": {"X-Team": [KEY]}},
+        {"headers": KEY},
+        {"api_key_env": KEY},
+        {"url": f"https://me:{KEY}@rm"},
+    ],
+)
+def test_a_key_in_the_arguments_is_rejected_without_showing_it(args):
+    with pytest.raises(ValueError, match=r"judge 'http': .*(api_key_env|headers)") as caught:
+        bind_judge(Component(use="http", args={"url": "http://rm", "format": "vllm", **args}))
+    assert KEY not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"format": "vllm"}, "missing a required argument: 'url'"),
+        ({"url": "rm:8000", "format": "vllm"}, "url is 'rm:8000'; accepted is http://HOST:PORT"),
+        ({"url": "http://rm:port", "format": "vllm"}, "url is 'http://rm:port'"),
+        ({"url": [], "format": "vllm"}, r"url is \[\]"),
+        ({"url": ["http://a", 3], "format": "vllm"}, "url is 3"),
+        ({"url": "http://rm", "format": "tgi"}, "format is 'tgi'; accepted is one of openrlhf, vllm, sglang"),
+        ({"url": "http://rm", "format": "vllm", "timeout_s": 0}, "timeout_s is 0"),
+        ({"url": "http://rm", "format": "vllm", "retries": -1}, "retries is -1; .*online.judge.args.retries"),
+        ({"url": "http://rm", "format": "vllm", "concurrency": True}, "concurrency is True"),
+        ({"url": "http://rm", "format": "vllm", "max_failures": 0}, "max_failures is 0"),
+        ({"url": "http://rm", "format": "vllm", "tokenizer": "a/b"}, "only format sglang uses it"),
+        ({"url": "http://rm", "format": "openrlhf", "model": "rm"}, "name no model; remove it"),
+        ({"url": "http://rm", "format": "sglang"}, "tokenizer is None; accepted is the hub id or directory"),
+        ({"url": "http://rm", "format": "vllm", "token": "x"}, "takes no argument 'token'"),
+    ],
+)
+def test_wrong_arguments_are_rejected_before_the_judge_is_built(args, message):
+    with pytest.raises(ValueError, match=message):
+        bind_judge(Component(use="http", args=args))
+
+
+def test_the_policys_tokenizer_is_needed_for_openrlhf_only(group):
+    with pytest.raises(ValueError, match="needs the policy's tokenizer"):
+        judge_groups([group("a")], url="http://rm", format="openrlhf")
