@@ -149,6 +149,10 @@ class SyncMismatch(NonRetryableError):
     """An engine does not use the weights that the trainer sent."""
 
 
+class JudgeUnavailable(NonRetryableError):
+    """A judge cannot score any group, such as one whose endpoint is down: it ends the run, which can be resumed."""
+
+
 class EngineLost(RuntimeError):
     """A weight update must begin again: an engine failed or did not answer in time, or the fleet has restarted."""
 

@@ -56,7 +56,7 @@ LIST_LOSSES = ("plackett_luce", "lipo")
 Examples = Literal["pairs", "lists", "unpaired", "unpaired_kl"]
 """Kinds of training examples: pairs; pairs of neighbours in ranked lists; completions without a pair; or these, each
 with a completion of another prompt."""
-JUDGES = ("length", "sentiment")
+JUDGES = ("length", "sentiment", "llm", "policy")
 SELECTORS = ("best_vs_worst", "random_pair")
 TRANSPORTS = ("object_store", "nccl", "ipc", "lora")
 OPTIMIZERS = ("adamw", "adamw_8bit")
@@ -506,7 +506,8 @@ class EngineConfig(Section):
     """vLLM engine arguments."""
 
     max_model_len: int | None = Field(None, ge=1)
-    """Maximum tokens of prompt and completion; null is data.max_prompt_tokens + online.sampling.max_tokens."""
+    """Maximum tokens of prompt and completion; null is data.max_prompt_tokens + online.sampling.max_tokens, and with
+    online.judge.use: policy, whose prompts contain completions, another online.sampling.max_tokens + 1024."""
     kv_cache_gib: float = Field(1.0, gt=0)
     """Size of the key-value cache of a CPU engine in GiB."""
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
@@ -521,7 +522,8 @@ class JudgeConfig(Component):
     """The judge, which scores completions."""
 
     use: Annotated[str, _one_of("judge", JUDGES)] = "length"
-    """Judge: length, sentiment, or an import path."""
+    """Judge: length, sentiment, llm (a language model behind an OpenAI-compatible endpoint), policy (the policy itself,
+    by the run's engines), or an import path."""
     replicas: int = Field(1, ge=1)
     """Number of judge processes."""
     num_gpus: float = Field(0.0, ge=0)
@@ -529,8 +531,8 @@ class JudgeConfig(Component):
     batch: int = Field(16, ge=1)
     """Maximum number of prompts per call of the judge; a call takes those that wait."""
     concurrency: int | None = Field(None, ge=1)
-    """Calls in progress per replica; null is 32 for a judge that is an async function, and 1 for others, which need not
-    be thread-safe."""
+    """Calls in progress per replica; null is what the judge asks for, else 32 for one that is an async function, and 1
+    for others, which need not be thread-safe."""
     timeout_s: float = Field(300.0, gt=0)
     """Seconds to wait for one call; then the judge's process is restarted."""
     retries: int = Field(1, ge=0)

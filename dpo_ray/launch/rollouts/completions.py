@@ -43,4 +43,10 @@ class EngineCompletions:
     async def _start(self) -> tuple[RecordTokenizer, Dispatcher]:
         engines = Dispatcher(self._fleet.membership.remote, self._fleet.suspect.remote)
         self._following = asyncio.ensure_future(engines.follow())
-        return await asyncio.to_thread(load_record_tokenizer, self._config), engines
+        return await asyncio.to_thread(_load_tokenizer, self._config), engines
+
+
+def _load_tokenizer(config: Config) -> RecordTokenizer:
+    """The run's tokenizer without its limits on training prompts; engines check that a conversation fits."""
+    tokenizer = load_record_tokenizer(config)
+    return RecordTokenizer(tokenizer.tokenizer, config.data.model_copy(update={"max_prompt_tokens": None}))

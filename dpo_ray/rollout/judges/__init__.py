@@ -15,9 +15,12 @@ from dpo_ray.config import Component
 from dpo_ray.config.schema import SamplingConfig
 from dpo_ray.plugins import bind, bind_factory, resolve
 from dpo_ray.rollout.judges.length import Length
+from dpo_ray.rollout.judges.llm import Llm, Policy
 from dpo_ray.rollout.judges.sentiment import Sentiment
 from dpo_ray.types import CompletionGroup, Judgement, Messages
 
+ASYNC_CONCURRENCY = 32
+"""Calls in progress of a judge that is an async function, and at most."""
 Scores = Sequence[Sequence[float] | Judgement]
 
 
@@ -40,7 +43,7 @@ class Judge(Protocol):
     """Scores completions; higher is better. Only order and gaps within one group matter.
 
     A judge that compares completions pairwise returns how often each one won. An async function is a judge, too; its
-    calls overlap.
+    calls overlap. A judge may have an attribute ``concurrency``, see ``calls_in_progress``.
     """
 
     def __call__(self, groups: Sequence[CompletionGroup]) -> Scores | Awaitable[Scores]:
@@ -64,12 +67,16 @@ def bind_judge(component: Component, context: JudgeContext | None = None) -> Cal
         ValueError: the name or an argument is unknown, or an argument is missing.
     """
     use, args = component.use, component.args
-    if is_judge_function(resolve(use, JUDGES, "judge")):
+    part = resolve(use, JUDGES, "judge")
+    if is_judge_function(part):
         if "groups" in args:
             raise ValueError(f"judge {use!r}: groups cannot be set in args; each call passes it")
         judge = bind(use, args, JUDGES, "judge")
         return lambda: judge
-    return partial(_call_factory, bind_factory(use, args, JUDGES, "judge", context=context), use)
+    factory = bind_factory(use, args, JUDGES, "judge", context=context)
+    if use in JUDGES and (validate := getattr(part, "validate_arguments", None)) is not None:
+        validate(**args)
+    return partial(_call_factory, factory, use)
 
 
 def _call_factory(factory: Callable[[], Any], use: str) -> Judge:
@@ -85,6 +92,16 @@ def _call_factory(factory: Callable[[], Any], use: str) -> Judge:
 def is_async(judge: Judge) -> bool:
     """True if calls of the judge return coroutines."""
     return inspect.iscoroutinefunction(judge) or inspect.iscoroutinefunction(type(judge).__call__)
+
+
+def calls_in_progress(judge: Judge) -> int:
+    """Default of ``online.judge.concurrency``: the judge's attribute ``concurrency``, else 32 if it is async, else 1.
+
+    A call that waits for others inside the judge uses up its time-out, so a judge that limits its own requests states
+    how many calls keep them busy.
+    """
+    default = ASYNC_CONCURRENCY if is_async(judge) else 1
+    return min(ASYNC_CONCURRENCY, getattr(judge, "concurrency", default))
 
 
 def is_judge_function(part: Any) -> bool:
@@ -140,5 +157,11 @@ def _described(value: Any) -> str:
     return repr(value)
 
 
-JUDGES: dict[str, Callable[..., Judge]] = {"length": Length, "sentiment": Sentiment}
-"""Built-in factories. A judge's optional packages are imported when it is built."""
+JUDGES: dict[str, Callable[..., Judge]] = {
+    "length": Length,
+    "sentiment": Sentiment,
+    "llm": Llm,
+    "policy": Policy,
+}
+"""Built-in factories. A judge's packages are imported when it is built; one with ``validate_arguments`` has the values
+of its arguments checked by ``bind_judge``."""
