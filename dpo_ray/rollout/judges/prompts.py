@@ -86,7 +86,8 @@ def fill(template: str, values: Mapping[str, Any]) -> str:
             )
         return text_of(values[match[1]])
 
-    return PLACEHOLDER.sub(value, template)
+    # Half a surrogate pair cannot be encoded in a request.
+    return PLACEHOLDER.sub(value, template).encode(errors="replace").decode()
 
 
 def transcript(messages: Messages) -> str:

@@ -114,6 +114,10 @@ def test_braces_in_a_completion_are_no_placeholders():
     assert fill("{first} {second} {}", {"first": "{second}", "second": '{"a": 1}'}) == '{second} {"a": 1} {}'
 
 
+def test_half_a_surrogate_pair_becomes_a_question_mark():
+    assert fill("{first} \U0001f600", {"first": "\ud83d"}) == "? \U0001f600"
+
+
 def test_a_placeholder_may_be_a_field_of_the_record_and_must_have_a_value():
     assert fill("{answer}", {"answer": 42}) == "42"
     with pytest.raises(ValueError, match=r"\{answr\}, which is no field of this prompt's record; it has answer"):
