@@ -88,6 +88,10 @@ class ChatEndpoint:
             f"each tried up to {self._args.retries + 1} times; the last: {failed}"
         )
 
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
     async def _reply(self, text: str, schema: Schema) -> Reply:
         if not self._formats:
             return await self._complete(text, {})

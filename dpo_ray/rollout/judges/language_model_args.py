@@ -102,7 +102,7 @@ class LlmArgs(QuestionArgs):
     max_failures: int = Field(10, ge=1)
     """Failed requests in a row, over all groups, that end the run."""
     response_format: Literal["json_schema", "json_object", "none"] = "json_schema"
-    """How the endpoint is asked for JSON; dropped if the endpoint rejects it."""
+    """Form in which JSON is requested; dropped if the endpoint rejects it."""
     request: dict[str, Any] = Field(default_factory=dict)
     """Further fields of each request, such as {max_completion_tokens: 4096, reasoning_effort: low}."""
     usd_per_million: PriceArgs | None = None
@@ -112,6 +112,8 @@ class LlmArgs(QuestionArgs):
     def _validate_request(self) -> Self:
         if own := sorted(OWN_FIELDS & set(self.request)):
             raise ValueError(f"request: {own[0]} is not accepted there, because the judge sets it itself")
+        if self.samples > 1 and "seed" in self.request:
+            raise ValueError(f"request: seed would make all {self.samples} samples the same reply; leave it out")
         return self
 
 

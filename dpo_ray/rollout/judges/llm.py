@@ -47,10 +47,12 @@ class Llm(_LanguageModelJudge):
         from dpo_ray.rollout.judges.chat_endpoint import ChatEndpoint
 
         parsed = parse_args("llm", LlmArgs, args)
-        prices = parsed.usd_per_million
-        super().__init__(
-            parsed, ChatEndpoint(parsed), context, Prices(prices.prompt, prices.completion) if prices else None
-        )
+        self._endpoint, prices = ChatEndpoint(parsed), parsed.usd_per_million
+        super().__init__(parsed, self._endpoint, context, Prices(prices.prompt, prices.completion) if prices else None)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._endpoint.close()
 
     @staticmethod
     def validate_arguments(**args: Any) -> None:

@@ -187,6 +187,7 @@ def test_score_is_the_mean_of_the_samples_with_a_score(group):
         ("llm", {"model": "m", "scale": [5, 0]}, r"scale: found \[5\.0, 0\.0\]; the first number must be below"),
         ("llm", {"model": "m", "mode": "score", "samples": 3}, r"samples: 3 equal replies at temperature 0"),
         ("llm", {"model": "m", "request": {"stream": True}}, r"request: stream is not accepted there"),
+        ("llm", {"model": "m", "samples": 2, "request": {"seed": 1}}, r"request: seed would make all 2 samples"),
         ("llm", {"model": "m", "usd_per_million": {"prompt": 1}}, r"usd_per_million\.completion: is required"),
         ("policy", {"model": "m"}, r"args\.model: no such argument"),
         ("policy", {"template": "{prompt}"}, r"template: lacks \{completion\}"),

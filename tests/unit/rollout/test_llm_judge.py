@@ -46,8 +46,15 @@ def build(url: str, run_dir: Path, **args: Any) -> Judge:
 
 
 def judge(url: str, run_dir: Path, groups: Sequence[CompletionGroup], **args: Any) -> list[Judgement]:
-    scores: Any = build(url, run_dir, **args)(groups)
-    return check_scores(groups, asyncio.run(scores))
+    built: Any = build(url, run_dir, **args)
+
+    async def run() -> Any:
+        try:
+            return await built(groups)
+        finally:
+            await built.close()
+
+    return check_scores(groups, asyncio.run(run()))
 
 
 def make_groups(count: int) -> list[CompletionGroup]:
