@@ -57,7 +57,8 @@ Examples = Literal["pairs", "lists", "unpaired", "unpaired_kl"]
 """Kinds of training examples: pairs; pairs of neighbours in ranked lists; completions without a pair; or these, each
 with a completion of another prompt."""
 JUDGES = (
-    "exact", "http", "implicit", "json_schema", "length", "math", "regex", "reward_model", "sentiment", "weighted"
+    "exact", "http", "implicit", "json_schema", "length", "llm", "math", "policy", "regex", "reward_model", "sentiment",
+    "weighted",
 )  # fmt: skip
 IMPLICIT = "implicit"
 """The judge whose scores the training workers compute."""
@@ -510,7 +511,8 @@ class EngineConfig(Section):
     """vLLM engine arguments."""
 
     max_model_len: int | None = Field(None, ge=1)
-    """Maximum tokens of prompt and completion; null is data.max_prompt_tokens + online.sampling.max_tokens."""
+    """Maximum tokens of prompt and completion; null is data.max_prompt_tokens + online.sampling.max_tokens, and with
+    online.judge.use: policy, whose prompts contain completions, another online.sampling.max_tokens + 1024."""
     kv_cache_gib: float = Field(1.0, gt=0)
     """Size of the key-value cache of a CPU engine in GiB."""
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
@@ -526,8 +528,9 @@ class JudgeConfig(Component):
 
     use: Annotated[str, _one_of("judge", JUDGES)] = "length"
     """Judge, or an import path. reward_model: a Hugging Face sequence classifier in the judge's process. http: a reward
-    server of OpenRLHF, vLLM or SGLang. exact, regex, json_schema, math: compare with a field of the record. weighted:
-    a sum of several. implicit: the log-ratio of policy and reference. length, sentiment: for tests and demos."""
+    server of OpenRLHF, vLLM or SGLang. llm: a language model behind an OpenAI-compatible endpoint. policy: the policy
+    itself, by the run's engines. implicit: the log-ratio of policy and reference. exact, regex, json_schema, math:
+    compare with a field of the record. weighted: a sum of several. length, sentiment: for tests and demos."""
     replicas: int = Field(1, ge=1)
     """Number of judge processes."""
     num_gpus: float = Field(0.0, ge=0)
@@ -535,8 +538,8 @@ class JudgeConfig(Component):
     batch: int = Field(16, ge=1)
     """Maximum number of prompts per call of the judge; a call takes those that wait."""
     concurrency: int | None = Field(None, ge=1)
-    """Calls in progress per replica; null is 32 for a judge that is an async function, and 1 for others, which need not
-    be thread-safe."""
+    """Calls in progress per replica; null is what the judge asks for, else 32 for one that is an async function, and 1
+    for others, which need not be thread-safe."""
     timeout_s: float = Field(300.0, gt=0)
     """Seconds to wait for one call; then the judge's process is restarted."""
     retries: int = Field(1, ge=0)

@@ -6,6 +6,9 @@ from pydantic import model_validator
 
 from dpo_ray.config import cross_checks, schema
 
+POLICY_JUDGE_TOKENS = 1024
+"""Tokens of an engine beyond a prompt and two completions if the policy judges: for instructions and its reply."""
+
 
 class Config(schema.Section):
     """The whole configuration of a run."""
@@ -27,6 +30,8 @@ class Config(schema.Section):
         """Maximum length of prompt and completion in an engine, in tokens."""
         assert self.online is not None
         longest = (self.data.max_prompt_tokens or 1024) + self.online.sampling.max_tokens
+        if any(judge.use == "policy" for judge in self.online.judges.values()):
+            longest += self.online.sampling.max_tokens + POLICY_JUDGE_TOKENS
         return self.online.engine.max_model_len or longest
 
     @property

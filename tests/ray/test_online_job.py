@@ -149,3 +149,27 @@ def test_ctrl_c_leaves_no_process_and_a_failing_judge_ends_the_run_with_its_mess
     status = joining.kill_when("online", file, "run.name=again", ready=logs.exists, signal_number=signal.SIGINT)
     assert status == 130, "before the first step it waits for neither engines nor judge"
     assert not joining.left_over()
+
+
+def test_a_policy_that_judges_itself_and_cannot_judge_ends_its_round_with_ties_that_are_counted(
+    joining: Commands, config: dict[str, Any], tmp_path: Path
+) -> None:
+    """A random model replies with noise: 3 comparisons per group in 2 orders, each asked again once."""
+    config["run"] |= {"name": "self", "export": False}
+    config["cluster"] = {"train_workers": 1, "rollout_engines": 1}
+    template = "{prompt}\nA: {first}\nB: {second}\nReply with A or B."
+    judge = {"mode": "pairwise", "comparisons": 3, "template": template, "max_tokens": 8}
+    config["online"] |= {"rounds": 1, "judge": {"use": "policy", "args": judge}}
+    file, run = write_yaml(tmp_path / "run.yaml", config), tmp_path / "runs/self"
+    ended = joining.run("online", file)
+    assert ended.returncode == 0, ended.stderr
+    assert not joining.left_over()
+    manifest = json.loads((run / "rounds/000000/manifest.json").read_text())
+    judging, dropped = manifest["judge"], manifest["counts"]["dropped"]
+    assert manifest["counts"]["prompts"] == 4
+    assert judging["requests"] == 4 * 6 + judging["parse_failures"] - judging["unparsed"]
+    assert judging["unparsed"] > 12, "most of the 24 verdicts"
+    assert dropped["tie"] >= 1
+    assert not [reason for reason in dropped if reason.startswith("failed")]
+    answers = [line for file in run.glob("judge_cache/000000/*.jsonl") for line in lines(file)]
+    assert len(answers) == judging["requests"]

@@ -50,4 +50,7 @@ class EngineCompletions:
     async def _start(self) -> tuple[RecordTokenizer, Dispatcher]:
         engines = Dispatcher(self._fleet.membership.remote, self._fleet.suspect.remote)
         self._following = asyncio.ensure_future(engines.follow())
-        return await asyncio.to_thread(self._tokenizer), engines
+        tokenizer = await asyncio.to_thread(self._tokenizer)
+        # Without the limit on training prompts; engines check that a conversation fits.
+        unlimited = self._config.data.model_copy(update={"max_prompt_tokens": None})
+        return RecordTokenizer(tokenizer.tokenizer, unlimited), engines

@@ -14,11 +14,17 @@ from dpo_ray.config import Config
 from dpo_ray.config.schema import JudgeConfig
 from dpo_ray.launch.rollouts.completions import EngineCompletions
 from dpo_ray.launch.run_dir import log_to_run
-from dpo_ray.rollout.judges import Judge, JudgeContext, bind_judge, check_scores, is_async
+from dpo_ray.rollout.judges import (
+    ASYNC_CONCURRENCY,
+    Judge,
+    JudgeContext,
+    bind_judge,
+    calls_in_progress,
+    check_scores,
+    is_async,
+)
 from dpo_ray.types import CompletionGroup, Judgement
 
-ASYNC_CONCURRENCY = 32
-"""Calls in progress of a judge that is an async function."""
 PING_TIMEOUT_S = 30.0
 
 
@@ -45,7 +51,7 @@ class JudgeActor:
 
     async def ready(self) -> int:
         """Build the judge; returns how many calls may be in progress."""
-        return ASYNC_CONCURRENCY if is_async(await self._built()) else 1
+        return calls_in_progress(await self._built())
 
     async def score(self, groups: Sequence[CompletionGroup]) -> list[Judgement]:
         """Scores of every completion of every group."""

@@ -19,12 +19,15 @@ from dpo_ray.rollout.judges.functions import is_async as is_async
 from dpo_ray.rollout.judges.http import Http
 from dpo_ray.rollout.judges.implicit import Implicit
 from dpo_ray.rollout.judges.length import Length
+from dpo_ray.rollout.judges.llm import Llm, Policy
 from dpo_ray.rollout.judges.reward_model import RewardModel
 from dpo_ray.rollout.judges.sentiment import Sentiment
 from dpo_ray.rollout.judges.verifiable import Exact, JsonSchema, Math, Regex
 from dpo_ray.rollout.judges.weighted import Weighted
 from dpo_ray.types import CompletionGroup, Judgement, Messages
 
+ASYNC_CONCURRENCY = 32
+"""Calls in progress of a judge that is an async function, and at most."""
 Scores = Sequence[Sequence[float] | Judgement]
 
 
@@ -49,7 +52,7 @@ class Judge(Protocol):
     """Scores completions; higher is better. Only order and gaps within one group matter.
 
     A judge that compares completions pairwise returns how often each one won. An async function is a judge, too; its
-    calls overlap.
+    calls overlap. A judge may have an attribute ``concurrency``, see ``calls_in_progress``.
     """
 
     def __call__(self, groups: Sequence[CompletionGroup]) -> Scores | Awaitable[Scores]:
@@ -113,6 +116,16 @@ def _call_factory(factory: Callable[[], Any], use: str, context: JudgeContext | 
     return judge
 
 
+def calls_in_progress(judge: Judge) -> int:
+    """Default of ``online.judge.concurrency``: the judge's attribute ``concurrency``, else 32 if it is async, else 1.
+
+    A call that waits for others inside the judge uses up its time-out, so a judge that limits its own requests states
+    how many calls keep them busy.
+    """
+    default = ASYNC_CONCURRENCY if is_async(judge) else 1
+    return min(ASYNC_CONCURRENCY, getattr(judge, "concurrency", default))
+
+
 def is_judge_function(part: Any) -> bool:
     """True for a function that is itself a judge: one with a required parameter ``groups``. A class is a factory."""
     if inspect.isclass(part) or not callable(part):
@@ -172,7 +185,9 @@ JUDGES: dict[str, Callable[..., Judge]] = {
     "implicit": Implicit,
     "json_schema": JsonSchema,
     "length": Length,
+    "llm": Llm,
     "math": Math,
+    "policy": Policy,
     "regex": Regex,
     "reward_model": RewardModel,
     "sentiment": Sentiment,

@@ -132,6 +132,18 @@ def test_every_shipped_job_loads(path):
     load_config(path)
 
 
+def test_engines_of_a_policy_that_judges_have_room_for_two_completions_instructions_and_a_reply(tmp_path):
+    text = """
+model: {path: org/name}
+data: {max_prompt_tokens: 100}
+online: {prompts: p.jsonl, sampling: {max_tokens: 50}}
+"""
+    file = write(tmp_path / "c.yaml", text)
+    assert load(file).max_model_len == 150
+    assert load(file, "online.judge.use=policy").max_model_len == 100 + 2 * 50 + 1024
+    assert load(file, "online.judge.use=policy", "online.engine.max_model_len=700").max_model_len == 700
+
+
 def test_component_names_in_the_schema_match_the_registries():
     from dpo_ray.config import schema
     from dpo_ray.objective.losses import DIVERGENCES, LOSSES

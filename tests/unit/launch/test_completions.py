@@ -1,6 +1,7 @@
 """What a judge's process gets of the run."""
 
 from pathlib import Path
+from typing import Any
 
 from dpo_ray.config import Config
 from dpo_ray.launch.rollouts.completions import EngineCompletions

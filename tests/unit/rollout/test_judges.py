@@ -96,11 +96,11 @@ def test_sentiment_without_its_package_names_the_extra(monkeypatch):
         bind_judge(Component(use="sentiment"))()
 
 
-def test_importing_the_judges_imports_neither_vader_nor_torch_nor_ray():
+def test_importing_the_judges_imports_neither_vader_nor_openai_nor_torch_nor_ray():
     code = (
         "import sys, dpo_ray.rollout.judges, dpo_ray.rollout.collector, "
         "dpo_ray.rollout.fleet\n"
-        "print([m for m in ('vaderSentiment', 'torch', 'ray', 'vllm', 'transformers') if m in sys.modules])"
+        "print([m for m in ('vaderSentiment', 'openai', 'torch', 'ray', 'vllm', 'transformers') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
