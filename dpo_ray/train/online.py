@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -27,6 +28,7 @@ from dpo_ray.sync.base import WeightSync
 from dpo_ray.train.checkpoint import Checkpointer
 from dpo_ray.train.evaluator import Evaluations, PromptEvaluator
 from dpo_ray.train.reference import load_frozen_reference, round_reference
+from dpo_ray.train.refresh import refresh_reference, refreshed_weights
 from dpo_ray.train.reporter import PhaseTimer, Reporter
 from dpo_ray.train.state import TrainState
 from dpo_ray.train.step import dpo_step
@@ -70,7 +72,8 @@ def train_online(
     frozen = load_frozen_reference(trainer)
     evaluator = PromptEvaluator(trainer, rounds, frozen, reporter, total=online.rounds)
     skips = config.optim.max_skipped_steps
-    state = TrainState(trainer.policy, trainer.optimizer, trainer.log_ratio_totals, skips)
+    reference_weights = partial(refreshed_weights, frozen)
+    state = TrainState(trainer.policy, trainer.optimizer, trainer.log_ratio_totals, skips, reference_weights)
     checkpointer = Checkpointer(config.run.path / "checkpoints", config)
     if checkpointer.resume(state):
         reporter.note(f"resuming after round {state.round} of {online.rounds}")
@@ -88,6 +91,7 @@ def train_online(
         if data is None:
             break
         with timer("perf/train_s"):
+            refresh_reference(frozen, state.round)
             metrics = train_on_round(trainer, data, frozen, state, reporter)
         state.round += 1
         lag = {"policy_lag": data.index - data.policy_version}
