@@ -49,6 +49,43 @@ def validate_layers(shard: schema.ShardConfig, model: schema.ModelConfig, optim:
         )
 
 
+def validate_refresh(
+    reference: schema.ReferenceConfig, model: schema.ModelConfig, online: schema.OnlineConfig | None
+) -> None:
+    """Check that there is a reference that can be refreshed as configured."""
+    kind, alpha, refresh = reference.kind, reference.mixup_alpha, f"reference.refresh: {reference.refresh}"
+    if reference.refresh == "never":
+        if alpha < 1:
+            raise ValueError(
+                f"reference.mixup_alpha: {alpha} is the policy's share in a refresh, and {refresh} has none; set "
+                "reference.refresh: round or a number of rounds"
+            )
+        return
+    if online is None:
+        raise ValueError(f"{refresh} needs rounds; it is for online runs (give an online section)")
+    if kind == "none":
+        raise ValueError(f"{refresh} changes the reference, and reference.kind: none has none; set refresh: never")
+    if not reference.refreshes_copy:
+        if kind in ("live", "adapters_off"):
+            raise ValueError(
+                f"{refresh} uses the policy as reference, reference.kind: {kind} never changes; "
+                "set reference.kind: auto or cached"
+            )
+        return
+    refresh += f" with mixup_alpha: {alpha}" if alpha < 1 else ""
+    if kind in ("cached", "adapters_off"):
+        source = "the policy of the round" if kind == "cached" else "the policy without its adapters"
+        raise ValueError(
+            f"{refresh} changes a copy of the trained weights, reference.kind: {kind} is {source}; set "
+            "reference.kind: auto"
+        )
+    if kind == "live" and model.lora is not None:
+        raise ValueError(
+            f"{refresh} with model.lora changes a copy of the adapters, reference.kind: live is a whole model without "
+            "adapters; set reference.kind: auto"
+        )
+
+
 def validate_reference(
     reference: schema.ReferenceConfig,
     model: schema.ModelConfig,
@@ -57,13 +94,6 @@ def validate_reference(
 ) -> None:
     """Check that the reference can be computed."""
     kind, refresh, lora = reference.kind, reference.refresh, model.lora
-    if refresh == "round" and online is None:
-        raise ValueError("reference.refresh: round needs rounds; it is for online runs (give an online section)")
-    if refresh == "round" and kind in ("live", "adapters_off"):
-        raise ValueError(
-            f"reference.refresh: round uses the policy as reference, reference.kind: {kind} never changes; "
-            "set reference.kind: auto or cached"
-        )
     if kind == "adapters_off" and lora is None:
         raise ValueError("reference.kind: adapters_off is for a policy with adapters; give model.lora, or set auto")
     if kind == "live" and lora is not None and lora.quantize is not None:
@@ -122,8 +152,9 @@ def validate_sources(
             f"online.source.replay_rounds is {source.replay_rounds}, but online.keep_rounds: {keep} deletes the pairs "
             f"of rounds before; set online.keep_rounds to {source.replay_rounds} or more"
         )
-    if online.judged_by_trainer and (kind == "none" or reference.refresh == "round"):
-        found = "reference.refresh: round" if reference.refresh == "round" else "reference.kind: none"
+    policy_of_round = reference.refresh_every is not None and not reference.refreshes_copy
+    if online.judged_by_trainer and (kind == "none" or policy_of_round):
+        found = "reference.refresh: round" if policy_of_round else "reference.kind: none"
         raise ValueError(
             "online.judge.use: implicit compares the policy with the reference, and with "
             f"{found} there is none that differs; set reference.kind: auto and reference.refresh: never"

@@ -14,6 +14,7 @@ FIXED_KEYS = (
     "model.lora",
     "reference.kind",
     "reference.refresh",
+    "reference.mixup_alpha",
     "data.train",
     "data.weights",
     "data.strings",

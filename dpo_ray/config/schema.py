@@ -87,6 +87,14 @@ def _divergence(value: str | float) -> str | float:
     raise PydanticCustomError("divergence", "input should be {names} or a number between 0 and 1", {"names": names})
 
 
+def _refresh(value: Any) -> Any:
+    if value in ("never", "round"):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return "round" if value == 1 else value
+    raise PydanticCustomError("refresh", "input should be never, round or a number of rounds from 1")
+
+
 class Component(Section):
     """A replaceable component."""
 
@@ -217,9 +225,13 @@ class ReferenceConfig(Section):
     """Source of reference log-probabilities. cached: computed once with the untrained policy and stored. live: a frozen
     sharded copy of the model. adapters_off: the policy with its adapters disabled. none: no reference, for
     reference-free losses. auto: none for these losses; cached offline and with refresh: round; otherwise adapters_off
-    with model.lora and live without."""
-    refresh: Literal["never", "round"] = "never"
-    """round uses the policy at the start of each round as the reference of that round. Online only."""
+    with model.lora and live without. With any other refresh, auto with model.lora keeps a copy of the adapters."""
+    refresh: Annotated[str | int, BeforeValidator(_refresh)] = "never"
+    """Rounds between two refreshes of the reference from the policy: round uses the policy at the start of each round
+    as the reference of that round; a number K does so every K rounds, with a copy kept in between. Online only."""
+    mixup_alpha: float = Field(1.0, gt=0, le=1)
+    """Share of the policy's weights in a refresh: reference = alpha * policy + (1 - alpha) * reference (TR-DPO,
+    arXiv:2404.09656). 1 replaces the reference; less keeps a float32 copy of the trained weights."""
     cache_dir: str | None = None
     """Directory of cached reference log-probabilities and tokenized data, shared by all runs; null is
     ~/.cache/dpo_ray."""
@@ -240,6 +252,16 @@ class ReferenceConfig(Section):
                 "to a path"
             )
         return self
+
+    @property
+    def refresh_every(self) -> int | None:
+        """Rounds between two refreshes; None without refreshes."""
+        return {"never": None, "round": 1}[self.refresh] if isinstance(self.refresh, str) else self.refresh
+
+    @property
+    def refreshes_copy(self) -> bool:
+        """True if refreshes change a copy; the reference is then neither untrained nor the policy of the round."""
+        return self.refresh_every is not None and (self.refresh_every > 1 or self.mixup_alpha < 1)
 
     @property
     def cache_path(self) -> Path:

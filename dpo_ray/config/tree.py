@@ -35,15 +35,18 @@ class Config(schema.Section):
         return self.online.engine.max_model_len or longest
 
     @property
-    def reference_kind(self) -> Literal["cached", "live", "adapters_off", "none"]:
-        """``reference.kind`` with ``auto`` resolved."""
+    def reference_kind(self) -> Literal["cached", "live", "adapters_off", "adapters", "none"]:
+        """``reference.kind`` with ``auto`` resolved; ``adapters``: the policy with a refreshed copy of its adapters."""
         if self.reference.kind != "auto":
             return self.reference.kind
         if self.loss.reference_free:
             return "none"
-        if self.online is None or self.reference.refresh == "round":
+        copied = self.reference.refreshes_copy
+        if self.online is None or (self.reference.refresh == "round" and not copied):
             return "cached"
-        return "live" if self.model.lora is None else "adapters_off"
+        if self.model.lora is None:
+            return "live"
+        return "adapters" if copied else "adapters_off"
 
     @model_validator(mode="before")
     @classmethod
@@ -58,6 +61,7 @@ class Config(schema.Section):
         cross_checks.validate_mesh(self.shard, self.cluster)
         cross_checks.validate_layers(self.shard, self.model, self.optim)
         cross_checks.validate_router_loss(self.shard, self.loss)
+        cross_checks.validate_refresh(self.reference, self.model, self.online)
         cross_checks.validate_reference(self.reference, self.model, self.loss, self.online)
         cross_checks.validate_run(self.run, self.data, self.online)
         cross_checks.validate_lists(self.data, self.loss)

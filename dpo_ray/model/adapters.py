@@ -1,6 +1,8 @@
-"""LoRA adapters (peft) in a frozen model: adding them, disabling them for the reference, merging them."""
+"""LoRA adapters (peft) in a frozen model: adding them, disabling or exchanging them for the reference."""
 
+import copy
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -19,10 +21,15 @@ if TYPE_CHECKING:
 
 ADAPTER = "default"
 """peft's name of the adapters."""
+REFERENCE_ADAPTER = "reference"
+"""Name of the copy of the adapters that makes the policy its own refreshed reference."""
 
 
-def add_adapters(model: "PreTrainedModel", lora: LoraConfig) -> None:
+def add_adapters(model: "PreTrainedModel", lora: LoraConfig, *, copies: Sequence[str] = ()) -> None:
     """Add adapters that initially change nothing; freeze the other weights, quantized if ``lora.quantize`` is set.
+
+    Args:
+        copies: names of frozen copies of the adapters, which take no part in the model's own forward pass.
 
     Raises:
         ValueError: ``model.lora.targets`` matches no module, or a module that cannot have adapters.
@@ -43,8 +50,21 @@ def add_adapters(model: "PreTrainedModel", lora: LoraConfig) -> None:
         assert parameter.requires_grad == (".lora_" in name), name
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for name in copies:
+        _copy_adapters(model, name)
     if lora.quantize is not None:
         quantize_base(model)
+
+
+def _copy_adapters(model: nn.Module, name: str) -> None:
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            # peft's own way to add a second set would adapt the layers inside the first one.
+            for part in (module.lora_A, module.lora_B, module.lora_dropout):
+                part[name] = copy.deepcopy(part[ADAPTER]).requires_grad_(False)
+            module.scaling[name] = module.scaling[ADAPTER]
 
 
 class WithoutAdapters:
@@ -68,6 +88,32 @@ class WithoutAdapters:
         finally:
             for layer in self.layers:
                 layer._disable_adapters = False
+
+
+class WithAdapters:
+    """A policy with a copy of its adapters in their place, as its own reference model; called like a Scorer.
+
+    FSDP shards and gathers the copy with the policy, so that nothing is exchanged between passes but the name.
+
+    Args:
+        name: one of ``copies`` of ``add_adapters``.
+    """
+
+    def __init__(self, policy: "Scorer", name: str) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        self.policy, self.name = policy, name
+        self.layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
+
+    def __call__(self, row: "PackedRow", head_fn: "HeadFn") -> Any:
+        """See ``Scorer.forward``."""
+        for layer in self.layers:
+            layer._active_adapter = [self.name]
+        try:
+            return self.policy(row, head_fn)
+        finally:
+            for layer in self.layers:
+                layer._active_adapter = [ADAPTER]
 
 
 def adapter_factors(layer: Any) -> tuple[Tensor, Tensor, float]:

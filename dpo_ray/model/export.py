@@ -112,7 +112,7 @@ def export_policy(policy: Scorer, model: ModelConfig, tokenizer: PreTrainedToken
     written, and ``policy/`` only if ``model.lora.merge`` is set.
     """
     if model.lora is not None:
-        adapters = ((name, p.detach()) for name, p in policy.model.named_parameters() if ".lora_" in name)
+        adapters = ((name, p.detach()) for name, p in policy.model.named_parameters() if p.requires_grad)
         gathered = ((name, gather_to_rank0(weight)) for name, weight in adapters)
         weights = {name: weight.cpu() for name, weight in gathered if weight is not None}
         if dist.get_rank() == 0:

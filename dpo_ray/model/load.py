@@ -157,18 +157,24 @@ def load_sharded(
     *,
     trainable: bool,
     context: ContextParallel = NO_CONTEXT_PARALLEL,
+    frozen_dtype: torch.dtype | None = None,
+    adapter_copies: Sequence[str] = (),
 ) -> Scorer:
     """Build a model, parallelize it over the mesh and load its weights.
 
     Trainable weights are float32, compute in ``model.dtype`` and have their gradients reduced in float32. Frozen
     weights are stored in the compute dtype: with ``model.lora`` all but the adapters, and those of other modalities
     than text.
+
+    Args:
+        frozen_dtype: dtype of the weights of a model that is not trainable, if it is not the compute dtype.
+        adapter_copies: names of frozen copies of the adapters, with ``model.lora``.
     """
     if model.fp8:
         validate_float8_device(device)
     is_rank0 = dist.get_rank() == 0
     compute_dtype = DTYPES[model.dtype]
-    dtype = torch.float32 if trainable and model.lora is None else compute_dtype
+    dtype = torch.float32 if trainable and model.lora is None else frozen_dtype or compute_dtype
     built = build_model(model, with_weights=is_rank0, dtype=dtype, device_type=device.type)
     if dist.get_world_size() > 1 and not broadcast_from_rank0(lambda: head_is_tied(built)) and head_is_tied(built):
         untie_head(built)
@@ -177,7 +183,7 @@ def load_sharded(
     for module in unused:
         module.to(compute_dtype)
     if trainable and model.lora is not None:
-        add_adapters(built, model.lora)
+        add_adapters(built, model.lora, copies=adapter_copies)
     if model.fp8:
         use_float8(layers)
     if device.type == "cpu" and compute_dtype == torch.bfloat16:

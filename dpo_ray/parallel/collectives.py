@@ -61,6 +61,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Returns this rank's shard of a sharded tensor, and any other tensor as it is; both without a copy."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """True if ranks hold different parts of the tensor."""
     return isinstance(tensor, DTensor) and bool(_sharded_dims(tensor))

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -30,6 +31,7 @@ from dpo_ray.train.checkpoint import Checkpointer
 from dpo_ray.train.evaluator import Evaluations, PromptEvaluator
 from dpo_ray.train.implicit import UnjudgedRounds, judge_by_policy
 from dpo_ray.train.reference import load_frozen_reference, replayable_reference, round_reference
+from dpo_ray.train.refresh import refresh_reference, refreshed_weights
 from dpo_ray.train.reporter import PhaseTimer, Reporter
 from dpo_ray.train.round_pairs import Sources
 from dpo_ray.train.state import TrainState
@@ -88,7 +90,8 @@ def train_online(
     frozen = load_frozen_reference(trainer)
     evaluator = PromptEvaluator(trainer, rounds, frozen, reporter, total=online.rounds)
     skips = config.optim.max_skipped_steps
-    state = TrainState(trainer.policy, trainer.optimizer, trainer.log_ratio_totals, skips)
+    reference_weights = partial(refreshed_weights, frozen)
+    state = TrainState(trainer.policy, trainer.optimizer, trainer.log_ratio_totals, skips, reference_weights)
     checkpointer = Checkpointer(config.run.path / "checkpoints", config)
     if checkpointer.resume(state):
         reporter.note(f"resuming after round {state.round} of {online.rounds}")
@@ -110,6 +113,7 @@ def train_online(
             if frozen is not None and online.judged_by_trainer:
                 reporter.phase("judging")
                 data = judge_by_policy(trainer, rounds, data, frozen, online.judge)
+            refresh_reference(frozen, state.round)
             if (known := replayable_reference(trainer, data.pairs, frozen)) is not None:
                 rounds.write_reference(data.index, known)
             data = sources.add_to(replace(data, reference=known))

@@ -1,4 +1,4 @@
-"""The reference of a run: cached log-probabilities, a frozen model, the policy with its adapters off, or none.
+"""The reference of a run: cached log-probabilities, a frozen model, the policy with other adapters, or none.
 
 The untrained policy is the reference, so that the cache is filled without loading a second model. The reference must
 therefore be built before a checkpoint is loaded.
@@ -12,33 +12,47 @@ import torch
 from dpo_ray.config import Config
 from dpo_ray.data.loader import PairSource
 from dpo_ray.data.store import PairStore
-from dpo_ray.model.adapters import WithoutAdapters
+from dpo_ray.model.adapters import REFERENCE_ADAPTER, WithAdapters, WithoutAdapters
 from dpo_ray.model.architecture import model_digest
 from dpo_ray.model.load import load_sharded
-from dpo_ray.model.scorer import LogpsModel, pair_logps
+from dpo_ray.model.scorer import LogpsModel, Scorer, pair_logps
 from dpo_ray.parallel.collectives import broadcast_from_rank0
 from dpo_ray.reference.cache import cached_logps
 from dpo_ray.reference.reference import Reference, cached_reference, live_reference, no_reference
 from dpo_ray.reference.store import ReferenceStore, store_digest
 from dpo_ray.storage import folder_at
 from dpo_ray.train.logps import compute_logps
+from dpo_ray.train.refresh import RefreshedReference
 from dpo_ray.train.reporter import Reporter
 from dpo_ray.train.trainer import Trainer
 
 
 def load_frozen_reference(trainer: Trainer) -> LogpsModel | None:
     """The reference model that stays beside the policy for the whole run; None if there is none."""
-    config = trainer.config
-    match config.reference_kind:
+    policy, reference = trainer.policy, trainer.config.reference
+    match trainer.config.reference_kind:
         case "live":
-            # Sharded like the policy, in the compute dtype.
-            context = trainer.policy.context
-            return load_sharded(
-                config.model, config.shard, trainer.mesh, trainer.device, context=context, trainable=False
-            )
+            frozen = _load_copy(trainer)
+            return RefreshedReference(policy, frozen, frozen, reference) if reference.refreshes_copy else frozen
+        case "adapters":
+            return RefreshedReference(policy, WithAdapters(policy, REFERENCE_ADAPTER), policy, reference)
         case "adapters_off":
-            return WithoutAdapters(trainer.policy)
+            return WithoutAdapters(policy)
     return None
+
+
+def _load_copy(trainer: Trainer) -> Scorer:
+    """The untrained model, sharded like the policy, in the compute dtype unless refreshes change it by small steps."""
+    config = trainer.config
+    return load_sharded(
+        config.model,
+        config.shard,
+        trainer.mesh,
+        trainer.device,
+        context=trainer.policy.context,
+        trainable=False,
+        frozen_dtype=torch.float32 if config.reference.mixup_alpha < 1 else None,
+    )
 
 
 def build_references(
@@ -83,7 +97,7 @@ def round_reference(
 def replayable_reference(trainer: Trainer, pairs: PairSource, frozen: LogpsModel | None) -> np.ndarray | None:
     """(n, 2) reference log-probabilities of a round's new pairs, nats, if later rounds can use them; otherwise None."""
     online = trainer.config.online
-    if online is None or not online.source.replay or frozen is None:
+    if online is None or not online.source.replay or frozen is None or trainer.config.reference.refresh != "never":
         return None
     return compute_logps(trainer, frozen, pairs, range(len(pairs)), lambda done, total: None)
 

@@ -1,7 +1,7 @@
 """The state that a checkpoint holds: weights, optimizer, random state and counters."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,8 @@ class TrainState:
     """The trainer's tensor."""
     max_skipped_steps: int = 0
     """Maximum number of skipped steps in a row."""
+    reference_weights: Callable[[], Mapping[str, Tensor]] = dict
+    """Weights of a reference that is refreshed from the policy, sharded, by name; none of one that can be rebuilt."""
     step: int = 0
     """Optimizer steps taken."""
     round: int = 0
@@ -86,7 +88,9 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """Sharded weights and optimizer state, counters, and this rank's random state."""
         model, optimizer = get_state_dict(self.policy, self.optimizer, options=TRAINED_ONLY)
+        reference = dict(self.reference_weights())
         return {
+            **({"reference": reference} if reference else {}),
             "model": model,
             "optimizer": optimizer,
             "counters": torch.tensor([self.step, self.round, self.consumed, self.warmed], dtype=torch.float64),
@@ -106,6 +110,8 @@ class TrainState:
         )
         for group, configured in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(configured)
+        for name, weight in self.reference_weights().items():
+            weight.copy_(state["reference"][name])
         self.log_ratio_totals.copy_(state["log_ratio_totals"])
         *counters, self.warmed = state["counters"].tolist()
         self.step, self.round, self.consumed = map(int, counters)

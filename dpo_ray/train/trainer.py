@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_ray.config import Config
 from dpo_ray.data.loader import BatchShape
 from dpo_ray.data.tokenizer import load_tokenizer
+from dpo_ray.model.adapters import REFERENCE_ADAPTER
 from dpo_ray.model.architecture import packing_obstacle
 from dpo_ray.model.load import load_sharded
 from dpo_ray.model.scorer import Scorer
@@ -75,7 +76,10 @@ def build_trainer(config: Config, device: torch.device, reporter: Reporter) -> T
     mesh, compute_mesh = build_mesh(config.shard, device), build_compute_mesh(config.shard, device)
     ranks = compute_mesh["context"]
     context = ContextParallel(ranks.get_local_rank(), ranks.size(), ranks.get_group())
-    policy = load_sharded(config.model, config.shard, mesh, device, context=context, trainable=True)
+    copies = (REFERENCE_ADAPTER,) if config.reference_kind == "adapters" else ()
+    policy = load_sharded(
+        config.model, config.shard, mesh, device, context=context, trainable=True, adapter_copies=copies
+    )
     if obstacle := packing_obstacle(policy.model.config):
         kind = policy.model.config.model_type
         reporter.note(f"one completion per row, padded, instead of packed rows: the model, a {kind}, {obstacle}")

@@ -30,10 +30,10 @@ ROUNDS, PAIRS = 3, 4
 class DrawnRounds:
     """Rounds of random tokens, the same for every policy; keeps the log-probabilities of evaluations."""
 
-    def __init__(self) -> None:
+    def __init__(self, rounds: int = ROUNDS) -> None:
         draw = np.random.default_rng(0)
         part = lambda: tuple(draw.integers(0, 256, draw.integers(2, 30)).tolist())  # noqa: E731
-        self.pairs = [TokenPair(part(), part(), part()) for _ in range(ROUNDS * PAIRS)]
+        self.pairs = [TokenPair(part(), part(), part()) for _ in range(rounds * PAIRS)]
         self.scores: list[Any] = []
         self.implicit: list[np.ndarray] = []
         self.references: dict[int, np.ndarray] = {}
@@ -122,17 +122,22 @@ def online(rank: int, config: dict[str, Any]) -> tuple[list[Metrics], list[Any]]
     return reporter.lines, rounds.scores
 
 
-@pytest.fixture
-def config(tmp_path: Path, tiny_model: Path) -> dict[str, Any]:
+def three_rounds(folder: Path, model: Path) -> dict[str, Any]:
     """Three rounds of four pairs, two steps in each, in float32."""
     return {
-        "run": {"dir": str(tmp_path), "name": "run", "save_every": None, "export": False, "eval_every": 1},
-        "model": {"path": str(tiny_model), "dtype": "float32"},
-        "reference": {"cache_dir": str(tmp_path / "cache")},
+        "run": {"dir": str(folder), "name": "run", "save_every": None, "export": False, "eval_every": 1},
+        "model": {"path": str(model), "dtype": "float32"},
+        "reference": {"cache_dir": str(folder / "cache")},
         "optim": {"lr": 1e-3, "pairs_per_step": 2, "tokens_per_micro_batch": 128, "schedule": "constant"},
         "cluster": {"train_workers": 1},
-        "online": {"prompts": str(tmp_path), "rounds": ROUNDS, "prompts_per_round": PAIRS, "probe_tolerance": 1e-4},
+        "online": {"prompts": str(folder), "rounds": ROUNDS, "prompts_per_round": PAIRS, "probe_tolerance": 1e-4},
     }
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_model: Path) -> dict[str, Any]:
+    """The three rounds in the test's own folder."""
+    return three_rounds(tmp_path, tiny_model)
 
 
 def steps_of(lines: list[Metrics]) -> list[Metrics]:

@@ -164,6 +164,15 @@ def test_component_names_in_the_schema_match_the_registries():
         (OFFLINE, [], "cached"),
         (ONLINE, [], "live"),
         (ONLINE, ["reference.refresh=round"], "cached"),
+        (ONLINE, ["reference.refresh=1"], "cached"),
+        (ONLINE, ["reference.refresh=2"], "live"),
+        (ONLINE, ["reference.refresh=2", "reference.kind=live"], "live"),
+        (ONLINE, ["reference.refresh=round", "reference.mixup_alpha=0.5"], "live"),
+        (ONLINE, ["reference.refresh=2", "model.lora.rank=4"], "adapters"),
+        (ONLINE, ["reference.refresh=2", "model.lora.quantize=nf4"], "adapters"),
+        (ONLINE, ["reference.refresh=round", "model.lora.rank=4"], "cached"),
+        (ONLINE, ["model.lora.rank=4"], "adapters_off"),
+        (ONLINE, ["reference.refresh=2", "loss.use=simpo"], "none"),
         (OFFLINE, ["loss.use=simpo"], "none"),
     ],
 )
@@ -228,6 +237,15 @@ def test_an_unknown_key_is_reported_with_the_closest_one(online, argument, messa
             "run.dir=s3://bucket/runs",
             "run.dir is 's3://bucket/runs': several processes of an online run read its rounds",
         ),
+        *(
+            (
+                f"reference.refresh={value}",
+                f"reference.refresh: found {found}; input should be never, round or a number of rounds from 1",
+            )
+            for value, found in (("0", "0"), ("1.5", "1.5"), ("true", "True"), ("always", "'always'"), ("null", "None"))
+        ),
+        ("reference.mixup_alpha=0", "reference.mixup_alpha: found 0; input should be greater than 0"),
+        ("reference.mixup_alpha=1.1", "reference.mixup_alpha: found 1.1; input should be less than or equal to 1"),
         ("run.name=a/b", "run.name is 'a/b': it must be a plain folder name"),
     ],
 )
@@ -282,6 +300,29 @@ def test_a_bad_value_is_reported_with_key_found_and_accepted_values(tmp_path, ar
         ),
         (OFFLINE, ["reference.refresh=round"], "reference.refresh: round needs rounds"),
         (ONLINE, ["reference.refresh=round", "reference.kind=live"], "set reference.kind: auto or cached"),
+        (OFFLINE, ["reference.refresh=3"], "reference.refresh: 3 needs rounds"),
+        (ONLINE, ["reference.mixup_alpha=0.6"], "reference.mixup_alpha: 0.6 is the policy's share in a refresh"),
+        (
+            ONLINE,
+            ["reference.refresh=3", "reference.kind=none", "loss.use=simpo"],
+            "reference.refresh: 3 changes the reference, and reference.kind: none has none",
+        ),
+        (
+            ONLINE,
+            ["reference.refresh=3", "reference.kind=cached"],
+            "reference.refresh: 3 changes a copy of the trained weights, reference.kind: cached is the policy of the",
+        ),
+        (
+            ONLINE,
+            ["reference={refresh: round, mixup_alpha: 0.5, kind: adapters_off}", "model.lora.rank=4"],
+            "reference.refresh: round with mixup_alpha: 0.5 changes a copy of the trained weights, reference.kind: "
+            "adapters_off is the policy without its adapters",
+        ),
+        (
+            ONLINE,
+            ["reference.refresh=3", "reference.kind=live", "model.lora.rank=4"],
+            "reference.refresh: 3 with model.lora changes a copy of the adapters, reference.kind: live is a",
+        ),
         (ONLINE, ["reference.kind=cached"], "reference.kind: cached needs the untrained policy"),
         (
             ONLINE,

@@ -30,6 +30,17 @@ def test_keys_that_may_change_on_resume_are_no_difference(key: str, value: objec
     assert first_difference(BASE.model_dump(mode="json"), override(BASE, {key: value})) is None
 
 
+def test_refresh_1_and_round_are_the_same_setting_and_another_schedule_is_not() -> None:
+    saved = override(BASE, {"reference.refresh": "round"}).model_dump(mode="json")
+    assert first_difference(saved, override(BASE, {"reference.refresh": 1})) is None
+    other = first_difference(saved, override(BASE, {"reference.refresh": 2}))
+    assert other is not None
+    assert other.startswith("reference.refresh: 'round', this run has 2")
+    soft = first_difference(saved, override(BASE, {"reference.refresh": 1, "reference.mixup_alpha": 0.5}))
+    assert soft is not None
+    assert soft.startswith("reference.mixup_alpha: 1.0, this run has 0.5")
+
+
 def test_the_table_of_the_documentation_has_every_key_in_its_row() -> None:
     page = (Path(__file__).parents[3] / "docs/runs.md").read_text(encoding="utf-8")
     rows = {
