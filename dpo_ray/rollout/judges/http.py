@@ -1,6 +1,8 @@
 """A judge by a reward server over HTTP: OpenRLHF's, vLLM's or SGLang's."""
 
 import asyncio
+import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from dpo_ray.rollout.judges import JudgeContext
     from dpo_ray.rollout.judges.endpoint import Answer
 
+logger = logging.getLogger(__name__)
+
 NAME = "http"
 FORMATS = ("openrlhf", "vllm", "sglang")
 SECRET_HEADERS = ("authorization", "proxy-authorization", "cookie", "x-api-key", "api-key")
@@ -23,6 +27,9 @@ SECRET_HEADERS = ("authorization", "proxy-authorization", "cookie", "x-api-key",
 
 class Http:
     """Rewards from a server. Calls overlap.
+
+    A completion that the server rejects while it scores others of its group has no score (NaN), and is counted as
+    ``rejected``; a group without any score fails.
 
     Args:
         url: of the server, or a list of servers, which take turns: a retry goes to the next one.
@@ -108,19 +115,36 @@ class Http:
     async def _judge(self, group: CompletionGroup) -> Judgement:
         bodies = self._format.bodies(group)
         completions = len(group.completions) // len(bodies)
-        try:
-            answers: list[Answer[Rewards]] = await asyncio.gather(
-                *(self._endpoint.post(body, lambda answer: self._format.parse(answer, completions)) for body in bodies)
-            )
-        except JudgeUnavailable as error:
-            raise JudgeUnavailable(f"judge {NAME!r}: {error}") from None
+        parse = lambda answer: self._format.parse(answer, completions)  # noqa: E731
+        results = await asyncio.gather(*(self._endpoint.post(body, parse) for body in bodies), return_exceptions=True)
+        answers = [result for result in results if not isinstance(result, BaseException)]
+        self._raise_failure(group, [result for result in results if isinstance(result, BaseException)], answers)
         attempts = sum(answer.attempts for answer in answers)
+        rejected = len(results) - len(answers)
         return Judgement(
-            tuple(score for answer in answers for score in answer.value.scores),
+            tuple(
+                score
+                for result in results
+                for score in ((math.nan,) if isinstance(result, BaseException) else result.value.scores)
+            ),
             means={name: value for answer in answers for name, value in answer.value.figures.items()}
             | {"seconds": fmean(answer.seconds for answer in answers)},
-            totals={"requests": attempts, "retries": attempts - len(answers)},
+            totals={"requests": attempts + rejected, "retries": attempts - len(answers), "rejected": rejected},
         )
+
+    def _raise_failure(
+        self, group: CompletionGroup, errors: Sequence[BaseException], answers: Sequence["Answer[Rewards]"]
+    ) -> None:
+        """Raise the error of a group, unless the server has only rejected some completions, such as too long ones."""
+        from dpo_ray.rollout.judges.endpoint import RequestLost
+
+        for error in errors:
+            if isinstance(error, JudgeUnavailable):
+                raise JudgeUnavailable(f"judge {NAME!r}: {error}") from None
+        for error in errors:
+            if not answers or isinstance(error, RequestLost) or not isinstance(error, RuntimeError):
+                raise error
+            logger.warning("a completion of prompt %d has no score: %s", group.prompt.index, error)
 
 
 def _build_format(format: str, model: str | None, tokenizer: str | None, context: "JudgeContext | None") -> WireFormat:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import pickle
 import re
 import socket
@@ -116,6 +117,18 @@ def test_a_rejected_request_is_not_repeated_and_its_error_has_the_status_and_the
         error = error_of([group("yes")], url=server.url)
     assert str(error) == f"{server.url}/classify: HTTP {status}: the model is " + "x" * 187
     assert len(server.bodies) == 1
+
+
+def test_a_completion_that_the_server_rejects_has_no_score_and_the_others_of_its_group_keep_theirs(group):
+    def short_only(number: int, body: Any) -> Reply:
+        return length(number, body) if len(body["messages"][-1]["content"]) < 10 else (400, "too long")
+
+    with serve(short_only) as server:
+        (judgement,) = judge_groups([group("ab", "x" * 10, "abc")], url=server.url)
+        assert str(error_of([group("x" * 10, "x" * 11)], url=server.url)).endswith("HTTP 400: too long")
+    assert judgement.scores[::2] == (2.0, 3.0)
+    assert math.isnan(judgement.scores[1])
+    assert judgement.totals == {"requests": 3, "retries": 0, "rejected": 1}
 
 
 def test_servers_take_turns_and_a_retry_goes_to_the_next_one(group):

@@ -62,7 +62,7 @@ def test_openrlhf_gets_the_text_of_the_policys_tokens_with_prompts_and_labels(co
         "speed": 7.0,
     }
     assert 0 < judgement.means["seconds"] < 5
-    assert judgement.totals == {"requests": 1, "retries": 0}
+    assert judgement.totals == {"requests": 1, "retries": 0, "rejected": 0}
 
 
 def test_openrlhf_gets_an_empty_label_for_a_record_without_an_answer(group, context):
@@ -83,7 +83,7 @@ def test_vllm_gets_a_request_per_completion_with_messages_and_without_activation
         b'"use_activation": false}',
     ]
     assert judgement.scores == (3.0, 0.0)
-    assert judgement.totals == {"requests": 2, "retries": 0}
+    assert judgement.totals == {"requests": 2, "retries": 0, "rejected": 0}
 
 
 def test_vllm_is_told_the_name_of_the_model_if_it_is_set(group):
