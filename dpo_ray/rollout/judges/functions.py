@@ -268,7 +268,7 @@ FORMATS = {
     "completions": Format("TRL", _TRL, None, _trl),
     "completion_ids": Format("TRL", _TRL, None, _trl),
 }
-"""Formats by the required parameter that tells them apart; the first match counts."""
+"""Formats by the required parameter that distinguishes them; the first match counts."""
 
 
 def _signature(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

@@ -34,7 +34,7 @@ class MathClient:
         self._connection: Connection | None = None
         self._stop: Callable[[], Any] = lambda: None
         self.pid: int | None = None
-        """Of the process, None if it does not run."""
+        """Process id; None if no process runs."""
 
     def compare(self, answer: str, completion: str) -> float:
         """Compare the final expression of a completion with the answer.

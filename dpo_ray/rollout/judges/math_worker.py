@@ -39,7 +39,7 @@ def main(descriptor: int, timeout_s: float) -> None:
 
 
 def compare(answer: str, completion: str) -> float:
-    """1 if the completion's expression equals the answer's, 0 if not, NaN if that cannot be said."""
+    """1 if the completion's expression equals the answer's, 0 if not, NaN if it is unknown."""
     from math_verify import verify
 
     try:

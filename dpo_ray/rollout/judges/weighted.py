@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dpo_ray.config import Component
+from dpo_ray.config.schema import IMPLICIT
 from dpo_ray.rollout.judges.functions import is_async
 from dpo_ray.types import CompletionGroup, Judgement
 
@@ -140,6 +141,10 @@ def _bind_part(key: str, judge: Any, bind_component: BindComponent) -> Part:
         raise ValueError(f"judge 'weighted': {key} is {judge!r}; it must be an object with use, args, weight and name")
     if unknown := [name for name in judge if name not in KEYS]:
         raise ValueError(f"judge 'weighted': {key} has the key {unknown[0]!r}; accepted are {', '.join(KEYS)}")
+    if judge["use"] == IMPLICIT:
+        raise ValueError(
+            f"judge 'weighted': {key} is implicit, which the training workers compute for online.judge only"
+        )
     weight, args = judge.get("weight", 1.0), judge.get("args") or {}
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
         raise ValueError(f"judge 'weighted': {key}.weight is {weight!r}; it must be a finite number")

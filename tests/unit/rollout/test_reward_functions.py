@@ -21,7 +21,7 @@ TURNS = ({"role": "system", "content": "Be brief."}, {"role": "user", "content":
 def group(*texts: str, text: str | None = None, index: int = 0, **fields: Any) -> CompletionGroup:
     """Completions for a prompt; each has one token per character and an end-of-turn token."""
     completions = tuple(Completion(t, (*map(ord, t), 0), finished=True) for t in texts)
-    return CompletionGroup(Prompt(index, TURNS, (1, 2), fields, text), completions, 0)
+    return CompletionGroup(Prompt(index, TURNS, (1, 2), fields, text=text), completions, 0)
 
 
 def with_fields(made: CompletionGroup, fields: dict[str, Any]) -> CompletionGroup:

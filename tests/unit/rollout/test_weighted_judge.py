@@ -214,6 +214,7 @@ def test_components_get_the_context_of_the_run(tmp_path):
         ([{"use": "exact", "weight": 0}], {}, "all weights are 0"),
         ([{"use": "exact", "args": 3}], {}, r"judges\[0\].args is 3; it must be an object"),
         ([{"use": "exact"}, {"use": "exact"}], {}, "two judges are called 'exact'; give each a name"),
+        ([{"use": "implicit"}], {}, r"judges\[0\] is implicit, which the training workers compute"),
         ([{"use": "exakt"}], {}, r"judges\[0\]: no judge is called 'exakt'; did you mean 'exact'"),
         ([{"use": "exact", "args": {"field": "a"}}], {}, r"judges\[0\]: judge 'exact' takes no argument 'field'"),
         ([{"use": "regex", "args": {"pattern": "("}}], {}, r"judges\[0\]: judge 'regex': pattern"),
