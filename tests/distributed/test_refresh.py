@@ -154,14 +154,20 @@ def test_the_reference_of_each_round_is_the_mix_of_published_weights(
     assert np.abs(scored[-1][2] - untrained).max() > 0.1, "the reference of the last round has moved"
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "adapters"])
+@pytest.mark.parametrize(
+    ("lora", "shard"),
+    [(None, {}), (None, {"tensor_parallel": 2}), (None, {"replicate": 2}), ({}, {}), ({"quantize": "nf4"}, {})],
+    ids=["weights", "layers", "replicas", "adapters", "adapters of a quantized model"],
+)
 def test_two_workers_have_the_refreshed_reference_of_one(
-    config: dict[str, Any],
-    lora: bool,
+    config: dict[str, Any], lora: dict[str, str] | None, shard: dict[str, int]
 ) -> None:
-    run = refreshing(config, lora=lora, refresh="round", mixup_alpha=0.5)
+    run = refreshing(config, lora=lora is not None, refresh="round", mixup_alpha=0.5)
+    if lora:
+        run["model"]["lora"] |= lora
     ((alone, scored_alone, _),) = run_ranks(1, online, run)
-    for lines, scored, _ in run_ranks(2, online, over(2, run)):
+    assert np.abs(scored_alone[-1][2] - scored_alone[0][2]).max() > 0.1, "the reference has moved"
+    for lines, scored, _ in run_ranks(2, online, over(2, run, **shard)):
         assert_same(steps_of(alone), steps_of(lines), absolute=1e-3)
         for (version, policy, reference), other in zip(scored_alone, scored, strict=True):
             assert other[0] == version
