@@ -84,6 +84,9 @@ class ScoredPair:
     chosen: int
     """Index into ``group.completions``."""
     rejected: int
+    gap: float | None = field(default=None, compare=False)
+    """Strength of the preference for ``loss.weighting: gap``, from 0; None is the difference of the scores. Pairs of
+    the same candidates are equal."""
 
 
 @dataclass(frozen=True, slots=True)

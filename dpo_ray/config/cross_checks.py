@@ -116,6 +116,20 @@ def validate_reference(
         )
 
 
+def validate_weighting(loss: schema.LossConfig, online: schema.OnlineConfig | None) -> None:
+    """Check that pairs have the scores that they are weighted by."""
+    if loss.weighting == "gap" and online is None:
+        raise ValueError(
+            "loss.weighting: gap needs pairs with scores, which online rounds have and the pairs of data.train do not; "
+            "give an online section, or set loss.weighting: none or wpo"
+        )
+    if loss.weighting == "gap" and online is not None and online.source.mix:
+        raise ValueError(
+            "loss.weighting: gap needs pairs with scores, and the pairs of data.train that online.source.mix "
+            f"({online.source.mix:g}) adds have none; set one of them to its default"
+        )
+
+
 def validate_run(run: schema.RunConfig, data: schema.DataConfig, online: schema.OnlineConfig | None) -> None:
     """Check that the run directory and the best metric suit the kind of run."""
     if online is not None and run.remote:

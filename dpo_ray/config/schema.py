@@ -62,7 +62,10 @@ JUDGES = (
 )  # fmt: skip
 IMPLICIT = "implicit"
 """The judge whose scores the training workers compute."""
-SELECTORS = ("best_vs_worst", "random_pair")
+SELECTORS = (
+    "best_vs_worst", "best_vs_random", "random_pair", "all_pairs", "margin", "top_bottom_k", "length_controlled",
+    "length_matched",
+)  # fmt: skip
 TRANSPORTS = ("object_store", "nccl", "ipc", "lora")
 OPTIMIZERS = ("adamw", "adamw_8bit")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
@@ -314,8 +317,9 @@ class LossConfig(Section):
     reference-free simpo, orpo, nll."""
     weights: tuple[float, ...] = ()
     """Weight of each loss in loss.use; empty is 1 for each."""
-    weighting: Literal["none", "wpo"] = "none"
-    """Weight of each pair. wpo: likelihood of both completions under the policy (arXiv:2406.11827)."""
+    weighting: Literal["none", "wpo", "gap"] = "none"
+    """Weight of each pair. wpo: likelihood of both completions under the policy (arXiv:2406.11827). gap, online only:
+    difference of the scores of chosen and rejected, divided by its mean over the pairs of the step."""
     divergence: Annotated[str | float, AfterValidator(_divergence)] = "reverse_kl"
     """Divergence from the reference that the policy is regularized with (f-DPO, arXiv:2309.16240): reverse_kl, which is
     DPO, forward_kl, js, or a number between 0 and 1: the alpha-divergence between reverse_kl (0) and forward_kl (1).
@@ -368,19 +372,19 @@ class LossConfig(Section):
                     f"loss.use has {unsupported[0]!r}; use {', '.join(MARGIN_LOSSES)}, or set loss.divergence: "
                     "reverse_kl"
                 )
-        if self.weighting == "wpo" and self.of_step in ("aot", "aot_unpaired"):
+        if self.weighting != "none" and self.of_step in ("aot", "aot_unpaired"):
             raise ValueError(
-                "loss.weighting: wpo multiplies the loss of a pair, and each term of aot and aot_unpaired belongs to "
-                "two pairs; set loss.weighting: none"
+                f"loss.weighting: {self.weighting} multiplies the loss of a pair, and each term of aot and "
+                "aot_unpaired belongs to two pairs; set loss.weighting: none"
             )
-        if self.weighting == "wpo" and self.examples == "lists":
+        if self.weighting != "none" and self.examples == "lists":
             raise ValueError(
-                "loss.weighting: wpo multiplies the loss of a pair, and plackett_luce and lipo are of lists; set "
-                "loss.weighting: none"
+                f"loss.weighting: {self.weighting} multiplies the loss of a pair, and plackett_luce and lipo are of "
+                "lists; set loss.weighting: none"
             )
         unpaired = [name for name in self.names if name in UNPAIRED_LOSSES]
-        if unpaired and (len(self.names) > 1 or self.weighting == "wpo"):
-            other = "loss.weighting: wpo" if len(self.names) == 1 else "other losses"
+        if unpaired and (len(self.names) > 1 or self.weighting != "none"):
+            other = f"loss.weighting: {self.weighting}" if len(self.names) == 1 else "other losses"
             raise ValueError(
                 f"loss.use: {unpaired[0]} is of completions without a pair and {other} of pairs; use it alone"
             )
@@ -569,10 +573,12 @@ class JudgeConfig(Component):
 
 
 class SelectConfig(Component):
-    """The selector, which picks the chosen and the rejected completion of a prompt."""
+    """The selector, which picks the pairs of chosen and rejected completions of a prompt."""
 
     use: Annotated[str, _one_of("selector", SELECTORS)] = "best_vs_worst"
-    """Selector: best_vs_worst, random_pair, or an import path."""
+    """Selector: best_vs_worst, best_vs_random, random_pair, all_pairs, margin (gap of scores in a range), top_bottom_k
+    (the k best matched with the k worst), length_controlled (penalty per token, range of length ratios),
+    length_matched (closest lengths), or an import path."""
 
 
 class SourceConfig(Section):

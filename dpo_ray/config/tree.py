@@ -63,6 +63,7 @@ class Config(schema.Section):
         cross_checks.validate_router_loss(self.shard, self.loss)
         cross_checks.validate_refresh(self.reference, self.model, self.online)
         cross_checks.validate_reference(self.reference, self.model, self.loss, self.online)
+        cross_checks.validate_weighting(self.loss, self.online)
         cross_checks.validate_run(self.run, self.data, self.online)
         cross_checks.validate_lists(self.data, self.loss)
         if self.online is not None:

@@ -23,6 +23,18 @@ class JoinedPairs:
         members = [_members(source, indices) for source, indices in parts]
         self.members = None if all(source.members is None for source in self._sources) else _apart(members)
 
+    @property
+    def gaps(self) -> np.ndarray | None:
+        """See ``PairSource.gaps``."""
+        gaps = [source.gaps for source in self._sources]
+        if all(of_source is None for of_source in gaps):
+            return None
+        joined = np.full(len(self), np.nan)
+        for part, of_source in enumerate(gaps):
+            if of_source is not None:
+                joined[self._part == part] = of_source[self._index[self._part == part]]
+        return joined
+
     def __len__(self) -> int:
         return len(self._index)
 

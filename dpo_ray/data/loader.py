@@ -33,6 +33,11 @@ class PairSource(Protocol):
         """
         ...
 
+    @property
+    def gaps(self) -> np.ndarray | None:
+        """(n,) differences of the scores of chosen and rejected, NaN for a pair without scores; None without any."""
+        ...
+
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> TokenPair: ...
     def tokens(self, index: int, /) -> np.ndarray:
@@ -45,10 +50,11 @@ class PairSource(Protocol):
 
 
 class PairList:
-    """A PairSource of pairs in memory; ``name`` is for messages."""
+    """A PairSource of pairs in memory; ``name`` is for messages, ``gaps`` are those of ``PairSource``."""
 
-    def __init__(self, pairs: Sequence[TokenPair], name: str = "pairs") -> None:
+    def __init__(self, pairs: Sequence[TokenPair], name: str = "pairs", gaps: Sequence[float] | None = None) -> None:
         self.pairs, self.name = tuple(pairs), name
+        self.gaps = None if gaps is None else np.array(gaps, np.float64)
         lengths = [(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in self.pairs]
         self.lengths = np.array(lengths, np.int64).reshape(-1, 3)
         self.members = _members(self.pairs)
@@ -114,11 +120,14 @@ class BatchShape:
 
 
 def micro_batches(
-    source: PairSource, pairs: Sequence[int], shape: BatchShape
+    source: PairSource, pairs: Sequence[int], shape: BatchShape, weights: np.ndarray | None = None
 ) -> tuple[tuple[MicroBatch, ...], int, float]:
     """This rank's micro-batches of ``pairs``, the tokens of all ranks, and the expected idle fraction.
 
     Pairs of one prompt that follow each other stay together.
+
+    Args:
+        weights: (len(pairs),) weight of each pair's loss; None is 1 for each.
     """
     items, lengths = _prompts(source, pairs)
     tokens = row_tokens(lengths, shape.layout)
@@ -129,10 +138,16 @@ def micro_batches(
         tokens_per_micro_batch=shape.tokens_per_micro_batch,
         rows=(lengths[:, 1:] > 0).sum(1) if shape.layout == "padded" else None,
     )
+    weight_of = dict.fromkeys(pairs, 1.0) if weights is None else dict(zip(pairs, weights.tolist(), strict=True))
     batches = []
     for batch in assignment.micro_batches[shape.dp_rank]:
         numbered = [(number, pair) for number in batch for pair in items[number]]
-        row = build_row([source[pair] for _, pair in numbered], shape.layout, [number for number, _ in numbered])
+        row = build_row(
+            [source[pair] for _, pair in numbered],
+            shape.layout,
+            [number for number, _ in numbered],
+            [weight_of[pair] for _, pair in numbered],
+        )
         batches.append(MicroBatch(tuple(pair for _, pair in numbered), row))
     return tuple(batches), int(lengths.sum()), assignment.idle
 
@@ -212,6 +227,35 @@ def together(order: np.ndarray, prompts: np.ndarray) -> np.ndarray:
     return order[np.lexsort((order, first[place]))]
 
 
+def checked_gaps(source: PairSource) -> np.ndarray:
+    """(n,) ``source.gaps``.
+
+    Raises:
+        ValueError: a pair has no scores, or the rejected completion has the higher one.
+    """
+    gaps = np.full(len(source), np.nan) if source.gaps is None else np.asarray(source.gaps)
+    if len(bad := np.flatnonzero(~((gaps >= 0) & (gaps < np.inf)))):
+        gap = gaps[bad[0]]
+        found = "has none" if np.isnan(gap) else f"has a gap of {gap:g}"
+        raise ValueError(
+            "loss.weighting: gap needs pairs with scores, the higher one for the chosen completion, and "
+            f"{source.name_of(int(bad[0]))} {found}; set loss.weighting: none, or select other pairs (online.select)"
+        )
+    return gaps
+
+
+def gap_weights(gaps: np.ndarray) -> np.ndarray:
+    """(B,) weight of each pair of a step: its gap divided by the mean gap, so that their mean is 1.
+
+    Equal gaps, also of 0, give weights of 1.
+
+    Args:
+        gaps: (B,) from 0.
+    """
+    mean = gaps.mean()
+    return gaps / mean if mean > 0 else np.ones_like(gaps)
+
+
 class PairLoader:
     """Infinite iterator over the steps of a pair source, from a given position.
 
@@ -228,14 +272,23 @@ class PairLoader:
         seed: int,
         shuffle: bool,
         mixture: Mixture | None = None,
+        gaps: np.ndarray | None = None,
         consumed: int = 0,
     ) -> None:
-        """Start after ``consumed`` pairs; without a mixture, an epoch is one pass over the source."""
+        """Start after ``consumed`` pairs; without a mixture, an epoch is one pass over the source.
+
+        Args:
+            gaps: (n,) from 0; the pairs of each step are weighted by them, see ``gap_weights``. None: not weighted.
+
+        Raises:
+            ValueError: there are no pairs.
+        """
         self.mixture = mixture or Mixture((len(source),), (1.0,))
         if not len(self.mixture):
             raise ValueError("there are no pairs to train on")
         self.source, self.shape, self.pairs_per_step = source, shape, pairs_per_step
         self.seed, self.shuffle = seed, shuffle
+        self.gaps = gaps
         self.consumed = consumed
         """Pairs returned so far, over all ranks and epochs."""
         self._of_epoch: tuple[int, np.ndarray] | None = None
@@ -266,7 +319,8 @@ class PairLoader:
         epoch, start = divmod(self.consumed, len(self.mixture))
         pairs = tuple(self._order(epoch)[start : start + self.pairs_per_step].tolist())
         self.consumed += len(pairs)
-        micros, tokens, idle = micro_batches(self.source, pairs, self.shape)
+        weights = None if self.gaps is None else gap_weights(self.gaps[list(pairs)])
+        micros, tokens, idle = micro_batches(self.source, pairs, self.shape, weights)
         return StepBatch(micros, pairs, tokens, self.consumed / len(self.mixture), idle)
 
     def _order(self, epoch: int) -> np.ndarray:

@@ -70,6 +70,8 @@ class PackedRow:
     """(B, 2) sequences that are chosen and rejected."""
     unpaired: Tensor
     """(B,) int64 ``TokenPair.unpaired`` of each pair."""
+    weights: Tensor
+    """(B,) float32 weight of each pair's loss."""
     prompts: tuple[Counts, ...]
     """Pairs, sequences and labels of each prompt, in order; on the host, like ``spans``."""
     scored: np.ndarray
@@ -107,7 +109,12 @@ def padded_positions(spans: Sequence[Span]) -> tuple[tuple[int, int], np.ndarray
     return is_token.shape, np.flatnonzero(is_token)
 
 
-def build_row(pairs: Sequence[TokenPair], layout: Layout, numbers: Sequence[int] | None = None) -> PackedRow:
+def build_row(
+    pairs: Sequence[TokenPair],
+    layout: Layout,
+    numbers: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
+) -> PackedRow:
     """Pack pairs into one row.
 
     Consecutive pairs of the same prompt share each of their completions. In the ``shared`` layout these are one span,
@@ -115,6 +122,7 @@ def build_row(pairs: Sequence[TokenPair], layout: Layout, numbers: Sequence[int]
 
     Args:
         numbers: of the prompt of each pair; pairs with different ones share nothing, even if their prompts are equal.
+        weights: of the loss of each pair; None is 1 for each.
 
     Without pairs, the row is a single token without labels: a rank without work still takes part in collectives.
     """
@@ -125,7 +133,7 @@ def build_row(pairs: Sequence[TokenPair], layout: Layout, numbers: Sequence[int]
         completions = sorted(dict.fromkeys(chain(*of_prompt)), key=lambda ids: not ids)  # an empty one is the last
         segments.append(_segments(prompt, completions, layout))
         indices.append([(completions.index(chosen), completions.index(rejected)) for chosen, rejected in of_prompt])
-    return _pack(segments, indices, [pair.unpaired for pair in pairs])
+    return _pack(segments, indices, [pair.unpaired for pair in pairs], weights or [1.0] * len(pairs))
 
 
 def _segments(prompt: tuple[int, ...], completions: Sequence[tuple[int, ...]], layout: Layout) -> "list[Segment]":
@@ -138,7 +146,7 @@ def _segments(prompt: tuple[int, ...], completions: Sequence[tuple[int, ...]], l
 
 def build_sample_row(samples: Sequence[TokenSample]) -> PackedRow:
     """Pack single completions into one row without pairs; sample i is sequence i."""
-    return _pack([[(sample.prompt, sample.completion)] for sample in samples], [[] for _ in samples], [])
+    return _pack([[(sample.prompt, sample.completion)] for sample in samples], [[] for _ in samples], [], [])
 
 
 Segment = tuple[tuple[int, ...], ...]
@@ -146,7 +154,10 @@ Segment = tuple[tuple[int, ...], ...]
 
 
 def _pack(
-    segments: Sequence[Sequence[Segment]], pairs: Sequence[Sequence[tuple[int, int]]], unpaired: Sequence[int]
+    segments: Sequence[Sequence[Segment]],
+    pairs: Sequence[Sequence[tuple[int, int]]],
+    unpaired: Sequence[int],
+    weights: Sequence[float],
 ) -> PackedRow:
     """Pack the segments of each prompt.
 
@@ -154,6 +165,7 @@ def _pack(
         segments: of each prompt.
         pairs: for each prompt, the chosen and the rejected of its pairs, as indices of its completions.
         unpaired: (B,) ``TokenPair.unpaired``.
+        weights: (B,) weight of each pair's loss.
     """
     of_row = list(chain(*segments))
     spans = tuple(Span(map(len, segment)) for segment in of_row) or (Span.of(1),)
@@ -178,6 +190,7 @@ def _pack(
         lengths=torch.from_numpy(lengths),
         pairs=in_prompt + torch.tensor(first_sequence, dtype=torch.int64)[:, None],
         unpaired=torch.tensor(unpaired, dtype=torch.int64),
+        weights=torch.tensor(weights, dtype=torch.float32),
         prompts=tuple(map(Counts, map(len, pairs), sequences, tokens.tolist())),
         scored=scored,
     )

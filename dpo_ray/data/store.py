@@ -46,6 +46,9 @@ RunParts = Callable[[Prepare, Sequence[tuple[int, Part]]], Iterable[DataReportBu
 class PairStore:
     """Memory-mapped tokenised preference pairs."""
 
+    gaps: np.ndarray | None = None
+    """Scores of the records are not stored."""
+
     def __init__(self, folder: Path, sources: Sequence[str], groups: Sequence[Sequence[str]]) -> None:
         """Open a finished store.
 

@@ -28,6 +28,7 @@ PHASES = {
 METRICS = (
     ("judge score", "judge/mean_score", "{:+.3f}"),
     ("held-out score", "heldout/score", "{:+.3f}"),
+    ("held-out win rate", "heldout/win_rate", "{:.2f}"),
     ("accuracy", "rewards/accuracies", "{:.2f}"),
     ("margin", "rewards/margins", "{:+.3f}"),
     ("held-out accuracy", "eval/rewards/accuracies", "{:.3f}"),

@@ -30,7 +30,7 @@ HeadFn = Callable[[Tensor, Head, RowShard], Any]
 """(hidden, lm_head, shard) -> result of the forward pass; hidden: (n, D), one before each of ``shard.row.labels``."""
 LogpsModel = Callable[..., Any]
 """A Scorer, or a callable with its signature."""
-Weighting = Literal["none", "wpo"]
+Weighting = Literal["none", "wpo", "gap"]
 
 
 class Scorer(nn.Module):
@@ -185,7 +185,7 @@ def pair_losses(
         row: B pairs.
         loss: (policy, reference) -> (b,) losses of some consecutive pairs. Each must depend only on its prompt's pairs.
         reference: reference log-probabilities of the B pairs; None for losses without a reference.
-        weighting: ``wpo`` sets ``weights`` of the log-probabilities.
+        weighting: ``wpo`` multiplies ``row.weights`` by the likelihood of both completions.
         router_aux: weight of the load balancing loss of a pair, the mean of its two sequences' losses, or the loss of
             a completion without a pair.
     """
@@ -194,9 +194,11 @@ def pair_losses(
     def policy_logps(group: Group, tokens: TokenLogps) -> PairLogps:
         lengths = row.lengths[group.sequences]
         sequence = row.sequence[group.tokens] - group.sequences.start
-        weights = wpo_weights(tokens, sequence, lengths) if with_squares else None
         logps = sequence_sums(tokens.logps, sequence, lengths.numel())
         pairs = row.pairs[group.pairs] - group.sequences.start
+        weights = row.weights[group.pairs]
+        if with_squares:
+            weights = weights * wpo_weights(tokens, sequence, lengths)[pairs].prod(1)
         return as_pairs(logps, lengths, pairs, row.unpaired[group.pairs], weights)
 
     def head_fn(hidden: Tensor, lm_head: Head, shard: RowShard) -> ChunkedLosses:

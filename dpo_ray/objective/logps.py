@@ -61,12 +61,11 @@ def as_pairs(
         tokens: (S,) length of each sequence.
         pairs: (B, 2) sequences that are chosen and rejected.
         unpaired: (B,) as in ``PairLogps``.
-        weights: (S,); the weight of a pair is the product of both.
+        weights: (B,) as in ``PairLogps``.
     """
-    product = None if weights is None else weights[pairs].prod(1)
     (chosen, rejected), (chosen_tokens, rejected_tokens) = logps[pairs].unbind(1), tokens[pairs].unbind(1)
     follows = torch.cat((pairs.new_zeros(min(len(pairs), 1)).bool(), pairs[1:, 0] == pairs[:-1, 1]))
-    return PairLogps(chosen, rejected, chosen_tokens, rejected_tokens, product, unpaired=unpaired, follows=follows)
+    return PairLogps(chosen, rejected, chosen_tokens, rejected_tokens, weights, unpaired=unpaired, follows=follows)
 
 
 def wpo_weights(logps: TokenLogps, sequence: Tensor, tokens: Tensor) -> Tensor:

@@ -372,7 +372,7 @@ STEP_VALUES: Mapping[str, Callable[[PairLogps, PairLogps], Tensor]] = {
 def build_loss(loss: "LossConfig", log_ratio_totals: Tensor | None = None) -> PairLoss:
     """The configured loss, or weighted sum of losses, with its arguments bound.
 
-    Losses are multiplied by ``policy.weights`` if given (``loss.weighting: wpo``; arXiv:2406.11827, Eq. 2).
+    Losses are multiplied by ``policy.weights`` if given (``loss.weighting``; of ``wpo``, arXiv:2406.11827, Eq. 2).
 
     Args:
         log_ratio_totals: (2,) sum, nats, and number of log-ratios in former steps, on the CPU; the caller adds to it.

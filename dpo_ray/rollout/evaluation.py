@@ -22,6 +22,10 @@ UNMODIFIED: Mapping[str, Any] = {
 """Sampling settings with which completions are samples of the policy itself."""
 
 
+Line = Mapping[str, Any]
+"""One line of an evaluation's file: a prompt, its completion and the score."""
+
+
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """The completions of an evaluation."""
@@ -104,27 +108,60 @@ class EvaluationStore:
             policy, reference: log-probability of each of ``evaluation.samples``, nats; None without a reference.
 
         Returns:
-            Its metrics: ``heldout/score``, ``kl`` and ``kl_stderr``, as far as there are any.
+            Its metrics: ``heldout/score``, ``heldout/win_rate``, ``kl`` and ``kl_stderr``, as far as there are any.
         """
         kl = {} if policy is None or reference is None else kl_divergence(policy, reference)
         scores = [score for _, score in evaluation.judged if math.isfinite(score)]
+        lines = [_line(group, score) for group, score in evaluation.judged]
         metrics = kl | ({"heldout/score": fmean(scores)} if scores else {})
+        metrics |= win_rate(lines, self._before(evaluation.version))
         self.folder.mkdir(parents=True, exist_ok=True)
         finite = {key: value if math.isfinite(value) else None for key, value in kl.items()}
         summary = {"version": evaluation.version, "samples": len(evaluation.samples), **finite}
         write_atomically(self._file(evaluation.version).with_suffix(".kl.json"), json.dumps(summary) + "\n")
-        lines = [_line(group, score) for group, score in evaluation.judged]
         text = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
         write_atomically(self._file(evaluation.version), text)
         return metrics
+
+    def _before(self, version: int) -> list[Line]:
+        """Lines of the newest recorded evaluation of an earlier version; none if there is no such evaluation."""
+        earlier = [int(file.stem) for file in self.folder.glob("[0-9]*.jsonl") if int(file.stem) < version]
+        if not earlier:
+            return []
+        with self._file(max(earlier)).open(encoding="utf-8") as file:
+            return list(map(json.loads, file))
 
     def _file(self, version: int) -> Path:
         return self.folder / f"{version:06d}.jsonl"
 
 
-def _line(group: CompletionGroup, score: float) -> dict[str, Any]:
+def win_rate(lines: Sequence[Line], before: Sequence[Line]) -> dict[str, float]:
+    """``heldout/win_rate``: share of the prompts that score higher than before; a tie counts half.
+
+    Only prompts with a score in both evaluations count; empty if there is none.
+    """
+    scores, scores_before = _score_of_prompt(lines), _score_of_prompt(before)
+    wins = [
+        1.0 if score > scores_before[prompt] else 0.5 if score == scores_before[prompt] else 0.0
+        for prompt, score in scores.items()
+        if prompt in scores_before
+    ]
+    return {"heldout/win_rate": fmean(wins)} if wins else {}
+
+
+def _score_of_prompt(lines: Sequence[Line]) -> dict[tuple[int | None, str], float]:
+    """Scores by index and text of the prompt: ``online.eval_prompts`` may change when a run is resumed."""
+    return {
+        (line.get("prompt_index"), json.dumps(line["prompt"], default=str)): line["score"]
+        for line in lines
+        if line["score"] is not None
+    }
+
+
+def _line(group: CompletionGroup, score: float) -> Line:
     completion = group.completions[0]
     return {
+        "prompt_index": group.prompt.index,
         "prompt": [dict(message) for message in group.prompt.messages],
         "completion": completion.text,
         "tokens": len(completion.token_ids),

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from dpo_ray.rollout.open_round import Line, Outcome, line_of, pair_spans, read_lines, to_json
+from dpo_ray.rollout.open_round import Line, Outcome, line_of, read_lines, to_json
+from dpo_ray.rollout.pair_index import PairIndex
 from dpo_ray.rollout.pipeline import Select
 from dpo_ray.rollout.tally import Tally
 from dpo_ray.storage import write_atomically
@@ -31,7 +32,7 @@ def judge_round(folder: Path, scores: Sequence[float], select: Select) -> None:
     Args:
         scores: one per completion, in the order of ``samples_of``.
     """
-    tally, spans, lines = Tally(), dict[int, list[list[int]]](), list[Line]()
+    tally, pairs, lines = Tally(), PairIndex(), list[Line]()
     remaining = iter(scores)
     for line, group in _groups(folder):
         if group.completions:
@@ -41,15 +42,13 @@ def judge_round(folder: Path, scores: Sequence[float], select: Select) -> None:
             line = line_of(outcome, line["tokens"]["start"])
         tally.add(line)
         lines.append(line)
-        if line["pairs"]:
-            spans[line["position"]] = pair_spans(line)
+        pairs.add(line)
     file = folder / "manifest.json"
     manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     counts = {**manifest["counts"], **tally.counts, "dropped": dict(sorted(tally.dropped.items()))}
     manifest |= {"judged": True, "counts": counts, "scores": tally.mean_scores(), "judge": tally.judging()}
     write_atomically(folder / "pairs.jsonl", (to_json(line) + "\n" for line in lines))
-    flat = [span for position in sorted(spans) for span in spans[position]]
-    (folder / "pairs.i64").write_bytes(np.array(flat, np.int64).tobytes())
+    pairs.write(folder)
     write_atomically(file, to_json(manifest, indent=2) + "\n")
 
 

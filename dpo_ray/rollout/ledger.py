@@ -4,6 +4,7 @@
                     for having none
     tokens.i32      token ids of prompts and completions; each line of pairs.jsonl has their position
     pairs.i64       positions of prompt, chosen and rejected of each pair in tokens.i32, in the order of the prompts
+    gaps.f64        score of the chosen minus score of the rejected completion of each pair, in the same order
     reference.f64   reference log-probabilities of these pairs, where later rounds replay them
     manifest.json   counts and timings; written last and atomically
 
@@ -21,6 +22,7 @@ import numpy as np
 
 from dpo_ray.rollout.late_judging import judge_round, samples_of
 from dpo_ray.rollout.open_round import REMEDY, Line, OpenRound, read_lines, to_json
+from dpo_ray.rollout.pair_index import GAPS, SPANS
 from dpo_ray.rollout.pipeline import Select
 from dpo_ray.storage import write_atomically
 from dpo_ray.types import TokenPair, TokenSample
@@ -38,7 +40,7 @@ class RoundPairs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._tokens = _memory_map(folder / "tokens.i32", np.int32)
-        self._spans = _memory_map(folder / "pairs.i64", np.int64).reshape(-1, 6)
+        self._spans = _memory_map(folder / SPANS, np.int64).reshape(-1, 6)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -50,6 +52,14 @@ class RoundPairs:
         """(n, 3) positions of prompt, chosen and rejected; None if each pair has a prompt of its own."""
         starts = self._spans[:, 0::2]
         return starts if len(np.unique(starts[:, 0])) < len(starts) else None
+
+    @property
+    def gaps(self) -> np.ndarray:
+        """(n,) differences of the scores of chosen and rejected; NaN without scores."""
+        gaps = _memory_map(self.folder / GAPS, np.float64)
+        if len(gaps) != len(self):
+            raise ValueError(f"{self.folder}: damaged: {len(gaps)} gaps of scores for {len(self)} pairs; {REMEDY}")
+        return gaps
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -117,7 +127,7 @@ class Ledger:
 
     def finished(self, round: int) -> bool:
         """True if the round is complete on disk."""
-        return all((self.path(round) / name).exists() for name in ("manifest.json", "pairs.i64"))
+        return all((self.path(round) / name).exists() for name in ("manifest.json", SPANS))
 
     def open(self, round: int, *, oldest: int) -> OpenRound:
         """Open a round for appending, with the groups that an interrupted collection has left.
@@ -183,7 +193,7 @@ class Ledger:
             return
         for folder in self.folder.glob("[0-9]*"):
             if int(folder.name) < before - keep:
-                for name in ("pairs.jsonl", "tokens.i32", "pairs.i64", REFERENCE):
+                for name in ("pairs.jsonl", "tokens.i32", SPANS, GAPS, REFERENCE):
                     (folder / name).unlink(missing_ok=True)
 
 

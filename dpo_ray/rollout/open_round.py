@@ -14,8 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
+from dpo_ray.rollout.pair_index import GAPS, SPANS, PairIndex
 from dpo_ray.rollout.tally import Tally
 from dpo_ray.storage import write_atomically
 from dpo_ray.types import CompletionGroup, Dropped, Judgement, Prompt, ScoredPair
@@ -59,9 +58,9 @@ class OpenRound:
         self.folder, self.stale, self.failed = folder, 0, 0
         self.done: set[int] = set()
         self._oldest, self._generated = oldest, 0
-        self._tally, self._spans = Tally(), dict[int, list[list[int]]]()
+        self._tally, self._pairs = Tally(), PairIndex()
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("manifest.json", "pairs.i64"):
+        for name in ("manifest.json", SPANS, GAPS):
             (folder / name).unlink(missing_ok=True)
         self._recover(oldest)
         self._lines: BinaryIO = (folder / "pairs.jsonl").open("ab", buffering=0)
@@ -89,9 +88,8 @@ class OpenRound:
         self._count(line)
 
     def finish(self, **values: Any) -> None:
-        """Write pairs.i64 and the manifest, which has ``values`` beside counts, scores and policy versions."""
-        spans = [span for position in sorted(self._spans) for span in self._spans[position]]
-        (self.folder / "pairs.i64").write_bytes(np.array(spans, np.int64).tobytes())
+        """Write the pairs and the manifest, which has ``values`` beside counts, scores and policy versions."""
+        self._pairs.write(self.folder)
         tally = self._tally
         counts = {**tally.counts, "dropped": dict(sorted(tally.dropped.items())), "stale": self.stale}
         manifest = {
@@ -135,8 +133,7 @@ class OpenRound:
     def _count(self, line: Line) -> None:
         self.done.add(line["prompt_index"])
         self._tally.add(line)
-        if line["pairs"]:
-            self._spans[line["position"]] = pair_spans(line)
+        self._pairs.add(line)
 
 
 def _usable_lines(path: Path, *, oldest: int, available: int) -> Iterator[Line]:
@@ -186,6 +183,7 @@ def line_of(outcome: Outcome, start: int) -> Line:
                 "rejected": pair.rejected,
                 "chosen_score": judgement.scores[pair.chosen],
                 "rejected_score": judgement.scores[pair.rejected],
+                **({} if pair.gap is None else {"gap": pair.gap}),
             }
             for pair in pairs
         ],
@@ -203,21 +201,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(part) for key, part in value.items()}
     return [_finite(part) for part in value] if isinstance(value, list | tuple) else value
-
-
-def pair_spans(line: Line) -> list[list[int]]:
-    """Start and length of prompt, chosen and rejected of each pair of a line, in tokens."""
-    start, prompt = line["tokens"]["start"], line["tokens"]["prompt"]
-    lengths = [candidate["tokens"] for candidate in line["candidates"]]
-    starts = [start + prompt + sum(lengths[:i]) for i in range(len(lengths))]
-    return [
-        [
-            start,
-            prompt,
-            *(part for side in ("chosen", "rejected") for part in (starts[pair[side]], lengths[pair[side]])),
-        ]
-        for pair in line["pairs"]
-    ]
 
 
 def _end_of(line: Line) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dpo_ray.config import Config
-from dpo_ray.data.loader import PairLoader, PairSource
+from dpo_ray.data.loader import PairLoader, PairSource, checked_gaps
 from dpo_ray.data.packing import build_sample_row
 from dpo_ray.model.export import AdapterWeights, CheckpointWeights, export_policy
 from dpo_ray.model.scorer import LogpsModel, token_logps
@@ -201,6 +201,7 @@ def train_on_round(
         pairs_per_step=math.ceil(len(pairs) / steps),
         seed=config.run.seed + data.index,
         shuffle=config.data.shuffle,
+        gaps=checked_gaps(pairs) if config.loss.weighting == "gap" else None,
     )
     reference = round_reference(trainer, pairs, frozen, epochs=online.epochs_per_round, known=data.reference)
     steps_per_round = math.ceil(online.prompts_per_round / optim.pairs_per_step) * online.epochs_per_round

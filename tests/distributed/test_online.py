@@ -34,6 +34,7 @@ class DrawnRounds:
         draw = np.random.default_rng(0)
         part = lambda: tuple(draw.integers(0, 256, draw.integers(2, 30)).tolist())  # noqa: E731
         self.pairs = [TokenPair(part(), part(), part()) for _ in range(rounds * PAIRS)]
+        self.gaps = draw.uniform(0, 3, rounds * PAIRS).tolist()
         self.scores: list[Any] = []
         self.implicit: list[np.ndarray] = []
         self.references: dict[int, np.ndarray] = {}
@@ -49,7 +50,8 @@ class DrawnRounds:
 
     def read(self, round: int) -> RoundData:
         """Four pairs."""
-        pairs = PairList(self.pairs[round * PAIRS : (round + 1) * PAIRS], f"round {round}")
+        of_round = slice(round * PAIRS, (round + 1) * PAIRS)
+        pairs = PairList(self.pairs[of_round], f"round {round}", self.gaps[of_round])
         return RoundData(round, pairs, round, {}, self.judged, self.references.get(round))
 
     def samples(self, round: int) -> list[TokenSample]:
@@ -164,3 +166,18 @@ def test_two_ranks_that_share_weights_rows_or_layers_report_the_rounds_of_one(
             assert found[0] == version
             assert np.abs(found[1] - policy).max() < 1e-3, "nats a completion"
             assert np.abs(found[2] - reference).max() < 1e-3
+
+
+def test_two_ranks_weigh_pairs_by_the_mean_gap_of_the_whole_step(config: dict[str, Any]) -> None:
+    weighted = config | {"loss": {"weighting": "gap"}}
+    # One pair per micro-batch: ranks and micro-batches have means of their own, and only that of the step counts.
+    weighted["optim"] = {**config["optim"], "pairs_per_step": 4, "tokens_per_micro_batch": 16}
+    unweighted = weighted | {"loss": {}}
+    ((alone, _),), ((plain, _),) = run_ranks(1, online, weighted), run_ranks(1, online, unweighted)
+    first, first_plain = steps_of(alone)[0], steps_of(plain)[0]
+    assert first["loss"] == pytest.approx(first_plain["loss"]), "ln 2 for each pair, and weights of mean 1"
+    assert first["optim/grad_norm"] != pytest.approx(first_plain["optim/grad_norm"], rel=0.02)
+    for lines, _ in run_ranks(2, online, over(2, weighted)):
+        assert_same(steps_of(alone), steps_of(lines), absolute=1e-3)
+        norms, alone_norms = ([step["optim/grad_norm"] for step in steps_of(run)] for run in (lines, alone))
+        assert norms == pytest.approx(alone_norms, rel=1e-3)

@@ -211,6 +211,7 @@ def test_an_unknown_key_is_reported_with_the_closest_one(online, argument, messa
         ("loss.divergence=1.0", "loss.divergence: found 1.0; input should be reverse_kl"),
         ("loss={use: dpop, divergence: js}", "loss.divergence is 'js': it applies to losses of the margin"),
         ("loss={use: aot, weighting: wpo}", "loss.weighting: wpo multiplies the loss of a pair"),
+        ("loss={use: aot, weighting: gap}", "loss.weighting: gap multiplies the loss of a pair"),
         ("optim.lr=.nan", "optim.lr: found nan; input should be a finite number"),
         ("optim.lr=.inf", "optim.lr: found inf; input should be a finite number"),
         ("optim.schedule=step", "optim.schedule: found 'step'; input should be 'linear', 'cosine' or 'constant'"),
@@ -322,6 +323,12 @@ def test_a_bad_value_is_reported_with_key_found_and_accepted_values(tmp_path, ar
             ONLINE,
             ["reference.refresh=3", "reference.kind=live", "model.lora.rank=4"],
             "reference.refresh: 3 with model.lora changes a copy of the adapters, reference.kind: live is a",
+        ),
+        (OFFLINE, ["loss.weighting=gap"], "loss.weighting: gap needs pairs with scores, which online rounds have"),
+        (
+            ONLINE,
+            ["loss.weighting=gap", "online.source.mix=0.5", "data.train=p"],
+            "online.source.mix (0.5) adds have none",
         ),
         (ONLINE, ["reference.kind=cached"], "reference.kind: cached needs the untrained policy"),
         (

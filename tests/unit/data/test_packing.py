@@ -1,5 +1,6 @@
 """Rows, masks and the sharing of work."""
 
+import math
 import time
 from itertools import pairwise
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_ray.data.assignment import PIECES, attended, balance_micro_batches, shard_row
-from dpo_ray.data.loader import BatchShape, Mixture, PairList, PairLoader, epoch_order
+from dpo_ray.data.loader import BatchShape, Mixture, PairList, PairLoader, checked_gaps, epoch_order
 from dpo_ray.data.packing import (
     Layout,
     Span,
@@ -313,6 +314,49 @@ def test_a_step_has_each_prompt_and_each_completion_once() -> None:
     assert sum(micro.row.input_ids.numel() for micro in batch.micro_batches) == batch.tokens
     assert all(micro.row.input_ids.numel() <= 20 for micro in batch.micro_batches)
     assert sorted(pair for micro in batch.micro_batches for pair in micro.pairs) == list(range(len(pairs)))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_weights_of_a_step_are_its_gaps_over_their_mean_on_any_number_of_ranks(ranks: int) -> None:
+    source = PairList(ranked_pairs(6), gaps=[float(1 + i) for i in range(10)])
+    batches = [
+        next(
+            PairLoader(
+                source, BatchShape(rank, ranks, 20, 0.0), pairs_per_step=6, seed=3, shuffle=True, gaps=source.gaps
+            )
+        )
+        for rank in range(ranks)
+    ]
+    weights = dict[int, float]()
+    for micro in (micro for batch in batches for micro in batch.micro_batches):
+        weights |= dict(zip(micro.pairs, micro.row.weights.tolist(), strict=True))
+    mean = sum(1 + pair for pair in batches[0].pairs) / 6
+    assert weights == pytest.approx({pair: (1 + pair) / mean for pair in batches[0].pairs})
+    assert sum(weights.values()) == pytest.approx(6.0), "the mean weight is 1"
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.1, 7.0])
+def test_equal_gaps_give_weights_of_exactly_one_as_pairs_without_weights_have(gap: float) -> None:
+    source = PairList(ranked_pairs(6), gaps=[gap] * 10)
+    for gaps in (source.gaps, None):
+        batches = PairLoader(source, BatchShape(0, 1, 64, 0.0), pairs_per_step=7, seed=0, shuffle=True, gaps=gaps)
+        rows = [micro.row for micro in next(batches).micro_batches]
+        assert [weight for row in rows for weight in row.weights.tolist()] == [1.0] * 7
+
+
+@pytest.mark.parametrize(
+    ("gaps", "found"),
+    [
+        (None, r"pairs\[0\] has none"),
+        ([1.0, math.nan], r"pairs\[1\] has none"),
+        ([1.0, -0.5], r"\[1\] has a gap of -0.5"),
+    ],
+)
+def test_pairs_without_scores_or_of_a_better_rejected_completion_cannot_be_weighted(
+    gaps: list[float] | None, found: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"loss.weighting: gap needs pairs with scores.*{found}; set loss.weighting"):
+        checked_gaps(PairList([PAIR, PAIR], gaps=gaps))
 
 
 def test_without_shuffling_pairs_keep_the_order_of_the_file() -> None:

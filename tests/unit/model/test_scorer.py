@@ -83,6 +83,32 @@ def test_logps_and_gradients_equal_those_of_separate_float64_forwards(
         assert (parameter.grad - expected[name].grad).norm() / expected[name].grad.norm() < 1e-3, name
 
 
+@pytest.mark.parametrize("chunk", [1000, 60], ids=["whole", "parts"])
+def test_weights_of_a_row_scale_losses_and_gradients_of_their_pairs(
+    tiny_model: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Head, "chunk", chunk)
+    pairs, gaps = ragged_pairs(7), [0.5, 2.0, 0.0, 1.0, 1.0, 3.5, 6.0]  # of mean 2
+    exact = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
+    margins = torch.stack(
+        [exact_logp(exact, p.prompt, p.chosen) - exact_logp(exact, p.prompt, p.rejected) for p in pairs]
+    )
+    exact_losses = -torch.nn.functional.logsigmoid(0.1 * margins) * torch.tensor(gaps).double() / 2
+    exact_losses.sum().backward()
+
+    scorer = Scorer(build_model(ModelConfig(path=str(tiny_model)), with_weights=True))
+    zeros = torch.zeros(7)
+    loss, reference = build_loss(LossConfig(weighting="gap")), PairLogps(zeros, zeros, zeros, zeros)
+    row = build_row(pairs, "shared", weights=[gap / 2 for gap in gaps])
+    losses = pair_losses(scorer, row, loss, reference, weighting="gap")
+    losses.total.backward()
+    torch.testing.assert_close(losses.each.double(), exact_losses.detach(), rtol=1e-5, atol=1e-5)
+    expected = dict(exact.named_parameters())
+    for name, parameter in scorer.model.named_parameters():
+        wanted = gradient(expected[name])
+        assert (gradient(parameter) - wanted).norm() < 1e-4 * wanted.norm(), name
+
+
 @pytest.mark.parametrize("layout", ["shared", "plain"])
 @pytest.mark.parametrize("chunk", [1000, 30], ids=["whole", "parts"])
 @pytest.mark.parametrize("weighting", ["none", "wpo"])

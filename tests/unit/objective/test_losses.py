@@ -208,6 +208,8 @@ def test_lipo_ranks_equal_scores_by_their_places() -> None:
         ({"use": ["kto", "nll"]}, "kto is of completions without a pair and other losses of pairs; use it alone"),
         ({"use": "bco", "weighting": "wpo"}, "bco is of completions without a pair and loss.weighting: wpo of pairs"),
         ({"use": "lipo", "weighting": "wpo"}, "loss.weighting: wpo multiplies the loss of a pair"),
+        ({"use": "bco", "weighting": "gap"}, "bco is of completions without a pair and loss.weighting: gap of pairs"),
+        ({"use": "lipo", "weighting": "gap"}, "loss.weighting: gap multiplies the loss of a pair"),
         ({"use": "kto", "divergence": "js"}, "it applies to losses of the margin of log-ratios"),
     ],
 )
@@ -297,6 +299,13 @@ def test_a_pairs_weight_scales_its_loss() -> None:
     weighted = replace(pair(-10.0, -20.0), weights=torch.tensor([0.25]))
     loss = build_loss(LossConfig(beta=0.5, weighting="wpo"))
     assert loss(weighted, pair(-12.0, -15.0)).item() == pytest.approx(0.25 * softplus(-3.5))
+
+
+def test_weights_of_mean_one_scale_the_gradient_of_each_pair_and_keep_the_mean_over_the_pairs() -> None:
+    policy, reference = pairs([-10.0, -4.0], [-20.0, -1.0]), pairs([-12.0, -4.0], [-15.0, -2.0])
+    weights = torch.tensor([0.5, 1.5])  # gaps of 1 and 3, whose mean is 2
+    losses = build_loss(LossConfig(beta=0.5, weighting="gap"))(replace(policy, weights=weights), reference)
+    assert losses.mean().item() == pytest.approx((0.5 * softplus(-3.5) + 1.5 * softplus(0.5)) / 2)
 
 
 @pytest.mark.parametrize(

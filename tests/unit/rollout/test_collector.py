@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 
 from dpo_ray.config import Component
+from dpo_ray.data.loader import checked_gaps
 from dpo_ray.rollout.collector import Collector
 from dpo_ray.rollout.dispatch import Dispatcher
 from dpo_ray.rollout.engine import RequestTimedOut
@@ -453,6 +454,7 @@ def test_a_round_that_the_trainer_judges_gets_its_pairs_from_scores_of_all_compl
     for index in range(len(data.pairs)):
         pair = data.pairs[index]
         assert (pair.chosen, pair.rejected) == (by_prompt[pair.prompt][0], by_prompt[pair.prompt][2])
+    assert checked_gaps(data.pairs).tolist() == [2.0] * len(data.pairs)
     assert data.metrics["judge/chosen_score"] == 0.0
     assert data.metrics["judge/rejected_score"] == -2.0
     assert data.metrics["rollout/kept"] == 8 - failed

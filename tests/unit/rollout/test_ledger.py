@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dpo_ray.data.loader import BatchShape, PairLoader, checked_gaps
 from dpo_ray.rollout.ledger import Ledger
 from dpo_ray.rollout.open_round import LINE_KEYS, Outcome
 from dpo_ray.rollout.selectors import best_vs_worst, select_pairs
@@ -53,6 +54,36 @@ def written(ledger, group) -> Ledger:
 
 def pairs_file(ledger, index=3):
     return ledger.path(index) / "pairs.jsonl"
+
+
+def test_the_gaps_of_a_round_are_in_the_order_of_its_pairs(ledger, group):
+    three, two = group("a", "b", "c", index=0), group("d", "e", index=1)
+    pairs = (ScoredPair(2, 0), ScoredPair(2, 1))
+    several = Outcome(three.prompt, 1, pairs, three, Judgement((0.0, 1.0, 4.0)))
+    adjusted = Outcome(two.prompt, 0, (ScoredPair(0, 1, gap=0.25),), two, Judgement((1.0, 2.0)))
+    write(ledger, 0, [several, adjusted])
+    pairs_of_round = ledger.read(0).pairs
+    gaps = checked_gaps(pairs_of_round)
+    assert gaps.tolist() == [0.25, 4.0, 3.0], "positions 0, 1 and 1"
+    step = next(
+        PairLoader(pairs_of_round, BatchShape(0, 1, 64, 0.0), pairs_per_step=3, seed=0, shuffle=False, gaps=gaps)
+    )
+    (micro,) = step.micro_batches
+    assert micro.row.weights.tolist() == pytest.approx([3 * gaps[pair] / 7.25 for pair in micro.pairs])
+    assert [line["pairs"][0].get("gap") for line in ledger.lines(0)] == [None, 0.25]
+
+
+def test_the_gaps_of_an_interrupted_round_survive(ledger, group):
+    write(ledger, 0, [outcome(group("a", "b", index=0), [0.0, 1.5])], finish=False).close()
+    write(ledger, 0, [outcome(group("a", "b", index=1), [0.5, 0.25])])
+    assert ledger.read(0).pairs.gaps.tolist() == [1.5, 0.25]
+
+
+def test_a_round_with_other_gaps_than_pairs_is_damaged(written):
+    with (written.path(3) / "gaps.f64").open("ab") as file:
+        file.write(bytes(8))
+    with pytest.raises(ValueError, match=r"damaged: 2 gaps of scores for 1 pairs; delete the folder of this round"):
+        _ = written.read(3).pairs.gaps
 
 
 def test_each_prompt_is_one_line_with_every_candidate_score_and_pair(written):

@@ -7,7 +7,7 @@ import pytest
 
 from dpo_ray.config.schema import OnlineConfig
 from dpo_ray.data.joined import JoinedPairs
-from dpo_ray.data.loader import PairList
+from dpo_ray.data.loader import PairList, checked_gaps
 from dpo_ray.rollout.ledger import RoundData
 from dpo_ray.train.round_pairs import Sources
 from dpo_ray.types import TokenPair
@@ -87,3 +87,13 @@ def test_joined_pairs_read_as_those_of_their_sources_and_prompts_of_different_so
     prompts = joined.members[:, 0].tolist()
     assert prompts[0] == prompts[1]
     assert len(set(prompts)) == 3
+
+
+def test_joined_pairs_have_the_gaps_of_their_sources_and_none_where_a_source_has_none() -> None:
+    scored = PairList(pairs(0, 3, "scored").pairs, "scored", gaps=[0.5, 1.0, 2.0])
+    again = PairList(pairs(5, 2, "again").pairs, "again", gaps=[3.0, 4.0])
+    joined = JoinedPairs([(scored, np.array([2, 0])), (again, np.array([1]))])
+    assert checked_gaps(joined).tolist() == [2.0, 0.5, 4.0]
+    with pytest.raises(ValueError, match=r"and fixed\[4\] has none"):
+        checked_gaps(JoinedPairs([(scored, np.array([1])), (pairs(0, 5, "fixed"), np.array([4]))]))
+    assert JoinedPairs([(pairs(0, 2, "fixed"), np.array([0]))]).gaps is None
