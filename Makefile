@@ -19,7 +19,7 @@ PYTEST := $(BIN)/python -m pytest
 PARALLEL := $(PYTEST) -n $(WORKERS) --no-loadscope-reorder
 INSTALL := $(BIN)/python -m uv pip install --python $(BIN)/python --quiet --compile-bytecode -e '.[$(BUILD),demo,dev,docs]'
 
-.PHONY: help env demo test test-unit test-distributed test-ray test-vllm test-slow test-all check format docs wheel clean
+.PHONY: help env demo selfplay test test-unit test-distributed test-ray test-vllm test-slow test-all check format docs wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -42,6 +42,9 @@ $(MODEL)/config.json: $(READY)
 
 demo: $(READY) $(MODEL)/config.json ## online DPO for real on two CPU cores, in 15 to 30 minutes
 	@$(BIN)/python -m jobs.online jobs/demo.yaml $(ARGS)
+
+selfplay: $(READY) $(MODEL)/config.json ## self-play (SPIN) on sums: held-out exact match before and after
+	@$(BIN)/python -m jobs.online jobs/recipes/spin.yaml $(ARGS)
 
 test: check ## format, lint, spelling, types, import contracts, and all tests that need no GPU
 	@$(PARALLEL) $(ARGS)
