@@ -22,16 +22,13 @@ import numpy as np
 
 from dpo_ray.rollout.late_judging import judge_round, samples_of
 from dpo_ray.rollout.open_round import REMEDY, Line, OpenRound, read_lines, to_json
-from dpo_ray.rollout.pair_index import GAPS, SPANS
+from dpo_ray.rollout.pair_index import GAPS, REFERENCE, SPANS
 from dpo_ray.rollout.pipeline import Select
 from dpo_ray.storage import write_atomically
 from dpo_ray.types import TokenPair, TokenSample
 
 if TYPE_CHECKING:
     from dpo_ray.data.loader import PairSource  # imports torch
-
-
-REFERENCE = "reference.f64"
 
 
 class RoundPairs:

@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dpo_ray.rollout.pair_index import GAPS, SPANS, PairIndex
+from dpo_ray.rollout.pair_index import GAPS, REFERENCE, SPANS, PairIndex
 from dpo_ray.rollout.tally import Tally
 from dpo_ray.storage import write_atomically
 from dpo_ray.types import CompletionGroup, Dropped, Judgement, Prompt, ScoredPair
@@ -60,7 +60,7 @@ class OpenRound:
         self._oldest, self._generated = oldest, 0
         self._tally, self._pairs = Tally(), PairIndex()
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("manifest.json", SPANS, GAPS):
+        for name in ("manifest.json", SPANS, GAPS, REFERENCE):
             (folder / name).unlink(missing_ok=True)
         self._recover(oldest)
         self._lines: BinaryIO = (folder / "pairs.jsonl").open("ab", buffering=0)

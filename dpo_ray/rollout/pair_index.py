@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-SPANS, GAPS = "pairs.i64", "gaps.f64"
+SPANS, GAPS, REFERENCE = "pairs.i64", "gaps.f64", "reference.f64"
 Line = Mapping[str, Any]
 """One line of pairs.jsonl."""
 
