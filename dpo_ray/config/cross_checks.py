@@ -123,6 +123,11 @@ def validate_weighting(loss: schema.LossConfig, online: schema.OnlineConfig | No
             "loss.weighting: gap needs pairs with scores, which online rounds have and the pairs of data.train do not; "
             "give an online section, or set loss.weighting: none or wpo"
         )
+    if loss.weighting == "gap" and online is not None and online.source.use == "self_play":
+        raise ValueError(
+            "loss.weighting: gap needs pairs with scores, and those of online.source.use: self_play have none; set "
+            "loss.weighting: none or wpo"
+        )
     if loss.weighting == "gap" and online is not None and online.source.mix:
         raise ValueError(
             "loss.weighting: gap needs pairs with scores, and the pairs of data.train that online.source.mix "

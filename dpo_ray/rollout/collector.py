@@ -8,7 +8,6 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -22,8 +21,7 @@ from dpo_ray.rollout.ledger import Ledger
 from dpo_ray.rollout.open_round import OpenRound, Outcome
 from dpo_ray.rollout.pipeline import FailureLimit, Generate, Pipeline, Score, Select
 from dpo_ray.rollout.rounds import prompts_of_round, seed_of
-from dpo_ray.rollout.selectors import best_vs_worst, select_pairs
-from dpo_ray.rollout.sources import prefer_answer, unjudged, with_answer
+from dpo_ray.rollout.sources import choose_answer, unjudged, with_answer
 from dpo_ray.types import CompletionGroup, Prompt
 
 logger = logging.getLogger(__name__)
@@ -191,8 +189,7 @@ class Collector:
             async def played(request: Request) -> CompletionGroup:
                 return with_answer(await generate(request))
 
-            choose = partial(select_pairs, partial(best_vs_worst, pairs=self.online.candidates))
-            return Pipeline(played, prefer_answer, choose, self.concurrency)
+            return Pipeline(played, unjudged, choose_answer, self.concurrency)
         if self.online.judged_by_trainer:
             return Pipeline(generate, unjudged, lambda group, scores: (), self.concurrency)
         return Pipeline(generate, self.judge, self.select, self.concurrency)

@@ -181,8 +181,8 @@ def line_of(outcome: Outcome, start: int) -> Line:
             {
                 "chosen": pair.chosen,
                 "rejected": pair.rejected,
-                "chosen_score": judgement.scores[pair.chosen],
-                "rejected_score": judgement.scores[pair.rejected],
+                "chosen_score": judgement.scores[pair.chosen] if judgement.scores else None,
+                "rejected_score": judgement.scores[pair.rejected] if judgement.scores else None,
                 **({} if pair.gap is None else {"gap": pair.gap}),
             }
             for pair in pairs

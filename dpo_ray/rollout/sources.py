@@ -3,9 +3,10 @@
 Self-play: the answer of the prompt's record is chosen, the policy's completions are rejected (arXiv:2401.01335).
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from dpo_ray.types import CompletionGroup, Judgement
+from dpo_ray.types import CompletionGroup, Dropped, Judgement, ScoredPair
 
 
 def with_answer(group: CompletionGroup) -> CompletionGroup:
@@ -20,11 +21,16 @@ def with_answer(group: CompletionGroup) -> CompletionGroup:
     return replace(group, completions=(*group.completions, replace(group.prompt.answer, **versions)))
 
 
-async def prefer_answer(group: CompletionGroup) -> Judgement:
-    """Score 1 for the last completion and 0 for the others."""
-    return Judgement((*(0.0 for _ in group.completions[1:]), 1.0))
+def choose_answer(group: CompletionGroup, scores: Sequence[float]) -> tuple[ScoredPair, ...] | Dropped:
+    """The record's answer, which is the last completion, against each different completion of the policy."""
+    answer, seen, pairs = len(group.completions) - 1, {group.completions[-1].text}, list[ScoredPair]()
+    for index, completion in enumerate(group.completions[:-1]):
+        if completion.token_ids and completion.text not in seen:
+            seen.add(completion.text)
+            pairs.append(ScoredPair(answer, index))
+    return tuple(pairs) or Dropped("duplicates")
 
 
 async def unjudged(group: CompletionGroup) -> Judgement:
-    """No scores: the training workers judge the round when it is complete."""
+    """No scores: there is no judge, or the training workers judge the round when it is complete."""
     return Judgement(())
