@@ -4,6 +4,9 @@ import math
 
 from dpo_ray.config import schema
 
+ONLINE_METRICS = ("heldout/score", "heldout/win_rate", "kl")
+"""Metrics of the evaluations of an online run."""
+
 
 def validate_mesh(shard: schema.ShardConfig, cluster: schema.ClusterConfig) -> None:
     """Check that the parallel sizes divide the workers."""
@@ -142,8 +145,14 @@ def validate_run(run: schema.RunConfig, data: schema.DataConfig, online: schema.
             f"run.dir is {run.dir!r}: several processes of an online run read its rounds; object stores are "
             "for offline runs, give a path that all nodes mount"
         )
-    if run.best_metric is not None and (online is not None or not data.eval):
-        raise ValueError("run.best_metric needs evaluations to compare; it is for offline runs with data.eval")
+    if run.best_metric is not None and online is None and not data.eval:
+        raise ValueError("run.best_metric needs evaluations to compare; give data.eval")
+    if run.best_metric is not None and online is not None and run.best_metric not in ONLINE_METRICS:
+        raise ValueError(
+            f"run.best_metric is {run.best_metric!r}; evaluations of an online run have {', '.join(ONLINE_METRICS)}"
+        )
+    if run.best_metric in ("heldout/score", "heldout/win_rate") and online is not None and not online.eval_prompts:
+        raise ValueError(f"run.best_metric: {run.best_metric} needs held-out prompts; give online.eval_prompts")
 
 
 def validate_lists(data: schema.DataConfig, loss: schema.LossConfig) -> None:

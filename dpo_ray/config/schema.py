@@ -130,7 +130,8 @@ class RunConfig(Section):
     keep_checkpoints: int = Field(2, ge=1)
     """Number of most recent checkpoints to keep."""
     best_metric: str | None = None
-    """Evaluation metric, such as eval/rewards/accuracies; the checkpoint with its best value is kept too."""
+    """Evaluation metric, such as eval/rewards/accuracies or heldout/score; the checkpoint with its best value is kept
+    too. Online, training waits for the evaluation of each checkpoint."""
     best_mode: Literal["max", "min"] = "max"
     """max if larger values of run.best_metric are better, min if smaller ones are."""
     export: bool = True

@@ -24,6 +24,7 @@ from dpo_ray.parallel.collectives import broadcast_from_rank0, gather_or_raise
 from dpo_ray.storage import error_summary, is_remote, remove_folder, storage_errors
 from dpo_ray.train.checkpoint_files import (
     MARKER,
+    add_to_marker,
     damaged_files,
     finished_checkpoints,
     open_reader,
@@ -106,6 +107,17 @@ class Checkpointer:
         self.saved_position, self.pending = position, Future()
         finish = functools.partial(self._finish, path, digests, dict(metrics or {}))
         written.add_done_callback(functools.partial(_chain, self.pending, finish))
+
+    def add_metrics(self, position: int, metrics: Mapping[str, Any]) -> None:
+        """Adds the metrics of an evaluation to the checkpoint at a position, if there is one, to rank it by them."""
+        self.wait()
+        path = self.folder / f"{position:06d}"
+
+        def add() -> None:
+            if dist.get_rank() == 0 and (path / MARKER).exists():
+                add_to_marker(path, metrics)
+
+        gather_or_raise(add, self.group)
 
     def wait(self) -> None:
         """Waits for the checkpoint being written.

@@ -38,6 +38,12 @@ def write_marker(path: Path, digests: Mapping[str, str], metrics: Mapping[str, A
     write_atomically(path / MARKER, json.dumps({"files": files, "metrics": metrics, "config": config}))
 
 
+def add_to_marker(path: Path, metrics: Mapping[str, Any]) -> None:
+    """Add metrics to the marker of a finished checkpoint."""
+    marker = read_marker(path)
+    write_atomically(path / MARKER, json.dumps(marker | {"metrics": {**marker["metrics"], **metrics}}))
+
+
 def read_marker(path: Path) -> dict[str, Any]:
     """The marker of a finished checkpoint: ``files`` with their digests, ``metrics`` and ``config``.
 

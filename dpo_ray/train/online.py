@@ -125,6 +125,9 @@ def train_online(
         checkpointer.maybe_save(state, state.round, online.rounds)  # before the push: a failed one costs no round
         sync_s = publish(state.round)
         evaluator.maybe_request(state.round)
+        if config.run.best_metric is not None:  # the next checkpoint may supersede this one, unless it is the best
+            await_evaluations(rounds, state.round, evaluator, publish, reporter)
+            checkpointer.add_metrics(state.round, evaluator.latest)
 
     if state.round < online.rounds:
         checkpointer.maybe_save(state, state.round, online.rounds, stopping=True)

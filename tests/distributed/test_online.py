@@ -1,5 +1,6 @@
 """The online loop over gloo: equal rounds for any sharding, with a fresh model as the engine."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -181,3 +182,13 @@ def test_two_ranks_weigh_pairs_by_the_mean_gap_of_the_whole_step(config: dict[st
         assert_same(steps_of(alone), steps_of(lines), absolute=1e-3)
         norms, alone_norms = ([step["optim/grad_norm"] for step in steps_of(run)] for run in (lines, alone))
         assert norms == pytest.approx(alone_norms, rel=1e-3)
+
+
+def test_the_checkpoint_with_the_best_evaluation_is_kept_beside_the_newest(config: dict[str, Any]) -> None:
+    """The KL grows with each round, so the first of three is the one with the least."""
+    config["run"] |= {"save_every": 1, "keep_checkpoints": 1, "best_metric": "kl", "best_mode": "min"}
+    run_ranks(2, online, over(2, config))
+    kept = sorted((Path(config["run"]["dir"]) / "run/checkpoints").glob("[0-9]*"))
+    assert [path.name for path in kept] == ["000001", "000003"]
+    first, last = (json.loads((path / "complete.json").read_text())["metrics"]["kl"] for path in kept)
+    assert abs(first) < abs(last)
