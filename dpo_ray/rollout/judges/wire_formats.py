@@ -4,17 +4,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from dpo_ray.rollout.judges.columns import Column
 from dpo_ray.rollout.judges.reward_chat import RewardChat, conversation
-from dpo_ray.types import CompletionGroup, Prompt
-
-if TYPE_CHECKING:
-    pass
-
-GOLD = ("answer", "ground_truth", "label")
-"""Synonyms of the field with the reference answer."""
+from dpo_ray.types import CompletionGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +53,13 @@ def openrlhf(decode: Callable[[Sequence[int]], str]) -> WireFormat:
     Args:
         decode: text of token ids by the policy's tokenizer, with special tokens.
     """
+    gold = Column("label", "http")
 
     def bodies(group: CompletionGroup) -> list[Any]:
         prompt, ids = decode(group.prompt.token_ids), group.prompt.token_ids
         queries = [decode((*ids, *completion.token_ids)) for completion in group.completions]
-        labels = [gold_answer(group.prompt)] * len(queries)
+        (label,) = gold.lookup([group.prompt])
+        labels = ["" if label is None else label] * len(queries)
         return [{"query": queries, "prompts": [prompt] * len(queries), "labels": labels}]
 
     return WireFormat("", bodies, parse_openrlhf)
@@ -124,11 +121,6 @@ def parse_vllm(answer: Any, completions: int) -> Rewards:
 def parse_sglang(answer: Any, completions: int) -> Rewards:
     """Rewards of an answer of SGLang."""
     return Rewards(tuple(_single(row, "embedding") for row in _rows(answer, completions)))
-
-
-def gold_answer(prompt: Prompt) -> Any:
-    """The reference answer of a prompt's record; "" without one."""
-    return next((prompt.fields[name] for name in GOLD if prompt.fields.get(name) is not None), "")
 
 
 def _rows(answer: Any, completions: int) -> list[dict[str, Any]]:
