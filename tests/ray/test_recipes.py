@@ -113,6 +113,8 @@ def test_the_implicit_judge_ranks_completions_once_fixed_pairs_have_been_trained
     joining: Commands, tmp_path: Path, tiny_model: Path
 ):
     settings = {"online.candidates": 2, "optim.lr": 1e-3, "online.kl_samples": 2, "reference.cache_dir": tmp_path / "c"}
+    # Without held-out prompts the run has no judge process at all.
+    settings |= {"online.eval_prompts": [], "online.eval_judge": None}
     done = run(joining, "dice", tmp_path, tiny_model, **settings)
     first, second = rounds_of(done)
     assert first["rollout/added_pairs"] == second["rollout/added_pairs"] == PROMPTS

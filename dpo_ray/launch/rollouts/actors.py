@@ -81,7 +81,7 @@ def _start(actor: type, *arguments: Any) -> Any:
 def _raise_early_failure(judges: Sequence[RemoteJudge]) -> None:
     """Raises the error of a judge that fails while it is built, if it fails soon; later the collector reports it."""
     building = [judge.handle.ready.remote() for judge in judges]
-    done, _ = ray.wait(building, num_returns=len(building), timeout=EARLY_S)
+    done, _ = ray.wait(building, num_returns=len(building), timeout=EARLY_S) if building else ((), ())
     for answer in done:
         try:
             ray.get(answer)

@@ -1,6 +1,9 @@
 """The implicit reward of DPO: how much likelier a completion is under the policy than under the reference."""
 
-import numpy as np
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Implicit:
@@ -21,7 +24,7 @@ class Implicit:
             raise ValueError(f"judge 'implicit': length_penalty is {length_penalty!r}; it must be a number")
         self.length_penalty = float(length_penalty)
 
-    def scores(self, policy: np.ndarray, reference: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    def scores(self, policy: "np.ndarray", reference: "np.ndarray", tokens: "np.ndarray") -> "np.ndarray":
         """Scores of completions, each given by its log-probabilities (nats) and its number of tokens."""
         return policy - reference - self.length_penalty * tokens
 
