@@ -102,7 +102,7 @@ def test_self_play_chooses_the_answers_of_the_dataset(joining: Commands, tmp_pat
 
 
 def test_a_policy_that_cannot_judge_gives_ties_which_are_counted(joining: Commands, tmp_path: Path, tiny_model: Path):
-    settings = {"online.candidates": 2, "data.max_prompt_tokens": 128, "online.engine.max_model_len": 1024}
+    settings = {"online.candidates": 2, "data.max_prompt_tokens": 128, "online.engine.max_model_len": 2048}
     done = run(joining, "self_rewarding", tmp_path, tiny_model, **settings)
     for index in (0, 1):
         assert len(groups_of(done, index)) == PROMPTS
