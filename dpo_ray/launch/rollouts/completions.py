@@ -38,6 +38,13 @@ class EngineCompletions:
         rendered = tokenizer.prompt(PromptRecord(messages, "the judge's prompt", 0))
         if isinstance(rendered, Problem):
             raise ValueError(f"the judge's prompt cannot be completed: {rendered.detail}")
+        whole = self._config.max_model_len
+        longest = whole - sampling.max_tokens
+        if (length := len(rendered.token_ids)) > longest:
+            raise ValueError(
+                f"the judge's prompt has {length} tokens; an engine of {whole} tokens takes at most {longest} beside "
+                f"{sampling.max_tokens} new ones; raise online.engine.max_model_len"
+            )
         prompt = Prompt(-1, messages, rendered.token_ids)
         request = Request(prompt, sampling, 1, random.getrandbits(31), online.generate_timeout_s)
         group = await engines.generate(request, oldest=UNPUSHED)
@@ -51,6 +58,6 @@ class EngineCompletions:
         engines = Dispatcher(self._fleet.membership.remote, self._fleet.suspect.remote)
         self._following = asyncio.ensure_future(engines.follow())
         tokenizer = await asyncio.to_thread(self._tokenizer)
-        # Without the limit on training prompts; engines check that a conversation fits.
+        # Without the limit on training prompts.
         unlimited = self._config.data.model_copy(update={"max_prompt_tokens": None})
         return RecordTokenizer(tokenizer.tokenizer, unlimited), engines
