@@ -569,6 +569,13 @@ class JudgeConfig(Component):
     for others, which need not be thread-safe."""
     timeout_s: float = Field(300.0, gt=0)
     """Seconds to wait for one call; then the judge's process is restarted."""
+
+    def asks(self, name: str) -> bool:
+        """True if the judge, or a part of a weighted one, is the built-in judge ``name``."""
+        parts = self.args.get("judges") if self.use == "weighted" else None
+        uses = [part.get("use") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+        return name in (self.use, *uses)
+
     retries: int = Field(1, ge=0)
     """Further attempts for a prompt whose completions the judge failed to score."""
 

@@ -30,7 +30,7 @@ class Config(schema.Section):
         """Maximum length of prompt and completion in an engine, in tokens."""
         assert self.online is not None
         longest = (self.data.max_prompt_tokens or 1024) + self.online.sampling.max_tokens
-        if any(judge.use == "policy" for judge in self.online.judges.values()):
+        if any(judge.asks("policy") for judge in self.online.judges.values()):
             longest += self.online.sampling.max_tokens + POLICY_JUDGE_TOKENS
         return self.online.engine.max_model_len or longest
 

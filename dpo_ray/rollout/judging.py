@@ -5,7 +5,7 @@ import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from dpo_ray.types import CompletionGroup, Judgement, JudgeUnavailable
 
@@ -39,6 +39,14 @@ class _Waiting:
     alone: bool = False
     """True after a batch with it failed: only the group at fault fails again."""
     attempts: int = 0
+
+
+class _Problem(NamedTuple):
+    """Why a call failed."""
+
+    text: str
+    own: bool = True
+    """False if the process was killed because another call hung."""
 
 
 class JudgePool:
@@ -84,9 +92,9 @@ class JudgePool:
             if problem is None:
                 continue
             for waiting in batch:
-                waiting.attempts += len(batch) == 1
+                waiting.attempts += problem.own and len(batch) == 1
                 waiting.alone = True
-                self._again(waiting, problem)
+                self._again(waiting, problem.text)
 
     async def _next_batch(self) -> list[_Waiting]:
         batch = [await self._queue.get()]
@@ -98,7 +106,7 @@ class JudgePool:
             batch.append(following)
         return batch
 
-    async def _call(self, replica: JudgeReplica, batch: Sequence[_Waiting]) -> str | None:
+    async def _call(self, replica: JudgeReplica, batch: Sequence[_Waiting]) -> _Problem | None:
         """Score a batch; returns what went wrong, or None."""
         limit, restarts = asyncio.timeout(self._timeout_s), self._restarts[id(replica)]
         try:
@@ -110,10 +118,11 @@ class JudgePool:
                     waiting.judgement.set_exception(error)
             return None
         except Exception as error:
+            own = limit.expired() or restarts == self._restarts[id(replica)]
             await self._recover(replica, hung=limit.expired(), restarts=restarts)
             if limit.expired():
-                return f"returned no scores in {self._timeout_s:g} s (online.judge.timeout_s)"
-            return f"raised {type(error).__name__}: {error}"
+                return _Problem(f"returned no scores in {self._timeout_s:g} s (online.judge.timeout_s)")
+            return _Problem(f"raised {type(error).__name__}: {error}", own)
         for waiting, judgement in zip(batch, judgements, strict=True):
             if not waiting.judgement.done():
                 waiting.judgement.set_result(judgement)

@@ -87,9 +87,14 @@ class CollectorActor:
     async def _start(self) -> Collector:
         online = self.config.online
         assert online is not None
-        pools = {key: await _pool(online.judges[key], replicas) for key, replicas in self.judges.items()}
+        pools: dict[str, JudgePool] = {}
+        for key, replicas in self.judges.items():
+            # A judge with both purposes has one queue: its calls are limited together.
+            same = next((pool for other, pool in pools.items() if self.judges[other] is replicas), None)
+            pools[key] = same or await _pool(online.judges[key], replicas)
         engines = Dispatcher(self.fleet.membership.remote, self.fleet.suspect.remote)
-        work = (engines.follow(), *(pool.run() for pool in pools.values()))
+        distinct = {id(pool): pool for pool in pools.values()}.values()
+        work = (engines.follow(), *(pool.run() for pool in distinct))
         self._background = [asyncio.ensure_future(endless) for endless in work]
         prompts, held_out = pickle.loads(self.prompt_file.read_bytes())
         sequences = self.config.cluster.rollout_engines * SEQUENCES_PER_ENGINE

@@ -15,7 +15,6 @@ from dpo_ray.config.schema import JudgeConfig
 from dpo_ray.launch.rollouts.completions import EngineCompletions
 from dpo_ray.launch.run_dir import log_to_run
 from dpo_ray.rollout.judges import (
-    ASYNC_CONCURRENCY,
     Judge,
     JudgeContext,
     bind_judge,
@@ -26,6 +25,8 @@ from dpo_ray.rollout.judges import (
 from dpo_ray.types import CompletionGroup, Judgement
 
 PING_TIMEOUT_S = 30.0
+CALLS = 1000
+"""Calls in progress per actor, so that a ping never waits for scores."""
 
 
 class JudgeActor:
@@ -149,7 +150,7 @@ def _start_replicas(config: Config, key: str, judge: JudgeConfig, fleet: Any) ->
         num_cpus=0,
         num_gpus=judge.num_gpus,
         max_restarts=-1,
-        max_concurrency=2 * ASYNC_CONCURRENCY,
+        max_concurrency=CALLS,
         runtime_env={} if judge.num_gpus else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
     )
     plain, handle = config.model_dump(mode="json"), ray.cloudpickle.dumps(fleet)

@@ -154,7 +154,20 @@ def _judgement(number: int, group: CompletionGroup, row: Any) -> Judgement:
     if not isinstance(row, Judgement):
         return Judgement(_check_group(number, group, row))
     parts = {name: _check_group(number, group, part) for name, part in row.parts.items()}
-    return replace(row, scores=_check_group(number, group, row.scores), parts=parts)
+    means, totals = (_check_figures(number, group, figures) for figures in (row.means, row.totals))
+    totals = {name: value for name, value in totals.items() if math.isfinite(value)}
+    return replace(row, scores=_check_group(number, group, row.scores), parts=parts, means=means, totals=totals)
+
+
+def _check_figures(number: int, group: CompletionGroup, figures: Mapping[str, Any]) -> dict[str, float]:
+    """Figures as floats: a round's files hold no other numbers."""
+    for name, value in figures.items():
+        if not isinstance(value, SupportsFloat):
+            raise ValueError(
+                f"the judge returned {value!r} as {name} of group {number} (prompt {group.prompt.index}); it must be a "
+                "number"
+            )
+    return {name: float(value) for name, value in figures.items()}
 
 
 def _check_group(number: int, group: CompletionGroup, row: Any) -> tuple[float, ...]:

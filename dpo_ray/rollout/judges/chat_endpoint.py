@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 NO_KEY = "none"
 """Sent to an endpoint of one's own without a key; the client requires one."""
 FORMAT_REJECTED = (400, 422)
+REJECTED = (400, 413, 422)
+"""Statuses that concern one request; others, such as 401 and 404, concern all."""
 """Status codes of endpoints that do not support ``response_format``."""
 
 
@@ -76,7 +78,8 @@ class ChatEndpoint:
         try:
             reply = await self._reply(text, schema)
         except (self._openai.OpenAIError, EndpointFailed) as error:
-            self._failed_in_a_row += 1
+            rejected = getattr(error, "status_code", None) in REJECTED
+            self._failed_in_a_row = 0 if rejected else self._failed_in_a_row + 1
             failed = error if isinstance(error, EndpointFailed) else EndpointFailed(self._described(error))
         else:
             self._failed_in_a_row = 0
@@ -119,7 +122,7 @@ class ChatEndpoint:
             extra_body={**self._sampling(), **fields},
         )
         if not getattr(answer, "choices", None):
-            raise EndpointFailed(self._hidden(f"{self._client.base_url} answered without choices: {answer!r:.200}"))
+            raise EndpointFailed(self._hidden(f"{self._client.base_url} answered without choices: {answer!r}"))
         usage = answer.usage
         return Reply(
             text=answer.choices[0].message.content or "",

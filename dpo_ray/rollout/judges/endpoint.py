@@ -26,12 +26,18 @@ FIRST_WAIT_S = 0.5
 """Wait before the first retry; it doubles with each one."""
 LONGEST_WAIT_S = 30.0
 """Longest wait before a retry, also if the endpoint asks for more by Retry-After."""
+REJECTED = (400, 413, 422)
+"""Statuses that concern one request; others, such as 401 and 404, concern all."""
 SHOWN_CHARACTERS = 200
 """Characters of an answer that an error shows."""
 
 
 class RequestFailed(RuntimeError):
     """The endpoint rejected a request, or its answer is not of the expected form. Repeating it would not help."""
+
+
+class RequestRejected(RequestFailed):
+    """The endpoint works and rejects this request, for example because it is too long."""
 
 
 class RequestLost(RequestFailed):
@@ -123,6 +129,9 @@ class Endpoint:
                     value, seconds = await self._attempt(url, content, parse)
                     self._failed_in_a_row = 0
                     return Answer(value, seconds, attempt.num)
+        except RequestRejected:
+            self._failed_in_a_row = 0
+            raise
         except RequestFailed as error:
             self._count_failure(url, error)
         raise AssertionError("the loop returns or raises")
@@ -142,12 +151,13 @@ class Endpoint:
             except httpx2.RequestError as error:
                 raise RequestLost(self._masked(f"{url}: {type(error).__name__}: {error}")) from None
         seconds = time.perf_counter() - started
-        shown = " ".join(response.text.split())[:SHOWN_CHARACTERS]
+        shown = self._masked(" ".join(response.text.split()))[:SHOWN_CHARACTERS]
         if response.status_code == 429 or response.status_code >= 500:
             wait_s = retry_after(response.headers.get("Retry-After"))
             raise RequestLost(self._masked(f"{url}: HTTP {response.status_code}: {shown}"), wait_s)
         if not response.is_success:
-            raise RequestFailed(self._masked(f"{url}: HTTP {response.status_code}: {shown}"))
+            failure = RequestRejected if response.status_code in REJECTED else RequestFailed
+            raise failure(self._masked(f"{url}: HTTP {response.status_code}: {shown}"))
         try:
             return parse(response.json()), seconds
         except ValueError as error:  # of parse, or of the JSON

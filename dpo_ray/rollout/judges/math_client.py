@@ -76,7 +76,11 @@ class MathClient:
                 command = [sys.executable, "-P", str(WORKER), str(remote.fileno()), str(self._timeout_s)]
                 process = subprocess.Popen(command, pass_fds=[remote.fileno()])
             self._stop = weakref.finalize(self, _stop, process, connection)
-            _wait_until_ready(connection)
+            try:
+                _wait_until_ready(connection)
+            except RuntimeError:
+                self._stop()
+                raise
             self._connection, self.pid = connection, process.pid
         return self._connection
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from dpo_ray.config import Component
 from dpo_ray.config.schema import IMPLICIT
 from dpo_ray.rollout.judges.functions import is_async
-from dpo_ray.types import CompletionGroup, Judgement
+from dpo_ray.types import CompletionGroup, Judgement, JudgeUnavailable
 
 BindComponent = Callable[[Component], Callable[[], Any]]
 CheckScores = Callable[[Sequence[CompletionGroup], Any], list[Judgement]]
@@ -94,15 +94,19 @@ class Weighted:
         """The judgement of each group by one component, or why there is none."""
         try:
             return [*await self._call(i, groups)]
+        except JudgeUnavailable:
+            raise  # it would be left out of every group from here on
         except Exception as error:
             if not self._skip:
                 raise
             logger.warning("judge 'weighted': %s raised %s: %s", self._parts[i].name, type(error).__name__, error)
-            return [await self._alone(i, group) for group in groups]
+            return list(await asyncio.gather(*(self._alone(i, group) for group in groups)))
 
     async def _alone(self, i: int, group: CompletionGroup) -> Judgement | Exception:
         try:
             return (await self._call(i, [group]))[0]
+        except JudgeUnavailable:
+            raise
         except Exception as error:
             return error
 

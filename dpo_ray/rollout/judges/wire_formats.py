@@ -130,7 +130,7 @@ def _rows(answer: Any, completions: int) -> list[dict[str, Any]]:
         raise ValueError(f"expected an object with {completions} entries in data")
     if sorted(str(row.get("index")) for row in data) != sorted(map(str, range(completions))):
         raise ValueError(f"expected the indices 0 to {completions - 1} in data")
-    return sorted(data, key=lambda row: row["index"])
+    return sorted(data, key=lambda row: int(row["index"]))
 
 
 def _single(row: Mapping[str, Any], key: str) -> float:

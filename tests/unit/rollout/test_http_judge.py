@@ -281,3 +281,10 @@ def test_wrong_arguments_are_rejected_before_the_judge_is_built(args, message):
 def test_the_policys_tokenizer_is_needed_for_openrlhf_only(group):
     with pytest.raises(ValueError, match="needs the policy's tokenizer"):
         judge_groups([group("a")], url="http://rm", format="openrlhf")
+
+
+def test_completions_that_are_too_long_never_make_a_server_that_works_unavailable(group):
+    with serve(lambda number, body: (400, "too long")) as server:
+        error = error_of([group(*"abcdefgh", index=i) for i in range(3)], url=server.url, max_failures=5)
+    assert isinstance(error, RequestFailed)
+    assert len(server.bodies) == 24

@@ -163,3 +163,14 @@ def test_check_scores_accepts_an_array(group):
 def test_check_scores_names_the_fault_of_an_invalid_return_value(group, scores, message):
     with pytest.raises(ValueError, match=f"the judge returned {message}"):
         check_scores([group("a", "b", index=3)], scores)
+
+
+def test_figures_of_a_judge_become_floats_and_a_total_that_is_no_number_is_left_out(group):
+    means: Any = {"m": np.float32(0.5)}
+    totals: Any = {"n": np.int64(3), "cost": math.nan}
+    given = Judgement((1.0, 2.0), means=means, totals=totals)
+    (checked,) = check_scores([group("a", "b")], [given])
+    assert (checked.means, checked.totals) == ({"m": 0.5}, {"n": 3.0})
+    assert type(checked.means["m"]) is type(checked.totals["n"]) is float
+    with pytest.raises(ValueError, match="returned 'cheap' as cost of group 0"):
+        check_scores([group("a", "b")], [Judgement((1.0, 2.0), totals=totals | {"cost": "cheap"})])

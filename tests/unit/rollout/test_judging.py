@@ -79,3 +79,30 @@ def test_calls_overlap_over_replicas_and_within_one(group, replicas, concurrency
     started = time.perf_counter()
     score_all([group("a", "b", index=i) for i in range(8)], *waits, batch=1, concurrency=concurrency)
     assert rounds * 0.1 <= time.perf_counter() - started < (rounds + 1) * 0.1
+
+
+def test_a_group_whose_process_is_killed_because_another_one_hung_loses_no_attempt(group):
+    async def killed():
+        while not replica.restarts:
+            await asyncio.sleep(0.001)
+        raise RuntimeError("its process died")
+
+    def act(groups):
+        if groups[0].prompt.index == 0:
+            return asyncio.sleep(60)
+        return None if replica.restarts else killed()
+
+    async def main():
+        pool = JudgePool([replica], batch=1, concurrency=2, timeout_s=0.4, retries=0)
+        serving = asyncio.ensure_future(pool.run())
+        hung = asyncio.ensure_future(pool.score(group("a", "b", index=0)))
+        await asyncio.sleep(0.2)  # the other call begins later, so that it is in progress when the first hangs
+        other = await pool.score(group("a", "b", index=1))
+        serving.cancel()
+        return other, hung.exception()
+
+    replica = FakeReplica(act)
+    other, hung = asyncio.run(main())
+    assert other == Judgement((0.0, 1.0))
+    assert isinstance(hung, JudgeFailed)
+    assert replica.restarts == 1

@@ -451,3 +451,9 @@ def test_an_error_of_the_engines_is_raised_after_all_other_questions_are_answere
     with pytest.raises(ValueError, match="900 tokens"):
         judge_by_policy(tmp_path, [group("a bad one", "b", "c")], complete, samples=1)
     assert answered == 2
+
+
+def test_prompts_that_the_endpoint_rejects_never_make_it_unavailable(tmp_path):
+    with serving(lambda request: 413) as server, pytest.raises(EndpointFailed, match="answered 413"):
+        judge(server.url, tmp_path, make_groups(3), retries=0, concurrency=1)
+    assert len(server.received) == 36

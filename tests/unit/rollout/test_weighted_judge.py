@@ -10,7 +10,7 @@ import pytest
 
 from dpo_ray.config import Component
 from dpo_ray.rollout.judges import JudgeContext, bind_judge, check_scores, is_async
-from dpo_ray.types import Completion, CompletionGroup, Judgement, Prompt
+from dpo_ray.types import Completion, CompletionGroup, Judgement, JudgeUnavailable, Prompt
 
 MODULE = __name__
 
@@ -224,3 +224,15 @@ def test_components_get_the_context_of_the_run(tmp_path):
 def test_wrong_arguments_are_rejected_where_the_judge_is_bound(judges, args, message):
     with pytest.raises(ValueError, match=message):
         bind_judge(Component(use="weighted", args={"judges": judges, **args}))
+
+
+def unavailable(groups: Sequence[CompletionGroup]) -> list[list[float]]:
+    raise JudgeUnavailable("the reward server is down")
+
+
+@pytest.mark.parametrize("on_failure", ["skip", "fail"])
+def test_a_component_that_is_unavailable_ends_the_run_instead_of_being_left_out_from_here_on(on_failure: str) -> None:
+    parts = [{"use": f"{MODULE}:unavailable"}, {"use": f"{MODULE}:characters"}]
+    judge: Any = bind_judge(Component(use="weighted", args={"judges": parts, "on_failure": on_failure}))()
+    with pytest.raises(JudgeUnavailable, match="server is down"):
+        asyncio.run(judge([group("a", "bb")]))

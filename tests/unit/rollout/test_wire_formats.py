@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from dpo_ray.data.tokenizer import load_tokenizer
 from dpo_ray.rollout.judges import JudgeContext
 from dpo_ray.rollout.judges.endpoint import RequestFailed
+from dpo_ray.rollout.judges.wire_formats import parse_vllm
 from dpo_ray.types import Completion, CompletionGroup, Prompt
 from tests.unit.rollout.reward_server import Reply, classified, judge_groups, length, serve
 from tests.unit.rollout.test_reward_model import save_tokenizer
@@ -142,3 +143,8 @@ def test_an_openrlhf_server_may_answer_a_single_query_with_a_bare_number(group, 
     with serve(lambda number, body: (200, {"rewards": 0.5})) as server:
         (judgement,) = judge_groups([group("a")], context, url=server.url, format="openrlhf")
     assert judgement.scores == (0.5,)
+
+
+def test_rewards_of_more_than_ten_completions_are_in_the_order_of_their_indices():
+    rows = [{"index": str(i), "probs": [float(i)]} for i in reversed(range(12))]
+    assert parse_vllm({"data": rows}, 12).scores == tuple(map(float, range(12)))
