@@ -1,13 +1,15 @@
 """The sides of the GPU benchmark: implementations of the same step, on random weights and tokens.
 
 The padded sides reimplement TRL's DPOTrainer (1.16): one padded batch of chosen and rejected sequences, and the head at
-completion tokens, here with this project's head, which never materializes all logits. "padded, defaults" also runs a
-reference model and recomputes activations. "padded, all logits" is an earlier TRL, which computed all logits. On the
-other sides the reference pass is not part of the step: its log-probabilities are cached or precomputed.
+completion tokens. "TRL's head" calls its own chunked one (``trl.kernels``, in Triton) and exists where trl is
+installed; "padded, best" has this project's head instead. "padded, defaults" also runs a reference model and recomputes
+activations. "padded, all logits" is an earlier TRL, which computed all logits. On the other sides the reference pass is
+not part of the step: its log-probabilities are cached or precomputed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +23,7 @@ from dpo_ray.data.assignment import balance_micro_batches
 from dpo_ray.data.packing import Layout, PackedRow, build_row, row_tokens
 from dpo_ray.model.scorer import HeadFn, LogpsModel, PairLosses, Scorer, pair_losses
 from dpo_ray.objective.head import LogitTransform
-from dpo_ray.objective.logps import PairLogps
+from dpo_ray.objective.logps import PairLogps, sequence_sums
 from dpo_ray.objective.losses import sigmoid
 from dpo_ray.ops.attention import PACKED, packed_attention
 from dpo_ray.ops.flex import FLEX, flex_packed_attention
@@ -119,6 +121,22 @@ def with_head_at_completions(model: Any, row: PackedRow) -> PairLosses:
     return pair_losses(rectangle, row, lambda policy, _: losses_of(policy))
 
 
+TRL_VOCABULARY_CHUNK = 32768
+"""Logits per token that TRL 1.16 computes at a time."""
+
+
+def with_trl_head(model: Any, row: PackedRow) -> PairLosses:
+    """Losses of a padded batch; TRL's head runs at completion tokens only, with the outputs its trainer asks for."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    hidden, mask = padded_hidden_states(model, row)
+    arguments = (model.get_output_embeddings().weight, None, row.labels, 1.0, TRL_VOCABULARY_CHUNK, None, 1.0)
+    token_logps = ChunkedLogProbFunction.apply(
+        hidden[mask][row.source], *arguments, ("entropy", "mean_logits", "is_top1")
+    )[0]
+    return losses_of_sequences(sequence_sums(token_logps, row.sequence, len(row.lengths)), row)
+
+
 def with_all_logits(model: Any, row: PackedRow) -> PairLosses:
     """Losses of a padded batch; the head runs at every position, with float32 logits."""
     hidden, mask = padded_hidden_states(model, row)
@@ -126,6 +144,11 @@ def with_all_logits(model: Any, row: PackedRow) -> PairLosses:
     labels = torch.full_like(row.input_ids[0], -100).index_copy(0, row.source, row.labels)
     rectangle = torch.full(mask.shape, -100, device=model.device).masked_scatter(mask, labels)
     logps = -F.cross_entropy(logits.flatten(0, 1), rectangle.flatten(), reduction="none").view(mask.shape).sum(1)
+    return losses_of_sequences(logps, row)
+
+
+def losses_of_sequences(logps: Tensor, row: PackedRow) -> PairLosses:
+    """Losses from the (S,) log-probabilities of a plain row's sequences."""
     policy = PairLogps(logps[0::2], logps[1::2], row.lengths[0::2], row.lengths[1::2])
     losses = losses_of(policy)
     return PairLosses(losses.sum(), losses.detach(), policy)
@@ -138,13 +161,18 @@ def sides(device: torch.device) -> dict[str, Side]:
     ours = FLEX if device.type == "cuda" else PACKED
     without_flex = {"dpo_ray, no flex": Side(PACKED, packed("shared"))}
     at_completions = padded(with_head_at_completions)
+    trl_head = padded(with_trl_head) if find_spec("trl") else None
+    of_trl = {"padded, TRL's head": Side("sdpa", trl_head, in_pairs=True)} if trl_head else {}
     return {
         "dpo_ray": Side(ours, packed("shared")),
         **(without_flex if device.type == "cuda" else {}),
         "two rows, no padding": Side(ours, packed("plain")),
         ORACLE: Side("sdpa", at_completions, in_pairs=True),
+        **of_trl,
         "padded, all logits": Side("sdpa", padded(with_all_logits), in_pairs=True),
-        "padded, defaults": Side("sdpa", at_completions, in_pairs=True, recompute="full", second_model=True),
+        "padded, defaults": Side(
+            "sdpa", trl_head or at_completions, in_pairs=True, recompute="full", second_model=True
+        ),
     }
 
 

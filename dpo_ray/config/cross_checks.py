@@ -138,8 +138,15 @@ def validate_weighting(loss: schema.LossConfig, online: schema.OnlineConfig | No
         )
 
 
-def validate_run(run: schema.RunConfig, data: schema.DataConfig, online: schema.OnlineConfig | None) -> None:
-    """Check that the run directory and the best metric suit the kind of run."""
+def validate_run(
+    run: schema.RunConfig, data: schema.DataConfig, online: schema.OnlineConfig | None, *, kind: str, colocate: bool
+) -> None:
+    """Check that the run directory and the best metric suit the kind of run.
+
+    Args:
+        kind: ``Config.reference_kind``.
+        colocate: ``cluster.colocate``.
+    """
     if online is not None and run.remote:
         raise ValueError(
             f"run.dir is {run.dir!r}: several processes of an online run read its rounds; object stores are "
@@ -150,6 +157,13 @@ def validate_run(run: schema.RunConfig, data: schema.DataConfig, online: schema.
     if run.best_metric is not None and online is not None and run.best_metric not in ONLINE_METRICS:
         raise ValueError(
             f"run.best_metric is {run.best_metric!r}; evaluations of an online run have {', '.join(ONLINE_METRICS)}"
+        )
+    if run.best_metric == "kl" and online is not None and kind in ("none", "cached"):
+        raise ValueError("run.best_metric: kl needs a reference that is held; set reference.refresh: never")
+    if run.best_metric is not None and online is not None and colocate:
+        raise ValueError(
+            "run.best_metric is not supported with cluster.colocate: engines that share GPUs sleep after an evaluation "
+            "until the next round is trained; leave one of them out"
         )
     if run.best_metric in ("heldout/score", "heldout/win_rate") and online is not None and not online.eval_prompts:
         raise ValueError(f"run.best_metric: {run.best_metric} needs held-out prompts; give online.eval_prompts")
@@ -165,20 +179,38 @@ def validate_lists(data: schema.DataConfig, loss: schema.LossConfig) -> None:
 
 
 def validate_sources(
-    online: schema.OnlineConfig, data: schema.DataConfig, reference: schema.ReferenceConfig, kind: str
+    online: schema.OnlineConfig,
+    data: schema.DataConfig,
+    reference: schema.ReferenceConfig,
+    kind: str,
+    save_every: int | None,
 ) -> None:
     """Check that the sources of a round have what they need.
 
     Args:
         kind: ``Config.reference_kind``.
+        save_every: ``run.save_every``.
     """
     source, keep = online.source, online.keep_rounds
     if source.mix and not data.train:
         raise ValueError(f"online.source.mix is {source.mix:g}, and data.train is empty: give pairs to mix in")
-    if source.replay and keep is not None and keep < source.replay_rounds:
+    for name, share in {"mix": source.mix, "replay": source.replay}.items():
+        if share and not source.pairs_of(share, online.prompts_per_round):
+            raise ValueError(
+                f"online.source.{name} is {share:g}, which is no pair in a round of online.prompts_per_round: "
+                f"{online.prompts_per_round}; raise one of them, or leave online.source.{name} out"
+            )
+    # An interrupted run goes back to a checkpoint, and the newest may be incomplete.
+    needed = None if save_every is None else source.replay_rounds + 2 * save_every - 1
+    if source.replay and keep is not None and (needed is None or keep < needed):
+        need = "null, without run.save_every" if needed is None else f"{needed} or more, for a run that resumes"
         raise ValueError(
             f"online.source.replay_rounds is {source.replay_rounds}, but online.keep_rounds: {keep} deletes the pairs "
-            f"of rounds before; set online.keep_rounds to {source.replay_rounds} or more"
+            f"of rounds before; set online.keep_rounds to {need}"
+        )
+    if source.mix and data.weights:
+        raise ValueError(
+            "data.weights is not for online runs: online.source.mix takes all pairs of data.train evenly; leave it out"
         )
     policy_of_round = reference.refresh_every is not None and not reference.refreshes_copy
     if online.judged_by_trainer and (kind == "none" or policy_of_round):

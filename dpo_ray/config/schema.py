@@ -602,6 +602,10 @@ class SourceConfig(Section):
     replay_rounds: int = Field(4, ge=1)
     """Number of past rounds to draw them from."""
 
+    def pairs_of(self, share: float, new_pairs: int) -> int:
+        """Number of pairs that are ``share`` of a round in which ``new_pairs`` come from ``use``."""
+        return round(share * new_pairs / (1 - self.mix - self.replay))
+
     @model_validator(mode="after")
     def _validate_fractions(self) -> Self:
         if self.mix + self.replay >= 1:

@@ -64,9 +64,12 @@ class Config(schema.Section):
         cross_checks.validate_refresh(self.reference, self.model, self.online)
         cross_checks.validate_reference(self.reference, self.model, self.loss, self.online)
         cross_checks.validate_weighting(self.loss, self.online)
-        cross_checks.validate_run(self.run, self.data, self.online)
+        cross_checks.validate_run(
+            self.run, self.data, self.online, kind=self.reference_kind, colocate=self.cluster.colocate
+        )
         cross_checks.validate_lists(self.data, self.loss)
         if self.online is not None:
-            cross_checks.validate_sources(self.online, self.data, self.reference, self.reference_kind)
+            kind, save_every = self.reference_kind, self.run.save_every
+            cross_checks.validate_sources(self.online, self.data, self.reference, kind, save_every)
             cross_checks.validate_engines(self.online, self.cluster, self.model.lora)
         return self

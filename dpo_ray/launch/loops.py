@@ -19,7 +19,7 @@ from dpo_ray.launch.reporter import RunReporter
 from dpo_ray.launch.rollouts.actors import Rollouts
 from dpo_ray.launch.rollouts.placement import GpuSlot
 from dpo_ray.launch.rollouts.weights import FleetEngines, begin_timeout_s, build_transport
-from dpo_ray.parallel.collectives import broadcast_from_rank0, gather_values
+from dpo_ray.parallel.collectives import broadcast_from_rank0, gather_or_raise, gather_values
 from dpo_ray.rollout.collector import Progress
 from dpo_ray.rollout.evaluation import Evaluation, EvaluationStore
 from dpo_ray.rollout.ledger import Ledger, RoundData
@@ -71,7 +71,10 @@ class CollectorRounds:
 
     def read(self, round: int) -> RoundData:
         """A finished round."""
-        return self.ledger.read(round)
+        data = self.ledger.read(round)
+        # Ranks may briefly see different states of a shared disk, and must take the same way.
+        judged, reference = broadcast_from_rank0(lambda: (data.judged, data.reference))
+        return dataclasses.replace(data, judged=judged, reference=reference)
 
     def samples(self, round: int) -> list[TokenSample]:
         """All completions of a round."""
@@ -79,12 +82,12 @@ class CollectorRounds:
 
     def judge(self, round: int, scores: Sequence[float]) -> RoundData:
         """Writes the scores of all completions of a round; returns it with the pairs that the selector picks."""
-        broadcast_from_rank0(lambda: self.ledger.judge(round, scores, self.select))
-        return self.ledger.read(round)
+        self._on_rank0(lambda: self.ledger.judge(round, scores, self.select))
+        return self.read(round)
 
     def write_reference(self, round: int, logps: np.ndarray) -> None:
         """Stores the reference log-probabilities of a round's pairs."""
-        broadcast_from_rank0(lambda: self.ledger.write_reference(round, logps))
+        self._on_rank0(lambda: self.ledger.write_reference(round, logps))
 
     def recorded(self, version: int) -> bool:
         """True if the evaluation of a version is on disk."""
@@ -94,6 +97,10 @@ class CollectorRounds:
         """Stores an evaluation with the log-probabilities of its samples; returns its metrics."""
         record = self.rollouts.collector.record
         return broadcast_from_rank0(lambda: self._ask(lambda: record.remote(evaluation, policy, reference), 0.0))
+
+    def _on_rank0(self, write: Callable[[], None]) -> None:
+        """Writes on rank 0; an error is raised on all ranks."""
+        gather_or_raise(lambda: write() if dist.get_rank() == 0 else None)
 
     def _poll(self, version: int, round: int | None, evaluations: Sequence[int], wait_s: float) -> Progress:
         poll = self.rollouts.collector.poll

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from dpo_ray.rollout.open_round import Line, Outcome, line_of, read_lines, to_json
+from dpo_ray.rollout.open_round import FAILED, Line, Outcome, line_of, read_lines, to_json
 from dpo_ray.rollout.pair_index import PairIndex
 from dpo_ray.rollout.pipeline import Select
 from dpo_ray.rollout.tally import Tally
 from dpo_ray.storage import write_atomically
-from dpo_ray.types import Completion, CompletionGroup, Judgement, Prompt, TokenSample
+from dpo_ray.types import Completion, CompletionGroup, Dropped, Judgement, Prompt, ScoredPair, TokenSample
 
 
 def samples_of(folder: Path) -> list[TokenSample]:
@@ -37,8 +37,8 @@ def judge_round(folder: Path, scores: Sequence[float], select: Select) -> None:
     for line, group in _groups(folder):
         if group.completions:
             judgement = Judgement(tuple(next(remaining) for _ in group.completions))
-            choice = select(group, judgement.scores)
-            outcome = Outcome(group.prompt, line["position"], choice, group, judgement)
+            choice, error = _selected(select, group, judgement)
+            outcome = Outcome(group.prompt, line["position"], choice, group, judgement, error)
             line = line_of(outcome, line["tokens"]["start"])
         tally.add(line)
         lines.append(line)
@@ -50,6 +50,16 @@ def judge_round(folder: Path, scores: Sequence[float], select: Select) -> None:
     write_atomically(folder / "pairs.jsonl", (to_json(line) + "\n" for line in lines))
     pairs.write(folder)
     write_atomically(file, to_json(manifest, indent=2) + "\n")
+
+
+def _selected(
+    select: Select, group: CompletionGroup, judgement: Judgement
+) -> tuple[tuple[ScoredPair, ...] | Dropped, str | None]:
+    """The pairs of a group, or why there are none; an exception is an outcome of its group."""
+    try:
+        return select(group, judgement.scores), None
+    except Exception as error:
+        return Dropped(f"{FAILED}select"), f"{type(error).__name__}: {error}"
 
 
 def _groups(folder: Path) -> Iterator[tuple[Line, CompletionGroup]]:

@@ -159,14 +159,16 @@ class Ledger:
         manifest = self.manifest(round)
         pairs, counts = RoundPairs(self.path(round)), manifest["counts"]
         tokens = (self.path(round) / "tokens.i32").stat().st_size // 4
-        if (len(pairs), tokens) != (counts["pairs"], counts["tokens_stored"]):
+        judged = manifest.get("judged", True)
+        # Judging that was interrupted may have written pairs; it is repeated.
+        expected = counts["pairs"] if judged else len(pairs)
+        if (len(pairs), tokens) != (expected, counts["tokens_stored"]):
             raise ValueError(
                 f"{self.path(round)}: damaged: {len(pairs)} pairs and {tokens} tokens, the manifest counted "
                 f"{counts['pairs']} and {counts['tokens_stored']}; {REMEDY}"
             )
         logps = self.path(round) / REFERENCE
         reference = np.fromfile(logps).reshape(-1, 2) if logps.exists() else None
-        judged = manifest.get("judged", True)
         return RoundData(round, pairs, manifest["policy_version"], _metrics(manifest), judged, reference)
 
     def write_reference(self, round: int, logps: np.ndarray) -> None:

@@ -28,7 +28,9 @@ def choose_answer(group: CompletionGroup, scores: Sequence[float]) -> tuple[Scor
         if completion.token_ids and completion.text not in seen:
             seen.add(completion.text)
             pairs.append(ScoredPair(answer, index))
-    return tuple(pairs) or Dropped("duplicates")
+    if pairs:
+        return tuple(pairs)
+    return Dropped("duplicates" if any(c.token_ids for c in group.completions[:-1]) else "empty")
 
 
 async def unjudged(group: CompletionGroup) -> Judgement:

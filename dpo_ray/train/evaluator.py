@@ -82,6 +82,8 @@ class PromptEvaluator:
         """Versions whose evaluations have not been received."""
         self.latest: Metrics = {}
         """Metrics of the evaluations received since they were last reported."""
+        self.unranked: dict[int, Metrics] = {}
+        """Metrics by version of the evaluations received since ``take_unranked``."""
 
     def maybe_request(self, round: int) -> None:
         """Requests an evaluation if it is due after ``round`` rounds and not on disk."""
@@ -106,7 +108,14 @@ class PromptEvaluator:
             reference = logps(self.frozen)
             of_engine = np.array(evaluation.engine_logps)
             policy = logps(self.trainer.policy) if version == evaluation.version else of_engine
-        self.latest |= self.evaluations.record(evaluation, policy, reference)
+        metrics = self.evaluations.record(evaluation, policy, reference)
+        self.latest |= metrics
+        self.unranked[evaluation.version] = metrics
+
+    def take_unranked(self) -> dict[int, Metrics]:
+        """The metrics by version of the evaluations received since the last call."""
+        unranked, self.unranked = self.unranked, {}
+        return unranked
 
     def take_metrics(self) -> Metrics:
         """The metrics of the evaluations received since the last call."""

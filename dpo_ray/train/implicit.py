@@ -33,6 +33,8 @@ def judge_by_policy(
     if data.judged:
         return data
     samples = rounds.samples(data.index)
+    if data.index == 0:  # the policy is the reference, and the length alone would decide
+        return rounds.judge(0, [0.0] * len(samples))
     policy, reference = (compute_sample_logps(trainer, model, samples) for model in (trainer.policy, frozen))
     tokens = np.array([len(sample.completion) for sample in samples], np.int64)
     return rounds.judge(data.index, Implicit(**judge.args).scores(policy, reference, tokens).tolist())

@@ -127,7 +127,8 @@ def train_online(
         evaluator.maybe_request(state.round)
         if config.run.best_metric is not None:  # the next checkpoint may supersede this one, unless it is the best
             await_evaluations(rounds, state.round, evaluator, publish, reporter)
-            checkpointer.add_metrics(state.round, evaluator.latest)
+            for version, of_version in evaluator.take_unranked().items():
+                checkpointer.add_metrics(version, of_version)
 
     if state.round < online.rounds:
         checkpointer.maybe_save(state, state.round, online.rounds, stopping=True)

@@ -35,15 +35,15 @@ class Sources:
         Their number follows from ``online.prompts_per_round``, not from how many groups gave a pair.
         """
         source = self.online.source
-        full = self.online.prompts_per_round / (1 - source.mix - source.replay)
+        new = self.online.prompts_per_round
         parts = [(data.pairs, np.arange(len(data.pairs)))]
         known = [_known(data)]
         if self.fixed is not None and source.mix:
-            indices = self._next_fixed(data.index, round(full * source.mix))
+            indices = self._next_fixed(data.index, source.pairs_of(source.mix, new))
             parts.append((self.fixed, indices))
             known.append(np.full((len(indices), 2), np.nan))
         if source.replay:
-            for earlier, indices in self._drawn(data.index, round(full * source.replay)):
+            for earlier, indices in self._drawn(data.index, source.pairs_of(source.replay, new)):
                 parts.append((earlier.pairs, indices))
                 known.append(_known(earlier)[indices])
         counts = {"rollout/new_pairs": len(data.pairs), "rollout/added_pairs": sum(len(i) for _, i in parts[1:])}

@@ -514,3 +514,25 @@ def test_patterns_splits_and_compressed_files_are_local_paths(tmp_path, monkeypa
         broken = Config.model_validate({"model": {"path": "org/name"}, "data": {"train": missing}})
         with pytest.raises(ValueError, match=r"no such file or folder; accepted are \.json .*patterns such as"):
             validate_paths(broken)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["online.source.mix=0.5"], "data.train is empty: give pairs to mix in"),
+        (["online.source.mix=0.5", "data.train=p.jsonl", "data.weights=[1]"], "takes all pairs of data.train evenly"),
+        (["online.source={mix: 0.6, replay: 0.4}"], "leave nothing for new pairs"),
+        (["online.source.replay=0.001"], "online.source.replay is 0.001, which is no pair in a round"),
+        (["online.source.replay=0.5", "online.keep_rounds=4"], "set online.keep_rounds to 5 or more"),
+        (["online.source.replay=0.5", "online.keep_rounds=9", "run.save_every=null"], "set online.keep_rounds to null"),
+        (["online.judge.use=implicit", "reference.refresh=round"], "compares the policy with the reference"),
+        (["run.best_metric=eval/loss"], "evaluations of an online run have heldout/score, heldout/win_rate, kl"),
+        (["run.best_metric=heldout/score"], "give online.eval_prompts"),
+        (["run.best_metric=kl", "reference.refresh=round"], "needs a reference that is held"),
+        (["run.best_metric=kl", "cluster.colocate=true"], "is not supported with cluster.colocate"),
+    ],
+)
+def test_sources_and_best_checkpoints_that_cannot_work_are_rejected(online, overrides, said):
+    with pytest.raises(ConfigError) as error:
+        load(online, *overrides)
+    assert said in str(error.value)

@@ -445,8 +445,12 @@ def test_a_round_that_the_trainer_judges_gets_its_pairs_from_scores_of_all_compl
     failed = sum(line["error"] is not None for line in ledger.lines(0))
     assert len(samples) == 3 * (8 - failed)
     select = partial(select_pairs, best_vs_worst)
-    for scores in ([0.0] * len(samples), [-float(i % 3) for i in range(len(samples))]):  # repeated, if interrupted
-        ledger.judge(0, scores, select)
+    scores, manifest = [-float(i % 3) for i in range(len(samples))], ledger.path(0) / "manifest.json"
+    unjudged = manifest.read_text()
+    ledger.judge(0, scores, select)
+    manifest.write_text(unjudged)  # as if it was killed before the last file
+    assert not ledger.read(0).judged
+    ledger.judge(0, scores, select)
     data = ledger.read(0)
     assert data.judged
     assert len(data.pairs) == 8 - failed
@@ -458,3 +462,22 @@ def test_a_round_that_the_trainer_judges_gets_its_pairs_from_scores_of_all_compl
     assert data.metrics["judge/chosen_score"] == 0.0
     assert data.metrics["judge/rejected_score"] == -2.0
     assert data.metrics["rollout/kept"] == 8 - failed
+
+
+def test_a_selector_that_raises_over_a_group_of_a_late_round_costs_that_group_only(tmp_path):
+    async def main():
+        harness = Harness(tmp_path, online(judge={"use": "implicit"}, candidates=2), [FakeEngine(0)])
+        await harness.round(0)
+        return harness.ledger
+
+    def select(group, scores):
+        if group.prompt.index == first:
+            raise RuntimeError("odd group")
+        return select_pairs(best_vs_worst, group, scores)
+
+    ledger = asyncio.run(main())
+    first = next(ledger.lines(0))["prompt_index"]
+    ledger.judge(0, [float(i) for i in range(len(ledger.samples(0)))], select)
+    assert len(ledger.read(0).pairs) == 7
+    assert ledger.manifest(0)["counts"]["dropped"] == {"failed_select": 1}
+    assert next(ledger.lines(0))["error"] == "RuntimeError: odd group"
