@@ -28,6 +28,7 @@ from dpo_ray.objective.losses import sigmoid
 from dpo_ray.ops.attention import PACKED, packed_attention
 from dpo_ray.ops.flex import FLEX, flex_packed_attention
 from dpo_ray.parallel.activations import apply_activation_checkpointing
+from dpo_ray.parallel.compiled import compile_layers
 from dpo_ray.parallel.context import NO_CONTEXT_PARALLEL
 from dpo_ray.parallel.tensor import local_head
 from dpo_ray.types import TokenPair
@@ -206,8 +207,11 @@ def build(shape: str, device: torch.device, dtype: torch.dtype, *, compiled: boo
     torch.manual_seed(0)
     with device:
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    for layer in model.get_decoder().layers:
-        layer.plain = torch.compile(layer.forward, dynamic=True) if compiled else layer.forward
+    layers = model.get_decoder().layers
+    if compiled:
+        compile_layers(layers, device)
+    for layer in layers:
+        layer.plain = layer.forward
     return model
 
 

@@ -34,6 +34,7 @@ from dpo_ray.ops.float8 import use_float8, validate_float8_device
 from dpo_ray.ops.linear import use_float32_products
 from dpo_ray.parallel.activations import apply_activation_checkpointing, offload_activations
 from dpo_ray.parallel.collectives import broadcast_from_rank0
+from dpo_ray.parallel.compiled import compile_layers
 from dpo_ray.parallel.context import NO_CONTEXT_PARALLEL, ContextParallel
 from dpo_ray.parallel.fsdp import apply_fsdp, load_full_state
 from dpo_ray.parallel.tensor import apply_tensor_parallel, tensor_parallel_plan
@@ -193,8 +194,7 @@ def load_sharded(
     if shard.tensor_parallel > 1:
         apply_tensor_parallel(built, mesh["tensor"])
     if shard.compile:
-        for layer in layers:  # before FSDP adds its hooks, which cannot be compiled
-            layer.forward = torch.compile(layer.forward, dynamic=True)
+        compile_layers(layers, device)
     if trainable:
         apply_activation_checkpointing(layers, shard.activation_checkpointing)
         if shard.activation_offload:
