@@ -14,6 +14,11 @@ SECRET_VALUE = re.compile(
 )
 
 
+def holds_secret(value: Any) -> bool:
+    """True if ``mask_secrets`` would hide a part of a tree of plain values."""
+    return mask_secrets(value) != value
+
+
 def mask_secrets(value: Any, name: str = "") -> Any:
     """A copy of a tree of plain values with secrets replaced, found by the name of their key or by their form."""
     if isinstance(value, Mapping):
@@ -22,4 +27,5 @@ def mask_secrets(value: Any, name: str = "") -> Any:
         return [mask_secrets(item, name) for item in value]
     if not isinstance(value, str):
         return value
-    return "(hidden)" if SECRET_NAME.search(name) and value else SECRET_VALUE.sub(r"\g<1>\g<2>(hidden)", value)
+    named = SECRET_NAME.search(name.replace("-", "_"))
+    return "(hidden)" if named and value else SECRET_VALUE.sub(r"\g<1>\g<2>(hidden)", value)

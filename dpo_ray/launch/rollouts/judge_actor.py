@@ -86,21 +86,25 @@ class RemoteJudge:
             Exception: building it failed.
             TimeoutError: it was not built in time.
         """
-        answered = time.monotonic()
+        answered, limit = time.monotonic(), asyncio.timeout(self.start_timeout_s)
         try:
-            async with asyncio.timeout(self.start_timeout_s):
+            async with limit:
                 while True:
                     try:
                         return await self._built()
                     except RayTaskError as error:
                         raise error.cause from None
-                    except RayActorError:
+                    except RayActorError as error:
+                        if error.actor_init_failed:
+                            raise
                         # It restarts, or it is stopped and takes no new connection.
                         if time.monotonic() > answered + PING_TIMEOUT_S:
                             ray.kill(self.handle, no_restart=False)
                             answered = time.monotonic()
                         await asyncio.sleep(0.5)
         except TimeoutError:
+            if not limit.expired():  # an error of the judge itself
+                raise
             raise TimeoutError(
                 f"the judge was not ready after {self.start_timeout_s:.0f} s (cluster.start_timeout_s)"
             ) from None

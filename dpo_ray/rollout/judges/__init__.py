@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, SupportsFloat
 
 from dpo_ray.config import Component
-from dpo_ray.config.schema import SamplingConfig
+from dpo_ray.config.schema import JudgeConfig, SamplingConfig
 from dpo_ray.plugins import bind, bind_factory, check_arguments, resolve
 from dpo_ray.rollout.judges.functions import RewardFunction, adapt, check_function, reward_format
 from dpo_ray.rollout.judges.functions import is_async as is_async
@@ -90,7 +90,19 @@ def bind_judge(component: Component, context: JudgeContext | None = None) -> Cal
     factory = bind_factory(use, args, JUDGES, "judge", context=context, **components)
     if use in JUDGES and (validate := getattr(part, "validate_arguments", None)):
         validate(**{name: value for name, value in factory.keywords.items() if name in args or name in components})
+    if isinstance(component, JudgeConfig) and use in JUDGES and (longest := getattr(part, "longest_request_s", None)):
+        _validate_timeout(component, longest(**args))
     return partial(_call_factory, factory, use, context)
+
+
+def _validate_timeout(judge: JudgeConfig, longest_request_s: float) -> None:
+    """Raise a ValueError if a call would end before a request that it waits for has been tried as often as it may."""
+    if longest_request_s > judge.timeout_s:
+        raise ValueError(
+            f"judge {judge.use!r}: a request may take {longest_request_s:g} s (args.timeout_s of each attempt, "
+            f"args.retries + 1 attempts), longer than timeout_s={judge.timeout_s:g} of a whole call; "
+            "raise the latter or lower one of the others"
+        )
 
 
 def _bind_reward_function(
@@ -207,4 +219,4 @@ JUDGES: dict[str, Callable[..., Judge]] = {
     "weighted": Weighted,
 }
 """Built-in factories. A judge's packages are imported when it is built; one with a static method ``validate_arguments``
-has its arguments checked by ``bind_judge``."""
+has its arguments checked by ``bind_judge``, and one with ``longest_request_s`` its time-outs."""

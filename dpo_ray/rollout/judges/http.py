@@ -9,8 +9,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from dpo_ray.config.secrets import holds_secret
 from dpo_ray.rollout.judges.arguments import check_argument, is_count, is_duration, is_text
 from dpo_ray.rollout.judges.reward_chat import RewardChat
+from dpo_ray.rollout.judges.waiting import wait_for_all
 from dpo_ray.rollout.judges.wire_formats import Rewards, WireFormat, openrlhf, sglang, vllm
 from dpo_ray.types import CompletionGroup, Judgement, JudgeUnavailable
 
@@ -22,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 NAME = "http"
 FORMATS = ("openrlhf", "vllm", "sglang")
-SECRET_HEADERS = ("authorization", "proxy-authorization", "cookie", "x-api-key", "api-key")
+SECRET_HEADERS = ("proxy-authorization", "cookie")
+"""Beside the headers whose names or values look like secrets."""
 
 
 class Http:
@@ -72,6 +75,7 @@ class Http:
         }  # fmt: skip
         self.validate_arguments(url, format, model, tokenizer, api_key_env=api_key_env, headers=headers, **numbers)
         key = None if api_key_env is None else _key(api_key_env)
+        self.concurrency = concurrency  # each call has at least one request
         self._format = _build_format(format, model, tokenizer, context)
         self._endpoint = Endpoint(
             [self._format.url(server) for server in _servers(url)], key=key, headers=headers or {}, **numbers
@@ -101,12 +105,13 @@ class Http:
             check_argument(NAME, name, value, is_count(value), "an integer of at least 1")
         _check_secrets(api_key_env, headers)
 
+    @staticmethod
+    def longest_request_s(*_: Any, timeout_s: float = 30.0, retries: int = 6, **__: Any) -> float:
+        """Longest time in which a request is tried, without pauses."""
+        return (retries + 1) * timeout_s
+
     async def __call__(self, groups: Sequence[CompletionGroup]) -> list[Judgement]:
-        results = await asyncio.gather(*map(self._judge, groups), return_exceptions=True)
-        errors = [result for result in results if isinstance(result, BaseException)]
-        if errors:
-            raise next((error for error in errors if isinstance(error, JudgeUnavailable)), errors[0])
-        return [result for result in results if isinstance(result, Judgement)]
+        return await wait_for_all(map(self._judge, groups))
 
     async def close(self) -> None:
         """Close the connections."""
@@ -167,9 +172,9 @@ def _check_url(url: Any) -> None:
     accepted = "http://HOST:PORT or https://HOST, with a path if the server needs one, or a list of such URLs"
     check_argument(NAME, "url", url, isinstance(servers, Sequence) and bool(servers), accepted)
     for server in servers:
-        if isinstance(server, str) and "@" in urlsplit(server).netloc:
+        if isinstance(server, str) and ("@" in urlsplit(server).netloc or holds_secret(server)):
             raise ValueError(
-                f"judge {NAME!r}: url holds a user name or password, and config.yaml would store it; name an "
+                f"judge {NAME!r}: url holds a user name, password or key, and config.yaml would store it; name an "
                 "environment variable with the key in online.judge.args.api_key_env"
             )
         check_argument(NAME, "url", server, _is_url(server), accepted)
@@ -210,11 +215,15 @@ def _check_secrets(api_key_env: Any, headers: Any) -> None:
     )
     if not accepted:
         raise ValueError(f"judge {NAME!r}: headers must be names with texts (online.judge.args.headers)")
-    if secret := next((name for name in headers or {} if name.lower() in SECRET_HEADERS), None):
+    if secret := next((name for name, text in (headers or {}).items() if _is_secret_header(name, text)), None):
         raise ValueError(
             f"judge {NAME!r}: headers holds {secret}, and config.yaml would store it; name an environment variable "
             "with the key in online.judge.args.api_key_env, which is sent as Authorization: Bearer"
         )
+
+
+def _is_secret_header(name: str, text: str) -> bool:
+    return name.lower() in SECRET_HEADERS or holds_secret({name: text})
 
 
 def _key(variable: str) -> str:

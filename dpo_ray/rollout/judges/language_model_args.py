@@ -5,6 +5,7 @@ from typing import Any, Literal, Self, TypeVar
 from pydantic import Field, ValidationError, model_validator
 
 from dpo_ray.config.schema import SamplingConfig, Section
+from dpo_ray.config.secrets import holds_secret
 from dpo_ray.rollout.judges.modes import Mode, Pairwise, Score
 from dpo_ray.rollout.judges.prompts import (
     ADDITIVE_RUBRIC,
@@ -97,7 +98,7 @@ class LlmArgs(QuestionArgs):
     """Environment variable with the key."""
     timeout_s: float = Field(60.0, gt=0)
     """Seconds to wait for a reply."""
-    retries: int = Field(4, ge=0)
+    retries: int = Field(3, ge=0)
     """Further attempts of a request that fails, times out or is rejected for its rate, with growing pauses."""
     max_failures: int = Field(10, ge=1)
     """Failed requests in a row, over all groups, that end the run."""
@@ -112,6 +113,12 @@ class LlmArgs(QuestionArgs):
     def _validate_request(self) -> Self:
         if own := sorted(OWN_FIELDS & set(self.request)):
             raise ValueError(f"request: {own[0]} is not accepted there, because the judge sets it itself")
+        for name in ("base_url", "request"):
+            if holds_secret(getattr(self, name)):
+                raise ValueError(
+                    f"{name}: holds a key or password, which config.yaml would store; api_key_env names an environment "
+                    "variable"
+                )
         if self.samples > 1 and "seed" in self.request:
             raise ValueError(f"request: seed would make all {self.samples} samples the same reply; leave it out")
         return self

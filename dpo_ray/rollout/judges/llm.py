@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from dpo_ray.rollout.judges.answer_cache import AnswerCache, Reply
 from dpo_ray.rollout.judges.language_model_args import LlmArgs, PolicyArgs, QuestionArgs, parse_args
 from dpo_ray.rollout.judges.modes import Schema
-from dpo_ray.rollout.judges.questioner import JudgeModel, Prices, Questioner, wait_for_all
+from dpo_ray.rollout.judges.questioner import JudgeModel, Prices, Questioner
+from dpo_ray.rollout.judges.waiting import wait_for_all
 from dpo_ray.types import CompletionGroup, Judgement
 
 if TYPE_CHECKING:
@@ -58,6 +59,12 @@ class Llm(_LanguageModelJudge):
     def validate_arguments(**args: Any) -> None:
         """Raise a ValueError for arguments that are not accepted."""
         parse_args("llm", LlmArgs, args)
+
+    @staticmethod
+    def longest_request_s(**args: Any) -> float:
+        """Longest time in which a request is tried, without pauses."""
+        parsed = parse_args("llm", LlmArgs, args)
+        return (parsed.retries + 1) * parsed.timeout_s
 
 
 class Policy(_LanguageModelJudge):

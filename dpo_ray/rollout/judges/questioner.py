@@ -5,13 +5,14 @@ Independent of how the model is reached, see ``JudgeModel``.
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from dpo_ray.rollout.judges.answer_cache import AnswerCache, Reply, request_key
 from dpo_ray.rollout.judges.modes import Mode, Question, Schema
-from dpo_ray.types import CompletionGroup, Judgement, JudgeUnavailable
+from dpo_ray.rollout.judges.waiting import wait_for_all
+from dpo_ray.types import CompletionGroup, Judgement
 
 T = TypeVar("T")
 
@@ -113,18 +114,6 @@ class Questioner:
         if self._prices is not None:
             cost: Any = self._prices.cost(reply)  # a Counter is typed for integers
             totals["cost_usd"] += cost
-
-
-async def wait_for_all(awaitables: Iterable[Awaitable[T]]) -> list[T]:
-    """Results in order, or an error after all are done: no request remains in flight, to be sent again.
-
-    The error is the first one, or one that ends the run.
-    """
-    results = await asyncio.gather(*awaitables, return_exceptions=True)
-    errors = [result for result in results if isinstance(result, BaseException)]
-    if errors:
-        raise next((error for error in errors if isinstance(error, JudgeUnavailable)), errors[0])
-    return [result for result in results if not isinstance(result, BaseException)]
 
 
 def _object(properties: Mapping[str, Any]) -> Schema:

@@ -15,6 +15,8 @@ from dpo_ray.types import CompletionGroup, Judgement, JudgeUnavailable
 BindComponent = Callable[[Component], Callable[[], Any]]
 CheckScores = Callable[[Sequence[CompletionGroup], Any], list[Judgement]]
 KEYS = ("use", "args", "weight", "name")
+MOST_CALLS = 32
+"""Calls in progress, unless a component asks for fewer."""
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,7 @@ class Weighted:
         self._parts = bind_parts(judges, on_failure, bind_component)
         self._skip, self._check_scores = on_failure == "skip", check_scores
         self._judges = [part.build() for part in self._parts]
+        self.concurrency = min(getattr(judge, "concurrency", MOST_CALLS) for judge in self._judges)
         # Calls of this judge overlap; those of a component that is not async need not be thread-safe.
         self._locks = [asyncio.Lock() for _ in self._parts]
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from dpo_ray.config import Component
-from dpo_ray.rollout.judges import bind_judge, endpoint
+from dpo_ray.config.schema import JudgeConfig
+from dpo_ray.rollout.judges import bind_judge, calls_in_progress, endpoint
 from dpo_ray.rollout.judges.endpoint import LONGEST_WAIT_S, RequestFailed, RequestLost, retry_after
 from dpo_ray.types import CompletionGroup, JudgeUnavailable
 from tests.unit.rollout.reward_server import Reply, judge_groups, length, serve
@@ -239,6 +240,8 @@ def test_a_key_with_characters_that_no_header_can_have_is_rejected_without_showi
         {"headers": {"authorization": KEY}},
         {"headers": {"Authorization": f"Bearer {KEY}"}},
         {"headers": {"X-API-Key": KEY}},
+        {"headers": {"X-Auth-Token": KEY}},
+        {"url": f"https://rm?api-key={KEY}"},
         {"headers": {"X-Team": [KEY]}},
         {"headers": KEY},
         {"api_key_env": KEY},
@@ -252,6 +255,18 @@ def test_a_key_in_the_arguments_is_rejected_without_showing_it(args):
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments
+
+
+def test_as_many_calls_overlap_as_requests_may():
+    build = bind_judge(Component(use="http", args={"url": "http://rm", "format": "vllm", "concurrency": 4}))
+    assert calls_in_progress(build()) == 4
+
+
+def test_a_request_that_may_take_longer_than_the_call_is_rejected():
+    args = {"url": "http://rm", "format": "vllm", "timeout_s": 50, "retries": 3}
+    bind_judge(JudgeConfig(use="http", args=args, timeout_s=200))
+    with pytest.raises(ValueError, match=r"a request may take 200 s .* longer than timeout_s=199 of a whole call"):
+        bind_judge(JudgeConfig(use="http", args=args, timeout_s=199))
 
 
 @pytest.mark.parametrize(

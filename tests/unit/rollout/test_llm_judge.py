@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from dpo_ray.config import Component
-from dpo_ray.config.schema import SamplingConfig
+from dpo_ray.config.schema import JudgeConfig, SamplingConfig
 from dpo_ray.rollout.judges import Judge, bind_judge, calls_in_progress, check_scores
 from dpo_ray.rollout.judges.answer_cache import AnswerCache, Reply
 from dpo_ray.rollout.judges.chat_endpoint import EndpointFailed
@@ -275,6 +275,26 @@ def test_without_its_package_the_judge_names_the_extra(monkeypatch):
 )
 def test_as_many_calls_overlap_as_keep_the_requests_busy(tmp_path, args, calls):
     assert calls_in_progress(build("http://127.0.0.1:9/v1", tmp_path, **args)) == calls
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("base_url", f"http://me:{KEY}@judge/v1"),
+        ("base_url", f"http://judge/v1?api_key={KEY}"),
+        ("request", {"extra_headers": {"X-Auth-Token": KEY}}),
+    ],
+)
+def test_a_key_in_the_arguments_is_rejected_without_showing_it(name, value):
+    with pytest.raises(ValueError, match=rf"online.judge.args.*{name}: holds a key or password") as caught:
+        bind_judge(Component(use="llm", args={"model": "m", name: value}))
+    assert KEY not in str(caught.value)
+
+
+def test_the_defaults_leave_time_for_all_attempts_of_a_request():
+    bind_judge(JudgeConfig(use="llm", args={"model": "m"}))
+    with pytest.raises(ValueError, match=r"a request may take 360 s .* longer than timeout_s=300 of a whole call"):
+        bind_judge(JudgeConfig(use="llm", args={"model": "m", "retries": 5}))
 
 
 # ------------------------------------------------------------------------------------------------------- kept answers

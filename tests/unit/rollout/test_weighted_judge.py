@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dpo_ray.config import Component
-from dpo_ray.rollout.judges import JudgeContext, bind_judge, check_scores, is_async
+from dpo_ray.rollout.judges import JudgeContext, bind_judge, calls_in_progress, check_scores, is_async
 from dpo_ray.types import Completion, CompletionGroup, Judgement, JudgeUnavailable, Prompt
 
 MODULE = __name__
@@ -178,6 +178,13 @@ def test_with_fail_a_completion_without_one_of_the_scores_has_none():
 def test_components_run_at_the_same_time():
     (judgement,) = run(build(mine("meet", name="first"), mine("meet", name="second")), group("ab"))
     assert judgement.scores == (4.0,)
+
+
+def test_as_many_calls_overlap_as_the_component_with_the_lowest_limit_takes():
+    server = {"url": "http://rm", "format": "vllm"}
+    few, many = ({"use": "http", "name": f"of_{n}", "args": server | {"concurrency": n}} for n in (3, 1000))
+    assert calls_in_progress(build(many, few)) == 3
+    assert calls_in_progress(build(mine("words"))) == 32
 
 
 def test_calls_of_a_component_that_is_not_async_do_not_overlap():
