@@ -53,7 +53,10 @@ def validate_layers(shard: schema.ShardConfig, model: schema.ModelConfig, optim:
 
 
 def validate_refresh(
-    reference: schema.ReferenceConfig, model: schema.ModelConfig, online: schema.OnlineConfig | None
+    reference: schema.ReferenceConfig,
+    model: schema.ModelConfig,
+    loss: schema.LossConfig,
+    online: schema.OnlineConfig | None,
 ) -> None:
     """Check that there is a reference that can be refreshed as configured."""
     kind, alpha, refresh = reference.kind, reference.mixup_alpha, f"reference.refresh: {reference.refresh}"
@@ -68,6 +71,8 @@ def validate_refresh(
         raise ValueError(f"{refresh} needs rounds; it is for online runs (give an online section)")
     if kind == "none":
         raise ValueError(f"{refresh} changes the reference, and reference.kind: none has none; set refresh: never")
+    if kind == "auto" and loss.reference_free:
+        raise ValueError(f"{refresh} changes the reference, and loss.use: {loss.use!r} has none; set refresh: never")
     if not reference.refreshes_copy:
         if kind in ("live", "adapters_off"):
             raise ValueError(

@@ -61,7 +61,7 @@ class Config(schema.Section):
         cross_checks.validate_mesh(self.shard, self.cluster)
         cross_checks.validate_layers(self.shard, self.model, self.optim)
         cross_checks.validate_router_loss(self.shard, self.loss)
-        cross_checks.validate_refresh(self.reference, self.model, self.online)
+        cross_checks.validate_refresh(self.reference, self.model, self.loss, self.online)
         cross_checks.validate_reference(self.reference, self.model, self.loss, self.online)
         cross_checks.validate_weighting(self.loss, self.online)
         cross_checks.validate_run(

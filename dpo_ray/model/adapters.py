@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -67,53 +67,35 @@ def _copy_adapters(model: nn.Module, name: str) -> None:
             module.scaling[name] = module.scaling[ADAPTER]
 
 
-class WithoutAdapters:
-    """A policy with its adapters disabled, as its own reference model; called like a Scorer.
+class SwitchedAdapters:
+    """A policy with its adapters off, or a copy of them in their place, as its own reference; called like a Scorer.
 
-    peft's own switch also changes ``requires_grad``, from which FSDP derives its dtypes.
+    FSDP shards and gathers a copy with the policy, so that nothing is exchanged between passes but its name.
+
+    Args:
+        name: one of ``copies`` of ``add_adapters``; None switches the adapters off.
     """
 
-    def __init__(self, policy: "Scorer") -> None:
+    def __init__(self, policy: "Scorer", name: str | None) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self.policy = policy
         self.layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
+        # Not peft's own switch, which also changes requires_grad, from which FSDP derives its dtypes.
+        self.switched = {"_disable_adapters": True} if name is None else {"_active_adapter": [name]}
+        self.usual = {"_disable_adapters": False} if name is None else {"_active_adapter": [ADAPTER]}
 
     def __call__(self, row: "PackedRow", head_fn: "HeadFn") -> Any:
         """See ``Scorer.forward``."""
-        for layer in self.layers:
-            layer._disable_adapters = True
+        self._set(self.switched)
         try:
             return self.policy(row, head_fn)
         finally:
-            for layer in self.layers:
-                layer._disable_adapters = False
+            self._set(self.usual)
 
-
-class WithAdapters:
-    """A policy with a copy of its adapters in their place, as its own reference model; called like a Scorer.
-
-    FSDP shards and gathers the copy with the policy, so that nothing is exchanged between passes but the name.
-
-    Args:
-        name: one of ``copies`` of ``add_adapters``.
-    """
-
-    def __init__(self, policy: "Scorer", name: str) -> None:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        self.policy, self.name = policy, name
-        self.layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
-
-    def __call__(self, row: "PackedRow", head_fn: "HeadFn") -> Any:
-        """See ``Scorer.forward``."""
+    def _set(self, attributes: Mapping[str, Any]) -> None:
         for layer in self.layers:
-            layer._active_adapter = [self.name]
-        try:
-            return self.policy(row, head_fn)
-        finally:
-            for layer in self.layers:
-                layer._active_adapter = [ADAPTER]
+            vars(layer).update(attributes)
 
 
 def adapter_factors(layer: Any) -> tuple[Tensor, Tensor, float]:

@@ -173,7 +173,10 @@ class Ledger:
 
     def write_reference(self, round: int, logps: np.ndarray) -> None:
         """Store the reference log-probabilities of a round's pairs, for later rounds that replay them."""
-        logps.astype(np.float64).tofile(self.path(round) / REFERENCE)
+        file = self.path(round) / REFERENCE
+        draft = file.with_suffix(".draft")
+        logps.astype(np.float64).tofile(draft)
+        draft.replace(file)
 
     def samples(self, round: int) -> list[TokenSample]:
         """All completions of a round."""

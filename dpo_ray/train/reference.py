@@ -12,7 +12,7 @@ import torch
 from dpo_ray.config import Config
 from dpo_ray.data.loader import PairSource
 from dpo_ray.data.store import PairStore
-from dpo_ray.model.adapters import REFERENCE_ADAPTER, WithAdapters, WithoutAdapters
+from dpo_ray.model.adapters import REFERENCE_ADAPTER, SwitchedAdapters
 from dpo_ray.model.architecture import model_digest
 from dpo_ray.model.load import load_sharded
 from dpo_ray.model.scorer import LogpsModel, Scorer, pair_logps
@@ -35,9 +35,9 @@ def load_frozen_reference(trainer: Trainer) -> LogpsModel | None:
             frozen = _load_copy(trainer)
             return RefreshedReference(policy, frozen, frozen, reference) if reference.refreshes_copy else frozen
         case "adapters":
-            return RefreshedReference(policy, WithAdapters(policy, REFERENCE_ADAPTER), policy, reference)
+            return RefreshedReference(policy, SwitchedAdapters(policy, REFERENCE_ADAPTER), policy, reference)
         case "adapters_off":
-            return WithoutAdapters(policy)
+            return SwitchedAdapters(policy, None)
     return None
 
 

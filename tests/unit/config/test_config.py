@@ -172,7 +172,7 @@ def test_component_names_in_the_schema_match_the_registries():
         (ONLINE, ["reference.refresh=2", "model.lora.quantize=nf4"], "adapters"),
         (ONLINE, ["reference.refresh=round", "model.lora.rank=4"], "cached"),
         (ONLINE, ["model.lora.rank=4"], "adapters_off"),
-        (ONLINE, ["reference.refresh=2", "loss.use=simpo"], "none"),
+        (ONLINE, ["loss.use=simpo"], "none"),
         (OFFLINE, ["loss.use=simpo"], "none"),
     ],
 )
@@ -307,6 +307,11 @@ def test_a_bad_value_is_reported_with_key_found_and_accepted_values(tmp_path, ar
             ONLINE,
             ["reference.refresh=3", "reference.kind=none", "loss.use=simpo"],
             "reference.refresh: 3 changes the reference, and reference.kind: none has none",
+        ),
+        (
+            ONLINE,
+            ["reference.refresh=round", "loss.use=simpo"],
+            "reference.refresh: round changes the reference, and loss.use: 'simpo' has none; set refresh: never",
         ),
         (
             ONLINE,
