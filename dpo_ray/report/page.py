@@ -51,7 +51,7 @@ def write_report(run_dir: str | Path, *, running: bool = False) -> Path:
     """
     record = read_run(run_dir, running=running)
     findings, online = diagnose(record), record.rounds or record.config.get("online")
-    return _write_page(
+    return write_page(
         record.path,
         kind=" + ".join(record.losses).upper() if record.labelled else "Online DPO" if online else "DPO",
         title=record.setting("run.name") or record.path.resolve().name,
@@ -90,7 +90,7 @@ def write_sweep_report(run_dir: str | Path, rows: Rows, metric: str, mode: str) 
     columns = list(dict.fromkeys(("trial", *swept, metric, *keys)))
     plots = sweep_plots(finished, [key for key in swept if finished and _varies(finished, key)], metric, mode)
     cells = [_column([row.get(key) for row in (*finished, *failed)], key in swept) for key in columns]
-    return _write_page(
+    return write_page(
         Path(run_dir),
         kind="Sweep",
         title=Path(run_dir).resolve().name,
@@ -107,7 +107,8 @@ def write_sweep_report(run_dir: str | Path, rows: Rows, metric: str, mode: str) 
     )
 
 
-def _write_page(folder: Path, **content: Any) -> Path:
+def write_page(folder: Path, **content: Any) -> Path:
+    """Writes ``report.html`` with the variables of the template."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )

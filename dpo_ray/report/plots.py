@@ -31,6 +31,7 @@ PALETTE: dict[str, tuple[str, str]] = {
     "sand": ("#c6a03f", "#dcbc66"),
     "stone": ("#a3abb8", "#69727f"),
     "rose": ("#b9507d", "#e48bb0"),
+    "paper": ("#ffffff", "#1b1f26"),
 }
 """Each colour on a light and on a dark page. Plots are drawn in the light ones."""
 LIGHT = {name: light for name, (light, _) in PALETTE.items()}
@@ -44,6 +45,15 @@ MAX_BARS = 40  # per plot; more rounds than that are averaged in groups
 SMOOTH_FROM = 40  # points from which a line is drawn pale, with its running mean on top
 LOG_PEAK = 20.0  # ratio of the largest value to the median from which a series with peaks has a logarithmic axis
 LOG_RATIO = 3.0  # ratio of the largest to the smallest swept value from which their axis is logarithmic
+
+
+class Swatch(NamedTuple):
+    """An entry of a legend."""
+
+    label: str
+    colour: str
+    mark: str
+    """line | dashed | point | dot | ring | cross | box."""
 
 
 class Series(NamedTuple):
@@ -80,13 +90,15 @@ class Plot(NamedTuple):
     x_label: str = "round"
 
 
-class Swatch(NamedTuple):
-    """An entry of a legend."""
+class Drawing(NamedTuple):
+    """A plot that does not consist of panels."""
 
-    label: str
-    colour: str
-    mark: str
-    """line | dashed | point | dot | ring | box."""
+    title: str
+    draw: Callable[[Figure | SubFigure], None]
+    caption: str
+    """A sentence on reading the plot."""
+    legend: Sequence[Swatch] = ()
+    height_in: float = 1.25 * PANEL_IN
 
 
 def run_plots(record: RunRecord) -> list[Plot]:
@@ -230,32 +242,42 @@ def _with_data(panels: Sequence[Panel]) -> list[Panel]:
     return [panel for panel in panels if panel.series]
 
 
-def legend(plot: Plot) -> list[Swatch]:
+def legend(plot: Plot | Drawing) -> list[Swatch]:
     """Labelled series and levels, each label once."""
+    if isinstance(plot, Drawing):
+        return list(plot.legend)
     marks = {"heldout": "point", "left bar": "box", "right bar": "box", "dots": "dot", "ring": "ring"}
     swatches = [Swatch(s.label, s.colour, marks.get(s.style, "line")) for panel in plot.panels for s in panel.series]
     levels = [Swatch(panel.level_label, "faint", "dashed") for panel in plot.panels if panel.level is not None]
     return list(dict.fromkeys(swatch for swatch in swatches + levels if swatch.label))
 
 
-def render(plots: Sequence[Plot]) -> list[tuple[Plot, str, list[Swatch]]]:
+def render(plots: Sequence[Plot | Drawing]) -> list[tuple[Plot | Drawing, str, list[Swatch]]]:
     """The plots of a page, each with its SVG and its legend."""
     pictures = []
     for number, plot in enumerate(plots):
-        height = 1.25 if len(plot.panels) == 1 else 0.85 * len(plot.panels)
         layout = ConstrainedLayoutEngine(h_pad=0.1)
-        figure = Figure(figsize=(WIDTH_IN, PANEL_IN * height + 0.3), layout=layout)
+        figure = Figure(figsize=(WIDTH_IN, _height_in(plot) + 0.3), layout=layout)
         figure.patch.set_visible(False)
         draw(plot, figure)
         pictures.append((plot, _svg(figure, f"plot{number}"), legend(plot)))
     return pictures
 
 
-def draw(plot: Plot, figure: Figure | SubFigure) -> None:
-    """Draw the panels of a plot one below the other."""
+def _height_in(plot: Plot | Drawing) -> float:
+    if isinstance(plot, Drawing):
+        return plot.height_in
+    return PANEL_IN * (1.25 if len(plot.panels) == 1 else 0.85 * len(plot.panels))
+
+
+def draw(plot: Plot | Drawing, figure: Figure | SubFigure) -> None:
+    """Draw the panels of a plot one below the other, or a drawing."""
+    if isinstance(plot, Drawing):
+        plot.draw(figure)
+        return
     rows = figure.subplots(len(plot.panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, panel in zip(rows, plot.panels, strict=True):
-        _style_axes(axes, panel.label)
+        style_axes(axes, panel.label)
         _draw_bars(axes, [series for series in panel.series if "bar" in series.style])
         for series in panel.series:
             if series.style == "heldout":
@@ -271,7 +293,8 @@ def draw(plot: Plot, figure: Figure | SubFigure) -> None:
     rows[-1].set_xlabel(plot.x_label, fontsize=TEXT_PT, color=LIGHT["ink"], loc="right", parse_math=False)
 
 
-def _style_axes(axes: Axes, label: str) -> None:
+def style_axes(axes: Axes, label: str) -> None:
+    """Give axes the look of the report, with a title in place of a vertical label."""
     axes.patch.set_visible(False)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(LIGHT["stone"])

@@ -104,7 +104,7 @@ def _as_good(verdict: Verdict) -> list[str]:
     if region is None or not region.spans:
         names = [_name(tie, verdict) for tie in verdict.ties[:3]]
         return [f"As good within the noise: {'; '.join(names)}."] if names else []
-    spans = " with ".join(_span(key, values) for key, values in region.spans.items())
+    spans = _join([_span(key, values) for key, values in region.spans.items()])
     fixed = settings_text(region.fixed, tuple(region.fixed))
     outside = len(verdict.ties) - len(region.members)
     rest = (

@@ -58,11 +58,6 @@ def exclusion(trial: Trial, objective: Objective) -> str | None:
     return None
 
 
-def is_better(value: float, other: float, objective: Objective) -> bool:
-    """True if a metric is better than another."""
-    return value > other if objective.mode == "max" else value < other
-
-
 def _order(trial: Trial, objective: Objective) -> tuple[bool, float, float]:
     value = trial.metrics[objective.metric]
     tie = _finite(trial.metrics.get(TIE_BREAK))
