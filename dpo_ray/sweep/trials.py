@@ -53,7 +53,7 @@ class Constraint:
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What a sweep optimizes."""
+    """The metric that a sweep optimizes."""
 
     metric: str
     mode: Literal["max", "min"] = "max"

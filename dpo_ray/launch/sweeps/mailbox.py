@@ -1,0 +1,140 @@
+"""The mailbox between the slots of a sweep, whose workers ask, and the driver, which answers."""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+from uuid import uuid4
+
+import ray
+
+from dpo_ray.launch.cluster import same_node
+from dpo_ray.sweep.scheduling import Decision
+from dpo_ray.types import Metrics
+
+ASK_TIMEOUT_S = 30.0
+"""Longest wait for an answer before the question is asked again."""
+ANSWER_TIMEOUT_S = 120.0
+"""Longest wait for the actor itself, beyond ASK_TIMEOUT_S."""
+
+
+Kind = Literal["idle", "report", "paused", "finished", "failed"]
+
+
+class Message(NamedTuple):
+    """A question of a slot."""
+
+    id: str
+    """Differs between questions; the same when a question is asked again."""
+    slot: int
+    kind: Kind
+    trial: str | None = None
+    body: Any = None
+    """``report``: (metrics, final); ``failed``: (error, retryable)."""
+
+
+class Task(NamedTuple):
+    """The answer to ``idle``: a trial, with the values of its configuration."""
+
+    trial: str
+    config: dict[str, Any]
+
+
+NO_MORE = Task("", {})
+"""There is no further trial for the slot."""
+
+
+class Mailbox:
+    """An actor with one question per slot. A question that is asked again replaces the earlier one."""
+
+    def __init__(self) -> None:
+        self.questions: dict[int, tuple[Message, asyncio.Future[Any]]] = {}
+        self.delivered: set[int] = set()
+        self.phases: dict[str, tuple[str, int, int]] = {}
+        self.notes: dict[str, None] = {}
+        self.news = asyncio.Event()
+
+    async def ask(self, message: Message) -> Any:
+        """Waits for the driver's answer; ``None`` if there is none in ASK_TIMEOUT_S."""
+        slot = message.slot
+        if slot not in self.questions or self.questions[slot][0].id != message.id:
+            self.questions[slot] = (message, asyncio.get_running_loop().create_future())
+            self.delivered.discard(slot)
+            self.news.set()
+        _, answer = self.questions[slot]
+        try:
+            return await asyncio.wait_for(asyncio.shield(answer), ASK_TIMEOUT_S)
+        except TimeoutError:
+            return None
+
+    async def receive(self, timeout_s: float) -> list[Message]:
+        """The questions that the driver has not seen; waits for one."""
+        try:
+            await asyncio.wait_for(self.news.wait(), timeout_s)
+        except TimeoutError:
+            return []
+        self.news.clear()
+        unseen = [message for slot, (message, _) in self.questions.items() if slot not in self.delivered]
+        self.delivered |= {message.slot for message in unseen}
+        return unseen
+
+    async def answer(self, message: Message, value: Any) -> None:
+        """Answers a question, unless another has replaced it."""
+        slot = message.slot
+        if slot in self.questions and self.questions[slot][0].id == message.id:
+            _, future = self.questions.pop(slot)
+            self.delivered.discard(slot)
+            if not future.done():
+                future.set_result(value)
+
+    async def phase(self, trial: str, name: str, done: int, total: int) -> None:
+        """Sets the phase of a trial."""
+        self.phases[trial] = (name, done, total)
+
+    async def note(self, trial: str, text: str) -> None:
+        """Adds a line for the person who started the sweep, unless it is a repetition."""
+        self.notes[text] = None
+
+    async def progress(self) -> tuple[Mapping[str, tuple[str, int, int]], list[str]]:
+        """Phases of trials, and notes."""
+        return self.phases, list(self.notes)
+
+
+def start_mailbox() -> Any:
+    """A Mailbox on the driver's node, so that it survives the loss of any other node."""
+    return ray.remote(num_cpus=0)(Mailbox).options(max_concurrency=1000, scheduling_strategy=same_node()).remote()
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """The mailbox as one slot sees it."""
+
+    mailbox: Any
+    slot: int
+
+    def message(self, kind: Kind, trial: str | None = None, body: Any = None) -> Message:
+        """A question."""
+        return Message(uuid4().hex, self.slot, kind, trial, body)
+
+    def ask(self, kind: Kind, trial: str, body: Any = None) -> Any:
+        """The driver's answer; waits without end, since the workers of a dead driver are killed."""
+        message = self.message(kind, trial, body)
+        while (answer := self.ask_once(message)) is None:
+            pass
+        return answer
+
+    def ask_once(self, message: Message) -> Any:
+        """The driver's answer, or None if it has none yet."""
+        return ray.get(self.mailbox.ask.remote(message), timeout=ASK_TIMEOUT_S + ANSWER_TIMEOUT_S)
+
+    def report(self, trial: str, metrics: Metrics, *, final: bool) -> Decision:
+        """Reports an evaluation; returns what the trial does next."""
+        return self.ask("report", trial, (metrics, final))
+
+    def phase(self, trial: str, name: str, done: int, total: int) -> None:
+        """Sets the phase of a trial, without waiting."""
+        self.mailbox.phase.remote(trial, name, done, total)
+
+    def note(self, trial: str, text: str) -> None:
+        """Shows a line, without waiting."""
+        self.mailbox.note.remote(trial, text)
