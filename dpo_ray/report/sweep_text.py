@@ -17,7 +17,7 @@ SCALED_BY_LOSS = ("eval/loss", "eval/rewards/margins")
 
 
 def verdict_text(verdict: Verdict) -> str:
-    """What to pick, how sure that is, what else is as good, and which trials have no result."""
+    """The configuration to pick, the certainty of its lead, others that are as good, and trials without a result."""
     if verdict.best is None:
         return " ".join(["No trial has a result to pick.", *_exclusions(verdict)])
     sentences = [_pick(verdict, verdict.best), *_lead(verdict, verdict.best), *_as_good(verdict)]

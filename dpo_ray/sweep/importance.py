@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 MIN_TRIALS = 8
-"""Fewer trials do not tell the effect of a key from chance."""
+"""With fewer trials the effect of a key cannot be separated from chance."""
 MAX_GROUPS = 4
 TRIALS_PER_GROUP = 4
 SHUFFLES = 1000

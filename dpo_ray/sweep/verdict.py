@@ -1,4 +1,4 @@
-"""What a sweep shows: its best configuration, how sure its lead is, and which others are as good.
+"""The outcome of a sweep: its best configuration, the certainty of its lead, and the others that are as good.
 
 Two sources of noise can hide or fake a lead: the held-out set is a sample of examples, and a run depends on its seed.
 The first is estimated by a bootstrap over examples, paired because all trials are evaluated on the same ones; the
@@ -79,7 +79,7 @@ class Verdict:
 
     @property
     def ties(self) -> list[Configuration]:
-        """Configurations that the noise does not tell from the best one."""
+        """Configurations whose difference to the best one is within the noise."""
         return [lead.other for lead in self.leads if lead.level == "tie"]
 
 
