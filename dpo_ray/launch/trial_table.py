@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -109,20 +108,12 @@ def progress_text(trials: Sequence[Trial], scope: Scope) -> str:
     return f"{text}, {counts['running']} running{estimate}"
 
 
-class Snapshot(NamedTuple):
-    """The trials of a sweep at a moment."""
-
-    trials: Sequence[Trial]
-    phase: str = ""
-    """Shown while there is no trial yet."""
-
-
 @contextlib.contextmanager
-def live_trials(read: Callable[[], Snapshot], scope: Scope, *, title: str, console: Console) -> Iterator[None]:
+def live_trials(read: Callable[[], Sequence[Trial]], scope: Scope, *, title: str, console: Console) -> Iterator[None]:
     """Displays the trials until the block ends.
 
     Args:
-        read: returns the current snapshot; called in another thread.
+        read: returns the current state of the trials; called in another thread.
     """
     stop = threading.Event()
 
@@ -134,8 +125,8 @@ def live_trials(read: Callable[[], Snapshot], scope: Scope, *, title: str, conso
         else:
             lines = _Lines(scope, console)
             while not stop.wait(POLL_S):
-                lines.show(read().trials)
-            lines.show(read().trials)
+                lines.show(read())
+            lines.show(read())
 
     thread = threading.Thread(target=watch, name="display", daemon=True)
     thread.start()
@@ -146,8 +137,8 @@ def live_trials(read: Callable[[], Snapshot], scope: Scope, *, title: str, conso
         thread.join(timeout=10)
 
 
-def _block(snapshot: Snapshot, scope: Scope, title: str) -> RenderableType:
-    content = trial_table(snapshot.trials, scope) if snapshot.trials else Text(snapshot.phase)
+def _block(trials: Sequence[Trial], scope: Scope, title: str) -> RenderableType:
+    content = trial_table(trials, scope) if trials else Text("starting workers")
     return Group(Text(title, style="bold"), content)
 
 

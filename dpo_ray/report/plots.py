@@ -1,4 +1,4 @@
-"""The plots of a run and of a sweep: a table of titles, panels, series and captions, and one renderer.
+"""The plots of a run: a table of titles, panels, series and captions; and one renderer, also for those of a sweep.
 
 In an SVG, colours are CSS variables and text stays text: the page decides on a light or a dark theme and on the font.
 """
@@ -6,7 +6,7 @@ In an SVG, colours are CSS variables and text stays text: the page decides on a 
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle
 from typing import Any, Literal, NamedTuple
 
@@ -15,9 +15,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from dpo_ray.report.formatting import format_number, format_tick, same_decimals
+from dpo_ray.report.formatting import format_tick, same_decimals
 from dpo_ray.report.record import Curve, RunRecord
 
 PALETTE: dict[str, tuple[str, str]] = {
@@ -44,7 +44,6 @@ MAX_POINTS = 400  # per line; longer series are averaged in groups, which keeps 
 MAX_BARS = 40  # per plot; more rounds than that are averaged in groups
 SMOOTH_FROM = 40  # points from which a line is drawn pale, with its running mean on top
 LOG_PEAK = 20.0  # ratio of the largest value to the median from which a series with peaks has a logarithmic axis
-LOG_RATIO = 3.0  # ratio of the largest to the smallest swept value from which their axis is logarithmic
 
 
 class Swatch(NamedTuple):
@@ -63,7 +62,7 @@ class Series(NamedTuple):
     """Text in the legend; empty for no entry."""
     curve: Curve
     colour: str = "policy"
-    style: Literal["line", "peaks", "heldout", "left bar", "right bar", "dots", "ring"] = "line"
+    style: Literal["line", "peaks", "heldout", "left bar", "right bar"] = "line"
     """peaks: a line that keeps single high values. heldout: diamonds on a dashed line. bars: stacked per round."""
 
 
@@ -222,21 +221,6 @@ def _rollout_plots(record: RunRecord) -> list[Plot]:
     ]
 
 
-def sweep_plots(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], metric: str, mode: str) -> list[Plot]:
-    """The metric of each trial over each swept number, with a ring around the best trial (``mode``: min | max).
-
-    All ``rows`` have a finite ``metric`` and numeric values of all ``keys``.
-    """
-    plots = []
-    for key in keys:
-        x, y = (np.array([row[name] for row in rows], dtype=float) for name in (key, metric))
-        best = [int(y.argmin() if mode == "min" else y.argmax())]
-        trials = Series("trials", (x, y), style="dots"), Series("best trial", (x[best], y[best]), "rejected", "ring")
-        caption = f"Each dot is a trial; the best one has {key} = {format_number(x[best[0]])}."
-        plots.append(Plot(f"{metric} over {key}", [Panel(metric, trials)], caption, key))
-    return plots
-
-
 def _with_data(panels: Sequence[Panel]) -> list[Panel]:
     panels = [panel._replace(series=[s for s in panel.series if len(s.curve[0])]) for panel in panels]
     return [panel for panel in panels if panel.series]
@@ -246,7 +230,7 @@ def legend(plot: Plot | Drawing) -> list[Swatch]:
     """Labelled series and levels, each label once."""
     if isinstance(plot, Drawing):
         return list(plot.legend)
-    marks = {"heldout": "point", "left bar": "box", "right bar": "box", "dots": "dot", "ring": "ring"}
+    marks = {"heldout": "point", "left bar": "box", "right bar": "box"}
     swatches = [Swatch(s.label, s.colour, marks.get(s.style, "line")) for panel in plot.panels for s in panel.series]
     levels = [Swatch(panel.level_label, "faint", "dashed") for panel in plot.panels if panel.level is not None]
     return list(dict.fromkeys(swatch for swatch in swatches + levels if swatch.label))
@@ -282,8 +266,6 @@ def draw(plot: Plot | Drawing, figure: Figure | SubFigure) -> None:
         for series in panel.series:
             if series.style == "heldout":
                 _draw_heldout(axes, series.curve)
-            elif series.style in ("dots", "ring"):
-                _draw_trials(axes, series)
             elif series.style in ("line", "peaks"):
                 _draw_line(axes, series)
         if panel.level is not None:
@@ -352,24 +334,6 @@ def _draw_heldout(axes: Axes, curve: Curve) -> None:
             zorder=6,
         )
     axes.margins(x=0.06, y=0.2)
-
-
-def _draw_trials(axes: Axes, series: Series) -> None:
-    """Dots, or rings around dots, over a swept number: logarithmic if it spans a range, ticks at its values if few."""
-    x, y = series.curve
-    colour = LIGHT[series.colour]
-    if series.style == "ring":
-        axes.scatter(x, y, s=330, facecolors="none", edgecolors=colour, linewidths=2.2)
-        return
-    axes.scatter(x, y, s=60, color=colour)
-    axes.margins(0.12, 0.2)
-    if x.min() > 0 and x.max() / x.min() >= LOG_RATIO:
-        axes.set_xscale("log")
-    if len(values := np.unique(x)) <= 6:
-        axes.xaxis.set_major_locator(FixedLocator(values.tolist()))
-        axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(format_tick))
-    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_bars(axes: Axes, bars: Sequence[Series]) -> None:

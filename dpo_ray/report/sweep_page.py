@@ -8,47 +8,34 @@ from dpo_ray.report.formatting import count_noun, format_duration, format_number
 from dpo_ray.report.page import write_page
 from dpo_ray.report.plots import render
 from dpo_ray.report.sweep_plots import key_importance, sweep_plots
-from dpo_ray.report.sweep_record import SweepRecord, read_sweep
+from dpo_ray.report.sweep_record import SweepRecord
 from dpo_ray.report.sweep_text import verdict_text
 from dpo_ray.sweep.importance import MIN_TRIALS
-from dpo_ray.sweep.trials import Objective, Trial
+from dpo_ray.sweep.trials import Trial
 from dpo_ray.sweep.verdict import Lead
 
 ERROR_CHARACTERS = 100
 
 
-def write_sweep_report(
-    run_dir: Path, trials: Sequence[Trial], objective: Objective, *, running: bool = False
-) -> tuple[Path, str]:
+def write_sweep_report(record: SweepRecord, *, running: bool = False) -> Path:
     """Writes ``report.html`` of a sweep.
 
     Args:
-        run_dir: has the run directories of the trials in ``trials/``.
         running: the sweep is not complete; the page shows that and reloads every minute.
-
-    Returns:
-        The page, and its verdict in plain sentences.
-
-    Raises:
-        ValueError: no trials.
     """
-    if not trials:
-        raise ValueError(f"{run_dir}: the sweep has no trials to report")
-    record = read_sweep(run_dir, trials, objective)
-    text, columns = verdict_text(record.verdict), _columns(record)
-    page = write_page(
-        run_dir,
+    columns = _columns(record)
+    return write_page(
+        record.path,
         kind="Sweep",
-        title=run_dir.resolve().name,
-        running=f"Running: {_progress(trials)}" if running else "",
-        verdict=text,
+        title=record.path.resolve().name,
+        running=f"Running: {_progress(record.trials)}" if running else "",
+        verdict=verdict_text(record.verdict),
         facts=_facts(record),
         pictures=render(sweep_plots(record)),
         columns=list(columns),
         rows=list(zip(*columns.values(), strict=True)),
         has_best=bool(record.ranked),
     )
-    return page, text
 
 
 def _progress(trials: Sequence[Trial]) -> str:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from dpo_ray.report.formatting import format_number, format_tick, same_decimals
-from dpo_ray.report.plots import LIGHT, LOG_RATIO, PANEL_IN, TEXT_PT, Drawing, Swatch, style_axes
+from dpo_ray.report.plots import LIGHT, PANEL_IN, TEXT_PT, Drawing, Swatch, style_axes
 from dpo_ray.report.record import number
 from dpo_ray.report.sweep_record import SweepRecord
 from dpo_ray.sweep.importance import MAX_GROUPS, MIN_TRIALS, Importance, frontier, importance
@@ -25,6 +25,7 @@ from dpo_ray.sweep.trials import Trial
 from dpo_ray.sweep.verdict import is_number
 
 COLOURS: Colormap = ListedColormap(matplotlib.colormaps["cividis"](np.linspace(0.12, 0.97, 256)))
+LOG_RATIO = 3.0  # ratio of the largest to the smallest swept value from which their axis is logarithmic
 MAX_MAPS = 3  # pairs of numeric keys, the most important keys first
 MAX_KEY_PLOTS = 3
 MAX_LABELS = 16  # trials up to which points have their value as text

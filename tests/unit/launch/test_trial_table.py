@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from dpo_ray.launch import trial_table as module
-from dpo_ray.launch.trial_table import Scope, Snapshot, live_trials, progress_text, seconds_left, trial_table
+from dpo_ray.launch.trial_table import Scope, live_trials, progress_text, seconds_left, trial_table
 from dpo_ray.sweep.trials import Objective, Trial
 
 SCOPE = Scope(Objective("eval/loss", "min"), samples=6, slots=2, length=8)
@@ -73,10 +73,10 @@ def test_without_a_terminal_each_ended_trial_is_a_line(monkeypatch: pytest.Monke
     output, seen = io.StringIO(), threading.Event()
     snapshots = [TRIALS[:1], TRIALS[:3]]
 
-    def read() -> Snapshot:
+    def read() -> list[Trial]:
         if len(snapshots) == 1:
             seen.set()
-        return Snapshot(snapshots.pop(0) if len(snapshots) > 1 else snapshots[0])
+        return snapshots.pop(0) if len(snapshots) > 1 else snapshots[0]
 
     with live_trials(read, SCOPE, title="demo", console=Console(file=output, width=200)):
         assert seen.wait(30)
@@ -91,10 +91,10 @@ def test_a_terminal_shows_the_table() -> None:
     output, read_twice = io.StringIO(), threading.Event()
     count = iter(range(3))
 
-    def read() -> Snapshot:
+    def read() -> list[Trial]:
         if next(count, None) is None:
             read_twice.set()
-        return Snapshot(TRIALS)
+        return TRIALS
 
     console = Console(file=output, width=120, force_terminal=True)
     with live_trials(read, SCOPE, title="demo: sweep", console=console):
