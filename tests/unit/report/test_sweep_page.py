@@ -98,7 +98,7 @@ def test_plots_follow_from_the_keys_that_vary(tmp_path: Path) -> None:
         "Learning curves", "loss.beta and optim.lr", "Result against distance", "Parallel coordinates",
         "Importance of each key", f"{over} optim.lr", f"{over} loss.beta",
     ]  # fmt: skip
-    one = [replace(trial, values=trial.values | {"loss.beta": 0.1}) for trial in record.trials[:2]]
+    one = [replace(trial, values={**trial.values, "loss.beta": 0.1}) for trial in record.trials[:2]]
     assert titles(read_sweep(tmp_path, one, ACCURACY)) == [
         "Learning curves", "Result against distance", f"{over} optim.lr",
     ]  # fmt: skip
