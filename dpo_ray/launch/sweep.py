@@ -6,13 +6,12 @@ The driver owns the course of the sweep (``sweep/conductor.py``) and answers the
 
 import importlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.table import Table
 
 from dpo_ray.config import Config, override, with_absolute_paths, write_config
 from dpo_ray.launch.cluster import SPARE_CPUS, Cluster, cpus_needed, gpus_needed
@@ -24,8 +23,8 @@ from dpo_ray.launch.online import validate_online
 from dpo_ray.launch.spaces import find_space
 from dpo_ray.launch.sweeps.driver import Driver, Plan, open_sweep_dir
 from dpo_ray.launch.sweeps.space import describe, validate_space
-from dpo_ray.report.figures import TIE_BREAK, Rows, rank_trials
-from dpo_ray.report.formatting import format_number
+from dpo_ray.launch.sweeps.summary import print_sweep
+from dpo_ray.report.sweep_record import read_sweep
 from dpo_ray.rollout.rounds import validate_round_size
 from dpo_ray.sweep.trials import Constraint, Objective, SweepDefinition, Trial
 
@@ -82,7 +81,7 @@ def run_sweep(config: Config, cluster: Cluster, space: str) -> None:
     console.print(f"{definition.samples} trials, {concurrent} at a time")
     plan = Plan(config, sweep.space, sweep.scheduler, sweep.search, definition, length, concurrent)
     trials = Driver(plan, cluster, run_dir, console).run(prompts, held_out)
-    _finish(config, definition.objective, trials, run_dir, console)
+    _finish(config, definition, trials, run_dir, console)
 
 
 def define(config: Config, sweep: Sweep) -> SweepDefinition:
@@ -146,61 +145,21 @@ def _trials_that_fit(config: Config, cluster: Cluster) -> int:
     return max(1, trials)
 
 
-def _finish(config: Config, objective: Objective, trials: list[Trial], run_dir: Path, console: Console) -> None:
+def _finish(config: Config, definition: SweepDefinition, trials: list[Trial], run_dir: Path, console: Console) -> None:
     """Writes best.yaml and the report, and prints the result."""
-    from dpo_ray.report.page import write_sweep_report
-
-    rows = [_row(trial) for trial in trials]
-    usable = [row for row in rows if row["error"] is None and _keeps(objective, row)]
-    ranked, unranked = rank_trials(usable, objective.metric, objective.mode)
-    failed = [*unranked, *(row for row in rows if row not in usable)]
-    if not ranked:
-        raise TrainingFailed(_no_result(objective, failed))
-    best = next(trial for trial in trials if trial.name == ranked[0]["trial"])
+    record = read_sweep(run_dir, trials, definition.objective)
+    best = record.verdict.pick
+    if best is None:
+        raise TrainingFailed(_no_result(definition.objective, trials))
     name = f"{config.run.name}-best"
     write_config(override(config, {**best.values, "run.name": name, "sweep": {}}), run_dir / "best.yaml")
-    keys = list(best.values)
-    report = write_sweep_report(run_dir, [*ranked, *failed], objective.metric, objective.mode)
-    _print_results(objective, keys, ranked, failed, run_dir, report, console)
+    print_sweep(record, "online" if config.online is not None else "offline", console)
 
 
-def _row(trial: Trial) -> dict[str, Any]:
-    return {
-        "trial": trial.name, "status": trial.status, **trial.values, **trial.metrics, "seconds": trial.seconds,
-        "error": trial.error,
-    }  # fmt: skip
-
-
-def _keeps(objective: Objective, row: Mapping[str, Any]) -> bool:
-    constraint = objective.constraint
-    if constraint is None:
-        return True
-    value = row.get(constraint.metric)
-    return isinstance(value, int | float) and value <= constraint.max
-
-
-def _no_result(objective: Objective, failed: Rows) -> str:
-    error = next((row["error"] for row in failed if row["error"]), None)
-    if error is not None and all(row["error"] for row in failed):
-        return f"all {len(failed)} trials failed; the error of the first: {error}"
-    known = sorted({key for row in failed for key in row if key.startswith(("eval/", "heldout/", "kl"))})
+def _no_result(objective: Objective, trials: Sequence[Trial]) -> str:
+    errors = [trial.error for trial in trials if trial.status == "failed"]
+    if errors and len(errors) == len(trials):
+        return f"all {len(trials)} trials failed; the error of the first: {errors[0]}"
+    known = sorted({key for trial in trials for key in trial.metrics if key.startswith(("eval/", "heldout/", "kl"))})
     bound = f" with {objective.constraint.metric} <= {objective.constraint.max:g}" if objective.constraint else ""
     return f"no trial has a finite {objective.metric}{bound}; the evaluations have {', '.join(known) or 'no metrics'}"
-
-
-def _print_results(
-    objective: Objective, keys: list[str], ranked: Rows, failed: Rows, run_dir: Path, report: Path, console: Console
-) -> None:
-    table = Table("trial", "status", title=f"Trials by {objective.metric}, best first", title_justify="left")
-    columns = [*keys, objective.metric, TIE_BREAK, "seconds"]
-    for key in columns:
-        table.add_column(key, justify="right")
-    for row in [*ranked, *failed]:
-        table.add_row(row["trial"], row["status"], *(format_number(row.get(key)) for key in columns))
-    console.print(table)
-    for row in failed:
-        console.print(f"failed: {row['trial']}: {row['error'] or f'no finite {objective.metric}'}", soft_wrap=True)
-    best = run_dir / "best.yaml"
-    command = "online" if "round" in ranked[0] else "offline"
-    console.print(f"best: {best}   train it: dpo-ray {command} {best}", soft_wrap=True)
-    console.print(f"all:  {run_dir / 'sweep.csv'}   plots: {report}", soft_wrap=True)

@@ -18,15 +18,14 @@ from rich.console import Console
 from dpo_ray.config import Config, override, write_config
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.command import TrainingFailed
-from dpo_ray.launch.display import live_display
 from dpo_ray.launch.follower import follow_run
 from dpo_ray.launch.run_dir import make_run_dir
-from dpo_ray.launch.status import Status
 from dpo_ray.launch.sweeps.mailbox import NO_MORE, Channel, Message, Task, start_mailbox
 from dpo_ray.launch.sweeps.schedulers import build_scheduler, rungs
 from dpo_ray.launch.sweeps.search import build_searcher
 from dpo_ray.launch.sweeps.slots import Slot, offline_slot, online_slot
 from dpo_ray.launch.sweeps.space import Space
+from dpo_ray.launch.trial_table import Scope, live_trials
 from dpo_ray.storage import atomic_folder, error_summary
 from dpo_ray.sweep.conductor import ENDED, Conductor, Progress
 from dpo_ray.sweep.journal import Journal
@@ -147,7 +146,8 @@ class Driver:
         self.on_slot: dict[int, str] = {}
         """Trial of each slot that has one."""
         self.followers: dict[str, contextlib.ExitStack] = {}
-        self.status = Status(phase="starting", total=definition.samples)
+        self.trials: list[Trial] = []
+        """The latest state of the trials, for the display."""
         self.slots: list[Slot] = []
 
     def run(self, prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> list[Trial]:
@@ -161,8 +161,11 @@ class Driver:
             self.console.print(f"continuing: {ended} trials have ended, {len(self.conductor.trials) - ended} are open")
         self._write()
         if not self.conductor.finished:
-            title = f"{self.plan.config.run.name}: sweep of {self.plan.definition.samples} trials"
-            with live_display(lambda: self.status, title=title, rounds=None, console=self.console):
+            definition = self.plan.definition
+            title = f"{self.plan.config.run.name}: sweep of {definition.samples} trials"
+            size = (definition.samples, self.plan.concurrent, self.plan.length)
+            scope = Scope(definition.objective, *size, unit=definition.time)
+            with live_trials(lambda: self.trials, scope, title=title, console=self.console):
                 self._run_slots(prompts, held_out)
         return self.conductor.trials
 
@@ -310,9 +313,5 @@ class Driver:
             threading.Thread(target=stack.close, name=f"trackers-{trial}").start()
 
     def _write(self) -> None:
-        trials = self.conductor.trials
-        write_trials(self.run_dir / "sweep.csv", trials)
-        ended = [trial for trial in trials if trial.status in ENDED]
-        latest = max(self.conductor.progress.values(), key=lambda progress: progress.last, default=None)
-        metrics = latest.metrics if latest is not None else {}
-        self.status = replace(self.status, phase="training", done=len(ended), metrics=metrics)
+        self.trials = self.conductor.trials
+        write_trials(self.run_dir / "sweep.csv", self.trials)
