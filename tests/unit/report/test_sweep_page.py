@@ -80,6 +80,7 @@ def test_the_page_has_the_sentence_the_plots_and_every_trial_best_first(tmp_path
 def test_a_running_sweep_says_so_and_reloads(tmp_path: Path) -> None:
     html = write_sweep_report(read_sweep(tmp_path, sweep(tmp_path, GRID), ACCURACY), running=True).read_text()
     assert "Running: 8 of 8 trials ended" in html
+    assert "So far: Pick loss.beta = 0.1" in html
     assert 'http-equiv="refresh"' in html
 
 
