@@ -132,8 +132,9 @@ def run_sweep(arguments: argparse.Namespace, config: Path, folder: Path) -> tupl
     run = folder / "runs" / "sweep"
 
     def progress() -> str:
-        with contextlib.suppress(OSError, ValueError):
-            return ", ".join(f"{count} {status}" for status, count in statuses(read_trials(run / "sweep.csv")).items())
+        with contextlib.suppress(OSError):
+            counts = statuses(read_trials(run / "sweep.csv"))
+            return ", ".join(f"{count} {status}" for status, count in counts.items()) or "starting"
         return "starting"
 
     settings = [f"sweep.samples={arguments.trials}", f"sweep.concurrent={arguments.concurrent}", *arguments.overrides]

@@ -26,6 +26,7 @@ from dpo_ray.launch.sweeps.schedulers import build_scheduler, rungs
 from dpo_ray.launch.sweeps.search import build_searcher
 from dpo_ray.launch.sweeps.slots import Slot, offline_slot, online_slot
 from dpo_ray.launch.sweeps.space import Space
+from dpo_ray.launch.sweeps.summary import live_sweep_report
 from dpo_ray.launch.trial_table import Scope, live_trials
 from dpo_ray.storage import atomic_folder, error_summary
 from dpo_ray.sweep.conductor import ENDED, Conductor, Progress
@@ -173,7 +174,10 @@ class Driver:
             title = f"{self.plan.config.run.name}: sweep of {definition.samples} trials"
             size = (definition.samples, self.plan.concurrent, self.plan.length(self.plan.config))
             scope = Scope(definition.objective, *size, unit=definition.time)
-            with live_trials(lambda: self.trials, scope, title=title, console=self.console):
+            with (
+                live_sweep_report(lambda: self.trials, self.run_dir, definition.objective),
+                live_trials(lambda: self.trials, scope, title=title, console=self.console),
+            ):
                 self._run_slots(prompts, held_out)
         return self.conductor.trials
 

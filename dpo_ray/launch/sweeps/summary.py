@@ -1,16 +1,55 @@
-"""The end of a sweep: writes the report; prints the trials, the verdict, and where the files are."""
+"""The report of a sweep while it runs; at its end the trials, the verdict, and where the files are."""
 
+import contextlib
 import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from dpo_ray.launch.follower import LiveReport
 from dpo_ray.report.formatting import format_duration, format_number
-from dpo_ray.report.sweep_record import SweepRecord
+from dpo_ray.report.sweep_record import SweepRecord, read_sweep
 from dpo_ray.report.sweep_text import verdict_text
-from dpo_ray.sweep.trials import Trial
+from dpo_ray.sweep.trials import Objective, Trial
 
 logger = logging.getLogger(__name__)
+
+POLL_S = 5.0
+CLOSE_TIMEOUT_S = 60.0
+
+
+@contextlib.contextmanager
+def live_sweep_report(read: Callable[[], Sequence[Trial]], run_dir: Path, objective: Objective) -> Iterator[None]:
+    """Rewrites report.html when the trials have changed, at most once a minute, until the block ends.
+
+    Args:
+        read: returns the current state of the trials; called in another thread.
+    """
+    ended, written = threading.Event(), []
+
+    def write() -> None:
+        from dpo_ray.report.sweep_page import write_sweep_report  # takes seconds to import, for matplotlib
+
+        trials = list(read())
+        write_sweep_report(read_sweep(run_dir, trials, objective), running=True)
+        written[:] = trials
+
+    def watch() -> None:
+        report = LiveReport(write)
+        while not ended.wait(POLL_S):
+            if any(trial.metrics for trial in read()) and list(read()) != written:
+                report.maybe_write()
+
+    thread = threading.Thread(target=watch, name="report", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(CLOSE_TIMEOUT_S)
 
 
 def print_sweep(record: SweepRecord, command: str, console: Console) -> None:

@@ -17,7 +17,8 @@ from dpo_ray.report.sweep_plots import key_importance, sweep_plots
 from dpo_ray.report.sweep_record import SweepRecord, read_sweep
 from dpo_ray.report.sweep_text import verdict_text
 from dpo_ray.sweep.held_out import write_pair_results
-from dpo_ray.sweep.trials import Constraint, Objective, Trial
+from dpo_ray.sweep.trials import Constraint, Key, Objective, SweepDefinition, Trial, write_definition, write_trials
+from jobs.picture import write_picture
 
 ACCURACY = Objective("eval/rewards/accuracies")
 LAST = 16
@@ -79,6 +80,7 @@ def test_the_page_has_the_sentence_the_plots_and_every_trial_best_first(tmp_path
 def test_a_running_sweep_says_so_and_reloads(tmp_path: Path) -> None:
     html = write_sweep_report(read_sweep(tmp_path, sweep(tmp_path, GRID), ACCURACY), running=True).read_text()
     assert "Running: 8 of 8 trials ended" in html
+    assert "So far: Pick loss.beta = 0.1" in html
     assert 'http-equiv="refresh"' in html
 
 
@@ -166,3 +168,13 @@ def test_an_online_sweep_has_scores_over_rounds_and_the_kl_divergence(tmp_path: 
     assert record.distance == "kl"
     assert "Result against distance" in titles(record)
     assert "at a KL to the reference of 4 nats per completion" in write_sweep_report(record).read_text()
+
+
+def test_the_main_plots_of_a_sweep_are_one_picture(tmp_path: Path) -> None:
+    trials = sweep(tmp_path, GRID)
+    write_trials(tmp_path / "sweep.csv", trials)
+    keys = {"loss.beta": Key("log", 0.01, 0.5), "optim.lr": Key("log", 1e-6, 1e-5)}
+    none = {"use": "none", "args": {}}
+    write_definition(tmp_path / "sweep.json", SweepDefinition(keys, ACCURACY, none, none, len(trials), 0))
+    write_picture(str(tmp_path), tmp_path / "plots.png")
+    assert 20_000 < (tmp_path / "plots.png").stat().st_size < 200_000
