@@ -149,6 +149,7 @@ class Driver:
             time=definition.time,
             max_deaths=plan.config.cluster.max_restarts,
             clone=self._clone,
+            saved=self._saved,
         )
         self.idle: dict[int, Message] = {}
         """Slots that wait for a trial."""
@@ -276,6 +277,9 @@ class Driver:
             of_trial["run.eval_at"] = [0, *of_trial["run.eval_at"]]
         if self.scheduler.pauses:
             of_trial["run.save_every"] = config.run.eval_every
+            if config.online is not None and not config.cluster.colocate:
+                # Training then waits for the evaluation of a round, and pauses right after it.
+                of_trial["run.best_metric"] = self.plan.definition.objective.metric
         return override(config, of_trial)
 
     def _check_slots(self) -> None:
@@ -305,9 +309,15 @@ class Driver:
         trials = self.run_dir / "trials"
         newest = finished_checkpoints(trials / donor / "checkpoints")[-1]
         folder = trials / trial / "checkpoints"
+        # It has values of the donor, with which the trial's own work could not be continued.
+        (trials / trial / "config.yaml").unlink(missing_ok=True)
         with atomic_folder(folder, replace=True) as draft:
             shutil.copytree(newest, draft / newest.name)
         return int(newest.name)
+
+    def _saved(self, trial: str) -> int:
+        finished = finished_checkpoints(self.run_dir / "trials" / trial / "checkpoints")
+        return int(finished[-1].name) if finished else -1
 
     def _clean(self, trial: str) -> None:
         """Deletes the checkpoints of a trial that has ended: nothing continues from them."""
