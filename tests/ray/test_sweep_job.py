@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -106,8 +107,10 @@ def test_a_sweep_killed_twice_ends_like_an_undisturbed_one_then_takes_more_sampl
     whole, run = tmp_path / "runs/whole", tmp_path / "runs/sweep"
     total = reports(whole)
 
-    for part in (1 / 3, 2 / 3):
-        starting.kill_when("sweep", file, "beta_lr", ready=lambda: reports(run) >= part * total)  # noqa: B023
+    for part, number in ((1 / 3, signal.SIGKILL), (1 / 2, signal.SIGTERM), (2 / 3, signal.SIGKILL)):
+        ready = lambda: reports(run) >= part * total  # noqa: B023, E731
+        status = starting.kill_when("sweep", file, "beta_lr", ready=ready, signal_number=number)
+        assert status == (130 if number == signal.SIGTERM else -signal.SIGKILL)
         assert not starting.left_over()
     finished = {event["trial"] for event in events(run) if event["event"] == "finish"}
     untouched = {
