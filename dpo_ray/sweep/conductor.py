@@ -104,7 +104,13 @@ class Conductor:
     @property
     def finished(self) -> bool:
         """True if every trial has ended and no more are to come."""
-        return not self._may_add() and all(progress.phase in ENDED for progress in self.progress.values())
+        return self.open == 0
+
+    @property
+    def open(self) -> int:
+        """Trials that have not ended, with those to come: the slots that are of use."""
+        to_come = self.samples - len(self.progress) if self._may_add() else 0
+        return to_come + sum(progress.phase not in ENDED for progress in self.progress.values())
 
     def resume(self) -> bool:
         """Applies the journal; returns False if it is empty. Trials that were running wait for a slot."""

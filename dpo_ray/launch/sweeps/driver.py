@@ -159,6 +159,8 @@ class Driver:
         self.trials: list[Trial] = []
         """The latest state of the trials, for the display."""
         self.slots: list[Slot] = []
+        self.serving: set[int] = set()
+        """Slots that have not been told that there are no more trials."""
 
     def run(self, prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> list[Trial]:
         """Runs all trials; returns them.
@@ -192,10 +194,12 @@ class Driver:
             else:
                 run = partial(online_slot, self.cluster, channel, prompts, held_out, ONLINE_LOOP)
             self.slots.append(Slot(number, run))
+            self.serving.add(number)
         try:
             while not self.conductor.finished:
                 self._take_messages()
                 self._give_trials()
+                self._release_slots()
                 self._check_slots()
             self._close()
         finally:
@@ -260,6 +264,13 @@ class Driver:
                 self._write()
                 break
 
+    def _release_slots(self) -> None:
+        """Ends idle slots that no trial is left for, which frees their workers."""
+        for slot in sorted(self.idle, reverse=True):
+            if len(self.serving) > self.conductor.open:
+                self._answer(self.idle.pop(slot), NO_MORE)
+                self.serving.remove(slot)
+
     def _trial_config(self, progress: Progress) -> Config:
         """The configuration of a trial: evaluated where the scheduler decides, saved where it may pause."""
         config = override(self.plan.config, progress.values)
@@ -285,11 +296,14 @@ class Driver:
     def _check_slots(self) -> None:
         """Raises if no slot is left; the trials of those that ended early go to others."""
         for slot in self.slots:
-            if not slot.alive and slot.number in self.on_slot:
+            if slot.alive:
+                continue
+            self.serving.discard(slot.number)
+            if slot.number in self.on_slot:
                 trial = self.on_slot[slot.number]
                 self._leave(slot.number)
                 self._fail(trial, f"its slot ended: {slot.error}", retryable=True)
-        if not any(slot.alive for slot in self.slots):
+        if not self.serving and not self.conductor.finished:
             error = next((slot.error for slot in self.slots if slot.error is not None), None)
             raise TrainingFailed(f"no worker of the sweep is left: {error}")
 
@@ -297,10 +311,8 @@ class Driver:
         """Ends the slots, each as soon as it asks."""
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
         while any(slot.alive for slot in self.slots) and time.monotonic() < deadline:
-            for message in self.idle.values():
-                self._answer(message, NO_MORE)
-            self.idle.clear()
             self._take_messages()
+            self._release_slots()
         for progress in self.conductor.progress.values():
             self._clean(progress.name)
 
