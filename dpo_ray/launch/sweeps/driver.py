@@ -160,7 +160,7 @@ class Driver:
         """The latest state of the trials, for the display."""
         self.slots: list[Slot] = []
         self.serving: set[int] = set()
-        """Slots that have not been told that there are no more trials."""
+        """Slots that may get another trial."""
 
     def run(self, prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> list[Trial]:
         """Runs all trials; returns them.
