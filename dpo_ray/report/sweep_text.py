@@ -72,8 +72,8 @@ def _lead(verdict: Verdict, best: Configuration) -> list[str]:
         more = "more seeds" if lead.low is None else "more held-out data"
         finished = " that ran to the end" if len(verdict.configurations) > len(verdict.leads) + 1 else ""
         return [
-            f"All {len(verdict.leads) + 1} configurations{finished} tie: the lead of {difference} over the next, {other}, "
-            f"is within {' or '.join(noises)}. They may differ on {more}."
+            f"All {len(verdict.leads) + 1} configurations{finished} tie: the lead of {difference} over the next, "
+            f"{other}, is within {' or '.join(noises)}. They may differ on {more}."
         ]
     if lead.level == "unknown":
         return [
