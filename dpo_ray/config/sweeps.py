@@ -34,7 +34,7 @@ class HyperbandArgs(Section):
     """HyperBand (arXiv:1603.06560), with synchronous brackets."""
 
     reduction_factor: int = Field(3, ge=2)
-    """Ratio of two rungs, and of the numbers of trials before and after one."""
+    """Ratio of adjacent rungs; 1/reduction_factor of the trials continue from each."""
 
 
 class PbtArgs(Section):

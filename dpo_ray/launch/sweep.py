@@ -76,10 +76,10 @@ def run_sweep(config: Config, cluster: Cluster, space: str) -> None:
     _validate_sweep(config, sweep)
     definition = define(config, sweep)
     run_dir = open_sweep_dir(config, definition)
-    length, prompts, held_out = _prepare(config, cluster, console)
+    pairs, prompts, held_out = _prepare(config, cluster, console)
     concurrent = min(definition.samples, config.sweep.concurrent or _trials_that_fit(config, cluster))
     console.print(f"{definition.samples} trials, {concurrent} at a time")
-    plan = Plan(config, sweep.space, sweep.scheduler, sweep.search, definition, length, concurrent)
+    plan = Plan(config, sweep.space, sweep.scheduler, sweep.search, definition, pairs, concurrent)
     trials = Driver(plan, cluster, run_dir, console).run(prompts, held_out)
     _finish(config, definition, trials, run_dir, console)
 
@@ -123,18 +123,16 @@ def _validate_sweep(config: Config, sweep: Sweep) -> None:
 
 
 def _prepare(config: Config, cluster: Cluster, console: Console) -> tuple[int, Any, Any]:
-    """Prepares the data that trials share: longest trial in steps or rounds, prompts and held-out prompts."""
+    """Prepares the data that trials share: number of training pairs, prompts and held-out prompts."""
     if config.online is None:
-        pairs = prepare_data(config, cluster, console)
-        per_epoch = -(-pairs // config.optim.pairs_per_step)
-        return config.run.steps or max(1, round(config.run.epochs * per_epoch)), (), ()
+        return prepare_data(config, cluster, console), (), ()
     answers = config.online.source.use == "self_play"
     prompts = prepare_prompts(config, config.online.prompts, "online.prompts", console, answers=answers)
     held_out = prepare_prompts(config, config.online.eval_prompts, "online.eval_prompts", console)
     validate_round_size(prompts, config.online.prompts_per_round)
     if config.online.source.mix:
         prepare_data(config, cluster, console)
-    return config.online.rounds, prompts, held_out
+    return 0, prompts, held_out
 
 
 def _trials_that_fit(config: Config, cluster: Cluster) -> int:

@@ -19,7 +19,7 @@ from dpo_ray.types import Metrics
 logger = logging.getLogger(__name__)
 
 Phase = Literal["waiting", "running", "pausing", "paused", "done", "stopped", "failed"]
-"""``waiting``: ready for a slot. ``pausing``: saves its state. ``paused``: the scheduler decides when it goes on."""
+"""``waiting``: ready for a slot. ``pausing``: saves its state. ``paused``: waits for the scheduler."""
 ENDED = ("done", "stopped", "failed")
 STATUS: Mapping[Phase, TrialStatus] = {"pausing": "running", "paused": "waiting"}
 Clone = Callable[[str, str], int]

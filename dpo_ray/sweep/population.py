@@ -84,7 +84,7 @@ class Population:
         best, worst = ranked[:size], ranked[len(ranked) - size :]
         for trial in sorted(self.waiting):
             if trial in worst and self.scores[trial] < self.scores[best[-1]]:
-                # A generator per decision: it does not depend on what was decided before.
+                # One generator per decision, which is then independent of earlier ones.
                 random = Random(f"{self.seed}/{generation}/{trial}")
                 donor = random.choice(best)
                 values = self._perturbed(self.values[donor], random)

@@ -1,4 +1,4 @@
-"""What a sweep asks of its scheduler and of its searcher."""
+"""The interfaces of schedulers and searchers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -141,6 +141,11 @@ class Checkpointer:
                 + (f"the last good checkpoint is {self.last_good}" if self.last_good else "there is no earlier one")
             ) from error
 
+    def close(self) -> None:
+        """Waits like ``wait``, then leaves the process group of the saves."""
+        self.wait()
+        dist.destroy_process_group(self.group)
+
     def _remove_unfinished(self) -> None:
         try:
             if not (self.writing / MARKER).exists():

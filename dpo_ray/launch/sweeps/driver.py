@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import shutil
 import threading
 import time
@@ -55,10 +56,17 @@ class Plan:
     search: Any
     """Scheduler and searcher that the space brings; None for those of the configuration."""
     definition: SweepDefinition
-    length: int
-    """Longest trial, in steps or rounds."""
+    pairs: int
+    """Training pairs of the configuration; 0 online."""
     concurrent: int
     """Slots."""
+
+    def length(self, config: Config) -> int:
+        """Length of a trial, in steps or rounds."""
+        if config.online is not None:
+            return config.online.rounds
+        steps = math.ceil(self.pairs / config.optim.pairs_per_step)
+        return config.run.steps or max(1, round(config.run.epochs * steps))
 
 
 def open_sweep_dir(config: Config, definition: SweepDefinition) -> Path:
@@ -130,7 +138,7 @@ class Driver:
         )
         self.scheduler = build_scheduler(
             plan.config, plan.space, definition.keys, plan.scheduler, definition.objective, time=definition.time,
-            length=plan.length,
+            length=plan.length(plan.config),
         )  # fmt: skip
         self.conductor = Conductor(
             Journal(run_dir / "journal.jsonl"),
@@ -164,7 +172,7 @@ class Driver:
         if not self.conductor.finished:
             definition = self.plan.definition
             title = f"{self.plan.config.run.name}: sweep of {definition.samples} trials"
-            size = (definition.samples, self.plan.concurrent, self.plan.length)
+            size = (definition.samples, self.plan.concurrent, self.plan.length(self.plan.config))
             scope = Scope(definition.objective, *size, unit=definition.time)
             with (
                 live_sweep_report(lambda: self.trials, self.run_dir, definition.objective),
@@ -253,7 +261,7 @@ class Driver:
 
     def _trial_config(self, progress: Progress) -> Config:
         """The configuration of a trial: evaluated where the scheduler decides, saved where it may pause."""
-        config = self.plan.config
+        config = override(self.plan.config, progress.values)
         of_trial: dict[str, Any] = {
             "run.dir": str(self.run_dir / "trials"),
             "run.name": progress.name,
@@ -261,14 +269,14 @@ class Driver:
             "run.save_last": False,
             "run.keep_checkpoints": 1,
             "run.best_metric": None,
-            "run.eval_at": list(rungs(config, self.plan.length)),
+            "run.eval_at": list(rungs(config, self.plan.length(config))),
             "sweep": {},
         }
         if config.online is not None:
             of_trial["run.eval_at"] = [0, *of_trial["run.eval_at"]]
         if self.scheduler.pauses:
             of_trial["run.save_every"] = config.run.eval_every
-        return override(config, {**progress.values, **of_trial})
+        return override(config, of_trial)
 
     def _check_slots(self) -> None:
         """Raises if no slot is left; the trials of those that ended early go to others."""

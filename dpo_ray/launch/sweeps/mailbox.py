@@ -1,6 +1,7 @@
 """The mailbox between the slots of a sweep, whose workers ask, and the driver, which answers."""
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -45,47 +46,44 @@ NO_MORE = Task("", {})
 
 
 class Mailbox:
-    """An actor with one question per slot. A question that is asked again replaces the earlier one."""
+    """An actor with the open questions of all slots."""
 
     def __init__(self) -> None:
-        self.questions: dict[int, tuple[Message, asyncio.Future[Any]]] = {}
-        self.delivered: set[int] = set()
+        self.questions: dict[str, tuple[Message, asyncio.Future[Any]]] = {}
+        """Open questions by id."""
+        self.unseen: list[Message] = []
         self.phases: dict[str, tuple[str, int, int]] = {}
         self.notes: dict[str, None] = {}
         self.news = asyncio.Event()
 
     async def ask(self, message: Message) -> Any:
         """Waits for the driver's answer; ``None`` if there is none in ASK_TIMEOUT_S."""
-        slot = message.slot
-        if slot not in self.questions or self.questions[slot][0].id != message.id:
-            self.questions[slot] = (message, asyncio.get_running_loop().create_future())
-            self.delivered.discard(slot)
+        if message.id not in self.questions:
+            if message.kind == "idle":  # the workers that asked before are dead
+                self.questions = {id: (m, f) for id, (m, f) in self.questions.items() if m.slot != message.slot}
+            self.questions[message.id] = (message, asyncio.get_running_loop().create_future())
+            self.unseen.append(message)
             self.news.set()
-        _, answer = self.questions[slot]
+        _, answer = self.questions[message.id]
         try:
-            return await asyncio.wait_for(asyncio.shield(answer), ASK_TIMEOUT_S)
+            value = await asyncio.wait_for(asyncio.shield(answer), ASK_TIMEOUT_S)
         except TimeoutError:
             return None
+        self.questions.pop(message.id, None)
+        return value
 
     async def receive(self, timeout_s: float) -> list[Message]:
         """The questions that the driver has not seen; waits for one."""
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.news.wait(), timeout_s)
-        except TimeoutError:
-            return []
         self.news.clear()
-        unseen = [message for slot, (message, _) in self.questions.items() if slot not in self.delivered]
-        self.delivered |= {message.slot for message in unseen}
+        unseen, self.unseen = self.unseen, []
         return unseen
 
     async def answer(self, message: Message, value: Any) -> None:
-        """Answers a question, unless another has replaced it."""
-        slot = message.slot
-        if slot in self.questions and self.questions[slot][0].id == message.id:
-            _, future = self.questions.pop(slot)
-            self.delivered.discard(slot)
-            if not future.done():
-                future.set_result(value)
+        """Answers a question, unless it is no longer open."""
+        if message.id in self.questions and not self.questions[message.id][1].done():
+            self.questions[message.id][1].set_result(value)
 
     async def phase(self, trial: str, name: str, done: int, total: int) -> None:
         """Sets the phase of a trial."""

@@ -1,6 +1,6 @@
 """A slot as its workers run it: one trial after another in the same processes. Imported by training workers only.
 
-A process imports torch once, joins its process group once, and keeps the pairs that trials share.
+A process imports torch, joins its process group and loads the model once. Trials share pairs and reference.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from dpo_ray.launch.sweeps.mailbox import Channel, Task
 from dpo_ray.launch.workers import is_retryable
 from dpo_ray.parallel.collectives import broadcast_from_rank0
 from dpo_ray.train.offline import train_offline
+from dpo_ray.train.shared import SharedParts
 
 Pairs = tuple[PairStore, PairStore | None]
 
@@ -27,18 +28,20 @@ def run_trials(channel: Channel, device: torch.device) -> None:
     """Runs trials until there are no more."""
     rank = ray.train.get_context().get_world_rank()
     pairs: dict[str, Pairs] = {}
+    shared = SharedParts()
     while (task := _next_task(channel)).trial:
         config = Config.model_validate(task.config)
         log_to_run(config.run.path, f"worker-{rank}")
         try:
-            _run_trial(config, task.trial, channel, rank, device, pairs)
+            _run_trial(config, task.trial, channel, rank, device, pairs, shared)
         except Exception as error:
             cause = getattr(error, "cause", None) or error
-            # Of several workers, the others may wait in a collective: the error ends them all, and they start again.
+            # Other workers may wait in a collective: the error ends the whole group, and Ray Train starts it again.
             alone = dist.is_initialized() and dist.get_world_size() == 1
             channel.ask("failed", task.trial, (f"{type(cause).__name__}: {cause}", is_retryable(error)))
             if not alone:
                 raise
+            shared.clear()
         _release_memory()
 
 
@@ -52,11 +55,17 @@ def _next_task(channel: Channel) -> Task:
 
 
 def _run_trial(
-    config: Config, trial: str, channel: Channel, rank: int, device: torch.device, opened: dict[str, Pairs]
+    config: Config,
+    trial: str,
+    channel: Channel,
+    rank: int,
+    device: torch.device,
+    opened: dict[str, Pairs],
+    shared: SharedParts,
 ) -> None:
     reporter = TrialReporter(config.run.path, channel, trial, rank)
     pairs, held_out = _shared_pairs(config, opened)
-    train_offline(config, pairs=pairs, held_out=held_out, device=device, reporter=reporter)
+    train_offline(config, pairs=pairs, held_out=held_out, device=device, reporter=reporter, shared=shared)
     if rank == 0:
         channel.ask("paused" if reporter.decision == "pause" else "finished", trial)
 
