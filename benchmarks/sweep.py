@@ -44,7 +44,7 @@ class Cost(NamedTuple):
     wall_s: float
     cpu_s: float
     passes: int
-    """Sets of pairs for which reference log-probabilities were computed; a run has one to train on and one held out."""
+    """Runs or trials that computed reference log-probabilities, of the pairs to train on and of those held out."""
     pairs: int
     """Pairs for which they were computed."""
 
@@ -166,11 +166,8 @@ def run_separately(arguments: argparse.Namespace, config: Path, trials: Sequence
 
 def computed(run: Path) -> tuple[int, int]:
     """Reference passes of a run or of all trials of a sweep, and the pairs that they computed."""
-    counts = [
-        int(match[2])
-        for log in run.rglob("worker-0.log")
-        for match in COMPUTED.finditer(log.read_text(errors="replace"))
-    ]
+    logs = [log.read_text(errors="replace") for log in run.rglob("worker-0.log")]
+    counts = [sum(int(match[2]) for match in COMPUTED.finditer(log)) for log in logs]
     return sum(count > 0 for count in counts), sum(counts)
 
 

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from dpo_ray.report.formatting import count_noun, format_duration, format_number
+from dpo_ray.report.formatting import count_noun, format_duration, format_number, short_names
 from dpo_ray.report.sweep_text import settings_text
 from dpo_ray.sweep.ranking import rank
 from dpo_ray.sweep.trials import Objective, Trial
@@ -74,12 +74,13 @@ def trial_table(trials: Sequence[Trial], scope: Scope, *, max_rows: int = MAX_RO
     best = ranked[0] if ranked else None
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("trial")
-    for name in (*keys, scope.unit, scope.objective.metric):
+    *short_keys, metric = short_names([*keys, scope.objective.metric])
+    for name in (*short_keys, scope.unit, metric):
         table.add_column(name, justify="right")
     table.add_column("status")
     shown = _shown(trials, ranked, max_rows)
     for trial in shown:
-        cells = [format_number(trial.values.get(key)) for key in keys]
+        cells = [format_number(trial.values.get(key), 3) for key in keys]
         cells += [format_number(trial.metrics.get(name)) for name in (scope.unit, scope.objective.metric)]
         status = f"{trial.status}, best so far" if trial is best else trial.status
         style = "bold" if trial is best else {"running": "", "failed": "red"}.get(trial.status, "dim")

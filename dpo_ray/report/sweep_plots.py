@@ -16,7 +16,7 @@ from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from dpo_ray.report.formatting import format_number, format_tick, same_decimals
+from dpo_ray.report.formatting import format_number, format_tick, same_decimals, short_names
 from dpo_ray.report.plots import LIGHT, PANEL_IN, TEXT_PT, Drawing, Swatch, style_axes
 from dpo_ray.report.record import number
 from dpo_ray.report.sweep_record import SweepRecord
@@ -312,7 +312,7 @@ def _draw_parallel(record: SweepRecord, keys: Sequence[str], figure: Figure | Su
     heights = np.array([places for places, _ in scales])  # (axes, trials)
     behind = {"facecolor": LIGHT["paper"], "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
     tick_style: dict[str, Any] = {"fontsize": TEXT_PT - 2, "color": LIGHT["ink"], "zorder": 6, "bbox": behind}
-    for place, (name, (_, ticks)) in enumerate(zip([*map(_short, keys), "result"], scales, strict=True)):
+    for place, (name, (_, ticks)) in enumerate(zip([*short_names(keys), "result"], scales, strict=True)):
         axes.plot([place, place], [0, 1], color=LIGHT["stone"], linewidth=1.2, zorder=3)
         style: dict[str, Any] = {"ha": "center", "fontsize": TEXT_PT, "color": LIGHT["ink"], "parse_math": False}
         raised = 0.09 * (place % 2) if len(scales) > 5 else 0.0
@@ -375,9 +375,3 @@ def _draw_shares(shares: dict[str, Importance], figure: Figure | SubFigure) -> N
     axes.xaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1.0]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
     axes.set_xlim(0, 1.12)
-
-
-def _short(key: str) -> str:
-    """The last part of a dotted key; the last two of ``loss.use``."""
-    head, _, last = key.rpartition(".")
-    return f"{head.rpartition('.')[2]}.{last}" if last == "use" else last

@@ -70,9 +70,10 @@ def _lead(verdict: Verdict, best: Configuration) -> list[str]:
     noises = _noises(lead)
     if len(verdict.leads) == len(verdict.ties) > 1:
         more = "more seeds" if lead.low is None else "more held-out data"
+        finished = " that ran to the end" if len(verdict.configurations) > len(verdict.leads) + 1 else ""
         return [
-            f"All {len(verdict.leads) + 1} configurations tie: the lead of {difference} over the next, {other}, is "
-            f"within {' or '.join(noises)}. They may differ on {more}."
+            f"All {len(verdict.leads) + 1} configurations{finished} tie: the lead of {difference} over the next, "
+            f"{other}, is within {' or '.join(noises)}. They may differ on {more}."
         ]
     if lead.level == "unknown":
         return [

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_ray.launch.follower import LiveReport
-from dpo_ray.report.formatting import format_duration, format_number
+from dpo_ray.report.formatting import format_duration, format_number, short_names
 from dpo_ray.report.sweep_record import SweepRecord, read_sweep
 from dpo_ray.report.sweep_text import verdict_text
 from dpo_ray.sweep.trials import Objective, Trial
@@ -79,10 +79,10 @@ def print_sweep(record: SweepRecord, command: str, console: Console) -> None:
 def _table(record: SweepRecord, trials: list[Trial]) -> Table:
     title = f"Trials by {record.objective.metric}, best first"
     table = Table("trial", "status", title=title, title_justify="left")
-    for name in (*record.keys, *record.metrics, "time"):
+    for name in (*short_names([*record.keys, *record.metrics]), "time"):
         table.add_column(name, justify="right")
     for trial in trials:
-        cells = [format_number(trial.values.get(key)) for key in record.keys]
+        cells = [format_number(trial.values.get(key), 3) for key in record.keys]
         cells += [format_number(trial.metrics.get(metric)) for metric in record.metrics]
         table.add_row(trial.name, trial.status, *cells, format_duration(trial.seconds))
     return table

@@ -48,7 +48,7 @@ def test_the_table_has_values_step_metric_status_and_the_best_so_far() -> None:
     Console(file=output, width=120).print(trial_table(TRIALS, SCOPE))
     lines = [" ".join(line.split()) for line in output.getvalue().splitlines()]
     assert lines == [
-        "trial loss.beta step eval/loss status",
+        "trial beta step loss status",
         "00001 0.1 8 0.62 done, best so far",
         "00002 0.2 4 0.66 stopped",
         "00003 0.3 - - failed",

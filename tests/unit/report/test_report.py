@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dpo_ray.report.figures import KeyFigure, comparisons, key_figures, verdict
-from dpo_ray.report.formatting import format_duration
+from dpo_ray.report.formatting import format_duration, short_names
 from dpo_ray.report.health import diagnose
 from dpo_ray.report.page import write_report
 from dpo_ray.report.plots import legend, run_plots
@@ -399,3 +399,9 @@ def test_a_run_on_labels_speaks_of_completions_and_not_of_pairs() -> None:
     paired = RunRecord(Path("run"), {"loss": {"use": "sigmoid"}}, evals=evals)
     assert key_figures(paired)[0].detail == "of pairs ordered right"
     assert verdict(paired, []) == "After 8 steps 75% of held-out pairs are ordered right."
+
+
+def test_short_names_are_the_last_parts_that_tell_keys_and_metrics_apart() -> None:
+    assert short_names(["loss.beta", "optim.lr", "eval/rewards/accuracies"]) == ["beta", "lr", "accuracies"]
+    assert short_names(["loss.use", "eval/loss", "loss", "kl"]) == ["loss.use", "eval/loss", "loss", "kl"]
+    assert short_names(["online.judge.use", "online.select.use"]) == ["judge.use", "select.use"]
