@@ -15,6 +15,7 @@ import numpy as np
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import (
     ASHAScheduler,
+    HyperBandForBOHB,
     HyperBandScheduler,
     MedianStoppingRule,
     PopulationBasedTraining,
@@ -55,11 +56,7 @@ def build_scheduler(
     """
     seed = config.run.seed
     if own is not None:
-        if isinstance(own, PopulationBasedTraining):
-            raise ValueError(
-                "the scheduler of the space is PopulationBasedTraining, which needs Tune's own trials; leave it out "
-                "and set sweep.scheduler.use: pbt"
-            )
+        _validate_own(own, time)
         own.set_search_properties(objective.metric, objective.mode)
         return FromTune(own, seed, pauses=not isinstance(own, ASHAScheduler))
     use, args, every = config.sweep.scheduler.use, config.sweep.scheduler.args, config.run.eval_every or 1
@@ -101,6 +98,16 @@ def build_scheduler(
                 pbt, objective, mutable, partial(draw, space), interval=pbt.interval or every, time=time, seed=seed
             )
     return RunToEnd()
+
+
+def _validate_own(scheduler: Any, time: str) -> None:
+    name = f"the scheduler of the space is {type(scheduler).__name__}"
+    if isinstance(scheduler, PopulationBasedTraining | HyperBandForBOHB):
+        raise ValueError(
+            f"{name}, which needs Tune's own controller; leave it out and set sweep.scheduler.use: pbt or hyperband"
+        )
+    if (attribute := getattr(scheduler, "_time_attr", time)) != time:
+        raise ValueError(f"{name} with time_attr={attribute!r}; trials report {time!r}")
 
 
 def rungs(config: Config, length: int) -> tuple[int, ...]:

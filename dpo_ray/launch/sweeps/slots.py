@@ -19,6 +19,7 @@ from dpo_ray.launch.sweeps.mailbox import Channel, Task
 from dpo_ray.launch.workers import Trial, build_torch_trainer, train_on_workers
 from dpo_ray.rollout.ledger import Ledger
 from dpo_ray.rollout.rounds import digest_of_prompts
+from dpo_ray.storage import error_summary
 from dpo_ray.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def online_slot(
         try:
             _run_online_trial(config, cluster, Trial(channel, task.trial), prompts, held_out, loop)
         except Exception as error:
-            channel.ask("failed", task.trial, (str(error).splitlines()[0], False))
+            channel.ask("failed", task.trial, (error_summary(error), False))
 
 
 def _run_online_trial(

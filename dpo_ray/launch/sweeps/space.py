@@ -19,6 +19,9 @@ Space = Mapping[str, Any]
 PREVIEWS = 64
 """Trials that are checked before a sweep starts, beside every value of each choice and grid."""
 
+OF_THE_SWEEP = ("cluster.", "sweep.", "run.dir", "run.name", "run.eval_", "run.save_")
+"""Prefixes of keys that trials cannot differ in: they share workers, and are compared at the same steps."""
+
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings, as conditional spaces give them, as dotted keys."""
@@ -128,6 +131,8 @@ def validate_space(config: Config, space: Space, validate: Callable[[Config], No
     if not space:
         raise ValueError("the space is empty; give at least one key, such as loss.beta")
     flat = flatten(space)
+    if common := [name for name in flat if name.startswith(OF_THE_SWEEP)]:
+        raise ValueError(f"the space has {common[0]}, which all trials share; leave it out")
     for name, domain in flat.items():
         for value in _extremes(domain):
             _validate_value(config, space, flatten({name: value}))

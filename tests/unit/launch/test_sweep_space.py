@@ -88,6 +88,8 @@ def test_every_value_is_checked_before_a_trial_starts() -> None:
         validate({"loss.beta": tune.grid_search([*(0.1 + i for i in range(99)), 0.0])})
     with pytest.raises(ValueError, match=r"{'optim.lr': 0.0}.*optim.lr"):
         validate({"optim.lr": tune.uniform(0.0, 1.0)})
+    with pytest.raises(ValueError, match=r"the space has cluster\.train_workers, which all trials share"):
+        validate({"cluster.train_workers": tune.choice([1, 2])})
     with pytest.raises(ValueError, match="the space is empty"):
         validate({})
 
@@ -132,6 +134,9 @@ def test_a_scheduler_of_the_space_decides() -> None:
         scheduler.started(name)
         decision = scheduler.report(name, {"step": 1, "eval/loss": loss})
         assert decision == ("continue" if name == "a" else "stop")
+    other = AsyncHyperBandScheduler(time_attr="training_iteration")
+    with pytest.raises(ValueError, match=r"time_attr='training_iteration'; trials report 'step'"):
+        build_scheduler(config, {}, {}, other, OBJECTIVE, time="step", length=8)
     with pytest.raises(ValueError, match=r"PopulationBasedTraining.*sweep\.scheduler\.use: pbt"):
         build_scheduler(
             config, {}, {}, PopulationBasedTraining(hyperparam_mutations={"a": [1]}), OBJECTIVE, time="step", length=8
