@@ -136,7 +136,4 @@ class TrialReporter(RunReporter):
             self.decision = self.channel.report(self.trial, metrics, final=final)
 
     def _update_status(self, method: str, *arguments: Any) -> None:
-        if method == "phase":
-            self.channel.phase(self.trial, *arguments)
-        elif method == "note":
-            self.channel.note(self.trial, *arguments)
+        """A trial has no status: the sweep displays its evaluations."""

@@ -73,6 +73,7 @@ class Conductor:
         time: ``step`` or ``round``, the metric that counts progress.
         max_deaths: workers that a trial may lose before it fails.
         clone: copies a checkpoint; called while donor and trial are paused.
+        saved: position of the newest checkpoint of a trial, -1 without one.
     """
 
     def __init__(
@@ -86,9 +87,11 @@ class Conductor:
         time: Literal["step", "round"],
         max_deaths: int,
         clone: Clone,
+        saved: Callable[[str], int],
     ) -> None:
         self.journal, self.searcher, self.scheduler, self.objective = journal, searcher, scheduler, objective
-        self.samples, self.time, self.max_deaths, self.clone = samples, time, max_deaths, clone
+        self.samples, self.time, self.max_deaths = samples, time, max_deaths
+        self.clone, self.saved = clone, saved
         self.progress: dict[str, Progress] = {}
         self.exhausted = False
         """True if the searcher has no more values."""
@@ -101,7 +104,13 @@ class Conductor:
     @property
     def finished(self) -> bool:
         """True if every trial has ended and no more are to come."""
-        return not self._may_add() and all(progress.phase in ENDED for progress in self.progress.values())
+        return self.open == 0
+
+    @property
+    def open(self) -> int:
+        """Trials that have not ended, with those to come: the slots that are of use."""
+        to_come = self.samples - len(self.progress) if self._may_add() else 0
+        return to_come + sum(progress.phase not in ENDED for progress in self.progress.values())
 
     def resume(self) -> bool:
         """Applies the journal; returns False if it is empty. Trials that were running wait for a slot."""
@@ -113,7 +122,7 @@ class Conductor:
                     logger.warning("the searcher does not repeat the values of %s; they stay", event["trial"])
             self._apply(event)
         for progress in self.progress.values():
-            if progress.phase in ("running", "pausing"):
+            if progress.phase in ("running", "pausing") and not self._pause_if_saved(progress):
                 progress.leave_slot("waiting", progress.last)
                 progress.interrupted = True
         self._copy_clones()
@@ -146,8 +155,10 @@ class Conductor:
         progress, position = self.progress[trial], metrics[self.time]
         if progress.phase != "running":
             return "stop"
-        if position in progress.decisions:
-            return progress.decisions[position]
+        if (known := progress.decisions.get(position)) is not None:
+            if known == "pause":
+                progress.phase = "pausing"
+            return known
         value = metrics.get(self.objective.metric)
         if isinstance(value, float) and not math.isfinite(value):
             where = f"after {self.time} {position}"
@@ -176,12 +187,21 @@ class Conductor:
         if progress.phase in ENDED:
             return
         progress.deaths += 1
+        if self._pause_if_saved(progress):
+            return
         if retryable and progress.deaths <= self.max_deaths:
             logger.warning("%s: %s; it continues from its newest checkpoint", trial, error)
             progress.leave_slot("waiting", time.time())
             progress.interrupted = True
             return
         self._record({"event": "fail", "trial": trial, "error": error})
+
+    def _pause_if_saved(self, progress: Progress) -> bool:
+        """Pauses a trial that lost its slot after it had saved its state for that; returns False for any other."""
+        if progress.phase != "pausing" or self.saved(progress.name) != progress.metrics[self.time]:
+            return False
+        self._record({"event": "pause", "trial": progress.name})
+        return True
 
     # ------------------------------------------------------------------------------------------------------- events
 
@@ -204,7 +224,10 @@ class Conductor:
             case "report" | "finish":
                 self._apply_report(self.progress[name], event["metrics"], at, final=event["event"] == "finish")
             case "pause":
-                self.progress[name].leave_slot("paused", at)
+                progress = self.progress[name]
+                progress.leave_slot("paused", at)
+                # Over: it gets another answer if it continues from an earlier checkpoint later.
+                progress.decisions[progress.metrics[self.time]] = "continue"
                 self.scheduler.paused(name)
             case "cloned":
                 progress = self.progress[name]

@@ -149,6 +149,7 @@ class Driver:
             time=definition.time,
             max_deaths=plan.config.cluster.max_restarts,
             clone=self._clone,
+            saved=self._saved,
         )
         self.idle: dict[int, Message] = {}
         """Slots that wait for a trial."""
@@ -158,6 +159,8 @@ class Driver:
         self.trials: list[Trial] = []
         """The latest state of the trials, for the display."""
         self.slots: list[Slot] = []
+        self.serving: set[int] = set()
+        """Slots that may get another trial."""
 
     def run(self, prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> list[Trial]:
         """Runs all trials; returns them.
@@ -191,10 +194,12 @@ class Driver:
             else:
                 run = partial(online_slot, self.cluster, channel, prompts, held_out, ONLINE_LOOP)
             self.slots.append(Slot(number, run))
+            self.serving.add(number)
         try:
             while not self.conductor.finished:
                 self._take_messages()
                 self._give_trials()
+                self._release_slots()
                 self._check_slots()
             self._close()
         finally:
@@ -259,6 +264,13 @@ class Driver:
                 self._write()
                 break
 
+    def _release_slots(self) -> None:
+        """Ends idle slots that no trial is left for, which frees their workers."""
+        for slot in sorted(self.idle, reverse=True):
+            if len(self.serving) > self.conductor.open:
+                self._answer(self.idle.pop(slot), NO_MORE)
+                self.serving.remove(slot)
+
     def _trial_config(self, progress: Progress) -> Config:
         """The configuration of a trial: evaluated where the scheduler decides, saved where it may pause."""
         config = override(self.plan.config, progress.values)
@@ -276,16 +288,22 @@ class Driver:
             of_trial["run.eval_at"] = [0, *of_trial["run.eval_at"]]
         if self.scheduler.pauses:
             of_trial["run.save_every"] = config.run.eval_every
+            if config.online is not None and not config.cluster.colocate:
+                # Training then waits for the evaluation of a round, and pauses right after it.
+                of_trial["run.best_metric"] = self.plan.definition.objective.metric
         return override(config, of_trial)
 
     def _check_slots(self) -> None:
         """Raises if no slot is left; the trials of those that ended early go to others."""
         for slot in self.slots:
-            if not slot.alive and slot.number in self.on_slot:
+            if slot.alive:
+                continue
+            self.serving.discard(slot.number)
+            if slot.number in self.on_slot:
                 trial = self.on_slot[slot.number]
                 self._leave(slot.number)
                 self._fail(trial, f"its slot ended: {slot.error}", retryable=True)
-        if not any(slot.alive for slot in self.slots):
+        if not self.serving and not self.conductor.finished:
             error = next((slot.error for slot in self.slots if slot.error is not None), None)
             raise TrainingFailed(f"no worker of the sweep is left: {error}")
 
@@ -293,10 +311,8 @@ class Driver:
         """Ends the slots, each as soon as it asks."""
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
         while any(slot.alive for slot in self.slots) and time.monotonic() < deadline:
-            for message in self.idle.values():
-                self._answer(message, NO_MORE)
-            self.idle.clear()
             self._take_messages()
+            self._release_slots()
         for progress in self.conductor.progress.values():
             self._clean(progress.name)
 
@@ -305,9 +321,15 @@ class Driver:
         trials = self.run_dir / "trials"
         newest = finished_checkpoints(trials / donor / "checkpoints")[-1]
         folder = trials / trial / "checkpoints"
+        # It has values of the donor, with which the trial's own work could not be continued.
+        (trials / trial / "config.yaml").unlink(missing_ok=True)
         with atomic_folder(folder, replace=True) as draft:
             shutil.copytree(newest, draft / newest.name)
         return int(newest.name)
+
+    def _saved(self, trial: str) -> int:
+        finished = finished_checkpoints(self.run_dir / "trials" / trial / "checkpoints")
+        return int(finished[-1].name) if finished else -1
 
     def _clean(self, trial: str) -> None:
         """Deletes the checkpoints of a trial that has ended: nothing continues from them."""

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 from uuid import uuid4
@@ -52,8 +51,6 @@ class Mailbox:
         self.questions: dict[str, tuple[Message, asyncio.Future[Any]]] = {}
         """Open questions by id."""
         self.unseen: list[Message] = []
-        self.phases: dict[str, tuple[str, int, int]] = {}
-        self.notes: dict[str, None] = {}
         self.news = asyncio.Event()
 
     async def ask(self, message: Message) -> Any:
@@ -84,18 +81,6 @@ class Mailbox:
         """Answers a question, unless it is no longer open."""
         if message.id in self.questions and not self.questions[message.id][1].done():
             self.questions[message.id][1].set_result(value)
-
-    async def phase(self, trial: str, name: str, done: int, total: int) -> None:
-        """Sets the phase of a trial."""
-        self.phases[trial] = (name, done, total)
-
-    async def note(self, trial: str, text: str) -> None:
-        """Adds a line for the person who started the sweep, unless it is a repetition."""
-        self.notes[text] = None
-
-    async def progress(self) -> tuple[Mapping[str, tuple[str, int, int]], list[str]]:
-        """Phases of trials, and notes."""
-        return self.phases, list(self.notes)
 
 
 def start_mailbox() -> Any:
@@ -128,11 +113,3 @@ class Channel:
     def report(self, trial: str, metrics: Metrics, *, final: bool) -> Decision:
         """Reports an evaluation; returns what the trial does next."""
         return self.ask("report", trial, (metrics, final))
-
-    def phase(self, trial: str, name: str, done: int, total: int) -> None:
-        """Sets the phase of a trial, without waiting."""
-        self.mailbox.phase.remote(trial, name, done, total)
-
-    def note(self, trial: str, text: str) -> None:
-        """Shows a line, without waiting."""
-        self.mailbox.note.remote(trial, text)

@@ -130,14 +130,27 @@ def validate_space(config: Config, space: Space, validate: Callable[[Config], No
     flat = flatten(space)
     for name, domain in flat.items():
         for value in _extremes(domain):
-            alone = flatten({name: value})
-            # Other keys of a conditional value, or those that depend on it, are checked in combination.
-            _validated(config, alone, lambda _: None)
+            _validate_value(config, space, flatten({name: value}))
     state = np.random.RandomState(config.run.seed)
     sizes = [len(domain["grid_search"]) for domain in flat.values() if is_grid(domain)]
     seen: list[Config] = []
     for values in itertools.islice(variants(space, state), max(PREVIEWS, math.prod(sizes))):
         _validated(config, values, lambda trial: _validate_once(trial, seen, validate))
+
+
+def _validate_value(config: Config, space: Space, alone: Mapping[str, Any]) -> None:
+    """Checks one value of one key: alone, or if it needs others, with a sample of these."""
+    try:
+        _validated(config, alone, lambda _: None)
+    except ValueError:
+        sample = next(variants(space, np.random.RandomState(config.run.seed)))
+        try:
+            override(config, {**sample, **alone})
+        except ValueError:
+            pass
+        else:
+            return
+        raise
 
 
 def _extremes(domain: Any) -> list[Any]:

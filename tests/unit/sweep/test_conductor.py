@@ -37,6 +37,7 @@ def conductor(
     search: str = "random",
     samples: int = 6,
     cloned: Callable[[str, str], None] = lambda trial, donor: None,
+    saved: int = -1,
 ) -> Conductor:
     """A sweep whose journal is ``file``; it continues one that is there."""
 
@@ -48,7 +49,17 @@ def conductor(
     searcher = build_searcher(settings.sweep.search, SPACE, None, LOSS, settings.run.seed)
     if isinstance(scheduler, str):
         scheduler = build_scheduler(settings, SPACE, describe(SPACE), None, LOSS, time="step", length=STEPS)
-    sweep = Conductor(Journal(file), searcher, scheduler, LOSS, samples=samples, time="step", max_deaths=1, clone=clone)
+    sweep = Conductor(
+        Journal(file),
+        searcher,
+        scheduler,
+        LOSS,
+        samples=samples,
+        time="step",
+        max_deaths=1,
+        clone=clone,
+        saved=lambda trial: saved,
+    )
     sweep.resume()
     return sweep
 
@@ -97,6 +108,26 @@ def test_a_sweep_killed_at_any_report_ends_like_an_undisturbed_one(scheduler: st
         with file.open("a") as journal:
             journal.write('{"event": "rep')  # a kill amid a write
         assert outcome(run(conductor(file, scheduler, search=search), 1)) == outcome(whole), kill
+
+
+@pytest.mark.parametrize("saved", [-1, 1])
+def test_a_trial_that_is_killed_between_decision_and_pause_pauses_after_all(saved: int, tmp_path: Path) -> None:
+    """With its checkpoint it is paused at once; without, it repeats its last step and is told to pause again."""
+    sweep = conductor(tmp_path / "journal", "pbt", samples=2)
+    first = sweep.next()
+    assert first is not None
+    assert sweep.report(first.name, {"step": 1, "eval/loss": 0.5}, final=False) == "pause"
+    resumed = conductor(tmp_path / "journal", "pbt", samples=2, saved=saved)
+    trial = resumed.next()
+    assert trial is not None
+    if saved == 1:
+        assert trial.name != first.name
+        assert resumed.progress[first.name].phase == "paused"
+        return
+    assert trial.name == first.name
+    assert resumed.report(trial.name, {"step": 1, "eval/loss": 0.5}, final=False) == "pause"
+    resumed.paused(trial.name)
+    assert trial.phase == "paused"
 
 
 def test_the_decisions_of_a_killed_sweep_are_those_that_its_reports_give(tmp_path: Path) -> None:
