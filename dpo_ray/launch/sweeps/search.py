@@ -1,7 +1,6 @@
 """Searchers: random, grid and Sobol sequences over a space, and any searcher of ray.tune."""
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,10 +31,10 @@ class Sequential:
 
 
 class FromTune:
-    """A searcher of ray.tune."""
+    """A searcher of ray.tune that models ``metric``."""
 
-    def __init__(self, searcher: TuneSearcher) -> None:
-        self.searcher = searcher
+    def __init__(self, searcher: TuneSearcher, metric: str) -> None:
+        self.searcher, self.metric = searcher, metric
 
     def suggest(self, trial: str) -> Mapping[str, Any] | None:
         values: Any = self.searcher.suggest(trial)
@@ -47,7 +46,7 @@ class FromTune:
         self.searcher.on_trial_result(trial, {**metrics, "training_iteration": metrics.get("step", 0)})
 
     def ended(self, trial: str, metrics: Metrics, *, failed: bool) -> None:
-        known = self.searcher.metric in metrics
+        known = self.metric in metrics
         self.searcher.on_trial_complete(trial, dict(metrics) if known else None, error=failed or not known)
 
 
@@ -59,14 +58,14 @@ def build_searcher(config: SearchConfig, space: Space, own: Any, objective: Obje
     """
     if own is not None:
         own.set_search_properties(objective.metric, objective.mode, dict(space))
-        return FromTune(own)
+        return FromTune(own, objective.metric)
     match config.use:
         case "grid":
             return Sequential(iter(grid(space, GridArgs.model_validate(config.args).points)))
         case "sobol":
             return Sequential(sobol(space, seed))
         case "optuna":
-            return FromTune(_optuna(space, objective, seed, OptunaArgs.model_validate(config.args)))
+            return FromTune(_optuna(space, objective, seed, OptunaArgs.model_validate(config.args)), objective.metric)
     return Sequential(variants(space, np.random.RandomState(seed)))
 
 
@@ -91,28 +90,24 @@ def _axis(name: str, domain: Any, points: int) -> Sequence[Any]:
 
 
 def sobol(space: Space, seed: int) -> Iterator[dict[str, Any]]:
-    """A scrambled Sobol sequence through the quantiles of all domains; grid values take turns, functions follow."""
+    """A scrambled Sobol sequence through the quantiles of all domains.
+
+    Grid values take turns, each with a point of its own; functions see the other values.
+    """
     import torch
 
-    sampled = [
-        name for name, domain in space.items() if isinstance(domain, Domain) and not isinstance(domain, Function)
-    ]
+    domains = {name: domain for name, domain in space.items() if isinstance(domain, Domain)}
+    sampled = [name for name, domain in domains.items() if not isinstance(domain, Function)]
     engine = torch.quasirandom.SobolEngine(max(1, len(sampled)), scramble=True, seed=seed)
-    state = np.random.RandomState(seed)
+    grids = {name: domain["grid_search"] for name, domain in space.items() if is_grid(domain)}
+    state: Any = np.random.RandomState(seed)
     while True:
-        combinations = math.prod(len(domain["grid_search"]) for domain in space.values() if is_grid(domain))
-        shares = iter(engine.draw(combinations).double().tolist())
-        # Grids are resolved first, then each of their combinations gets a point of its own.
-        rest = {name: domain for name, domain in space.items() if name not in sampled}
-        for _, resolved in generate_variants(
-            {name: domain for name, domain in rest.items() if not isinstance(domain, Function)} or {"": 0}
-        ):
-            point = next(shares)
-            values = {name: quantile(space[name], share) for name, share in zip(sampled, point, strict=False)}
-            functions = {name: domain for name, domain in rest.items() if isinstance(domain, Function)}
-            constants = {name: value for name, value in resolved.items() if name}
-            ordered = {name: {**constants, **values, **functions}[name] for name in space}
-            (_, complete), *_ = generate_variants(ordered, random_state=state)  # type: ignore[arg-type]
+        for combination in itertools.product(*grids.values()):
+            (point,) = engine.draw(1).double().tolist()
+            shares = dict(zip(sampled, point, strict=False))  # a space without domains draws one number in vain
+            values = {name: quantile(domains[name], share) for name, share in shares.items()}
+            chosen = {**space, **dict(zip(grids, combination, strict=True)), **values}
+            ((_, complete),) = generate_variants(chosen, random_state=state)
             yield flatten(complete)
 
 
