@@ -12,7 +12,7 @@ from dpo_ray.storage import read_jsonl
 from dpo_ray.sweep.held_out import SCORE
 from dpo_ray.sweep.ranking import TIE_BREAK
 from dpo_ray.sweep.trials import Objective, Trial
-from dpo_ray.sweep.verdict import Verdict, judge, varying_keys
+from dpo_ray.sweep.verdict import Verdict, build_verdict, varying_keys
 
 TRIALS = "trials"
 """Folder with the run directory of each trial."""
@@ -67,7 +67,7 @@ def read_sweep(run_dir: Path, trials: Sequence[Trial], objective: Objective) -> 
         run_dir,
         tuple(trials),
         objective,
-        judge(trials, objective, folder),
+        build_verdict(trials, objective, folder),
         {name: curve for name, curve in curves.items() if len(curve[0])},
         "round" if online else "optimizer step",
     )

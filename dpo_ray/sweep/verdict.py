@@ -83,7 +83,7 @@ class Verdict:
         return [lead.other for lead in self.leads if lead.level == "tie"]
 
 
-def judge(trials: Sequence[Trial], objective: Objective, folder: Path) -> Verdict:
+def build_verdict(trials: Sequence[Trial], objective: Objective, folder: Path) -> Verdict:
     """The verdict on the trials of a sweep.
 
     Args:

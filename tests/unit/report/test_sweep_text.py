@@ -9,14 +9,14 @@ import pytest
 
 from dpo_ray.report.sweep_text import verdict_text
 from dpo_ray.sweep.trials import Constraint, Objective, Trial
-from dpo_ray.sweep.verdict import judge
+from dpo_ray.sweep.verdict import build_verdict
 from tests.unit.sweep.runs import ACCURACY, trial
 
 BEST, WORSE = "1" * 30, "1" * 20 + "0" * 10
 
 
 def text(trials: list[Trial], folder: Path, objective: Objective = ACCURACY) -> str:
-    return verdict_text(judge(trials, objective, folder))
+    return verdict_text(build_verdict(trials, objective, folder))
 
 
 def test_a_clear_lead_is_stated_with_its_interval(tmp_path: Path) -> None:

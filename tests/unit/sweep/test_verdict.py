@@ -10,14 +10,14 @@ import pytest
 from dpo_ray.sweep.bootstrap import bootstrap_interval
 from dpo_ray.sweep.held_out import FILE, mean_held_out, paired, read_held_out, write_pair_results
 from dpo_ray.sweep.trials import Objective, Trial
-from dpo_ray.sweep.verdict import as_good_region, judge
+from dpo_ray.sweep.verdict import as_good_region, build_verdict
 from tests.unit.sweep.runs import ACCURACY, trial
 
 
 def test_the_lead_is_paired_over_the_same_pairs(tmp_path: Path) -> None:
     # Both miss different pairs: paired differences have one +1 more than -1.
     first, second = "1" * 14 + "1110" + "11", "1" * 14 + "0011" + "11"
-    verdict = judge([trial("b", tmp_path, second), trial("a", tmp_path, first)], ACCURACY, tmp_path)
+    verdict = build_verdict([trial("b", tmp_path, second), trial("a", tmp_path, first)], ACCURACY, tmp_path)
     (lead,) = verdict.leads
     assert verdict.pick is not None
     assert verdict.pick.name == "a"
@@ -29,13 +29,13 @@ def test_the_lead_is_paired_over_the_same_pairs(tmp_path: Path) -> None:
 def test_a_lead_on_a_third_of_thirty_pairs_is_clear_and_identical_trials_are_not(tmp_path: Path) -> None:
     best, twin, worse = "1" * 30, "1" * 30, "1" * 20 + "0" * 10
     trials = [trial(name, tmp_path, bits) for name, bits in (("a", best), ("twin", twin), ("worse", worse))]
-    verdict = judge(trials, ACCURACY, tmp_path)
+    verdict = build_verdict(trials, ACCURACY, tmp_path)
     assert [(lead.level, lead.identical) for lead in verdict.leads] == [("tie", True), ("clear", False)]
 
 
 def test_a_metric_to_minimize_leads_with_the_smaller_value(tmp_path: Path) -> None:
     trials = [trial("a", tmp_path, "1" * 10, loss=0.5), trial("b", tmp_path, "1" * 10, loss=0.7)]
-    verdict = judge(trials, Objective("eval/loss", "min"), tmp_path)
+    verdict = build_verdict(trials, Objective("eval/loss", "min"), tmp_path)
     assert verdict.leads[0].difference == pytest.approx(0.2)
     assert (verdict.leads[0].low, verdict.leads[0].level) == (pytest.approx(0.2), "clear")
 
@@ -45,7 +45,7 @@ def test_the_noise_of_seeds_can_hide_a_lead_that_the_held_out_set_shows(tmp_path
     trials = [
         trial(name, tmp_path, pairs, loss__beta=beta, run__seed=seed) for name, (pairs, seed, beta) in bits.items()
     ]
-    (lead,) = judge(trials, ACCURACY, tmp_path).leads
+    (lead,) = build_verdict(trials, ACCURACY, tmp_path).leads
     # a: 1 and 2/3, mean 5/6; deviation sqrt(1/18); b: 1/2. Half interval 12.706 * sqrt(1/18) * sqrt(1/2 + 1).
     assert lead.difference == pytest.approx(1 / 3)
     assert lead.exceeds_examples
@@ -55,13 +55,13 @@ def test_the_noise_of_seeds_can_hide_a_lead_that_the_held_out_set_shows(tmp_path
 
 def test_results_of_another_step_another_set_or_a_damaged_file_are_not_compared(tmp_path: Path) -> None:
     best, other = trial("a", tmp_path, "1111"), trial("b", tmp_path, "1000")
-    assert judge([best, other], ACCURACY, tmp_path).leads[0].examples == 4
+    assert build_verdict([best, other], ACCURACY, tmp_path).leads[0].examples == 4
     later = replace(other, metrics=other.metrics | {"step": 9})
-    assert judge([best, later], ACCURACY, tmp_path).leads[0].level == "unknown"
+    assert build_verdict([best, later], ACCURACY, tmp_path).leads[0].level == "unknown"
     write_pair_results(tmp_path / "b", np.zeros((4, 4)), step=8, pairs="another set")
-    assert judge([best, other], ACCURACY, tmp_path).leads[0].level == "unknown"
+    assert build_verdict([best, other], ACCURACY, tmp_path).leads[0].level == "unknown"
     (tmp_path / "b" / FILE).write_bytes(b"PK\3\4")
-    assert judge([best, other], ACCURACY, tmp_path).leads[0].level == "unknown"
+    assert build_verdict([best, other], ACCURACY, tmp_path).leads[0].level == "unknown"
 
 
 def grid(folder: Path, rows: dict[float, dict[float, int]]) -> list[Trial]:
@@ -75,7 +75,7 @@ def grid(folder: Path, rows: dict[float, dict[float, int]]) -> list[Trial]:
 
 def test_neighbours_as_good_are_spans_of_values_at_fixed_ones(tmp_path: Path) -> None:
     rows = {0.05: {1e-5: 35, 1e-4: 20}, 0.1: {1e-5: 36, 1e-4: 20}, 0.2: {1e-5: 34, 1e-4: 20}, 0.5: {1e-5: 20, 1e-4: 10}}
-    region = as_good_region(judge(grid(tmp_path, rows), ACCURACY, tmp_path))
+    region = as_good_region(build_verdict(grid(tmp_path, rows), ACCURACY, tmp_path))
     assert region is not None
     assert (region.spans, region.fixed) == ({"loss.beta": (0.05, 0.2)}, {"optim.lr": 1e-5})
     assert len(region.members) == 2
@@ -84,11 +84,11 @@ def test_neighbours_as_good_are_spans_of_values_at_fixed_ones(tmp_path: Path) ->
 def test_a_worse_or_failed_trial_within_the_spans_ends_the_region(tmp_path: Path) -> None:
     rows = {0.05: {1e-5: 36}, 0.1: {1e-5: 35}, 0.2: {1e-5: 20}, 0.5: {1e-5: 35}}
     trials = grid(tmp_path, rows)
-    region = as_good_region(judge(trials, ACCURACY, tmp_path))
+    region = as_good_region(build_verdict(trials, ACCURACY, tmp_path))
     assert region is not None
     assert region.spans == {"loss.beta": (0.05, 0.1)}, "0.5 is as good, but 0.2 between them is not"
     failed = replace(trials[1], name="failed", values={"loss.beta": 0.07, "optim.lr": 1e-5}, status="failed")
-    assert as_good_region(judge([*trials, failed], ACCURACY, tmp_path)) is None
+    assert as_good_region(build_verdict([*trials, failed], ACCURACY, tmp_path)) is None
 
 
 def test_scores_are_paired_by_prompt(tmp_path: Path) -> None:
