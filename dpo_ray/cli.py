@@ -55,18 +55,22 @@ def online(arguments: Sequence[str]) -> None:
 
 
 def sweep(arguments: Sequence[str]) -> None:
-    """Run many short offline trials over a search space and compare them on held-out pairs.
+    """Run many trials over a search space and compare them on held-out data.
 
     dpo-ray sweep CONFIG.yaml SPACE [key=value ...]
     dpo-ray sweep jobs/offline_demo.yaml beta_lr sweep.samples=8
+    dpo-ray sweep jobs/offline_demo.yaml beta_lr sweep.scheduler.use=asha sweep.search.use=sobol run.eval_every=10
 
-    SPACE is a module of tune_spaces, or any importable module with a SWEEP.
+    SPACE is a module of tune_spaces, or any importable module with a SWEEP. Trials are offline runs, or online runs if
+    CONFIG.yaml has an online section. The same command continues a sweep that was interrupted.
     """
-    from dpo_ray.config import SWEEP, config_from_argv
+    from dpo_ray.config import config_from_argv, sweep_command
 
     space = arguments[1] if len(arguments) > 1 else ""
     asks_for_help = {"-h", "--help"} & set(arguments)
-    config = config_from_argv(_usage(sweep), SWEEP, arguments if asks_for_help else [*arguments[:1], *arguments[2:]])
+    config = config_from_argv(
+        _usage(sweep), sweep_command, arguments if asks_for_help else [*arguments[:1], *arguments[2:]]
+    )
 
     from dpo_ray.launch.cluster import runs_that_fit
     from dpo_ray.launch.command import run_command, run_on_cluster
@@ -74,7 +78,9 @@ def sweep(arguments: Sequence[str]) -> None:
 
     def run() -> None:
         find_space(space)
-        run_on_cluster("dpo_ray.launch.sweep:run_sweep", config, space, local_runs=runs_that_fit(config.cluster))
+        engines = config.cluster.rollout_engines if config.online is not None else 0
+        runs = runs_that_fit(config.cluster, engines)
+        run_on_cluster("dpo_ray.launch.sweep:run_sweep", config, space, engines=engines, local_runs=runs)
 
     run_command(run)
 

@@ -114,16 +114,17 @@ def validate_writable(folder: Path, key: str) -> None:
         raise ValueError(f"{key}: {folder} cannot be used: {error_summary(error)}") from error
 
 
-def write_atomically(path: Path, text: str | Iterable[str]) -> None:
-    """Write a text file, given whole or in pieces: readers see no file, the earlier file or the complete new one."""
-    pieces = [text] if isinstance(text, str) else text
+def write_atomically(path: Path, content: str | bytes | Iterable[str]) -> None:
+    """Write a file, given whole or in pieces of text: readers see no file, the earlier file or the complete new one."""
+    pieces = [content] if isinstance(content, str | bytes) else content
+    encoded = (piece if isinstance(piece, bytes) else piece.encode() for piece in pieces)
     if is_remote(path):
-        path.write_text("".join(pieces), encoding="utf-8")  # a single request, which is atomic
+        path.write_bytes(b"".join(encoded))  # a single request, which is atomic
         return
     draft = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.writelines(pieces)
+        with draft.open("wb") as file:
+            file.writelines(encoded)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)

@@ -1,6 +1,6 @@
 """The configuration and its loading. Imports neither torch nor Ray, so that a typo is reported within a second."""
 
-from dpo_ray.config.commands import INSPECT, OFFLINE, ONLINE, SWEEP
+from dpo_ray.config.commands import INSPECT, OFFLINE, ONLINE, sweep_command
 from dpo_ray.config.load import (
     config_from_argv,
     load_config,
@@ -17,7 +17,6 @@ __all__ = [
     "INSPECT",
     "OFFLINE",
     "ONLINE",
-    "SWEEP",
     "Component",
     "Config",
     "config_from_argv",
@@ -25,6 +24,7 @@ __all__ = [
     "load_config",
     "override",
     "parse_overrides",
+    "sweep_command",
     "with_absolute_paths",
     "write_config",
 ]

@@ -1,6 +1,6 @@
 """The keys that each training command requires, and the keys that it would silently ignore."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -22,7 +22,9 @@ _NO_ROUNDS = {"online": "this command trains on a fixed preference set; dpo-ray 
 _ROUNDS_INSTEAD = "an online run trains on pairs from its engines, for online.rounds"
 
 OFFLINE = Command(required=_PAIRS, ignored=_NO_ROUNDS)
-SWEEP = Command(required=_PAIRS | {"data.eval": "a sweep compares trials on held-out pairs"}, ignored=_NO_ROUNDS)
+OFFLINE_SWEEP = Command(
+    required=_PAIRS | {"data.eval": "a sweep compares trials on held-out pairs"}, ignored=_NO_ROUNDS
+)
 INSPECT = Command(required={}, ignored={})
 ONLINE = Command(
     required={"online": "this command needs an online section (prompts, rounds, judge, ...)"},
@@ -32,10 +34,20 @@ ONLINE = Command(
         "run.epochs": f"{_ROUNDS_INSTEAD}, each online.epochs_per_round times",
     },
 )
+ONLINE_SWEEP = Command(
+    required={**ONLINE.required, "online.eval_prompts": "a sweep compares trials on held-out prompts"},
+    ignored=ONLINE.ignored,
+)
 
 
-def validate_command(config: Config, command: Command) -> None:
+def sweep_command(config: Config) -> Command:
+    """The keys that a sweep requires: those of its trials, and held-out data to compare them by."""
+    return ONLINE_SWEEP if config.online is not None else OFFLINE_SWEEP
+
+
+def validate_command(config: Config, command: Command | Callable[[Config], Command]) -> None:
     """Raise a ValueError for the first required key that is empty or ignored key that is set."""
+    command = command if isinstance(command, Command) else command(config)
     for key, advice in command.required.items():
         if not _value(config, key):
             raise ValueError(f"{key} is empty: {advice}")

@@ -2,7 +2,7 @@
 
 import math
 
-from dpo_ray.config import schema
+from dpo_ray.config import schema, sweeps
 
 ONLINE_METRICS = ("heldout/score", "heldout/win_rate", "kl")
 """Metrics of the evaluations of an online run."""
@@ -172,6 +172,22 @@ def validate_run(
         )
     if run.best_metric in ("heldout/score", "heldout/win_rate") and online is not None and not online.eval_prompts:
         raise ValueError(f"run.best_metric: {run.best_metric} needs held-out prompts; give online.eval_prompts")
+
+
+def validate_scheduler(scheduler: sweeps.SchedulerConfig, run: schema.RunConfig) -> None:
+    """Check that a scheduler that ends trials early gets evaluations to judge them by."""
+    if scheduler.use == "none":
+        return
+    if run.eval_every is None:
+        raise ValueError(
+            f"sweep.scheduler.use: {scheduler.use} judges trials by evaluations during training, and run.eval_every is "
+            "null; set run.eval_every to the steps (rounds online) between two evaluations"
+        )
+    for name in ("grace_period", "interval"):
+        if (value := scheduler.args.get(name)) and value % run.eval_every:
+            raise ValueError(
+                f"sweep.scheduler.args.{name} is {value}: it must be a multiple of run.eval_every, {run.eval_every}"
+            )
 
 
 def validate_lists(data: schema.DataConfig, loss: schema.LossConfig) -> None:

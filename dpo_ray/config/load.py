@@ -8,7 +8,7 @@ Values on the command line are parsed as YAML, for example ``optim.lr=1e-6``, ``
 import json
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,6 +90,7 @@ def validate_extras(config: Config) -> None:
         (f"model.lora.quantize: {quantize}", quantize is not None, "bitsandbytes", "qlora"),
         ("optim.use: adamw_8bit", config.optim.use == "adamw_8bit", "torchao", "low_bit"),
         ("model.fp8", config.model.fp8, "torchao", "low_bit"),
+        ("sweep.search.use: optuna", config.sweep.search.use == "optuna", "optuna", "optuna"),
     ):
         if is_set and find_spec(package) is None:
             raise ValueError(f"{setting} needs {package}, which is not installed: pip install 'dpo-ray[{extra}]'")
@@ -99,7 +100,7 @@ def validate_extras(config: Config) -> None:
             raise ValueError(f"run.trackers: {name} is not installed: pip install 'dpo-ray[{name}]'")
 
 
-def config_from_argv(usage: str, command: Command, arguments: Sequence[str]) -> Config:
+def config_from_argv(usage: str, command: Command | Callable[[Config], Command], arguments: Sequence[str]) -> Config:
     """The configuration of a command line: ``CONFIG.yaml [key=value ...]``.
 
     ``--help`` prints ``usage`` and every key. An invalid configuration or a missing file exits with code 2 and a

@@ -127,8 +127,13 @@ class RunConfig(Section):
     eval_every: int | None = Field(50, ge=1)
     """Steps between evaluations offline, rounds between evaluations online (default 1); null evaluates only at the
     start and the end."""
+    eval_at: tuple[NonNegativeInt, ...] = ()
+    """Steps offline, rounds online, after which to evaluate, instead of every run.eval_every and at the start; the end
+    is evaluated as well. Sweeps set it for their trials."""
     keep_checkpoints: int = Field(2, ge=1)
     """Number of most recent checkpoints to keep."""
+    save_last: bool = True
+    """Save a checkpoint at the end and when the run is interrupted; false saves only every run.save_every."""
     best_metric: str | None = None
     """Evaluation metric, such as eval/rewards/accuracies or heldout/score; the checkpoint with its best value is kept
     too. Online, training waits for the evaluation of each checkpoint."""
@@ -706,12 +711,3 @@ class OnlineConfig(Section):
                 "same text, and equal ones make no pair; set it above 0"
             )
         return self
-
-
-class SweepConfig(Section):
-    """Size of a sweep. Its search space is a module of tune_spaces."""
-
-    samples: int | None = Field(None, ge=1)
-    """Number of trials; null is the default of the search space."""
-    concurrent: int | None = Field(None, ge=1)
-    """Maximum number of concurrent trials; null runs as many as fit the cluster."""

@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from dpo_ray.config import cross_checks, schema
+from dpo_ray.config import cross_checks, schema, sweeps
 
 POLICY_JUDGE_TOKENS = 1024
 """Tokens of an engine beyond a prompt and two completions if the policy judges: for instructions and its reply."""
@@ -23,7 +23,7 @@ class Config(schema.Section):
     cluster: schema.ClusterConfig = schema.ClusterConfig()
     online: schema.OnlineConfig | None = None
     """Online settings; null trains on a fixed preference set."""
-    sweep: schema.SweepConfig = schema.SweepConfig()
+    sweep: sweeps.SweepConfig = sweeps.SweepConfig()
 
     @property
     def max_model_len(self) -> int:
@@ -68,6 +68,7 @@ class Config(schema.Section):
             self.run, self.data, self.online, kind=self.reference_kind, colocate=self.cluster.colocate
         )
         cross_checks.validate_lists(self.data, self.loss)
+        cross_checks.validate_scheduler(self.sweep.scheduler, self.run)
         if self.online is not None:
             kind, save_every = self.reference_kind, self.run.save_every
             cross_checks.validate_sources(self.online, self.data, self.reference, kind, save_every)

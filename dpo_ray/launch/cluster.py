@@ -51,9 +51,9 @@ def cpus_needed(config: ClusterConfig, engines: int, *, runs: int = 1, on_gpus: 
     return runs * (config.train_workers * config.cpus_per_worker + engines * per_engine)
 
 
-def runs_that_fit(config: ClusterConfig) -> int:
-    """Offline runs that fit this machine's cores at once; at least one."""
-    return max(1, (os.cpu_count() or 1) // cpus_needed(config, 0))
+def runs_that_fit(config: ClusterConfig, engines: int = 0) -> int:
+    """Runs with ``engines`` engines each that fit this machine's cores at once; at least one."""
+    return max(1, (os.cpu_count() or 1) // cpus_needed(config, engines))
 
 
 def gpus_needed(config: ClusterConfig, engines: int) -> int:

@@ -32,8 +32,11 @@ PARTS_PER_CPU = 2
 """Parts submitted per CPU of the cluster, so that no CPU waits for the driver."""
 
 
-def prepare_data(config: Config, cluster: Cluster, console: Console) -> None:
+def prepare_data(config: Config, cluster: Cluster, console: Console) -> int:
     """Tokenizes the pairs on the cluster; prints the data report and saves it in the run directory.
+
+    Returns:
+        Number of training pairs.
 
     Raises:
         ValueError: the data cannot be used.
@@ -54,6 +57,7 @@ def prepare_data(config: Config, cluster: Cluster, console: Console) -> None:
     with storage_errors(run_dir):
         _validate_same_pairs(file, pairs)
         file.write_text(json.dumps(reports, indent=1), encoding="utf-8")
+    return len(pairs)
 
 
 def _validate_same_pairs(file: Path, pairs: PairStore) -> None:

@@ -230,10 +230,14 @@ def _trackers(config: Config, report: Callable[[str], None], group: str | None) 
 
 
 class LiveReport:
-    """Keeps ``report.html`` of a running run up to date; call ``maybe_write`` after each evaluation or round."""
+    """Keeps the report of a running run or sweep up to date; call ``maybe_write`` after each evaluation or round.
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir, self.next_write_s, self.failed = run_dir, 0.0, False
+    Args:
+        write: writes the report.
+    """
+
+    def __init__(self, write: Callable[[], object]) -> None:
+        self.write, self.next_write_s, self.failed = write, 0.0, False
 
     def maybe_write(self, now: float | None = None) -> bool:
         """Write the report unless the last attempt is too recent; returns True if it was written.
@@ -245,9 +249,7 @@ class LiveReport:
         if now < self.next_write_s:
             return False
         try:
-            from dpo_ray.report.page import write_report  # takes seconds to import, for matplotlib
-
-            write_report(self.run_dir, running=True)
+            self.write()
             return True
         except Exception as error:
             if not self.failed:
@@ -260,7 +262,12 @@ class LiveReport:
 
 @contextlib.contextmanager
 def _live_report(run_dir: Path) -> Iterator[None]:
-    ended, tail, report = threading.Event(), Tail(run_dir / "metrics.jsonl"), LiveReport(run_dir)
+    def write() -> None:
+        from dpo_ray.report.page import write_report  # takes seconds to import, for matplotlib
+
+        write_report(run_dir, running=True)
+
+    ended, tail, report = threading.Event(), Tail(run_dir / "metrics.jsonl"), LiveReport(write)
 
     def rewrite() -> None:
         due = False

@@ -49,11 +49,14 @@ class CollectorRounds:
 
     Args:
         colocated: True if engines use this rank's GPU while it waits for them.
+        report: called on rank 0 with each evaluation: rounds before it, and its metrics.
     """
 
-    def __init__(self, config: Config, rollouts: Rollouts, *, colocated: bool) -> None:
+    def __init__(
+        self, config: Config, rollouts: Rollouts, report: Callable[[int, Metrics], None], *, colocated: bool
+    ) -> None:
         assert config.online is not None
-        self.rollouts, self.colocated = rollouts, colocated
+        self.rollouts, self.report, self.colocated = rollouts, report, colocated
         self.select = partial(select_pairs, build_selector(config.online.select))
         self.ledger, self.evaluations = Ledger(config.run.path), EvaluationStore(config.run.path)
         self.patience_s = config.cluster.start_timeout_s
@@ -96,7 +99,10 @@ class CollectorRounds:
     def record(self, evaluation: Evaluation, policy: np.ndarray | None, reference: np.ndarray | None) -> Metrics:
         """Stores an evaluation with the log-probabilities of its samples; returns its metrics."""
         record = self.rollouts.collector.record
-        return broadcast_from_rank0(lambda: self._ask(lambda: record.remote(evaluation, policy, reference), 0.0))
+        metrics = broadcast_from_rank0(lambda: self._ask(lambda: record.remote(evaluation, policy, reference), 0.0))
+        if dist.get_rank() == 0:
+            self.report(evaluation.version, metrics)
+        return metrics
 
     def _on_rank0(self, write: Callable[[], None]) -> None:
         """Writes on rank 0; an error is raised on all ranks."""
@@ -148,7 +154,11 @@ def online(config: Config, device: torch.device, reporter: RunReporter, rollouts
     )
     sync.connect(engines if rank == 0 else None)
     try:
-        rounds = CollectorRounds(config, rollouts, colocated=colocated)
+        if rank == 0:  # those that were recorded before a kill, and perhaps not reported
+            store = EvaluationStore(config.run.path)
+            for version in filter(store.recorded, range(config.online.rounds + 1)):
+                reporter.round_evaluation(version, store.read(version))
+        rounds = CollectorRounds(config, rollouts, reporter.round_evaluation, colocated=colocated)
         fixed = open_pairs(config)[0] if config.online.source.mix else None
         return train_online(config, rounds=rounds, fixed=fixed, sync=sync, device=device, reporter=reporter)
     finally:

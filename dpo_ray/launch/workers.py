@@ -9,9 +9,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import ray.train
@@ -20,8 +21,9 @@ import ray.train.torch
 from dpo_ray.config import Config
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.command import Stopped, TrainingFailed
-from dpo_ray.launch.reporter import RunReporter
+from dpo_ray.launch.reporter import RunReporter, TrialReporter
 from dpo_ray.launch.run_dir import log_to_run
+from dpo_ray.launch.sweeps.mailbox import Channel
 from dpo_ray.ops.cpu import cpu_environment
 from dpo_ray.plugins import resolve
 from dpo_ray.storage import StorageFailed, upload_appendable
@@ -39,6 +41,13 @@ STATUS_TIMEOUT_S = 30.0
 MIN_COLLECTIVE_TIMEOUT_S = 1800  # Ray Train's default
 
 
+class Trial(NamedTuple):
+    """The trial of a sweep that a run is."""
+
+    channel: Channel
+    name: str
+
+
 def train_on_workers(
     config: Config,
     cluster: Cluster,
@@ -46,7 +55,7 @@ def train_on_workers(
     *,
     status_actor: Any,
     rollouts: Any = None,
-    callbacks: list[Any] | None = None,
+    trial: Trial | None = None,
 ) -> None:
     """Runs ``loop`` on ``cluster.train_workers`` workers.
 
@@ -54,7 +63,7 @@ def train_on_workers(
         loop: import path of a function in ``launch.loops``; imported by the workers only.
         status_actor: actor handle.
         rollouts: the actors of an online run.
-        callbacks: Ray Train callbacks of a sweep; with them, evaluations are reported to Ray Train.
+        trial: the trial of a sweep that the run is.
 
     Raises:
         TrainingFailed: names the worker's error and the folder of the logs.
@@ -67,10 +76,12 @@ def train_on_workers(
         "loop": loop,
         "status_actor": status_actor,
         "on_gpus": cluster.on_gpus,
-        "to_train": bool(callbacks),
         "rollouts": rollouts,
+        "trial": trial,
     }
-    trainer = _build_trainer(config, cluster, arguments, ray_dir, callbacks)
+    trainer = build_torch_trainer(
+        _run_worker, arguments, config, cluster, ray_dir, max_failures=config.cluster.max_restarts
+    )
     try:
         returned: dict[str, Any] = _fit(trainer, status_actor, config.cluster.stop_timeout_s).return_value or {}
     except ray.train.TrainingFailedError as error:
@@ -86,15 +97,27 @@ def train_on_workers(
         raise Stopped(f"stopped after {returned['stopped_at']}")
 
 
-def _build_trainer(
-    config: Config, cluster: Cluster, arguments: dict[str, Any], ray_dir: str, callbacks: list[Any] | None
+def build_torch_trainer(
+    loop: Callable[[dict[str, Any]], Any],
+    arguments: dict[str, Any],
+    config: Config,
+    cluster: Cluster,
+    ray_dir: str,
+    *,
+    max_failures: int,
 ) -> Any:
+    """Ray Train's trainer that runs ``loop(arguments)`` on ``cluster.train_workers`` workers.
+
+    Args:
+        ray_dir: folder of Ray Train's own records.
+        max_failures: restarts of the workers before ``fit`` raises; -1 is no limit.
+    """
     size = config.cluster
     environment = {} if cluster.on_gpus else cpu_environment(size.cpus_per_worker)
     # On import, ray.train exports one of two versions of these classes, which type checkers cannot see.
     train: Any = ray.train
     return train.torch.TorchTrainer(
-        _run_worker,
+        loop,
         train_loop_config=arguments,
         torch_config=train.torch.TorchConfig(
             backend="cpu:gloo,cuda:nccl" if cluster.on_gpus else "gloo", timeout_s=collective_timeout_s(config)
@@ -108,8 +131,7 @@ def _build_trainer(
             # A new name each time: Ray Train would resume by name, but our checkpoints decide where a run resumes.
             name=f"workers-{os.getpid()}-{os.urandom(4).hex()}",
             storage_path=ray_dir,
-            failure_config=train.FailureConfig(max_failures=size.max_restarts, controller_failure_limit=START_FAILURES),
-            callbacks=callbacks,
+            failure_config=train.FailureConfig(max_failures=max_failures, controller_failure_limit=START_FAILURES),
             worker_runtime_env={"env_vars": environment},
         ),
     )
@@ -182,14 +204,12 @@ def _run_worker(arguments: dict[str, Any]) -> Metrics:
         import torch  # after log_to_run, which records its warnings
 
         device = torch.device("cuda", torch.cuda.current_device()) if arguments["on_gpus"] else torch.device("cpu")
-        reporter = RunReporter(
-            config.run.path, status_actor, rank, online=config.online is not None, to_train=arguments["to_train"]
-        )
+        reporter = _build_reporter(config, status_actor, rank, arguments["trial"])
         result = resolve(arguments["loop"], {}, "loop")(config, device, reporter, arguments["rollouts"])
         upload_appendable()
         return asdict(result)
     except Exception as error:
-        if _is_retryable(error):
+        if is_retryable(error):
             raise
         # The other ranks wait in a collective until Ray restarts the group; the restarted workers read this and return.
         cause = getattr(error, "cause", None) or error
@@ -201,7 +221,14 @@ def _run_worker(arguments: dict[str, Any]) -> Metrics:
             upload_appendable()
 
 
-def _is_retryable(error: Exception) -> bool:
+def _build_reporter(config: Config, status_actor: Any, rank: int, trial: Trial | None) -> RunReporter:
+    if trial is None:
+        return RunReporter(config.run.path, status_actor, rank, online=config.online is not None)
+    rounds = config.online.rounds if config.online is not None else None
+    return TrialReporter(config.run.path, trial.channel, trial.name, rank, rounds=rounds)
+
+
+def is_retryable(error: Exception) -> bool:
     """False if restarted workers would fail with the same error."""
     import torch
 

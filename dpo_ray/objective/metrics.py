@@ -1,5 +1,7 @@
 """Metrics of preference pairs, for every loss, with the names and meanings of TRL's metrics."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,10 @@ PAIR_METRICS = (
 )
 REWARDS = slice(1, 3)
 """Slice of PAIR_METRICS with the rewards of completions."""
+PAIR_RESULTS = ("loss", "margin", "chosen_log_ratio", "rejected_log_ratio")
+"""Columns of ``pair_results``; log-ratios of policy to reference in nats."""
+LOG_RATIOS = slice(2, 4)
+"""Slice of PAIR_RESULTS with the log-ratios of completions."""
 
 
 @torch.no_grad()
@@ -33,11 +39,7 @@ def pair_metric_sums(losses: Tensor, policy: PairLogps, reference: PairLogps | N
     Returns:
         (2, 7) float64, sums and numbers of terms, in the order of PAIR_METRICS.
     """
-    scores = per_token(policy) if reference is None else log_ratios(policy, reference)
-    chosen, rejected = (beta * score for score in scores)
-    unpaired = torch.zeros_like(losses) if policy.unpaired is None else policy.unpaired
-    has_chosen, has_rejected = unpaired >= 0, unpaired <= 0
-    margin = torch.where(has_chosen, chosen, 0.0) - torch.where(has_rejected, rejected, 0.0)
+    chosen, rejected, has_chosen, has_rejected, margin = _rewards(policy, reference, beta)
     every = torch.ones_like(has_chosen)
     terms = (
         (losses, every),
@@ -50,3 +52,37 @@ def pair_metric_sums(losses: Tensor, policy: PairLogps, reference: PairLogps | N
     )
     sums = [torch.where(counts, values.detach().double(), 0.0).sum() for values, counts in terms]
     return torch.stack((torch.stack(sums), torch.stack([counts.sum().double() for _, counts in terms])))
+
+
+@torch.no_grad()
+def pair_results(losses: Tensor, policy: PairLogps, reference: PairLogps | None, beta: float) -> Tensor:
+    """Results of each pair, whose means over pairs are metrics.
+
+    Returns:
+        (B, 4) float64 in the order of PAIR_RESULTS. A log-ratio is NaN without a reference, and for a completion that
+        the pair does not have.
+    """
+    *_, has_chosen, has_rejected, margin = _rewards(policy, reference, beta)
+    none = torch.full_like(margin, torch.nan)
+    chosen, rejected = (none, none) if reference is None else log_ratios(policy, reference)
+    present = (torch.where(has_chosen, chosen, torch.nan), torch.where(has_rejected, rejected, torch.nan))
+    return torch.stack([column.detach().double() for column in (losses, margin, *present)], 1)
+
+
+class _Rewards(NamedTuple):
+    """(B,) each: implicit rewards of both completions, which of them the pair has, and the margin."""
+
+    chosen: Tensor
+    rejected: Tensor
+    has_chosen: Tensor
+    has_rejected: Tensor
+    margin: Tensor
+
+
+def _rewards(policy: PairLogps, reference: PairLogps | None, beta: float) -> _Rewards:
+    scores = per_token(policy) if reference is None else log_ratios(policy, reference)
+    chosen, rejected = (beta * score for score in scores)
+    unpaired = torch.zeros_like(chosen) if policy.unpaired is None else policy.unpaired
+    has_chosen, has_rejected = unpaired >= 0, unpaired <= 0
+    margin = torch.where(has_chosen, chosen, 0.0) - torch.where(has_rejected, rejected, 0.0)
+    return _Rewards(chosen, rejected, has_chosen, has_rejected, margin)

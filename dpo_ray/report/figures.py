@@ -1,18 +1,13 @@
-"""Key figures of a run, its outcome in one sentence, and the trials of a sweep in order."""
+"""Key figures of a run, and its outcome in one sentence."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from dpo_ray.report.formatting import count_noun, format_duration, format_number, same_decimals
 from dpo_ray.report.health import Finding
 from dpo_ray.report.record import Comparison, Curve, RunRecord, number
-
-Rows = Sequence[Mapping[str, Any]]
-"""Trials of a sweep, as lines of sweep.csv."""
-TIE_BREAK = "eval/loss"
-"""Ranks trials of equal metric, smaller is better: accuracies on few held-out pairs are often equal."""
 
 
 class KeyFigure(NamedTuple):
@@ -81,14 +76,6 @@ def comparisons(record: RunRecord, n: int = 3) -> list[Comparison]:
     """At most ``n`` held-out prompts, evenly spaced by rank from best to worst score change."""
     rows = sorted(record.comparisons, key=lambda row: -row.gain)
     return [rows[i] for i in evenly_spaced(len(rows), n)]
-
-
-def rank_trials(rows: Rows, metric: str, mode: str) -> tuple[Rows, Rows]:
-    """The trials of a sweep from best to worst (``mode``: min | max), and those without a finite ``metric``."""
-    sign = -1.0 if mode == "max" else 1.0
-    finished = [row for row in rows if number(row.get(metric)) is not None]
-    finished.sort(key=lambda row: (sign * row[metric], number(row.get(TIE_BREAK)) or 0.0))
-    return finished, [row for row in rows if number(row.get(metric)) is None]
 
 
 def evenly_spaced(total: int, n: int) -> list[int]:

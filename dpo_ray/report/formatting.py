@@ -41,6 +41,21 @@ def format_duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def short_names(names: Sequence[str]) -> list[str]:
+    """Keys and metrics by their last parts, as many as make them different: ``lr``, ``accuracies``, ``loss.use``."""
+    parts = [re.split("(?<=[./])", name) for name in names]
+    return [_short_name(number, parts) for number in range(len(parts))]
+
+
+def _short_name(number: int, parts: Sequence[Sequence[str]]) -> str:
+    own = parts[number]
+    for count in range(1, len(own)):
+        tail = own[-count:]
+        if tail != ["use"] and not any(other[-count:] == tail for i, other in enumerate(parts) if i != number):
+            return "".join(tail)
+    return "".join(own)
+
+
 def count_noun(number: int, noun: str) -> str:
     """``1 step``, ``3 steps``."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -1,4 +1,4 @@
-"""``report.html`` of a run or a sweep: key figures, findings, plots and samples in one file that needs no network."""
+"""``report.html`` of a run: key figures, findings, plots and samples in one file that needs no network."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,10 +10,10 @@ import yaml
 from jinja2 import Environment, FileSystemLoader
 
 from dpo_ray.config.secrets import mask_secrets
-from dpo_ray.report.figures import Rows, comparisons, evenly_spaced, key_figures, rank_trials, verdict
-from dpo_ray.report.formatting import count_noun, format_number, prompt_text, same_decimals, shorten
+from dpo_ray.report.figures import comparisons, evenly_spaced, key_figures, verdict
+from dpo_ray.report.formatting import format_number, prompt_text, same_decimals, shorten
 from dpo_ray.report.health import diagnose
-from dpo_ray.report.plots import PALETTE, render, run_plots, sweep_plots
+from dpo_ray.report.plots import PALETTE, render, run_plots
 from dpo_ray.report.record import RunRecord, number, read_run
 from dpo_ray.storage import write_atomically
 
@@ -51,7 +51,7 @@ def write_report(run_dir: str | Path, *, running: bool = False) -> Path:
     """
     record = read_run(run_dir, running=running)
     findings, online = diagnose(record), record.rounds or record.config.get("online")
-    return _write_page(
+    return write_page(
         record.path,
         kind=" + ".join(record.losses).upper() if record.labelled else "Online DPO" if online else "DPO",
         title=record.setting("run.name") or record.path.resolve().name,
@@ -69,45 +69,8 @@ def write_report(run_dir: str | Path, *, running: bool = False) -> Path:
     )
 
 
-def write_sweep_report(run_dir: str | Path, rows: Rows, metric: str, mode: str) -> Path:
-    """Write ``report.html`` of a sweep: its trials from best to worst, and the metric over the swept values.
-
-    Args:
-        rows: one mapping per trial: ``trial``, the swept dotted keys, metrics, times. Trials without a finite
-            ``metric`` come last.
-        mode: min | max; max if higher is better.
-
-    Raises:
-        ValueError: no rows, an unknown mode, or a metric that no row has.
-    """
-    if mode not in ("min", "max"):
-        raise ValueError(f"mode is {mode!r}; it is min or max")
-    keys = tuple(dict.fromkeys(key for row in rows for key in row))
-    if metric not in keys:
-        raise ValueError(f"no trial of the sweep has the metric {metric!r}; found: {', '.join(sorted(keys)) or 'none'}")
-    finished, failed = rank_trials(rows, metric, mode)
-    swept = [key for key in keys if "." in key and "/" not in key]
-    columns = list(dict.fromkeys(("trial", *swept, metric, *keys)))
-    plots = sweep_plots(finished, [key for key in swept if finished and _varies(finished, key)], metric, mode)
-    cells = [_column([row.get(key) for row in (*finished, *failed)], key in swept) for key in columns]
-    return _write_page(
-        Path(run_dir),
-        kind="Sweep",
-        title=Path(run_dir).resolve().name,
-        verdict=_sweep_verdict(finished, swept, metric, mode),
-        facts=[
-            count_noun(len(rows), "trial"),
-            *([f"{len(failed)} without a result"] if failed else []),
-            f"{mode} of {metric}",
-        ],
-        pictures=render(plots),
-        columns=columns,
-        rows=list(zip(*cells, strict=True)),
-        has_best=bool(finished),
-    )
-
-
-def _write_page(folder: Path, **content: Any) -> Path:
+def write_page(folder: Path, **content: Any) -> Path:
+    """Writes ``report.html`` with the variables of the template."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -181,26 +144,3 @@ def _candidate_text(group: Mapping[str, Any], i: int, score: str) -> Text:
 
 def _yaml(node: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(node), sort_keys=False, allow_unicode=True) if node else ""
-
-
-def _sweep_verdict(finished: Rows, swept: Sequence[str], metric: str, mode: str) -> str:
-    if not finished:
-        return "No trial finished with a result."
-    best, worst = finished[0], finished[-1]
-    settings = ", ".join(f"{key} = {format_number(best.get(key))}" for key in swept) or f"trial {best.get('trial')}"
-    extreme = "lowest" if mode == "min" else "highest"
-    span = f"; the worst trial has {format_number(worst[metric])}" if len(finished) > 1 else ""
-    return f"The {extreme} {metric} is {format_number(best[metric])}, at {settings}{span}."
-
-
-def _varies(rows: Rows, key: str) -> bool:
-    """True if a swept key is a number in every row, and not always the same."""
-    values = [number(row.get(key)) for row in rows]
-    return None not in values and (len(set(values)) > 1 or len(rows) == 1)
-
-
-def _column(values: Sequence[Any], swept: bool) -> list[str]:
-    """Cells of a column: measured values with the same decimals, swept ones as they were set."""
-    if not swept and all(value is None or isinstance(value, float) for value in values):
-        return same_decimals(*values, digits=4)
-    return [format_number(value) for value in values]

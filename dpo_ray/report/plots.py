@@ -1,4 +1,4 @@
-"""The plots of a run and of a sweep: a table of titles, panels, series and captions, and one renderer.
+"""The plots of a run: a table of titles, panels, series and captions; and one renderer, also for those of a sweep.
 
 In an SVG, colours are CSS variables and text stays text: the page decides on a light or a dark theme and on the font.
 """
@@ -6,7 +6,7 @@ In an SVG, colours are CSS variables and text stays text: the page decides on a 
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle
 from typing import Any, Literal, NamedTuple
 
@@ -15,9 +15,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from dpo_ray.report.formatting import format_number, format_tick, same_decimals
+from dpo_ray.report.formatting import format_tick, same_decimals
 from dpo_ray.report.record import Curve, RunRecord
 
 PALETTE: dict[str, tuple[str, str]] = {
@@ -31,6 +31,7 @@ PALETTE: dict[str, tuple[str, str]] = {
     "sand": ("#c6a03f", "#dcbc66"),
     "stone": ("#a3abb8", "#69727f"),
     "rose": ("#b9507d", "#e48bb0"),
+    "paper": ("#ffffff", "#1b1f26"),
 }
 """Each colour on a light and on a dark page. Plots are drawn in the light ones."""
 LIGHT = {name: light for name, (light, _) in PALETTE.items()}
@@ -43,7 +44,15 @@ MAX_POINTS = 400  # per line; longer series are averaged in groups, which keeps 
 MAX_BARS = 40  # per plot; more rounds than that are averaged in groups
 SMOOTH_FROM = 40  # points from which a line is drawn pale, with its running mean on top
 LOG_PEAK = 20.0  # ratio of the largest value to the median from which a series with peaks has a logarithmic axis
-LOG_RATIO = 3.0  # ratio of the largest to the smallest swept value from which their axis is logarithmic
+
+
+class Swatch(NamedTuple):
+    """An entry of a legend."""
+
+    label: str
+    colour: str
+    mark: str
+    """line | dashed | point | dot | ring | cross | box."""
 
 
 class Series(NamedTuple):
@@ -53,7 +62,7 @@ class Series(NamedTuple):
     """Text in the legend; empty for no entry."""
     curve: Curve
     colour: str = "policy"
-    style: Literal["line", "peaks", "heldout", "left bar", "right bar", "dots", "ring"] = "line"
+    style: Literal["line", "peaks", "heldout", "left bar", "right bar"] = "line"
     """peaks: a line that keeps single high values. heldout: diamonds on a dashed line. bars: stacked per round."""
 
 
@@ -80,13 +89,15 @@ class Plot(NamedTuple):
     x_label: str = "round"
 
 
-class Swatch(NamedTuple):
-    """An entry of a legend."""
+class Drawing(NamedTuple):
+    """A plot that does not consist of panels."""
 
-    label: str
-    colour: str
-    mark: str
-    """line | dashed | point | dot | ring | box."""
+    title: str
+    draw: Callable[[Figure | SubFigure], None]
+    caption: str
+    """A sentence on reading the plot."""
+    legend: Sequence[Swatch] = ()
+    height_in: float = 1.25 * PANEL_IN
 
 
 def run_plots(record: RunRecord) -> list[Plot]:
@@ -210,58 +221,51 @@ def _rollout_plots(record: RunRecord) -> list[Plot]:
     ]
 
 
-def sweep_plots(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], metric: str, mode: str) -> list[Plot]:
-    """The metric of each trial over each swept number, with a ring around the best trial (``mode``: min | max).
-
-    All ``rows`` have a finite ``metric`` and numeric values of all ``keys``.
-    """
-    plots = []
-    for key in keys:
-        x, y = (np.array([row[name] for row in rows], dtype=float) for name in (key, metric))
-        best = [int(y.argmin() if mode == "min" else y.argmax())]
-        trials = Series("trials", (x, y), style="dots"), Series("best trial", (x[best], y[best]), "rejected", "ring")
-        caption = f"Each dot is a trial; the best one has {key} = {format_number(x[best[0]])}."
-        plots.append(Plot(f"{metric} over {key}", [Panel(metric, trials)], caption, key))
-    return plots
-
-
 def _with_data(panels: Sequence[Panel]) -> list[Panel]:
     panels = [panel._replace(series=[s for s in panel.series if len(s.curve[0])]) for panel in panels]
     return [panel for panel in panels if panel.series]
 
 
-def legend(plot: Plot) -> list[Swatch]:
+def legend(plot: Plot | Drawing) -> list[Swatch]:
     """Labelled series and levels, each label once."""
-    marks = {"heldout": "point", "left bar": "box", "right bar": "box", "dots": "dot", "ring": "ring"}
+    if isinstance(plot, Drawing):
+        return list(plot.legend)
+    marks = {"heldout": "point", "left bar": "box", "right bar": "box"}
     swatches = [Swatch(s.label, s.colour, marks.get(s.style, "line")) for panel in plot.panels for s in panel.series]
     levels = [Swatch(panel.level_label, "faint", "dashed") for panel in plot.panels if panel.level is not None]
     return list(dict.fromkeys(swatch for swatch in swatches + levels if swatch.label))
 
 
-def render(plots: Sequence[Plot]) -> list[tuple[Plot, str, list[Swatch]]]:
+def render(plots: Sequence[Plot | Drawing]) -> list[tuple[Plot | Drawing, str, list[Swatch]]]:
     """The plots of a page, each with its SVG and its legend."""
     pictures = []
     for number, plot in enumerate(plots):
-        height = 1.25 if len(plot.panels) == 1 else 0.85 * len(plot.panels)
         layout = ConstrainedLayoutEngine(h_pad=0.1)
-        figure = Figure(figsize=(WIDTH_IN, PANEL_IN * height + 0.3), layout=layout)
+        figure = Figure(figsize=(WIDTH_IN, _height_in(plot) + 0.3), layout=layout)
         figure.patch.set_visible(False)
         draw(plot, figure)
         pictures.append((plot, _svg(figure, f"plot{number}"), legend(plot)))
     return pictures
 
 
-def draw(plot: Plot, figure: Figure | SubFigure) -> None:
-    """Draw the panels of a plot one below the other."""
+def _height_in(plot: Plot | Drawing) -> float:
+    if isinstance(plot, Drawing):
+        return plot.height_in
+    return PANEL_IN * (1.25 if len(plot.panels) == 1 else 0.85 * len(plot.panels))
+
+
+def draw(plot: Plot | Drawing, figure: Figure | SubFigure) -> None:
+    """Draw the panels of a plot one below the other, or a drawing."""
+    if isinstance(plot, Drawing):
+        plot.draw(figure)
+        return
     rows = figure.subplots(len(plot.panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, panel in zip(rows, plot.panels, strict=True):
-        _style_axes(axes, panel.label)
+        style_axes(axes, panel.label)
         _draw_bars(axes, [series for series in panel.series if "bar" in series.style])
         for series in panel.series:
             if series.style == "heldout":
                 _draw_heldout(axes, series.curve)
-            elif series.style in ("dots", "ring"):
-                _draw_trials(axes, series)
             elif series.style in ("line", "peaks"):
                 _draw_line(axes, series)
         if panel.level is not None:
@@ -271,7 +275,8 @@ def draw(plot: Plot, figure: Figure | SubFigure) -> None:
     rows[-1].set_xlabel(plot.x_label, fontsize=TEXT_PT, color=LIGHT["ink"], loc="right", parse_math=False)
 
 
-def _style_axes(axes: Axes, label: str) -> None:
+def style_axes(axes: Axes, label: str) -> None:
+    """Give axes the look of the report, with a title in place of a vertical label."""
     axes.patch.set_visible(False)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(LIGHT["stone"])
@@ -329,24 +334,6 @@ def _draw_heldout(axes: Axes, curve: Curve) -> None:
             zorder=6,
         )
     axes.margins(x=0.06, y=0.2)
-
-
-def _draw_trials(axes: Axes, series: Series) -> None:
-    """Dots, or rings around dots, over a swept number: logarithmic if it spans a range, ticks at its values if few."""
-    x, y = series.curve
-    colour = LIGHT[series.colour]
-    if series.style == "ring":
-        axes.scatter(x, y, s=330, facecolors="none", edgecolors=colour, linewidths=2.2)
-        return
-    axes.scatter(x, y, s=60, color=colour)
-    axes.margins(0.12, 0.2)
-    if x.min() > 0 and x.max() / x.min() >= LOG_RATIO:
-        axes.set_xscale("log")
-    if len(values := np.unique(x)) <= 6:
-        axes.xaxis.set_major_locator(FixedLocator(values.tolist()))
-        axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(format_tick))
-    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_bars(axes: Axes, bars: Sequence[Series]) -> None:

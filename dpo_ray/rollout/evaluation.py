@@ -123,6 +123,16 @@ class EvaluationStore:
         write_atomically(self._file(evaluation.version), text)
         return metrics
 
+    def read(self, version: int) -> dict[str, float]:
+        """The metrics of a recorded evaluation."""
+        summary = json.loads(self._file(version).with_suffix(".kl.json").read_text(encoding="utf-8"))
+        kl = {key: math.nan if summary[key] is None else summary[key] for key in ("kl", "kl_stderr") if key in summary}
+        with self._file(version).open(encoding="utf-8") as file:
+            lines = list(map(json.loads, file))
+        scores = [line["score"] for line in lines if line["score"] is not None]
+        score = {"heldout/score": fmean(scores)} if scores else {}
+        return kl | score | win_rate(lines, self._before(version))
+
     def _before(self, version: int) -> list[Line]:
         """Lines of the newest recorded evaluation of an earlier version; none if there is no such evaluation."""
         earlier = [int(file.stem) for file in self.folder.glob("[0-9]*.jsonl") if int(file.stem) < version]

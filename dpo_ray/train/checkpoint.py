@@ -54,9 +54,11 @@ class CheckpointFailed(NonRetryableError):
 def save_due(run: RunConfig, position: int, total: int, *, stopping: bool = False) -> bool:
     """True if a checkpoint is saved at ``position`` (steps offline, rounds online) of ``total``.
 
-    Every ``run.save_every`` and at the end, unless ``run.save_every`` is None; always if the run stops early.
+    Every ``run.save_every`` and at the end, unless ``run.save_every`` is None; always if the run stops early. Without
+    ``run.save_last``, every ``run.save_every`` only.
     """
-    return stopping or (run.save_every is not None and (position == total or position % run.save_every == 0))
+    last = run.save_last and (stopping or (position == total and run.save_every is not None))
+    return last or (run.save_every is not None and position % run.save_every == 0)
 
 
 class Checkpointer:
@@ -138,6 +140,11 @@ class Checkpointer:
                 f"{self.writing} could not be written ({_first_failure(error)}{_free_space(self.folder)}); "
                 + (f"the last good checkpoint is {self.last_good}" if self.last_good else "there is no earlier one")
             ) from error
+
+    def close(self) -> None:
+        """Waits like ``wait``, then leaves the process group of the saves."""
+        self.wait()
+        dist.destroy_process_group(self.group)
 
     def _remove_unfinished(self) -> None:
         try:

@@ -4,13 +4,16 @@ from functools import partial
 from typing import Protocol
 
 import numpy as np
+import torch.distributed as dist
 
 from dpo_ray.config.schema import RunConfig
 from dpo_ray.data.loader import PairLoader
 from dpo_ray.data.store import PairStore
 from dpo_ray.model.scorer import LogpsModel
+from dpo_ray.objective.metrics import LOG_RATIOS
 from dpo_ray.reference.reference import Reference
 from dpo_ray.rollout.evaluation import Evaluation
+from dpo_ray.sweep.held_out import write_pair_results
 from dpo_ray.train.checkpoint import save_due
 from dpo_ray.train.logps import compute_sample_logps
 from dpo_ray.train.reporter import Reporter
@@ -23,10 +26,12 @@ def evaluation_due(run: RunConfig, position: int, total: int, *, stopping: bool 
     """True if the policy is evaluated at ``position`` (steps offline, rounds online) of ``total``.
 
     At the start, at the end, every ``run.eval_every``, and with ``run.best_metric`` before each checkpoint, which is
-    ranked by that metric.
+    ranked by that metric. With ``run.eval_at``, there and at the end.
     """
     if run.best_metric is not None and save_due(run, position, total, stopping=stopping):
         return True
+    if run.eval_at:
+        return position == total or position in run.eval_at
     return position in (0, total) or (run.eval_every is not None and position % run.eval_every == 0)
 
 
@@ -50,9 +55,26 @@ class PairEvaluator:
         shape, size = self.trainer.batch_shape, config.optim.pairs_per_step
         batches = PairLoader(self.pairs, shape, pairs_per_step=size, seed=config.run.seed, shuffle=False)
         steps = (next(batches) for _ in range(batches.steps_per_epoch))
-        metrics = evaluate_pairs(self.trainer, steps, self.reference)
+        metrics, results = evaluate_pairs(self.trainer, steps, self.reference, pairs=len(self.pairs))
+        metrics |= drift(results)
+        if dist.get_rank() == 0:
+            write_pair_results(config.run.path, results, step=step, pairs=self.pairs.digest)
         self.reporter.evaluation({"step": step, **metrics})
         return metrics
+
+
+def drift(results: np.ndarray) -> Metrics:
+    """``eval/drift``: how far the policy is from the reference on the held-out completions; empty without a reference.
+
+    The mean absolute log-ratio of policy to reference, nats per completion. Unlike a KL divergence it needs no samples
+    of the policy; unlike rewards it does not depend on beta.
+
+    Args:
+        results: (n, 4) PAIR_RESULTS.
+    """
+    log_ratios = results[:, LOG_RATIOS]
+    present = log_ratios[~np.isnan(log_ratios)]
+    return {"eval/drift": float(np.abs(present).mean())} if len(present) else {}
 
 
 class Evaluations(Protocol):

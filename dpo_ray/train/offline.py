@@ -22,6 +22,7 @@ from dpo_ray.train.checkpoint import Checkpointer
 from dpo_ray.train.evaluator import PairEvaluator
 from dpo_ray.train.reference import build_references
 from dpo_ray.train.reporter import Reporter
+from dpo_ray.train.shared import SharedParts
 from dpo_ray.train.state import TrainState
 from dpo_ray.train.step import dpo_step
 from dpo_ray.train.trainer import Trainer, build_trainer
@@ -29,14 +30,25 @@ from dpo_ray.types import Metrics, TrainResult
 
 
 def train_offline(
-    config: Config, *, pairs: PairStore, held_out: PairStore | None, device: torch.device, reporter: Reporter
+    config: Config,
+    *,
+    pairs: PairStore,
+    held_out: PairStore | None,
+    device: torch.device,
+    reporter: Reporter,
+    shared: SharedParts | None = None,
 ) -> TrainResult:
-    """Trains the policy on ``pairs``, to the end or until a stop is requested."""
-    trainer = build_trainer(config, device, reporter)
+    """Trains the policy on ``pairs``, to the end or until a stop is requested.
+
+    Args:
+        shared: parts of former runs of this process.
+    """
+    trainer = (shared.build_trainer if shared else build_trainer)(config, device, reporter)
     loader = _build_loader(trainer, pairs)
 
     # The untrained policy is the reference: its log-probabilities are computed before a checkpoint is loaded.
-    reference, held_out_reference = build_references(trainer, pairs, held_out, reporter)
+    build = shared.build_references if shared else build_references
+    reference, held_out_reference = build(trainer, pairs, held_out, reporter)
     skips = config.optim.max_skipped_steps
     state = TrainState(trainer.policy, trainer.optimizer, trainer.log_ratio_totals, skips)
     checkpointer = Checkpointer(config.run.path / "checkpoints", config)
@@ -64,9 +76,9 @@ def train_offline(
     if state.step < total_steps:
         metrics |= evaluator.maybe_run(state.step, stopping=True)
         checkpointer.maybe_save(state, state.step, total_steps, metrics, stopping=True)
-        checkpointer.wait()
+        checkpointer.close()
         return TrainResult(metrics, stopped_at=f"step {state.step} of {total_steps}")
-    checkpointer.wait()
+    checkpointer.close()
     if config.run.export:
         reporter.phase("exporting")
         export_policy(trainer.policy, config.model, trainer.tokenizer, config.run.path)

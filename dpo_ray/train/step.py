@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,7 +16,7 @@ from dpo_ray.data.packing import PackedRow
 from dpo_ray.model.scorer import PairLosses, pair_logps, pair_losses
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.objective.losses import STEP_VALUES
-from dpo_ray.objective.metrics import PAIR_METRICS, REWARDS, pair_metric_sums
+from dpo_ray.objective.metrics import PAIR_METRICS, PAIR_RESULTS, REWARDS, pair_metric_sums, pair_results
 from dpo_ray.parallel.collectives import full_tensor, gather_values
 from dpo_ray.parallel.fsdp import reshard, set_last_micro_batch
 from dpo_ray.reference.reference import Reference
@@ -71,16 +72,29 @@ def dpo_step(trainer: Trainer, batch: StepBatch, reference: Reference, *, lr: fl
 
 
 @torch.no_grad()
-def evaluate_pairs(trainer: Trainer, batches: Iterable[StepBatch], reference: Reference) -> Metrics:
-    """Loss, rewards and accuracy on held-out pairs, under ``eval/``."""
-    config, sums = trainer.config.loss, _zero_sums(trainer)
+def evaluate_pairs(
+    trainer: Trainer, batches: Iterable[StepBatch], reference: Reference, *, pairs: int
+) -> tuple[Metrics, np.ndarray]:
+    """Evaluates the policy on held-out pairs.
+
+    Args:
+        pairs: number of held-out pairs n; the batches have each of them once.
+
+    Returns:
+        Loss, rewards and accuracy under ``eval/``; and (n, 4) float64, the PAIR_RESULTS of each pair by its index.
+        Both are the same on every rank.
+    """
+    beta, sums = trainer.config.loss.beta, _zero_sums(trainer)
+    results = torch.zeros(pairs, len(PAIR_RESULTS), dtype=torch.float64, device=trainer.device)
     for batch in batches:
-        for _, row, reference_logps in _rows(trainer, batch, reference):
+        for numbers, row, reference_logps in _rows(trainer, batch, reference):
             losses = _pair_losses(trainer, row, reference_logps)
-            sums += pair_metric_sums(losses.each, losses.policy, reference_logps, config.beta)
+            sums += pair_metric_sums(losses.each, losses.policy, reference_logps, beta)
+            results[list(numbers)] = pair_results(losses.each, losses.policy, reference_logps, beta)
     reshard(trainer.policy)
     dist.all_reduce(sums, group=trainer.dp_group)
-    return {f"eval/{name}": value for name, value in _means(sums).items()}
+    dist.all_reduce(results, group=trainer.dp_group)  # a pair is on one rank; the others have zeros
+    return {f"eval/{name}": value for name, value in _means(sums).items()}, results.cpu().numpy()
 
 
 Row = tuple[tuple[int, ...], PackedRow, PairLogps | None]

@@ -19,6 +19,7 @@ from dpo_ray.objective.losses import sigmoid
 from dpo_ray.ops import float8
 from dpo_ray.parallel.fsdp import build_mesh
 from dpo_ray.train.offline import train_offline
+from dpo_ray.train.shared import SharedParts
 from dpo_ray.types import Metrics, TokenPair
 
 NAN_TOKENS = 20
@@ -71,6 +72,25 @@ def offline(rank: int, config: dict[str, Any], stop_after: int | None = None) ->
     reporter = ListReporter(stop_after if rank == 0 else None)
     train_offline(parsed, pairs=pairs, held_out=held_out, device=torch.device("cpu"), reporter=reporter)
     return reporter.lines
+
+
+def offline_in_turn(rank: int, configs: list[dict[str, Any]], fresh: bool) -> list[list[Metrics]]:
+    """Offline runs in the same processes, which share their parts or build them anew; returns the metrics of each."""
+    shared, lines = SharedParts(), []
+    for config in configs:
+        parsed = Config.model_validate(config)
+        folder, reporter = parsed.reference.cache_path / f"data-{rank}", ListReporter()
+        pairs = prepare_pairs(parsed.data.train, load_record_tokenizer(parsed), folder=folder)
+        train_offline(
+            parsed,
+            pairs=pairs,
+            held_out=None,
+            device=torch.device("cpu"),
+            reporter=reporter,
+            shared=None if fresh else shared,
+        )
+        lines.append(reporter.lines)
+    return lines
 
 
 def offline_counting_graphs(rank: int, config: dict[str, Any]) -> tuple[list[Metrics], int]:

@@ -33,22 +33,21 @@ def ended_rounds(run: Path) -> list[Any]:
     )
 
 
-@pytest.fixture
-def config(tmp_path: Path, tiny_model: Path) -> dict[str, Any]:
+def tiny_rounds(folder: Path, model: Path) -> dict[str, Any]:
     """Six rounds of four prompts on the tiny model: two workers, two engines."""
     prompts = [{"prompt": [{"role": "user", "content": f"say something about {i}"}]} for i in range(PROMPTS + 4)]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts[:PROMPTS]))
-    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts[PROMPTS:]))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts[:PROMPTS]))
+    (folder / "held_out.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts[PROMPTS:]))
     return {
-        "run": {"dir": str(tmp_path / "runs"), "name": "rounds", "save_every": 1, "eval_every": None},
-        "model": {"path": str(tiny_model)},
+        "run": {"dir": str(folder / "runs"), "name": "rounds", "save_every": 1, "eval_every": None},
+        "model": {"path": str(model)},
         "data": {"max_prompt_tokens": 128},
         "optim": {"lr": 1e-3, "pairs_per_step": 2, "schedule": "constant"},
         "shard": {"reshard_after_forward": False},
         "cluster": {"train_workers": 2, "rollout_engines": 2},
         "online": {
-            "prompts": str(tmp_path / "prompts.jsonl"),
-            "eval_prompts": str(tmp_path / "held_out.jsonl"),
+            "prompts": str(folder / "prompts.jsonl"),
+            "eval_prompts": str(folder / "held_out.jsonl"),
             "rounds": 6,
             "prompts_per_round": 4,
             "candidates": 3,
@@ -58,6 +57,12 @@ def config(tmp_path: Path, tiny_model: Path) -> dict[str, Any]:
             "sync": {"args": {"bucket_mib": 1}},
         },
     }
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_model: Path) -> dict[str, Any]:
+    """A run in the test's own folder."""
+    return tiny_rounds(tmp_path, tiny_model)
 
 
 def test_a_run_killed_in_round_three_and_robbed_of_an_engine_in_round_four_repeats_no_finished_round_and_completes(

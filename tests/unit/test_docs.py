@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from dpo_ray.cli import COMMANDS
-from dpo_ray.config import OFFLINE, ONLINE, SWEEP, Config, load_config, parse_overrides
+from dpo_ray.config import OFFLINE, ONLINE, Config, load_config, parse_overrides, sweep_command
 from dpo_ray.config.commands import validate_command
 from dpo_ray.config.load import config_fields, help_text
 from dpo_ray.config.paths import validate_paths
@@ -37,7 +37,7 @@ PAGES = [
     *ROOT.glob("examples/*/README.md"),
 ]
 FENCE = re.compile(r"(<!-- not run: [^>]+-->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-TRAINING = {"offline": OFFLINE, "online": ONLINE, "sweep": SWEEP}
+TRAINING = {"offline": OFFLINE, "online": ONLINE, "sweep": sweep_command}
 MINE = {"model": {"path": "org/name"}, "data": {"train": "my_pairs.jsonl", "eval": "my_held_out.jsonl"}}
 MY_ONLINE = {"model": {"path": "org/name"}, "online": {"prompts": "my_prompts.jsonl"}}
 PLACEHOLDERS = {

@@ -418,7 +418,8 @@ def test_help_lists_every_key_with_type_default_and_meaning(online, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("DPO on fresh pairs.")
     lines = printed.splitlines()
-    for key in leaves(load(online, "model.lora={rank: 8}", "online.eval_judge={use: length}")):
+    optional = ("model.lora={rank: 8}", "online.eval_judge={use: length}", "sweep.constraint={metric: kl, max: 9}")
+    for key in leaves(load(online, *optional)):
         [at] = [i for i, line in enumerate(lines) if line.startswith(f"{key}: ")]
         assert " = " in lines[at] or lines[at].endswith(" (required)")
         assert lines[at + 1].startswith("    ")

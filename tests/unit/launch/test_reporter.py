@@ -21,7 +21,7 @@ class InProcess:
 
 def reporter_and_status(folder: Path, rank: int = 0) -> tuple[RunReporter, StatusActor]:
     status = StatusActor()
-    return RunReporter(folder, InProcess(status), rank, to_train=False), status
+    return RunReporter(folder, InProcess(status), rank), status
 
 
 def metrics_lines(folder: Path) -> list[dict[str, Any]]:
@@ -48,7 +48,7 @@ def test_resuming_drops_the_lines_of_lost_work_and_an_incomplete_line(tmp_path: 
 
 def test_the_metrics_of_a_round_stand_on_the_line_of_its_last_step(tmp_path: Path) -> None:
     status = StatusActor()
-    reporter = RunReporter(tmp_path, InProcess(status), 0, online=True, to_train=False)
+    reporter = RunReporter(tmp_path, InProcess(status), 0, online=True)
     for step in (1, 2):
         reporter.step({"step": step, "loss": step / 10})
     assert status.read().metrics["loss"] == 0.2, "the display does not wait for the end of the round"

@@ -5,7 +5,7 @@ import errno
 import pytest
 import torch
 
-from dpo_ray.launch.workers import _is_retryable
+from dpo_ray.launch.workers import is_retryable
 
 
 @pytest.mark.parametrize(
@@ -22,9 +22,9 @@ def test_broken_connections_are_retried_and_errors_that_would_repeat_are_not(
     monkeypatch: pytest.MonkeyPatch, error: Exception, retryable: bool
 ) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    assert _is_retryable(error) is retryable
+    assert is_retryable(error) is retryable
 
 
 def test_an_error_after_ray_tore_down_the_process_group_is_retried() -> None:
     assert not torch.distributed.is_initialized()
-    assert _is_retryable(ValueError("Default process group has not been initialized"))
+    assert is_retryable(ValueError("Default process group has not been initialized"))

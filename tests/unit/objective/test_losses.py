@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from dpo_ray.config.schema import STEP_LOSSES, UNPAIRED_LOSSES, LossConfig
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.objective.losses import LOSSES, build_loss, kl_estimate, rank_matches, sigmoid
-from dpo_ray.objective.metrics import PAIR_METRICS, pair_metric_sums
+from dpo_ray.objective.metrics import PAIR_METRICS, pair_metric_sums, pair_results
 from tests.conftest import gradient
 
 
@@ -366,3 +366,16 @@ def test_without_a_reference_rewards_are_log_probabilities_per_token() -> None:
     found = dict(zip(PAIR_METRICS, sums.tolist(), strict=True))
     assert (found["rewards/chosen"], found["rewards/rejected"], found["rewards/margins"]) == (-1.25, -2.0, 0.75)
     assert found["rewards/accuracies"] == 1.0
+
+
+def test_results_of_pairs_have_loss_margin_and_log_ratios_whose_means_are_the_metrics() -> None:
+    policy, reference = pairs([-10.0, -4.0], [-20.0, -1.0]), pairs([-12.0, -4.0], [-15.0, -2.0])
+    losses = torch.tensor([0.25, 0.75])
+    assert pair_results(losses, policy, reference, beta=0.5).tolist() == [
+        [0.25, 3.5, 2.0, -5.0],
+        [0.75, -0.5, 0.0, 1.0],
+    ]
+    labelled = pair_results(losses, replace(policy, unpaired=torch.tensor([1, -1])), reference, beta=0.5)
+    assert labelled[:, 1].tolist() == [1.0, -0.5]
+    assert labelled[:, 2:].isnan().tolist() == [[False, True], [True, False]], "without those of the other prompt"
+    assert pair_results(losses, policy, None, beta=0.5)[:, 2:].isnan().all()

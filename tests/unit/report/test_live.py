@@ -3,10 +3,14 @@
 import json
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 from dpo_ray.launch.follower import LiveReport
+from dpo_ray.launch.sweeps import summary
 from dpo_ray.report.page import write_report
+from dpo_ray.sweep.trials import Objective, Trial
 
 
 def running_run(path: Path, *, steps: int, incomplete: str = "") -> Path:
@@ -32,13 +36,13 @@ def test_a_run_without_any_file_yet_has_a_running_report(tmp_path):
 
 
 def test_a_live_report_is_written_at_most_once_per_minute(tmp_path):
-    live = LiveReport(running_run(tmp_path, steps=1))
+    live = LiveReport(partial(write_report, running_run(tmp_path, steps=1), running=True))
     assert [live.maybe_write(now) for now in (1000.0, 1059.0, 1030.0)] == [True, False, False]
     assert live.maybe_write(2000.0)
 
 
 def test_a_live_report_that_fails_warns_once_and_tries_again(tmp_path, caplog):
-    live = LiveReport(tmp_path / "run")
+    live = LiveReport(partial(write_report, tmp_path / "run", running=True))
     assert not live.maybe_write(1000.0)
     assert not live.maybe_write(2000.0)
     assert len(caplog.records) == 1
@@ -49,3 +53,16 @@ def test_a_live_report_that_fails_warns_once_and_tries_again(tmp_path, caplog):
 def test_importing_the_live_report_leaves_matplotlib_out():
     code = "import sys, dpo_ray.launch.follower; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_report_of_a_running_sweep_is_written_once_a_trial_has_a_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(summary, "POLL_S", 0.01)
+    trials = [Trial("a", {"loss.beta": 0.1}, "running")]
+    page, deadline = tmp_path / "report.html", time.monotonic() + 60
+    with summary.live_sweep_report(lambda: trials, tmp_path, Objective("eval/loss", "min")):
+        time.sleep(0.1)
+        assert not page.exists()
+        trials = [Trial("a", {"loss.beta": 0.1}, "running", {"step": 4, "eval/loss": 0.6})]
+        while not page.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert "So far: Pick loss.beta = 0.1: its eval/loss is 0.6." in page.read_text()

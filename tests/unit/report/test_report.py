@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from dpo_ray.report.figures import KeyFigure, comparisons, key_figures, verdict
-from dpo_ray.report.formatting import format_duration
+from dpo_ray.report.formatting import format_duration, short_names
 from dpo_ray.report.health import diagnose
-from dpo_ray.report.page import write_report, write_sweep_report
+from dpo_ray.report.page import write_report
 from dpo_ray.report.plots import legend, run_plots
 from dpo_ray.report.record import RunRecord, read_run
 from jobs.picture import write_picture
@@ -376,50 +376,6 @@ def test_a_long_run_gives_a_small_page(tmp_path):
     assert html.stat().st_size < 400_000
 
 
-# ------------------------------------------------------------------------------------------------------------- sweeps
-
-ROWS = [
-    {"trial": "a", "loss.beta": 0.1, "optim.lr": 1e-6, "eval/loss": 0.62, "time_s": 10.0},
-    {"trial": "b", "loss.beta": 0.3, "optim.lr": 5e-6, "eval/loss": 0.58, "time_s": 11.0},
-    {"trial": "c", "loss.beta": 0.1, "optim.lr": 5e-6, "eval/loss": None, "time_s": 2.0},
-]
-
-
-def rows_in_order(html: str) -> list[str]:
-    return re.findall(r"<tr[^>]*><td>([^<]*)</td>", html)
-
-
-def test_trials_are_sorted_from_best_to_worst_with_failures_last(tmp_path):
-    html = write_sweep_report(tmp_path, ROWS, "eval/loss", "min").read_text(encoding="utf-8")
-    assert rows_in_order(html) == ["b", "a", "c"]
-    assert '<tr class="best"><td>b</td>' in html
-    assert "The lowest eval/loss is 0.58, at loss.beta = 0.3, optim.lr = 5e-6" in html
-    html = write_sweep_report(tmp_path, ROWS, "eval/loss", "max").read_text(encoding="utf-8")
-    assert rows_in_order(html) == ["a", "b", "c"]
-
-
-def test_each_swept_number_has_a_plot_and_text_values_have_none(tmp_path):
-    html = write_sweep_report(tmp_path, ROWS, "eval/loss", "min").read_text(encoding="utf-8")
-    assert "eval/loss over optim.lr" in html
-    assert "eval/loss over loss.beta" in html
-    words = [{"trial": i, "loss.use": name, "loss": 0.5} for i, name in enumerate(("sigmoid", "<ipo>"))]
-    html = write_sweep_report(tmp_path, words, "loss", "min").read_text(encoding="utf-8")
-    assert "<svg" not in html
-    assert "&lt;ipo&gt;" in html
-
-
-def test_a_metric_no_trial_has_is_rejected_with_the_metrics_there_are(tmp_path):
-    with pytest.raises(ValueError, match=r"metric 'eval/los'.*eval/loss"):
-        write_sweep_report(tmp_path, ROWS, "eval/los", "min")
-    with pytest.raises(ValueError, match="min or max"):
-        write_sweep_report(tmp_path, ROWS, "eval/loss", "lowest")
-
-
-def test_a_sweep_without_a_finished_trial_still_has_a_page(tmp_path):
-    html = write_sweep_report(tmp_path, ROWS[2:], "eval/loss", "min").read_text(encoding="utf-8")
-    assert "No trial finished with a result." in html
-
-
 def test_a_run_on_labels_speaks_of_completions_and_not_of_pairs() -> None:
     keys = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "logps/chosen", "logps/rejected")
     diverged = {"step": 9, "optim/grad_norm": 99.0, **dict.fromkeys(keys, math.nan)}
@@ -443,3 +399,9 @@ def test_a_run_on_labels_speaks_of_completions_and_not_of_pairs() -> None:
     paired = RunRecord(Path("run"), {"loss": {"use": "sigmoid"}}, evals=evals)
     assert key_figures(paired)[0].detail == "of pairs ordered right"
     assert verdict(paired, []) == "After 8 steps 75% of held-out pairs are ordered right."
+
+
+def test_short_names_are_the_last_parts_that_tell_keys_and_metrics_apart() -> None:
+    assert short_names(["loss.beta", "optim.lr", "eval/rewards/accuracies"]) == ["beta", "lr", "accuracies"]
+    assert short_names(["loss.use", "eval/loss", "loss", "kl"]) == ["loss.use", "eval/loss", "loss", "kl"]
+    assert short_names(["online.judge.use", "online.select.use"]) == ["judge.use", "select.use"]

@@ -1,0 +1,155 @@
+"""The verdict on a sweep in plain sentences."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dpo_ray.report.formatting import count_noun, format_number, same_decimals
+from dpo_ray.report.record import number
+from dpo_ray.sweep.ranking import Configuration
+from dpo_ray.sweep.trials import Objective
+from dpo_ray.sweep.verdict import Lead, Verdict, as_good_region
+
+DISTANCES = {"kl": "KL to the reference", "eval/drift": "drift from the reference"}
+"""Metrics of the distance between policy and reference, in nats per completion; the first that a trial has is named."""
+SCALED_BY_LOSS = ("eval/loss", "eval/rewards/margins")
+"""Metrics whose scale depends on the loss."""
+
+
+def verdict_text(verdict: Verdict) -> str:
+    """The configuration to pick, the certainty of its lead, others that are as good, and trials without a result."""
+    if verdict.best is None:
+        return " ".join(["No trial has a result to pick.", *_exclusions(verdict)])
+    sentences = [_pick(verdict, verdict.best), *_lead(verdict, verdict.best), *_as_good(verdict)]
+    return " ".join([*sentences, *_unfinished(verdict), *_scales(verdict), *_exclusions(verdict)])
+
+
+def settings_text(values: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """``loss.beta = 0.1, optim.lr = 1e-5``."""
+    return ", ".join(f"{key} = {format_number(values[key])}" for key in keys if key in values)
+
+
+def _name(configuration: Configuration, verdict: Verdict) -> str:
+    settings = settings_text(configuration.values, verdict.keys)
+    repeats = [c for c in verdict.configurations if c.values == configuration.values]
+    trial = f"trial {configuration.trials[0].name}"
+    return f"{settings} ({trial})" if settings and len(repeats) > 1 else settings or trial
+
+
+def _pick(verdict: Verdict, best: Configuration) -> str:
+    metric = verdict.objective.metric
+    if best.deviation is None:
+        value = f"its {metric} is {format_number(best.mean)}"
+    else:
+        mean, deviation, low, high = same_decimals(best.mean, best.deviation, min(best.metrics), max(best.metrics))
+        value = (
+            f"its {metric} is {mean} on average over {count_noun(len(best.metrics), 'seed')}, "
+            f"with a standard deviation of {deviation} ({low} to {high})"
+        )
+    return f"Pick {_name(best, verdict)}: {value}{_distance(best, verdict.objective)}."
+
+
+def _distance(configuration: Configuration, objective: Objective) -> str:
+    """The distance from the reference at which the metric was reached."""
+    for metric, meaning in DISTANCES.items():
+        values = [number(trial.metrics.get(metric)) for trial in configuration.trials]
+        present = [value for value in values if value is not None]
+        if present and metric != objective.metric:
+            return f", at a {meaning} of {format_number(sum(present) / len(present), 3)} nats per completion"
+    return ""
+
+
+def _lead(verdict: Verdict, best: Configuration) -> list[str]:
+    if not verdict.leads:
+        return []
+    lead = verdict.leads[0]
+    other, (difference,) = _name(lead.other, verdict), same_decimals(lead.difference)
+    if lead.identical:
+        where = f" on each of the {lead.examples:,} held-out {lead.unit}" if lead.examples else ""
+        return [f"A tie: {other} has the same result{where}; the two are indistinguishable."]
+    noises = _noises(lead)
+    if len(verdict.leads) == len(verdict.ties) > 1:
+        more = "more seeds" if lead.low is None else "more held-out data"
+        finished = " that ran to the end" if len(verdict.configurations) > len(verdict.leads) + 1 else ""
+        return [
+            f"All {len(verdict.leads) + 1} configurations{finished} tie: the lead of {difference} over the next, "
+            f"{other}, is within {' or '.join(noises)}. They may differ on {more}."
+        ]
+    if lead.level == "unknown":
+        return [
+            f"Its lead over the next, {other}, is {difference}; how much of that is noise is not known, "
+            "without results by held-out example and repeats with other seeds."
+        ]
+    if lead.level == "clear":
+        seeds = "; seeds were not repeated" if lead.seed_margin is None else ""
+        return [f"Its lead of {difference} over the next, {other}, is larger than {' and '.join(noises)}{seeds}."]
+    return [f"A tie: its lead of {difference} over the next, {other}, is within {' or '.join(noises)}."]
+
+
+def _noises(lead: Lead) -> list[str]:
+    """The noises that a clear lead exceeds, or those that hide a tied one."""
+    noises = []
+    if lead.low is not None and lead.high is not None and (lead.level == "clear" or not lead.exceeds_examples):
+        low, high = same_decimals(lead.low, lead.high)
+        noises.append(f"the noise of the {lead.examples:,} held-out {lead.unit} (95 % interval {low} to {high})")
+    if lead.seed_margin is not None and (lead.level == "clear" or not lead.exceeds_seeds):
+        noises.append(f"that of seeds (± {same_decimals(lead.seed_margin, digits=2)[0]})")
+    return [noise.replace("that of seeds", "the noise of seeds") if i == 0 else noise for i, noise in enumerate(noises)]
+
+
+def _as_good(verdict: Verdict) -> list[str]:
+    """The neighbourhood of the best configuration, and the number of ties outside of it."""
+    if len(verdict.leads) < 2 or len(verdict.ties) == len(verdict.leads):
+        return []
+    region = as_good_region(verdict)
+    if region is None or not region.spans:
+        names = [_name(tie, verdict) for tie in verdict.ties[:3]]
+        return [f"As good within the noise: {'; '.join(names)}."] if names else []
+    spans = _join([_span(key, values) for key, values in region.spans.items()])
+    fixed = settings_text(region.fixed, tuple(region.fixed))
+    outside = len(verdict.ties) - len(region.members)
+    rest = (
+        f" {count_noun(outside, 'further configuration')} elsewhere cannot be told from it either." if outside else ""
+    )
+    return [f"As good within the noise: {spans}{f' at {fixed}' if fixed else ''}.{rest}"]
+
+
+def _span(key: str, values: Sequence[Any]) -> str:
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    return f"{key} {(' to ' if numbers else ' or ').join(map(format_number, values))}"
+
+
+def _unfinished(verdict: Verdict) -> list[str]:
+    """Trials that are not compared because their metric is of an earlier step."""
+    if verdict.best is None or not verdict.best.finished:
+        return []
+    early = Counter(trial.status for trial in verdict.ranking.ranked if trial.status != "done")
+    texts = {"stopped": "stopped early by the scheduler", "running": "still running", "waiting": "waiting"}
+    counts = [f"{count} {texts[status]}" for status, count in early.items()]
+    return [f"Not compared: {_join(counts)}."] if counts else []
+
+
+def _scales(verdict: Verdict) -> list[str]:
+    scaling = [key for key in verdict.keys if key.startswith("loss.")]
+    if verdict.objective.metric not in SCALED_BY_LOSS or not scaling:
+        return []
+    return [
+        f"{verdict.objective.metric} is on another scale for each {_join(scaling)}: "
+        "eval/rewards/accuracies can be compared between such trials."
+    ]
+
+
+def _exclusions(verdict: Verdict) -> list[str]:
+    """Trials that cannot win, by reason."""
+    reasons = Counter(reason for _, reason in verdict.ranking.excluded)
+    return [f"Excluded: {_join([_excluded(reason, n) for reason, n in reasons.items()])}."] if reasons else []
+
+
+def _excluded(reason: str, count: int) -> str:
+    verb, _, rest = reason.partition(" ")
+    plural = {"has": "have", "exceeds": "exceed"}.get(verb, verb)
+    return f"{count_noun(count, 'trial')} {plural if count > 1 else verb} {rest}".rstrip()
+
+
+def _join(texts: Sequence[str]) -> str:
+    return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)

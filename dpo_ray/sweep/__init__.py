@@ -1,0 +1,1 @@
+"""Sweeps without Ray: the records of trials and of the sweep itself, which the launcher writes and reports read."""

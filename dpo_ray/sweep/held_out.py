@@ -1,0 +1,116 @@
+"""Results of a run's latest evaluation by held-out pair or prompt: they pair trials for a comparison.
+
+Offline runs write ``heldout.npz``: ``step``, ``pairs`` (digest of the store) and, with one value per pair in the
+store's order, ``loss``, ``margin``, ``chosen_log_ratio`` and ``rejected_log_ratio`` in nats, and ``correct`` (1 if the
+margin is positive, 0.5 if it is 0). Online runs have the scores of their prompts in ``evaluations/VERSION.jsonl``.
+"""
+
+import io
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from dpo_ray.objective.metrics import PAIR_RESULTS
+from dpo_ray.storage import read_jsonl, storage_errors, write_atomically
+
+FILE = "heldout.npz"
+COLUMNS = {"eval/rewards/accuracies": "correct", "eval/loss": "loss", "eval/rewards/margins": "margin"}
+"""Column of ``heldout.npz`` whose mean is the metric."""
+SCORE = "heldout/score"
+"""Metric that is the mean of the scores of held-out prompts."""
+
+Unit = Literal["pairs", "completions", "prompts"]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """The values, one per held-out example, whose mean is a metric."""
+
+    values: np.ndarray
+    """(n,) float64."""
+    names: np.ndarray
+    """(n,) identifies the examples within their set, in ascending order."""
+    examples: Unit
+    set: str = ""
+    """Digest of the held-out set; values of different sets cannot be paired."""
+
+
+def write_pair_results(run_dir: Path, results: np.ndarray, *, step: int, pairs: str) -> None:
+    """Writes ``heldout.npz`` atomically.
+
+    Args:
+        results: (n, 4) in the order of PAIR_RESULTS.
+        step: optimizer step of the evaluated policy.
+        pairs: digest of the held-out pairs.
+    """
+    columns = dict(zip(PAIR_RESULTS, results.T, strict=True))
+    margin, file = columns["margin"], io.BytesIO()
+    correct = np.where(margin > 0, 1.0, np.where(margin == 0, 0.5, 0.0))
+    np.savez(file, step=step, pairs=pairs, correct=correct, **columns)
+    with storage_errors(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(run_dir / FILE, file.getvalue())
+
+
+def read_held_out(run_dir: Path, metric: str, *, step: int | None = None) -> HeldOut | None:
+    """The values behind a metric of a run's latest evaluation.
+
+    Args:
+        metric: a key of COLUMNS, or SCORE.
+        step: step that the metric was reported at; None accepts any.
+
+    Returns:
+        None if the metric is not a mean over held-out examples, if there is no readable file, or if an offline
+        evaluation is of another step, as after a kill between writing and reporting it.
+    """
+    if metric == SCORE:
+        return _read_scores(run_dir / "evaluations")
+    return _read_pairs(run_dir / FILE, COLUMNS[metric], step) if metric in COLUMNS else None
+
+
+def _read_pairs(path: Path, column: str, step: int | None) -> HeldOut | None:
+    try:
+        with np.load(path) as file:
+            if step is not None and int(file["step"]) != step:
+                return None
+            values, one_sided = file[column], np.isnan(file["chosen_log_ratio"]) != np.isnan(file["rejected_log_ratio"])
+            examples: Unit = "completions" if one_sided.any() else "pairs"
+            return HeldOut(values, np.arange(len(values)), examples, str(file["pairs"]))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+
+
+def _read_scores(folder: Path) -> HeldOut | None:
+    """Scores of the newest version; prompts without a score are left out."""
+    files = sorted(file for file in folder.glob("*.jsonl") if file.stem.isdigit())
+    if not files:
+        return None
+    scores = {
+        json.dumps([line.get("prompt_index"), line["prompt"]], sort_keys=True): float(line["score"])
+        for line in read_jsonl(files[-1])
+        if line.get("score") is not None
+    }
+    names = sorted(scores)
+    return HeldOut(np.array([scores[name] for name in names]), np.array(names), "prompts")
+
+
+def paired(first: HeldOut, second: HeldOut) -> tuple[np.ndarray, np.ndarray]:
+    """The values of both on their common examples; empty for examples of different sets."""
+    if first.set != second.set:
+        return np.zeros(0), np.zeros(0)
+    _, of_first, of_second = np.intersect1d(first.names, second.names, assume_unique=True, return_indices=True)
+    return first.values[of_first], second.values[of_second]
+
+
+def mean_held_out(repeats: list[HeldOut]) -> HeldOut | None:
+    """The mean over repeats of the values on their common examples; None if there is no common one."""
+    mean, *others = repeats
+    total = mean.values
+    for other in others:
+        total, more = paired(HeldOut(total, mean.names, mean.examples, mean.set), other)
+        total, mean = total + more, HeldOut(total, np.intersect1d(mean.names, other.names), mean.examples, mean.set)
+    return HeldOut(total / len(repeats), mean.names, mean.examples, mean.set) if len(total) else None

@@ -1,0 +1,114 @@
+"""Population-based training (arXiv:1711.09846) with synchronous generations.
+
+All trials train to the end of a generation and pause. Then the worst continue from the checkpoints of the best, with
+perturbed values. Decisions depend on the results of a generation only, not on the order in which they arrived.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from random import Random
+from typing import Any
+
+from dpo_ray.config.sweeps import PbtArgs
+from dpo_ray.sweep.scheduling import Decision, Update
+from dpo_ray.sweep.trials import Key, Objective
+from dpo_ray.types import Metrics
+
+Draw = Callable[[str, Random], Any]
+"""Draws a value of a key from its domain."""
+
+
+class Population:
+    """The scheduler ``pbt``.
+
+    Args:
+        interval: length of a generation, in ``time``.
+        keys: domains of the keys that may change during a run. A clone has the donor's values of all others.
+        draw: draws a value from the domain of a key.
+        time: ``step`` or ``round``.
+    """
+
+    whole_population = True
+    pauses = True
+
+    def __init__(
+        self, args: PbtArgs, objective: Objective, keys: Mapping[str, Key], draw: Draw, *, interval: int, time: str,
+        seed: int,
+    ) -> None:  # fmt: skip
+        self.args, self.objective, self.keys, self.draw = args, objective, keys, draw
+        self.interval, self.time, self.seed = interval, time, seed
+        self.values: dict[str, Mapping[str, Any]] = {}
+        """Values of the trials that have not ended."""
+        self.scores: dict[str, float] = {}
+        """Larger is better; -inf for one that is unknown."""
+        self.waiting: dict[str, int] = {}
+        """Generation at whose end each paused trial waits."""
+        self.decided: list[Update] = []
+
+    def add(self, trial: str, values: Mapping[str, Any]) -> None:
+        self.values[trial] = values
+
+    def started(self, trial: str) -> None: ...
+
+    def report(self, trial: str, metrics: Metrics) -> Decision:
+        score = metrics.get(self.objective.metric)
+        known = isinstance(score, int | float) and math.isfinite(score)
+        self.scores[trial] = (score if self.objective.mode == "max" else -score) if known else -math.inf
+        if metrics[self.time] % self.interval:
+            return "continue"
+        self.generation = metrics[self.time] // self.interval
+        return "pause"
+
+    def paused(self, trial: str) -> None:
+        self.waiting[trial] = self.generation
+        self._maybe_exploit()
+
+    def ended(self, trial: str, metrics: Metrics, *, failed: bool) -> None:
+        self.values.pop(trial, None)
+        self.waiting.pop(trial, None)
+        self._maybe_exploit()
+
+    def updates(self) -> list[Update]:
+        decided, self.decided = self.decided, []
+        return decided
+
+    def choose(self, ready: Sequence[str]) -> str | None:
+        return ready[0] if ready else None
+
+    def _maybe_exploit(self) -> None:
+        if not self.waiting or self.waiting.keys() < self.values.keys():
+            return
+        generation = max(self.waiting.values())
+        ranked = sorted(self.waiting, key=lambda trial: (-self.scores[trial], trial))
+        size = min(max(1, int(self.args.quantile * len(ranked))), len(ranked) // 2)
+        best, worst = ranked[:size], ranked[len(ranked) - size :]
+        for trial in sorted(self.waiting):
+            if trial in worst and self.scores[trial] < self.scores[best[-1]]:
+                # One generator per decision, which is then independent of earlier ones.
+                random = Random(f"{self.seed}/{generation}/{trial}")
+                donor = random.choice(best)
+                values = self._perturbed(self.values[donor], random)
+                self.values[trial] = values
+                self.decided.append(Update(trial, "clone", donor, values))
+            else:
+                self.decided.append(Update(trial, "resume"))
+        self.waiting.clear()
+
+    def _perturbed(self, values: Mapping[str, Any], random: Random) -> dict[str, Any]:
+        perturbed = dict(values)
+        for name, key in self.keys.items():
+            if name in values:
+                perturbed[name] = self._perturb(name, key, values[name], random)
+        return perturbed
+
+    def _perturb(self, name: str, key: Key, value: Any, random: Random) -> Any:
+        resample, up = random.random() < self.args.resample, random.random() < 0.5
+        if resample:
+            return self.draw(name, random)
+        if key.values:
+            position = key.values.index(value) + (1 if up else -1)
+            return key.values[min(max(position, 0), len(key.values) - 1)]
+        value = value * self.args.factor if up else value / self.args.factor
+        if key.lower is not None and key.upper is not None:
+            value = min(max(value, key.lower), key.upper)
+        return round(value) if key.integer else value

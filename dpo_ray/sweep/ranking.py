@@ -1,0 +1,126 @@
+"""The order of a sweep's trials, and configurations that ran with several seeds."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+from dpo_ray.sweep.trials import Objective, Trial
+
+SEED_KEY = "run.seed"
+"""Trials that differ in nothing else are repeats of one configuration."""
+TIE_BREAK = "eval/loss"
+"""Orders trials of equal metric, smaller is better: accuracies on few held-out pairs are often equal."""
+
+
+class Excluded(NamedTuple):
+    """A trial that cannot win."""
+
+    trial: Trial
+    reason: str
+    """A predicate, such as ``failed`` or ``has no eval/loss``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Trials from best to worst, and those that cannot win."""
+
+    ranked: tuple[Trial, ...]
+    excluded: tuple[Excluded, ...]
+
+
+def rank(trials: Sequence[Trial], objective: Objective) -> Ranking:
+    """Orders trials by the objective.
+
+    Failed trials, trials without a finite metric and those that violate the constraint cannot win. Finished trials
+    come before those that run or were stopped early, whose metric is of an earlier step.
+    """
+    excluded = [Excluded(trial, reason) for trial in trials if (reason := exclusion(trial, objective))]
+    names = {trial.name for trial, _ in excluded}
+    ranked = sorted((trial for trial in trials if trial.name not in names), key=lambda trial: _order(trial, objective))
+    return Ranking(tuple(ranked), tuple(excluded))
+
+
+def exclusion(trial: Trial, objective: Objective) -> str | None:
+    """The reason for which a trial cannot win; None if it can."""
+    if trial.status == "failed":
+        return "failed"
+    constraint = objective.constraint
+    for metric in (objective.metric, *([constraint.metric] if constraint else ())):
+        if metric not in trial.metrics:
+            return f"has no {metric}" if trial.metrics else "has no evaluation"
+        if _finite(trial.metrics[metric]) is None:
+            return f"has a non-finite {metric}"
+    if constraint and trial.metrics[constraint.metric] > constraint.max:
+        return f"exceeds {constraint.metric} ≤ {constraint.max:g}"
+    return None
+
+
+def _order(trial: Trial, objective: Objective) -> tuple[bool, float, float]:
+    value = trial.metrics[objective.metric]
+    tie = _finite(trial.metrics.get(TIE_BREAK))
+    return trial.status != "done", -value if objective.mode == "max" else value, math.inf if tie is None else tie
+
+
+def _finite(value: Any) -> float | None:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if number else None
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """Ranked trials with the same values, except for the seed."""
+
+    values: Mapping[str, Any]
+    """Swept keys without SEED_KEY."""
+    trials: tuple[Trial, ...]
+    """Its repeats, best first."""
+    metrics: tuple[float, ...]
+    """The objective's metric of each repeat."""
+
+    @property
+    def mean(self) -> float:
+        """Mean of the metric over repeats."""
+        return fmean(self.metrics)
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation of the metric over repeats; None for a single one."""
+        return stdev(self.metrics) if len(self.metrics) > 1 else None
+
+    @property
+    def finished(self) -> bool:
+        """True if every repeat ran to the end."""
+        return all(trial.status == "done" for trial in self.trials)
+
+
+def configurations(ranked: Sequence[Trial], objective: Objective) -> list[Configuration]:
+    """The configurations of ranked trials, best mean first; finished ones before others.
+
+    Trials that are equal in every key, also the seed, are no repeats: they stay configurations of their own.
+    """
+    groups: dict[tuple[str, int], list[Trial]] = {}
+    seen: dict[str, int] = {}
+    for trial in ranked:
+        values = _key(trial.values)
+        copy = seen[values] = seen.get(values, -1) + 1
+        groups.setdefault((_key(_without_seed(trial.values)), copy), []).append(trial)
+    found = [
+        Configuration(
+            _without_seed(group[0].values), tuple(group), tuple(float(t.metrics[objective.metric]) for t in group)
+        )
+        for group in groups.values()
+    ]
+    order = {trial.name: place for place, trial in enumerate(ranked)}
+    sign = -1 if objective.mode == "max" else 1
+    return sorted(found, key=lambda c: (not c.finished, sign * c.mean, order[c.trials[0].name]))
+
+
+def _without_seed(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != SEED_KEY}
+
+
+def _key(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True, default=str)

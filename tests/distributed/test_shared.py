@@ -1,0 +1,33 @@
+"""Runs that share the model and the reference of the runs before them, on real processes."""
+
+from typing import Any
+
+import pytest
+
+from tests.distributed.conftest import over
+from tests.distributed.processes import run_ranks
+from tests.distributed.runs import offline_in_turn
+
+MEASURED = ("perf/pairs_per_s", "perf/tokens_per_s", "perf/step_s")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("lora", [None, {"rank": 4}])
+def test_a_run_on_the_model_of_another_reports_what_it_reports_alone(
+    ranks: int, lora: dict[str, Any] | None, config: dict[str, Any]
+) -> None:
+    config["model"] |= {"lora": lora}
+    trials = [{"lr": 1e-3}, {"lr": 5e-3}, {"lr": 1e-3}]
+
+    def steps(prefix: str, *, fresh: bool) -> list[Any]:
+        configs = []
+        for i, trial in enumerate(trials):
+            run = config["run"] | {"name": f"{prefix}{i}", "steps": 3, "save_last": False, "export": False}
+            configs.append(over(ranks, config | {"run": run, "optim": config["optim"] | trial}))
+        of_runs = run_ranks(ranks, offline_in_turn, configs, fresh)[0]
+        return [[{k: v for k, v in line.items() if k not in MEASURED} for line in lines] for lines in of_runs]
+
+    shared = steps("shared", fresh=False)
+    assert shared == steps("fresh", fresh=True)
+    assert shared[0] == shared[2]
+    assert shared[0][-1]["loss"] != shared[1][-1]["loss"]

@@ -1,0 +1,103 @@
+"""The live table of a sweep: its rows, its estimate, and its lines without a terminal."""
+
+import io
+import threading
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from dpo_ray.launch import trial_table as module
+from dpo_ray.launch.trial_table import Scope, live_trials, progress_text, seconds_left, trial_table
+from dpo_ray.sweep.trials import Objective, Trial
+
+SCOPE = Scope(Objective("eval/loss", "min"), samples=6, slots=2, length=8)
+
+
+def trial(number: int, status: str, *, seconds: float = 0.0, loss: float | None = None, step: int = 8) -> Trial:
+    metrics = {} if loss is None else {"step": step, "eval/loss": loss}
+    return Trial(f"{number:05d}", {"loss.beta": number / 10}, status, metrics, seconds)  # type: ignore[arg-type]
+
+
+TRIALS = [
+    trial(1, "done", seconds=100, loss=0.62),
+    trial(2, "stopped", seconds=60, loss=0.66, step=4),
+    replace(trial(3, "failed", seconds=5), error="out of memory"),
+    trial(4, "running", seconds=30, loss=0.5, step=4),
+    trial(5, "running", seconds=70),
+]
+
+
+def test_the_time_left_follows_from_ended_trials_and_slots() -> None:
+    # 80 s per trial: 50 + 10 s of the running ones and 80 s of the sixth, by two slots, are less than 80 s.
+    assert seconds_left(TRIALS, SCOPE) == 80
+    # Three more to begin: (50 + 10 + 3 * 80) / 2.
+    assert seconds_left(TRIALS, replace(SCOPE, samples=8)) == 150
+    assert seconds_left(TRIALS, replace(SCOPE, samples=5)) == 50
+
+
+def test_before_a_trial_has_ended_the_rate_of_the_running_ones_counts() -> None:
+    running = [trial(1, "running", seconds=30, loss=0.5, step=4), trial(2, "running")]
+    assert seconds_left(running, SCOPE) == pytest.approx((30 + 60 + 4 * 60) / 2)
+    assert seconds_left(running, replace(SCOPE, length=None)) is None
+    assert seconds_left([trial(1, "failed", seconds=5)], SCOPE) is None
+
+
+def test_the_table_has_values_step_metric_status_and_the_best_so_far() -> None:
+    output = io.StringIO()
+    Console(file=output, width=120).print(trial_table(TRIALS, SCOPE))
+    lines = [" ".join(line.split()) for line in output.getvalue().splitlines()]
+    assert lines == [
+        "trial beta step loss status",
+        "00001 0.1 8 0.62 done, best so far",
+        "00002 0.2 4 0.66 stopped",
+        "00003 0.3 - - failed",
+        "00004 0.4 4 0.5 running",
+        "00005 0.5 - - running",
+        "3 of 6 trials ended (1 stopped, 1 failed), 2 running, about 1 min 20 s left",
+    ]
+
+
+def test_of_many_trials_the_best_the_running_and_the_latest_are_shown() -> None:
+    ended = [trial(number, "done", seconds=9, loss=1 / number) for number in range(1, 31)]
+    trials = [*ended, trial(31, "running"), *(trial(number, "waiting") for number in range(32, 40))]
+    output = io.StringIO()
+    Console(file=output, width=120).print(trial_table(trials, SCOPE, max_rows=6))
+    names = [line.split()[0] for line in output.getvalue().splitlines()[1:-2]]
+    assert names == ["00026", "00027", "00028", "00029", "00030", "00031"]
+    assert "and 33 more" in output.getvalue()
+
+
+def test_without_a_terminal_each_ended_trial_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "POLL_S", 0.01)
+    output, seen = io.StringIO(), threading.Event()
+    snapshots = [TRIALS[:1], TRIALS[:3]]
+
+    def read() -> list[Trial]:
+        if len(snapshots) == 1:
+            seen.set()
+        return snapshots.pop(0) if len(snapshots) > 1 else snapshots[0]
+
+    with live_trials(read, SCOPE, title="demo", console=Console(file=output, width=200)):
+        assert seen.wait(30)
+    lines = [line.partition("] ")[2] for line in output.getvalue().splitlines()]
+    assert lines == [
+        f"trial 00002, loss.beta = 0.2, stopped: eval/loss 0.66 at step 4 | {progress_text(TRIALS[:3], SCOPE)}",
+        f"trial 00003, loss.beta = 0.3, failed: out of memory | {progress_text(TRIALS[:3], SCOPE)}",
+    ]
+
+
+def test_a_terminal_shows_the_table() -> None:
+    output, read_twice = io.StringIO(), threading.Event()
+    count = iter(range(3))
+
+    def read() -> list[Trial]:
+        if next(count, None) is None:
+            read_twice.set()
+        return TRIALS
+
+    console = Console(file=output, width=120, force_terminal=True)
+    with live_trials(read, SCOPE, title="demo: sweep", console=console):
+        assert read_twice.wait(30)
+    assert "demo: sweep" in output.getvalue()
+    assert "best so far" in output.getvalue()

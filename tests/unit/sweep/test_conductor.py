@@ -1,0 +1,250 @@
+"""The course of a sweep, driven call by call; schedulers and searchers of Ray Tune behind their adapters."""
+
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import tune
+
+from dpo_ray.config import Config
+from dpo_ray.config.sweeps import PbtArgs, SearchConfig
+from dpo_ray.launch.sweeps.schedulers import build_scheduler, rungs
+from dpo_ray.launch.sweeps.search import build_searcher
+from dpo_ray.launch.sweeps.space import describe
+from dpo_ray.sweep.conductor import Conductor
+from dpo_ray.sweep.journal import Journal
+from dpo_ray.sweep.population import Population
+from dpo_ray.sweep.scheduling import RunToEnd, Scheduler
+from dpo_ray.sweep.trials import Key, Objective
+
+SPACE = {"loss.beta": tune.loguniform(0.01, 0.5), "optim.lr": tune.loguniform(1e-6, 5e-5)}
+LOSS = Objective("eval/loss", "min")
+STEPS = 9
+
+
+def config(**sweep: Any) -> Config:
+    return Config.model_validate({"model": {"path": "m"}, "run": {"seed": 3, "eval_every": 1}, "sweep": sweep})
+
+
+def conductor(
+    file: Path,
+    scheduler: Scheduler | str = "none",
+    *,
+    search: str = "random",
+    samples: int = 6,
+    cloned: Callable[[str, str], None] = lambda trial, donor: None,
+    saved: int = -1,
+) -> Conductor:
+    """A sweep whose journal is ``file``; it continues one that is there."""
+
+    def clone(trial: str, donor: str) -> int:
+        cloned(trial, donor)
+        return max(sweep.progress[donor].decisions)
+
+    settings = config(scheduler={"use": scheduler} if isinstance(scheduler, str) else {}, search={"use": search})
+    searcher = build_searcher(settings.sweep.search, SPACE, None, LOSS, settings.run.seed)
+    if isinstance(scheduler, str):
+        scheduler = build_scheduler(settings, SPACE, describe(SPACE), None, LOSS, time="step", length=STEPS)
+    sweep = Conductor(
+        Journal(file),
+        searcher,
+        scheduler,
+        LOSS,
+        samples=samples,
+        time="step",
+        max_deaths=1,
+        clone=clone,
+        saved=lambda trial: saved,
+    )
+    sweep.resume()
+    return sweep
+
+
+def loss_of(trial: Any, step: int) -> float:
+    """A learning curve that depends on the values of the trial only."""
+    return abs(math.log(trial.values["loss.beta"] / 0.1)) + 1 / (1 + step)
+
+
+def run(sweep: Conductor, slots: int, *, seed: int = 0, calls: float = math.inf) -> Conductor:
+    """Trains all trials on ``slots`` slots that take turns at random; ends after ``calls`` reports, as a kill does."""
+    order, running, step = random.Random(seed), [], {}
+    while not sweep.finished and calls > 0:
+        while len(running) < slots and (progress := sweep.next()) is not None:
+            running.append(progress)
+            step.setdefault(progress.name, max(progress.decisions, default=0))
+        progress = order.choice(running)
+        step[progress.name] += 1
+        position = step[progress.name]
+        metrics = {"step": position, "eval/loss": loss_of(progress, position)}
+        decision = sweep.report(progress.name, metrics, final=position == STEPS)
+        calls -= 1
+        if decision == "pause":
+            running.remove(progress)
+            sweep.paused(progress.name)
+        elif decision == "stop" or position == STEPS:
+            running.remove(progress)
+    return sweep
+
+
+def outcome(sweep: Conductor) -> list[tuple[Any, ...]]:
+    return [(trial.name, dict(trial.values), trial.status, trial.metrics) for trial in sweep.trials]
+
+
+@pytest.mark.parametrize("scheduler", ["none", "asha", "median", "hyperband", "pbt"])
+@pytest.mark.parametrize("search", ["random", "sobol", "optuna"])
+def test_a_sweep_killed_at_any_report_ends_like_an_undisturbed_one(scheduler: str, search: str, tmp_path: Path) -> None:
+    if scheduler in ("hyperband", "pbt") and search == "optuna":
+        pytest.skip("all trials start together, so that none is modelled")
+    whole = run(conductor(tmp_path / "whole", scheduler, search=search), 1)
+    assert all(trial.status in ("done", "stopped") for trial in whole.trials)
+    reports = sum('"metrics"' in line for line in (tmp_path / "whole").read_text().splitlines())
+    for kill in range(1, reports, 4):
+        file = tmp_path / str(kill)
+        run(conductor(file, scheduler, search=search), 1, calls=kill)
+        with file.open("a") as journal:
+            journal.write('{"event": "rep')  # a kill amid a write
+        assert outcome(run(conductor(file, scheduler, search=search), 1)) == outcome(whole), kill
+
+
+@pytest.mark.parametrize("saved", [-1, 1])
+def test_a_trial_that_is_killed_between_decision_and_pause_pauses_after_all(saved: int, tmp_path: Path) -> None:
+    """With its checkpoint it is paused at once; without, it repeats its last step and is told to pause again."""
+    sweep = conductor(tmp_path / "journal", "pbt", samples=2)
+    first = sweep.next()
+    assert first is not None
+    assert sweep.report(first.name, {"step": 1, "eval/loss": 0.5}, final=False) == "pause"
+    resumed = conductor(tmp_path / "journal", "pbt", samples=2, saved=saved)
+    trial = resumed.next()
+    assert trial is not None
+    if saved == 1:
+        assert trial.name != first.name
+        assert resumed.progress[first.name].phase == "paused"
+        return
+    assert trial.name == first.name
+    assert resumed.report(trial.name, {"step": 1, "eval/loss": 0.5}, final=False) == "pause"
+    resumed.paused(trial.name)
+    assert trial.phase == "paused"
+
+
+def test_the_decisions_of_a_killed_sweep_are_those_that_its_reports_give(tmp_path: Path) -> None:
+    """On several slots the order of reports is that of the cluster; the state after it is not."""
+    for kill in range(5, 30, 5):
+        sweep = run(conductor(tmp_path / f"{kill}", "asha", samples=12), 3, seed=kill, calls=kill)
+        resumed = conductor(tmp_path / f"{kill}", "asha", samples=12)
+        for before, after in zip(sweep.progress.values(), resumed.progress.values(), strict=True):
+            assert before.decisions == after.decisions
+            assert (before.phase == after.phase) or (before.phase, after.phase) == ("running", "waiting")
+        rungs_of = lambda conductor: [b._rungs for b in conductor.scheduler.scheduler._brackets]  # noqa: E731
+        assert rungs_of(sweep) == rungs_of(resumed)
+
+
+def test_asha_stops_bad_trials_early_and_no_good_one(tmp_path: Path) -> None:
+    sweep = run(conductor(tmp_path / "journal", "asha", samples=12), 1)
+    done = [trial for trial in sweep.trials if trial.status == "done"]
+    best = min(sweep.trials, key=lambda trial: loss_of(trial, STEPS))
+    assert best in done
+    steps = sum(trial.metrics["step"] for trial in sweep.trials)
+    assert steps <= 0.6 * 12 * STEPS, "at most 60% of the steps of all trials"
+    assert {trial.metrics["step"] for trial in sweep.trials if trial.status == "stopped"} <= {1, 3}, "only at rungs"
+
+
+def test_trials_are_evaluated_where_the_scheduler_decides() -> None:
+    every = Config.model_validate({"model": {"path": "m"}, "run": {"eval_every": 5}})
+    assert rungs(every, 20) == (5, 10, 15, 20)
+    asha = Config.model_validate(
+        {"model": {"path": "m"}, "run": {"eval_every": 5}, "sweep": {"scheduler": {"use": "asha"}}}
+    )
+    assert rungs(asha, 50) == (5, 15, 45)
+
+
+def test_more_samples_add_trials_to_a_finished_sweep(tmp_path: Path) -> None:
+    first = run(conductor(tmp_path / "a", samples=3), 1)
+    more = run(conductor(tmp_path / "a", samples=5), 1)
+    assert outcome(more)[:3] == outcome(first)
+    assert outcome(more) == outcome(run(conductor(tmp_path / "b", samples=5), 1))
+    added = [json.loads(line) for line in (tmp_path / "a").read_text().splitlines()]
+    assert [event["trial"] for event in added if event["event"] == "add"] == [f"{i:05d}" for i in range(5)]
+
+
+def test_a_trial_of_which_the_metric_is_nan_has_failed_and_says_so(tmp_path: Path) -> None:
+    sweep = conductor(tmp_path / "journal", samples=1)
+    trial = sweep.next()
+    assert trial is not None
+    assert sweep.report(trial.name, {"step": 2, "eval/loss": math.nan}, final=False) == "stop"
+    assert sweep.trials[0].status == "failed"
+    assert sweep.trials[0].error == "eval/loss is nan after step 2"
+    assert sweep.finished
+
+
+def test_a_trial_that_loses_its_workers_continues_once_and_then_fails(tmp_path: Path) -> None:
+    sweep = conductor(tmp_path / "journal", samples=2)
+    first = sweep.next()
+    assert first is not None
+    assert sweep.report(first.name, {"step": 1, "eval/loss": 0.5}, final=False) == "continue"
+    sweep.failed(first.name, "its worker died", retryable=True)
+    assert sweep.next() is first, "before a new trial"
+    assert sweep.report(first.name, {"step": 1, "eval/loss": 0.5}, final=False) == "continue", "a known report"
+    sweep.failed(first.name, "its worker died", retryable=True)
+    assert (first.phase, first.error) == ("failed", "its worker died")
+    other = sweep.next()
+    assert other is not None
+    assert other is not first
+    reports = [line for line in (tmp_path / "journal").read_text().splitlines() if '"report"' in line]
+    assert len(reports) == 1
+
+
+@pytest.mark.parametrize("search", ["random", "sobol", "grid", "optuna"])
+def test_the_values_of_a_seed_are_the_same_and_within_their_bounds(search: str) -> None:
+    def values(seed: int) -> Sequence[Any]:
+        searcher = build_searcher(SearchConfig(use=search), SPACE, None, LOSS, seed)  # type: ignore[arg-type]
+        return [searcher.suggest(str(i)) for i in range(8)]
+
+    assert values(1) == values(1)
+    assert (values(1) == values(2)) == (search == "grid")
+    for trial in values(1):
+        assert 0.01 <= trial["loss.beta"] <= 0.5
+        assert 1e-6 <= trial["optim.lr"] <= 5e-5
+
+
+def test_sobol_covers_the_space_more_evenly_than_random_samples() -> None:
+    def cells(search: str) -> int:
+        searcher = build_searcher(SearchConfig(use=search), SPACE, None, LOSS, 0)  # type: ignore[arg-type]
+        trials = [searcher.suggest(str(i)) for i in range(16)]
+        place = lambda value, low, high: int(4 * math.log(value / low) / math.log(high / low))  # noqa: E731
+        return len({(place(t["loss.beta"], 0.01, 0.5), place(t["optim.lr"], 1e-6, 5e-5)) for t in trials if t})
+
+    assert cells("sobol") == 16, "16 points, one in each of 4 x 4 cells"
+    assert cells("random") < 14
+
+
+def test_the_best_of_a_population_are_cloned_and_perturbed(tmp_path: Path) -> None:
+    keys = {"optim.lr": Key("log", 1e-6, 5e-5)}
+    copied: list[tuple[str, str]] = []
+
+    def population() -> Population:
+        args = PbtArgs(interval=3, resample=0.0)
+        return Population(args, LOSS, keys, lambda name, generator: 0, interval=3, time="step", seed=0)
+
+    sweep = run(
+        conductor(tmp_path / "a", population(), samples=4, cloned=lambda trial, donor: copied.append((trial, donor))), 2
+    )
+    assert len(copied) == 2, "one of four at the end of each of two generations that others follow"
+    final = {trial.name: trial for trial in sweep.trials}
+    for trial, donor in copied[-1:]:
+        ratio = final[trial].values["optim.lr"] / final[donor].values["optim.lr"]
+        assert min(abs(ratio - 1.2), abs(ratio - 1 / 1.2)) < 1e-9
+        assert final[trial].values["loss.beta"] == final[donor].values["loss.beta"], "not among the keys"
+        assert final[trial].origin == f"{donor}@6"
+    other_order = run(conductor(tmp_path / "b", population(), samples=4), 4, seed=9)
+    assert outcome(other_order) == outcome(sweep), "whatever the slots and the order of reports"
+
+
+def test_a_sweep_without_a_scheduler_runs_its_trials_in_order(tmp_path: Path) -> None:
+    sweep = run(conductor(tmp_path / "journal", RunToEnd(), samples=3), 1)
+    assert [trial.status for trial in sweep.trials] == ["done"] * 3
+    starts = [json.loads(line) for line in (tmp_path / "journal").read_text().splitlines() if '"start"' in line]
+    assert [event["trial"] for event in starts] == ["00000", "00001", "00002"]
