@@ -25,6 +25,7 @@ from dpo_ray.model.scorer import HeadFn, LogpsModel, PairLosses, Scorer, pair_lo
 from dpo_ray.objective.head import LogitTransform
 from dpo_ray.objective.logps import PairLogps, sequence_sums
 from dpo_ray.objective.losses import sigmoid
+from dpo_ray.objective.precision import ROUNDED
 from dpo_ray.ops.attention import PACKED, packed_attention
 from dpo_ray.ops.flex import FLEX, flex_packed_attention
 from dpo_ray.parallel.activations import apply_activation_checkpointing
@@ -116,7 +117,7 @@ def with_head_at_completions(model: Any, row: PackedRow) -> PairLosses:
     def logps_model(row: PackedRow, head_fn: HeadFn) -> Any:
         hidden, mask = padded_hidden_states(model, row)
         shard = NO_CONTEXT_PARALLEL.shard(row)
-        return head_fn(hidden[mask][row.source], local_head(model, LogitTransform()), shard)
+        return head_fn(hidden[mask][row.source], local_head(model, LogitTransform(), ROUNDED), shard)
 
     rectangle: LogpsModel = logps_model
     return pair_losses(rectangle, row, lambda policy, _: losses_of(policy))

@@ -1,6 +1,5 @@
 """One run of one side of the comparison, in a process of its own: ``python -m benchmarks.one_run SIDE TASK FOLDER``."""
 
-import contextlib
 import json
 import os
 import resource
@@ -15,7 +14,7 @@ import torch
 from transformers import AutoConfig
 
 from benchmarks.flops import Shape, step_flops
-from dpo_ray.objective.precision import bfloat16_products
+from dpo_ray.objective.precision import PATHS, ProductPath, rounded_inputs
 
 
 def ours(task: dict[str, Any], folder: Path) -> dict[str, float]:
@@ -128,29 +127,52 @@ def trl(task: dict[str, Any], folder: Path) -> dict[str, float]:
     return {"reference_s": trainer.reference_s, "train_s": seconds, "loss": loss}
 
 
-def matmul_gflops(dtype: str, size: int = 2048, repeats: int = 20) -> float:
-    """GFLOP/s of matrix products with inputs rounded to ``dtype``, on this process's threads."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
+def peak_gflops(shape: Shape, dtype: str, *, tokens: int = 1024, repeats: int = 9) -> float:
+    """GFLOP/s of a model's matrix products on this process's threads, each on the fastest path for its shape.
+
+    Covers the linear layers with ``tokens`` tokens and the head with half as many, weighted by their operations.
+    """
+    hidden, layers, heads, key_heads, intermediate, vocabulary = shape
+    key_size = hidden // heads * key_heads
+    projections = [(hidden, hidden)] * 2 + [(hidden, key_size)] * 2 + [(hidden, intermediate)] * 3
+    products = [(tokens, *sizes, layers) for sizes in projections] + [(tokens // 2, hidden, vocabulary, 1)]
+    operations = seconds = 0.0
+    known: dict[tuple[int, ...], float] = {}
+    for n, inputs, outputs, count in products:
+        if (n, inputs, outputs) not in known:
+            known[n, inputs, outputs] = min(
+                _median_seconds(n, inputs, outputs, path, repeats)
+                for path in (PATHS if dtype == "bfloat16" else PATHS[:1])
+            )
+        operations += 2 * n * inputs * outputs * count
+        seconds += known[n, inputs, outputs] * count
+    return operations / seconds / 1e9
+
+
+def _median_seconds(tokens: int, inputs: int, outputs: int, path: ProductPath, repeats: int) -> float:
+    dtype = torch.bfloat16 if path == "bfloat16" else torch.float32
+    x, weight = torch.randn(tokens, inputs, dtype=dtype), torch.randn(outputs, inputs, dtype=dtype)
     seconds = []
-    with bfloat16_products() if dtype == "bfloat16" else contextlib.nullcontext():
+    with rounded_inputs(path):
         for _ in range(repeats + 1):
             started = time.perf_counter()
-            a @ b
+            x @ weight.t()
             seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / statistics.median(seconds[1:]) / 1e9
+    return statistics.median(seconds[1:])
 
 
 def main() -> None:
     """Run one side and write its results."""
     side, task, folder = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(task["threads"])
-    peak_gflops = matmul_gflops(task["dtype"])
+    shape = Shape.of(AutoConfig.from_pretrained(task["model"]))
     result = {"ours": ours, "trl": trl}[side](task, folder)
-    useful, _ = step_flops(Shape.of(AutoConfig.from_pretrained(task["model"])), np.array(task["lengths"]))
+    result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    useful, _ = step_flops(shape, np.array(task["lengths"]))
     result |= {
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "peak_gflops": peak_gflops,
+        "peak_gflops": peak_gflops(shape, task["dtype"]),  # last, as its tensors would count as memory of the run
         "useful_gflops": useful / result["train_s"] / 1e9,
+        "reference_gflops": useful / 3 / result["reference_s"] / 1e9 if result["reference_s"] else 0.0,
     }
     (folder / "result.json").write_text(json.dumps(result))
 

@@ -27,11 +27,11 @@ from dpo_ray.model.architecture import (
     read_model_config,
 )
 from dpo_ray.model.scorer import Scorer
-from dpo_ray.objective.precision import DTYPES
+from dpo_ray.objective.precision import DTYPES, ROUNDED, Products
 from dpo_ray.ops.attention import MASKED, PACKED, packed_attention
 from dpo_ray.ops.flex import FLEX, flex_packed_attention
 from dpo_ray.ops.float8 import use_float8, validate_float8_device
-from dpo_ray.ops.linear import use_float32_products
+from dpo_ray.ops.linear import use_products
 from dpo_ray.parallel.activations import apply_activation_checkpointing, offload_activations
 from dpo_ray.parallel.collectives import broadcast_from_rank0
 from dpo_ray.parallel.compiled import compile_layers
@@ -158,6 +158,7 @@ def load_sharded(
     *,
     trainable: bool,
     context: ContextParallel = NO_CONTEXT_PARALLEL,
+    products: Products = ROUNDED,
     frozen_dtype: torch.dtype | None = None,
     adapter_copies: Sequence[str] = (),
 ) -> Scorer:
@@ -168,6 +169,7 @@ def load_sharded(
     than text.
 
     Args:
+        products: paths of the products on a CPU with ``model.dtype: bfloat16``.
         frozen_dtype: dtype of the weights of a model that is not trainable, if it is not the compute dtype.
         adapter_copies: names of frozen copies of the adapters, with ``model.lora``.
     """
@@ -188,7 +190,7 @@ def load_sharded(
     if model.fp8:
         use_float8(layers)
     if device.type == "cpu" and compute_dtype == torch.bfloat16:
-        use_float32_products(built)
+        use_products(built, products.linear)
 
     weights = {f"model.{name}": tensor for name, tensor in built.state_dict().items()} if is_rank0 else {}
     if shard.tensor_parallel > 1:
@@ -200,7 +202,7 @@ def load_sharded(
         if shard.activation_offload:
             offload_activations(decoder_of(built), device)
 
-    scorer = Scorer(built, context).train(trainable)
+    scorer = Scorer(built, context, products).train(trainable)
     if not trainable:
         scorer.requires_grad_(False)
     apply_fsdp(scorer, layers, shard, mesh, compute_dtype, device, unused=unused)

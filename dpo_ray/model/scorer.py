@@ -17,6 +17,7 @@ from dpo_ray.model.routing import load_balancing_losses
 from dpo_ray.objective import head
 from dpo_ray.objective.head import ChunkedLosses, Group, Head, LogitTransform
 from dpo_ray.objective.logps import PairLogps, TokenLogps, as_pairs, sequence_sums, wpo_weights
+from dpo_ray.objective.precision import ROUNDED, Products
 from dpo_ray.ops.attention import MASKED, PACKED
 from dpo_ray.ops.flex import FLEX, span_masks
 from dpo_ray.ops.windows import Window, layer_windows
@@ -40,15 +41,22 @@ class Scorer(nn.Module):
         model: a transformers language model; its parameter names get the prefix ``model.``. Its attention decides
             between packed rows (``ATTENTION_INPUTS``) and padded batches.
         context: the ranks that split each row; all of them must pass the same rows.
+        products: paths of the products of attention and head on a CPU; linear layers have theirs already.
 
     Raises:
         ValueError: ranks split rows, but the model computes padded batches.
     """
 
-    def __init__(self, model: "PreTrainedModel", context: ContextParallel = NO_CONTEXT_PARALLEL) -> None:
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        context: ContextParallel = NO_CONTEXT_PARALLEL,
+        products: Products = ROUNDED,
+    ) -> None:
         super().__init__()
         self.model = model
         self.context = context
+        self.products = products
         config = model.config.get_text_config()
         self.transform = logit_transform(config)
         self.windows = layer_windows(config)
@@ -83,7 +91,7 @@ class Scorer(nn.Module):
             use_cache=False, **inputs, **({"output_router_logits": True} if balance else {})
         )
         hidden = outputs.last_hidden_state.flatten(0, 1)[tokens]  # (t, D)
-        result = head_fn(hidden[shard.row.source], local_head(self.model, self.transform), shard)
+        result = head_fn(hidden[shard.row.source], local_head(self.model, self.transform, self.products), shard)
         return (result, self._balance(outputs, tokens, row)) if balance else result
 
     def _decoder_inputs(self, shard: RowShard) -> tuple[dict[str, Any], Tensor | slice]:
@@ -91,7 +99,7 @@ class Scorer(nn.Module):
         row = shard.row
         if self.attention_inputs is None:
             return _padded_inputs(row)
-        attention_inputs = self.attention_inputs(shard, self.windows)
+        attention_inputs = self.attention_inputs(shard, self.windows, self.products)
         return {"input_ids": row.input_ids, "position_ids": row.position_ids, **attention_inputs}, slice(None)
 
     def _balance(self, outputs: Any, tokens: Tensor | slice, row: PackedRow) -> Tensor:
@@ -115,7 +123,7 @@ Windows = Mapping[str, Window | None]
 """Window by layer type; see ``layer_windows``."""
 
 
-def _mask_inputs(shard: RowShard, windows: Windows) -> dict[str, Any]:
+def _mask_inputs(shard: RowShard, windows: Windows, products: Products) -> dict[str, Any]:
     if shard.is_partial:
         raise NotImplementedError("shard.context_parallel needs model.attention: auto or flex")
     positions = shard.row.position_ids[0]
@@ -128,10 +136,15 @@ def _mask_inputs(shard: RowShard, windows: Windows) -> dict[str, Any]:
     return {"attention_mask": next(iter(masks.values())) if len(masks) == 1 else masks}
 
 
-ATTENTION_INPUTS: Mapping[str, Callable[[RowShard, Windows], dict[str, Any]]] = {
+ATTENTION_INPUTS: Mapping[str, Callable[[RowShard, Windows, Products], dict[str, Any]]] = {
     MASKED: _mask_inputs,
-    PACKED: lambda shard, _: {"spans": shard.row.spans, "query_slices": shard.slices, "gather_kv": shard.gather_kv},
-    FLEX: lambda shard, windows: {
+    PACKED: lambda shard, _, products: {
+        "spans": shard.row.spans,
+        "query_slices": shard.slices,
+        "gather_kv": shard.gather_kv,
+        "product_path": products.attention,
+    },
+    FLEX: lambda shard, windows, _: {
         "spans": span_masks(shard.row.spans, set(windows.values()), shard.row.input_ids.device, shard.positions),
         "gather_kv": shard.gather_kv,
     },

@@ -3,7 +3,6 @@
 N = completion tokens, n = tokens of one chunk, D = hidden size, V = vocabulary rows on this rank, B = pairs
 """
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -12,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dpo_ray.objective.head_products import HeadProducts
 from dpo_ray.objective.logps import TokenLogps
-from dpo_ray.objective.precision import bfloat16_products
+from dpo_ray.objective.precision import ROUNDED, Products
 
 CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}
 """Size of the float32 logits of one chunk, by device type; the only (n, V) memory in use at a time."""
@@ -52,13 +52,8 @@ class Head:
     """Ranks that shard the vocabulary and compute the same tokens; None for an unsharded head."""
     first: int = 0
     """Token id of the first row on this rank."""
-
-    def for_products(self) -> "Head":
-        """The head with a float32 bias and, on a CPU, bfloat16 weights as float32, as ``_product`` expects."""
-        on_cpu = self.weight.device.type == "cpu"
-        bias = None if self.bias is None else self.bias.float()
-        weight = self.weight.float() if on_cpu and self.weight.dtype == torch.bfloat16 else self.weight
-        return replace(self, weight=weight, bias=bias)
+    products: Products = ROUNDED
+    """Paths of the products of bfloat16 tensors on a CPU."""
 
     @property
     def chunk(self) -> int:
@@ -125,9 +120,9 @@ def token_logps(hidden: Tensor, head: Head, labels: Tensor, *, with_squares: boo
         labels: (N,) token ids.
         with_squares: also return sums of squared probabilities, for WPO weights.
     """
-    head, logps = head.for_products(), _empty_logps(labels, with_squares)
+    logps, products = _empty_logps(labels, with_squares), HeadProducts(head.weight, head.products)
     for part in _parts(slice(0, labels.numel()), head.chunk):
-        _softmax(hidden[part], head, labels[part]).store(logps, part, head)
+        _softmax(hidden[part], head, products, labels[part]).store(logps, part, head)
     return logps
 
 
@@ -182,7 +177,8 @@ class _PairLosses(torch.autograd.Function):
         together: bool,
         grad_enabled: bool,
     ) -> tuple[Tensor, ...]:
-        head, logps = replace(head, weight=weight, bias=bias).for_products(), _empty_logps(labels, with_squares)
+        head, logps = replace(head, weight=weight, bias=bias), _empty_logps(labels, with_squares)
+        products = HeadProducts(weight, head.products)
         whole = whole_group(prompts)._replace(tokens=slice(0, labels.numel()))
         each = logps.logps.new_empty(whole.pairs.stop)
         needs_grad = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
@@ -190,16 +186,16 @@ class _PairLosses(torch.autograd.Function):
         for group in [whole] if together else _groups(prompts, head.chunk):
             parts = list(_parts(group.tokens, head.chunk))
             for part in parts:
-                softmax = _softmax(hidden[part], head, labels[part])
+                softmax = _softmax(hidden[part], head, products, labels[part])
                 softmax.store(logps, part, head)
             each[group.pairs], logps_grad = _losses_and_gradient(objective, group, logps, grad_enabled)
             if not any(needs_grad):
                 continue
             for part in parts:
                 if len(parts) > 1:  # only the logits of the last part are still in memory
-                    softmax = _softmax(hidden[part], head, labels[part])
+                    softmax = _softmax(hidden[part], head, products, labels[part])
                 in_group = slice(part.start - group.tokens.start, part.stop - group.tokens.start)
-                gradients.accumulate(softmax, hidden, head, labels, part, logps_grad[in_group])
+                gradients.accumulate(softmax, hidden, head, products, labels, part, logps_grad[in_group])
         if gradients.hidden is not None:
             head.all_reduce(gradients.hidden)
         ctx.gradients, ctx.dtypes = gradients, [None if x is None else x.dtype for x in (hidden, weight, bias)]
@@ -236,10 +232,10 @@ class _Softmax(NamedTuple):
             logps.log_sum_squares[part] = squares.log() - 2 * self.sums.log()
 
 
-def _softmax(hidden: Tensor, head: Head, labels: Tensor) -> _Softmax:
-    logits = _product(hidden, head.weight.t(), hidden.dtype)  # (n, V)
+def _softmax(hidden: Tensor, head: Head, products: HeadProducts, labels: Tensor) -> _Softmax:
+    logits = products.logits(hidden)  # (n, V)
     if head.bias is not None:
-        logits += head.bias
+        logits += head.bias.float()
     logits = head.transform(logits)
     derivative = head.transform.derivative(logits)
     largest = head.all_reduce(logits.amax(-1, keepdim=True), dist.ReduceOp.MAX)  # (n, 1)
@@ -275,7 +271,14 @@ class _Gradients:
         )
 
     def accumulate(
-        self, softmax: _Softmax, hidden: Tensor, head: Head, labels: Tensor, part: slice, logps_grad: Tensor
+        self,
+        softmax: _Softmax,
+        hidden: Tensor,
+        head: Head,
+        products: HeadProducts,
+        labels: Tensor,
+        part: slice,
+        logps_grad: Tensor,
     ) -> None:
         """Add the gradients of the tokens in ``part``; overwrites ``softmax.exponentials``.
 
@@ -292,9 +295,9 @@ class _Gradients:
         if self.bias is not None:
             self.bias += (logits_grad * factor).sum(0)
         if self.hidden is not None:
-            self.hidden[part] = _product(logits_grad, head.weight, hidden.dtype) * factor
+            self.hidden[part] = products.hidden_grad(logits_grad) * factor
         if self.weight is not None:
-            _add_product(self.weight, logits_grad.t(), hidden[part] * factor, hidden.dtype)
+            products.add_weight_grad(self.weight, logits_grad, hidden[part] * factor)
 
 
 def _empty_logps(labels: Tensor, with_squares: bool) -> TokenLogps:
@@ -317,25 +320,3 @@ def _groups(prompts: Sequence[Counts], chunk: int) -> Iterator[Group]:
         stop = following
     if stop != start:
         yield Group(*map(slice, start, stop))
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b with inputs rounded to ``dtype`` and accumulation in float32.
-
-    Logits rounded to bfloat16 would be off by about 0.05 nats per token (a spacing of 0.125 at a logit of 20): half a
-    nat of noise in the log-probability of 100 tokens.
-    """
-    if dtype != torch.bfloat16:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a.to(dtype), b.to(dtype), out_dtype=torch.float32)
-    with bfloat16_products():
-        return a.float() @ b.float()
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
-    if dtype == torch.bfloat16 and a.is_cuda:
-        torch.addmm(total, a.to(dtype), b.to(dtype), out_dtype=torch.float32, out=total)
-        return
-    with bfloat16_products() if dtype == torch.bfloat16 else contextlib.nullcontext():
-        total.addmm_(a, b)

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpo_ray.data.packing import Span
-from dpo_ray.objective.precision import bfloat16_products
+from dpo_ray.objective.precision import ProductPath, rounded_inputs
+from dpo_ray.ops import attention_bfloat16
+from dpo_ray.ops.blocks import FLOAT_QUERY_BLOCK, QUERY_BLOCK, query_blocks, stack, zero_hidden
 from dpo_ray.ops.windows import Window, layer_window
 
 PACKED = "dpo_ray_packed"
@@ -25,8 +27,6 @@ MASKED = "dpo_ray_masked"
 """Name of torch's sdpa with a dense mask over the packed row."""
 GatherKV = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Context parallelism: (keys, values) of the local tokens, (1, K, t, D) -> those of the row, (1, K, T, D)."""
-QUERY_BLOCK = 128
-"""Queries per block of the backward pass on a CPU; probabilities exist for one block at a time."""
 
 
 @torch.compiler.disable(reason="spans differ per row, and torch would recompile for each")
@@ -44,6 +44,7 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    product_path: ProductPath = "rounded",
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention within the spans of one row, with the signature that transformers calls.
@@ -59,6 +60,7 @@ def packed_attention(
         sliding_window: see ``layer_window``.
         softcap: logits x become softcap * tanh(x / softcap), before the mask (Gemma 2, arXiv:2408.00118, section 2).
         s_aux: (H,) sinks: logits of one more key per head, without a value (gpt-oss, arXiv:2508.10925, section 2.2).
+        product_path: path of the backward pass of bfloat16 tensors on a CPU; see ``Products``.
         kwargs: see ``validate_attention_call``; ``dropout`` is off in preference training and ignored.
 
     Returns:
@@ -74,7 +76,7 @@ def packed_attention(
         key, value = gather_kv(key, value)
     segments = tuple(causal_segments(spans, query_slices, layer_window(module, sliding_window)))
     if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
-        out = _SegmentAttention.apply(query[0], key[0], value[0], s_aux, segments, scale, softcap)[None]
+        out = _SegmentAttention.apply(query[0], key[0], value[0], s_aux, segments, scale, softcap, product_path)[None]
     elif softcap is not None or s_aux is not None:
         raise NotImplementedError(
             f"{type(module).__name__} caps its logits or has sinks, which model.attention: packed computes on CPUs "
@@ -202,6 +204,7 @@ class _SegmentAttention(torch.autograd.Function):
         segments: Sequence[Segment],
         scale: float,
         softcap: float | None,
+        path: ProductPath,
     ) -> Tensor:
         out = torch.empty_like(query)  # (H, T, D)
         logsumexp = query.new_empty(query.shape[:2], dtype=torch.float32)  # (H, T)
@@ -225,22 +228,35 @@ class _SegmentAttention(torch.autograd.Function):
             out.mul_((logsumexp - with_sinks).exp_()[..., None])
             logsumexp = with_sinks
         ctx.save_for_backward(query, key, value, out, logsumexp, sinks)
-        ctx.segments, ctx.scale, ctx.softcap = segments, scale, softcap
+        ctx.segments, ctx.scale, ctx.softcap, ctx.path = segments, scale, softcap, path
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dtype = grads[0].dtype
-        # bfloat16 numbers multiply faster as float32 tensors than as bfloat16 tensors, and with less rounding.
-        *saved, sinks = ctx.saved_tensors
-        query, key, value, out, logsumexp, grad_out = (tensor.float() for tensor in (*saved, *grads))
-        grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
-        delta = (grad_out * out).sum(-1)  # (H, T)
-        with bfloat16_products() if dtype == torch.bfloat16 else contextlib.nullcontext():
+        *tensors, out, logsumexp, sinks = ctx.saved_tensors
+        dtype = out.dtype
+        tensors.append(grads[0])
+        delta = (grads[0].float() * out).sum(-1)  # (H, T)
+        arguments: tuple[Any, ...] = (ctx.scale,)
+        if dtype == torch.bfloat16 and ctx.path == "bfloat16" and ctx.softcap is None:
+            gradients: Callable[..., tuple[Tensor, Tensor, Tensor]] = attention_bfloat16.segment_gradients
+        else:
+            gradients, arguments = _segment_gradients, (ctx.scale, ctx.softcap)
+            tensors = [tensor.float() for tensor in tensors]
+        query, key, value, grad_out = tensors
+        grad_query, grad_key, grad_value = (torch.zeros(x.shape, dtype=torch.float32) for x in (query, key, value))
+        with rounded_inputs(ctx.path) if dtype == torch.bfloat16 else contextlib.nullcontext():
             for segment in ctx.segments:
-                q, grad, lse, shift = (x[:, segment.queries] for x in (query, grad_out, logsumexp, delta))
-                grad_query[:, segment.queries], *grad_kv = _segment_gradients(
-                    q, grad, lse, shift, segment.keys(key), segment.keys(value), segment.window, ctx.scale, ctx.softcap
+                queries = segment.queries
+                grad_query[:, queries], *grad_kv = gradients(
+                    query[:, queries],
+                    segment.keys(key),
+                    segment.keys(value),
+                    grad_out[:, queries],
+                    logsumexp[:, queries],
+                    delta[:, queries],
+                    segment.window,
+                    *arguments,
                 )
                 for total, part in zip((grad_key, grad_value), grad_kv, strict=True):
                     prompt = segment.prompt.stop - segment.prompt.start
@@ -249,19 +265,7 @@ class _SegmentAttention(torch.autograd.Function):
         grad_sinks = None
         if sinks is not None:
             grad_sinks = -((sinks.float()[:, None] - logsumexp).exp_() * delta).sum(1).to(sinks.dtype)
-        return grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype), grad_sinks, None, None, None
-
-
-def _blocks(queries: int, keys: int) -> Iterator[tuple[slice, slice]]:
-    """Blocks of queries, each with the keys up to its last query, as slices."""
-    for start in range(0, queries, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, queries)
-        yield slice(start, stop), slice(keys - queries + stop)
-
-
-def _stack(x: Tensor, key_heads: int) -> Tensor:
-    """(H, q) or (H, q, D) -> (K, H / K * q, 1 or D): query heads with the same key head are stacked."""
-    return x.reshape(key_heads, x.shape[0] // key_heads * x.shape[1], -1)
+        return grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype), grad_sinks, *[None] * 4
 
 
 def _capped_segment(
@@ -269,9 +273,9 @@ def _capped_segment(
 ) -> tuple[Tensor, Tensor]:
     """(H, Q, D) attention of one segment with capped logits, and (H, Q) log-sum-exp; see ``_segment_gradients``."""
     out, logsumexp = torch.empty_like(query), query.new_empty(query.shape[:2])
-    for block, visible in _blocks(query.shape[1], key.shape[1]):
+    for block, visible in query_blocks(query.shape[1], key.shape[1], FLOAT_QUERY_BLOCK):
         q = query[:, block]
-        logits = _stack(q, len(key)) @ key[:, visible].transpose(1, 2)
+        logits = stack(q, len(key)) @ key[:, visible].transpose(1, 2)
         logits.mul_(scale / softcap).tanh_().mul_(softcap)
         by_head = logits.view(len(query), q.shape[1], -1)
         by_head.masked_fill_(_hidden(q.shape[1], by_head.shape[2], window, q.device), float("-inf"))
@@ -283,11 +287,11 @@ def _capped_segment(
 
 def _segment_gradients(
     query: Tensor,
+    key: Tensor,
+    value: Tensor,
     grad_out: Tensor,
     logsumexp: Tensor,
     delta: Tensor,
-    key: Tensor,
-    value: Tensor,
     window: int,
     scale: float,
     softcap: float | None,
@@ -296,15 +300,14 @@ def _segment_gradients(
 
     Args:
         query, grad_out: (H, Q, D).
+        key, value: (K, S, D); the last Q entries belong to the queries.
         logsumexp: (H, Q) log-sum-exp of the logits, including the sink.
         delta: (H, Q) grad_out * out, summed over D.
-        key, value: (K, S, D); the last Q entries belong to the queries.
         window: as in ``Segment``.
     """
     grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    for block, visible in _blocks(query.shape[1], key.shape[1]):
-        size = block.stop - block.start
-        q, grad, lse, shift = (_stack(x[:, block], len(key)) for x in (query, grad_out, logsumexp, delta))
+    for block, visible in query_blocks(query.shape[1], key.shape[1], FLOAT_QUERY_BLOCK):
+        q, grad, lse, shift = (stack(x[:, block], len(key)) for x in (query, grad_out, logsumexp, delta))
         visible_keys = key[:, visible].transpose(1, 2)
         if softcap is None:
             slope = None
@@ -313,15 +316,11 @@ def _segment_gradients(
             capped = (q @ visible_keys).mul_(scale / softcap).tanh_()
             p = torch.exp(softcap * capped - lse)
             slope = capped.square_().neg_().add_(1)  # d tanh(x) / dx
-        by_head = p.view(len(query), size, -1)
-        by_head[:, :, -size:].tril_()
-        first = visible.stop - size - window + 1  # first key of the first query
-        if window and first + size > 1:
-            by_head[:, :, : first + size].triu_(first)
+        zero_hidden(p, len(query), block, visible, window)
         grad_value[:, visible].baddbmm_(p.transpose(1, 2), grad)
         grad_logits = torch.baddbmm(shift, grad, value[:, visible].transpose(1, 2), beta=-1).mul_(p)
         if slope is not None:
             grad_logits.mul_(slope)
         grad_key[:, visible].baddbmm_(grad_logits.transpose(1, 2), q, alpha=scale)
-        grad_query[:, block] = (grad_logits @ key[:, visible]).mul_(scale).view(-1, size, query.shape[-1])
+        grad_query[:, block] = (grad_logits @ key[:, visible]).mul_(scale).view(len(query), -1, query.shape[-1])
     return grad_query, grad_key, grad_value

@@ -57,9 +57,17 @@ def apply_fsdp(
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     shard_module = functools.partial(fully_shard, mesh=mesh, mp_policy=precision, offload_policy=offload)
     for layer in (*layers, *unused):
-        shard_module(layer, reshard_after_forward=shard.reshard_after_forward)
+        shard_module(layer, reshard_after_forward=not keeps_gathered(shard, mesh))
     shard_module(root, reshard_after_forward=False)
     _prefetch(root, layers, shard.prefetch)
+
+
+def keeps_gathered(shard: ShardConfig, mesh: DeviceMesh) -> bool:
+    """True if gathered weights and gradients stay until the end of a step.
+
+    On a single CPU rank, always: gathering would cast and copy all weights in every micro-batch.
+    """
+    return not shard.reshard_after_forward or (mesh.device_type == "cpu" and mesh.size() == 1)
 
 
 def _prefetch(root: nn.Module, layers: nn.ModuleList, ahead: int) -> None:

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from dpo_ray.objective.head import Head, LogitTransform
+from dpo_ray.objective.precision import Products
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,17 +75,21 @@ def apply_tensor_parallel(model: "PreTrainedModel", mesh: DeviceMesh) -> None:
             module.forward = partial(_clear_after, inputs[name], module.forward)
 
 
-def local_head(model: "PreTrainedModel", transform: LogitTransform) -> Head:
-    """This rank's rows of the model's head, for use in the forward pass; all rows without tensor parallelism."""
+def local_head(model: "PreTrainedModel", transform: LogitTransform, products: Products) -> Head:
+    """This rank's rows of the model's head, for use in the forward pass; all rows without tensor parallelism.
+
+    Args:
+        products: paths of its products on a CPU.
+    """
     head: Any = model.get_output_embeddings()
     weight, bias = head.weight, getattr(head, "bias", None)
     if not isinstance(weight, DTensor):
-        return Head(weight, bias, transform)
+        return Head(weight, bias, transform, products=products)
     local, mesh = weight.to_local(), weight.device_mesh
     bias = None if bias is None else bias.to_local()
     if not weight.placements[0].is_shard():
-        return Head(local, bias, transform)
-    return Head(local, bias, transform, mesh.get_group(), mesh.get_local_rank() * local.shape[0])
+        return Head(local, bias, transform, products=products)
+    return Head(local, bias, transform, mesh.get_group(), mesh.get_local_rank() * local.shape[0], products)
 
 
 def tensor_parallel_plan(model: "PreTrainedModel", ranks: int) -> dict[str, str]:

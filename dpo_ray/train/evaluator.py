@@ -52,7 +52,7 @@ class PairEvaluator:
             return {}
         self.last = step
         self.reporter.phase("evaluating", step, self.total)
-        shape, size = self.trainer.batch_shape, config.optim.pairs_per_step
+        shape, size = self.trainer.forward_shape, config.optim.pairs_per_step
         batches = PairLoader(self.pairs, shape, pairs_per_step=size, seed=config.run.seed, shuffle=False)
         steps = (next(batches) for _ in range(batches.steps_per_epoch))
         metrics, results = evaluate_pairs(self.trainer, steps, self.reference, pairs=len(self.pairs))

@@ -40,7 +40,7 @@ def compute_logps(
     done = 0
     progress(0, len(pairs))
     for start in range(0, len(pairs), PAIRS_PER_BLOCK):
-        batches, *_ = micro_batches(source, pairs[start : start + PAIRS_PER_BLOCK], trainer.batch_shape)
+        batches, *_ = micro_batches(source, pairs[start : start + PAIRS_PER_BLOCK], trainer.forward_shape)
         computed: list[Tensor] = []
         for batch in batches:
             with torch.no_grad():
@@ -63,7 +63,7 @@ def compute_sample_logps(trainer: Trainer, model: LogpsModel, samples: Sequence[
     """
     logps = torch.zeros(len(samples), dtype=torch.float64)
     tokens = np.array([len(s.prompt) + len(s.completion) for s in samples], np.int64)
-    shape = trainer.batch_shape
+    shape = trainer.forward_shape
     assignment = balance_micro_batches(
         tokens,
         tokens + shape.attention_cost * tokens**2 / 2,

@@ -207,7 +207,7 @@ def train_on_round(
         shuffle=config.data.shuffle,
         gaps=checked_gaps(pairs) if config.loss.weighting == "gap" else None,
     )
-    reference = round_reference(trainer, pairs, frozen, epochs=online.epochs_per_round, known=data.reference)
+    reference = round_reference(trainer, pairs, frozen, known=data.reference)
     steps_per_round = math.ceil(online.prompts_per_round / optim.pairs_per_step) * online.epochs_per_round
     steps = loader.steps_per_epoch * online.epochs_per_round
     for step in range(steps):

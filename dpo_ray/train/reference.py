@@ -9,7 +9,6 @@ from functools import partial
 import numpy as np
 import torch
 
-from dpo_ray.config import Config
 from dpo_ray.data.loader import PairSource
 from dpo_ray.data.store import PairStore
 from dpo_ray.model.adapters import REFERENCE_ADAPTER, SwitchedAdapters
@@ -50,6 +49,7 @@ def _load_copy(trainer: Trainer) -> Scorer:
         trainer.mesh,
         trainer.device,
         context=trainer.policy.context,
+        products=trainer.policy.products,
         trainable=False,
         frozen_dtype=torch.float32 if config.reference.mixup_alpha < 1 else None,
     )
@@ -74,20 +74,19 @@ def build_references(
 
 
 def round_reference(
-    trainer: Trainer, pairs: PairSource, frozen: LogpsModel | None, *, epochs: int, known: np.ndarray | None = None
+    trainer: Trainer, pairs: PairSource, frozen: LogpsModel | None, *, known: np.ndarray | None = None
 ) -> Reference:
     """The frozen reference model if there is one; with ``reference.refresh: round`` the policy as the round begins.
 
+    Each pair is scored once, before the first epoch: forward passes alone take larger micro-batches than training.
+
     Args:
-        epochs: passes over ``pairs``. With several, each pair is scored once, before the first.
         known: (n, 2) log-probabilities of the pairs under the frozen reference, nats; those that are NaN are computed.
     """
     if known is not None and frozen is not None:
         missing, logps = np.flatnonzero(np.isnan(known).any(1)), known.copy()
         logps[missing] = compute_logps(trainer, frozen, pairs, missing.tolist(), lambda done, total: None)
         return cached_reference(logps)
-    if frozen is not None and epochs == 1:
-        return live_reference(partial(pair_logps, frozen))
     if trainer.config.reference_kind == "none":
         return no_reference
     model = trainer.policy if frozen is None else frozen
@@ -104,7 +103,7 @@ def replayable_reference(trainer: Trainer, pairs: PairSource, frozen: LogpsModel
 
 def _cached_reference(trainer: Trainer, pairs: PairStore, name: str, reporter: Reporter) -> Reference:
     logps, summary = cached_logps(
-        _open_store(trainer.config, trainer.device, trainer.policy.model.config.get_text_config()._attn_implementation),
+        _open_store(trainer),
         pairs,
         partial(compute_logps, trainer, trainer.policy, pairs),
         partial(reporter.phase, "scoring"),
@@ -113,10 +112,14 @@ def _cached_reference(trainer: Trainer, pairs: PairStore, name: str, reporter: R
     return cached_reference(logps)
 
 
-def _open_store(config: Config, device: torch.device, attention: str | None) -> ReferenceStore:
+def _open_store(trainer: Trainer) -> ReferenceStore:
     """The store for this reference model and all settings that affect its log-probabilities."""
+    config, device = trainer.config, trainer.device
+    attention = trainer.policy.model.config.get_text_config()._attn_implementation
     weights = broadcast_from_rank0(lambda: model_digest(config.model.path, config.reference.cache_path / "models"))
     numerics = f"{config.model.dtype}-{device.type}-{attention}"
+    if device.type == "cpu" and config.model.dtype == "bfloat16" and trainer.policy.products.linear == "bfloat16":
+        numerics += "-rounded_outputs"  # linear layers on the other paths give the same up to float32
     if config.model.lora is not None and config.model.lora.quantize:
         numerics += f"-{config.model.lora.quantize}-{config.model.lora.targets}"
     if config.model.fp8:

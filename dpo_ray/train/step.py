@@ -18,7 +18,7 @@ from dpo_ray.objective.logps import PairLogps
 from dpo_ray.objective.losses import STEP_VALUES
 from dpo_ray.objective.metrics import PAIR_METRICS, PAIR_RESULTS, REWARDS, pair_metric_sums, pair_results
 from dpo_ray.parallel.collectives import full_tensor, gather_values
-from dpo_ray.parallel.fsdp import reshard, set_last_micro_batch
+from dpo_ray.parallel.fsdp import keeps_gathered, reshard, set_last_micro_batch
 from dpo_ray.reference.reference import Reference
 from dpo_ray.train.optim import set_learning_rate
 from dpo_ray.train.trainer import Trainer
@@ -37,11 +37,12 @@ def dpo_step(trainer: Trainer, batch: StepBatch, reference: Reference, *, lr: fl
     """
     started = time.perf_counter()
     policy, config = trainer.policy, trainer.config
+    keep_gathered = keeps_gathered(config.shard, trainer.mesh)
     sums = _zero_sums(trainer)
     pairs_and_losses: list[tuple[tuple[int, ...], Tensor]] = []
     for i, (pairs, row, reference_logps) in enumerate(_rows(trainer, batch, reference)):
         last = i == len(batch.micro_batches) - 1
-        set_last_micro_batch(policy, last, keep_gathered=not config.shard.reshard_after_forward)
+        set_last_micro_batch(policy, last, keep_gathered=keep_gathered)
         losses = _pair_losses(trainer, row, reference_logps)
         (losses.total * (trainer.grad_divide_factor / len(batch.pairs))).backward()
         sums += pair_metric_sums(losses.each, losses.policy, reference_logps, config.loss.beta)

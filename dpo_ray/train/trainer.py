@@ -15,10 +15,16 @@ from dpo_ray.model.architecture import packing_obstacle
 from dpo_ray.model.load import load_sharded
 from dpo_ray.model.scorer import Scorer
 from dpo_ray.objective.losses import PairLoss, build_loss
+from dpo_ray.objective.precision import ROUNDED, Products
+from dpo_ray.ops.calibration import cached_timings, describe, fastest
+from dpo_ray.parallel.collectives import gather_values
 from dpo_ray.parallel.context import ContextParallel
 from dpo_ray.parallel.fsdp import build_compute_mesh, build_mesh
 from dpo_ray.train.optim import build_optimizer
 from dpo_ray.train.reporter import Reporter
+
+FORWARD_BATCHES = 4
+"""Micro-batches of training that a forward pass without gradients computes at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +67,20 @@ class Trainer:
     @property
     def batch_shape(self) -> BatchShape:
         """Split of a step's pairs into this rank's micro-batches."""
-        optim = self.config.optim
+        return self._batch_shape(self.config.optim.tokens_per_micro_batch)
+
+    @property
+    def forward_shape(self) -> BatchShape:
+        """Split of pairs for forward passes without gradients, which save no activations: larger micro-batches."""
+        return self._batch_shape(FORWARD_BATCHES * self.config.optim.tokens_per_micro_batch)
+
+    def _batch_shape(self, tokens_per_micro_batch: int) -> BatchShape:
         # Per layer, a token costs about 24 h^2 floating-point operations in matrix products, each token that it
         # attends to 4 h.
         attention_cost = 1 / (6 * self.policy.model.config.get_text_config().hidden_size)
-        tokens = optim.tokens_per_micro_batch * self.policy.context.ranks
-        return BatchShape(self.dp_rank, self.dp_size, tokens, attention_cost, self.policy.layout(optim.layout))
+        tokens = tokens_per_micro_batch * self.policy.context.ranks
+        layout = self.policy.layout(self.config.optim.layout)
+        return BatchShape(self.dp_rank, self.dp_size, tokens, attention_cost, layout)
 
 
 def build_trainer(config: Config, device: torch.device, reporter: Reporter) -> Trainer:
@@ -78,7 +92,14 @@ def build_trainer(config: Config, device: torch.device, reporter: Reporter) -> T
     context = ContextParallel(ranks.get_local_rank(), ranks.size(), ranks.get_group())
     copies = (REFERENCE_ADAPTER,) if config.reference_kind == "adapters" else ()
     policy = load_sharded(
-        config.model, config.shard, mesh, device, context=context, trainable=True, adapter_copies=copies
+        config.model,
+        config.shard,
+        mesh,
+        device,
+        context=context,
+        products=choose_products(config, device, reporter),
+        trainable=True,
+        adapter_copies=copies,
     )
     if obstacle := packing_obstacle(policy.model.config):
         kind = policy.model.config.model_type
@@ -95,3 +116,15 @@ def build_trainer(config: Config, device: torch.device, reporter: Reporter) -> T
         compute_mesh,
         device,
     )
+
+
+def choose_products(config: Config, device: torch.device, reporter: Reporter) -> Products:
+    """The paths of bfloat16 products on a CPU that are the fastest for all ranks. A collective."""
+    setting = config.model.cpu_products
+    if device.type != "cpu" or config.model.dtype != "bfloat16":
+        return ROUNDED
+    if setting != "auto":
+        return Products.forced(setting)
+    products = fastest(gather_values(cached_timings(config.reference.cache_path)))
+    reporter.note(describe(products))
+    return products

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from dpo_ray.objective.head import ChunkedLosses, Counts, Group, Head, LogitTransform, chunked_pair_losses, token_logps
+from dpo_ray.objective.head_products import VOCABULARY_BLOCK, HeadProducts
 from dpo_ray.objective.logps import TokenLogps
+from dpo_ray.objective.precision import PATHS, ProductPath, Products
 from tests.conftest import gradient
 
 TOKENS, HIDDEN, VOCABULARY = 70, 32, 300
@@ -153,3 +155,35 @@ def test_sums_of_squared_probabilities_equal_a_float64_softmax(chunk: int, monke
 
     chunked_pair_losses(hidden, Head(weight), labels, PROMPTS, objective, with_squares=True)
     assert (torch.cat(seen) - expected).abs().max() < 5e-5
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_on_every_path_bfloat16_heads_have_float32_logits_and_gradients_that_are_rounded_once(
+    path: ProductPath,
+) -> None:
+    hidden, weight, labels, upstream = inputs(torch.bfloat16)
+    exact_hidden, exact_weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    exact_logps = oracle(exact_hidden, Head(exact_weight), labels)
+    losses_of(exact_logps * upstream, slice(0, len(PAIRS))).sum().backward()
+
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    found = run(hidden, Head(weight, products=Products.forced(path)), labels, upstream, 28)
+    found.total.backward()
+    assert (found.token_logps.logps - exact_logps).abs().max() < 5e-5
+    # Rounded to bfloat16, a relative error of at most 2^-9 each: both factors, the product of a chunk and the result.
+    assert relative(hidden.grad, exact_hidden.grad) < 4 * 2**-9
+    assert relative(weight.grad, exact_weight.grad) < 4 * 2**-9
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_head_products_of_a_vocabulary_of_several_blocks_are_those_of_float64(path: ProductPath) -> None:
+    torch.manual_seed(0)
+    rows = 2 * VOCABULARY_BLOCK + 300
+    weight, hidden = torch.randn(rows, 16).bfloat16(), torch.randn(24, 16).bfloat16()
+    logits_grad, total = torch.randn(24, rows), torch.ones(rows, 16)
+    products = HeadProducts(weight, Products.forced(path))
+    assert relative(products.logits(hidden), hidden.double() @ weight.double().t()) < 1e-6
+    exact = logits_grad.double() @ weight.double()
+    assert relative(products.hidden_grad(logits_grad), exact) < 2 * 2**-9
+    products.add_weight_grad(total, logits_grad, hidden.float())
+    assert relative(total, 1 + logits_grad.double().t() @ hidden.double()) < 2 * 2**-9

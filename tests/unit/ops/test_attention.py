@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from dpo_ray.data.assignment import shard_row
 from dpo_ray.data.packing import Span
-from dpo_ray.ops.attention import QUERY_BLOCK, _attend, causal_segments, packed_attention
+from dpo_ray.objective.precision import PATHS, ProductPath
+from dpo_ray.ops.attention import _attend, causal_segments, packed_attention
+from dpo_ray.ops.blocks import QUERY_BLOCK
 from dpo_ray.ops.windows import Window
 
 LENGTH = st.integers(0, 2 * QUERY_BLOCK + 3)
@@ -51,11 +53,21 @@ def packed(
     window: Window | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    path: ProductPath = "rounded",
 ) -> Tensor:
     """The attention of the policy."""
     sliding = None if window is None or window.chunked else window.size
     return packed_attention(
-        layer(window), q, k, v, None, spans=spans, sliding_window=sliding, softcap=softcap, s_aux=sinks
+        layer(window),
+        q,
+        k,
+        v,
+        None,
+        spans=spans,
+        sliding_window=sliding,
+        softcap=softcap,
+        s_aux=sinks,
+        product_path=path,
     )[0]
 
 
@@ -184,3 +196,28 @@ def test_bfloat16_gradients_are_as_accurate_as_those_of_torchs_kernel(spans: lis
     )
     assert all(own < 1.1 * other for own, other in zip(ours, torchs, strict=True)), (ours, torchs)
     assert max(ours) < 2**-7
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, Window(150)])
+def test_bfloat16_gradients_of_every_path_differ_from_float64_by_a_few_roundings(
+    path: ProductPath, softcap: float | None, window: Window | None
+) -> None:
+    spans = [Span.of(40, 300, 200)]
+    tensors = inputs(spans, 6, 2, torch.bfloat16, size=64)
+    oracle, attend = (partial(f, window=window, softcap=softcap) for f in (by_mask, partial(packed, path=path)))
+    exact = value_and_gradients(oracle, tensors, spans, torch.float64)
+    ours = value_and_gradients(attend, tensors, spans, torch.bfloat16)
+    # At most 2^-9 each: output, probability, gradient of the probability and of the logit, and the gradient itself.
+    assert max(errors(ours, exact)) < 5 * 2**-9
+
+
+def test_large_logits_cost_bfloat16_products_no_accuracy() -> None:
+    spans = [Span.of(40, 300, 200)]
+    query, *others = inputs(spans, 6, 2, torch.bfloat16, size=64)
+    tensors = [8 * query, *others]
+    exact = value_and_gradients(by_mask, tensors, spans, torch.float64)
+    ours = value_and_gradients(partial(packed, path="bfloat16"), tensors, spans, torch.bfloat16)
+    # Logits near 100 rounded to bfloat16 would be off by a quarter, and probabilities by 28 %.
+    assert max(errors(ours, exact)) < 2**-6
