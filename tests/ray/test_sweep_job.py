@@ -244,9 +244,8 @@ def test_a_submitted_sweep_that_is_stopped_and_submitted_again_continues(
     command = [sys.executable, "-m", "jobs.sweep", str(file), "beta_lr"]
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder, start_head(folder) as head:
         try:
-            wait_until(lambda: call("job", "list").returncode == 0, head)
-            submitted = call("job", "submit", "--no-wait", "--submission-id=first", "--", *command)
-            assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+            submit = ("job", "submit", "--no-wait", "--submission-id=first", "--", *command)
+            wait_until(lambda: call(*submit).returncode == 0, head)  # the head takes a while until it accepts jobs
             wait_until(lambda: reports(run) >= 6, head)
             assert call("job", "stop", "first").returncode == 0
             before = events(run)
