@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +217,7 @@ def test_a_sweep_of_online_runs_compares_their_held_out_scores(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_submitted_sweep_that_is_stopped_and_submitted_again_continues(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -230,19 +231,21 @@ def test_a_submitted_sweep_that_is_stopped_and_submitted_again_continues(
             [ray, *arguments], env=environment | address, capture_output=True, text=True, timeout=timeout, cwd=tmp_path
         )
 
+    def start_head(folder: str) -> subprocess.Popen[bytes]:
+        # In a folder of its own: other clusters of this machine must not be taken for it, nor it for one of them.
+        options = ["--port=6399", "--dashboard-port=8267", "--num-cpus=4", f"--temp-dir={folder}"]
+        log = (tmp_path / "head.log").open("wb")
+        return subprocess.Popen(
+            [ray, "start", "--head", "--block", *options], env=environment, stdout=log, stderr=log, process_group=0
+        )
+
     config["sweep"] |= {"samples": 6, "concurrent": 1}
     file, run = write_yaml(tmp_path / "run.yaml", config), tmp_path / "runs/sweep"
     command = [sys.executable, "-m", "jobs.sweep", str(file), "beta_lr"]
-    with subprocess.Popen(
-        [ray, "start", "--head", "--block", "--port=6399", "--dashboard-port=8267", "--num-cpus=4"],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0,
-    ) as head:  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder, start_head(folder) as head:
         try:
-            deadline = time.monotonic() + 120
-            while call("job", "list").returncode and time.monotonic() < deadline:
-                time.sleep(1)
-            submitted = call("job", "submit", "--no-wait", "--submission-id=first", "--", *command)
-            assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+            submit = ("job", "submit", "--no-wait", "--submission-id=first", "--", *command)
+            wait_until(lambda: call(*submit).returncode == 0, head)  # the head takes a while until it accepts jobs
             wait_until(lambda: reports(run) >= 6, head)
             assert call("job", "stop", "first").returncode == 0
             before = events(run)

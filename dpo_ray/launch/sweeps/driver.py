@@ -133,7 +133,7 @@ class Driver:
     def __init__(self, plan: Plan, cluster: Cluster, run_dir: Path, console: Console) -> None:
         self.plan, self.cluster, self.run_dir, self.console = plan, cluster, run_dir, console
         definition = plan.definition
-        self.searcher = build_searcher(
+        searcher = build_searcher(
             plan.config.sweep.search, plan.space, plan.search, definition.objective, definition.seed
         )
         self.scheduler = build_scheduler(
@@ -142,7 +142,7 @@ class Driver:
         )  # fmt: skip
         self.conductor = Conductor(
             Journal(run_dir / "journal.jsonl"),
-            self.searcher,
+            searcher,
             self.scheduler,
             definition.objective,
             samples=definition.samples,
@@ -151,6 +151,7 @@ class Driver:
             clone=self._clone,
             saved=self._saved,
         )
+        self.mailbox: Any = None
         self.idle: dict[int, Message] = {}
         """Slots that wait for a trial."""
         self.on_slot: dict[int, str] = {}
