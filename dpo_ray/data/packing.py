@@ -14,7 +14,7 @@ completions with their prompts
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, groupby
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -46,6 +46,27 @@ class Span(tuple[int, ...]):
     def completions(self) -> tuple[int, ...]:
         """Tokens of each completion."""
         return self[1:]
+
+
+class Spans(Sequence[Span]):
+    """Spans of a row as compiled layers pass them on, unseen: torch compiles once more for each length of a tuple."""
+
+    __slots__ = ("_spans",)
+
+    def __init__(self, spans: tuple[Span, ...]) -> None:
+        self._spans = spans
+
+    @overload
+    def __getitem__(self, index: int) -> Span: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Span]: ...
+
+    def __getitem__(self, index: int | slice) -> Span | Sequence[Span]:
+        return self._spans[index]
+
+    def __len__(self) -> int:
+        return len(self._spans)
 
 
 @dataclass(frozen=True, slots=True)

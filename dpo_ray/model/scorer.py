@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dpo_ray.data.packing import Layout, PackedRow, attention_mask, padded_positions, to_device
+from dpo_ray.data.packing import Layout, PackedRow, Spans, attention_mask, padded_positions, to_device
 from dpo_ray.model.architecture import decoder_layers, decoder_of
 from dpo_ray.model.routing import load_balancing_losses
 from dpo_ray.objective import head
@@ -139,7 +139,7 @@ def _mask_inputs(shard: RowShard, windows: Windows, products: Products) -> dict[
 ATTENTION_INPUTS: Mapping[str, Callable[[RowShard, Windows, Products], dict[str, Any]]] = {
     MASKED: _mask_inputs,
     PACKED: lambda shard, _, products: {
-        "spans": shard.row.spans,
+        "spans": Spans(shard.row.spans),
         "query_slices": shard.slices,
         "gather_kv": shard.gather_kv,
         "product_path": products.attention,

@@ -27,7 +27,8 @@ def test_the_dry_run_checks_times_and_writes_all_sides_with_torch_and_transforme
     done = subprocess.run([sys.executable, "-c", RUN, str(out)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
-    assert [len(runs) for runs in result["runs"].values()] == [2, 2, 2, 2, 2]
+    assert {"dpo_ray", "padded, TRL's head"} < result["runs"].keys()
+    assert {len(runs) for runs in result["runs"].values()} == {2}
     assert not result["failed"]
     losses = [run["loss"] for runs in result["runs"].values() for run in runs]
     assert max(losses) - min(losses) < 0.01, "every side takes the same step; bfloat16"
