@@ -166,7 +166,9 @@ def main() -> None:
     side, task, folder = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(task["threads"])
     shape = Shape.of(AutoConfig.from_pretrained(task["model"]))
+    started = time.process_time()
     result = {"ours": ours, "trl": trl}[side](task, folder)
+    result["cpu_s"] = time.process_time() - started
     result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     useful, _ = step_flops(shape, np.array(task["lengths"]))
     result |= {
