@@ -97,6 +97,11 @@ def compare(arguments: argparse.Namespace, kind: str, console: Console) -> dict[
             speeds = ", ".join(f"{side} {result['pairs_per_s']:.3f}" for side, result in run.items())
             console.print(f"run {turn + 1} of {arguments.runs}, pairs/s: {speeds}")
         print_result(console, runs)
+        shares = one_run("parts", task, Path(folder) / "parts")["parts"]
+        listed = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
+        console.print(
+            f"time of dpo_ray's pass and steps, under the profiler: {listed}, rest {1 - sum(shares.values()):.0%}"
+        )
     return {"kind": source or kind, "task": task, "runs": runs}
 
 
@@ -122,6 +127,8 @@ def prepare(arguments: argparse.Namespace, kind: str, source: str | None, folder
     data = DataConfig(max_prompt_tokens=None, max_completion_tokens=None)
     store = prepare_pairs([source], RecordTokenizer(tokenizer, data), folder=folder / "all")
     fitting = [i for i, (p, c, r) in enumerate(store.lengths.tolist()) if p + max(c, r) <= 1024][: arguments.limit]
+    if not fitting:
+        raise SystemExit(f"no pair of {source} fits 1024 tokens with the tokenizer of {arguments.model}")
     from dpo_ray.data.formats import Part
     from dpo_ray.data.records import read_pairs
 
