@@ -1,8 +1,11 @@
 """Offline DPO against TRL's DPOTrainer: the same model, pairs, order, batch and precision, in alternating runs.
 
-    python -m benchmarks.offline                          long answers, TRL with its defaults and with its best settings
+    python -m benchmarks.offline                          long answers and dialogues, TRL's defaults and best settings
     python -m benchmarks.offline --kind dialogue --trl best
-    python -m benchmarks.offline --pairs my_pairs.jsonl --limit 32
+    python -m benchmarks.offline --pairs my_pairs.jsonl --limit 32      these pairs instead of long answers
+
+Prints the class of the CPU, a table per kind of pairs, and the useful operations per second of passes and steps as a
+share of the limit: what the model's matrix products reach on the best path of this machine.
 
 Each run is a process of its own with the same number of threads. Timings cover the reference pass and the optimizer
 steps, not model loading and tokenization. Memory is the peak resident size of the process.
@@ -13,6 +16,7 @@ multiplies bfloat16 tensors at a hundredth of its float32 rate, which would domi
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -26,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.pairs import KINDS, generate_pairs
-from dpo_ray.ops.cpu import cpu_environment
+from dpo_ray.ops.cpu import cpu_environment, cpu_model
 
 OURS = "dpo_ray"
 FIGURES = (
@@ -35,6 +39,7 @@ FIGURES = (
     ("peak memory, MiB", "peak_mib", "{:.0f}"),
     ("reference pass, s", "reference_s", "{:.1f}"),
     ("steps, s", "train_s", "{:.1f}"),
+    ("processor time with loading, s", "cpu_s", "{:.1f}"),
     ("last loss", "loss", "{:.5f}"),
 )
 TRL = {
@@ -49,8 +54,10 @@ def main() -> None:
     """Run the comparison and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="models/smollm2-135m-instruct", help="a model directory")
-    parser.add_argument("--kind", choices=sorted(KINDS), default="answers", help="lengths of the generated pairs")
-    parser.add_argument("--pairs", help="a file of pairs, instead of generated ones")
+    parser.add_argument(
+        "--kind", choices=sorted(KINDS), nargs="+", default=sorted(KINDS), help="lengths of the generated pairs"
+    )
+    parser.add_argument("--pairs", help="a file of pairs, instead of generated answers")
     parser.add_argument("--limit", type=int, default=24, help="number of pairs; one epoch")
     parser.add_argument("--pairs-per-step", type=int, default=8, help="pairs per optimizer step")
     parser.add_argument("--tokens-per-micro-batch", type=int, default=1024, help="largest micro-batch of dpo_ray")
@@ -65,10 +72,19 @@ def main() -> None:
     arguments = parser.parse_args()
 
     console = Console()
+    console.print(f"{cpu_model()}, {arguments.threads} threads, load {os.getloadavg()[0]:.1f} at the start")
+    results = [compare(arguments, kind, console) for kind in arguments.kind]
+    if arguments.out:
+        arguments.out.write_text(json.dumps(results, indent=1))
+
+
+def compare(arguments: argparse.Namespace, kind: str, console: Console) -> dict[str, Any]:
+    """Alternating runs of all sides on one kind of pairs; prints their table."""
+    source = arguments.pairs if kind == "answers" else None
     with tempfile.TemporaryDirectory() as folder:
-        task = prepare(arguments, Path(folder))
+        task = prepare(arguments, kind, source, Path(folder))
         console.print(
-            f"{task['pairs']} pairs, {task['tokens']} tokens, each prompt counted once, "
+            f"{source or kind}: {task['pairs']} pairs, {task['tokens']} tokens, each prompt counted once, "
             f"{task['pairs_per_step']} pairs per step, {task['threads']} threads, {task['dtype']}"
         )
         runs = []
@@ -81,8 +97,12 @@ def main() -> None:
             speeds = ", ".join(f"{side} {result['pairs_per_s']:.3f}" for side, result in run.items())
             console.print(f"run {turn + 1} of {arguments.runs}, pairs/s: {speeds}")
         print_result(console, runs)
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"task": task, "runs": runs}, indent=1))
+        shares = one_run("parts", task, Path(folder) / "parts")["parts"]
+        listed = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
+        console.print(
+            f"time of dpo_ray's pass and steps, under the profiler: {listed}, rest {1 - sum(shares.values()):.0%}"
+        )
+    return {"kind": source or kind, "task": task, "runs": runs}
 
 
 def fast_dtype() -> str:
@@ -93,7 +113,7 @@ def fast_dtype() -> str:
     return "bfloat16" if multiplies else "float32"
 
 
-def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def prepare(arguments: argparse.Namespace, kind: str, source: str | None, folder: Path) -> dict[str, Any]:
     """The task of both sides: a file of pairs that fit TRL's default of 1024 tokens per sequence, and their sizes."""
     from dpo_ray.config.schema import DataConfig
     from dpo_ray.data.store import prepare_pairs
@@ -101,13 +121,14 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from dpo_ray.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(arguments.model)
-    source = arguments.pairs
     if source is None:
         source = str(folder / "generated.jsonl")
-        Path(source).write_text("".join(json.dumps(pair) + "\n" for pair in generate_pairs(arguments.kind, 200)))
+        Path(source).write_text("".join(json.dumps(pair) + "\n" for pair in generate_pairs(kind, 200)))
     data = DataConfig(max_prompt_tokens=None, max_completion_tokens=None)
     store = prepare_pairs([source], RecordTokenizer(tokenizer, data), folder=folder / "all")
     fitting = [i for i, (p, c, r) in enumerate(store.lengths.tolist()) if p + max(c, r) <= 1024][: arguments.limit]
+    if not fitting:
+        raise SystemExit(f"no pair of {source} fits 1024 tokens with the tokenizer of {arguments.model}")
     from dpo_ray.data.formats import Part
     from dpo_ray.data.records import read_pairs
 
@@ -138,8 +159,6 @@ def as_json(messages: Any) -> Any:
 
 def one_run(side: str, task: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One side's run in a process of its own; both sides get the memory settings of our workers."""
-    import os
-
     folder.mkdir()
     environment = os.environ | cpu_environment(task["threads"]) | {"CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
     started = time.monotonic()

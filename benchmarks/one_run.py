@@ -17,7 +17,7 @@ from benchmarks.flops import Shape, step_flops
 from dpo_ray.objective.precision import PATHS, ProductPath, rounded_inputs
 
 
-def ours(task: dict[str, Any], folder: Path) -> dict[str, float]:
+def ours(task: dict[str, Any], folder: Path, clock: "_Clock | None" = None) -> dict[str, float]:
     """The training loop of a worker of ``jobs.offline``, as the only rank."""
     import torch.distributed as dist
 
@@ -48,9 +48,41 @@ def ours(task: dict[str, Any], folder: Path) -> dict[str, float]:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(20000 + os.getpid() % 20000), RANK="0", WORLD_SIZE="1")
     dist.init_process_group("gloo")
     pairs = prepare_pairs(config.data.train, load_record_tokenizer(config), folder=folder / "data")
-    clock = _Clock()
+    clock = clock or _Clock()
     train_offline(config, pairs=pairs, held_out=None, device=torch.device("cpu"), reporter=clock)
     return {"reference_s": clock.reference_s, "train_s": clock.train_s, "loss": clock.loss}
+
+
+PARTS = {
+    "matrix products": {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"},
+    "attention kernel": {"_scaled_dot_product_flash_attention_for_cpu"},
+    "copies and casts": {"copy_", "cat", "fill_", "zero_"},
+    "optimizer": {"_fused_adamw_", "linalg_vector_norm", "_foreach_norm", "_foreach_mul_"},
+}
+"""Operators of each part of a run; the others and Python are the rest."""
+
+
+def parts(task: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """``ours`` under the profiler: also the share of the time of pass and steps in each of ``PARTS``."""
+    from torch.profiler import ProfilerActivity, profile
+
+    profiler = profile(activities=[ProfilerActivity.CPU])
+
+    class Profiled(_Clock):
+        def phase(self, name: str, done: int = 0, total: int = 0) -> None:
+            if name == "scoring" and name not in self.began:
+                profiler.start()
+            super().phase(name, done, total)
+
+    result: dict[str, Any] = ours(task, folder, Profiled())
+    profiler.stop()
+    seconds = {part: 0.0 for part in PARTS}
+    for event in profiler.key_averages():
+        for part, names in PARTS.items():
+            if event.key.removeprefix("aten::") in names:
+                seconds[part] += event.self_cpu_time_total / 1e6
+    whole = result["reference_s"] + result["train_s"]
+    return result | {"parts": {part: spent / whole for part, spent in seconds.items()}}
 
 
 class _Clock:
@@ -166,7 +198,9 @@ def main() -> None:
     side, task, folder = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(task["threads"])
     shape = Shape.of(AutoConfig.from_pretrained(task["model"]))
-    result = {"ours": ours, "trl": trl}[side](task, folder)
+    started = time.process_time()
+    result: dict[str, Any] = {"ours": ours, "parts": parts, "trl": trl}[side](task, folder)
+    result["cpu_s"] = time.process_time() - started
     result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     useful, _ = step_flops(shape, np.array(task["lengths"]))
     result |= {

@@ -32,6 +32,7 @@ from dpo_ray.ops.attention import MASKED, PACKED, packed_attention
 from dpo_ray.ops.flex import FLEX, flex_packed_attention
 from dpo_ray.ops.float8 import use_float8, validate_float8_device
 from dpo_ray.ops.linear import use_products
+from dpo_ray.ops.norm import use_fused_norms
 from dpo_ray.parallel.activations import apply_activation_checkpointing, offload_activations
 from dpo_ray.parallel.collectives import broadcast_from_rank0
 from dpo_ray.parallel.compiled import compile_layers
@@ -191,6 +192,7 @@ def load_sharded(
         use_float8(layers)
     if device.type == "cpu" and compute_dtype == torch.bfloat16:
         use_products(built, products.linear)
+        use_fused_norms(built)
 
     weights = {f"model.{name}": tensor for name, tensor in built.state_dict().items()} if is_rank0 else {}
     if shard.tensor_parallel > 1:

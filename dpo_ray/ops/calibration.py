@@ -6,7 +6,6 @@ of a single thread, so that other processes on the same cores, such as other wor
 
 import json
 import logging
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -19,6 +18,7 @@ from dpo_ray.data.packing import Span
 from dpo_ray.objective.head_products import HeadProducts
 from dpo_ray.objective.precision import PATHS, ProductPath, Products
 from dpo_ray.ops.attention import packed_attention
+from dpo_ray.ops.cpu import cpu_model
 from dpo_ray.ops.linear import use_products
 
 logger = logging.getLogger(__name__)
@@ -85,18 +85,6 @@ def describe(products: Products) -> str:
     """One line that names the CPU and the path of each class."""
     paths = ", ".join(f"{name} {path}" for name, path in asdict(products).items())
     return f"matrix products on {cpu_model()}: {paths}"
-
-
-def cpu_model() -> str:
-    """Name of this machine's CPU, with the instructions that decide about its products."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    values = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
-    flags = set(values.get("flags", "").split())
-    units = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
-    return " ".join([values.get("model name", platform.machine()), *units])
 
 
 def _read(file: Path) -> dict[str, Timings]:

@@ -50,6 +50,15 @@ def save_tiny_qwen3(folder: Path) -> Path:
     return folder
 
 
+def test_bfloat16_products_of_tensor_parallel_ranks_train_like_float32(
+    config: dict[str, Any], steps_of_one: list[Metrics]
+) -> None:
+    config["model"] |= {"dtype": "bfloat16", "cpu_products": "bfloat16"}
+    first, _ = run_ranks(2, offline, over(2, config, tensor_parallel=2))
+    assert first[0]["loss"] == pytest.approx(steps_of_one[0]["loss"], abs=1e-2)
+    assert first[0]["optim/grad_norm"] == pytest.approx(steps_of_one[0]["optim/grad_norm"], rel=2e-2)
+
+
 def test_tensor_parallel_ranks_report_the_steps_of_one_rank_also_with_replicas_and_context_parallelism(
     config: dict[str, Any], steps_of_one: list[Metrics]
 ) -> None:

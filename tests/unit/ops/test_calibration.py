@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dpo_ray.objective.precision import PATHS, ProductPath, Products
-from dpo_ray.ops.calibration import Timings, cached_timings, cpu_model, describe, fastest, measure_products
+from dpo_ray.ops.calibration import Timings, cached_timings, describe, fastest, measure_products
+from dpo_ray.ops.cpu import cpu_model
 
 
 def timings(**seconds: float) -> Timings:
