@@ -26,6 +26,7 @@ from tests.distributed.runs import ListReporter
 from tests.distributed.test_online import PAIRS, DrawnRounds, steps_of, three_rounds
 
 BETA = 0.1
+SLOW = pytest.mark.slow
 Weights = dict[str, np.ndarray]
 
 
@@ -124,7 +125,7 @@ def reference_in_losses(steps: list[Metrics], round: int) -> float:
 
 @pytest.mark.parametrize(
     ("lora", "refresh", "alpha"),
-    [(False, 2, 1.0), (False, 1, 0.5), (False, 2, 0.3), (True, 2, 1.0), (True, 1, 0.5)],
+    [(False, 2, 1.0), (False, 1, 0.5), pytest.param(False, 2, 0.3, marks=SLOW), (True, 2, 1.0), (True, 1, 0.5)],
     ids=["hard", "soft", "soft, every second round", "adapters, hard", "adapters, soft"],
 )
 def test_the_reference_of_each_round_is_the_mix_of_published_weights(
@@ -178,11 +179,11 @@ def test_two_workers_have_the_refreshed_reference_of_one(
 @pytest.mark.parametrize(
     ("workers", "lora", "refresh", "alpha"),
     [
-        ((1, 1), False, 2, 1.0),
+        pytest.param((1, 1), False, 2, 1.0, marks=SLOW),
         ((2, 1), False, 1, 0.5),
-        ((1, 2), False, 1, 0.5),
+        pytest.param((1, 2), False, 1, 0.5, marks=SLOW),
         ((1, 1), True, 2, 0.5),
-        ((2, 1), True, 2, 1.0),
+        pytest.param((2, 1), True, 2, 1.0, marks=SLOW),
     ],
     ids=["hard", "soft on two, then one", "soft on one, then two", "adapters", "adapters on two, then one"],
 )

@@ -122,6 +122,7 @@ def test_a_sweep_killed_twice_ends_like_an_undisturbed_one_and_takes_more_sample
     assert not joining.left_over()
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_told_to_stop_leaves_no_process(
     starting: Commands, config: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -193,6 +194,7 @@ def test_trials_that_raise_diverge_or_die_are_listed_with_their_cause_and_the_be
     assert not starting.left_over()
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_a_sweep_of_online_runs_compares_their_held_out_scores(
     starting: Commands, tiny_model: Path, tmp_path: Path
