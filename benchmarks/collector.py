@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpo_ray.config.schema import OnlineConfig
+from dpo_ray.config.rounds import OnlineConfig
 from dpo_ray.rollout.collector import Collector
 from dpo_ray.rollout.dispatch import Dispatcher
 from dpo_ray.rollout.engine import EngineStatus, Request

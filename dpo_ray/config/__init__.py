@@ -10,7 +10,7 @@ from dpo_ray.config.load import (
 )
 from dpo_ray.config.paths import with_absolute_paths
 from dpo_ray.config.resume import first_difference
-from dpo_ray.config.schema import Component
+from dpo_ray.config.section import Component
 from dpo_ray.config.tree import Config
 
 __all__ = [

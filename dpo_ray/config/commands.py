@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import reduce
 from typing import Any, NamedTuple
 
-from dpo_ray.config.schema import Section
+from dpo_ray.config.section import Section
 from dpo_ray.config.tree import Config
 
 

@@ -2,7 +2,7 @@
 
 import math
 
-from dpo_ray.config import schema, sweeps
+from dpo_ray.config import losses, rounds, schema, sweeps
 
 ONLINE_METRICS = ("heldout/score", "heldout/win_rate", "kl")
 """Metrics of the evaluations of an online run."""
@@ -16,7 +16,7 @@ def validate_mesh(shard: schema.ShardConfig, cluster: schema.ClusterConfig) -> N
         raise ValueError(f"{product} must divide cluster.train_workers ({cluster.train_workers})")
 
 
-def validate_router_loss(shard: schema.ShardConfig, loss: schema.LossConfig) -> None:
+def validate_router_loss(shard: schema.ShardConfig, loss: losses.LossConfig) -> None:
     """Check that ranks have the router logits of whole sequences."""
     if loss.router_aux and shard.context_parallel > 1:
         raise ValueError(
@@ -55,8 +55,8 @@ def validate_layers(shard: schema.ShardConfig, model: schema.ModelConfig, optim:
 def validate_refresh(
     reference: schema.ReferenceConfig,
     model: schema.ModelConfig,
-    loss: schema.LossConfig,
-    online: schema.OnlineConfig | None,
+    loss: losses.LossConfig,
+    online: rounds.OnlineConfig | None,
 ) -> None:
     """Check that there is a reference that can be refreshed as configured."""
     kind, alpha, refresh = reference.kind, reference.mixup_alpha, f"reference.refresh: {reference.refresh}"
@@ -97,8 +97,8 @@ def validate_refresh(
 def validate_reference(
     reference: schema.ReferenceConfig,
     model: schema.ModelConfig,
-    loss: schema.LossConfig,
-    online: schema.OnlineConfig | None,
+    loss: losses.LossConfig,
+    online: rounds.OnlineConfig | None,
 ) -> None:
     """Check that the reference can be computed."""
     kind, refresh, lora = reference.kind, reference.refresh, model.lora
@@ -124,7 +124,7 @@ def validate_reference(
         )
 
 
-def validate_weighting(loss: schema.LossConfig, online: schema.OnlineConfig | None) -> None:
+def validate_weighting(loss: losses.LossConfig, online: rounds.OnlineConfig | None) -> None:
     """Check that pairs have the scores that they are weighted by."""
     if loss.weighting == "gap" and online is None:
         raise ValueError(
@@ -144,7 +144,7 @@ def validate_weighting(loss: schema.LossConfig, online: schema.OnlineConfig | No
 
 
 def validate_run(
-    run: schema.RunConfig, data: schema.DataConfig, online: schema.OnlineConfig | None, *, kind: str, colocate: bool
+    run: schema.RunConfig, data: schema.DataConfig, online: rounds.OnlineConfig | None, *, kind: str, colocate: bool
 ) -> None:
     """Check that the run directory and the best metric suit the kind of run.
 
@@ -190,7 +190,7 @@ def validate_scheduler(scheduler: sweeps.SchedulerConfig, run: schema.RunConfig)
             )
 
 
-def validate_lists(data: schema.DataConfig, loss: schema.LossConfig) -> None:
+def validate_lists(data: schema.DataConfig, loss: losses.LossConfig) -> None:
     """Check that an epoch has whole ranked lists if the loss is of lists."""
     if loss.examples == "lists" and (parts := [weight for weight in data.weights if weight != int(weight)]):
         raise ValueError(
@@ -200,7 +200,7 @@ def validate_lists(data: schema.DataConfig, loss: schema.LossConfig) -> None:
 
 
 def validate_sources(
-    online: schema.OnlineConfig,
+    online: rounds.OnlineConfig,
     data: schema.DataConfig,
     reference: schema.ReferenceConfig,
     kind: str,
@@ -243,7 +243,7 @@ def validate_sources(
 
 
 def validate_engines(
-    online: schema.OnlineConfig, cluster: schema.ClusterConfig, lora: schema.LoraConfig | None
+    online: rounds.OnlineConfig, cluster: schema.ClusterConfig, lora: schema.LoraConfig | None
 ) -> None:
     """Check that the weight transport suits the placement of engines, and that colocated ones fit."""
     if online.sync.use == "ipc" and not cluster.colocate:

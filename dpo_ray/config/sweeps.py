@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from dpo_ray.config.schema import Section
+from dpo_ray.config.section import Section
 
 
 class NoArgs(Section):

@@ -4,24 +4,25 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from dpo_ray.config import cross_checks, schema, sweeps
+from dpo_ray.config import cross_checks, losses, rounds, schema, sweeps
+from dpo_ray.config.section import Section
 
 POLICY_JUDGE_TOKENS = 1024
 """Tokens of an engine beyond a prompt and two completions if the policy judges: for instructions and its reply."""
 
 
-class Config(schema.Section):
+class Config(Section):
     """The whole configuration of a run."""
 
     run: schema.RunConfig = schema.RunConfig()
     model: schema.ModelConfig
     reference: schema.ReferenceConfig = schema.ReferenceConfig()
     data: schema.DataConfig = schema.DataConfig()
-    loss: schema.LossConfig = schema.LossConfig()
+    loss: losses.LossConfig = losses.LossConfig()
     optim: schema.OptimConfig = schema.OptimConfig()
     shard: schema.ShardConfig = schema.ShardConfig()
     cluster: schema.ClusterConfig = schema.ClusterConfig()
-    online: schema.OnlineConfig | None = None
+    online: rounds.OnlineConfig | None = None
     """Online settings; null trains on a fixed preference set."""
     sweep: sweeps.SweepConfig = sweeps.SweepConfig()
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpo_ray.config.schema import Examples
+from dpo_ray.config.losses import Examples
 from dpo_ray.data.fields import Fields, bad_field, check_placeholders
 from dpo_ray.data.formats import Part, Unusable, show
 from dpo_ray.data.layouts import PROMPT, Candidates, read_answer, read_candidates, read_prompt, validate_completion

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from dpo_ray.config import Config
-from dpo_ray.config.schema import DataConfig, Examples
+from dpo_ray.config.losses import Examples
+from dpo_ray.config.schema import DataConfig
 from dpo_ray.data.layouts import transcript_turns
 from dpo_ray.data.loss_mask import LostTurn, common_prefix, mask_other_turns
 from dpo_ray.data.records import PairRecord, Problem, PromptRecord, Tools

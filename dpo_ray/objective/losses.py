@@ -24,7 +24,7 @@ from dpo_ray.objective.logps import PairLogps
 from dpo_ray.plugins import bind
 
 if TYPE_CHECKING:
-    from dpo_ray.config.schema import LossConfig
+    from dpo_ray.config.losses import LossConfig
 
 PairLoss = Callable[[PairLogps, PairLogps | None], Tensor]
 """(policy, reference) -> (B,) losses; the reference is None for reference-free losses."""

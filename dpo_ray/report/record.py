@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import yaml
 
-from dpo_ray.config.schema import UNPAIRED_LOSSES
+from dpo_ray.config.losses import UNPAIRED_LOSSES
 from dpo_ray.report.formatting import prompt_text
 from dpo_ray.storage import folder_at, read_jsonl
 from dpo_ray.types import Messages, Metrics

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from dpo_ray.config.schema import OnlineConfig
+from dpo_ray.config.rounds import OnlineConfig
 from dpo_ray.rollout.admission import admitted, oldest_version
 from dpo_ray.rollout.dispatch import Dispatcher, EngineError, VersionGone
 from dpo_ray.rollout.engine import EngineStatus, Request, RequestTimedOut

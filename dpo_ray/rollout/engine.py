@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from dpo_ray.config.schema import SamplingConfig
+from dpo_ray.config.rounds import SamplingConfig
 from dpo_ray.types import CompletionGroup, Prompt
 
 UNPUSHED = -1

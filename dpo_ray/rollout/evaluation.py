@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from dpo_ray.config.schema import OnlineConfig, SamplingConfig
+from dpo_ray.config.rounds import OnlineConfig, SamplingConfig
 from dpo_ray.rollout.engine import Request
 from dpo_ray.rollout.rounds import seed_of
 from dpo_ray.storage import write_atomically

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dpo_ray.config.schema import EngineConfig, SamplingConfig
+from dpo_ray.config.rounds import EngineConfig, SamplingConfig
 from dpo_ray.rollout.engine import UNPUSHED, EngineStatus, Request
 from dpo_ray.rollout.stepping import Call, EngineFailed, Job, Serving, Stepper
 from dpo_ray.rollout.vllm_requests import Statistics, completion_group, prompt_logps, rejections, sampling_params

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
-from dpo_ray.config.schema import JudgeConfig
+from dpo_ray.config.rounds import JudgeConfig
 from dpo_ray.model.scorer import LogpsModel
 from dpo_ray.rollout.judges.implicit import Implicit
 from dpo_ray.rollout.ledger import RoundData

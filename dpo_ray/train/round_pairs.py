@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dpo_ray.config.schema import OnlineConfig
+from dpo_ray.config.rounds import OnlineConfig
 from dpo_ray.data.joined import JoinedPairs
 from dpo_ray.data.loader import PairSource
 from dpo_ray.rollout.ledger import RoundData

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_ray.config.schema import EngineConfig
+from dpo_ray.config.rounds import EngineConfig
 from dpo_ray.rollout.updates import check_probe
 from dpo_ray.sync.base import EngineGroup, WeightSync
 from dpo_ray.sync.ipc import IPCSync

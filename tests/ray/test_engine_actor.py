@@ -9,7 +9,7 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
-from dpo_ray.config.schema import EngineConfig, SamplingConfig
+from dpo_ray.config.rounds import EngineConfig, SamplingConfig
 from dpo_ray.launch.rollouts.engine_actor import EngineActor
 from dpo_ray.rollout.engine import UNPUSHED, Request
 from dpo_ray.sync.object_store import ObjectStoreSync

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_ray.config.schema import DataConfig, EngineConfig, ModelConfig, SamplingConfig
+from dpo_ray.config.rounds import EngineConfig, SamplingConfig
+from dpo_ray.config.schema import DataConfig, ModelConfig
 from dpo_ray.data.records import PromptRecord, read_prompts
 from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPrompt
 from dpo_ray.data.tokenizer import load_tokenizer

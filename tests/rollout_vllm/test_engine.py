@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from dpo_ray.config.schema import SamplingConfig
+from dpo_ray.config.rounds import SamplingConfig
 from dpo_ray.rollout.engine import EngineStatus, Request, RequestTimedOut
 from dpo_ray.sync.object_store import ObjectStoreSync
 from dpo_ray.types import Completion, CompletionGroup, Prompt

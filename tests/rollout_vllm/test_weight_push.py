@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dpo_ray.config.schema import EngineConfig, SamplingConfig
+from dpo_ray.config.rounds import EngineConfig, SamplingConfig
 from dpo_ray.rollout.engine import UNPUSHED, Request
 from dpo_ray.sync.base import EngineGroup
 from dpo_ray.sync.object_store import ObjectStoreSync

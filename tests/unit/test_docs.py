@@ -151,7 +151,7 @@ def test_snippets_of_the_documentation_run(block: Block) -> None:
 
 def test_every_built_in_loss_is_in_the_table_of_losses() -> None:
     rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "losses.md").read_text(), re.MULTILINE)
-    from dpo_ray.config.schema import LOSSES
+    from dpo_ray.config.losses import LOSSES
 
     assert set(LOSSES) <= set(rows)
 

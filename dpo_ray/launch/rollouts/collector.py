@@ -13,7 +13,7 @@ import numpy as np
 from ray.exceptions import RayError
 
 from dpo_ray.config import Config
-from dpo_ray.config.schema import JudgeConfig
+from dpo_ray.config.rounds import JudgeConfig
 from dpo_ray.launch.rollouts.judge_actor import RemoteJudge
 from dpo_ray.launch.run_dir import log_to_run
 from dpo_ray.rollout.collector import Collector, Progress

@@ -7,7 +7,7 @@ from functools import cache, partial
 from typing import Any
 
 from dpo_ray.config import Config
-from dpo_ray.config.schema import SamplingConfig
+from dpo_ray.config.rounds import SamplingConfig
 from dpo_ray.data.records import Problem, PromptRecord
 from dpo_ray.data.tokenize import RecordTokenizer, load_record_tokenizer
 from dpo_ray.rollout.dispatch import Dispatcher

@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from dpo_ray.config import Config
-from dpo_ray.config.schema import JudgeConfig
+from dpo_ray.config.rounds import JudgeConfig
 from dpo_ray.launch.rollouts.completions import EngineCompletions
 from dpo_ray.launch.run_dir import log_to_run
 from dpo_ray.rollout.judges import (

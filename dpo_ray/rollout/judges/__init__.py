@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, SupportsFloat
 
 from dpo_ray.config import Component
-from dpo_ray.config.schema import JudgeConfig, SamplingConfig
+from dpo_ray.config.rounds import JudgeConfig, SamplingConfig
 from dpo_ray.plugins import bind, bind_factory, check_arguments, resolve
 from dpo_ray.rollout.judges.functions import RewardFunction, adapt, check_function, reward_format
 from dpo_ray.rollout.judges.functions import is_async as is_async

@@ -4,8 +4,9 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from dpo_ray.config.schema import SamplingConfig, Section
+from dpo_ray.config.rounds import SamplingConfig
 from dpo_ray.config.secrets import holds_secret
+from dpo_ray.config.section import Section
 from dpo_ray.rollout.judges.modes import Mode, Pairwise, Score
 from dpo_ray.rollout.judges.prompts import (
     ADDITIVE_RUBRIC,

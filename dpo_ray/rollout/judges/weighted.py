@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dpo_ray.config import Component
-from dpo_ray.config.schema import IMPLICIT
+from dpo_ray.config.rounds import IMPLICIT
 from dpo_ray.rollout.judges.functions import is_async
 from dpo_ray.types import CompletionGroup, Judgement, JudgeUnavailable
 

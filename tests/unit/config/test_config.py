@@ -145,17 +145,17 @@ online: {prompts: p.jsonl, sampling: {max_tokens: 50}}
 
 
 def test_component_names_in_the_schema_match_the_registries():
-    from dpo_ray.config import schema
+    from dpo_ray.config import losses, rounds
     from dpo_ray.objective.losses import DIVERGENCES, LOSSES
     from dpo_ray.rollout.judges import JUDGES
     from dpo_ray.rollout.selectors import SELECTORS
     from dpo_ray.sync import TRANSPORTS
 
-    assert set(schema.LOSSES) == set(LOSSES)
-    assert set(schema.DIVERGENCES) == set(DIVERGENCES)
-    assert set(schema.JUDGES) == set(JUDGES)
-    assert set(schema.SELECTORS) == set(SELECTORS)
-    assert set(schema.TRANSPORTS) == set(TRANSPORTS)
+    assert set(losses.LOSSES) == set(LOSSES)
+    assert set(losses.DIVERGENCES) == set(DIVERGENCES)
+    assert set(rounds.JUDGES) == set(JUDGES)
+    assert set(rounds.SELECTORS) == set(SELECTORS)
+    assert set(rounds.TRANSPORTS) == set(TRANSPORTS)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dpo_ray.config.schema import Examples
+from dpo_ray.config.losses import Examples
 from dpo_ray.data.fields import Fields
 from dpo_ray.data.formats import Part
 from dpo_ray.data.layouts import transcript_turns

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_ray.config.schema import DataConfig, Examples
+from dpo_ray.config.losses import Examples
+from dpo_ray.config.schema import DataConfig
 from dpo_ray.data import store as store_module
 from dpo_ray.data.examples import _with_one_prompt
 from dpo_ray.data.formats import Part

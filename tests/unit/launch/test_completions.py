@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dpo_ray.config import Config
-from dpo_ray.config.schema import SamplingConfig
+from dpo_ray.config.rounds import SamplingConfig
 from dpo_ray.launch.rollouts.completions import EngineCompletions
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_ray.config.schema import LossConfig, ModelConfig, ShardConfig
+from dpo_ray.config.losses import LossConfig
+from dpo_ray.config.schema import ModelConfig, ShardConfig
 from dpo_ray.data.packing import Layout, build_row
 from dpo_ray.model.architecture import (
     PACKED_WINDOWS,

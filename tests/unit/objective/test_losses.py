@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dpo_ray.config.schema import STEP_LOSSES, UNPAIRED_LOSSES, LossConfig
+from dpo_ray.config.losses import STEP_LOSSES, UNPAIRED_LOSSES, LossConfig
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.objective.losses import LOSSES, build_loss, kl_estimate, rank_matches, sigmoid
 from dpo_ray.objective.metrics import PAIR_METRICS, pair_metric_sums, pair_results

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
-from dpo_ray.config.schema import OnlineConfig
+from dpo_ray.config.rounds import OnlineConfig
 from dpo_ray.rollout.engine import Engine, EngineStatus, Request
 from dpo_ray.rollout.membership import Member, Membership
 from dpo_ray.types import Completion, CompletionGroup, Judgement, Prompt

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dpo_ray.config import Component
-from dpo_ray.config.schema import JudgeConfig
+from dpo_ray.config.rounds import JudgeConfig
 from dpo_ray.rollout.judges import bind_judge, calls_in_progress, endpoint
 from dpo_ray.rollout.judges.endpoint import LONGEST_WAIT_S, RequestFailed, RequestLost, retry_after
 from dpo_ray.types import CompletionGroup, JudgeUnavailable

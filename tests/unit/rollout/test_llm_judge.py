@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from dpo_ray.config import Component
-from dpo_ray.config.schema import JudgeConfig, SamplingConfig
+from dpo_ray.config.rounds import JudgeConfig, SamplingConfig
 from dpo_ray.rollout.judges import Judge, bind_judge, calls_in_progress, check_scores
 from dpo_ray.rollout.judges.answer_cache import AnswerCache, Reply
 from dpo_ray.rollout.judges.chat_endpoint import EndpointFailed

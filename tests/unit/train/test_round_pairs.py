@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dpo_ray.config.schema import OnlineConfig
+from dpo_ray.config.rounds import OnlineConfig
 from dpo_ray.data.joined import JoinedPairs
 from dpo_ray.data.loader import PairList, checked_gaps
 from dpo_ray.rollout.ledger import RoundData
