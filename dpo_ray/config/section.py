@@ -1,4 +1,4 @@
-"""What all sections of the configuration are made of."""
+"""Base, component and shared value types of the sections of the configuration."""
 
 from pathlib import Path
 from typing import Annotated, Any
