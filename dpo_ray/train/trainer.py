@@ -23,8 +23,9 @@ from dpo_ray.parallel.fsdp import build_compute_mesh, build_mesh
 from dpo_ray.train.optim import build_optimizer
 from dpo_ray.train.reporter import Reporter
 
-FORWARD_BATCHES = 4
-"""Micro-batches of training that a forward pass without gradients computes at once."""
+FORWARD_BATCHES = {"cpu": 4}
+"""Micro-batches of training that a forward pass without gradients computes at once, by device type; 1 elsewhere: a GPU
+gains little, and its memory holds less than what training with recomputation leaves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +72,9 @@ class Trainer:
 
     @property
     def forward_shape(self) -> BatchShape:
-        """Split of pairs for forward passes without gradients, which save no activations: larger micro-batches."""
-        return self._batch_shape(FORWARD_BATCHES * self.config.optim.tokens_per_micro_batch)
+        """Split of pairs for forward passes without gradients, which save no activations."""
+        batches = FORWARD_BATCHES.get(self.device.type, 1)
+        return self._batch_shape(batches * self.config.optim.tokens_per_micro_batch)
 
     def _batch_shape(self, tokens_per_micro_batch: int) -> BatchShape:
         # Per layer, a token costs about 24 h^2 floating-point operations in matrix products, each token that it
