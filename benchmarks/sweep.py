@@ -56,6 +56,7 @@ class Cost(NamedTuple):
 def main() -> None:
     """Run both sides and print a Markdown table."""
     arguments = parse()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the command in progress, too
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = write_config(arguments, folder)
