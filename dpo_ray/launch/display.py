@@ -3,13 +3,14 @@
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TimeElapsedColumn
 from rich.text import Text
 
+from dpo_ray.launch.background import in_background
 from dpo_ray.launch.status import Status
 from dpo_ray.report.formatting import format_duration
 
@@ -37,22 +38,24 @@ METRICS = (
     ("pairs/s", "perf/pairs_per_s", "{:.2f}"),
 )
 POLL_S = 0.5
+CLOSE_TIMEOUT_S = 10.0
+"""Longest wait for the last output at the end."""
 PLAIN_EVERY_S = 15.0
 """Without a terminal, longest time between two lines."""
 
 
-@contextlib.contextmanager
-def live_display(read: Callable[[], Status], *, title: str, rounds: int | None, console: Console) -> Iterator[None]:
+def live_display(
+    read: Callable[[], Status], *, title: str, rounds: int | None, console: Console
+) -> contextlib.AbstractContextManager[None]:
     """Displays the status until the block ends.
 
     Args:
         read: returns the current Status; may raise while it is unavailable.
         rounds: rounds of the run; None offline, where progress is counted in steps.
     """
-    stop = threading.Event()
     display = _Display(title, rounds, console)
 
-    def watch() -> None:
+    def watch(stop: threading.Event) -> None:
         with display.live if console.is_terminal else contextlib.nullcontext():
             while not stop.wait(POLL_S):
                 try:
@@ -61,13 +64,7 @@ def live_display(read: Callable[[], Status], *, title: str, rounds: int | None, 
                     continue  # the status actor is restarting or gone; the run itself reports its failure
                 display.show(status)
 
-    thread = threading.Thread(target=watch, name="display", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(timeout=10)
+    return in_background(watch, "display", close_timeout_s=CLOSE_TIMEOUT_S)
 
 
 def text_console() -> Console:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from dpo_ray.config import Config
 from dpo_ray.config.secrets import mask_secrets
+from dpo_ray.launch.background import in_background
 from dpo_ray.launch.run_dir import has_work
 from dpo_ray.launch.trackers import TRACKERS, Row, Tracker
 from dpo_ray.plugins import build, check_arguments, resolve
@@ -260,29 +261,22 @@ class LiveReport:
             self.next_write_s = now + max(REPORT_INTERVAL_S, (time.monotonic() - started) / REPORT_LOAD)
 
 
-@contextlib.contextmanager
-def _live_report(run_dir: Path) -> Iterator[None]:
+def _live_report(run_dir: Path) -> contextlib.AbstractContextManager[None]:
     def write() -> None:
         from dpo_ray.report.page import write_report  # takes seconds to import, for matplotlib
 
         write_report(run_dir, running=True)
 
-    ended, tail, report = threading.Event(), Tail(run_dir / "metrics.jsonl"), LiveReport(write)
+    tail, report = Tail(run_dir / "metrics.jsonl"), LiveReport(write)
 
-    def rewrite() -> None:
+    def rewrite(ended: threading.Event) -> None:
         due = False
         while not ended.wait(REMOTE_POLL_S):
             with contextlib.suppress(Exception):  # an unreachable object store is polled again
                 due |= any("round" in metrics or "eval/loss" in metrics for _, metrics in tail.read())
             due = due and not report.maybe_write()
 
-    thread = threading.Thread(target=rewrite, name="report", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join(CLOSE_TIMEOUT_S)
+    return in_background(rewrite, "report", close_timeout_s=CLOSE_TIMEOUT_S)
 
 
 def _start_process(config: Config, group: str | None) -> Any:

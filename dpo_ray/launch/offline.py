@@ -20,7 +20,7 @@ from dpo_ray.launch.status import start_status_actor
 from dpo_ray.launch.summary import print_summary
 from dpo_ray.launch.workers import train_on_workers
 from dpo_ray.model.architecture import read_model_config
-from dpo_ray.objective.losses import build_loss
+from dpo_ray.objective.build import build_loss
 from dpo_ray.train.optim import bind_optimizer
 
 LOOP = "dpo_ray.launch.loops:offline"

@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console, Group, RenderableType
@@ -11,6 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from dpo_ray.launch.background import in_background
+from dpo_ray.launch.display import CLOSE_TIMEOUT_S
 from dpo_ray.report.formatting import count_noun, format_duration, format_number, short_names
 from dpo_ray.report.sweep_text import settings_text
 from dpo_ray.sweep.ranking import rank
@@ -109,16 +111,16 @@ def progress_text(trials: Sequence[Trial], scope: Scope) -> str:
     return f"{text}, {counts['running']} running{estimate}"
 
 
-@contextlib.contextmanager
-def live_trials(read: Callable[[], Sequence[Trial]], scope: Scope, *, title: str, console: Console) -> Iterator[None]:
+def live_trials(
+    read: Callable[[], Sequence[Trial]], scope: Scope, *, title: str, console: Console
+) -> contextlib.AbstractContextManager[None]:
     """Displays the trials until the block ends.
 
     Args:
         read: returns the current state of the trials; called in another thread.
     """
-    stop = threading.Event()
 
-    def watch() -> None:
+    def watch(stop: threading.Event) -> None:
         if console.is_terminal:
             with Live(console=console, refresh_per_second=4, transient=True) as live:
                 while not stop.wait(POLL_S):
@@ -129,13 +131,7 @@ def live_trials(read: Callable[[], Sequence[Trial]], scope: Scope, *, title: str
                 lines.show(read())
             lines.show(read())
 
-    thread = threading.Thread(target=watch, name="display", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(timeout=10)
+    return in_background(watch, "display", close_timeout_s=CLOSE_TIMEOUT_S)
 
 
 def _block(trials: Sequence[Trial], scope: Scope, title: str) -> RenderableType:

@@ -9,6 +9,7 @@ T = tokens of the row, H = query heads, K = key heads, D = head size
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from dpo_ray.data.packing import Span
 from dpo_ray.objective.precision import ProductPath, rounded_inputs
 from dpo_ray.ops import attention_bfloat16
-from dpo_ray.ops.blocks import FLOAT_QUERY_BLOCK, QUERY_BLOCK, query_blocks, stack, zero_hidden
+from dpo_ray.ops.blocks import FLOAT_QUERY_BLOCK, QUERY_BLOCK, SegmentTensors, query_blocks, stack, zero_hidden
 from dpo_ray.ops.windows import Window, layer_window
 
 PACKED = "dpo_ray_packed"
@@ -237,27 +238,22 @@ class _SegmentAttention(torch.autograd.Function):
         dtype = out.dtype
         tensors.append(grads[0])
         delta = (grads[0].float() * out).sum(-1)  # (H, T)
-        arguments: tuple[Any, ...] = (ctx.scale,)
+        gradients: Callable[[SegmentTensors, float], tuple[Tensor, Tensor, Tensor]]
         if dtype == torch.bfloat16 and ctx.path == "bfloat16" and ctx.softcap is None:
-            gradients: Callable[..., tuple[Tensor, Tensor, Tensor]] = attention_bfloat16.segment_gradients
+            gradients = attention_bfloat16.segment_gradients
         else:
-            gradients, arguments = _segment_gradients, (ctx.scale, ctx.softcap)
+            gradients = partial(_segment_gradients, softcap=ctx.softcap)
             tensors = [tensor.float() for tensor in tensors]
         query, key, value, grad_out = tensors
         grad_query, grad_key, grad_value = (torch.zeros(x.shape, dtype=torch.float32) for x in (query, key, value))
         with rounded_inputs(ctx.path) if dtype == torch.bfloat16 else contextlib.nullcontext():
             for segment in ctx.segments:
                 queries = segment.queries
-                grad_query[:, queries], *grad_kv = gradients(
-                    query[:, queries],
-                    segment.keys(key),
-                    segment.keys(value),
-                    grad_out[:, queries],
-                    logsumexp[:, queries],
-                    delta[:, queries],
-                    segment.window,
-                    *arguments,
-                )
+                of_segment = SegmentTensors(
+                    query[:, queries], segment.keys(key), segment.keys(value), grad_out[:, queries],
+                    logsumexp[:, queries], delta[:, queries], segment.window,
+                )  # fmt: skip
+                grad_query[:, queries], *grad_kv = gradients(of_segment, ctx.scale)
                 for total, part in zip((grad_key, grad_value), grad_kv, strict=True):
                     prompt = segment.prompt.stop - segment.prompt.start
                     total[:, segment.prompt] += part[:, :prompt]
@@ -286,25 +282,10 @@ def _capped_segment(
 
 
 def _segment_gradients(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad_out: Tensor,
-    logsumexp: Tensor,
-    delta: Tensor,
-    window: int,
-    scale: float,
-    softcap: float | None,
+    tensors: SegmentTensors, scale: float, *, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one segment with respect to query, key and value, per block of queries (arXiv:2205.14135, Alg. 4).
-
-    Args:
-        query, grad_out: (H, Q, D).
-        key, value: (K, S, D); the last Q entries belong to the queries.
-        logsumexp: (H, Q) log-sum-exp of the logits, including the sink.
-        delta: (H, Q) grad_out * out, summed over D.
-        window: as in ``Segment``.
-    """
+    """``attention_bfloat16.segment_gradients`` in products of float32 tensors."""
+    query, key, value, grad_out, logsumexp, delta, window = tensors
     grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
     for block, visible in query_blocks(query.shape[1], key.shape[1], FLOAT_QUERY_BLOCK):
         q, grad, lse, shift = (stack(x[:, block], len(key)) for x in (query, grad_out, logsumexp, delta))

@@ -11,31 +11,16 @@ H = query heads, K = key heads, D = head size, Q = queries of the segment, S = i
 import torch
 from torch import Tensor
 
-from dpo_ray.ops.blocks import QUERY_BLOCK, query_blocks, stack, zero_hidden
+from dpo_ray.ops.blocks import QUERY_BLOCK, SegmentTensors, query_blocks, stack, zero_hidden
 
 
-def segment_gradients(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad_out: Tensor,
-    logsumexp: Tensor,
-    delta: Tensor,
-    window: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def segment_gradients(tensors: SegmentTensors, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one segment with respect to query, key and value, per block of queries (arXiv:2205.14135, Alg. 4).
-
-    Args:
-        query, grad_out: (H, Q, D) bfloat16.
-        key, value: (K, S, D) bfloat16; the last Q entries belong to the queries.
-        logsumexp: (H, Q) log-sum-exp of the logits, including the sink; float32.
-        delta: (H, Q) grad_out * out, summed over D; float32.
-        window: as in ``Segment``.
 
     Returns:
         float32 gradients, sums of products of a block that are rounded to bfloat16.
     """
+    query, key, value, grad_out, logsumexp, delta, window = tensors
     heads = len(key)
     grad_query, grad_key, grad_value = (torch.zeros(x.shape, dtype=torch.float32) for x in (query, key, value))
     less_lse, less_delta = _with_subtrahend(query, logsumexp / scale), _with_subtrahend(grad_out, delta)

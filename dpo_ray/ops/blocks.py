@@ -1,9 +1,11 @@
 """Blocks of queries of one segment: attention holds the logits of one block at a time.
 
-H = query heads, K = key heads, D = head size, q = queries of a block, s = keys that they see
+H = query heads, K = key heads, D = head size, Q = queries of the segment, S = its keys, q = queries of a block,
+s = keys that they see
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -11,6 +13,25 @@ QUERY_BLOCK = 128
 """Queries per block of bfloat16 products on a CPU; probabilities exist for one block at a time."""
 FLOAT_QUERY_BLOCK = 64
 """The same for float32 products, whose probabilities take twice the memory."""
+
+
+class SegmentTensors(NamedTuple):
+    """What the backward pass of one segment needs."""
+
+    query: Tensor
+    """(H, Q, D)"""
+    key: Tensor
+    """(K, S, D); the last Q entries belong to the queries."""
+    value: Tensor
+    """(K, S, D)"""
+    grad_out: Tensor
+    """(H, Q, D)"""
+    logsumexp: Tensor
+    """(H, Q) log-sum-exp of the logits, including the sink; float32."""
+    delta: Tensor
+    """(H, Q) grad_out * out, summed over D; float32."""
+    window: int
+    """As in ``Segment``."""
 
 
 def query_blocks(queries: int, keys: int, size: int) -> Iterator[tuple[slice, slice]]:

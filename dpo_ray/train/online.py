@@ -110,13 +110,7 @@ def train_online(
         if data is None:
             break
         with timer("perf/train_s"):
-            if frozen is not None and online.judged_by_trainer:
-                reporter.phase("judging")
-                data = judge_by_policy(trainer, rounds, data, frozen, online.judge)
-            refresh_reference(frozen, state.round)
-            if (known := replayable_reference(trainer, data.pairs, frozen)) is not None:
-                rounds.write_reference(data.index, known)
-            data = sources.add_to(replace(data, reference=known))
+            data = complete_round(trainer, rounds, data, frozen, sources, reporter)
             metrics = train_on_round(trainer, data, frozen, state, reporter)
         state.round += 1
         lag = {"policy_lag": data.index - data.policy_version}
@@ -141,6 +135,26 @@ def train_online(
         reporter.phase("exporting")
         export_policy(trainer.policy, config.model, trainer.tokenizer, config.run.path)
     return TrainResult(metrics)
+
+
+def complete_round(
+    trainer: Trainer,
+    rounds: Rounds,
+    data: RoundData,
+    frozen: LogpsModel | None,
+    sources: Sources,
+    reporter: Reporter,
+) -> RoundData:
+    """The round with what needs the policy: implicit scores, a refreshed reference, and pairs of other sources."""
+    online = trainer.config.online
+    assert online is not None
+    if frozen is not None and online.judged_by_trainer:
+        reporter.phase("judging")
+        data = judge_by_policy(trainer, rounds, data, frozen, online.judge)
+    refresh_reference(frozen, data.index)
+    if (known := replayable_reference(trainer, data.pairs, frozen)) is not None:
+        rounds.write_reference(data.index, known)
+    return sources.add_to(replace(data, reference=known))
 
 
 def await_round(

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from dpo_ray.config import Config
 from dpo_ray.data.store import PairStore
-from dpo_ray.objective.losses import build_loss
+from dpo_ray.objective.build import build_loss
 from dpo_ray.parallel.fsdp import reshard
 from dpo_ray.reference.reference import Reference
 from dpo_ray.train.optim import build_optimizer

@@ -14,7 +14,7 @@ from dpo_ray.model.adapters import REFERENCE_ADAPTER
 from dpo_ray.model.architecture import packing_obstacle
 from dpo_ray.model.load import load_sharded
 from dpo_ray.model.scorer import Scorer
-from dpo_ray.objective.losses import PairLoss, build_loss
+from dpo_ray.objective.build import PairLoss, build_loss
 from dpo_ray.objective.precision import ROUNDED, Products
 from dpo_ray.ops.calibration import cached_timings, describe, fastest
 from dpo_ray.parallel.collectives import gather_values

@@ -121,20 +121,19 @@ def test_all_receivers_are_registered_with_vllm(environment: None):
         assert not receiver.__abstractmethods__
 
 
-def test_a_publish_over_nccl_loads_a_real_engine_when_only_the_broadcast_is_replaced(
-    policy_a: Policy, policy_b: Policy, environment: None, monkeypatch: pytest.MonkeyPatch
-):
+class Group:
+    """A process group of NCCL whose ranks are in this process."""
+
+    available, disabled, device = True, False, torch.device("cpu")
+
+    def destroy(self) -> None: ...
+
+
+def replace_broadcast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let buckets travel through a queue between trainer and engine of this process."""
     from vllm.distributed.weight_transfer import nccl_engine
-    from vllm.v1.worker.cpu_worker import CPUWorker
 
-    # vLLM mixes the extension into this class for good, which would affect later engines in this process.
-    bases = CPUWorker.__bases__
     in_transit: queue.Queue[list[tuple[str, Tensor]]] = queue.Queue()
-
-    class Group:
-        available, disabled, device = True, False, torch.device("cpu")
-
-        def destroy(self) -> None: ...
 
     def join(init_info: Any, parallel_config: Any) -> Group:
         assert (init_info.rank_offset, parallel_config.rank, init_info.world_size) == (1, 0, 2)
@@ -149,36 +148,54 @@ def test_a_publish_over_nccl_loads_a_real_engine_when_only_the_broadcast_is_repl
     monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_consumer", consumer)
     monkeypatch.setattr(nccl, "join_group", lambda *where: Group())
     monkeypatch.setattr(nccl, "broadcast", lambda bucket, group, bucket_bytes: in_transit.put(list(bucket)))
-    engine = start_engine(policy_a, worker_extension=NCCLSync.worker_extension)
 
-    class One(EngineGroup):
-        host, workers_per_engine, timeout_s = "127.0.0.1", 1, 30.0
 
-        def begin_update(self, version: int, *, collective: bool) -> list[str]:
-            assert collective
-            self.version = version
-            run(engine.start_update())
-            return ["engine"]
+def run(call: Awaitable[Any]) -> Any:
+    """The result of a call of the engine."""
 
-        def init_transfer(self, infos: Sequence[Mapping[str, Any]]) -> None:
-            run(engine.init_transfer(infos[0]))
-
-        def load(self, message: dict[str, Any]) -> None:
-            run(engine.load(message))
-
-        def end_update(self, digest: str, probe: Probe) -> None:
-            assert run(engine.finish_update(self.version)) == digest
-            run(engine.serve())
-
-    async def answer(call: Awaitable[Any]) -> Any:
+    async def answer() -> Any:
         return await call
 
-    def run(call: Awaitable[Any]) -> Any:
-        return asyncio.run(answer(call))
+    return asyncio.run(answer())
 
+
+class OneEngine(EngineGroup):
+    """An engine of this process."""
+
+    host, workers_per_engine, timeout_s = "127.0.0.1", 1, 30.0
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    def begin_update(self, version: int, *, collective: bool) -> list[str]:
+        assert collective
+        self.version = version
+        run(self.engine.start_update())
+        return ["engine"]
+
+    def init_transfer(self, infos: Sequence[Mapping[str, Any]]) -> None:
+        run(self.engine.init_transfer(infos[0]))
+
+    def load(self, message: dict[str, Any]) -> None:
+        run(self.engine.load(message))
+
+    def end_update(self, digest: str, probe: Probe) -> None:
+        assert run(self.engine.finish_update(self.version)) == digest
+        run(self.engine.serve())
+
+
+def test_a_publish_over_nccl_loads_a_real_engine_when_only_the_broadcast_is_replaced(
+    policy_a: Policy, policy_b: Policy, environment: None, monkeypatch: pytest.MonkeyPatch
+):
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    # vLLM mixes the extension into this class for good, which would affect later engines in this process.
+    bases = CPUWorker.__bases__
+    replace_broadcast(monkeypatch)
+    engine = start_engine(policy_a, worker_extension=NCCLSync.worker_extension)
     try:
         sync = NCCLSync(bucket_mib=1, background=True)
-        sync.connect(One())
+        sync.connect(OneEngine(engine))
         sync.publish(policy_b.weights(), version=5, probe=Probe((), (), 0.0))
         sync.wait()
         assert run(engine.status()).version == 5

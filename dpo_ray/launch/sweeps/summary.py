@@ -3,12 +3,13 @@
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from dpo_ray.launch.background import in_background
 from dpo_ray.launch.follower import LiveReport
 from dpo_ray.report.formatting import format_duration, format_number, short_names
 from dpo_ray.report.sweep_record import SweepRecord, read_sweep
@@ -21,14 +22,15 @@ POLL_S = 5.0
 CLOSE_TIMEOUT_S = 60.0
 
 
-@contextlib.contextmanager
-def live_sweep_report(read: Callable[[], Sequence[Trial]], run_dir: Path, objective: Objective) -> Iterator[None]:
+def live_sweep_report(
+    read: Callable[[], Sequence[Trial]], run_dir: Path, objective: Objective
+) -> contextlib.AbstractContextManager[None]:
     """Rewrites report.html when the trials have changed, at most once a minute, until the block ends.
 
     Args:
         read: returns the current state of the trials; called in another thread.
     """
-    ended, written = threading.Event(), []
+    written: list[Trial] = []
 
     def write() -> None:
         from dpo_ray.report.sweep_page import write_sweep_report  # takes seconds to import, for matplotlib
@@ -37,19 +39,13 @@ def live_sweep_report(read: Callable[[], Sequence[Trial]], run_dir: Path, object
         write_sweep_report(read_sweep(run_dir, trials, objective), running=True)
         written[:] = trials
 
-    def watch() -> None:
+    def watch(ended: threading.Event) -> None:
         report = LiveReport(write)
         while not ended.wait(POLL_S):
             if any(trial.metrics for trial in read()) and list(read()) != written:
                 report.maybe_write()
 
-    thread = threading.Thread(target=watch, name="report", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join(CLOSE_TIMEOUT_S)
+    return in_background(watch, "report", close_timeout_s=CLOSE_TIMEOUT_S)
 
 
 def print_sweep(record: SweepRecord, command: str, console: Console) -> None:

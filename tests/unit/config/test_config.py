@@ -146,7 +146,8 @@ online: {prompts: p.jsonl, sampling: {max_tokens: 50}}
 
 def test_component_names_in_the_schema_match_the_registries():
     from dpo_ray.config import losses, rounds
-    from dpo_ray.objective.losses import DIVERGENCES, LOSSES
+    from dpo_ray.objective.build import DIVERGENCES
+    from dpo_ray.objective.losses import LOSSES
     from dpo_ray.rollout.judges import JUDGES
     from dpo_ray.rollout.selectors import SELECTORS
     from dpo_ray.sync import TRANSPORTS

@@ -25,9 +25,9 @@ from dpo_ray.model.architecture import (
 )
 from dpo_ray.model.load import build_model, validate_model
 from dpo_ray.model.scorer import Scorer, Weighting, pair_logps, pair_losses
+from dpo_ray.objective.build import build_loss
 from dpo_ray.objective.head import Head
 from dpo_ray.objective.logps import PairLogps
-from dpo_ray.objective.losses import build_loss
 from dpo_ray.parallel.activations import apply_activation_checkpointing
 from dpo_ray.types import TokenPair
 from tests.conftest import gradient, save_tiny_model

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from dpo_ray.config.losses import STEP_LOSSES, UNPAIRED_LOSSES, LossConfig
+from dpo_ray.objective.build import build_loss
 from dpo_ray.objective.logps import PairLogps
-from dpo_ray.objective.losses import LOSSES, build_loss, kl_estimate, rank_matches, sigmoid
+from dpo_ray.objective.losses import LOSSES, kl_estimate, rank_matches, sigmoid
 from dpo_ray.objective.metrics import PAIR_METRICS, pair_metric_sums, pair_results
 from tests.conftest import gradient
 
