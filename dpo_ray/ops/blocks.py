@@ -16,7 +16,7 @@ FLOAT_QUERY_BLOCK = 64
 
 
 class SegmentTensors(NamedTuple):
-    """What the backward pass of one segment needs."""
+    """Tensors of one segment for its backward pass."""
 
     query: Tensor
     """(H, Q, D)"""
