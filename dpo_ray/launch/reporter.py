@@ -111,6 +111,13 @@ class TrialReporter(RunReporter):
         self.position = (0, 0)
         """Steps taken, and those of the whole trial."""
         self.decision: Decision = "continue"
+        self.steps = 0
+        """Steps taken."""
+
+    def step(self, metrics: Metrics) -> None:
+        """Appends a line to metrics.jsonl."""
+        self.steps = metrics.get("step", self.steps)
+        super().step(metrics)
 
     def phase(self, name: str, done: int = 0, total: int = 0) -> None:
         """Sets the current phase and its progress."""
@@ -125,7 +132,7 @@ class TrialReporter(RunReporter):
 
     def round_evaluation(self, round: int, metrics: Metrics) -> None:
         """Asks for the decision of the scheduler."""
-        self._report({"step": self.last_step.get("step", 0), "round": round, **metrics}, final=round == self.rounds)
+        self._report({"step": self.steps, "round": round, **metrics}, final=round == self.rounds)
 
     def stop_requested(self) -> bool:
         """True if the scheduler has stopped or paused the trial."""

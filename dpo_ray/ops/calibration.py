@@ -30,7 +30,7 @@ HIDDEN, OUTPUTS, VOCABULARY = 512, 1024, 4096
 HEADS, KEY_HEADS, HEAD_SIZE = 6, 2, 64
 ATTENTION_ROWS = 3
 """Tokens of attention, in multiples of those of the other classes."""
-REPEATS = 2
+REPEATS = 5
 HOPELESS = 8.0
 """A path that takes this many times as long as the fastest one for few tokens is not measured further."""
 MARGIN = 1.05
@@ -54,7 +54,7 @@ def fastest(of_ranks: Sequence[Timings]) -> Products:
     for name in of_ranks[0]:
         common = [path for path in PATHS if all(path in timings[name] for timings in of_ranks)]
         slowest = {path: max(timings[name][path] for timings in of_ranks) for path in common}
-        best = min(slowest.values())
+        best = min(slowest.values(), default=0.0)
         # PATHS has the most exact one first.
         chosen[name] = next((path for path in common if slowest[path] <= MARGIN * best), "rounded")
     return Products(**chosen)

@@ -271,7 +271,7 @@ class Conductor:
             progress = self.progress[update.trial]
             progress.last = at
             if update.action == "stop":
-                progress.phase = "stopped"
+                progress.leave_slot("stopped", at)  # it may still be saving
                 self.searcher.ended(progress.name, progress.metrics, failed=False)
             elif update.action == "resume":
                 progress.phase = "waiting"

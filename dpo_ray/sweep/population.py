@@ -54,9 +54,10 @@ class Population:
         score = metrics.get(self.objective.metric)
         known = isinstance(score, int | float) and math.isfinite(score)
         self.scores[trial] = (score if self.objective.mode == "max" else -score) if known else -math.inf
-        if metrics[self.time] % self.interval:
+        position = metrics[self.time]
+        if position == 0 or position % self.interval:
             return "continue"
-        self.generation = metrics[self.time] // self.interval
+        self.generation = position // self.interval
         return "pause"
 
     def paused(self, trial: str) -> None:

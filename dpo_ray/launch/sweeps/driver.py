@@ -107,11 +107,11 @@ def _difference(earlier: SweepDefinition, current: SweepDefinition, run_dir: Pat
         before, after = getattr(earlier, part), getattr(current, part)
         if before != after:
             return f"another {part}: {before}, this one has {after}"
-    written = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    before, after = (dict(_leaves(tree)) for tree in (written, config.model_dump(mode="json")))
-    for key in after:
-        if before.get(key, after[key]) != after[key] and not _is_free(key):
-            return f"{key}: {before[key]!r}, this one has {after[key]!r}"
+    saved = Config.model_validate(yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")))
+    before, after = (dict(_leaves(tree.model_dump(mode="json"))) for tree in (saved, config))
+    for key in {**before, **after}:
+        if before.get(key) != after.get(key) and not _is_free(key):
+            return f"{key}: {before.get(key)!r}, this one has {after.get(key)!r}"
     return None
 
 
@@ -188,7 +188,7 @@ class Driver:
     def _run_slots(self, prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
         self.mailbox = start_mailbox()
         config = self.plan.config
-        for number in range(self.plan.concurrent):
+        for number in range(min(self.plan.concurrent, self.conductor.open)):
             channel = Channel(self.mailbox, number)
             if config.online is None:
                 run = partial(offline_slot, config, self.cluster, channel, self.run_dir)
@@ -199,9 +199,9 @@ class Driver:
         try:
             while not self.conductor.finished:
                 self._take_messages()
+                self._check_slots()
                 self._give_trials()
                 self._release_slots()
-                self._check_slots()
             self._close()
         finally:
             for trial in list(self.followers):
@@ -300,6 +300,7 @@ class Driver:
             if slot.alive:
                 continue
             self.serving.discard(slot.number)
+            self.idle.pop(slot.number, None)
             if slot.number in self.on_slot:
                 trial = self.on_slot[slot.number]
                 self._leave(slot.number)

@@ -197,10 +197,14 @@ class FromTune:
         if decision == TrialScheduler.STOP:
             of_tune.status = TuneTrial.TERMINATED
             return "stop"
-        return "pause" if decision == TrialScheduler.PAUSE else "continue"
+        if decision == TrialScheduler.PAUSE:
+            of_tune.is_saving = True  # until then the scheduler must not take it for one that still runs
+            return "pause"
+        return "continue"
 
     def paused(self, trial: str) -> None:
-        self.controller.trials[trial].status = TuneTrial.PAUSED
+        of_tune = self.controller.trials[trial]
+        of_tune.status, of_tune.is_saving = TuneTrial.PAUSED, False
 
     def ended(self, trial: str, metrics: Metrics, *, failed: bool) -> None:
         of_tune = self.controller.trials[trial]

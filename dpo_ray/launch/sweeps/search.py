@@ -10,7 +10,7 @@ from ray.tune.search.sample import Categorical, Domain, Function, Integer
 from ray.tune.search.variant_generator import generate_variants
 
 from dpo_ray.config.sweeps import GridArgs, OptunaArgs, SearchConfig
-from dpo_ray.launch.sweeps.space import Space, flatten, is_grid, plain, quantile, variants
+from dpo_ray.launch.sweeps.space import Space, flatten, has_domain, is_grid, plain, quantile, variants
 from dpo_ray.sweep.scheduling import Searcher
 from dpo_ray.sweep.trials import Objective
 from dpo_ray.types import Metrics
@@ -43,7 +43,8 @@ class FromTune:
         return flatten(values)
 
     def report(self, trial: str, metrics: Metrics) -> None:
-        self.searcher.on_trial_result(trial, {**metrics, "training_iteration": metrics.get("step", 0)})
+        if self.metric in metrics:
+            self.searcher.on_trial_result(trial, {**metrics, "training_iteration": metrics.get("step", 0)})
 
     def ended(self, trial: str, metrics: Metrics, *, failed: bool) -> None:
         known = self.metric in metrics
@@ -78,10 +79,12 @@ def grid(space: Space, points: int) -> list[dict[str, Any]]:
 def _axis(name: str, domain: Any, points: int) -> Sequence[Any]:
     if is_grid(domain):
         return domain["grid_search"]
+    if isinstance(domain, Function) or has_domain(domain):
+        raise ValueError(
+            f"sweep.search.use: grid has no values for {name}, which a function or nested domains compute; use random"
+        )
     if isinstance(domain, Categorical):
         return domain.categories
-    if isinstance(domain, Function) or (isinstance(domain, Mapping) and any(isinstance(v, Domain) for v in domain)):
-        raise ValueError(f"sweep.search.use: grid has no values for {name}, which a function computes; use random")
     if isinstance(domain, Domain):
         if isinstance(domain, Integer) and domain.upper - domain.lower <= points:
             return list(range(int(domain.lower), int(domain.upper)))
@@ -117,7 +120,7 @@ def _optuna(space: Space, objective: Objective, seed: int, args: OptunaArgs) -> 
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     for name, domain in space.items():
-        if is_grid(domain) or isinstance(domain, Function | Mapping):
+        if is_grid(domain) or isinstance(domain, Function | Mapping) or has_domain(domain):
             raise ValueError(
                 f"sweep.search.use: optuna samples domains, and {name} is a grid, a function or nested; use random or "
                 "give it a domain such as tune.choice"

@@ -39,7 +39,7 @@ def run_trials(channel: Channel, device: torch.device) -> None:
             # Other workers may wait in a collective: the error ends the whole group, and Ray Train starts it again.
             alone = dist.is_initialized() and dist.get_world_size() == 1
             channel.ask("failed", task.trial, (f"{type(cause).__name__}: {cause}", is_retryable(error)))
-            if not alone:
+            if not alone or is_retryable(error):  # after an error of the device, the process is of no use
                 raise
             shared.clear()
         _release_memory()

@@ -163,7 +163,7 @@ def _extremes(domain: Any) -> list[Any]:
     if is_grid(domain):
         return list(domain["grid_search"])
     if isinstance(domain, Categorical):
-        return [value for value in domain.categories if not _has_domain(value)]
+        return [value for value in domain.categories if not (isinstance(value, Domain) or has_domain(value))]
     if not isinstance(domain, Domain):
         return [domain]
     if isinstance(domain, Float | Integer) and not isinstance(_unquantized(domain)[0], Normal):
@@ -171,10 +171,13 @@ def _extremes(domain: Any) -> list[Any]:
     return []
 
 
-def _has_domain(value: Any) -> bool:
+def has_domain(value: Any) -> bool:
+    """True if a choice, or a mapping, contains domains."""
+    if isinstance(value, Categorical):
+        return any(isinstance(choice, Domain) or has_domain(choice) for choice in value.categories)
     if isinstance(value, Mapping):
-        return any(map(_has_domain, value.values()))
-    return isinstance(value, Domain)
+        return any(isinstance(item, Domain) or has_domain(item) for item in value.values())
+    return False
 
 
 def _validated(config: Config, values: Mapping[str, Any], validate: Callable[[Config], None]) -> None:
