@@ -31,11 +31,16 @@ def test_every_class_is_measured_within_the_time_of_a_start_and_logits_never_in_
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_fastest_path_is_chosen_and_a_more_exact_one_within_a_tenth() -> None:
+def test_the_fastest_path_is_chosen_and_a_more_exact_one_within_a_twentieth() -> None:
     assert fastest([timings(float32=3.0, rounded=2.0, bfloat16=1.0)]) == Products(
         "bfloat16", "rounded", "bfloat16", "bfloat16"
     )
     assert fastest([timings(float32=1.05, rounded=1.0, bfloat16=1.0)]) == Products.forced("float32")
+    assert fastest([timings(float32=1.06, rounded=1.0, bfloat16=1.0)]) == Products.forced("rounded")
+
+
+def test_ranks_without_a_path_that_all_have_measured_take_rounded_inputs() -> None:
+    assert fastest([timings(bfloat16=1.0), timings(float32=1.0)]).linear == "rounded"
 
 
 def test_ranks_on_different_cpus_choose_what_is_fastest_on_the_slowest() -> None:

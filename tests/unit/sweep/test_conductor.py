@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 from ray import tune
+from ray.tune.schedulers import HyperBandScheduler
 
 from dpo_ray.config import Config
 from dpo_ray.config.sweeps import PbtArgs, SearchConfig
-from dpo_ray.launch.sweeps.schedulers import build_scheduler, rungs
+from dpo_ray.launch.sweeps.schedulers import FromTune, build_scheduler, rungs
 from dpo_ray.launch.sweeps.search import build_searcher
 from dpo_ray.launch.sweeps.space import describe
 from dpo_ray.sweep.conductor import Conductor
@@ -248,3 +249,21 @@ def test_a_sweep_without_a_scheduler_runs_its_trials_in_order(tmp_path: Path) ->
     assert [trial.status for trial in sweep.trials] == ["done"] * 3
     starts = [json.loads(line) for line in (tmp_path / "journal").read_text().splitlines() if '"start"' in line]
     assert [event["trial"] for event in starts] == ["00000", "00001", "00002"]
+
+
+def test_hyperband_keeps_a_bracket_while_one_of_its_trials_saves_its_state() -> None:
+    scheduler = FromTune(HyperBandScheduler("step", "score", "max", max_t=9, reduction_factor=3), seed=0, pauses=True)
+    for i in range(8):
+        scheduler.add(f"{i}", {})
+        scheduler.started(f"{i}")
+    score = {"3": 0.1, "4": 0.2, "5": 0.3, "6": 0.4, "7": 0.9}
+
+    def report(trial: str) -> str:
+        return scheduler.report(trial, {"step": 3, "score": score[trial]})
+
+    for trial in ("4", "5", "7"):
+        assert report(trial) == "pause"
+        scheduler.paused(trial)
+    assert report("6") == "pause", "and its message that it has paused is on its way"
+    assert report("3") in ("pause", "stop"), "the worst of the bracket does not run on"
+    scheduler.paused("6")
