@@ -24,6 +24,7 @@ from dpo_ray.launch.spaces import find_space
 from dpo_ray.launch.sweeps.driver import Driver, Plan, open_sweep_dir
 from dpo_ray.launch.sweeps.space import describe, validate_space
 from dpo_ray.launch.sweeps.summary import print_sweep
+from dpo_ray.model.architecture import read_model_config
 from dpo_ray.report.sweep_record import read_sweep
 from dpo_ray.rollout.rounds import validate_round_size
 from dpo_ray.sweep.trials import Constraint, Objective, SweepDefinition, Trial
@@ -119,6 +120,8 @@ def _validate_sweep(config: Config, sweep: Sweep) -> None:
             raise ValueError(
                 f"sweep.{name}.use is {setting}, and the space brings {type(own).__name__}; leave one of them out"
             )
+    if "model.path" not in sweep.space:
+        read_model_config(config.model.path)  # the same in all trials: no trial is to blame
     validate_space(config, sweep.space, validate_online if config.online is not None else validate_offline)
 
 

@@ -110,7 +110,7 @@ def build_torch_trainer(
 
     Args:
         ray_dir: folder of Ray Train's own records.
-        max_failures: restarts of the workers before ``fit`` raises; -1 is no limit.
+        max_failures: restarts of the workers before ``fit`` raises.
     """
     size = config.cluster
     environment = {} if cluster.on_gpus else cpu_environment(size.cpus_per_worker)

@@ -74,6 +74,12 @@ class Key:
     values: tuple[Any, ...] = ()
     """Values of a ``choice`` or ``grid`` domain, or of a ``constant``."""
 
+    def __str__(self) -> str:
+        if self.lower is not None and self.upper is not None:
+            kind = "integers " * self.integer + f"{self.lower:g} to {self.upper:g} ({self.kind})"
+            return kind if self.step is None else f"{kind} in steps of {self.step:g}"
+        return f"{self.kind} {', '.join(map(str, self.values))}".strip()
+
 
 @dataclass(frozen=True, slots=True)
 class SweepDefinition:

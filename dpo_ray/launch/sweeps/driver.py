@@ -102,7 +102,7 @@ def _difference(earlier: SweepDefinition, current: SweepDefinition, run_dir: Pat
         for name in {**earlier.keys, **current.keys}:
             before, after = earlier.keys.get(name), current.keys.get(name)
             if before != after:
-                return f"another space, {name}: {before or 'absent'}, this one has {after or 'no such key'}"
+                return f"another space, {name}: {before or 'no such key'}; this one has {after or 'no such key'}"
     for part in ("objective", "scheduler", "search", "seed", "time"):
         before, after = getattr(earlier, part), getattr(current, part)
         if before != after:
@@ -191,7 +191,9 @@ class Driver:
         for number in range(min(self.plan.concurrent, self.conductor.open)):
             channel = Channel(self.mailbox, number)
             if config.online is None:
-                run = partial(offline_slot, config, self.cluster, channel, self.run_dir)
+                # All failures that the trials of the sweep may have; also bounds those that no trial is blamed for.
+                failures = self.plan.definition.samples * (config.cluster.max_restarts + 1)
+                run = partial(offline_slot, config, self.cluster, channel, self.run_dir, failures)
             else:
                 run = partial(online_slot, self.cluster, channel, prompts, held_out, ONLINE_LOOP)
             self.slots.append(Slot(number, run))

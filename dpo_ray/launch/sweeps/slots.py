@@ -47,10 +47,14 @@ class Slot:
             self.error = error
 
 
-def offline_slot(config: Config, cluster: Cluster, channel: Channel, run_dir: Path) -> None:
-    """Workers that run trials until there are no more. Those that die are started again, and ask again."""
+def offline_slot(config: Config, cluster: Cluster, channel: Channel, run_dir: Path, max_failures: int) -> None:
+    """Workers that run trials until there are no more. Those that die are started again, and ask again.
+
+    Args:
+        max_failures: restarts before the slot ends.
+    """
     arguments = {"channel": channel, "on_gpus": cluster.on_gpus, "run_dir": str(run_dir)}
-    build_torch_trainer(_run_worker, arguments, config, cluster, str(run_dir / "ray"), max_failures=-1).fit()
+    build_torch_trainer(_run_worker, arguments, config, cluster, str(run_dir / "ray"), max_failures=max_failures).fit()
 
 
 def _run_worker(arguments: dict[str, Any]) -> None:
