@@ -70,6 +70,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="runs of each side, in turn")
     parser.add_argument("--out", type=Path, help="JSON file for all results of all runs")
     arguments = parser.parse_args()
+    if arguments.pairs and "answers" not in arguments.kind:
+        parser.error("--pairs replaces the generated answers, which --kind leaves out")
 
     console = Console()
     console.print(f"{cpu_model()}, {arguments.threads} threads, load {os.getloadavg()[0]:.1f} at the start")

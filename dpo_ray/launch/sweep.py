@@ -76,13 +76,20 @@ def run_sweep(config: Config, cluster: Cluster, space: str) -> None:
     config = with_absolute_paths(config)
     _validate_sweep(config, sweep)
     definition = define(config, sweep)
-    run_dir = open_sweep_dir(config, definition)
+    run_dir, definition = open_sweep_dir(config, definition)
     pairs, prompts, held_out = _prepare(config, cluster, console)
     concurrent = min(definition.samples, config.sweep.concurrent or _trials_that_fit(config, cluster))
     console.print(f"{definition.samples} trials, {concurrent} at a time")
     plan = Plan(config, sweep.space, sweep.scheduler, sweep.search, definition, pairs, concurrent)
-    trials = Driver(plan, cluster, run_dir, console).run(prompts, held_out)
-    _finish(config, definition, trials, run_dir, console)
+    driver = Driver(plan, cluster, run_dir, console)
+    try:
+        driver.run(prompts, held_out)
+    except TrainingFailed:
+        # The results so far are good, and the same command continues.
+        if any(trial.status in ("done", "stopped") for trial in driver.trials):
+            _finish(config, definition, driver.trials, run_dir, console)
+        raise
+    _finish(config, definition, driver.trials, run_dir, console)
 
 
 def define(config: Config, sweep: Sweep) -> SweepDefinition:

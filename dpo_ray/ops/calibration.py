@@ -20,6 +20,7 @@ from dpo_ray.objective.precision import PATHS, ProductPath, Products
 from dpo_ray.ops.attention import packed_attention
 from dpo_ray.ops.cpu import cpu_model
 from dpo_ray.ops.linear import use_products
+from dpo_ray.storage import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +74,7 @@ def cached_timings(folder: Path) -> Timings:
     timings = measure_products()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f"{file.name}.{time.time_ns()}")
-        unfinished.write_text(json.dumps(_read(file) | {key: timings}, indent=1))
-        unfinished.replace(file)
+        write_atomically(file, json.dumps(_read(file) | {key: timings}, indent=1))
     except OSError as error:
         logger.debug("%s: %s", file, error)
     return timings

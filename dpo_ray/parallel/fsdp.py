@@ -44,11 +44,13 @@ def apply_fsdp(
     compute_dtype: torch.dtype,
     device: torch.device,
     *,
+    keep_gathered: bool,
     unused: Sequence[nn.Module] = (),
 ) -> None:
     """Shard each of ``layers``, and the remaining parameters of ``root``, over the mesh.
 
     Args:
+        keep_gathered: gathered weights of layers stay until ``reshard``.
         unused: modules that take no part in the forward pass; their weights are sharded and never gathered.
     """
     # Parameters of tensor parallelism are DTensors over the tensor dimension already, which FSDP2 takes into account.
@@ -57,13 +59,13 @@ def apply_fsdp(
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     shard_module = functools.partial(fully_shard, mesh=mesh, mp_policy=precision, offload_policy=offload)
     for layer in (*layers, *unused):
-        shard_module(layer, reshard_after_forward=not keeps_gathered(shard, mesh))
+        shard_module(layer, reshard_after_forward=not keep_gathered)
     shard_module(root, reshard_after_forward=False)
     _prefetch(root, layers, shard.prefetch)
 
 
 def keeps_gathered(shard: ShardConfig, mesh: DeviceMesh) -> bool:
-    """True if gathered weights and gradients stay until the end of a step.
+    """True if the policy's gathered weights and gradients stay until the end of a step.
 
     On a single CPU rank, always: gathering would cast and copy all weights in every micro-batch.
     """

@@ -144,7 +144,8 @@ def _draw_map(record: SweepRecord, x: str, y: str, figure: Figure | SubFigure) -
     trials = list(record.ranked)
     points = np.array([[trial.values[x], trial.values[y]] for trial in trials], dtype=float)
     axes.scatter(*points.T, s=90, c=_colours(record, trials), edgecolors=LIGHT["faint"], linewidths=0.9, zorder=3)
-    axes.scatter(*points[:1].T, s=360, facecolors="none", edgecolors=LIGHT["rejected"], linewidths=2.2, zorder=4)
+    best = points[[trial is record.verdict.pick for trial in trials]]
+    axes.scatter(*best.T, s=360, facecolors="none", edgecolors=LIGHT["rejected"], linewidths=2.2, zorder=4)
     lost = [[trial.values[x], trial.values[y]] for trial, _ in record.verdict.ranking.excluded]
     if lost:
         axes.scatter(
@@ -320,7 +321,7 @@ def _draw_parallel(record: SweepRecord, keys: Sequence[str], figure: Figure | Su
         for height, text in ticks:
             axes.text(place - 0.04, height, text, ha="right", va="center", **tick_style)
     for i, colour in enumerate(_colours(record, trials)):
-        is_best = i == len(trials) - 1
+        is_best = trials[i] is record.verdict.pick
         width, zorder = (3.0, 5) if is_best else (1.5, 2)
         axes.plot(range(len(scales)), heights[:, i], color=colour, linewidth=width, zorder=zorder)
     axes.set_xlim(-0.35 * (len(scales) - 1) / 3, len(scales) - 0.9)

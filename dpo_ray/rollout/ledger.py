@@ -173,10 +173,7 @@ class Ledger:
 
     def write_reference(self, round: int, logps: np.ndarray) -> None:
         """Store the reference log-probabilities of a round's pairs, for later rounds that replay them."""
-        file = self.path(round) / REFERENCE
-        draft = file.with_suffix(".draft")
-        logps.astype(np.float64).tofile(draft)
-        draft.replace(file)
+        write_atomically(self.path(round) / REFERENCE, logps.astype(np.float64).tobytes())
 
     def samples(self, round: int) -> list[TokenSample]:
         """All completions of a round."""

@@ -170,6 +170,11 @@ def write_definition(path: Path, definition: SweepDefinition) -> None:
     write_atomically(path, _DEFINITION.dump_json(definition, indent=1).decode() + "\n")
 
 
+def as_read(definition: SweepDefinition) -> SweepDefinition:
+    """The definition as it is read back: JSON has no tuples."""
+    return _DEFINITION.validate_json(_DEFINITION.dump_json(definition))
+
+
 def read_definition(path: Path) -> SweepDefinition:
     """The definition in a sweep.json."""
     return _DEFINITION.validate_json(path.read_bytes())

@@ -152,7 +152,7 @@ def complete_round(
         reporter.phase("judging")
         data = judge_by_policy(trainer, rounds, data, frozen, online.judge)
     refresh_reference(frozen, data.index)
-    if (known := replayable_reference(trainer, data.pairs, frozen)) is not None:
+    if (known := replayable_reference(trainer, data.pairs, frozen, reporter)) is not None:
         rounds.write_reference(data.index, known)
     return sources.add_to(replace(data, reference=known))
 
@@ -221,7 +221,7 @@ def train_on_round(
         shuffle=config.data.shuffle,
         gaps=checked_gaps(pairs) if config.loss.weighting == "gap" else None,
     )
-    reference = round_reference(trainer, pairs, frozen, known=data.reference)
+    reference = round_reference(trainer, pairs, frozen, reporter, known=data.reference)
     steps_per_round = math.ceil(online.prompts_per_round / optim.pairs_per_step) * online.epochs_per_round
     steps = loader.steps_per_epoch * online.epochs_per_round
     for step in range(steps):

@@ -74,7 +74,12 @@ def build_references(
 
 
 def round_reference(
-    trainer: Trainer, pairs: PairSource, frozen: LogpsModel | None, *, known: np.ndarray | None = None
+    trainer: Trainer,
+    pairs: PairSource,
+    frozen: LogpsModel | None,
+    reporter: Reporter,
+    *,
+    known: np.ndarray | None = None,
 ) -> Reference:
     """The frozen reference model if there is one; with ``reference.refresh: round`` the policy as the round begins.
 
@@ -83,22 +88,23 @@ def round_reference(
     Args:
         known: (n, 2) log-probabilities of the pairs under the frozen reference, nats; those that are NaN are computed.
     """
-    if known is not None and frozen is not None:
-        missing, logps = np.flatnonzero(np.isnan(known).any(1)), known.copy()
-        logps[missing] = compute_logps(trainer, frozen, pairs, missing.tolist(), lambda done, total: None)
-        return cached_reference(logps)
     if trainer.config.reference_kind == "none":
         return no_reference
     model = trainer.policy if frozen is None else frozen
-    return cached_reference(compute_logps(trainer, model, pairs, range(len(pairs)), lambda done, total: None))
+    logps = np.full((len(pairs), 2), np.nan) if known is None or frozen is None else known.copy()
+    missing = np.flatnonzero(np.isnan(logps).any(1))
+    logps[missing] = compute_logps(trainer, model, pairs, missing.tolist(), partial(reporter.phase, "scoring"))
+    return cached_reference(logps)
 
 
-def replayable_reference(trainer: Trainer, pairs: PairSource, frozen: LogpsModel | None) -> np.ndarray | None:
+def replayable_reference(
+    trainer: Trainer, pairs: PairSource, frozen: LogpsModel | None, reporter: Reporter
+) -> np.ndarray | None:
     """(n, 2) reference log-probabilities of a round's new pairs, nats, if later rounds can use them; otherwise None."""
     online = trainer.config.online
     if online is None or not online.source.replay or frozen is None or trainer.config.reference.refresh != "never":
         return None
-    return compute_logps(trainer, frozen, pairs, range(len(pairs)), lambda done, total: None)
+    return compute_logps(trainer, frozen, pairs, range(len(pairs)), partial(reporter.phase, "scoring"))
 
 
 def _cached_reference(trainer: Trainer, pairs: PairStore, name: str, reporter: Reporter) -> Reference:

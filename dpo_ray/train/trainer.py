@@ -16,6 +16,7 @@ from dpo_ray.model.load import load_sharded
 from dpo_ray.model.scorer import Scorer
 from dpo_ray.objective.build import PairLoss, build_loss
 from dpo_ray.objective.precision import ROUNDED, Products
+from dpo_ray.ops.attention import MASKED
 from dpo_ray.ops.calibration import cached_timings, describe, fastest
 from dpo_ray.parallel.collectives import gather_values
 from dpo_ray.parallel.context import ContextParallel
@@ -73,7 +74,8 @@ class Trainer:
     @property
     def forward_shape(self) -> BatchShape:
         """Split of pairs for forward passes without gradients, which save no activations."""
-        batches = FORWARD_BATCHES.get(self.device.type, 1)
+        dense_mask = self.policy.model.config.get_text_config()._attn_implementation == MASKED
+        batches = 1 if dense_mask else FORWARD_BATCHES.get(self.device.type, 1)  # its cost grows with the square
         return self._batch_shape(batches * self.config.optim.tokens_per_micro_batch)
 
     def _batch_shape(self, tokens_per_micro_batch: int) -> BatchShape:

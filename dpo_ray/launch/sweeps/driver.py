@@ -16,7 +16,7 @@ import ray
 import yaml
 from rich.console import Console
 
-from dpo_ray.config import Config, override, write_config
+from dpo_ray.config import Config, override
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.command import TrainingFailed
 from dpo_ray.launch.follower import follow_run
@@ -31,7 +31,7 @@ from dpo_ray.launch.trial_table import Scope, live_trials
 from dpo_ray.storage import atomic_folder, error_summary
 from dpo_ray.sweep.conductor import ENDED, Conductor, Progress
 from dpo_ray.sweep.journal import Journal
-from dpo_ray.sweep.trials import SweepDefinition, Trial, read_definition, write_definition, write_trials
+from dpo_ray.sweep.trials import SweepDefinition, Trial, as_read, read_definition, write_definition, write_trials
 from dpo_ray.train.checkpoint_files import finished_checkpoints
 from dpo_ray.types import Prompt
 
@@ -43,6 +43,7 @@ CLOSE_TIMEOUT_S = 120.0
 """Longest wait at the end for the workers of all slots to shut down."""
 FREE_KEYS = ("run.trackers", "run.tracker_args", "run.dir", "run.keep_checkpoints", "cluster", "sweep")
 """Keys in which a sweep may be continued with another configuration; ``sweep`` is compared by its definition."""
+ABSENT = "no such key"
 ONLINE_LOOP = "dpo_ray.launch.loops:online"
 
 
@@ -69,16 +70,19 @@ class Plan:
         return config.run.steps or max(1, round(config.run.epochs * steps))
 
 
-def open_sweep_dir(config: Config, definition: SweepDefinition) -> Path:
+def open_sweep_dir(config: Config, definition: SweepDefinition) -> tuple[Path, SweepDefinition]:
     """Creates the run directory, or opens that of a sweep to continue.
 
+    Returns:
+        the directory, and the definition with at least the trials that the sweep had.
+
     Raises:
-        ValueError: it belongs to another sweep; the message names the difference.
+        ValueError: it belongs to another sweep, or to a run; the message names the difference.
     """
     run_dir = config.run.path
     file, journal = run_dir / "sweep.json", run_dir / "journal.jsonl"
     if journal.exists() and file.exists():
-        if difference := _difference(read_definition(file), definition, run_dir, config):
+        if difference := _difference(read_definition(file), as_read(definition), run_dir, config):
             raise ValueError(
                 f"{run_dir} holds a sweep with {difference}; set another run.name, or remove the directory"
             )
@@ -90,10 +94,9 @@ def open_sweep_dir(config: Config, definition: SweepDefinition) -> Path:
                 "run.name"
             )
         definition = replace(definition, samples=max(definition.samples, earlier.samples))
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_config(config, run_dir / "config.yaml")
+    make_run_dir(config)
     write_definition(file, definition)
-    return run_dir
+    return run_dir, definition
 
 
 def _difference(earlier: SweepDefinition, current: SweepDefinition, run_dir: Path, config: Config) -> str | None:
@@ -109,9 +112,9 @@ def _difference(earlier: SweepDefinition, current: SweepDefinition, run_dir: Pat
             return f"another {part}: {before}, this one has {after}"
     saved = Config.model_validate(yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")))
     before, after = (dict(_leaves(tree.model_dump(mode="json"))) for tree in (saved, config))
-    for key in {**before, **after}:
-        if before.get(key) != after.get(key) and not _is_free(key):
-            return f"{key}: {before.get(key)!r}, this one has {after.get(key)!r}"
+    for key in {**after, **before}:
+        if before.get(key, ABSENT) != after.get(key, ABSENT) and not _is_free(key):
+            return f"{key}: {before.get(key, ABSENT)!r}, this one has {after.get(key, ABSENT)!r}"
     return None
 
 

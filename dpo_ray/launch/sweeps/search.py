@@ -72,6 +72,8 @@ def build_searcher(config: SearchConfig, space: Space, own: Any, objective: Obje
 
 def grid(space: Space, points: int) -> list[dict[str, Any]]:
     """All combinations: every value of choices, grids and short integer ranges, ``points`` of other domains."""
+    if computed := next((name for name, domain in space.items() if isinstance(domain, Function)), None):
+        raise ValueError(f"sweep.search.use: grid has no values for {computed}, which a function computes; use random")
     axes = {name: _axis(name, domain, points) for name, domain in space.items()}
     return [flatten(dict(zip(axes, combination, strict=True))) for combination in itertools.product(*axes.values())]
 
@@ -79,10 +81,8 @@ def grid(space: Space, points: int) -> list[dict[str, Any]]:
 def _axis(name: str, domain: Any, points: int) -> Sequence[Any]:
     if is_grid(domain):
         return domain["grid_search"]
-    if isinstance(domain, Function) or has_domain(domain):
-        raise ValueError(
-            f"sweep.search.use: grid has no values for {name}, which a function or nested domains compute; use random"
-        )
+    if has_domain(domain):
+        raise ValueError(f"sweep.search.use: grid has no values for {name}, which holds further domains; use random")
     if isinstance(domain, Categorical):
         return domain.categories
     if isinstance(domain, Domain):

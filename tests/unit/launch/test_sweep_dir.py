@@ -22,7 +22,7 @@ def sweep(folder: Path, space: dict[str, Any] | None = None, mode: Any = "max", 
 
 def started(folder: Path, **sections: Any) -> Path:
     """The directory of a sweep that has begun."""
-    run_dir = open_sweep_dir(*sweep(folder, **sections))
+    run_dir, _ = open_sweep_dir(*sweep(folder, **sections))
     (run_dir / "journal.jsonl").touch()
     return run_dir
 
@@ -34,7 +34,7 @@ def run_section(folder: Path, **keys: Any) -> dict[str, Any]:
 def test_the_same_sweep_continues_with_other_workers_and_more_samples(tmp_path: Path) -> None:
     run_dir = started(tmp_path)
     more = {"sweep": {"samples": 9, "concurrent": 3}, "cluster": {"max_restarts": 7}}
-    assert open_sweep_dir(*sweep(tmp_path, **more)) == run_dir
+    assert open_sweep_dir(*sweep(tmp_path, **more))[0] == run_dir
     assert read_definition(run_dir / "sweep.json").samples == 9
 
 
@@ -47,6 +47,7 @@ def test_the_same_sweep_continues_with_other_workers_and_more_samples(tmp_path: 
         ({"sweep": {"scheduler": {"use": "asha"}}}, "another scheduler: .*none.*, this one has .*asha"),
         ({"sweep": {"search": {"use": "sobol"}}}, "another search: .*random.*, this one has .*sobol"),
         ({"optim": {"pairs_per_step": 8}}, "optim.pairs_per_step: 32, this one has 8"),
+        ({"loss": {"args": {"label_smoothing": 0.2}}}, "loss.args.label_smoothing: .no such key., this one has 0.2"),
     ],
 )
 def test_another_sweep_of_the_same_name_is_rejected_by_its_difference(

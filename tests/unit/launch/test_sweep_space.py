@@ -57,6 +57,8 @@ def test_a_grid_has_all_combinations_with_both_bounds() -> None:
     assert {trial["optim.warmup_steps"] for trial in trials} == {0, 1, 2}
     with pytest.raises(ValueError, match=r"grid has no values for optim\.lr, which a function computes"):
         grid(CONDITIONAL, points=3)
+    with pytest.raises(ValueError, match=r"grid has no values for loss, which holds further domains"):
+        grid({"loss": CONDITIONAL["loss"]}, points=3)
 
 
 @pytest.mark.parametrize(
