@@ -1,7 +1,7 @@
 """A sweep of T trials against T separate runs of ``jobs.offline`` that each compute their own reference.
 
-    python -m benchmarks.sweep --trials 8
-    python -m benchmarks.sweep --trials 8 sweep.scheduler.use=asha run.eval_every=4
+    python -m benchmarks.sweep --trials 8 --out full.json
+    python -m benchmarks.sweep --trials 8 --separate full.json sweep.scheduler.use=asha run.eval_every=1
     python -m benchmarks.sweep --tiny                  a dry run on a tiny random model
 
 The separate runs have the values of the sweep's trials, in the same order, one after another; each starts its own Ray
@@ -61,7 +61,11 @@ def main() -> None:
         folder = Path(name)
         config = write_config(arguments, folder)
         sweep, trials = run_sweep(arguments, config, folder)
-        separate = run_separately(arguments, config, trials, folder)
+        separate = (
+            read_separate(arguments.separate, len(trials))
+            if arguments.separate
+            else run_separately(arguments, config, trials, folder)
+        )
     cores = len(os.sched_getaffinity(0))
     ended = ", ".join(f"{count} {status}" for status, count in statuses(trials).items())
     print(f"\n{len(trials)} trials ({ended}), {cores} cores, model {arguments.model}\n")
@@ -85,6 +89,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--concurrent", type=int, default=1, help="trials of the sweep at a time; they share the cores")
     parser.add_argument("--timeout-s", type=float, default=7200.0, help="longest time of one command")
     parser.add_argument("--tiny", action="store_true", help="a dry run: a tiny random model, two trials")
+    parser.add_argument("--separate", type=Path, help="an earlier --out file, whose separate runs are compared with")
     parser.add_argument("--out", type=Path, help="JSON file for all figures")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the sweep")
     arguments = parser.parse_args()
@@ -163,6 +168,14 @@ def run_separately(arguments: argparse.Namespace, config: Path, trials: Sequence
         wall_s, cpu_s = measured(command, label, lambda: "running", arguments.timeout_s)
         costs.append(Cost(wall_s, cpu_s, *computed(folder / "runs" / name)))
     return Cost(*map(sum, zip(*costs, strict=True)))  # type: ignore[arg-type]
+
+
+def read_separate(file: Path, trials: int) -> Cost:
+    """The cost of the separate runs of an earlier comparison."""
+    earlier = json.loads(file.read_text(encoding="utf-8"))
+    if len(earlier["trials"]) != trials:
+        raise SystemExit(f"{file} has {len(earlier['trials'])} separate runs, and the sweep {trials} trials")
+    return Cost(**earlier["separate"])
 
 
 def computed(run: Path) -> tuple[int, int]:

@@ -133,7 +133,7 @@ class ModelConfig(Section):
     cpu_products: Literal["auto", "bfloat16", "rounded", "float32"] = "auto"
     """Matrix products of dtype: bfloat16 on CPUs. bfloat16: as they are. rounded: as float32 that the CPU may round to
     bfloat16. float32: as float32. auto: the fastest for each class of products, measured in 0.3 s on the slowest worker
-    and cached in reference.cache_dir. Logits are float32 in any case."""
+    and cached in reference.cache_dir. Products accumulate in float32 in any case."""
     chat_template: str | None = None
     """Path of a Jinja chat template to use instead of the tokenizer's own; required for models without one."""
     lora: LoraConfig | None = None

@@ -22,6 +22,7 @@ from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.display import live_display
 from dpo_ray.launch.run_dir import has_work, make_run_dir
 from dpo_ray.launch.status import StatusActor
+from dpo_ray.rollout.rounds import validate_round_size
 from dpo_ray.storage import storage_errors
 from dpo_ray.types import Prompt
 
@@ -134,3 +135,19 @@ def prepare_prompts(
     prompts, report = load_prompts(sources, tokenizer, strict=config.data.strict, name=key, answers=answers)
     console.print(report.text(key), highlight=False, markup=False, soft_wrap=True)
     return prompts
+
+
+def prepare_round_data(config: Config, cluster: Cluster, console: Console) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts of the rounds and the held-out ones; tokenizes the pairs that are mixed into rounds.
+
+    Raises:
+        ValueError: see ``prepare_prompts``; or there are fewer prompts than a round takes.
+    """
+    assert config.online is not None
+    answers = config.online.source.use == "self_play"
+    prompts = prepare_prompts(config, config.online.prompts, "online.prompts", console, answers=answers)
+    held_out = prepare_prompts(config, config.online.eval_prompts, "online.eval_prompts", console)
+    validate_round_size(prompts, config.online.prompts_per_round)
+    if config.online.source.mix:
+        prepare_data(config, cluster, console)
+    return prompts, held_out

@@ -15,7 +15,7 @@ from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.data import prepare_data
 from dpo_ray.launch.display import live_display, text_console
 from dpo_ray.launch.follower import follow_run, validate_trackers
-from dpo_ray.launch.run_dir import validate_run_dir_permanent
+from dpo_ray.launch.run_dir import exclusive_run_dir, validate_run_dir_permanent
 from dpo_ray.launch.status import start_status_actor
 from dpo_ray.launch.summary import print_summary
 from dpo_ray.launch.workers import train_on_workers
@@ -37,9 +37,10 @@ def run_offline(config: Config, cluster: Cluster) -> None:
     config = with_absolute_paths(config)
     validate_offline(config)
     started = time.monotonic()
-    prepare_data(config, cluster, console)
-    with monitored(config, console, title=config.run.name, started=started) as status_actor:
-        train_on_workers(config, cluster, LOOP, status_actor=status_actor)
+    with exclusive_run_dir(config.run):
+        prepare_data(config, cluster, console)
+        with monitored(config, console, title=config.run.name, started=started) as status_actor:
+            train_on_workers(config, cluster, LOOP, status_actor=status_actor)
 
 
 @contextlib.contextmanager

@@ -4,16 +4,16 @@ import time
 
 from dpo_ray.config import Config, with_absolute_paths
 from dpo_ray.launch.cluster import Cluster
-from dpo_ray.launch.data import prepare_data, prepare_prompts
+from dpo_ray.launch.data import prepare_round_data
 from dpo_ray.launch.display import text_console
 from dpo_ray.launch.offline import monitored, validate_training
 from dpo_ray.launch.rollouts.actors import rollout_actors
 from dpo_ray.launch.rollouts.weights import BETWEEN_GPUS, build_transport
-from dpo_ray.launch.run_dir import make_run_dir
+from dpo_ray.launch.run_dir import exclusive_run_dir, make_run_dir
 from dpo_ray.launch.workers import train_on_workers
 from dpo_ray.model.architecture import validate_online_model
 from dpo_ray.rollout.ledger import Ledger
-from dpo_ray.rollout.rounds import digest_of_prompts, validate_round_size
+from dpo_ray.rollout.rounds import digest_of_prompts
 
 LOOP = "dpo_ray.launch.loops:online"
 
@@ -29,22 +29,18 @@ def run_online(config: Config, cluster: Cluster) -> None:
     config = with_absolute_paths(config)
     validate_online(config)
     assert config.online is not None
-    answers = config.online.source.use == "self_play"
-    prompts = prepare_prompts(config, config.online.prompts, "online.prompts", console, answers=answers)
-    held_out = prepare_prompts(config, config.online.eval_prompts, "online.eval_prompts", console)
-    validate_round_size(prompts, config.online.prompts_per_round)
-    make_run_dir(config)
-    if config.online.source.mix:
-        prepare_data(config, cluster, console)
-    Ledger(config.run.path).validate_prompts(digest_of_prompts(prompts), len(prompts))
-    started = time.monotonic()
-    title = f"{config.run.name}: {config.online.rounds} rounds of {config.online.prompts_per_round} prompts"
-    with (
-        monitored(config, console, title=title, started=started) as status_actor,
-        rollout_actors(config, cluster, prompts, held_out, status_actor) as rollouts,
-    ):
-        # Engines, judges and training workers start concurrently.
-        train_on_workers(config, cluster, LOOP, status_actor=status_actor, rollouts=rollouts)
+    with exclusive_run_dir(config.run):
+        prompts, held_out = prepare_round_data(config, cluster, console)
+        make_run_dir(config)
+        Ledger(config.run.path).validate_prompts(digest_of_prompts(prompts), len(prompts))
+        started = time.monotonic()
+        title = f"{config.run.name}: {config.online.rounds} rounds of {config.online.prompts_per_round} prompts"
+        with (
+            monitored(config, console, title=title, started=started) as status_actor,
+            rollout_actors(config, cluster, prompts, held_out, status_actor) as rollouts,
+        ):
+            # Engines, judges and training workers start concurrently.
+            train_on_workers(config, cluster, LOOP, status_actor=status_actor, rollouts=rollouts)
 
 
 def validate_online(config: Config) -> None:

@@ -114,6 +114,12 @@ class TrialReporter(RunReporter):
         self.steps = 0
         """Steps taken."""
 
+    def start(self, step: int, round: int = 0) -> None:
+        """Drops recorded lines as for any run; the time of the trial counts from here."""
+        super().start(step, round)
+        if self.rank == 0:
+            self.channel.ask("begun", self.trial)
+
     def step(self, metrics: Metrics) -> None:
         """Appends a line to metrics.jsonl."""
         self.steps = metrics.get("step", self.steps)

@@ -1,9 +1,13 @@
 """The run directory: created by the driver, protected from runs that cannot resume its work, with a log per process."""
 
+import contextlib
+import fcntl
 import logging
 import os
+import socket
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -12,8 +16,12 @@ from dpo_ray.config import Config, first_difference, write_config
 from dpo_ray.config.schema import RunConfig
 from dpo_ray.storage import open_appendable, storage_errors
 
+logger = logging.getLogger(__name__)
+
 WORK = ("rounds/*/pairs.jsonl", "rounds/*/manifest.json", "checkpoints/*/complete.json", "evaluations/*.jsonl")
 """Files from which a later run of the same name resumes."""
+LOCK = ".lock"
+"""File that the command of a run locks as long as it runs."""
 JOB_PACKAGES = "runtime_resources/working_dir_files"
 """Part of the path where Ray unpacks the working directory of a submitted job, and deletes it when the job ends."""
 
@@ -50,6 +58,38 @@ def make_run_dir(config: Config) -> Path:
     return run_dir
 
 
+@contextlib.contextmanager
+def exclusive_run_dir(run: RunConfig) -> Iterator[None]:
+    """Keeps other commands out of the run directory; the lock ends with the process, however that ends.
+
+    Without effect in an object store, and in file systems that cannot lock.
+
+    Raises:
+        ValueError: another command runs in the directory.
+    """
+    if run.remote:
+        yield
+        return
+    with storage_errors(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+        file = (run.path / LOCK).open("a+", encoding="utf-8")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"{run.path} is in use by another command ({file.read().strip() or 'just started'}); wait for its end, "
+                "stop it, or set another run.name"
+            ) from None
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): see to it that no other command runs in it", run.path, error)
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        yield
+
+
 def log_to_run(run_dir: Path, name: str) -> None:
     """Sends everything that this process prints and logs to ``logs/NAME.log`` in the run directory.
 
@@ -62,4 +102,4 @@ def log_to_run(run_dir: Path, name: str) -> None:
     os.dup2(file, 2)
     os.close(file)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
-    logging.getLogger(__name__).info("pid %d, started %s", os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))
+    logger.info("pid %d, started %s", os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))

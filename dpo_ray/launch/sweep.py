@@ -7,6 +7,7 @@ The driver owns the course of the sweep (``sweep/conductor.py``) and answers the
 import importlib
 import logging
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,17 +17,19 @@ from rich.console import Console
 from dpo_ray.config import Config, override, with_absolute_paths, write_config
 from dpo_ray.launch.cluster import SPARE_CPUS, Cluster, cpus_needed, gpus_needed
 from dpo_ray.launch.command import TrainingFailed
-from dpo_ray.launch.data import prepare_data, prepare_prompts
+from dpo_ray.launch.data import prepare_data, prepare_round_data
 from dpo_ray.launch.display import text_console
 from dpo_ray.launch.offline import validate_offline
 from dpo_ray.launch.online import validate_online
+from dpo_ray.launch.run_dir import exclusive_run_dir
 from dpo_ray.launch.spaces import find_space
 from dpo_ray.launch.sweeps.driver import Driver, Plan, open_sweep_dir
+from dpo_ray.launch.sweeps.schedulers import build_scheduler
+from dpo_ray.launch.sweeps.search import build_searcher, grid
 from dpo_ray.launch.sweeps.space import describe, validate_space
 from dpo_ray.launch.sweeps.summary import print_sweep
 from dpo_ray.model.architecture import read_model_config
 from dpo_ray.report.sweep_record import read_sweep
-from dpo_ray.rollout.rounds import validate_round_size
 from dpo_ray.sweep.trials import Constraint, Objective, SweepDefinition, Trial
 
 logger = logging.getLogger(__name__)
@@ -76,6 +79,14 @@ def run_sweep(config: Config, cluster: Cluster, space: str) -> None:
     config = with_absolute_paths(config)
     _validate_sweep(config, sweep)
     definition = define(config, sweep)
+    _validate_parts(config, sweep, definition)
+    with exclusive_run_dir(config.run):
+        _run_exclusively(config, cluster, sweep, definition, console)
+
+
+def _run_exclusively(
+    config: Config, cluster: Cluster, sweep: Sweep, definition: SweepDefinition, console: Console
+) -> None:
     run_dir, definition = open_sweep_dir(config, definition)
     pairs, prompts, held_out = _prepare(config, cluster, console)
     concurrent = min(definition.samples, config.sweep.concurrent or _trials_that_fit(config, cluster))
@@ -94,8 +105,6 @@ def run_sweep(config: Config, cluster: Cluster, space: str) -> None:
 
 def define(config: Config, sweep: Sweep) -> SweepDefinition:
     """The resolved sweep."""
-    from dpo_ray.launch.sweeps.search import grid
-
     settings, time = config.sweep, "round" if config.online is not None else "step"
     samples = settings.samples or sweep.samples
     if settings.search.use == "grid" and sweep.search is None:
@@ -127,22 +136,31 @@ def _validate_sweep(config: Config, sweep: Sweep) -> None:
             raise ValueError(
                 f"sweep.{name}.use is {setting}, and the space brings {type(own).__name__}; leave one of them out"
             )
+    if sweep.scheduler is not None and config.run.eval_every is None:
+        raise ValueError(
+            f"the space brings {type(sweep.scheduler).__name__}, which judges trials by evaluations during training, "
+            "and run.eval_every is null; set it to the steps (rounds online) between two evaluations"
+        )
     if "model.path" not in sweep.space:
         read_model_config(config.model.path)  # the same in all trials: no trial is to blame
     validate_space(config, sweep.space, validate_online if config.online is not None else validate_offline)
+
+
+def _validate_parts(config: Config, sweep: Sweep, definition: SweepDefinition) -> None:
+    """Builds scheduler and searcher once for their errors, before data are tokenized."""
+    # Objects of the space hold state, which the driver's own build must find untouched.
+    own_scheduler, own_search = deepcopy((sweep.scheduler, sweep.search))
+    build_searcher(config.sweep.search, sweep.space, own_search, definition.objective, definition.seed)
+    build_scheduler(
+        config, sweep.space, definition.keys, own_scheduler, definition.objective, time=definition.time, length=1
+    )
 
 
 def _prepare(config: Config, cluster: Cluster, console: Console) -> tuple[int, Any, Any]:
     """Prepares the data that trials share: number of training pairs, prompts and held-out prompts."""
     if config.online is None:
         return prepare_data(config, cluster, console), (), ()
-    answers = config.online.source.use == "self_play"
-    prompts = prepare_prompts(config, config.online.prompts, "online.prompts", console, answers=answers)
-    held_out = prepare_prompts(config, config.online.eval_prompts, "online.eval_prompts", console)
-    validate_round_size(prompts, config.online.prompts_per_round)
-    if config.online.source.mix:
-        prepare_data(config, cluster, console)
-    return 0, prompts, held_out
+    return 0, *prepare_round_data(config, cluster, console)
 
 
 def _trials_that_fit(config: Config, cluster: Cluster) -> int:

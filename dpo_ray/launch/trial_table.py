@@ -16,10 +16,9 @@ from dpo_ray.launch.display import CLOSE_TIMEOUT_S
 from dpo_ray.report.formatting import count_noun, format_duration, format_number, short_names
 from dpo_ray.report.sweep_text import settings_text
 from dpo_ray.sweep.ranking import rank
-from dpo_ray.sweep.trials import Objective, Trial
+from dpo_ray.sweep.trials import ENDED, Objective, Trial
 from dpo_ray.sweep.verdict import varying_keys
 
-ENDED = ("done", "stopped", "failed")
 MAX_ROWS = 16
 POLL_S = 0.5
 PLAIN_EVERY_S = 60.0

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dpo_ray.objective.head_bfloat16 import label_softmax
 from dpo_ray.objective.head_products import HeadProducts
 from dpo_ray.objective.logps import TokenLogps
 from dpo_ray.objective.precision import ROUNDED, Products
@@ -54,6 +55,11 @@ class Head:
     """Token id of the first row on this rank."""
     products: Products = ROUNDED
     """Paths of the products of bfloat16 tensors on a CPU."""
+
+    @property
+    def is_plain(self) -> bool:
+        """True if the logits are the product of hidden states and weights alone, and all on this rank."""
+        return self.bias is None and self.group is None and self.transform == LogitTransform()
 
     @property
     def chunk(self) -> int:
@@ -185,6 +191,7 @@ class _PairLosses(torch.autograd.Function):
         gradients = _Gradients(hidden, weight, bias, needs_grad)
         for group in [whole] if together else _groups(prompts, head.chunk):
             parts = list(_parts(group.tokens, head.chunk))
+            softmax = None
             for part in parts:
                 softmax = _softmax(hidden[part], head, products, labels[part])
                 softmax.store(logps, part, head)
@@ -192,7 +199,7 @@ class _PairLosses(torch.autograd.Function):
             if not any(needs_grad):
                 continue
             for part in parts:
-                if len(parts) > 1:  # only the logits of the last part are still in memory
+                if softmax is None or len(parts) > 1:  # only the logits of the last part are still in memory
                     softmax = _softmax(hidden[part], head, products, labels[part])
                 in_group = slice(part.start - group.tokens.start, part.stop - group.tokens.start)
                 gradients.accumulate(softmax, hidden, head, products, labels, part, logps_grad[in_group])
@@ -216,9 +223,11 @@ class _Softmax(NamedTuple):
     """Softmax over the vocabulary for one chunk, kept as unnormalized exponentials."""
 
     exponentials: Tensor
-    """(n, V) exp(logit - largest logit of the token); divided by ``sums``, the probabilities."""
+    """(n, V) exp(logit - a number of the token); divided by ``sums``, the probabilities. Overwritten by gradients."""
     sums: Tensor
     """(n,) over the vocabulary of all ranks."""
+    label_grad: Tensor
+    """(n,) exponential of the label minus ``sums``: the negative sum of those of all other tokens."""
     logps: Tensor
     """(n,) log-probabilities of the labels."""
     derivative: Tensor | float
@@ -228,11 +237,22 @@ class _Softmax(NamedTuple):
         """Write the log-probabilities, and the sums of squares if there is room for them, to ``logps[part]``."""
         logps.logps[part] = self.logps
         if logps.log_sum_squares.numel():
-            squares = head.all_reduce(torch.linalg.vector_norm(self.exponentials, dim=-1).square())
-            logps.log_sum_squares[part] = squares.log() - 2 * self.sums.log()
+            # In float64: squares of exponentials relative to an improbable label overflow float32.
+            norms = torch.linalg.vector_norm(self.exponentials, dim=-1, dtype=torch.float64)
+            logps.log_sum_squares[part] = head.all_reduce((norms / self.sums).square().float()).log()
 
 
 def _softmax(hidden: Tensor, head: Head, products: HeadProducts, labels: Tensor) -> _Softmax:
+    relative = None
+    if products.in_bfloat16 and head.is_plain:
+        relative = label_softmax(hidden.to(head.weight.dtype), head.weight, labels)
+    if relative is None:
+        return _float_softmax(hidden, head, products, labels)
+    exponentials, label, others = relative
+    return _Softmax(exponentials, label + others, -others, -torch.log1p(others / label), 1.0)
+
+
+def _float_softmax(hidden: Tensor, head: Head, products: HeadProducts, labels: Tensor) -> _Softmax:
     logits = products.logits(hidden)  # (n, V)
     if head.bias is not None:
         logits += head.bias.float()
@@ -244,7 +264,7 @@ def _softmax(hidden: Tensor, head: Head, products: HeadProducts, labels: Tensor)
     # In place and not divided by the sums: each pass over (n, V) costs memory bandwidth.
     exponentials = logits.sub_(largest).exp_()
     sums, label_logits = head.all_reduce(torch.stack((exponentials.sum(-1), label_logits.squeeze(-1))))  # (n,) each
-    return _Softmax(exponentials, sums, label_logits - sums.log(), derivative)
+    return _Softmax(exponentials, sums, label_logits.exp() - sums, label_logits - sums.log(), derivative)
 
 
 def _losses_and_gradient(
@@ -286,12 +306,14 @@ class _Gradients:
         saves a pass over (n, V).
         """
         rows, is_local = head.local_rows(labels[part])
-        sums = softmax.sums[:, None]  # (n, 1)
-        label_sums = torch.where(is_local, sums, 0.0)
-        logits_grad = softmax.exponentials.scatter_add_(-1, rows, -label_sums)  # (n, V), times ``factor``
+        logits_grad = softmax.exponentials  # (n, V), times ``factor``
+        # By indices: ``scatter_`` would copy a transposed matrix.
+        at_label = torch.arange(len(rows), device=rows.device), rows[:, 0]
+        label_grad = softmax.label_grad.to(logits_grad.dtype)
+        logits_grad[at_label] = torch.where(is_local[:, 0], label_grad, logits_grad[at_label])
         if isinstance(softmax.derivative, Tensor) or softmax.derivative != 1.0:
             logits_grad.mul_(softmax.derivative)
-        factor = -logps_grad[:, None] / sums  # (n, 1)
+        factor = -logps_grad[:, None] / softmax.sums[:, None]  # (n, 1)
         if self.bias is not None:
             self.bias += (logits_grad * factor).sum(0)
         if self.hidden is not None:

@@ -32,8 +32,9 @@ class Products:
     linear: ProductPath = "rounded"
     """Linear layers: outputs and both gradients, which all paths round to bfloat16 in the end."""
     logits: ProductPath = "rounded"
-    """The head's logits; never bfloat16, as logits rounded to it are off by 0.06 at 20, and log-probabilities of a
-    completion, which are sums over its tokens, by half a nat."""
+    """The head's logits. With bfloat16, the label's logit is subtracted before they are rounded; a log-probability is
+    then off by a few times 2^-9 of itself (``head_bfloat16.py``). ``rounded`` for heads with a bias, a scale or a cap,
+    and for heads that are sharded over the vocabulary."""
     head_grad: ProductPath = "rounded"
     """Gradients of the head with respect to hidden states and weights. With bfloat16, each chunk of tokens is rounded
     before the float32 sum over chunks."""
@@ -43,8 +44,8 @@ class Products:
 
     @classmethod
     def forced(cls, path: ProductPath) -> "Products":
-        """``path`` for all classes that it is exact enough for, and ``rounded`` for the others."""
-        return cls(path, "rounded" if path == "bfloat16" else path, path, path)
+        """``path`` for all classes."""
+        return cls(path, path, path, path)
 
 
 ROUNDED = Products()

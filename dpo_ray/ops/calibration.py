@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dpo_ray.data.packing import Span
+from dpo_ray.objective.head import Head, token_logps
 from dpo_ray.objective.head_products import HeadProducts
 from dpo_ray.objective.precision import PATHS, ProductPath, Products
 from dpo_ray.ops.attention import packed_attention
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 Timings = Mapping[str, Mapping[ProductPath, float]]
 """Processor seconds by class, a field of ``Products``, and path."""
+METHOD = 2
+"""Raised when other paths are measured, or in another way: earlier results in a file do not count then."""
 TOKENS, FEW_TOKENS = 128, 32
 HIDDEN, OUTPUTS, VOCABULARY = 512, 1024, 4096
 HEADS, KEY_HEADS, HEAD_SIZE = 6, 2, 64
@@ -44,7 +47,7 @@ def measure_products() -> Timings:
     torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]):
-            return {name: _race(make, PATHS[:2] if name == "logits" else PATHS) for name, make in _TASKS.items()}
+            return {name: _race(make) for name, make in _TASKS.items()}
     finally:
         torch.set_num_threads(threads)
 
@@ -67,7 +70,7 @@ def cached_timings(folder: Path) -> Timings:
     A file that is damaged or cannot be written is no error.
     """
     file = folder / "cpu_products.json"
-    key = f"{cpu_model()}, torch {torch.__version__}"
+    key = f"{cpu_model()}, torch {torch.__version__}, method {METHOD}"
     known = _read(file)
     if key in known:
         return known[key]
@@ -96,13 +99,11 @@ def _read(file: Path) -> dict[str, Timings]:
         return {}
 
 
-def _race(
-    make: Callable[[ProductPath, int], Callable[[], object]], paths: Sequence[ProductPath]
-) -> dict[ProductPath, float]:
+def _race(make: Callable[[ProductPath, int], Callable[[], object]]) -> dict[ProductPath, float]:
     """Least processor seconds by path, of runs in turn."""
     # A CPU without bfloat16 instructions may need seconds for what takes milliseconds on the other paths.
-    small = {path: _seconds(_warm(make(path, FEW_TOKENS))) for path in paths}
-    runs = {path: make(path, TOKENS) for path in paths if small[path] <= HOPELESS * min(small.values())}
+    small = {path: _seconds(_warm(make(path, FEW_TOKENS))) for path in PATHS}
+    runs = {path: make(path, TOKENS) for path in PATHS if small[path] <= HOPELESS * min(small.values())}
     rounds = [{path: _seconds(run) for path, run in runs.items()} for _ in range(REPEATS)]
     return {path: min(seconds[path] for seconds in rounds) for path in runs}
 
@@ -126,17 +127,18 @@ def _linear(path: ProductPath, tokens: int) -> Callable[[], object]:
     return lambda: torch.autograd.grad(layer(x), (x, layer.weight), upstream)
 
 
-def _head(path: ProductPath) -> HeadProducts:
-    return HeadProducts(torch.ones(VOCABULARY, HIDDEN, dtype=torch.bfloat16), Products.forced(path))
-
-
 def _logits(path: ProductPath, tokens: int) -> Callable[[], object]:
-    products, hidden = _head(path), torch.randn(tokens, HIDDEN, dtype=torch.bfloat16)
-    return lambda: products.logits(hidden)
+    # Logits with a deviation of 3, as in models; larger ones give exponentials that a CPU adds slowly (denormal ones).
+    weight = (3 * HIDDEN**-0.5 * torch.randn(VOCABULARY, HIDDEN)).bfloat16()
+    head, hidden = Head(weight, products=Products.forced(path)), torch.randn(tokens, HIDDEN).bfloat16()
+    labels = torch.randint(VOCABULARY, (tokens,))
+    return lambda: token_logps(hidden, head, labels)
 
 
 def _head_grad(path: ProductPath, tokens: int) -> Callable[[], object]:
-    products, hidden, total = _head(path), torch.randn(tokens, HIDDEN), torch.zeros(VOCABULARY, HIDDEN)
+    weight = torch.ones(VOCABULARY, HIDDEN, dtype=torch.bfloat16)
+    products, hidden = HeadProducts(weight, Products.forced(path)), torch.randn(tokens, HIDDEN)
+    total = torch.zeros(VOCABULARY, HIDDEN)
     logits_grad = torch.ones(tokens, VOCABULARY)
 
     def run() -> None:

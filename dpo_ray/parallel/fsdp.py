@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -69,7 +69,12 @@ def keeps_gathered(shard: ShardConfig, mesh: DeviceMesh) -> bool:
 
     On a single CPU rank, always: gathering would cast and copy all weights in every micro-batch.
     """
-    return not shard.reshard_after_forward or (mesh.device_type == "cpu" and mesh.size() == 1)
+    return not shard.reshard_after_forward or is_single_cpu(mesh)
+
+
+def is_single_cpu(mesh: DeviceMesh) -> bool:
+    """True for a single rank on a CPU, where copies within FSDP cost time and communicate nothing."""
+    return mesh.device_type == "cpu" and mesh.size() == 1
 
 
 def _prefetch(root: nn.Module, layers: nn.ModuleList, ahead: int) -> None:
@@ -101,19 +106,45 @@ def load_full_state(
     )
 
 
-def set_last_micro_batch(policy: nn.Module, last: bool, *, keep_gathered: bool) -> None:
+def set_last_micro_batch(policy: nn.Module, last: bool, *, keep_gathered: bool, alone: bool) -> None:
     """Communicate per micro-batch (less memory) or once per step (less traffic).
 
     Args:
         last: True before the backward pass of the step's last micro-batch.
         keep_gathered: True keeps the full weights and gradients on every rank until then. False gathers weights and
             reduce-scatters gradients in every micro-batch; gradients are all-reduced over replicas only in the last.
+        alone: True on a single CPU rank: gradients stay where they are; call ``hand_over_gradients`` after the last.
     """
     assert isinstance(policy, FSDPModule)
-    policy.set_requires_gradient_sync(last or not keep_gathered)
+    policy.set_requires_gradient_sync((last or not keep_gathered) and not alone)
     policy.set_requires_all_reduce(last)
     policy.set_is_last_backward(last)
     policy.set_reshard_after_backward(last or not keep_gathered)
+
+
+def hand_over_gradients(policy: nn.Module) -> None:
+    """Give the gradients of a single rank to its optimizer as they are.
+
+    Reducing them would copy each three times: concatenated, as the output of a reduce-scatter and as the gradient.
+    torch has no function for it, so this reads the private state of FSDP2.
+    """
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            for group in cast("Any", module._get_fsdp_state())._fsdp_param_groups:
+                for parameter in group.fsdp_params:
+                    _hand_over(parameter)
+
+
+def _hand_over(parameter: Any) -> None:
+    gathered = getattr(parameter, "_unsharded_param", None)
+    grad = parameter.unsharded_accumulated_grad  # float32, unless the gathered parameter is
+    if grad is None and gathered is not None:
+        grad = gathered.grad
+    parameter.unsharded_accumulated_grad = None
+    if gathered is not None:
+        gathered.grad = None
+    if grad is not None:
+        parameter.sharded_param.grad = parameter.to_sharded_dtensor(grad)
 
 
 def reshard(model: nn.Module) -> None:

@@ -115,6 +115,7 @@ def _result_plots(record: RunRecord) -> list[Plot]:
     rounds, versions = record.over_rounds, record.over_versions
     scores = [
         Series("chosen", rounds("judge/chosen_score"), "chosen"),
+        Series("best of the candidates", rounds("judge/best_score"), "sand"),
         Series("mean of candidates", rounds("judge/mean_score")),
         Series("rejected", rounds("judge/rejected_score"), "rejected"),
         Series("held-out prompts", versions("score"), "heldout", "heldout"),
@@ -126,6 +127,12 @@ def _result_plots(record: RunRecord) -> list[Plot]:
             [Panel("judge score", scores)],
             "Held-out prompts are never trained on: their change is the result. The lines are means over the new "
             "prompts of each round.",
+        ),
+        Plot(
+            "Parts of the judge score",
+            [Panel(name, [Series("", rounds(f"judge/{name}_score"))]) for name in record.judge_parts],
+            "Means over all candidates of each round, before weights. A part that falls while the score rises is the "
+            "price of the gain.",
         ),
         Plot(
             "KL to the reference",

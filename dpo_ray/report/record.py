@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,10 @@ logger = logging.getLogger(__name__)
 Curve = tuple[np.ndarray, np.ndarray]
 """Positions and values, without those that are missing or not finite."""
 
+SCORE_KEY = re.compile(r"judge/(.+)_score")
+"""Metrics of rounds that are means of scores."""
+SCORES = ("mean", "best", "chosen", "rejected")
+"""Names of the means that every judge has; other names are parts of a score."""
 SCORE_NOISE_SE = 2.0
 """Standard errors that a significant change exceeds (95 %)."""
 TIE_NATS = 0.1
@@ -171,6 +176,12 @@ class RunRecord:
             if abs(reward) <= TIE_NATS * self.setting("loss.beta", 1.0):
                 lines = lines[1:]
         return _curve(lines, "step", f"{prefix}rewards/accuracies")
+
+    @property
+    def judge_parts(self) -> list[str]:
+        """Names of the parts that the judge's scores consist of, such as the judges of a weighted one."""
+        keys = dict.fromkeys(key for line in self.rounds for key in line)
+        return [found[1] for key in keys if (found := SCORE_KEY.fullmatch(key)) and found[1] not in SCORES]
 
     @property
     def before(self) -> Evaluation | None:

@@ -20,7 +20,12 @@ def verdict_text(verdict: Verdict) -> str:
     """The configuration to pick, the certainty of its lead, others that are as good, and trials without a result."""
     if verdict.best is None:
         return " ".join(["No trial has a result to pick.", *_exclusions(verdict)])
-    sentences = [_pick(verdict, verdict.best), *_lead(verdict, verdict.best), *_as_good(verdict)]
+    sentences = [
+        _pick(verdict, verdict.best),
+        *_cloned(verdict.best),
+        *_lead(verdict, verdict.best),
+        *_as_good(verdict),
+    ]
     return " ".join([*sentences, *_unfinished(verdict), *_scales(verdict), *_exclusions(verdict)])
 
 
@@ -47,6 +52,17 @@ def _pick(verdict: Verdict, best: Configuration) -> str:
             f"with a standard deviation of {deviation} ({low} to {high})"
         )
     return f"Pick {_name(best, verdict)}: {value}{_distance(best, verdict.objective)}."
+
+
+def _cloned(best: Configuration) -> list[str]:
+    """A policy of population-based training has had other values on its way."""
+    if (origin := best.trials[0].origin) is None:
+        return []
+    donor, _, position = origin.partition("@")
+    return [
+        f"It has these values since it was cloned from trial {donor} after {position} (earlier ones: journal.jsonl): "
+        "a run that has them from the start may end elsewhere."
+    ]
 
 
 def _distance(configuration: Configuration, objective: Objective) -> str:

@@ -13,14 +13,13 @@ from typing import Any, Literal
 
 from dpo_ray.sweep.journal import Event, Journal
 from dpo_ray.sweep.scheduling import Decision, Scheduler, Searcher, Update
-from dpo_ray.sweep.trials import Objective, Trial, TrialStatus
+from dpo_ray.sweep.trials import ENDED, Objective, Trial, TrialStatus
 from dpo_ray.types import Metrics
 
 logger = logging.getLogger(__name__)
 
 Phase = Literal["waiting", "running", "pausing", "paused", "done", "stopped", "failed"]
 """``waiting``: ready for a slot. ``pausing``: saves its state. ``paused``: waits for the scheduler."""
-ENDED = ("done", "stopped", "failed")
 STATUS: Mapping[Phase, TrialStatus] = {"pausing": "running", "paused": "waiting"}
 Clone = Callable[[str, str], int]
 """Copies the newest checkpoint of a donor to a trial; returns the step of it. (trial, donor)"""
@@ -38,7 +37,7 @@ class Progress:
     """Decision of each evaluation, by step or round."""
     started: float | None = None
     last: float = 0.0
-    """Times of its start on a slot and of its latest event."""
+    """Times at which it began on its slot and of its latest event."""
     seconds: float = 0.0
     """Time on slots before ``started``."""
     error: str | None = None
@@ -147,6 +146,11 @@ class Conductor:
         self._record({"event": "start", "trial": name})
         return self.progress[name]
 
+    def begin(self, trial: str) -> None:
+        """A running trial is loaded; its time counts from here: the first one on a slot loads for all that follow."""
+        if self.progress[trial].phase == "running":
+            self._record({"event": "begin", "trial": trial})
+
     def report(self, trial: str, metrics: Metrics, *, final: bool) -> Decision:
         """Takes an evaluation of a running trial; returns what the trial does next.
 
@@ -221,8 +225,15 @@ class Conductor:
                 return
             case "start":
                 self._apply_start(self.progress[name], at)
-            case "report" | "finish":
-                self._apply_report(self.progress[name], event["metrics"], at, final=event["event"] == "finish")
+            case "begin":
+                self.progress[name].started = self.progress[name].last = at
+            case "report":
+                self._apply_report(self.progress[name], event, at)
+            case "finish":
+                progress = self.progress[name]
+                progress.metrics, progress.last = event["metrics"], at
+                progress.decisions[event["metrics"][self.time]] = "continue"
+                self._end(progress, "done", at)
             case "pause":
                 progress = self.progress[name]
                 progress.leave_slot("paused", at)
@@ -245,13 +256,15 @@ class Conductor:
         progress.phase, progress.started, progress.last, progress.interrupted = "running", at, at, False
         self.scheduler.started(progress.name)
 
-    def _apply_report(self, progress: Progress, metrics: Metrics, at: float, *, final: bool) -> None:
+    def _apply_report(self, progress: Progress, event: Event, at: float) -> None:
+        metrics = event["metrics"]
         progress.metrics, progress.last = metrics, at
-        if final:
-            progress.decisions[metrics[self.time]] = "continue"
-            self._end(progress, "done", at)
-            return
-        decision = progress.decisions[metrics[self.time]] = self.scheduler.report(progress.name, metrics)
+        decided = self.scheduler.report(progress.name, metrics)
+        decision: Decision = event.setdefault("decision", decided)
+        if decision != decided:
+            where = f"after {self.time} {metrics[self.time]}"
+            logger.warning("the scheduler would %s %s %s; the earlier decision stays", decided, progress.name, where)
+        progress.decisions[metrics[self.time]] = decision
         if decision == "stop":
             progress.leave_slot("stopped", at)
             self.searcher.ended(progress.name, metrics, failed=False)
@@ -297,7 +310,8 @@ class Conductor:
         name = f"{len(self.progress):05d}"
         values = self.searcher.suggest(name)
         if values is None:
-            self.exhausted = True
+            # A searcher that waits for results of trials when none runs would wait without end.
+            self.exhausted = self.searcher.exhausted or all(p.phase in ENDED for p in self.progress.values())
             return None
         # Suggested before it is applied, since a journaled trial is suggested again when the journal is applied.
         event = {"event": "add", "trial": name, "values": dict(values), "at": round(time.time(), 3)}

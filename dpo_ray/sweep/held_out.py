@@ -2,7 +2,8 @@
 
 Offline runs write ``heldout.npz``: ``step``, ``pairs`` (digest of the store) and, with one value per pair in the
 store's order, ``loss``, ``margin``, ``chosen_log_ratio`` and ``rejected_log_ratio`` in nats, and ``correct`` (1 if the
-margin is positive, 0.5 if it is 0). Online runs have the scores of their prompts in ``evaluations/VERSION.jsonl``.
+margin is positive, else 0, as ``rewards/accuracies`` counts). Online runs have the scores of their prompts in
+``evaluations/VERSION.jsonl``.
 """
 
 import io
@@ -49,8 +50,7 @@ def write_pair_results(run_dir: Path, results: np.ndarray, *, step: int, pairs: 
     """
     columns = dict(zip(PAIR_RESULTS, results.T, strict=True))
     margin, file = columns["margin"], io.BytesIO()
-    correct = np.where(margin > 0, 1.0, np.where(margin == 0, 0.5, 0.0))
-    np.savez(file, step=step, pairs=pairs, correct=correct, **columns)
+    np.savez(file, step=step, pairs=pairs, correct=np.where(margin > 0, 1.0, 0.0), **columns)
     with storage_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir / FILE, file.getvalue())

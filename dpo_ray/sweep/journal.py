@@ -23,14 +23,12 @@ class Journal:
 
     def read(self) -> list[Event]:
         """The events so far. A last line that a kill truncated is dropped, from the file too."""
-        events = read_jsonl(self.file)
         if self.file.exists():
             text = self.file.read_bytes()
             complete = text.rfind(b"\n") + 1
             if complete < len(text):
                 os.truncate(self.file, complete)
-                events = read_jsonl(self.file)
-        return events
+        return read_jsonl(self.file)
 
     def append(self, event: Mapping[str, Any]) -> None:
         """Writes an event through to the disk."""

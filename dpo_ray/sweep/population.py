@@ -109,7 +109,11 @@ class Population:
         if key.values:
             position = key.values.index(value) + (1 if up else -1)
             return key.values[min(max(position, 0), len(key.values) - 1)]
-        value = value * self.args.factor if up else value / self.args.factor
+        changed = value * self.args.factor if up else value / self.args.factor
+        grid = key.step or (1 if key.integer else None)
+        if grid is not None:  # at least one step, also where the factor is less than that
+            changed = round(changed / grid) * grid
+            changed = value + (grid if up else -grid) if changed == value else changed
         if key.lower is not None and key.upper is not None:
-            value = min(max(value, key.lower), key.upper)
-        return round(value) if key.integer else value
+            changed = min(max(changed, key.lower), key.upper)
+        return int(changed) if key.integer else changed

@@ -57,8 +57,11 @@ class Scheduler(Protocol):
 class Searcher(Protocol):
     """Picks the values of trials. Equal calls in equal order give equal answers."""
 
+    exhausted: bool
+    """True if it has no more values."""
+
     def suggest(self, trial: str) -> Mapping[str, Any] | None:
-        """Values of the next trial; None if there are no more."""
+        """Values of the next trial; None if there are no more, or none before another trial has ended."""
         ...
 
     def report(self, trial: str, metrics: Metrics) -> None:

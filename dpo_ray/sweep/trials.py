@@ -15,6 +15,7 @@ from dpo_ray.types import Metrics
 
 TrialStatus = Literal["waiting", "running", "done", "stopped", "failed"]
 """``stopped``: ended early by the scheduler."""
+ENDED = ("done", "stopped", "failed")
 KeyKind = Literal["log", "linear", "choice", "grid", "function", "constant"]
 """Kind of a domain; ``function``: values computed by the space, such as conditional ones."""
 
@@ -36,7 +37,7 @@ class Trial:
     metrics: Metrics = field(default_factory=dict)
     """The latest evaluation, with ``step`` (and ``round`` online)."""
     seconds: float = 0.0
-    """Time on a slot."""
+    """Time on a slot, without loading and without the reference log-probabilities that all trials share."""
     error: str | None = None
     """Cause of a failure."""
     origin: str | None = None

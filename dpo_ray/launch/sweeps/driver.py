@@ -20,6 +20,7 @@ from dpo_ray.config import Config, override
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.command import TrainingFailed
 from dpo_ray.launch.follower import follow_run
+from dpo_ray.launch.online import LOOP
 from dpo_ray.launch.run_dir import make_run_dir
 from dpo_ray.launch.sweeps.mailbox import NO_MORE, Channel, Message, Task, start_mailbox
 from dpo_ray.launch.sweeps.schedulers import build_scheduler, rungs
@@ -29,9 +30,9 @@ from dpo_ray.launch.sweeps.space import Space
 from dpo_ray.launch.sweeps.summary import live_sweep_report
 from dpo_ray.launch.trial_table import Scope, live_trials
 from dpo_ray.storage import atomic_folder, error_summary
-from dpo_ray.sweep.conductor import ENDED, Conductor, Progress
+from dpo_ray.sweep.conductor import Conductor, Progress
 from dpo_ray.sweep.journal import Journal
-from dpo_ray.sweep.trials import SweepDefinition, Trial, as_read, read_definition, write_definition, write_trials
+from dpo_ray.sweep.trials import ENDED, SweepDefinition, Trial, as_read, read_definition, write_definition, write_trials
 from dpo_ray.train.checkpoint_files import finished_checkpoints
 from dpo_ray.types import Prompt
 
@@ -44,7 +45,6 @@ CLOSE_TIMEOUT_S = 120.0
 FREE_KEYS = ("run.trackers", "run.tracker_args", "run.dir", "run.keep_checkpoints", "cluster", "sweep")
 """Keys in which a sweep may be continued with another configuration; ``sweep`` is compared by its definition."""
 ABSENT = "no such key"
-ONLINE_LOOP = "dpo_ray.launch.loops:online"
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +198,7 @@ class Driver:
                 failures = self.plan.definition.samples * (config.cluster.max_restarts + 1)
                 run = partial(offline_slot, config, self.cluster, channel, self.run_dir, failures)
             else:
-                run = partial(online_slot, self.cluster, channel, prompts, held_out, ONLINE_LOOP)
+                run = partial(online_slot, self.cluster, channel, prompts, held_out, LOOP)
             self.slots.append(Slot(number, run))
             self.serving.add(number)
         try:
@@ -230,7 +230,9 @@ class Driver:
             self.idle[message.slot] = message
             return
         if trial is not None and self.on_slot.get(message.slot) == trial:
-            if message.kind == "report":
+            if message.kind == "begun":
+                self.conductor.begin(trial)
+            elif message.kind == "report":
                 metrics, final = message.body
                 answer = self.conductor.report(trial, metrics, final=final)
             elif message.kind == "failed":

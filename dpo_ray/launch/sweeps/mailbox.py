@@ -18,7 +18,7 @@ ANSWER_TIMEOUT_S = 120.0
 """Longest wait for the actor itself, beyond ASK_TIMEOUT_S."""
 
 
-Kind = Literal["idle", "report", "paused", "finished", "failed"]
+Kind = Literal["idle", "begun", "report", "paused", "finished", "failed"]
 
 
 class Message(NamedTuple):

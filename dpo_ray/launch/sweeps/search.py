@@ -20,10 +20,12 @@ class Sequential:
     """A searcher that ignores results: the values of an iterator."""
 
     def __init__(self, values: Iterator[dict[str, Any]]) -> None:
-        self.values = values
+        self.values, self.exhausted = values, False
 
     def suggest(self, trial: str) -> Mapping[str, Any] | None:
-        return next(self.values, None)
+        value = next(self.values, None)
+        self.exhausted = value is None
+        return value
 
     def report(self, trial: str, metrics: Metrics) -> None: ...
 
@@ -34,13 +36,12 @@ class FromTune:
     """A searcher of ray.tune that models ``metric``."""
 
     def __init__(self, searcher: TuneSearcher, metric: str) -> None:
-        self.searcher, self.metric = searcher, metric
+        self.searcher, self.metric, self.exhausted = searcher, metric, False
 
     def suggest(self, trial: str) -> Mapping[str, Any] | None:
         values: Any = self.searcher.suggest(trial)
-        if values is None or values == TuneSearcher.FINISHED:
-            return None
-        return flatten(values)
+        self.exhausted = values == TuneSearcher.FINISHED
+        return None if values is None or self.exhausted else flatten(values)
 
     def report(self, trial: str, metrics: Metrics) -> None:
         if self.metric in metrics:

@@ -5,22 +5,17 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_ray.config.secrets import mask_secrets
 from dpo_ray.rollout.judges.answer_cache import Reply
+from dpo_ray.rollout.judges.failures import REJECTED, FailuresInARow, masked
 from dpo_ray.rollout.judges.language_model_args import LlmArgs
 from dpo_ray.rollout.judges.modes import Schema
-from dpo_ray.types import JudgeUnavailable
 
 logger = logging.getLogger(__name__)
 
 NO_KEY = "none"
 """Sent to an endpoint of one's own without a key; the client requires one."""
 FORMAT_REJECTED = (400, 422)
-REJECTED = (400, 413, 422)
-"""Statuses that concern one request; others, such as 401 and 404, concern all."""
-"""Status codes of endpoints that do not support ``response_format``."""
-
-
+"""Statuses of endpoints that do not support ``response_format``."""
 LONGEST_MESSAGE = 500
 """Characters of an error message."""
 
@@ -57,7 +52,7 @@ class ChatEndpoint:
         )
         self._formats = args.response_format != "none"
         """False once the endpoint has rejected ``response_format``."""
-        self._failed_in_a_row = 0
+        self._failures = FailuresInARow(args.max_failures, attempts=args.retries + 1)
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -79,17 +74,15 @@ class ChatEndpoint:
             reply = await self._reply(text, schema)
         except (self._openai.OpenAIError, EndpointFailed) as error:
             rejected = getattr(error, "status_code", None) in REJECTED
-            self._failed_in_a_row = 0 if rejected else self._failed_in_a_row + 1
             failed = error if isinstance(error, EndpointFailed) else EndpointFailed(self._described(error))
         else:
-            self._failed_in_a_row = 0
+            self._failures.reset()
             return reply
-        if self._failed_in_a_row < self._args.max_failures:
-            raise failed
-        raise JudgeUnavailable(
-            f"judge 'llm': {self._failed_in_a_row} requests in a row failed (online.judge.args.max_failures), "
-            f"each tried up to {self._args.retries + 1} times; the last: {failed}"
-        )
+        if rejected:
+            self._failures.reset()
+        else:
+            self._failures.count(f"judge 'llm': {self._client.base_url}", failed)
+        raise failed
 
     async def close(self) -> None:
         """Close the connections."""
@@ -139,10 +132,7 @@ class ChatEndpoint:
 
     def _hidden(self, message: str) -> str:
         """A message of one line without the key."""
-        message = " ".join(message.split())
-        if self._key:
-            message = message.replace(self._key, "(hidden)")
-        return mask_secrets(message)[:LONGEST_MESSAGE]
+        return masked(" ".join(message.split()), self._key)[:LONGEST_MESSAGE]
 
 
 def _silence_transport() -> None:

@@ -11,12 +11,12 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, TypeVar
 
 import httpx2
 import stamina
 
-from dpo_ray.types import JudgeUnavailable
+from dpo_ray.rollout.judges.failures import REJECTED, FailuresInARow, masked
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +26,6 @@ FIRST_WAIT_S = 0.5
 """Wait before the first retry; it doubles with each one."""
 LONGEST_WAIT_S = 30.0
 """Longest wait before a retry, also if the endpoint asks for more by Retry-After."""
-REJECTED = (400, 413, 422)
-"""Statuses that concern one request; others, such as 401 and 404, concern all."""
 SHOWN_CHARACTERS = 200
 """Characters of an answer that an error shows."""
 
@@ -99,9 +97,9 @@ class Endpoint:
             limits=httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
         )
         self._urls, self._key = itertools.cycle(urls), key
-        self._timeout_s, self._retries, self._max_failures = timeout_s, retries, max_failures
+        self._timeout_s, self._retries = timeout_s, retries
         self._free = asyncio.Semaphore(concurrency)
-        self._failed_in_a_row = 0
+        self._failures = FailuresInARow(max_failures, attempts=retries + 1)
 
     async def post(self, body: Any, parse: Callable[[Any], Parsed]) -> Answer[Parsed]:
         """Send a request.
@@ -127,13 +125,14 @@ class Endpoint:
                 with attempt:
                     url = next(self._urls)
                     value, seconds = await self._attempt(url, content, parse)
-                    self._failed_in_a_row = 0
+                    self._failures.reset()
                     return Answer(value, seconds, attempt.num)
         except RequestRejected:
-            self._failed_in_a_row = 0
+            self._failures.reset()
             raise
         except RequestFailed as error:
-            self._count_failure(url, error)
+            self._failures.count(self._masked(url), error)
+            raise
         raise AssertionError("the loop returns or raises")
 
     async def close(self) -> None:
@@ -164,17 +163,8 @@ class Endpoint:
             problem = "not JSON" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error)
             raise RequestFailed(self._masked(f"{url}: {problem}; it answered: {shown}")) from None
 
-    def _count_failure(self, url: str, error: RequestFailed) -> NoReturn:
-        self._failed_in_a_row += 1
-        if self._failed_in_a_row < self._max_failures:
-            raise error from None
-        raise JudgeUnavailable(
-            f"{self._masked(url)} is unavailable: {self._failed_in_a_row} requests in a row failed (max_failures is "
-            f"{self._max_failures}, each was tried up to {self._retries + 1} times); the last: {error}"
-        ) from None
-
     def _masked(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key else text
+        return masked(text, self._key)
 
 
 def _wait_before_retry(error: Exception) -> bool | float:

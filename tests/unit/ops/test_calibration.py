@@ -13,28 +13,24 @@ from dpo_ray.ops.cpu import cpu_model
 
 
 def timings(**seconds: float) -> Timings:
-    """The same seconds by path for every class; logits have no bfloat16 path."""
+    """The same seconds by path for every class."""
     by_path: dict[ProductPath, float] = {path: seconds[path] for path in PATHS if path in seconds}
-    logits: dict[ProductPath, float] = {path: by_path[path] for path in by_path if path != "bfloat16"}
-    return {"linear": by_path, "logits": logits, "head_grad": by_path, "attention": by_path}
+    return dict.fromkeys(("linear", "logits", "head_grad", "attention"), by_path)
 
 
-def test_every_class_is_measured_within_the_time_of_a_start_and_logits_never_in_bfloat16() -> None:
+def test_every_class_is_measured_within_the_time_of_a_start() -> None:
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     started = time.thread_time()
     measured = measure_products()
     assert time.thread_time() - started < 2.0, "0.3 s where nothing else runs"
     assert set(measured) == {"linear", "logits", "head_grad", "attention"}
-    assert set(measured["logits"]) <= {"float32", "rounded"}
     assert all(seconds > 0 for by_path in measured.values() for seconds in by_path.values())
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_fastest_path_is_chosen_and_a_more_exact_one_within_a_twentieth() -> None:
-    assert fastest([timings(float32=3.0, rounded=2.0, bfloat16=1.0)]) == Products(
-        "bfloat16", "rounded", "bfloat16", "bfloat16"
-    )
+    assert fastest([timings(float32=3.0, rounded=2.0, bfloat16=1.0)]) == Products.forced("bfloat16")
     assert fastest([timings(float32=1.05, rounded=1.0, bfloat16=1.0)]) == Products.forced("float32")
     assert fastest([timings(float32=1.06, rounded=1.0, bfloat16=1.0)]) == Products.forced("rounded")
 
@@ -53,7 +49,7 @@ def test_a_cpu_is_measured_once_and_a_damaged_file_is_measured_again(tmp_path: P
     first = cached_timings(tmp_path / "cache")
     assert cached_timings(tmp_path / "cache") == first, "times that were measured again would differ"
     (file,) = (tmp_path / "cache").iterdir()
-    assert list(json.loads(file.read_text())) == [f"{cpu_model()}, torch {torch.__version__}"]
+    assert list(json.loads(file.read_text())) == [f"{cpu_model()}, torch {torch.__version__}, method 2"]
     file.write_text("{")
     assert set(cached_timings(tmp_path / "cache")) == set(first)
     assert json.loads(file.read_text())
@@ -68,5 +64,4 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
 def test_the_line_in_the_log_names_the_cpu_and_each_class(path: ProductPath) -> None:
     line = describe(Products.forced(path))
     assert cpu_model() in line
-    assert f"linear {path}" in line
-    assert "logits bfloat16" not in line
+    assert f"linear {path}, logits {path}" in line

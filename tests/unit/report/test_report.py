@@ -333,6 +333,17 @@ def test_an_online_page_shows_every_plot_and_the_samples(tmp_path):
         assert title in text
 
 
+def test_each_part_of_a_judges_score_has_a_panel_of_its_own(tmp_path):
+    parts = {"judge__length_score": 3.0, "judge__math_score": 0.5, "judge__best_score": 0.9}
+    plots = {plot.title: plot for plot in run_plots(read_run(online_run(tmp_path / "weighted", **parts)))}
+    assert [panel.label for panel in plots["Parts of the judge score"].panels] == ["length", "math"]
+    assert plots["Parts of the judge score"].panels[0].series[0].curve[1].tolist() == [3.0] * 4
+    labels = [series.label for series in plots["Judge score by round"].panels[0].series]
+    assert labels == ["chosen", "best of the candidates", "mean of candidates", "rejected"]
+    simple = run_plots(read_run(online_run(tmp_path / "simple")))
+    assert "Parts of the judge score" not in {plot.title for plot in simple}
+
+
 def test_an_offline_page_shows_held_out_pairs_and_no_rounds(tmp_path):
     lines = [step_line(1), {"step": 1, "eval/loss": 0.69, "eval/rewards/accuracies": 0.5}, step_line(2)]
     text = Elements(write_report(offline_run(tmp_path, lines)).read_text(encoding="utf-8")).text

@@ -646,6 +646,7 @@ async def test_under_random_failures_no_engine_is_listed_with_weights_that_it_do
                     await world.update(version, *messages, collective=collective)
             await asyncio.sleep(chance.choice((0, 0.01, 0.05)))
         faulty = False
+        now = await world.fleet.membership(-1, 0.0)
         while not watching.done():
             sent[version := version + 1] = "last"
             with contextlib.suppress(EngineLost):

@@ -143,6 +143,83 @@ def test_the_decisions_of_a_killed_sweep_are_those_that_its_reports_give(tmp_pat
         assert rungs_of(sweep) == rungs_of(resumed)
 
 
+def test_a_decision_stays_though_another_version_of_the_scheduler_would_decide_otherwise(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sweep = run(conductor(tmp_path / "journal", "asha"), 1)
+    stopped = [trial.name for trial in sweep.trials if trial.status == "stopped"]
+    assert stopped
+    resumed = conductor(tmp_path / "journal", RunToEnd())
+    assert outcome(resumed) == outcome(sweep)
+    assert f"the scheduler would continue {stopped[0]} after step" in caplog.text
+
+
+def test_the_time_of_a_trial_counts_from_its_first_step_not_from_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 1000, 100))
+    monkeypatch.setattr("dpo_ray.sweep.conductor.time.time", lambda: next(clock))
+    sweep = conductor(tmp_path / "journal", samples=1)
+    trial = sweep.next()  # added at 0, started at 100
+    assert trial is not None
+    sweep.begin(trial.name)  # at 200
+    sweep.report(trial.name, {"step": 9, "eval/loss": 0.5}, final=True)  # at 300
+    assert sweep.trials[0].seconds == 100
+    assert conductor(tmp_path / "journal", samples=1).trials[0].seconds == 100
+
+
+class Limited:
+    """A searcher that proposes the next trial only after the one before it has ended, two in all."""
+
+    def __init__(self) -> None:
+        self.proposed, self.waits, self.exhausted = 0, False, False
+
+    def suggest(self, trial: str) -> dict[str, Any] | None:
+        if self.waits or self.proposed == 2:
+            return None
+        self.proposed, self.waits = self.proposed + 1, True
+        return {"loss.beta": float(self.proposed)}
+
+    def report(self, trial: str, metrics: Any) -> None: ...
+
+    def ended(self, trial: str, metrics: Any, *, failed: bool) -> None:
+        self.waits = False
+
+
+def test_a_searcher_may_wait_for_results_and_a_sweep_ends_when_there_are_none_to_wait_for(tmp_path: Path) -> None:
+    sweep = conductor(tmp_path / "journal", samples=5)
+    sweep.searcher = Limited()
+    first = sweep.next()
+    assert first is not None
+    assert sweep.next() is None, "no trial for a second slot yet"
+    assert not sweep.exhausted
+    sweep.report(first.name, {"step": 9, "eval/loss": 0.5}, final=True)
+    second = sweep.next()
+    assert second is not None
+    assert second.values == {"loss.beta": 2.0}
+    sweep.report(second.name, {"step": 9, "eval/loss": 0.5}, final=True)
+    assert sweep.next() is None
+    assert sweep.finished, "with 2 of 5 trials"
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        (Key("linear", 4, 64, integer=True, step=4), {16: {12, 20}, 4: {4, 8}}),
+        (Key("linear", 1, 8, integer=True), {1: {1, 2}, 2: {1, 3}, 8: {7, 8}}),
+        (Key("linear", 0.0, 1.0, step=0.25), {0.5: {0.25, 0.75}}),
+    ],
+)
+def test_perturbed_values_lie_on_the_steps_of_their_domain(key: Key, values: dict[float, set[float]]) -> None:
+    population = Population(
+        PbtArgs(resample=0.0), LOSS, {"model.lora.r": key}, lambda name, generator: 0, interval=1, time="step", seed=0
+    )
+    for value, neighbours in values.items():
+        generator = random.Random(0)
+        perturbed = {population._perturb("model.lora.r", key, value, generator) for _ in range(40)}
+        assert perturbed == neighbours
+
+
 def test_asha_stops_bad_trials_early_and_no_good_one(tmp_path: Path) -> None:
     sweep = run(conductor(tmp_path / "journal", "asha", samples=12), 1)
     done = [trial for trial in sweep.trials if trial.status == "done"]

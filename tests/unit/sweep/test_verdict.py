@@ -112,10 +112,10 @@ def test_scores_are_paired_by_prompt(tmp_path: Path) -> None:
     assert read_held_out(tmp_path / "a", "heldout/win_rate") is None
 
 
-def test_a_margin_of_zero_counts_half(tmp_path: Path) -> None:
+def test_a_margin_of_zero_is_not_correct_as_in_the_metric(tmp_path: Path) -> None:
     write_pair_results(tmp_path, np.array([[0.1, 2.0, 1, -1], [0.2, 0.0, 0, 0], [0.3, -1.0, -1, 1]]), step=0, pairs="s")
     accuracy, loss = (read_held_out(tmp_path, f"eval/{name}") for name in ("rewards/accuracies", "loss"))
     assert accuracy is not None
     assert loss is not None
-    assert accuracy.values.tolist() == [1.0, 0.5, 0.0]
+    assert accuracy.values.tolist() == [1.0, 0.0, 0.0]
     assert loss.values.tolist() == [0.1, 0.2, 0.3]
