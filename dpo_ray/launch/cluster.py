@@ -25,6 +25,8 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 
+DASHBOARD_MODULES = "StateHead"
+"""Of the dashboard of a local cluster; one that ``ray start`` has started has all of them."""
 SPARE_CPUS = 2
 """Logical CPUs of a local cluster beyond those of the run, for judges, trials and tasks that mostly wait."""
 
@@ -101,8 +103,8 @@ def _connect(local_cpus: int) -> None:
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        with _services_in_own_groups():
-            # The dashboard serves the State API, which Ray Train needs to free the resources of a killed run.
+        with _lean_services():
+            # It serves the State API, which Ray Train needs to free the resources of a killed run.
             ray.init(num_cpus=local_cpus, include_dashboard=True, **quiet)
     except ValueError:  # a running cluster has its own CPUs
         try:
@@ -116,11 +118,13 @@ def _connect(local_cpus: int) -> None:
 
 
 @contextlib.contextmanager
-def _services_in_own_groups() -> Iterator[None]:
-    """Starts the services of a local cluster in process groups of their own.
+def _lean_services() -> Iterator[None]:
+    """Starts the services of a local cluster in process groups of their own, and of the dashboard what a run needs.
 
     SIGTERM to the group of this process, as ``timeout`` and ``kill -- -PGID`` send it, must reach the run, which saves
     a checkpoint, and not the cluster that it needs for that. Ray shields its services from Ctrl-C only.
+
+    The other modules of the dashboard are a process each, and take both cores of a small machine while workers start.
     """
     from ray._private import services
 
@@ -129,8 +133,10 @@ def _services_in_own_groups() -> Iterator[None]:
         return
 
     class OwnGroup(services.ConsolePopen):
-        def __init__(self, *args: Any, **named: Any) -> None:
-            super().__init__(*args, process_group=0, **named)
+        def __init__(self, command: list[str], *args: Any, **named: Any) -> None:
+            if any(part.endswith("/dashboard.py") for part in command):
+                command = [*command, f"--modules-to-load={DASHBOARD_MODULES}", "--disable-frontend"]
+            super().__init__(command, *args, process_group=0, **named)
 
     before, services.ConsolePopen = services.ConsolePopen, OwnGroup
     try:

@@ -219,6 +219,33 @@ def test_a_sweep_of_online_runs_compares_their_held_out_scores(
 
 
 @pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.timeout(1200)
+def test_online_trials_of_a_population_pause_after_a_round_and_are_cloned(
+    starting: Commands, tiny_model: Path, tmp_path: Path
+) -> None:
+    config = tiny_rounds(tmp_path, tiny_model)
+    config["run"] |= {"name": "sweep", "eval_every": 1}
+    config["online"] |= {"rounds": 2}
+    config["cluster"] = {"train_workers": 1, "rollout_engines": 1}
+    scheduler = {"use": "pbt", "args": {"quantile": 0.5, "resample": 0.0}}
+    config["sweep"] = {"samples": 2, "concurrent": 1, "scheduler": scheduler}
+    done = starting.run("sweep", write_yaml(tmp_path / "run.yaml", config), "tests.ray.sweep_online")
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "runs/sweep"
+    trials = {trial.name: trial for trial in read_trials(csv(run))}
+    paused = {event["trial"] for event in events(run) if event["event"] == "pause"}
+    assert paused == set(trials), "both after the first round"
+    assert [(trial.status, trial.metrics["round"]) for trial in trials.values()] == [("done", 2)] * 2
+    for event in events(run):
+        if event["event"] == "cloned":
+            donor, _, version = event["origin"].partition("@")
+            assert version == "1"
+            assert trials[event["trial"]].values["optim.lr"] != trials[donor].values["optim.lr"]
+    assert not starting.left_over()
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_submitted_sweep_that_is_stopped_and_submitted_again_continues(
     config: dict[str, Any], tmp_path: Path
