@@ -195,14 +195,22 @@ def _explain(error: Any) -> str:
         case "missing":
             return f"{dotted}: is required and has no default"
         case "model_type" | "dict_type":
-            return f"{dotted}: found {error['input']!r}; it must be a mapping of keys to values"
+            return f"{dotted}: found {_shown(error['input'])}; it must be a mapping of keys to values"
+        case "tuple_type" | "list_type":
+            none = "; [] is none" if error["input"] is None else ""
+            return f"{dotted}: found {_shown(error['input'])}; it must be a list, such as [a, b]{none}"
         case "unknown_component":
             return f"{dotted}: {error['msg']}"
         case "value_error":
             return str(error["ctx"]["error"])  # validators of several keys name them in their message
         case _:
             accepted = (error["msg"][0].lower() + error["msg"][1:]).replace("None", "null")
-            return f"{dotted}: found {error['input']!r}; {accepted}"
+            return f"{dotted}: found {_shown(error['input'])}; {accepted}"
+
+
+def _shown(value: Any) -> str:
+    """A value as YAML writes it where Python differs."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def _suggestion(dotted: str) -> str:

@@ -25,6 +25,13 @@ ROLES = {
 }
 """Values accepted in ``role`` and ``from``, in lower or upper case, and their roles."""
 
+LAYOUTS_ACCEPTED = (
+    "accepted are prompt/chosen/rejected, chosen/rejected as whole conversations, "
+    "messages/completions with scores, conversations/chosen/rejected, two responses with a verdict, "
+    "prompt/completion/label for loss.use: kto or bco, "
+    "and the layouts in docs/data.md"
+)
+
 ITEM_SCORES = ("score", "overall_score", "rating", "rank")
 """Keys of a completion in a ranked list with its score."""
 

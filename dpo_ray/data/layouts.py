@@ -9,23 +9,15 @@ A layout is recognised by its fields. Each is read into ``Candidates``, whatever
     unpaired      one completion and a label: desirable or not (KTO, BCO)
 """
 
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
-from typing import Any, NamedTuple
+from typing import Any
 
-from dpo_ray.data.fields import ITEM_SCORES, Fields, bad_field, missing_field, text, turn
+from dpo_ray.data.fields import ITEM_SCORES, LAYOUTS_ACCEPTED, Fields, bad_field, missing_field, text, turn
 from dpo_ray.data.formats import Unusable, show
-from dpo_ray.types import Message, Messages
-
-LAYOUTS_ACCEPTED = (
-    "accepted are prompt/chosen/rejected, chosen/rejected as whole conversations, "
-    "messages/completions with scores, conversations/chosen/rejected, two responses with a verdict, "
-    "prompt/completion/label for loss.use: kto or bco, "
-    "and the layouts in docs/data.md"
-)
+from dpo_ray.data.turns import as_turns, is_answer, prompt_turns, split_after, split_conversations, validate_completion
+from dpo_ray.data.verdicts import Verdict, finite_number, verdict_of
+from dpo_ray.types import Messages
 
 PROMPT = ("prompt", "conversations", "instruction", "question", "input", "context", "history", "messages")
 """Fields that may hold the prompt, in the order in which they are looked for."""
@@ -42,9 +34,6 @@ _DESIRABLE: Mapping[Any, bool] = {
     True: True, False: False, -1: False, "true": True, "false": False, "desirable": True, "undesirable": False,
 }  # fmt: skip
 """Values of a label; 1 and 0 equal True and False."""
-
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-"""Tags of the turns of a transcript."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,31 +64,13 @@ def read_candidates(fields: Fields) -> Candidates:
     chosen, rejected = fields.first_of(*_CHOSEN), fields.first_of(*_REJECTED)
     if chosen and rejected:
         return _labelled(fields, chosen, rejected)
-    if verdict := _verdict_of(fields):
+    if verdict := verdict_of(fields):
         return _judged(fields, verdict)
     if name := fields.first_of(*_LISTS):
         return _ranked(fields, name)
     if label := fields.first_of(*_LABELS):
         return _unpaired(fields, label)
     missing_field(fields.record, "rejected" if chosen else "chosen", LAYOUTS_ACCEPTED)
-
-
-def validate_completion(name: str, completion: Messages | str, prompt: Messages | str) -> None:
-    """Reject a completion with turns of the user: the model would be trained to write them.
-
-    Raises:
-        Unusable: the completion has such a turn, or ends with the turn of a tool.
-    """
-    if isinstance(completion, str):
-        transcript = isinstance(prompt, str) and transcript_turns(prompt)
-        if (HUMAN in completion and transcript) or transcript_turns(completion):
-            bad_field(name, "a turn by 'Human' after the prompt", "transcripts that part in their last answer")
-        return
-    for message in completion:
-        if message["role"] not in ("assistant", "tool"):
-            bad_field(name, f"a turn by {message['role']!r} after the prompt", "assistant and tool turns")
-    if completion[-1]["role"] != "assistant":
-        bad_field(name, "a tool turn at the end", "an assistant turn at the end")
 
 
 def read_prompt(fields: Fields) -> Messages | str:
@@ -116,7 +87,7 @@ def read_prompt(fields: Fields) -> Messages | str:
     if chosen and rejected:
         implicit = name is None or not isinstance(fields.conversation(chosen), str)
     else:
-        implicit = name is None and _verdict_of(fields) is not None
+        implicit = name is None and verdict_of(fields) is not None
     if implicit:
         return read_candidates(fields).prompt
     if name is None:
@@ -137,7 +108,7 @@ def read_answer(fields: Fields) -> Candidates:
     Raises:
         Unusable: the record has no prompt or no answer.
     """
-    if (fields.first_of(*_CHOSEN) and fields.first_of(*_REJECTED)) or _verdict_of(fields) or fields.first_of(*_LISTS):
+    if (fields.first_of(*_CHOSEN) and fields.first_of(*_REJECTED)) or verdict_of(fields) or fields.first_of(*_LISTS):
         candidates = read_candidates(fields)
         best = max(range(len(candidates.scores)), key=candidates.scores.__getitem__)
         return Candidates(
@@ -153,28 +124,6 @@ def read_answer(fields: Fields) -> Candidates:
     if answer is None:
         missing_field(fields.record, _ANSWERS[0], f"accepted are {', '.join(_ANSWERS)}, and the layouts of pairs")
     return Candidates(prompt, (fields.conversation(answer),), (1.0,), (answer,))
-
-
-def transcript_turns(transcript: str) -> Messages | None:
-    """The turns of a transcript, without a final empty one; None for other text.
-
-    Transcripts have the tags ``Human:`` and ``Assistant:`` (HH-RLHF), or ``<extra_id_1>`` (HelpSteer 2).
-    """
-    if transcript.startswith((HUMAN, HUMAN.lstrip())) and ASSISTANT in transcript:
-        parts = re.split(r"(?:\A|\n\n)(Human|Assistant):", transcript)[1:]
-    elif "\n<extra_id_1>Assistant\n" in transcript:
-        parts = ["Human", *re.split(r"\n<extra_id_1>(User|Assistant)\n?", transcript)]
-    else:
-        return None
-    turns = [
-        turn("assistant" if speaker == "Assistant" else "user", content.strip())
-        for speaker, content in zip(parts[::2], parts[1::2], strict=True)
-    ]
-    return tuple(message for i, message in enumerate(turns) if message["content"] or i < len(turns) - 1)
-
-
-def _prompt_turns(prompt: Messages | str) -> Messages:
-    return prompt if not isinstance(prompt, str) else transcript_turns(prompt) or (turn("user", prompt),)
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts
@@ -243,144 +192,21 @@ def _labelled(fields: Fields, *names: str) -> Candidates:
     raw = [fields.read(name) for name in names]
     if isinstance(chosen, str) != isinstance(rejected, str) and all(isinstance(value, str) for value in raw):
         chosen, rejected = raw  # only one of two texts looks like JSON
-    if not fields.first_of(*PROMPT[:-1]) and not (fields.has("messages") and _is_answer(chosen)):
-        prompt, chosen, rejected = _split(fields, names, chosen, rejected)
+    if not fields.first_of(*PROMPT[:-1]) and not (fields.has("messages") and is_answer(chosen)):
+        prompt, chosen, rejected = split_conversations(fields, names, chosen, rejected)
     else:
         prompt = _pair_prompt(fields)
         if isinstance(chosen, str) != isinstance(rejected, str):
             bad_field(" and ".join(names), "text and messages", "two texts or two lists of messages")
         if not isinstance(prompt, str) or not isinstance(chosen, str):
-            prompt, chosen, rejected = _split_after(
-                names, _prompt_turns(prompt), _as_turns(chosen), _as_turns(rejected)
-            )
+            prompt, chosen, rejected = split_after(names, prompt_turns(prompt), as_turns(chosen), as_turns(rejected))
     return Candidates(prompt, (chosen, rejected), (1, 0), names)
-
-
-def _is_answer(completion: Messages | str) -> bool:
-    return isinstance(completion, str) or completion[0]["role"] == "assistant"
-
-
-def _as_turns(completion: Messages | str) -> Messages:
-    return (turn("assistant", completion),) if isinstance(completion, str) else completion
-
-
-def _split(fields: Fields, names: Sequence[str], chosen: Messages | str, rejected: Messages | str) -> Any:
-    """Split two whole conversations without a prompt field at the end of their common start."""
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        return _split_transcripts(fields, names, chosen, rejected)
-    if isinstance(chosen, str) or isinstance(rejected, str) or _is_answer(chosen) or _is_answer(rejected):
-        missing_field(fields.record, "prompt", LAYOUTS_ACCEPTED)
-    shared = _shared_turns(chosen, rejected)
-    if not shared:
-        bad_field(" and ".join(names), "conversations without a shared start", "a prompt field, or a shared start")
-    return chosen[:shared], chosen[shared:], rejected[shared:]
-
-
-def _shared_turns(chosen: Messages, rejected: Messages) -> int:
-    """Number of turns of the prompt of two whole conversations: their common start, up to an assistant turn of each."""
-    shared = 0
-    for one, other in zip(chosen[:-1], rejected[:-1], strict=False):
-        if one != other:
-            break
-        shared += 1
-    # Completions start with an assistant turn, and both turns of an exchange with a tool belong to a completion.
-    while shared and chosen[shared - 1]["role"] in ("assistant", "tool"):
-        shared -= 1
-    return shared
-
-
-def _split_after(names: Sequence[str], prompt: Messages, chosen: Messages, rejected: Messages) -> Any:
-    """Split off a prompt that chosen and rejected may repeat, whole or from one of its turns on."""
-    if _is_answer(chosen) and _is_answer(rejected):
-        return prompt, chosen, rejected
-    shared = _shared_turns(chosen, rejected)
-    start = chosen[:shared]
-    if not _contains(start, prompt):
-        overlap = next((n for n in range(min(len(prompt), shared), 0, -1) if _same(prompt[-n:], start[:n])), 0)
-        if not overlap and prompt[-1]["role"] == "user":
-            bad_field(
-                " and ".join(names), "whole conversations without the prompt", "answers, or the prompt and an answer"
-            )
-        start = (*prompt[: len(prompt) - overlap], *start)
-    return start, chosen[shared:], rejected[shared:]
-
-
-def _contains(conversation: Messages, turns: Messages) -> bool:
-    """True if ``turns`` occur in ``conversation`` in this order."""
-    rest = iter(conversation)
-    return all(any(_same((message,), (other,)) for other in rest) for message in turns)
-
-
-def _same(turns: Messages, others: Messages) -> bool:
-    def key(message: Message) -> Any:
-        return {**message, "content": (message["content"] or "").strip()}
-
-    return list(map(key, turns)) == list(map(key, others))
-
-
-def _split_transcripts(fields: Fields, names: Sequence[str], chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Split two Human/Assistant transcripts after their last common Assistant tag."""
-    before, tag, _ = commonprefix([chosen, rejected]).rpartition(ASSISTANT)
-    if not tag:
-        missing_field(fields.record, "prompt", LAYOUTS_ACCEPTED)
-    end = len(before) + len(tag)
-    return chosen[:end], text(names[0], chosen[end:]), text(names[1], rejected[end:])
 
 
 # ------------------------------------------------------------------------------------------- verdicts and ranked lists
 
 
-def finite_number(value: Any) -> float | None:
-    """A finite number, or None; CSV files hold numbers as text."""
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return None
-    try:
-        return (
-            value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
-        )
-    except OverflowError:  # an integer beyond the range of floats
-        return None
-
-
-class _Verdict(NamedTuple):
-    first: str
-    second: str
-    field: str
-    """The verdict."""
-    second_is_better: Callable[[Any], float | None]
-    """Above 0 if the second completion is better, below 0 if the first is, 0 for a tie, None if unknown."""
-
-
-def _by_value(values: Mapping[Any, float]) -> Callable[[Any], float | None]:
-    def second_is_better(value: Any) -> float | None:
-        number = finite_number(value)
-        key = value.strip().lower() if isinstance(value, str) and number is None else number
-        return values.get(key)
-
-    return second_is_better
-
-
-_VERDICTS = (
-    _Verdict("response_1", "response_2", "preference_strength", finite_number),
-    _Verdict("response1", "response2", "overall_preference", finite_number),
-    _Verdict("response_0", "response_1", "better_response_id", _by_value({0: -1, 1: 1})),
-    _Verdict("human_ref_A", "human_ref_B", "labels", _by_value({1: -1, 0: 1})),
-    _Verdict(
-        "conversation_a", "conversation_b", "winner",
-        _by_value({"model_a": -1, "model_b": 1, "tie": 0, "tie (bothbad)": 0, "both_bad": 0}),
-    ),
-)  # fmt: skip
-"""HelpSteer 2, HelpSteer 3, PKU-SafeRLHF, Stanford Human Preferences, arena battles."""
-
-
-def _verdict_of(fields: Fields) -> _Verdict | None:
-    return next((v for v in _VERDICTS if all(map(fields.has, (v.first, v.second, v.field)))), None)
-
-
-def _judged(fields: Fields, verdict: _Verdict) -> Candidates:
+def _judged(fields: Fields, verdict: Verdict) -> Candidates:
     """Two completions and a verdict on them."""
     better = verdict.second_is_better(fields.read(verdict.field))
     if better is None:
@@ -390,9 +216,9 @@ def _judged(fields: Fields, verdict: _Verdict) -> Candidates:
     if fields.first_of(*PROMPT):
         prompt = _pair_prompt(fields)
         if not all(isinstance(part, str) for part in (prompt, first, second)):
-            prompt, first, second = _prompt_turns(prompt), _as_turns(first), _as_turns(second)
+            prompt, first, second = prompt_turns(prompt), as_turns(first), as_turns(second)
     else:
-        prompt, first, second = _split(fields, names, first, second)
+        prompt, first, second = split_conversations(fields, names, first, second)
     return Candidates(prompt, (first, second), (-better, better), names)
 
 
@@ -419,7 +245,7 @@ def _ranked(fields: Fields, name: str) -> Candidates:
         raise problems[0]
     names, scores, completions = zip(*usable, strict=True)
     if not isinstance(prompt, str) or not all(isinstance(completion, str) for completion in completions):
-        prompt, completions = _prompt_turns(prompt), tuple(map(_as_turns, completions))
+        prompt, completions = prompt_turns(prompt), tuple(map(as_turns, completions))
     return Candidates(prompt, completions, scores, names, tuple(problems))
 
 
@@ -437,7 +263,7 @@ def _unpaired(fields: Fields, label: str) -> Candidates:
             missing_field(fields.record, "prompt", LAYOUTS_ACCEPTED)
         prompt, completion = _pair_prompt(fields), fields.conversation(name)
         if not isinstance(prompt, str) or not isinstance(completion, str):
-            prompt, completion = _prompt_turns(prompt), _as_turns(completion)
+            prompt, completion = prompt_turns(prompt), as_turns(completion)
         return Candidates(prompt, (completion,), scores, (name,))
     name = fields.first_of("messages", "conversations")
     turns = fields.conversation(name) if name else ""

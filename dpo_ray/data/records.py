@@ -11,8 +11,9 @@ from typing import Any
 from dpo_ray.config.losses import Examples
 from dpo_ray.data.fields import Fields, bad_field, check_placeholders
 from dpo_ray.data.formats import Part, Unusable, show
-from dpo_ray.data.layouts import PROMPT, Candidates, read_answer, read_candidates, read_prompt, validate_completion
+from dpo_ray.data.layouts import PROMPT, Candidates, read_answer, read_candidates, read_prompt
 from dpo_ray.data.sources import check_sources, expand_source, read_rows
+from dpo_ray.data.turns import validate_completion
 from dpo_ray.types import Messages
 
 Tools = tuple[Mapping[str, Any], ...]

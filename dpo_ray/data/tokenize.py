@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from dpo_ray.config import Config
 from dpo_ray.config.losses import Examples
 from dpo_ray.config.schema import DataConfig
-from dpo_ray.data.layouts import transcript_turns
 from dpo_ray.data.loss_mask import LostTurn, common_prefix, mask_other_turns
 from dpo_ray.data.records import PairRecord, Problem, PromptRecord, Tools
 from dpo_ray.data.template import (
@@ -28,6 +27,7 @@ from dpo_ray.data.template import (
     validate_template,
 )
 from dpo_ray.data.tokenizer import ModelLimits, engine_limits, load_limits, load_tokenizer
+from dpo_ray.data.turns import transcript_turns
 from dpo_ray.types import Messages, TokenPair
 
 

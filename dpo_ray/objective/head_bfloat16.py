@@ -1,9 +1,9 @@
 """Softmax over the vocabulary in products of bfloat16 tensors, for CPUs that have instructions for them.
 
-Logits rounded to bfloat16 would be off by 0.06 at 20. Here the label's logit, itself computed in float32, is subtracted
-from all logits before they are rounded, and the label is left out of the sum. What is rounded are the logarithms of
-the odds of other tokens against the label, and these odds. So a log-probability is off by at most a few times 2^-9 of
-itself, with a random sign: by 0.001 nats on average where it is -3.
+Logits rounded to bfloat16 would be off by 0.06 at 20. Here the logit of the label is computed in float32 and subtracted
+from all logits before they are rounded, and the sum does not contain the label. So rounding affects the odds of other
+tokens against the label, and their logarithms. A log-probability is off by at most a few times 2^-9 of itself, with a
+random sign: by 0.001 nats on average where it is -3.
 
 n = tokens of one chunk, D = hidden size, V = vocabulary
 """

@@ -216,6 +216,8 @@ def test_an_unknown_key_is_reported_with_the_closest_one(online, argument, messa
         ("optim.lr=.nan", "optim.lr: found nan; input should be a finite number"),
         ("optim.lr=.inf", "optim.lr: found inf; input should be a finite number"),
         ("optim.schedule=step", "optim.schedule: found 'step'; input should be 'linear', 'cosine' or 'constant'"),
+        ("data.eval=null", "data.eval: found null; it must be a list, such as [a, b]; [] is none"),
+        ("optim.betas=3", "optim.betas: found 3; it must be a list, such as [a, b]"),
         ("optim.pairs_per_step=0", "optim.pairs_per_step: found 0; input should be greater than or equal to 1"),
         ("optim.pairs_per_step=1.5", "optim.pairs_per_step: found 1.5; input should be a valid integer"),
         ("model.lora={r: 8}", "model.lora.r: no such key; did you mean model.lora.rank?"),
@@ -244,7 +246,7 @@ def test_an_unknown_key_is_reported_with_the_closest_one(online, argument, messa
                 f"reference.refresh={value}",
                 f"reference.refresh: found {found}; input should be never, round or a number of rounds from 1",
             )
-            for value, found in (("0", "0"), ("1.5", "1.5"), ("true", "True"), ("always", "'always'"), ("null", "None"))
+            for value, found in (("0", "0"), ("1.5", "1.5"), ("true", "true"), ("always", "'always'"), ("null", "null"))
         ),
         ("reference.mixup_alpha=0", "reference.mixup_alpha: found 0; input should be greater than 0"),
         ("reference.mixup_alpha=1.1", "reference.mixup_alpha: found 1.1; input should be less than or equal to 1"),

@@ -9,8 +9,8 @@ import pytest
 from dpo_ray.config.losses import Examples
 from dpo_ray.data.fields import Fields
 from dpo_ray.data.formats import Part
-from dpo_ray.data.layouts import transcript_turns
 from dpo_ray.data.records import PairRecord, Problem, PromptRecord, read_pairs, read_prompts
+from dpo_ray.data.turns import transcript_turns
 
 Write = Callable[..., str]
 

@@ -1,0 +1,126 @@
+"""Turns of conversations and transcripts: where the prompt of a record ends and its completions begin."""
+
+import re
+from collections.abc import Sequence
+from os.path import commonprefix
+from typing import Any
+
+from dpo_ray.data.fields import LAYOUTS_ACCEPTED, Fields, bad_field, missing_field, text, turn
+from dpo_ray.types import Message, Messages
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+"""Tags of the turns of a transcript."""
+
+
+def validate_completion(name: str, completion: Messages | str, prompt: Messages | str) -> None:
+    """Reject a completion with turns of the user: the model would be trained to write them.
+
+    Raises:
+        Unusable: the completion has such a turn, or ends with the turn of a tool.
+    """
+    if isinstance(completion, str):
+        transcript = isinstance(prompt, str) and transcript_turns(prompt)
+        if (HUMAN in completion and transcript) or transcript_turns(completion):
+            bad_field(name, "a turn by 'Human' after the prompt", "transcripts that part in their last answer")
+        return
+    for message in completion:
+        if message["role"] not in ("assistant", "tool"):
+            bad_field(name, f"a turn by {message['role']!r} after the prompt", "assistant and tool turns")
+    if completion[-1]["role"] != "assistant":
+        bad_field(name, "a tool turn at the end", "an assistant turn at the end")
+
+
+def transcript_turns(transcript: str) -> Messages | None:
+    """The turns of a transcript, without a final empty one; None for other text.
+
+    Transcripts have the tags ``Human:`` and ``Assistant:`` (HH-RLHF), or ``<extra_id_1>`` (HelpSteer 2).
+    """
+    if transcript.startswith((HUMAN, HUMAN.lstrip())) and ASSISTANT in transcript:
+        parts = re.split(r"(?:\A|\n\n)(Human|Assistant):", transcript)[1:]
+    elif "\n<extra_id_1>Assistant\n" in transcript:
+        parts = ["Human", *re.split(r"\n<extra_id_1>(User|Assistant)\n?", transcript)]
+    else:
+        return None
+    turns = [
+        turn("assistant" if speaker == "Assistant" else "user", content.strip())
+        for speaker, content in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    return tuple(message for i, message in enumerate(turns) if message["content"] or i < len(turns) - 1)
+
+
+def prompt_turns(prompt: Messages | str) -> Messages:
+    """The turns of a prompt; a text that is no transcript is one of the user."""
+    return prompt if not isinstance(prompt, str) else transcript_turns(prompt) or (turn("user", prompt),)
+
+
+def is_answer(completion: Messages | str) -> bool:
+    """True for a text, and for turns that begin with one of the assistant."""
+    return isinstance(completion, str) or completion[0]["role"] == "assistant"
+
+
+def as_turns(completion: Messages | str) -> Messages:
+    """The turns of a completion; a text is one of the assistant."""
+    return (turn("assistant", completion),) if isinstance(completion, str) else completion
+
+
+def split_conversations(fields: Fields, names: Sequence[str], chosen: Messages | str, rejected: Messages | str) -> Any:
+    """Split two whole conversations without a prompt field at the end of their common start."""
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        return _split_transcripts(fields, names, chosen, rejected)
+    if isinstance(chosen, str) or isinstance(rejected, str) or is_answer(chosen) or is_answer(rejected):
+        missing_field(fields.record, "prompt", LAYOUTS_ACCEPTED)
+    shared = _shared_turns(chosen, rejected)
+    if not shared:
+        bad_field(" and ".join(names), "conversations without a shared start", "a prompt field, or a shared start")
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _shared_turns(chosen: Messages, rejected: Messages) -> int:
+    """Number of turns of the prompt of two whole conversations: their common start, up to an assistant turn of each."""
+    shared = 0
+    for one, other in zip(chosen[:-1], rejected[:-1], strict=False):
+        if one != other:
+            break
+        shared += 1
+    # Completions start with an assistant turn, and both turns of an exchange with a tool belong to a completion.
+    while shared and chosen[shared - 1]["role"] in ("assistant", "tool"):
+        shared -= 1
+    return shared
+
+
+def split_after(names: Sequence[str], prompt: Messages, chosen: Messages, rejected: Messages) -> Any:
+    """Split off a prompt that chosen and rejected may repeat, whole or from one of its turns on."""
+    if is_answer(chosen) and is_answer(rejected):
+        return prompt, chosen, rejected
+    shared = _shared_turns(chosen, rejected)
+    start = chosen[:shared]
+    if not _contains(start, prompt):
+        overlap = next((n for n in range(min(len(prompt), shared), 0, -1) if _same(prompt[-n:], start[:n])), 0)
+        if not overlap and prompt[-1]["role"] == "user":
+            bad_field(
+                " and ".join(names), "whole conversations without the prompt", "answers, or the prompt and an answer"
+            )
+        start = (*prompt[: len(prompt) - overlap], *start)
+    return start, chosen[shared:], rejected[shared:]
+
+
+def _contains(conversation: Messages, turns: Messages) -> bool:
+    """True if ``turns`` occur in ``conversation`` in this order."""
+    rest = iter(conversation)
+    return all(any(_same((message,), (other,)) for other in rest) for message in turns)
+
+
+def _same(turns: Messages, others: Messages) -> bool:
+    def key(message: Message) -> Any:
+        return {**message, "content": (message["content"] or "").strip()}
+
+    return list(map(key, turns)) == list(map(key, others))
+
+
+def _split_transcripts(fields: Fields, names: Sequence[str], chosen: str, rejected: str) -> tuple[str, str, str]:
+    """Split two Human/Assistant transcripts after their last common Assistant tag."""
+    before, tag, _ = commonprefix([chosen, rejected]).rpartition(ASSISTANT)
+    if not tag:
+        missing_field(fields.record, "prompt", LAYOUTS_ACCEPTED)
+    end = len(before) + len(tag)
+    return chosen[:end], text(names[0], chosen[end:]), text(names[1], rejected[end:])
