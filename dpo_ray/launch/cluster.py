@@ -26,7 +26,7 @@ ENVIRONMENT = {
 }
 
 DASHBOARD_MODULES = "StateHead"
-"""Of the dashboard of a local cluster; one that ``ray start`` has started has all of them."""
+"""Modules of the dashboard of a local cluster. A cluster that ``ray start`` has started has all modules."""
 SPARE_CPUS = 2
 """Logical CPUs of a local cluster beyond those of the run, for judges, trials and tasks that mostly wait."""
 
@@ -119,7 +119,7 @@ def _connect(local_cpus: int) -> None:
 
 @contextlib.contextmanager
 def _lean_services() -> Iterator[None]:
-    """Starts the services of a local cluster in process groups of their own, and of the dashboard what a run needs.
+    """Starts the services of a local cluster in process groups of their own, with a smaller dashboard.
 
     SIGTERM to the group of this process, as ``timeout`` and ``kill -- -PGID`` send it, must reach the run, which saves
     a checkpoint, and not the cluster that it needs for that. Ray shields its services from Ctrl-C only.
