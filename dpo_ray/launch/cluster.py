@@ -135,7 +135,7 @@ def _lean_services() -> Iterator[None]:
     class OwnGroup(services.ConsolePopen):
         def __init__(self, command: list[str], *args: Any, **named: Any) -> None:
             if any(part.endswith("/dashboard.py") for part in command):
-                command = [*command, f"--modules-to-load={DASHBOARD_MODULES}", "--disable-frontend"]
+                command = [*command, f"--modules-to-load={DASHBOARD_MODULES}"]
             super().__init__(command, *args, process_group=0, **named)
 
     before, services.ConsolePopen = services.ConsolePopen, OwnGroup

@@ -70,23 +70,22 @@ def exclusive_run_dir(run: RunConfig) -> Iterator[None]:
     if run.remote:
         yield
         return
-    with storage_errors(run.path):
-        run.path.mkdir(parents=True, exist_ok=True)
-        file = (run.path / LOCK).open("a+", encoding="utf-8")
-    with file:
+    with contextlib.ExitStack() as stack:
         try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((run.path / LOCK).open("a+", encoding="utf-8"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+            file.flush()
         except BlockingIOError:
-            file.seek(0)
+            holder = (run.path / LOCK).read_text(encoding="utf-8").strip()
             raise ValueError(
-                f"{run.path} is in use by another command ({file.read().strip() or 'just started'}); wait for its end, "
-                "stop it, or set another run.name"
+                f"{run.path} is in use by another command ({holder or 'just started'}); wait for its end, stop it, or "
+                "set another run.name"
             ) from None
         except OSError as error:
             logger.warning("%s cannot be locked (%s): see to it that no other command runs in it", run.path, error)
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        file.flush()
         yield
 
 

@@ -7,7 +7,6 @@ The driver owns the course of the sweep (``sweep/conductor.py``) and answers the
 import importlib
 import logging
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +23,7 @@ from dpo_ray.launch.online import validate_online
 from dpo_ray.launch.run_dir import exclusive_run_dir
 from dpo_ray.launch.spaces import find_space
 from dpo_ray.launch.sweeps.driver import Driver, Plan, open_sweep_dir
-from dpo_ray.launch.sweeps.schedulers import build_scheduler
+from dpo_ray.launch.sweeps.schedulers import build_scheduler, validate_own
 from dpo_ray.launch.sweeps.search import build_searcher, grid
 from dpo_ray.launch.sweeps.space import describe, validate_space
 from dpo_ray.launch.sweeps.summary import print_sweep
@@ -147,13 +146,14 @@ def _validate_sweep(config: Config, sweep: Sweep) -> None:
 
 
 def _validate_parts(config: Config, sweep: Sweep, definition: SweepDefinition) -> None:
-    """Builds scheduler and searcher once for their errors, before data are tokenized."""
-    # Objects of the space hold state, which the driver's own build must find untouched.
-    own_scheduler, own_search = deepcopy((sweep.scheduler, sweep.search))
-    build_searcher(config.sweep.search, sweep.space, own_search, definition.objective, definition.seed)
-    build_scheduler(
-        config, sweep.space, definition.keys, own_scheduler, definition.objective, time=definition.time, length=1
-    )
+    """Builds scheduler and searcher once for their errors, before data are tokenized; not those of the space."""
+    objective, time = definition.objective, definition.time
+    if sweep.search is None:
+        build_searcher(config.sweep.search, sweep.space, None, objective, definition.seed)
+    if sweep.scheduler is None:
+        build_scheduler(config, sweep.space, definition.keys, None, objective, time=time, length=1)
+    else:
+        validate_own(sweep.scheduler, time)
 
 
 def _prepare(config: Config, cluster: Cluster, console: Console) -> tuple[int, Any, Any]:

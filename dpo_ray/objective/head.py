@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_ray.objective.head_bfloat16 import label_softmax
-from dpo_ray.objective.head_products import HeadProducts
+from dpo_ray.objective.head_products import VOCABULARY_BLOCK, HeadProducts
 from dpo_ray.objective.logps import TokenLogps
 from dpo_ray.objective.precision import ROUNDED, Products
 
@@ -128,7 +128,7 @@ def token_logps(hidden: Tensor, head: Head, labels: Tensor, *, with_squares: boo
     """
     logps, products = _empty_logps(labels, with_squares), HeadProducts(head.weight, head.products)
     for part in _parts(slice(0, labels.numel()), head.chunk):
-        _softmax(hidden[part], head, products, labels[part]).store(logps, part, head)
+        softmax(hidden[part], head, products, labels[part]).store(logps, part, head)
     return logps
 
 
@@ -191,18 +191,18 @@ class _PairLosses(torch.autograd.Function):
         gradients = _Gradients(hidden, weight, bias, needs_grad)
         for group in [whole] if together else _groups(prompts, head.chunk):
             parts = list(_parts(group.tokens, head.chunk))
-            softmax = None
+            latest = None
             for part in parts:
-                softmax = _softmax(hidden[part], head, products, labels[part])
-                softmax.store(logps, part, head)
+                latest = softmax(hidden[part], head, products, labels[part])
+                latest.store(logps, part, head)
             each[group.pairs], logps_grad = _losses_and_gradient(objective, group, logps, grad_enabled)
             if not any(needs_grad):
                 continue
             for part in parts:
-                if softmax is None or len(parts) > 1:  # only the logits of the last part are still in memory
-                    softmax = _softmax(hidden[part], head, products, labels[part])
+                if latest is None or len(parts) > 1:  # only the logits of the last part are still in memory
+                    latest = softmax(hidden[part], head, products, labels[part])
                 in_group = slice(part.start - group.tokens.start, part.stop - group.tokens.start)
-                gradients.accumulate(softmax, hidden, head, products, labels, part, logps_grad[in_group])
+                gradients.accumulate(latest, hidden, head, products, labels, part, logps_grad[in_group])
         if gradients.hidden is not None:
             head.all_reduce(gradients.hidden)
         ctx.gradients, ctx.dtypes = gradients, [None if x is None else x.dtype for x in (hidden, weight, bias)]
@@ -237,12 +237,14 @@ class _Softmax(NamedTuple):
         """Write the log-probabilities, and the sums of squares if there is room for them, to ``logps[part]``."""
         logps.logps[part] = self.logps
         if logps.log_sum_squares.numel():
-            # In float64: squares of exponentials relative to an improbable label overflow float32.
-            norms = torch.linalg.vector_norm(self.exponentials, dim=-1, dtype=torch.float64)
-            logps.log_sum_squares[part] = head.all_reduce((norms / self.sums).square().float()).log()
+            # In blocks, and divided first: squares of exponentials relative to an improbable label overflow float32.
+            blocks = self.exponentials.split(VOCABULARY_BLOCK, -1)
+            squares = torch.stack([(block / self.sums[:, None]).square().sum(-1) for block in blocks]).sum(0)
+            logps.log_sum_squares[part] = head.all_reduce(squares).log()
 
 
-def _softmax(hidden: Tensor, head: Head, products: HeadProducts, labels: Tensor) -> _Softmax:
+def softmax(hidden: Tensor, head: Head, products: HeadProducts, labels: Tensor) -> _Softmax:
+    """Softmax over the vocabulary of a chunk's n tokens, on the paths of ``products``."""
     relative = None
     if products.in_bfloat16 and head.is_plain:
         relative = label_softmax(hidden.to(head.weight.dtype), head.weight, labels)

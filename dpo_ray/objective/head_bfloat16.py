@@ -13,8 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-VOCABULARY_BLOCK = 4096
-"""Rows of the head whose logits are exponentiated and summed while in the cache."""
+from dpo_ray.objective.head_products import VOCABULARY_BLOCK
+
+MOST = 2.0**60
+"""Largest sum of exponentials: gradients of logits, which are this times too large until they are divided by it, stay
+far from the ends of float32."""
 
 
 class LabelSoftmax(NamedTuple):
@@ -32,7 +35,7 @@ def label_softmax(hidden: Tensor, weight: Tensor, labels: Tensor) -> LabelSoftma
     """Exponentials of the logits of hidden states (n, D), with the head's weights (V, D), both bfloat16.
 
     Returns:
-        None if a label is so improbable that an exponential overflows, at about -88 nats, or if a number is NaN.
+        None if a label is less probable than 1 / MOST, about -42 nats, or if a number is NaN.
     """
     label_logits = (hidden.float() * weight[labels].float()).sum(-1)
     shift = label_logits.bfloat16()
@@ -46,7 +49,7 @@ def label_softmax(hidden: Tensor, weight: Tensor, labels: Tensor) -> LabelSoftma
         out[labels[inside] - start, tokens[inside]] = -torch.inf
         others += out.exp_().sum(0, dtype=torch.float32)
         start += len(rows)
-    if not torch.isfinite(others).all():
+    if not (others < MOST).all():
         return None
     label = (label_logits - shift).exp_()
     exponentials[labels, tokens] = label.bfloat16()

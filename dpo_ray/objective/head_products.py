@@ -12,7 +12,7 @@ from torch import Tensor
 from dpo_ray.objective.precision import ProductPath, Products, rounded_inputs
 
 VOCABULARY_BLOCK = 4096
-"""Columns of the logits' gradient that are rounded to bfloat16 at a time and multiplied while in the cache."""
+"""Rows of the head whose logits, or gradients of logits, are computed and used while in the cache."""
 
 
 class HeadProducts:

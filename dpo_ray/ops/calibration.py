@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dpo_ray.data.packing import Span
-from dpo_ray.objective.head import Head, token_logps
+from dpo_ray.objective.head import Head, softmax
 from dpo_ray.objective.head_products import HeadProducts
 from dpo_ray.objective.precision import PATHS, ProductPath, Products
 from dpo_ray.ops.attention import packed_attention
@@ -131,8 +131,8 @@ def _logits(path: ProductPath, tokens: int) -> Callable[[], object]:
     # Logits with a deviation of 3, as in models; larger ones give exponentials that a CPU adds slowly (denormal ones).
     weight = (3 * HIDDEN**-0.5 * torch.randn(VOCABULARY, HIDDEN)).bfloat16()
     head, hidden = Head(weight, products=Products.forced(path)), torch.randn(tokens, HIDDEN).bfloat16()
-    labels = torch.randint(VOCABULARY, (tokens,))
-    return lambda: token_logps(hidden, head, labels)
+    labels, products = torch.randint(VOCABULARY, (tokens,)), HeadProducts(weight, head.products)
+    return lambda: softmax(hidden, head, products, labels)
 
 
 def _head_grad(path: ProductPath, tokens: int) -> Callable[[], object]:

@@ -58,8 +58,11 @@ def apply_fsdp(
     offload = CPUOffloadPolicy() if shard.cpu_offload and device.type != "cpu" else OffloadPolicy()
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     shard_module = functools.partial(fully_shard, mesh=mesh, mp_policy=precision, offload_policy=offload)
-    for layer in (*layers, *unused):
+    for layer in layers:
         shard_module(layer, reshard_after_forward=not keep_gathered)
+    for module in unused:
+        # With a reduce_dtype, FSDP would look for gradients of weights that it has never gathered.
+        shard_module(module, mp_policy=MixedPrecisionPolicy())
     shard_module(root, reshard_after_forward=False)
     _prefetch(root, layers, shard.prefetch)
 

@@ -36,6 +36,8 @@ class Progress:
     decisions: dict[int, Decision] = field(default_factory=dict)
     """Decision of each evaluation, by step or round."""
     started: float | None = None
+    begun: bool = False
+    """True once it is loaded on its slot."""
     last: float = 0.0
     """Times at which it began on its slot and of its latest event."""
     seconds: float = 0.0
@@ -61,7 +63,7 @@ class Progress:
         """Ends its time on a slot."""
         if self.started is not None:
             self.seconds += at - self.started
-        self.phase, self.started, self.last = phase, None, at
+        self.phase, self.started, self.begun, self.last = phase, None, False, at
 
 
 class Conductor:
@@ -94,6 +96,8 @@ class Conductor:
         self.progress: dict[str, Progress] = {}
         self.exhausted = False
         """True if the searcher has no more values."""
+        self.news = True
+        """True if something has happened since the searcher had no values for now."""
 
     @property
     def trials(self) -> list[Trial]:
@@ -132,6 +136,11 @@ class Conductor:
         if self.scheduler.whole_population:
             while self._add():
                 pass
+            if self._may_add():
+                raise ValueError(
+                    f"the scheduler starts all {self.samples} trials together, and the searcher has no values after "
+                    f"{len(self.progress)} until one of them ends; leave its limit of concurrent trials out"
+                )
         interrupted = [progress.name for progress in self._in("waiting") if progress.interrupted]
         ready = [progress.name for progress in self._in("waiting")]
         name = interrupted[0] if interrupted else self.scheduler.choose(ready)
@@ -210,7 +219,7 @@ class Conductor:
     # ------------------------------------------------------------------------------------------------------- events
 
     def _record(self, event: Event) -> None:
-        event["at"] = round(time.time(), 3)
+        event["at"], self.news = round(time.time(), 3), True
         # Applied first: an event that raises must not be in the journal. What a kill in between loses is repeated.
         self._apply(event)
         self.journal.append(event)
@@ -226,7 +235,9 @@ class Conductor:
             case "start":
                 self._apply_start(self.progress[name], at)
             case "begin":
-                self.progress[name].started = self.progress[name].last = at
+                progress = self.progress[name]
+                if not progress.begun:  # else its workers were restarted on the slot
+                    progress.begun, progress.started, progress.last = True, at, at
             case "report":
                 self._apply_report(self.progress[name], event, at)
             case "finish":
@@ -264,6 +275,8 @@ class Conductor:
         if decision != decided:
             where = f"after {self.time} {metrics[self.time]}"
             logger.warning("the scheduler would %s %s %s; the earlier decision stays", decided, progress.name, where)
+            if decision == "stop":
+                self.scheduler.ended(progress.name, metrics, failed=False)
         progress.decisions[metrics[self.time]] = decision
         if decision == "stop":
             progress.leave_slot("stopped", at)
@@ -305,13 +318,14 @@ class Conductor:
 
     def _add(self) -> str | None:
         """Adds the next trial; None if there are enough."""
-        if not self._may_add():
+        if not self._may_add() or not self.news:
             return None
         name = f"{len(self.progress):05d}"
         values = self.searcher.suggest(name)
         if values is None:
             # A searcher that waits for results of trials when none runs would wait without end.
             self.exhausted = self.searcher.exhausted or all(p.phase in ENDED for p in self.progress.values())
+            self.news = False
             return None
         # Suggested before it is applied, since a journaled trial is suggested again when the journal is applied.
         event = {"event": "add", "trial": name, "values": dict(values), "at": round(time.time(), 3)}

@@ -155,6 +155,17 @@ def test_a_composite_model_trains_its_language_part_and_exports_the_rest_unchang
     assert json.loads((policy / "preprocessor_config.json").read_text()) == {}
 
 
+def test_a_composite_model_trains_in_bfloat16_on_any_number_of_workers(config: dict[str, Any], tmp_path: Path) -> None:
+    """The frozen rest is never gathered, also where gradients wait for the last of several micro-batches."""
+    config = with_model(config, tmp_path / "model", "gemma3")
+    config["model"] |= {"dtype": "bfloat16"}
+    config["optim"] |= {"tokens_per_micro_batch": 64}
+    (alone,) = run_ranks(1, offline, config)
+    (others, _) = run_ranks(2, offline, over(2, config, reshard_after_forward=False))
+    assert abs(alone[0]["loss"] - others[0]["loss"]) < 0.02
+    assert alone[0]["optim/grad_norm"] == pytest.approx(others[0]["optim/grad_norm"], rel=0.05)
+
+
 def test_adapters_of_a_composite_model_are_in_its_language_part_only(config: dict[str, Any], tmp_path: Path) -> None:
     config = with_model(config, tmp_path / "model", "gemma3")
     config["model"] |= {"lora": {"rank": 4, "alpha": 8, "merge": True}}

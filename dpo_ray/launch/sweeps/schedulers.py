@@ -56,7 +56,7 @@ def build_scheduler(
     """
     seed = config.run.seed
     if own is not None:
-        _validate_own(own, time)
+        validate_own(own, time)
         own.set_search_properties(objective.metric, objective.mode)
         return FromTune(own, seed, pauses=not isinstance(own, ASHAScheduler))
     use, args, every = config.sweep.scheduler.use, config.sweep.scheduler.args, config.run.eval_every or 1
@@ -100,7 +100,8 @@ def build_scheduler(
     return RunToEnd()
 
 
-def _validate_own(scheduler: Any, time: str) -> None:
+def validate_own(scheduler: Any, time: str) -> None:
+    """Raises a ValueError if a scheduler that the space brings cannot be used."""
     name = f"the scheduler of the space is {type(scheduler).__name__}"
     if isinstance(scheduler, PopulationBasedTraining | HyperBandForBOHB):
         raise ValueError(

@@ -1,5 +1,6 @@
 """The chunked head against a float64 softmax over all logits at once."""
 
+import math
 from unittest.mock import patch
 
 import pytest
@@ -214,9 +215,10 @@ def test_a_certain_label_has_a_logp_of_almost_zero_to_many_digits() -> None:
 
 
 def test_a_label_that_is_too_improbable_for_bfloat16_products_takes_float32_logits() -> None:
-    hidden, weight = torch.tensor([[10.0]]).bfloat16(), torch.tensor([[-10.0], [10.0]]).bfloat16()
-    found = token_logps(hidden, Head(weight, products=Products.forced("bfloat16")), torch.tensor([0])).logps
-    assert found.tolist() == [-200.0]
+    weight = torch.tensor([[-10.0], [10.0], [10.0]]).bfloat16()
+    hidden = torch.tensor([[10.0], [2.5]]).bfloat16()
+    found = token_logps(hidden, Head(weight, products=Products.forced("bfloat16")), torch.tensor([0, 0])).logps
+    assert found.tolist() == pytest.approx([-200.0 - math.log(2), -50.0 - math.log(2)], abs=1e-4)
 
 
 @pytest.mark.parametrize("path", PATHS)

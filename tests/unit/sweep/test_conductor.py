@@ -163,9 +163,10 @@ def test_the_time_of_a_trial_counts_from_its_first_step_not_from_loading(
     trial = sweep.next()  # added at 0, started at 100
     assert trial is not None
     sweep.begin(trial.name)  # at 200
-    sweep.report(trial.name, {"step": 9, "eval/loss": 0.5}, final=True)  # at 300
-    assert sweep.trials[0].seconds == 100
-    assert conductor(tmp_path / "journal", samples=1).trials[0].seconds == 100
+    sweep.begin(trial.name)  # at 300, by workers that were restarted on the slot
+    sweep.report(trial.name, {"step": 9, "eval/loss": 0.5}, final=True)  # at 400
+    assert sweep.trials[0].seconds == 200
+    assert conductor(tmp_path / "journal", samples=1).trials[0].seconds == 200
 
 
 class Limited:
@@ -200,6 +201,13 @@ def test_a_searcher_may_wait_for_results_and_a_sweep_ends_when_there_are_none_to
     sweep.report(second.name, {"step": 9, "eval/loss": 0.5}, final=True)
     assert sweep.next() is None
     assert sweep.finished, "with 2 of 5 trials"
+
+
+def test_a_population_cannot_start_with_a_searcher_that_waits_for_results(tmp_path: Path) -> None:
+    sweep = conductor(tmp_path / "journal", "pbt", samples=3)
+    sweep.searcher = Limited()
+    with pytest.raises(ValueError, match="starts all 3 trials together, and the searcher has no values after 1"):
+        sweep.next()
 
 
 @pytest.mark.parametrize(
