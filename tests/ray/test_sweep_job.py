@@ -194,19 +194,25 @@ def test_trials_that_raise_diverge_or_die_are_listed_with_their_cause_and_the_be
     assert not starting.left_over()
 
 
+def run_of_two_online_trials(commands: Commands, model: Path, folder: Path, *, rounds: int, **sweep: Any) -> Path:
+    """The directory of a finished sweep."""
+    config = tiny_rounds(folder, model)
+    config["run"] |= {"name": "sweep", "eval_every": 1}
+    config["online"] |= {"rounds": rounds}
+    config["cluster"] = {"train_workers": 1, "rollout_engines": 1}
+    config["sweep"] = {"samples": 2, "concurrent": 1, **sweep}
+    done = commands.run("sweep", write_yaml(folder / "run.yaml", config), "tests.ray.sweep_online")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "runs/sweep"
+
+
 @pytest.mark.slow
 @pytest.mark.vllm
 def test_a_sweep_of_online_runs_compares_their_held_out_scores(
     starting: Commands, tiny_model: Path, tmp_path: Path
 ) -> None:
-    config = tiny_rounds(tmp_path, tiny_model)
-    config["run"] |= {"name": "sweep", "eval_every": 1}
-    config["online"] |= {"rounds": 1}
-    config["cluster"] = {"train_workers": 1, "rollout_engines": 1}
-    config["sweep"] = {"samples": 2, "concurrent": 1, "constraint": {"metric": "kl", "max": 1000.0}}
-    done = starting.run("sweep", write_yaml(tmp_path / "run.yaml", config), "tests.ray.sweep_online")
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = tmp_path / "runs/sweep"
+    constraint = {"metric": "kl", "max": 1000.0}
+    run = run_of_two_online_trials(starting, tiny_model, tmp_path, rounds=1, constraint=constraint)
     trials = read_trials(csv(run))
     assert [trial.status for trial in trials] == ["done", "done"]
     for trial in trials:
@@ -224,15 +230,8 @@ def test_a_sweep_of_online_runs_compares_their_held_out_scores(
 def test_online_trials_of_a_population_pause_after_a_round_and_are_cloned(
     starting: Commands, tiny_model: Path, tmp_path: Path
 ) -> None:
-    config = tiny_rounds(tmp_path, tiny_model)
-    config["run"] |= {"name": "sweep", "eval_every": 1}
-    config["online"] |= {"rounds": 2}
-    config["cluster"] = {"train_workers": 1, "rollout_engines": 1}
     scheduler = {"use": "pbt", "args": {"quantile": 0.5, "resample": 0.0}}
-    config["sweep"] = {"samples": 2, "concurrent": 1, "scheduler": scheduler}
-    done = starting.run("sweep", write_yaml(tmp_path / "run.yaml", config), "tests.ray.sweep_online")
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = tmp_path / "runs/sweep"
+    run = run_of_two_online_trials(starting, tiny_model, tmp_path, rounds=2, scheduler=scheduler)
     trials = {trial.name: trial for trial in read_trials(csv(run))}
     paused = {event["trial"] for event in events(run) if event["event"] == "pause"}
     assert paused == set(trials), "both after the first round"

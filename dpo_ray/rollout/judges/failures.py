@@ -31,8 +31,8 @@ class FailuresInARow:
         self.failed += 1
         if self.failed >= self.most:
             raise JudgeUnavailable(
-                f"{endpoint} is unavailable: {self.failed} requests in a row failed (max_failures is {self.most}, each "
-                f"was tried up to {self.attempts} times); the last: {error}"
+                f"{endpoint} is unavailable: {self.failed} requests in a row failed (online.judge.args.max_failures is "
+                f"{self.most}, each was tried up to {self.attempts} times); the last: {error}"
             ) from None
 
 

@@ -269,7 +269,10 @@ def test_a_reward_server_that_is_down_ends_the_run_with_one_sentence(tmp_path, m
     error = asyncio.run(main()).error
     assert error is not None
     assert error.startswith("JudgeUnavailable: judge 'http': http://127.0.0.1:9/classify is unavailable: ")
-    assert "requests in a row failed (max_failures is 3, each was tried up to 2 times); the last: " in error
+    assert (
+        "requests in a row failed (online.judge.args.max_failures is 3, each was tried up to 2 times); the last: "
+        in error
+    )
     assert "\n" not in error
 
 

@@ -158,8 +158,8 @@ def test_a_server_that_is_down_ends_the_judging_with_one_sentence(group):
     error = error_of([group("a", index=i) for i in range(5)], url=url, retries=1, max_failures=5)
     assert isinstance(error, JudgeUnavailable)
     assert re.fullmatch(
-        rf"judge 'http': {url}/classify is unavailable: 5 requests in a row failed \(max_failures is 5, each was tried "
-        rf"up to 2 times\); the last: {url}/classify: ConnectError: .+",
+        rf"judge 'http': {url}/classify is unavailable: 5 requests in a row failed "
+        rf"\(online\.judge\.args\.max_failures is 5, each was tried up to 2 times\); the last: {url}/classify: ConnectError: .+",
         str(error),
     )
     assert "\n" not in str(error)

@@ -246,7 +246,8 @@ def test_ten_failed_requests_in_a_row_make_the_judge_unavailable_and_an_answer_b
     with (
         serving(lambda request: 401) as server,
         pytest.raises(
-            JudgeUnavailable, match=r"is unavailable: 10 requests in a row failed \(max_failures is 10"
+            JudgeUnavailable,
+            match=r"is unavailable: 10 requests in a row failed \(online\.judge\.args\.max_failures is 10",
         ) as error,
     ):
         judge(server.url, tmp_path / "2", make_groups(1), concurrency=1)
