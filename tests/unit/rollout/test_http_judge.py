@@ -159,7 +159,8 @@ def test_a_server_that_is_down_ends_the_judging_with_one_sentence(group):
     assert isinstance(error, JudgeUnavailable)
     assert re.fullmatch(
         rf"judge 'http': {url}/classify is unavailable: 5 requests in a row failed "
-        rf"\(online\.judge\.args\.max_failures is 5, each was tried up to 2 times\); the last: {url}/classify: ConnectError: .+",
+        rf"\(online\.judge\.args\.max_failures is 5, each was tried up to 2 times\); the last: "
+        rf"{url}/classify: ConnectError: .+",
         str(error),
     )
     assert "\n" not in str(error)
