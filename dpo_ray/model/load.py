@@ -37,7 +37,7 @@ from dpo_ray.parallel.activations import apply_activation_checkpointing, offload
 from dpo_ray.parallel.collectives import broadcast_from_rank0
 from dpo_ray.parallel.compiled import compile_layers
 from dpo_ray.parallel.context import NO_CONTEXT_PARALLEL, ContextParallel
-from dpo_ray.parallel.fsdp import apply_fsdp, keeps_gathered, load_full_state
+from dpo_ray.parallel.fsdp import apply_fsdp, gradient_sync, load_full_state
 from dpo_ray.parallel.tensor import apply_tensor_parallel, tensor_parallel_plan
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def load_sharded(
     if not trainable:
         scorer.requires_grad_(False)
     # Steps end with a resharded policy; a frozen copy would stay gathered beside its shards for the whole run.
-    keep_gathered = keeps_gathered(shard, mesh) if trainable else not shard.reshard_after_forward
+    keep_gathered = gradient_sync(shard, mesh) != "micro_batch" if trainable else not shard.reshard_after_forward
     apply_fsdp(scorer, layers, shard, mesh, compute_dtype, device, keep_gathered=keep_gathered, unused=unused)
     if dist.get_world_size() > 1:
         load_full_state(scorer, weights, torch.device("cpu") if shard.cpu_offload else device, device)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -67,17 +67,16 @@ def apply_fsdp(
     _prefetch(root, layers, shard.prefetch)
 
 
-def keeps_gathered(shard: ShardConfig, mesh: DeviceMesh) -> bool:
-    """True if the policy's gathered weights and gradients stay until the end of a step.
-
-    On a single CPU rank, always: gathering would cast and copy all weights in every micro-batch.
-    """
-    return not shard.reshard_after_forward or is_single_cpu(mesh)
+GradientSync = Literal["micro_batch", "step", "hand_over"]
+"""When gradients are reduced over ranks: in every micro-batch; in the last of a step, until which gathered weights and
+gradients stay; or never, for a single rank, see ``hand_over_gradients``."""
 
 
-def is_single_cpu(mesh: DeviceMesh) -> bool:
-    """True for a single rank on a CPU, where copies within FSDP cost time and communicate nothing."""
-    return mesh.device_type == "cpu" and mesh.size() == 1
+def gradient_sync(shard: ShardConfig, mesh: DeviceMesh) -> GradientSync:
+    """The way of the policy. On a single CPU rank, FSDP's copies cost time and communicate nothing."""
+    if mesh.device_type == "cpu" and mesh.size() == 1:
+        return "hand_over"
+    return "micro_batch" if shard.reshard_after_forward else "step"
 
 
 def _prefetch(root: nn.Module, layers: nn.ModuleList, ahead: int) -> None:
@@ -109,33 +108,32 @@ def load_full_state(
     )
 
 
-def set_last_micro_batch(policy: nn.Module, last: bool, *, keep_gathered: bool, alone: bool) -> None:
+def set_last_micro_batch(policy: nn.Module, last: bool, sync: GradientSync) -> None:
     """Communicate per micro-batch (less memory) or once per step (less traffic).
 
     Args:
         last: True before the backward pass of the step's last micro-batch.
-        keep_gathered: True keeps the full weights and gradients on every rank until then. False gathers weights and
-            reduce-scatters gradients in every micro-batch; gradients are all-reduced over replicas only in the last.
-        alone: True on a single CPU rank: gradients stay where they are; call ``hand_over_gradients`` after the last.
+        sync: with "micro_batch", gradients are still all-reduced over replicas only in the last. With "hand_over", call
+            ``hand_over_gradients`` after the last.
     """
     assert isinstance(policy, FSDPModule)
-    policy.set_requires_gradient_sync((last or not keep_gathered) and not alone)
+    policy.set_requires_gradient_sync(sync == "micro_batch" or (last and sync == "step"))
     policy.set_requires_all_reduce(last)
     policy.set_is_last_backward(last)
-    policy.set_reshard_after_backward(last or not keep_gathered)
+    policy.set_reshard_after_backward(last or sync == "micro_batch")
 
 
 def hand_over_gradients(policy: nn.Module) -> None:
     """Give the gradients of a single rank to its optimizer as they are.
 
     Reducing them would copy each three times: concatenated, as the output of a reduce-scatter and as the gradient.
-    torch has no function for it, so this reads the private state of FSDP2.
+    torch has no function for it, so this reads the private state of FSDP2, as torch 2.11 to 2.15 have it.
     """
     for module in policy.modules():
         if isinstance(module, FSDPModule):
-            for group in cast("Any", module._get_fsdp_state())._fsdp_param_groups:
-                for parameter in group.fsdp_params:
-                    _hand_over(parameter)
+            group = cast("Any", module._get_fsdp_state())._fsdp_param_group
+            for parameter in group.fsdp_params if group else ():
+                _hand_over(parameter)
 
 
 def _hand_over(parameter: Any) -> None:
@@ -143,7 +141,8 @@ def _hand_over(parameter: Any) -> None:
     grad = parameter.unsharded_accumulated_grad  # float32, unless the gathered parameter is
     if grad is None and gathered is not None:
         grad = gathered.grad
-    parameter.unsharded_accumulated_grad = None
+    if "unsharded_accumulated_grad" in vars(parameter):  # in torch 2.15 it is the gathered gradient itself
+        parameter.unsharded_accumulated_grad = None
     if gathered is not None:
         gathered.grad = None
     if grad is not None:

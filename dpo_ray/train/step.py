@@ -18,7 +18,7 @@ from dpo_ray.objective.logps import PairLogps
 from dpo_ray.objective.losses import STEP_VALUES
 from dpo_ray.objective.metrics import PAIR_METRICS, PAIR_RESULTS, REWARDS, pair_metric_sums, pair_results
 from dpo_ray.parallel.collectives import full_tensor, gather_values
-from dpo_ray.parallel.fsdp import hand_over_gradients, is_single_cpu, keeps_gathered, reshard, set_last_micro_batch
+from dpo_ray.parallel.fsdp import gradient_sync, hand_over_gradients, reshard, set_last_micro_batch
 from dpo_ray.reference.reference import Reference
 from dpo_ray.train.optim import set_learning_rate
 from dpo_ray.train.trainer import Trainer
@@ -37,17 +37,17 @@ def dpo_step(trainer: Trainer, batch: StepBatch, reference: Reference, *, lr: fl
     """
     started = time.perf_counter()
     policy, config = trainer.policy, trainer.config
-    keep_gathered, alone = keeps_gathered(config.shard, trainer.mesh), is_single_cpu(trainer.mesh)
+    sync = gradient_sync(config.shard, trainer.mesh)
     sums = _zero_sums(trainer)
     pairs_and_losses: list[tuple[tuple[int, ...], Tensor]] = []
     for i, (pairs, row, reference_logps) in enumerate(_rows(trainer, batch, reference)):
         last = i == len(batch.micro_batches) - 1
-        set_last_micro_batch(policy, last, keep_gathered=keep_gathered, alone=alone)
+        set_last_micro_batch(policy, last, sync)
         losses = _pair_losses(trainer, row, reference_logps)
         (losses.total * (trainer.grad_divide_factor / len(batch.pairs))).backward()
         sums += pair_metric_sums(losses.each, losses.policy, reference_logps, config.loss.beta)
         pairs_and_losses.append((pairs, losses.each))
-    if alone:
+    if sync == "hand_over":
         hand_over_gradients(policy)
     dist.all_reduce(sums, group=trainer.dp_group)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optim.max_grad_norm)
