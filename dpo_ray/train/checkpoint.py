@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -55,14 +55,18 @@ def save_due(run: RunConfig, position: int, total: int, *, stopping: bool = Fals
     """True if a checkpoint is saved at ``position`` (steps offline, rounds online) of ``total``.
 
     Every ``run.save_every`` and at the end, unless ``run.save_every`` is None; always if the run stops early. Without
-    ``run.save_last``, every ``run.save_every`` only.
+    ``run.save_last``, every ``run.save_every`` only, and never where the run stops early.
     """
-    last = run.save_last and (stopping or (position == total and run.save_every is not None))
-    return last or (run.save_every is not None and position % run.save_every == 0)
+    if stopping or run.save_every is None:
+        return stopping and run.save_last
+    return position % run.save_every == 0 or (position == total and run.save_last)
 
 
 class Checkpointer:
-    """Saves and loads the checkpoints of one run in a shared folder. Every rank calls the same methods."""
+    """Saves and loads the checkpoints of one run in a shared folder. Every rank calls the same methods.
+
+    A context: at its end, it waits for the checkpoint being written and leaves the process group of the saves.
+    """
 
     def __init__(self, folder: Path, config: Config) -> None:
         self.folder, self.config = folder, config
@@ -141,9 +145,16 @@ class Checkpointer:
                 + (f"the last good checkpoint is {self.last_good}" if self.last_good else "there is no earlier one")
             ) from error
 
-    def close(self) -> None:
-        """Waits like ``wait``, then leaves the process group of the saves."""
-        self.wait()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        if failed is None:
+            self.wait()
+        elif dist.get_world_size() > 1:
+            return  # the others may have failed elsewhere, and the processes end
+        elif self.pending is not None:
+            self.pending.exception()  # waits; the first failure counts
         dist.destroy_process_group(self.group)
 
     def _remove_unfinished(self) -> None:

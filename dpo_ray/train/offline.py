@@ -51,34 +51,36 @@ def train_offline(
     reference, held_out_reference = build(trainer, pairs, held_out, reporter)
     skips = config.optim.max_skipped_steps
     state = TrainState(trainer.policy, trainer.optimizer, trainer.log_ratio_totals, skips)
-    checkpointer = Checkpointer(config.run.path / "checkpoints", config)
-    resumed = checkpointer.resume(state)
-    loader.consumed = state.consumed
-    steps_left = _steps_left(config, loader, state.step)
-    total_steps, total_epochs = state.step + steps_left, loader.epochs_after(steps_left)
-    evaluator = PairEvaluator(trainer, held_out, held_out_reference, reporter, total=total_steps)
-    if resumed:
-        reporter.note(f"resuming after step {state.step} of {total_steps}")
-    reporter.start(state.step)
+    with Checkpointer(config.run.path / "checkpoints", config) as checkpointer:
+        resumed = checkpointer.resume(state)
+        loader.consumed = state.consumed
+        steps_left = _steps_left(config, loader, state.step)
+        total_steps, total_epochs = state.step + steps_left, loader.epochs_after(steps_left)
+        evaluator = PairEvaluator(trainer, held_out, held_out_reference, reporter, total=total_steps)
+        if resumed:
+            reporter.note(f"resuming after step {state.step} of {total_steps}")
+        reporter.start(state.step)
 
-    metrics: Metrics = evaluator.maybe_run(0) if state.step == 0 else {}
-    while state.step < total_steps and not any_rank(reporter.stop_requested()):
-        reporter.phase("training", state.step, total_steps)
-        lr = state.next_learning_rate(config.optim, position=loader.epochs_after(), total=total_epochs)
-        batch = next(loader)
-        metrics, nonfinite_pairs = dpo_step(trainer, batch, reference, lr=lr)
-        state.consumed = loader.consumed
-        state.count_step(nonfinite_pairs, pairs)
-        reporter.step({"step": state.step, "epoch": batch.epoch, **metrics})
-        metrics |= evaluator.maybe_run(state.step)
-        checkpointer.maybe_save(state, state.step, total_steps, metrics)
+        metrics: Metrics = evaluator.maybe_run(0) if state.step == 0 else {}
+        stopping = any_rank(reporter.stop_requested())
+        while state.step < total_steps and not stopping:
+            reporter.phase("training", state.step, total_steps)
+            lr = state.next_learning_rate(config.optim, position=loader.epochs_after(), total=total_epochs)
+            batch = next(loader)
+            metrics, nonfinite_pairs = dpo_step(trainer, batch, reference, lr=lr)
+            state.consumed = loader.consumed
+            state.count_step(nonfinite_pairs, pairs)
+            reporter.step({"step": state.step, "epoch": batch.epoch, **metrics})
+            metrics |= evaluator.maybe_run(state.step)
+            stopping = any_rank(reporter.stop_requested())
+            if not stopping:
+                checkpointer.maybe_save(state, state.step, total_steps, metrics)
 
-    if state.step < total_steps:
-        metrics |= evaluator.maybe_run(state.step, stopping=True)
-        checkpointer.maybe_save(state, state.step, total_steps, metrics, stopping=True)
-        checkpointer.close()
+        stopped = state.step < total_steps
+        metrics |= evaluator.maybe_run(state.step, stopping=stopped)
+        checkpointer.maybe_save(state, state.step, total_steps, metrics, stopping=stopped)
+    if stopped:
         return TrainResult(metrics, stopped_at=f"step {state.step} of {total_steps}")
-    checkpointer.close()
     if config.run.export:
         reporter.phase("exporting")
         export_policy(trainer.policy, config.model, trainer.tokenizer, config.run.path)

@@ -92,44 +92,45 @@ def train_online(
     skips = config.optim.max_skipped_steps
     reference_weights = partial(refreshed_weights, frozen)
     state = TrainState(trainer.policy, trainer.optimizer, trainer.log_ratio_totals, skips, reference_weights)
-    checkpointer = Checkpointer(config.run.path / "checkpoints", config)
-    if checkpointer.resume(state):
-        reporter.note(f"resuming after round {state.round} of {online.rounds}")
-    reporter.start(state.step, state.round)
-    publish = Publisher(trainer, sync, reporter)
-    sources = Sources(online, fixed, rounds.read, config.run.seed)
+    with Checkpointer(config.run.path / "checkpoints", config) as checkpointer:
+        if checkpointer.resume(state):
+            reporter.note(f"resuming after round {state.round} of {online.rounds}")
+        reporter.start(state.step, state.round)
+        publish = Publisher(trainer, sync, reporter)
+        sources = Sources(online, fixed, rounds.read, config.run.seed)
 
-    metrics: Metrics = {}
-    sync_s = publish(state.round)
-    for version in range(state.round + 1):  # also those that were in progress when the run was interrupted
-        evaluator.maybe_request(version)
-    while state.round < online.rounds and not any_rank(reporter.stop_requested()):
-        timer = PhaseTimer({"perf/sync_s": sync_s})
-        with timer("perf/wait_s"):
-            data = await_round(rounds, state.round, evaluator, publish, reporter)
-        if data is None:
-            break
-        with timer("perf/train_s"):
-            data = complete_round(trainer, rounds, data, frozen, sources, reporter)
-            metrics = train_on_round(trainer, data, frozen, state, reporter)
-        state.round += 1
-        lag = {"policy_lag": data.index - data.policy_version}
-        of_round = {**data.metrics, **evaluator.take_metrics(), **lag, **timer.seconds}
-        reporter.round({"step": state.step, "round": data.index, **of_round})
-        checkpointer.maybe_save(state, state.round, online.rounds)  # before the push: a failed one costs no round
+        metrics: Metrics = {}
         sync_s = publish(state.round)
-        evaluator.maybe_request(state.round)
-        if config.run.best_metric is not None:  # the next checkpoint may supersede this one, unless it is the best
-            await_evaluations(rounds, state.round, evaluator, publish, reporter)
-            for version, of_version in evaluator.take_unranked().items():
-                checkpointer.add_metrics(version, of_version)
+        for version in range(state.round + 1):  # also those that were in progress when the run was interrupted
+            evaluator.maybe_request(version)
+        while state.round < online.rounds and not any_rank(reporter.stop_requested()):
+            timer = PhaseTimer({"perf/sync_s": sync_s})
+            with timer("perf/wait_s"):
+                data = await_round(rounds, state.round, evaluator, publish, reporter)
+            if data is None:
+                break
+            with timer("perf/train_s"):
+                data = complete_round(trainer, rounds, data, frozen, sources, reporter)
+                metrics = train_on_round(trainer, data, frozen, state, reporter)
+            state.round += 1
+            lag = {"policy_lag": data.index - data.policy_version}
+            of_round = {**data.metrics, **evaluator.take_metrics(), **lag, **timer.seconds}
+            reporter.round({"step": state.step, "round": data.index, **of_round})
+            checkpointer.maybe_save(state, state.round, online.rounds)  # before the push: a failed one costs no round
+            sync_s = publish(state.round)
+            evaluator.maybe_request(state.round)
+            if config.run.best_metric is not None:  # the next checkpoint may supersede this one, unless it is the best
+                await_evaluations(rounds, state.round, evaluator, publish, reporter)
+                for version, of_version in evaluator.take_unranked().items():
+                    checkpointer.add_metrics(version, of_version)
 
-    if state.round < online.rounds:
-        checkpointer.maybe_save(state, state.round, online.rounds, stopping=True)
-        checkpointer.wait()
+        stopped = state.round < online.rounds
+        if stopped:
+            checkpointer.maybe_save(state, state.round, online.rounds, stopping=True)
+        else:
+            await_evaluations(rounds, state.round, evaluator, publish, reporter)
+    if stopped:
         return TrainResult(metrics, stopped_at=f"round {state.round} of {online.rounds}")
-    await_evaluations(rounds, state.round, evaluator, publish, reporter)
-    checkpointer.wait()
     sync.wait()
     if config.run.export:
         reporter.phase("exporting")

@@ -5,7 +5,9 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
+import torch.distributed as dist
 
 from dpo_ray.config import Config
 from dpo_ray.config.schema import ModelConfig, ShardConfig
@@ -28,6 +30,13 @@ NAN_TOKENS = 20
 def nan_for_one_pair(policy: PairLogps, reference: PairLogps, *, beta: float) -> torch.Tensor:
     """DPO, but NaN for pairs whose chosen completion has as many tokens as the eighth of ``ragged_texts``."""
     return torch.where(policy.chosen_tokens == NAN_TOKENS, torch.nan, sigmoid(policy, reference, beta=beta))
+
+
+def fails_in_training(policy: PairLogps, reference: PairLogps, *, beta: float) -> torch.Tensor:
+    """DPO without a backward pass."""
+    if policy.chosen.requires_grad:
+        raise RuntimeError("no gradient today")
+    return sigmoid(policy, reference, beta=beta)
 
 
 class ListReporter:
@@ -91,6 +100,16 @@ def offline_in_turn(rank: int, configs: list[dict[str, Any]], fresh: bool) -> li
         )
         lines.append(reporter.lines)
     return lines
+
+
+def groups_after_failures(rank: int, config: dict[str, Any]) -> list[int]:
+    """Process groups of this process after a first run that fails in training, and after a second."""
+    groups = []
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no gradient today"):
+            offline(rank, config)
+        groups.append(len(dist.distributed_c10d._world.pg_map))
+    return groups
 
 
 def offline_counting_graphs(rank: int, config: dict[str, Any]) -> tuple[list[Metrics], int]:

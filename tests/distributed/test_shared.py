@@ -1,12 +1,14 @@
 """Runs that share the model and the reference of the runs before them, on real processes."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dpo_ray.train.checkpoint_files import finished_checkpoints
 from tests.distributed.conftest import over
 from tests.distributed.processes import run_ranks
-from tests.distributed.runs import offline_in_turn
+from tests.distributed.runs import groups_after_failures, offline, offline_in_turn
 
 MEASURED = ("perf/pairs_per_s", "perf/tokens_per_s", "perf/step_s")
 
@@ -31,3 +33,18 @@ def test_a_run_on_the_model_of_another_reports_what_it_reports_alone(
     assert shared == steps("fresh", fresh=True)
     assert shared[0] == shared[2]
     assert shared[0][-1]["loss"] != shared[1][-1]["loss"]
+
+
+def test_a_run_that_fails_leaves_no_process_group_of_its_saves(config: dict[str, Any]) -> None:
+    config["loss"] = {"use": "tests.distributed.runs:fails_in_training"}
+    after_first, after_second = run_ranks(1, groups_after_failures, over(1, config))[0]
+    assert after_first == after_second, "those of meshes stay for the next mesh of the same ranks"
+
+
+@pytest.mark.parametrize(("save_last", "saved"), [(True, ["000002"]), (False, ["000001"])])
+def test_where_a_run_stops_it_is_saved_only_if_the_last_state_is_wanted(
+    save_last: bool, saved: list[str], config: dict[str, Any], tmp_path: Path
+) -> None:
+    config["run"] |= {"name": "run", "save_every": 1, "save_last": save_last, "keep_checkpoints": 1}
+    run_ranks(1, offline, config, 2)
+    assert [folder.name for folder in finished_checkpoints(tmp_path / "run/checkpoints")] == saved

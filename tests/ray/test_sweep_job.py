@@ -163,6 +163,35 @@ def test_an_exploited_trial_starts_from_the_weights_of_its_donor(
     assert not joining.left_over()
 
 
+def test_trials_of_hyperband_pause_at_a_rung_and_the_better_ones_continue_where_they_were(
+    joining: Commands, config: dict[str, Any], tmp_path: Path
+) -> None:
+    config["sweep"] |= {
+        "samples": 6,
+        "scheduler": {"use": "hyperband", "args": {"reduction_factor": 2}},
+        "search": {"use": "grid"},
+    }
+    done = joining.run("sweep", write_yaml(tmp_path / "run.yaml", config), "tests.ray.sweep_one_learns")
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "runs/sweep"
+    trials = read_trials(csv(run))
+    assert [trial.status for trial in trials[:3]] == ["done"] * 3, "the first bracket has no rung: 3 trials of 4 steps"
+    halved = {trial.name: trial for trial in trials[3:]}  # the second bracket: 3 trials of 2 steps, then fewer of 4
+    assert {trial.status for trial in halved.values()} == {"done", "stopped"}
+    paused = {event["trial"] for event in events(run) if event["event"] == "pause"}
+    assert paused
+    assert paused <= set(halved), "they wait for the others of their bracket"
+    for trial in trials:
+        metrics = lines(run / "trials" / trial.name / "metrics.jsonl")
+        steps = [line["step"] for line in metrics if "loss" in line]
+        assert steps == list(range(1, (2 if trial.status == "stopped" else STEPS) + 1)), "each step once"
+        if trial.name in paused and trial.status == "done":
+            log = (run / "trials" / trial.name / "logs/worker-0.log").read_text()
+            assert "resuming after step 2 of 4" in log, "from the checkpoint of its pause"
+    assert not list(run.glob("trials/*/checkpoints")), "nothing continues from them"
+    assert not joining.left_over()
+
+
 def test_trials_that_raise_diverge_or_die_are_listed_with_their_cause_and_the_best_is_among_the_rest(
     starting: Commands, config: dict[str, Any], tmp_path: Path
 ) -> None:

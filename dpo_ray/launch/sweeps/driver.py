@@ -295,7 +295,7 @@ class Driver:
         if config.online is not None:
             of_trial["run.eval_at"] = [0, *of_trial["run.eval_at"]]
         if self.scheduler.pauses:
-            of_trial["run.save_every"] = config.run.eval_every
+            of_trial |= {"run.save_every": config.run.eval_every, "run.save_last": True}
             if config.online is not None and not config.cluster.colocate:
                 # Training then waits for the evaluation of a round, and pauses right after it.
                 of_trial["run.best_metric"] = self.plan.definition.objective.metric

@@ -138,7 +138,7 @@ def validate_space(config: Config, space: Space, validate: Callable[[Config], No
             _validate_value(config, space, flatten({name: value}))
     state = np.random.RandomState(config.run.seed)
     sizes = [len(domain["grid_search"]) for domain in flat.values() if is_grid(domain)]
-    seen: list[Config] = []
+    seen: list[Any] = []
     for values in itertools.islice(variants(space, state), max(PREVIEWS, math.prod(sizes))):
         _validated(config, values, lambda trial: _validate_once(trial, seen, validate))
 
@@ -187,9 +187,15 @@ def _validated(config: Config, values: Mapping[str, Any], validate: Callable[[Co
         raise ValueError(f"a trial of the space, with {dict(values)}: {error}") from None
 
 
-def _validate_once(trial: Config, seen: list[Config], validate: Callable[[Config], None]) -> None:
-    """Skips the expensive checks for trials that differ in numbers only."""
-    shape = trial.model_copy(update={"optim": None, "run": None, "loss": trial.loss.model_copy(update={"beta": 1.0})})
+def _validate_once(trial: Config, seen: list[Any], validate: Callable[[Config], None]) -> None:
+    """Skips the expensive checks for trials that differ in fractions, or in section ``run``, only."""
+    shape = _without_fractions(trial.model_dump(exclude={"run"}))
     if shape not in seen:
         validate(trial)
         seen.append(shape)
+
+
+def _without_fractions(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _without_fractions(value) for key, value in tree.items()}
+    return None if isinstance(tree, float) else tree

@@ -96,6 +96,14 @@ def test_every_value_is_checked_before_a_trial_starts() -> None:
         validate({})
 
 
+def test_the_expensive_checks_are_made_once_for_trials_that_differ_in_fractions_only() -> None:
+    config = Config.model_validate({"model": {"path": "m"}, "data": {"train": "t"}})
+    space = {"optim.use": tune.grid_search(["adamw", "adamw_8bit"]), "optim.lr": tune.loguniform(1e-6, 1e-4)}
+    checked: list[str] = []
+    validate_space(config, space, lambda trial: checked.append(trial.optim.use))
+    assert checked == ["adamw", "adamw_8bit"]
+
+
 def test_a_value_may_need_another_of_the_space() -> None:
     validate(
         {"loss.use": tune.grid_search([["sigmoid", "nll"]]), "loss.weights": tune.choice([[1.0, 0.1], [1.0, 1.0]])}
