@@ -133,6 +133,12 @@ class EvaluationStore:
         score = {"heldout/score": fmean(scores)} if scores else {}
         return kl | score | win_rate(lines, self._before(version))
 
+    def copy(self, other: "EvaluationStore", version: int) -> None:
+        """Copies the evaluation of a version from another run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for file in (self._file(version).with_suffix(".kl.json"), self._file(version)):  # in the order of ``write``
+            write_atomically(file, (other.folder / file.name).read_text(encoding="utf-8"))
+
     def _before(self, version: int) -> list[Line]:
         """Lines of the newest recorded evaluation of an earlier version; none if there is no such evaluation."""
         earlier = [int(file.stem) for file in self.folder.glob("[0-9]*.jsonl") if int(file.stem) < version]

@@ -249,6 +249,10 @@ def test_a_sweep_of_online_runs_compares_their_held_out_scores(
         assert {"heldout/score", "kl"} <= trial.metrics.keys()
     rounds = [event["metrics"]["round"] for event in events(run) if "metrics" in event]
     assert rounds == [0, 1, 0, 1]
+    begun = [event["at"] for event in events(run) if event["event"] == "begin"]
+    evaluated = [(run / "trials" / trial.name / "evaluations/000000.jsonl").stat().st_mtime for trial in trials]
+    assert evaluated[0] > begun[0]
+    assert evaluated[1] < begun[1], "the second trial has the first one's evaluation of the untrained policy"
     assert (run / "best.yaml").exists()
     assert not starting.left_over()
 

@@ -29,6 +29,7 @@ from dpo_ray.launch.sweeps.slots import Slot, offline_slot, online_slot
 from dpo_ray.launch.sweeps.space import Space
 from dpo_ray.launch.sweeps.summary import live_sweep_report
 from dpo_ray.launch.trial_table import Scope, live_trials
+from dpo_ray.rollout.evaluation import EvaluationStore
 from dpo_ray.storage import atomic_folder, error_summary
 from dpo_ray.sweep.conductor import Conductor, Progress
 from dpo_ray.sweep.journal import Journal
@@ -128,6 +129,11 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def _is_free(key: str) -> bool:
     return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+
+
+def _untrained(config: Config) -> tuple[Any, ...]:
+    """All that decides how the untrained policy is evaluated online."""
+    return config.model, config.data, config.online, config.run.seed
 
 
 class Driver:
@@ -262,6 +268,7 @@ class Driver:
                 try:
                     config = self._trial_config(progress)
                     make_run_dir(config)
+                    self._share_evaluation(config)
                 except ValueError as error:
                     self.conductor.failed(progress.name, error_summary(error))
                     self._write()
@@ -300,6 +307,17 @@ class Driver:
                 # Training then waits for the evaluation of a round, and pauses right after it.
                 of_trial["run.best_metric"] = self.plan.definition.objective.metric
         return override(config, of_trial)
+
+    def _share_evaluation(self, config: Config) -> None:
+        """Gives an online trial the evaluation of the untrained policy by an earlier trial, if it would repeat that."""
+        evaluations = EvaluationStore(config.run.path)
+        if config.online is None or evaluations.recorded(0):
+            return
+        for progress in self.conductor.progress.values():
+            earlier = EvaluationStore(self.run_dir / "trials" / progress.name)
+            if earlier.recorded(0) and _untrained(override(self.plan.config, progress.values)) == _untrained(config):
+                evaluations.copy(earlier, 0)
+                return
 
     def _check_slots(self) -> None:
         """Raises if no slot is left; the trials of those that ended early go to others."""

@@ -1,0 +1,157 @@
+"""Online runs of which random processes are killed or stopped, against undisturbed ones."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import pytest
+
+from tests.ray.commands import Commands, lines, pick, write_yaml
+from tests.ray.test_online_job import ended_rounds, tiny_rounds
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1500)]
+
+ROUNDS, PROMPTS_PER_ROUND = 5, 4
+DISTURBANCES = 3
+"""Per run; ten runs have 30."""
+PARTS = ("engine-0", "engine-1", "judge-0", "collector", "fleet", "worker-0", "worker-1")
+RUN_TIMEOUT_S = 600
+HANG_TIMEOUT_S = 20
+"""After which a worker that does not answer counts as dead."""
+
+
+class Disturbance(NamedTuple):
+    """A signal to a part of a run, or to all of its driver's processes."""
+
+    rounds: int
+    """Finished rounds before it."""
+    delay_s: float
+    part: str
+    signal_number: int
+
+
+def disturbances(seed: int) -> list[Disturbance]:
+    """Random ones, in the order of their moments."""
+    draw = random.Random(seed)
+    moments = sorted((draw.randrange(ROUNDS), draw.uniform(0.0, 2.5)) for _ in range(DISTURBANCES))
+    signals = (signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP)
+    chosen = []
+    for rounds, delay_s in moments:
+        part = draw.choice((*PARTS, "driver"))
+        # A driver that is stopped goes on when its user says so.
+        chosen.append(Disturbance(rounds, delay_s, part, signal.SIGKILL if part == "driver" else draw.choice(signals)))
+    return chosen
+
+
+def processes(run: Path, part: str) -> Iterator[int]:
+    """The process of a part that runs at present."""
+    with contextlib.suppress(OSError, IndexError, psutil.Error):
+        pid = int(re.findall(r"pid (\d+)", (run / f"logs/{part}.log").read_text())[-1])
+        if psutil.Process(pid).cmdline()[0].startswith("ray::"):
+            yield pid
+
+
+def disturb(command: subprocess.Popen[bytes], run: Path, disturbance: Disturbance) -> bool:
+    """Send the signal; False if the part does not run at present."""
+    with contextlib.suppress(ProcessLookupError, psutil.Error):
+        if disturbance.part == "driver":
+            if not (run / "logs").exists():
+                return False
+            for process in (*psutil.Process(command.pid).children(recursive=True), psutil.Process(command.pid)):
+                process.kill()
+            return True
+        for pid in processes(run, disturbance.part):
+            os.kill(pid, disturbance.signal_number)
+            return True
+    return False
+
+
+def run_disturbed(commands: Commands, file: Path, run: Path, events: list[Disturbance]) -> list[Disturbance]:
+    """Run the command to its end, and again wherever its driver is killed; returns what was sent."""
+    remaining, sent = list(events), list[Disturbance]()
+    while True:
+        with commands.start("online", file) as command:
+            deadline = time.monotonic() + RUN_TIMEOUT_S
+            try:
+                while command.poll() is None:
+                    assert time.monotonic() < deadline, f"not done after {RUN_TIMEOUT_S} s; to come: {remaining}"
+                    if remaining and len(ended_rounds(run)) >= remaining[0].rounds:
+                        time.sleep(remaining[0].delay_s)
+                        if disturb(command, run, remaining[0]):
+                            sent.append(remaining.pop(0))
+                    time.sleep(0.1)
+            finally:
+                command.kill()
+            if command.returncode == 0:
+                return sent
+            assert command.returncode == -signal.SIGKILL, f"exit status {command.returncode}"
+        assert not commands.left_over()
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, Any]:
+    """Five rounds of four prompts, in which everything that hangs is found within seconds."""
+    tree = tiny_rounds(tmp_path_factory.mktemp("data"), tiny_model)
+    tree["run"] |= {"export": False}
+    tree["cluster"] |= {"max_restarts": 10}
+    judge = {"use": "tests.ray.test_online_job:token_sum", "timeout_s": 5}
+    tree["online"] |= {"rounds": ROUNDS, "judge": judge, "engine_timeout_s": 10, "sync_timeout_s": 60}
+    return tree
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    settings: dict[str, Any], shared_cluster: Any, tmp_path_factory: pytest.TempPathFactory
+) -> list[list[dict[str, Any]]]:
+    """The pairs of each round of a run at lag 0 that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    settings = settings | {"run": settings["run"] | {"dir": str(folder), "name": "run"}}
+    done = Commands(shared_cluster).run("online", write_yaml(folder / "run.yaml", settings))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return rounds_of(folder / "run")
+
+
+def rounds_of(run: Path) -> list[list[dict[str, Any]]]:
+    return [lines(run / f"rounds/{index:06d}/pairs.jsonl") for index in range(ROUNDS)]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_run_with_three_random_kills_or_hangs_ends_with_each_prompt_once_and_no_pair_trained_twice(
+    joining: Commands,
+    settings: dict[str, Any],
+    undisturbed: list[list[dict[str, Any]]],
+    tmp_path: Path,
+    seed: int,
+) -> None:
+    lag = seed % 3
+    settings = settings | {
+        "run": settings["run"] | {"dir": str(tmp_path), "name": "run"},
+        "online": settings["online"] | {"max_lag": lag},
+    }
+    joining.environment["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(HANG_TIMEOUT_S)
+    run = tmp_path / "run"
+    sent = run_disturbed(joining, write_yaml(tmp_path / "run.yaml", settings), run, disturbances(seed))
+    print(f"lag {lag}, sent {sent}")
+    assert sent
+    assert not joining.left_over()
+
+    rounds = rounds_of(run)
+    assert sorted(row["prompt_index"] for rows in rounds for row in rows) == list(range(ROUNDS * PROMPTS_PER_ROUND))
+    for index, rows in enumerate(rounds):
+        manifest = json.loads((run / f"rounds/{index:06d}/manifest.json").read_text())
+        assert 0 <= index - manifest["policy_version"] <= lag
+        assert not [row["error"] for row in rows if row["error"]]
+    steps = lines(run / "metrics.jsonl")
+    assert pick(steps, "step") == list(range(1, len(steps) + 1)), "no pair is trained twice"
+    assert pick(ended_rounds(run), "round") == list(range(ROUNDS))
+    if lag == 0:
+        assert rounds == undisturbed
