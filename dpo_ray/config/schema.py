@@ -324,5 +324,9 @@ class ClusterConfig(Section):
     """Times that failed training workers are restarted from the last checkpoint before the run fails."""
     start_timeout_s: float = Field(300.0, gt=0)
     """Seconds to wait for workers and engines to start."""
+    worker_timeout_s: float = Field(300.0, gt=0)
+    """Seconds after which a training worker that does not answer counts as dead: all of them restart from the last
+    checkpoint. Workers answer while they compute and communicate; a process that is stopped or a node that hangs does
+    not."""
     stop_timeout_s: float = Field(120.0, gt=0)
     """Seconds to wait for the final checkpoint after Ctrl-C or SIGTERM."""

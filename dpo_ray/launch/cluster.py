@@ -66,7 +66,10 @@ def gpus_needed(config: ClusterConfig, engines: int) -> int:
 def set_environment(config: ClusterConfig) -> None:
     """Sets the environment variables that Ray reads, some of them on import; existing values are kept."""
     filter_import_warnings()
-    timeouts = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{config.start_timeout_s:g}"}
+    timeouts = {
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{config.start_timeout_s:g}",
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{config.worker_timeout_s:g}",
+    }
     for name, value in {**ENVIRONMENT, **timeouts}.items():
         os.environ.setdefault(name, value)
 

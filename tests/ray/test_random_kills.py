@@ -25,8 +25,6 @@ DISTURBANCES = 3
 """Per run; ten runs have 30."""
 PARTS = ("engine-0", "engine-1", "judge-0", "collector", "fleet", "worker-0", "worker-1")
 RUN_TIMEOUT_S = 600
-HANG_TIMEOUT_S = 20
-"""After which a worker that does not answer counts as dead."""
 
 
 class Disturbance(NamedTuple):
@@ -102,7 +100,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict
     """Five rounds of four prompts, in which everything that hangs is found within seconds."""
     tree = tiny_rounds(tmp_path_factory.mktemp("data"), tiny_model)
     tree["run"] |= {"export": False}
-    tree["cluster"] |= {"max_restarts": 10}
+    tree["model"] |= {"dtype": "float32"}  # in bfloat16, sampling depends on which requests share a batch
+    tree["cluster"] |= {"max_restarts": 10, "worker_timeout_s": 20}
     judge = {"use": "tests.ray.test_online_job:token_sum", "timeout_s": 5}
     tree["online"] |= {"rounds": ROUNDS, "judge": judge, "engine_timeout_s": 10, "sync_timeout_s": 60}
     return tree
@@ -121,9 +120,10 @@ def undisturbed(
 
 
 def rounds_of(run: Path) -> list[list[dict[str, Any]]]:
-    """The rows of each round by prompt: groups are written in the order in which they are finished."""
+    """The rows of each round by prompt, without their place: groups are written in the order in which they finish."""
     rounds = [lines(run / f"rounds/{index:06d}/pairs.jsonl") for index in range(ROUNDS)]
-    return [sorted(rows, key=lambda row: row["prompt_index"]) for rows in rounds]
+    without_place = [[{k: v for k, v in row.items() if k != "tokens"} for row in rows] for rows in rounds]
+    return [sorted(rows, key=lambda row: row["prompt_index"]) for rows in without_place]
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -139,7 +139,6 @@ def test_a_run_with_three_random_kills_or_hangs_ends_with_each_prompt_once_and_n
         "run": settings["run"] | {"dir": str(tmp_path), "name": "run"},
         "online": settings["online"] | {"max_lag": lag},
     }
-    joining.environment["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(HANG_TIMEOUT_S)
     run = tmp_path / "run"
     sent = run_disturbed(joining, write_yaml(tmp_path / "run.yaml", settings), run, disturbances(seed))
     print(f"lag {lag}, sent {sent}")
