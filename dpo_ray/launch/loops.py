@@ -96,6 +96,10 @@ class CollectorRounds:
         """True if the evaluation of a version is on disk."""
         return broadcast_from_rank0(lambda: self.evaluations.recorded(version))
 
+    def metrics_of(self, version: int) -> Metrics:
+        """The metrics of an evaluation that is on disk."""
+        return broadcast_from_rank0(lambda: self.evaluations.read(version))
+
     def record(self, evaluation: Evaluation, policy: np.ndarray | None, reference: np.ndarray | None) -> Metrics:
         """Stores an evaluation with the log-probabilities of its samples; returns its metrics."""
         record = self.rollouts.collector.record

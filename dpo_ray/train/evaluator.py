@@ -84,6 +84,10 @@ class Evaluations(Protocol):
         """True if the evaluation of a version is on disk."""
         ...
 
+    def metrics_of(self, version: int) -> Metrics:
+        """The metrics of an evaluation that is on disk."""
+        ...
+
     def record(self, evaluation: Evaluation, policy: np.ndarray | None, reference: np.ndarray | None) -> Metrics:
         """Stores an evaluation with the log-probabilities of its samples; returns its metrics."""
         ...
@@ -105,12 +109,15 @@ class PromptEvaluator:
         self.latest: Metrics = {}
         """Metrics of the evaluations received since they were last reported."""
         self.unranked: dict[int, Metrics] = {}
-        """Metrics by version of the evaluations received since ``take_unranked``."""
+        """Metrics by version of the evaluations received, or found on disk, since ``take_unranked``."""
 
     def maybe_request(self, round: int) -> None:
         """Requests an evaluation if it is due after ``round`` rounds and not on disk."""
-        due = evaluation_due(self.trainer.config.run, round, self.total)
-        if due and round not in self.pending and not self.evaluations.recorded(round):
+        if round in self.pending or not evaluation_due(self.trainer.config.run, round, self.total):
+            return
+        if self.evaluations.recorded(round):
+            self.unranked[round] = self.evaluations.metrics_of(round)  # recorded just before the run was interrupted
+        else:
             self.pending.append(round)
 
     def receive(self, evaluation: Evaluation, version: int) -> None:
@@ -135,7 +142,7 @@ class PromptEvaluator:
         self.unranked[evaluation.version] = metrics
 
     def take_unranked(self) -> dict[int, Metrics]:
-        """The metrics by version of the evaluations received since the last call."""
+        """The metrics by version of the evaluations received, or found on disk, since the last call."""
         unranked, self.unranked = self.unranked, {}
         return unranked
 

@@ -121,14 +121,15 @@ def train_online(
             evaluator.maybe_request(state.round)
             if config.run.best_metric is not None:  # the next checkpoint may supersede this one, unless it is the best
                 await_evaluations(rounds, state.round, evaluator, publish, reporter)
-                for version, of_version in evaluator.take_unranked().items():
-                    checkpointer.add_metrics(version, of_version)
+                rank_checkpoints(checkpointer, evaluator)
 
         stopped = state.round < online.rounds
         if stopped:
             checkpointer.maybe_save(state, state.round, online.rounds, stopping=True)
         else:
             await_evaluations(rounds, state.round, evaluator, publish, reporter)
+            if config.run.best_metric is not None:
+                rank_checkpoints(checkpointer, evaluator)
     if stopped:
         return TrainResult(metrics, stopped_at=f"round {state.round} of {online.rounds}")
     sync.wait()
@@ -178,6 +179,12 @@ def await_evaluations(
     reporter.phase("evaluating")
     while evaluator.pending and not any_rank(reporter.stop_requested()):
         poll(rounds, version, evaluator, publish, waiting_for=None)
+
+
+def rank_checkpoints(checkpointer: Checkpointer, evaluator: PromptEvaluator) -> None:
+    """Gives the checkpoints the metrics of their evaluations, by which ``run.best_metric`` ranks them."""
+    for version, metrics in evaluator.take_unranked().items():
+        checkpointer.add_metrics(version, metrics)
 
 
 def poll(

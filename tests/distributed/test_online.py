@@ -78,12 +78,28 @@ class DrawnRounds:
         """Never."""
         return False
 
+    def metrics_of(self, version: int) -> Metrics:
+        """None is recorded."""
+        raise NotImplementedError
+
     def record(self, evaluation: Evaluation, policy: np.ndarray | None, reference: np.ndarray | None) -> Metrics:
         """Keep the policy's and the reference's log-probabilities."""
         assert policy is not None
         assert reference is not None
         self.scores.append((evaluation.version, policy, reference))
         return kl_divergence(policy.tolist(), reference.tolist())
+
+
+class RecordedRounds(DrawnRounds):
+    """Rounds whose evaluations are all on disk."""
+
+    def recorded(self, version: int) -> bool:
+        """Always."""
+        return True
+
+    def metrics_of(self, version: int) -> Metrics:
+        """A tenth of the version."""
+        return {"kl": version / 10}
 
 
 class FreshModel:
@@ -117,10 +133,12 @@ class FreshModel:
         """Nothing is in progress."""
 
 
-def online(rank: int, config: dict[str, Any]) -> tuple[list[Metrics], list[Any]]:
+def online(
+    rank: int, config: dict[str, Any], source: type[DrawnRounds] = DrawnRounds
+) -> tuple[list[Metrics], list[Any]]:
     """Train through the rounds with an engine on every rank; returns the metrics and the computed log-probabilities."""
     parsed = Config.model_validate(config)
-    rounds, reporter, sync = DrawnRounds(), ListReporter(), cast(WeightSync, FreshModel(parsed.model.path))
+    rounds, reporter, sync = source(), ListReporter(), cast(WeightSync, FreshModel(parsed.model.path))
     train_online(parsed, rounds=rounds, sync=sync, device=torch.device("cpu"), reporter=reporter)
     return reporter.lines, rounds.scores
 
@@ -192,3 +210,11 @@ def test_the_checkpoint_with_the_best_evaluation_is_kept_beside_the_newest(confi
     assert [path.name for path in kept] == ["000001", "000003"]
     first, last = (json.loads((path / "complete.json").read_text())["metrics"]["kl"] for path in kept)
     assert abs(first) < abs(last)
+
+
+def test_a_checkpoint_is_ranked_by_an_evaluation_that_was_recorded_before_a_kill(config: dict[str, Any]) -> None:
+    config["run"] |= {"save_every": 1, "best_metric": "kl"}
+    run_ranks(1, online, config)
+    run_ranks(1, online, config, RecordedRounds)
+    markers = sorted((Path(config["run"]["dir"]) / "run/checkpoints").glob("[0-9]*/complete.json"))
+    assert [json.loads(marker.read_text())["metrics"]["kl"] for marker in markers][-1] == 0.3
