@@ -43,7 +43,8 @@ class Slot:
         try:
             self.run()
         except BaseException as error:
-            logger.warning("slot %d ended: %s", self.number, error)
+            if isinstance(error, Exception):  # Ray Train exits where a person interrupts, which the command reports
+                logger.warning("slot %d ended: %s", self.number, error)
             self.error = error
 
 
