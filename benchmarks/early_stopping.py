@@ -31,7 +31,7 @@ class Replay(NamedTuple):
     """True if the best trial was stopped."""
     steps: float
     """Steps of its trials, as a share of those of trials that all run to the end."""
-    loss: float
+    regret: float
     """How much worse than the best trial the best one that ran to the end is."""
 
 
@@ -41,13 +41,15 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="the directory of a finished sweep with sweep.scheduler.use: none")
     parser.add_argument("--trials", type=int, default=8, help="trials of each replay")
     parser.add_argument("--draws", type=int, default=1000, help="replays")
-    parser.add_argument("--scheduler", default="asha", help="asha or median: schedulers that pause no trial")
+    parser.add_argument("--scheduler", default="asha", choices=("asha", "median"), help="one that pauses no trial")
     parser.add_argument("--args", default="{}", help="its arguments, as JSON")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     definition = read_definition(arguments.run / "sweep.json")
     curves = read_curves(arguments.run)
-    trials = [trial for trial in read_trials(arguments.run / "sweep.csv") if trial.status == "done"]
+    trials = [trial for trial in rank(read_trials(arguments.run / "sweep.csv"), definition.objective).ranked]
+    if len({trial.metrics[definition.time] for trial in trials}) > 1 or {trial.status for trial in trials} != {"done"}:
+        raise SystemExit(f"{arguments.run} has trials of different length, or some that were stopped")
     if len(trials) < arguments.trials:
         raise SystemExit(f"{arguments.run} has {len(trials)} finished trials; --trials is {arguments.trials}")
     saved = Config.model_validate(yaml.safe_load((arguments.run / "config.yaml").read_text(encoding="utf-8")))
@@ -59,11 +61,11 @@ def main() -> None:
     ]
     kept = sum(not each.best_stopped for each in replays) / len(replays)
     steps = sum(each.steps for each in replays) / len(replays)
-    loss = sum(each.loss for each in replays) / len(replays)
+    regret = sum(each.regret for each in replays) / len(replays)
     print(f"{arguments.draws} draws of {arguments.trials} of {len(trials)} trials, {json.dumps(scheduler)}\n")
-    print(f"| best trial not stopped | steps | {definition.objective.metric} below the best, mean |")
+    print(f"| best trial not stopped | steps | {definition.objective.metric} worse than the best, mean |")
     print("|--:|--:|--:|")
-    print(f"| {kept:.0%} | {steps:.0%} | {loss:.4f} |")
+    print(f"| {kept:.0%} | {steps:.0%} | {regret:.4f} |")
 
 
 def read_curves(run: Path) -> dict[str, list[Metrics]]:

@@ -50,7 +50,8 @@ class RunConfig(Section):
     keep_checkpoints: int = Field(2, ge=1)
     """Number of most recent checkpoints to keep."""
     save_last: bool = True
-    """Save a checkpoint at the end and when the run is interrupted; false saves only every run.save_every."""
+    """Save a checkpoint at the end and when the run is interrupted. false saves only every run.save_every, and offline
+    not where the run is interrupted; sweeps set it for trials that nothing continues."""
     best_metric: str | None = None
     """Evaluation metric, such as eval/rewards/accuracies or heldout/score; the checkpoint with its best value is kept
     too. Online, training waits for the evaluation of each checkpoint."""
@@ -327,6 +328,6 @@ class ClusterConfig(Section):
     worker_timeout_s: float = Field(300.0, gt=0)
     """Seconds after which a training worker that does not answer counts as dead: all of them restart from the last
     checkpoint. Workers answer while they compute and communicate; a process that is stopped or a node that hangs does
-    not."""
+    not. RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S, where it is set, counts instead."""
     stop_timeout_s: float = Field(120.0, gt=0)
     """Seconds to wait for the final checkpoint after Ctrl-C or SIGTERM."""

@@ -99,6 +99,10 @@ class EvaluationStore:
         """True if the evaluation of a version is complete on disk."""
         return self._file(version).exists()
 
+    def complete(self, version: int, prompts: int) -> bool:
+        """True if the evaluation of a version is on disk, with a score for each of ``prompts`` held-out prompts."""
+        return self.recorded(version) and len(_score_of_prompt(self._lines(version))) == prompts
+
     def write(
         self, evaluation: Evaluation, policy: Sequence[float] | None, reference: Sequence[float] | None
     ) -> dict[str, float]:
@@ -127,8 +131,7 @@ class EvaluationStore:
         """The metrics of a recorded evaluation."""
         summary = json.loads(self._file(version).with_suffix(".kl.json").read_text(encoding="utf-8"))
         kl = {key: math.nan if summary[key] is None else summary[key] for key in ("kl", "kl_stderr") if key in summary}
-        with self._file(version).open(encoding="utf-8") as file:
-            lines = list(map(json.loads, file))
+        lines = self._lines(version)
         scores = [line["score"] for line in lines if line["score"] is not None]
         score = {"heldout/score": fmean(scores)} if scores else {}
         return kl | score | win_rate(lines, self._before(version))
@@ -142,9 +145,10 @@ class EvaluationStore:
     def _before(self, version: int) -> list[Line]:
         """Lines of the newest recorded evaluation of an earlier version; none if there is no such evaluation."""
         earlier = [int(file.stem) for file in self.folder.glob("[0-9]*.jsonl") if int(file.stem) < version]
-        if not earlier:
-            return []
-        with self._file(max(earlier)).open(encoding="utf-8") as file:
+        return self._lines(max(earlier)) if earlier else []
+
+    def _lines(self, version: int) -> list[Line]:
+        with self._file(version).open(encoding="utf-8") as file:
             return list(map(json.loads, file))
 
     def _file(self, version: int) -> Path:

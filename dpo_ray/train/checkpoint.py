@@ -55,7 +55,7 @@ def save_due(run: RunConfig, position: int, total: int, *, stopping: bool = Fals
     """True if a checkpoint is saved at ``position`` (steps offline, rounds online) of ``total``.
 
     Every ``run.save_every`` and at the end, unless ``run.save_every`` is None; always if the run stops early. Without
-    ``run.save_last``, every ``run.save_every`` only, and never where the run stops early.
+    ``run.save_last``, every ``run.save_every`` only, and not where the loop knows that the run stops early.
     """
     if stopping or run.save_every is None:
         return stopping and run.save_last
@@ -149,13 +149,15 @@ class Checkpointer:
         return self
 
     def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
-        if failed is None:
-            self.wait()
-        elif dist.get_world_size() > 1:
+        if failed is not None and dist.get_world_size() > 1:
             return  # the others may have failed elsewhere, and the processes end
-        elif self.pending is not None:
-            self.pending.exception()  # waits; the first failure counts
-        dist.destroy_process_group(self.group)
+        try:
+            if failed is None:
+                self.wait()
+            elif self.pending is not None:
+                self.pending.exception()  # waits; the first failure counts
+        finally:
+            dist.destroy_process_group(self.group)
 
     def _remove_unfinished(self) -> None:
         try:

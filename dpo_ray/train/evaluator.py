@@ -113,12 +113,21 @@ class PromptEvaluator:
 
     def maybe_request(self, round: int) -> None:
         """Requests an evaluation if it is due after ``round`` rounds and not on disk."""
-        if round in self.pending or not evaluation_due(self.trainer.config.run, round, self.total):
-            return
-        if self.evaluations.recorded(round):
-            self.unranked[round] = self.evaluations.metrics_of(round)  # recorded just before the run was interrupted
-        else:
+        due = evaluation_due(self.trainer.config.run, round, self.total)
+        if due and round not in self.pending and not self.evaluations.recorded(round):
             self.pending.append(round)
+
+    def resume(self, round: int) -> None:
+        """Requests what was due in the first ``round`` rounds and is not on disk.
+
+        The evaluation of this very version may have been recorded just before the run was interrupted, or by another
+        trial of a sweep: its metrics are neither reported yet nor those of a checkpoint.
+        """
+        for version in range(round + 1):
+            self.maybe_request(version)
+        if evaluation_due(self.trainer.config.run, round, self.total) and self.evaluations.recorded(round):
+            self.unranked[round] = self.evaluations.metrics_of(round)
+            self.latest |= self.unranked[round]
 
     def receive(self, evaluation: Evaluation, version: int) -> None:
         """Computes the log-probabilities of an evaluation's samples and stores it, unless no engine had its version.

@@ -77,7 +77,8 @@ def train_offline(
                 checkpointer.maybe_save(state, state.step, total_steps, metrics)
 
         stopped = state.step < total_steps
-        metrics |= evaluator.maybe_run(state.step, stopping=stopped)
+        if stopped:
+            metrics |= evaluator.maybe_run(state.step, stopping=True)
         checkpointer.maybe_save(state, state.step, total_steps, metrics, stopping=stopped)
     if stopped:
         return TrainResult(metrics, stopped_at=f"step {state.step} of {total_steps}")

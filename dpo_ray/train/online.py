@@ -101,8 +101,10 @@ def train_online(
 
         metrics: Metrics = {}
         sync_s = publish(state.round)
-        for version in range(state.round + 1):  # also those that were in progress when the run was interrupted
-            evaluator.maybe_request(version)
+        evaluator.resume(state.round)
+        if config.run.best_metric is not None and state.round:  # the next checkpoint may supersede the one just loaded
+            await_evaluations(rounds, state.round, evaluator, publish, reporter)
+            rank_checkpoints(checkpointer, evaluator)
         while state.round < online.rounds and not any_rank(reporter.stop_requested()):
             timer = PhaseTimer({"perf/sync_s": sync_s})
             with timer("perf/wait_s"):
@@ -128,8 +130,6 @@ def train_online(
             checkpointer.maybe_save(state, state.round, online.rounds, stopping=True)
         else:
             await_evaluations(rounds, state.round, evaluator, publish, reporter)
-            if config.run.best_metric is not None:
-                rank_checkpoints(checkpointer, evaluator)
     if stopped:
         return TrainResult(metrics, stopped_at=f"round {state.round} of {online.rounds}")
     sync.wait()

@@ -75,3 +75,10 @@ def test_a_loss_without_a_reference_has_no_drift(config: dict[str, Any]) -> None
     assert "eval/drift" not in metrics
     assert np.isnan(results["chosen_log_ratio"]).all()
     assert results["margin"].mean() == pytest.approx(metrics["eval/rewards/margins"], abs=1e-9)
+
+
+def test_a_finished_run_that_is_started_again_evaluates_nothing(config: dict[str, Any]) -> None:
+    config["data"] |= {"eval": config["data"]["train"]}
+    config["run"] |= {"epochs": 1, "save_every": 100}
+    assert [line["step"] for line in run_ranks(1, offline, config)[0] if "eval/loss" in line] == [0, 3]
+    assert run_ranks(1, offline, config)[0] == []

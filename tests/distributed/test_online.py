@@ -134,11 +134,11 @@ class FreshModel:
 
 
 def online(
-    rank: int, config: dict[str, Any], source: type[DrawnRounds] = DrawnRounds
+    rank: int, config: dict[str, Any], source: type[DrawnRounds] = DrawnRounds, stop_after: int | None = None
 ) -> tuple[list[Metrics], list[Any]]:
     """Train through the rounds with an engine on every rank; returns the metrics and the computed log-probabilities."""
     parsed = Config.model_validate(config)
-    rounds, reporter, sync = source(), ListReporter(), cast(WeightSync, FreshModel(parsed.model.path))
+    rounds, reporter, sync = source(), ListReporter(stop_after), cast(WeightSync, FreshModel(parsed.model.path))
     train_online(parsed, rounds=rounds, sync=sync, device=torch.device("cpu"), reporter=reporter)
     return reporter.lines, rounds.scores
 
@@ -212,9 +212,16 @@ def test_the_checkpoint_with_the_best_evaluation_is_kept_beside_the_newest(confi
     assert abs(first) < abs(last)
 
 
-def test_a_checkpoint_is_ranked_by_an_evaluation_that_was_recorded_before_a_kill(config: dict[str, Any]) -> None:
-    config["run"] |= {"save_every": 1, "best_metric": "kl"}
-    run_ranks(1, online, config)
-    run_ranks(1, online, config, RecordedRounds)
-    markers = sorted((Path(config["run"]["dir"]) / "run/checkpoints").glob("[0-9]*/complete.json"))
-    assert [json.loads(marker.read_text())["metrics"]["kl"] for marker in markers][-1] == 0.3
+def test_a_checkpoint_is_ranked_after_a_stop_before_the_next_one_can_supersede_it(config: dict[str, Any]) -> None:
+    """The run stops before the evaluation of its first checkpoint is there, which turns out to be the best."""
+    config["run"] |= {"save_every": 1, "keep_checkpoints": 1, "best_metric": "kl", "best_mode": "min"}
+    run_ranks(1, online, config, DrawnRounds, 2)
+    folder = Path(config["run"]["dir"]) / "run/checkpoints"
+    (marker,) = folder.glob("[0-9]*/complete.json")
+    assert "kl" not in json.loads(marker.read_text())["metrics"]
+    (lines, _) = run_ranks(1, online, config, RecordedRounds)[0]
+    kept = {path.parent.name: json.loads(path.read_text())["metrics"] for path in folder.glob("[0-9]*/complete.json")}
+    assert set(kept) == {"000001", "000003"}
+    assert kept["000001"]["kl"] == 0.1
+    assert lines[-1]["round"] == 2
+    assert [line["kl"] for line in lines if "kl" in line] == [0.1], "on the line of the round after it"

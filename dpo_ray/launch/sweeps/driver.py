@@ -133,7 +133,7 @@ def _is_free(key: str) -> bool:
 
 def _untrained(config: Config) -> tuple[Any, ...]:
     """All that decides how the untrained policy is evaluated online."""
-    return config.model, config.data, config.online, config.run.seed
+    return config.model, config.data, config.online, config.reference_kind, config.run.seed
 
 
 class Driver:
@@ -169,6 +169,8 @@ class Driver:
         self.trials: list[Trial] = []
         """The latest state of the trials, for the display."""
         self.slots: list[Slot] = []
+        self.held_out = 0
+        """Held-out prompts; online only."""
         self.serving: set[int] = set()
         """Slots that may get another trial."""
 
@@ -178,6 +180,7 @@ class Driver:
         Raises:
             TrainingFailed: no slot could start.
         """
+        self.held_out = len(held_out)
         if self.conductor.resume():
             ended = sum(trial.status in ENDED for trial in self.conductor.trials)
             self.console.print(f"continuing: {ended} trials have ended, {len(self.conductor.trials) - ended} are open")
@@ -315,7 +318,9 @@ class Driver:
             return
         for progress in self.conductor.progress.values():
             earlier = EvaluationStore(self.run_dir / "trials" / progress.name)
-            if earlier.recorded(0) and _untrained(override(self.plan.config, progress.values)) == _untrained(config):
+            if earlier.complete(0, self.held_out) and _untrained(
+                override(self.plan.config, progress.values)
+            ) == _untrained(config):
                 evaluations.copy(earlier, 0)
                 return
 

@@ -188,14 +188,9 @@ def _validated(config: Config, values: Mapping[str, Any], validate: Callable[[Co
 
 
 def _validate_once(trial: Config, seen: list[Any], validate: Callable[[Config], None]) -> None:
-    """Skips the expensive checks for trials that differ in fractions, or in section ``run``, only."""
-    shape = _without_fractions(trial.model_dump(exclude={"run"}))
+    """Skips the expensive checks for trials that differ in ``loss.beta``, numbers of ``optim``, or ``run`` only."""
+    shape = trial.model_dump(exclude={"run": True, "loss": {"beta"}})
+    shape["optim"] = {key: value for key, value in shape["optim"].items() if not isinstance(value, int | float)}
     if shape not in seen:
         validate(trial)
         seen.append(shape)
-
-
-def _without_fractions(tree: Any) -> Any:
-    if isinstance(tree, Mapping):
-        return {key: _without_fractions(value) for key, value in tree.items()}
-    return None if isinstance(tree, float) else tree

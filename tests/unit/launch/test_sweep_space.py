@@ -96,7 +96,7 @@ def test_every_value_is_checked_before_a_trial_starts() -> None:
         validate({})
 
 
-def test_the_expensive_checks_are_made_once_for_trials_that_differ_in_fractions_only() -> None:
+def test_the_expensive_checks_are_made_once_for_trials_that_differ_in_numbers_only() -> None:
     config = Config.model_validate({"model": {"path": "m"}, "data": {"train": "t"}})
     space = {"optim.use": tune.grid_search(["adamw", "adamw_8bit"]), "optim.lr": tune.loguniform(1e-6, 1e-4)}
     checked: list[str] = []
