@@ -1,4 +1,4 @@
-"""How often early stopping ends the trial that would have been the best, in replays of a sweep that stopped none.
+"""Share of sweeps in which early stopping ends the best trial, from replays of a sweep that stopped none.
 
     dpo-ray sweep CONFIG SPACE run.name=full sweep.samples=20 run.eval_every=2
     python -m benchmarks.early_stopping runs/full --trials 8 --scheduler asha --args '{"reduction_factor": 4}'
@@ -32,7 +32,7 @@ class Replay(NamedTuple):
     steps: float
     """Steps of its trials, as a share of those of trials that all run to the end."""
     regret: float
-    """How much worse than the best trial the best one that ran to the end is."""
+    """Difference of the metric between the best trial and the best one that ran to the end."""
 
 
 def main() -> None:

@@ -118,7 +118,7 @@ class PromptEvaluator:
             self.pending.append(round)
 
     def resume(self, round: int) -> None:
-        """Requests what was due in the first ``round`` rounds and is not on disk.
+        """Requests the evaluations of the first ``round`` rounds that are not on disk.
 
         The evaluation of this very version may have been recorded just before the run was interrupted, or by another
         trial of a sweep: its metrics are neither reported yet nor those of a checkpoint.
