@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.ray.commands import Commands, lines, pick, write_yaml
-from tests.ray.test_online_job import ended_rounds, tiny_rounds
+from tests.ray.test_online_job import ended_rounds, tiny_rounds, token_sum
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -25,6 +25,12 @@ DISTURBANCES = 3
 """Per run; ten runs have 30."""
 PARTS = ("engine-0", "engine-1", "judge-0", "collector", "fleet", "worker-0", "worker-1")
 RUN_TIMEOUT_S = 600
+
+
+def slow_token_sum(groups: list[Any]) -> list[list[float]]:
+    """A judge that takes a second, so that a round takes seconds and disturbances meet it."""
+    time.sleep(1.0)
+    return token_sum(groups)
 
 
 class Disturbance(NamedTuple):
@@ -40,7 +46,7 @@ class Disturbance(NamedTuple):
 def disturbances(seed: int) -> list[Disturbance]:
     """Random ones, in the order of their moments."""
     draw = random.Random(seed)
-    moments = sorted((draw.randrange(ROUNDS - 1), draw.uniform(0.0, 2.5)) for _ in range(DISTURBANCES))
+    moments = sorted((draw.randrange(ROUNDS - 1), draw.uniform(0.0, 1.5)) for _ in range(DISTURBANCES))
     signals = (signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP)
     chosen = []
     for rounds, delay_s in moments:
@@ -104,7 +110,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict
     tree["run"] |= {"export": False}
     tree["model"] |= {"dtype": "float32"}  # in bfloat16, sampling depends on which requests share a batch
     tree["cluster"] |= {"max_restarts": 10, "worker_timeout_s": 20}
-    judge = {"use": "tests.ray.test_online_job:token_sum", "timeout_s": 5}
+    judge = {"use": "tests.ray.test_random_kills:slow_token_sum", "timeout_s": 5}
     tree["online"] |= {"rounds": ROUNDS, "judge": judge, "engine_timeout_s": 10, "sync_timeout_s": 60}
     return tree
 
