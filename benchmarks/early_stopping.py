@@ -61,11 +61,12 @@ def main() -> None:
     ]
     kept = sum(not each.best_stopped for each in replays) / len(replays)
     steps = sum(each.steps for each in replays) / len(replays)
+    reached = sum(each.regret == 0 for each in replays) / len(replays)
     regret = sum(each.regret for each in replays) / len(replays)
     print(f"{arguments.draws} draws of {arguments.trials} of {len(trials)} trials, {json.dumps(scheduler)}\n")
-    print(f"| best trial not stopped | steps | {definition.objective.metric} worse than the best, mean |")
-    print("|--:|--:|--:|")
-    print(f"| {kept:.0%} | {steps:.0%} | {regret:.4f} |")
+    print(f"| best trial not stopped | its {definition.objective.metric} reached | mean difference | steps |")
+    print("|--:|--:|--:|--:|")
+    print(f"| {kept:.0%} | {reached:.0%} | {regret:.4f} | {steps:.0%} |")
 
 
 def read_curves(run: Path) -> dict[str, list[Metrics]]:
