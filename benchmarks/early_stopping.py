@@ -45,9 +45,11 @@ def main() -> None:
     parser.add_argument("--args", default="{}", help="its arguments, as JSON")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if not (arguments.run / "sweep.json").exists():
+        raise SystemExit(f"{arguments.run} is not the directory of a sweep: it has no sweep.json")
     definition = read_definition(arguments.run / "sweep.json")
     curves = read_curves(arguments.run)
-    trials = [trial for trial in rank(read_trials(arguments.run / "sweep.csv"), definition.objective).ranked]
+    trials = rank(read_trials(arguments.run / "sweep.csv"), definition.objective).ranked
     if len({trial.metrics[definition.time] for trial in trials}) > 1 or {trial.status for trial in trials} != {"done"}:
         raise SystemExit(f"{arguments.run} has trials of different length, or some that were stopped")
     if len(trials) < arguments.trials:

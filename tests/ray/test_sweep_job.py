@@ -64,6 +64,13 @@ def placement_groups(cluster: SharedCluster) -> list[Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def run_sweep(commands: Commands, config: dict[str, Any], folder: Path, space: str) -> tuple[Path, str]:
+    """Run a sweep to its end; returns its directory and what it printed."""
+    done = commands.run("sweep", write_yaml(folder / "run.yaml", config), space)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "runs/sweep", done.stdout
+
+
 def test_asha_stops_trials_at_rungs_and_leaves_nothing_behind(
     joining: Commands, shared_cluster: SharedCluster, config: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -72,9 +79,7 @@ def test_asha_stops_trials_at_rungs_and_leaves_nothing_behind(
         "scheduler": {"use": "asha", "args": {"reduction_factor": 2}},
         "search": {"use": "grid"},
     }
-    done = joining.run("sweep", write_yaml(tmp_path / "run.yaml", config), "tests.ray.sweep_one_learns")
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = tmp_path / "runs/sweep"
+    run, _ = run_sweep(joining, config, tmp_path, "tests.ray.sweep_one_learns")
     trials = read_trials(csv(run))
     assert len(trials) == 6
     assert trials[0].status == "done", "it leads at each rung"
@@ -140,9 +145,7 @@ def test_an_exploited_trial_starts_from_the_weights_of_its_donor(
         "samples": 2,
         "scheduler": {"use": "pbt", "args": {"interval": 2, "quantile": 0.5, "resample": 0.0}},
     }
-    done = joining.run("sweep", write_yaml(tmp_path / "run.yaml", config), "tests.ray.sweep_lr")
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = tmp_path / "runs/sweep"
+    run, _ = run_sweep(joining, config, tmp_path, "tests.ray.sweep_lr")
     (cloned,) = [event for event in events(run) if event["event"] == "cloned"]
     donor, _, step = cloned["origin"].partition("@")
     assert step == "2"
@@ -171,9 +174,7 @@ def test_trials_of_hyperband_pause_at_a_rung_and_the_better_ones_continue_where_
         "scheduler": {"use": "hyperband", "args": {"reduction_factor": 2}},
         "search": {"use": "grid"},
     }
-    done = joining.run("sweep", write_yaml(tmp_path / "run.yaml", config), "tests.ray.sweep_one_learns")
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = tmp_path / "runs/sweep"
+    run, _ = run_sweep(joining, config, tmp_path, "tests.ray.sweep_one_learns")
     trials = read_trials(csv(run))
     assert [trial.status for trial in trials[:3]] == ["done"] * 3, "the first bracket has no rung: 3 trials of 4 steps"
     halved = {trial.name: trial for trial in trials[3:]}  # the second bracket: 3 trials of 2 steps, then fewer of 4
@@ -200,9 +201,7 @@ def test_trials_that_raise_diverge_or_die_are_listed_with_their_cause_and_the_be
     config["run"] |= {"save_every": 1}
     config["sweep"] = {"concurrent": 2}
     starting.environment[DIED] = str(tmp_path / "died")
-    done = starting.run("sweep", write_yaml(tmp_path / "run.yaml", config), "tests.ray.sweep_parts")
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = tmp_path / "runs/sweep"
+    run, output = run_sweep(starting, config, tmp_path, "tests.ray.sweep_parts")
     trials = {trial.values["loss.use"].rpartition(":")[2]: trial for trial in read_trials(csv(run))}
     assert {name: trial.status for name, trial in trials.items()} == {
         "sigmoid": "done", "raises": "failed", "gives_nan": "failed", "dies": "failed", "dies_once": "done",
@@ -217,7 +216,7 @@ def test_trials_that_raise_diverge_or_die_are_listed_with_their_cause_and_the_be
     same = ("eval/loss", "eval/rewards/margins", "step")
     assert [trials["dies_once"].metrics[key] for key in same] == [trials["sigmoid"].metrics[key] for key in same]
     for cause in filter(None, causes.values()):
-        assert cause.splitlines()[0][:60] in done.stdout
+        assert cause.splitlines()[0][:60] in output
     best = yaml.safe_load((run / "best.yaml").read_text())
     assert best["loss"]["use"] in ("sigmoid", trials["dies_once"].values["loss.use"])
     assert not starting.left_over()
@@ -230,9 +229,7 @@ def run_of_two_online_trials(commands: Commands, model: Path, folder: Path, *, r
     config["online"] |= {"rounds": rounds}
     config["cluster"] = {"train_workers": 1, "rollout_engines": 1}
     config["sweep"] = {"samples": 2, "concurrent": 1, **sweep}
-    done = commands.run("sweep", write_yaml(folder / "run.yaml", config), "tests.ray.sweep_online")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "runs/sweep"
+    return run_sweep(commands, config, folder, "tests.ray.sweep_online")[0]
 
 
 @pytest.mark.slow

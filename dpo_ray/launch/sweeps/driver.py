@@ -318,9 +318,8 @@ class Driver:
             return
         for progress in self.conductor.progress.values():
             earlier = EvaluationStore(self.run_dir / "trials" / progress.name)
-            if earlier.complete(0, self.held_out) and _untrained(
-                override(self.plan.config, progress.values)
-            ) == _untrained(config):
+            of_earlier = override(self.plan.config, progress.values)
+            if earlier.complete(0, self.held_out) and _untrained(of_earlier) == _untrained(config):
                 evaluations.copy(earlier, 0)
                 return
 
