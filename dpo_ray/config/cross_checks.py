@@ -126,11 +126,6 @@ def validate_reference(
 
 def validate_weighting(loss: losses.LossConfig, online: rounds.OnlineConfig | None) -> None:
     """Check that pairs have the scores that they are weighted by."""
-    if loss.weighting == "gap" and online is None:
-        raise ValueError(
-            "loss.weighting: gap needs pairs with scores, which online rounds have and the pairs of data.train do not; "
-            "give an online section, or set loss.weighting: none or wpo"
-        )
     if loss.weighting == "gap" and online is not None and online.source.use == "self_play":
         raise ValueError(
             "loss.weighting: gap needs pairs with scores, and those of online.source.use: self_play have none; set "
@@ -138,8 +133,9 @@ def validate_weighting(loss: losses.LossConfig, online: rounds.OnlineConfig | No
         )
     if loss.weighting == "gap" and online is not None and online.source.mix:
         raise ValueError(
-            "loss.weighting: gap needs pairs with scores, and the pairs of data.train that online.source.mix "
-            f"({online.source.mix:g}) adds have none; set one of them to its default"
+            "loss.weighting: gap compares differences of scores, and those of the pairs of data.train that "
+            f"online.source.mix ({online.source.mix:g}) adds have another unit than the judge's; set one of them to "
+            "its default"
         )
 
 

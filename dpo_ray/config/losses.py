@@ -47,7 +47,7 @@ class LossConfig(Section):
     weights: tuple[float, ...] = ()
     """Weight of each loss in loss.use; empty is 1 for each."""
     weighting: Literal["none", "wpo", "gap"] = "none"
-    """Weight of each pair. wpo: likelihood of both completions under the policy (arXiv:2406.11827). gap, online only:
+    """Weight of each pair. wpo: likelihood of both completions under the policy (arXiv:2406.11827). gap:
     difference of the scores of chosen and rejected, divided by its mean over the pairs of the step."""
     divergence: Annotated[str | float, AfterValidator(_divergence)] = "reverse_kl"
     """Divergence from the reference that the policy is regularized with (f-DPO, arXiv:2309.16240): reverse_kl, which is

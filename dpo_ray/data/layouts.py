@@ -27,6 +27,13 @@ _LISTS = ("completions", "answers", "generations", "responses")
 _ANSWERS = ("completion", "output", "response", "answer")
 """Fields that may hold the answer of a record with one completion."""
 _SCORES = ("scores", "score", "ratings", "rating", "ranks", "rank")
+_PAIR_SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+    ("rating_chosen", "rating_rejected"),
+)
 _TEXTS = ("content", "text", "completion", "response", "answer", "value", "generated_text")
 _LOWER_IS_BETTER = ("rank", "ranks")
 _LABELS = ("label", "kto_tag")
@@ -46,6 +53,8 @@ class Candidates:
     """Higher is better; of a single completion, 1 if it is desirable and -1 if not."""
     names: tuple[str, ...]
     """Field of each completion, for messages."""
+    strengths: tuple[float, ...] | None = None
+    """Scores whose differences measure how strong a preference is; None if the record has an order only."""
     left_out: tuple[Unusable, ...] = ()
     """The completions of a ranked list that cannot be used."""
 
@@ -112,7 +121,11 @@ def read_answer(fields: Fields) -> Candidates:
         candidates = read_candidates(fields)
         best = max(range(len(candidates.scores)), key=candidates.scores.__getitem__)
         return Candidates(
-            candidates.prompt, (candidates.completions[best],), (1.0,), (candidates.names[best],), candidates.left_out
+            candidates.prompt,
+            (candidates.completions[best],),
+            (1.0,),
+            (candidates.names[best],),
+            left_out=candidates.left_out,
         )
     prompt, name = read_prompt(fields), fields.first_of(*PROMPT)
     assert name is not None
@@ -200,7 +213,19 @@ def _labelled(fields: Fields, *names: str) -> Candidates:
             bad_field(" and ".join(names), "text and messages", "two texts or two lists of messages")
         if not isinstance(prompt, str) or not isinstance(chosen, str):
             prompt, chosen, rejected = split_after(names, prompt_turns(prompt), as_turns(chosen), as_turns(rejected))
-    return Candidates(prompt, (chosen, rejected), (1, 0), names)
+    return Candidates(prompt, (chosen, rejected), (1, 0), names, _pair_strengths(fields))
+
+
+def _pair_strengths(fields: Fields) -> tuple[float, float] | None:
+    """The scores of a chosen and a rejected completion, which may contradict the labels."""
+    for names in _PAIR_SCORES:
+        if all(map(fields.has, names)):
+            chosen, rejected = (finite_number(fields.record[name]) for name in names)
+            if chosen is not None and rejected is not None:
+                for name in names:
+                    fields.read(name)
+                return chosen, rejected
+    return None
 
 
 # ------------------------------------------------------------------------------------------- verdicts and ranked lists
@@ -219,7 +244,8 @@ def _judged(fields: Fields, verdict: Verdict) -> Candidates:
             prompt, first, second = prompt_turns(prompt), as_turns(first), as_turns(second)
     else:
         prompt, first, second = split_conversations(fields, names, first, second)
-    return Candidates(prompt, (first, second), (-better, better), names)
+    scores = (-better / 2, better / 2)
+    return Candidates(prompt, (first, second), scores, names, scores if verdict.graded else None)
 
 
 def _ranked(fields: Fields, name: str) -> Candidates:
@@ -246,7 +272,7 @@ def _ranked(fields: Fields, name: str) -> Candidates:
     names, scores, completions = zip(*usable, strict=True)
     if not isinstance(prompt, str) or not all(isinstance(completion, str) for completion in completions):
         prompt, completions = prompt_turns(prompt), tuple(map(as_turns, completions))
-    return Candidates(prompt, completions, scores, names, tuple(problems))
+    return Candidates(prompt, completions, scores, names, scores, tuple(problems))
 
 
 def _unpaired(fields: Fields, label: str) -> Candidates:

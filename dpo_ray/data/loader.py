@@ -239,7 +239,8 @@ def checked_gaps(source: PairSource) -> np.ndarray:
         found = "has none" if np.isnan(gap) else f"has a gap of {gap:g}"
         raise ValueError(
             "loss.weighting: gap needs pairs with scores, the higher one for the chosen completion, and "
-            f"{source.name_of(int(bad[0]))} {found}; set loss.weighting: none, or select other pairs (online.select)"
+            f"{source.name_of(int(bad[0]))} {found}; set loss.weighting: none, or use other "
+            "pairs (online.select picks those of rounds)"
         )
     return gaps
 

@@ -44,6 +44,8 @@ class PairRecord:
     """Fields of chosen and rejected."""
     left_out: tuple["Problem", ...] = ()
     """Completions of the record that cannot be used."""
+    gap: float | None = None
+    """Score of chosen minus score of rejected; None if the record has no scores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,7 @@ def read_pairs(
                 label,
                 names,
                 left_out,
+                _gap(candidates, i, j),
             )
 
     check_sources(parts)
@@ -207,6 +210,11 @@ def _examples(candidates: Candidates, examples: Examples, count: int) -> Iterato
         yield from ((i, i, label) for i, label in labels.items())
     else:
         yield from ((i, j, 0) for i, j in pairs)
+
+
+def _gap(candidates: Candidates, chosen: int, rejected: int) -> float | None:
+    strengths = candidates.strengths
+    return None if strengths is None else strengths[chosen] - strengths[rejected]
 
 
 def _pairs(candidates: Candidates, count: int) -> Sequence[tuple[int, int]]:

@@ -27,7 +27,7 @@ from dpo_ray.data.tokenizer import tokenizer_digest
 from dpo_ray.storage import atomic_folder, cached_text
 from dpo_ray.types import TokenPair
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 """Part of every digest: increment it when the file format, record layouts or tokenisation change."""
 
 PART_RECORDS = 4096
@@ -35,7 +35,7 @@ PART_RECORDS = 4096
 
 _TOKENIZATION_KEYS = ("max_prompt_tokens", "max_completion_tokens", "strings", "pairs_per_prompt")
 _LENGTHS, _ENDS, _ORIGINS, _COMPLETIONS = "lengths.i32", "ends.i64", "origins.i64", "completions.i32"
-_UNPAIRED, _META = "unpaired.i1", "meta.json"
+_UNPAIRED, _GAPS, _META = "unpaired.i1", "gaps.f64", "meta.json"
 
 Prepare = Callable[[tuple[int, Part]], DataReportBuilder]
 """Tokenises a numbered part into files and counts its records."""
@@ -45,9 +45,6 @@ RunParts = Callable[[Prepare, Sequence[tuple[int, Part]]], Iterable[DataReportBu
 
 class PairStore:
     """Memory-mapped tokenised preference pairs."""
-
-    gaps: np.ndarray | None = None
-    """Scores of the records are not stored."""
 
     def __init__(self, folder: Path, sources: Sequence[str], groups: Sequence[Sequence[str]]) -> None:
         """Open a finished store.
@@ -78,6 +75,8 @@ class PairStore:
         self._ends = _open_array(folder / _ENDS, "<i8", (pairs,))
         self._origins = _open_array(folder / _ORIGINS, "<i8", (pairs, 2))
         self._unpaired = _open_array(folder / _UNPAIRED, "<i1", (pairs,))
+        self.gaps = _open_array(folder / _GAPS, "<f8", (pairs,))
+        """(pairs,) float64: see ``PairSource.gaps``."""
         self.members = self._members(folder) if meta["prompts"] < pairs else None
         parts = meta["parts"]
         self._tokens = [_open_array(folder / _tokens(n), "<i4", (part["tokens"],)) for n, part in enumerate(parts)]
@@ -196,6 +195,7 @@ def _prepare_part(
         (folder / f"{number}.{_ORIGINS}").open("wb") as origins,
         (folder / f"{number}.{_COMPLETIONS}").open("wb") as completions,
         (folder / f"{number}.{_UNPAIRED}").open("wb") as unpaired,
+        (folder / f"{number}.{_GAPS}").open("wb") as gaps,
     ):
         for item in tokenize_pairs([part], tokenizer):
             if isinstance(item, Problem):
@@ -212,13 +212,14 @@ def _prepare_part(
             np.array((file, record.number), "<i8").tofile(origins)
             np.array(record.completions, "<i4").tofile(completions)
             np.array(record.unpaired, "<i1").tofile(unpaired)
+            np.array(np.nan if record.gap is None else record.gap, "<f8").tofile(gaps)
     return counts
 
 
 def _join(building: Path, digest: str, files: Sequence[str], counts: DataReportBuilder, parts: int) -> DataReport:
     """Concatenate the files of all parts, except the token files."""
     sizes = [_part_size(building, number) for number in range(parts)]
-    for name in (_LENGTHS, _ENDS, _ORIGINS, _COMPLETIONS, _UNPAIRED):
+    for name in (_LENGTHS, _ENDS, _ORIGINS, _COMPLETIONS, _UNPAIRED, _GAPS):
         with (building / name).open("wb") as whole:
             for number in range(parts):
                 part = building / f"{number}.{name}"

@@ -31,6 +31,8 @@ class Verdict(NamedTuple):
     """Holds the verdict."""
     second_is_better: Callable[[Any], float | None]
     """Above 0 if the second completion is better, below 0 if the first is, 0 for a tie, None if unknown."""
+    graded: bool = False
+    """True if a larger value is a stronger preference."""
 
 
 def _by_value(values: Mapping[Any, float]) -> Callable[[Any], float | None]:
@@ -43,8 +45,8 @@ def _by_value(values: Mapping[Any, float]) -> Callable[[Any], float | None]:
 
 
 _VERDICTS = (
-    Verdict("response_1", "response_2", "preference_strength", finite_number),
-    Verdict("response1", "response2", "overall_preference", finite_number),
+    Verdict("response_1", "response_2", "preference_strength", finite_number, graded=True),
+    Verdict("response1", "response2", "overall_preference", finite_number, graded=True),
     Verdict("response_0", "response_1", "better_response_id", _by_value({0: -1, 1: 1})),
     Verdict("human_ref_A", "human_ref_B", "labels", _by_value({1: -1, 0: 1})),
     Verdict(

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from dpo_ray.config import Config
 from dpo_ray.data.formats import Part
+from dpo_ray.data.loader import checked_gaps
 from dpo_ray.data.prompts import load_prompts
 from dpo_ray.data.report import DataReportBuilder
 from dpo_ray.data.store import PairStore, Prepare, RunParts, prepare_pairs
@@ -86,6 +87,8 @@ def open_pairs(
     for source, size in zip(config.data.train, pairs.sizes, strict=True):
         if config.data.weights and not size:
             raise ValueError(f"data.weights: {source} has a weight but no usable pair (see data.limit)")
+    if config.loss.weighting == "gap":
+        checked_gaps(pairs)
     return pairs, prepare(config.data.eval, kind="eval") if config.data.eval else None
 
 

@@ -14,7 +14,7 @@ source, metrics go to a reporter.
 import torch
 
 from dpo_ray.config import Config
-from dpo_ray.data.loader import Mixture, PairLoader
+from dpo_ray.data.loader import Mixture, PairLoader, checked_gaps
 from dpo_ray.data.store import PairStore
 from dpo_ray.model.export import export_policy
 from dpo_ray.parallel.collectives import any_rank
@@ -104,4 +104,5 @@ def _build_loader(trainer: Trainer, pairs: PairStore) -> PairLoader:
         seed=config.run.seed,
         shuffle=data.shuffle,
         mixture=Mixture(pairs.sizes, data.weights) if data.weights else None,
+        gaps=checked_gaps(pairs) if config.loss.weighting == "gap" else None,
     )

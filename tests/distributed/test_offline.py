@@ -83,6 +83,26 @@ def test_a_weighted_sum_of_losses_is_the_same_on_two_workers_in_plain_rows(confi
     assert_same(shared, plain, absolute=1e-4)
 
 
+def test_pairs_with_a_gap_of_zero_leave_the_steps_of_the_others(config: dict[str, Any], tmp_path: Path) -> None:
+    """Weights of 2 and 0 in a step of four pairs: the loss and the gradient of a step of the two with a gap."""
+    texts = ragged_texts(8)
+    records = [
+        {"prompt": prompt, "chosen": chosen, "rejected": rejected, "score_chosen": 7, "score_rejected": 7 - 3 * (i % 2)}
+        for i, (prompt, chosen, rejected) in enumerate(texts)
+    ]
+    runs = []
+    for name, pairs, kept in (("all", 4, records), ("graded", 2, records[1::2])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
+        run = config | {"data": {"train": str(tmp_path / f"{name}.jsonl"), "shuffle": False}}
+        run |= {"loss": {"weighting": "gap"}, "optim": config["optim"] | {"pairs_per_step": pairs}}
+        run["run"] = config["run"] | {"name": name}
+        runs.append(run)
+    ((every,), (graded,)) = (run_ranks(1, offline, run) for run in runs)
+    assert len(every) == len(graded) == 4, "two epochs of two steps"
+    for name in ("loss", "optim/grad_norm"):
+        assert [line[name] for line in every] == pytest.approx([line[name] for line in graded], rel=1e-4)
+
+
 def test_losses_over_the_whole_step_are_the_same_on_two_workers_and_resumed(config: dict[str, Any]) -> None:
     config |= {"loss": {"use": ["aot", "aot_unpaired", "bco_pair"]}, "run": config["run"] | {"epochs": 1}}
     config["data"] |= {"eval": config["data"]["train"]}

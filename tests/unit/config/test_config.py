@@ -332,11 +332,10 @@ def test_a_bad_value_is_reported_with_key_found_and_accepted_values(tmp_path, ar
             ["reference.refresh=3", "reference.kind=live", "model.lora.rank=4"],
             "reference.refresh: 3 with model.lora changes a copy of the adapters, reference.kind: live is a",
         ),
-        (OFFLINE, ["loss.weighting=gap"], "loss.weighting: gap needs pairs with scores, which online rounds have"),
         (
             ONLINE,
             ["loss.weighting=gap", "online.source.mix=0.5", "data.train=p"],
-            "online.source.mix (0.5) adds have none",
+            "online.source.mix (0.5) adds have another unit than the judge's",
         ),
         (ONLINE, ["reference.kind=cached"], "reference.kind: cached needs the untrained policy"),
         (

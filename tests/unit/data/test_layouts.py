@@ -37,7 +37,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], tuple[Any, Any, Any], set[str]]] = {
             "prompt": "Name a tree.", "prompt_id": "1", "chosen": [ASK, OAK], "rejected": [ASK, HERRING],
             "messages": [ASK, OAK], "score_chosen": 8.0, "score_rejected": 2.0,
         },
-        MESSAGES, {"prompt_id", "messages", "score_chosen", "score_rejected"},
+        MESSAGES, {"prompt_id", "messages"},
     ),
     "UltraFeedback, raw": (
         {

@@ -11,6 +11,7 @@ from dpo_ray.config.schema import DataConfig
 from dpo_ray.data import store as store_module
 from dpo_ray.data.examples import _with_one_prompt
 from dpo_ray.data.formats import Part
+from dpo_ray.data.loader import checked_gaps
 from dpo_ray.data.records import PairRecord, read_pairs
 from dpo_ray.data.store import PairStore, prepare_pairs
 from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPair
@@ -65,6 +66,40 @@ def test_the_store_gives_back_every_pair_and_where_it_came_from(prepare: Any, wr
     assert store.lengths.dtype == np.int32
     with pytest.raises(IndexError):
         store[5]
+
+
+@pytest.mark.parametrize(
+    ("record", "gaps"),
+    [
+        ({"chosen": "yes", "rejected": "no", "score_chosen": 8.5, "score_rejected": 2}, [6.5]),
+        ({"chosen": "yes", "rejected": "no", "rating_chosen": "5", "rating_rejected": "4"}, [1.0]),
+        ({"response1": "no", "response2": "yes", "overall_preference": 3}, [3.0]),
+        ({"completions": [{"text": "no", "score": 1}, {"text": "yes", "score": 5}, {"text": "perhaps", "score": 3}]},
+         [4.0, 2.0]),
+        ({"answers": ["yes", "no"], "ranks": [1, 4]}, [3.0]),
+    ],
+)  # fmt: skip
+def test_pairs_with_scores_have_the_difference_of_the_two(record: Any, gaps: list[float], prepare: Any, write: Write):
+    store = prepare(write([{"prompt": "question?"} | record]), config=LIMITS.model_copy(update={"pairs_per_prompt": 2}))
+    assert checked_gaps(store).tolist() == gaps
+
+
+@pytest.mark.parametrize(
+    ("record", "found"),
+    [
+        ({"chosen": "yes", "rejected": "no"}, "has none"),
+        ({"chosen": "yes", "rejected": "no", "score_chosen": None, "score_rejected": 2}, "has none"),
+        ({"response_0": "yes", "response_1": "no", "better_response_id": 0}, "has none"),
+        ({"chosen": "yes", "rejected": "no", "score_chosen": 1, "score_rejected": 2}, "has a gap of -1"),
+    ],
+)
+def test_a_pair_that_cannot_be_weighted_is_named_with_its_file_and_number(
+    record: Any, found: str, prepare: Any, write: Write
+):
+    scored = {"chosen": "yes", "rejected": "no", "score_chosen": 2, "score_rejected": 1}
+    store = prepare(file := write([{"prompt": "a?"} | scored, {"prompt": "b?"} | record]))
+    with pytest.raises(ValueError, match=re.escape(f"{file}:2 {found}; set loss.weighting: none")):
+        checked_gaps(store)
 
 
 def test_the_pairs_of_a_ranked_list_know_that_they_share_their_prompt_and_completions(prepare: Any, write: Write):

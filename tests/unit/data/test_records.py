@@ -92,7 +92,7 @@ def test_every_message_layout_gives_the_same_pair(record: dict[str, Any], write:
     pair = only(source)
     assert isinstance(pair, PairRecord)
     expected = PairRecord((user("sky?"),), (assistant("blue"),), (assistant("green"),), source, 1)
-    assert replace(pair, completions=(0, 1), names=("chosen", "rejected"), unread=()) == expected
+    assert replace(pair, completions=(0, 1), names=("chosen", "rejected"), unread=(), gap=None) == expected
 
 
 def test_sharegpt_speakers_and_system_become_roles(write: Write):
