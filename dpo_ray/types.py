@@ -33,7 +33,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One completion sampled by an engine."""
+    """One completion of a prompt, sampled by an engine or, for self-play, the record's own."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -46,6 +46,8 @@ class Completion:
     """Policy version that sampled the last token; a weight update may come in between if ``online.max_lag`` > 0."""
     logp: float | None = None
     """Sum of the engine's log-probabilities of the tokens, nats; None if the request did not ask for it."""
+    sampled: bool = True
+    """False for the record's own completion."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,6 +169,6 @@ def tokenize_answers(
             yield pair
             continue
         answer = answered.chosen if isinstance(answered.chosen, str) else answered.chosen[-1]["content"]
-        completion = Completion(answer or "", pair.pair.chosen, finished=not pair.removed[0])
+        completion = Completion(answer or "", pair.pair.chosen, finished=not pair.removed[0], sampled=False)
         notes = tuple(dict.fromkeys((*prompt.notes, *pair.notes)))
         yield record, replace(prompt, token_ids=pair.pair.prompt, notes=notes), completion

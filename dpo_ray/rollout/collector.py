@@ -16,6 +16,7 @@ from dpo_ray.rollout.admission import admitted, oldest_version
 from dpo_ray.rollout.dispatch import Dispatcher, EngineError, VersionGone
 from dpo_ray.rollout.engine import EngineStatus, Request, RequestTimedOut
 from dpo_ray.rollout.evaluation import Evaluation, evaluation_requests
+from dpo_ray.rollout.judges.answer_cache import CACHE, forget_replies
 from dpo_ray.rollout.judging import JudgeFailed
 from dpo_ray.rollout.ledger import Ledger
 from dpo_ray.rollout.open_round import OpenRound, Outcome
@@ -140,7 +141,14 @@ class Collector:
                 del self._tasks[kind, number]
         if version != self._version:
             self._version = version
-            self.ledger.forget(before=version, keep=self.online.keep_rounds)
+            self._forget_rounds(version)
+
+    def _forget_rounds(self, version: int) -> None:
+        if (keep := self.online.keep_rounds) is None:
+            return
+        self.ledger.forget(before=version, keep=keep)
+        oldest = oldest_version(max(0, version - keep), max_lag=self.online.max_lag)
+        forget_replies(self.ledger.folder.parent / CACHE, before=oldest)
 
     async def _collect(self, round: int) -> None:
         """Collect the groups that a round lacks."""

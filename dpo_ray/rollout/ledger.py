@@ -183,13 +183,11 @@ class Ledger:
         """Write scores of all completions of a round, in the order of ``samples``, and the pairs that follow."""
         judge_round(self.path(round), scores, select)
 
-    def forget(self, *, before: int, keep: int | None) -> None:
-        """Delete the token ids of all but the last ``keep`` rounds before ``before``, and their texts; None keeps all.
+    def forget(self, *, before: int, keep: int) -> None:
+        """Delete the token ids of all but the last ``keep`` rounds before ``before``, and their texts.
 
         Their manifests stay.
         """
-        if keep is None:
-            return
         for folder in self.folder.glob("[0-9]*"):
             if int(folder.name) < before - keep:
                 for name in ("pairs.jsonl", "tokens.i32", SPANS, GAPS, REFERENCE):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dpo_ray.rollout.pair_index import GAPS, REFERENCE, SPANS, PairIndex
-from dpo_ray.rollout.tally import Tally
+from dpo_ray.rollout.tally import Tally, sampled_candidates
 from dpo_ray.storage import write_atomically
 from dpo_ray.types import CompletionGroup, Dropped, Judgement, Prompt, ScoredPair
 
@@ -83,7 +83,7 @@ class OpenRound:
         _write_all(self._tokens, tokens.tobytes())
         _write_all(self._lines, text)
         self._end += len(tokens)
-        self._generated += sum(candidate["tokens"] for candidate in line["candidates"])
+        self._generated += sum(candidate["tokens"] for candidate in sampled_candidates(line))
         self.failed += outcome.error is not None
         self._count(line)
 
@@ -172,6 +172,7 @@ def line_of(outcome: Outcome, start: int) -> Line:
                 "tokens": len(completion.token_ids),
                 "finished": completion.finished,
                 "versions": [completion.first_version, completion.last_version],
+                **({} if completion.sampled else {"sampled": False}),
             }
             for completion in completions
         ],

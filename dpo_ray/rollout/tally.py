@@ -11,6 +11,11 @@ Line = Mapping[str, Any]
 """One line of pairs.jsonl."""
 
 
+def sampled_candidates(line: Line) -> list[Mapping[str, Any]]:
+    """The candidates that the policy sampled: all but a record's own answer."""
+    return [candidate for candidate in line["candidates"] if candidate.get("sampled", True)]
+
+
 @dataclass(slots=True)
 class Mean:
     """A running mean."""
@@ -54,7 +59,7 @@ class Correlation:
 
 @dataclass(slots=True)
 class Tally:
-    """Counts of a round."""
+    """Counts of a round: of the completions that the policy sampled, and of the pairs."""
 
     counts: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
@@ -72,7 +77,7 @@ class Tally:
 
     def add(self, line: Line) -> None:
         """Count a group."""
-        candidates, scores = line["candidates"], [score for score in line["scores"] if score is not None]
+        candidates, scores = sampled_candidates(line), [score for score in line["scores"] if score is not None]
         texts = [candidate["text"] for candidate in candidates]
         self.counts.update(
             prompts=1,

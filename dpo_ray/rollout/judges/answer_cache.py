@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import socket
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -18,6 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+CACHE = "judge_cache"
+"""Folder of replies in the run directory."""
 
 OPEN_VERSIONS = 16
 """Policy versions whose index is kept in memory; with a larger ``online.max_lag``, files are read again."""
@@ -33,6 +37,13 @@ class Reply:
     completion_tokens: int | None = None
 
 
+def forget_replies(folder: Path, *, before: int) -> None:
+    """Delete the replies about groups of the policy versions before ``before``."""
+    for version in folder.glob("[0-9]*"):
+        if int(version.name) < before:
+            shutil.rmtree(version, ignore_errors=True)  # a judge may be reading it
+
+
 def request_key(request: Mapping[str, Any]) -> str:
     """Digest of a request's content."""
     text = json.dumps(request, sort_keys=True, ensure_ascii=False, default=str)
@@ -40,7 +51,7 @@ def request_key(request: Mapping[str, Any]) -> str:
 
 
 class AnswerCache:
-    """The replies of all processes that judge a run.
+    """The replies of all processes that judge a run. Not thread-safe.
 
     Args:
         folder: on a disk that all judges reach; None keeps nothing.

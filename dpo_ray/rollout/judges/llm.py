@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dpo_ray.rollout.judges.answer_cache import AnswerCache, Reply
+from dpo_ray.rollout.judges.answer_cache import CACHE, AnswerCache, Reply
 from dpo_ray.rollout.judges.language_model_args import LlmArgs, PolicyArgs, QuestionArgs, parse_args
 from dpo_ray.rollout.judges.modes import Schema
 from dpo_ray.rollout.judges.questioner import JudgeModel, Prices, Questioner
@@ -16,9 +16,6 @@ from dpo_ray.types import CompletionGroup, Judgement
 
 if TYPE_CHECKING:
     from dpo_ray.rollout.judges import JudgeContext
-
-CACHE = "judge_cache"
-"""Folder of answers in the run directory."""
 
 
 class _LanguageModelJudge:

@@ -5,7 +5,8 @@ Independent of how the model is reached, see ``JudgeModel``.
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -59,6 +60,8 @@ class Questioner:
     ) -> None:
         self._mode, self._model, self._cache, self._prices = mode, model, cache, prices
         self._slots = asyncio.Semaphore(requests)
+        # Of one thread, since the cache is not thread-safe: a slow disk delays replies, never the event loop.
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="judge-cache")
 
     async def judge(self, group: CompletionGroup) -> Judgement:
         """Scores of a group, with figures about the questions.
@@ -66,7 +69,7 @@ class Questioner:
         Raises:
             Exception: the model could not answer a question. The answers to the others are in the cache by then.
         """
-        self._cache.refresh(group.policy_version)
+        await self._on_disk(self._cache.refresh, group.policy_version)
         totals: Counter[str] = Counter(dict.fromkeys(("requests", "cached", "parse_failures", "unparsed"), 0))
         questions = self._mode.questions(group)
         verdicts = await wait_for_all(self._verdict(question, group, totals) for question in questions)
@@ -95,17 +98,21 @@ class Questioner:
         """
         key = request_key({"model": self._model.identity, "message": text, "schema": schema, "sample": sample})
         asker = f"{group.prompt.index} {group.seed}"
-        if (cached := self._cache.get(group.policy_version, key)) is not None:
+        if (cached := await self._on_disk(self._cache.get, group.policy_version, key)) is not None:
             reply, paid_by = cached
             totals["cached"] += 1
         else:
             async with self._slots:
                 reply, paid_by = await self._model.reply(text, schema), asker
-            self._cache.add(group.policy_version, key, reply, asker)
+            await self._on_disk(self._cache.add, group.policy_version, key, reply, asker)
             totals["requests"] += 1
         if paid_by == asker:
             self._add_cost(reply, totals)
         return reply
+
+    async def _on_disk(self, call: Callable[..., T], *args: Any) -> T:
+        # A reply that has been paid for is stored also if the question is cancelled meanwhile.
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._disk, call, *args))
 
     def _add_cost(self, reply: Reply, totals: Counter[str]) -> None:
         for name in ("prompt_tokens", "completion_tokens"):

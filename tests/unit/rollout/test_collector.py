@@ -16,6 +16,7 @@ from dpo_ray.rollout.collector import Collector
 from dpo_ray.rollout.dispatch import Dispatcher
 from dpo_ray.rollout.engine import RequestTimedOut
 from dpo_ray.rollout.judges import bind_judge, endpoint
+from dpo_ray.rollout.judges.answer_cache import CACHE
 from dpo_ray.rollout.judging import JudgePool
 from dpo_ray.rollout.ledger import Ledger
 from dpo_ray.rollout.selectors import best_vs_worst, select_pairs
@@ -413,7 +414,9 @@ def test_lines_of_a_round_are_json_that_anybody_reads(tmp_path):
 
 
 def with_answers(count):
-    return [replace(prompt, answer=Completion("the answer", (5, 6, 7), True)) for prompt in prompts(count)]
+    return [
+        replace(prompt, answer=Completion("the answer", (5, 6, 7), False, sampled=False)) for prompt in prompts(count)
+    ]
 
 
 def test_self_play_prefers_the_answer_to_each_completion_of_the_policy(tmp_path):
@@ -430,7 +433,31 @@ def test_self_play_prefers_the_answer_to_each_completion_of_the_policy(tmp_path)
     assert all(pairs[i].rejected != (5, 6, 7) for i in range(len(pairs)))
     assert judge.batches == [], "no judge is asked"
     line = next(ledger.lines(0))
-    assert line["candidates"][-1] == {"text": "the answer", "tokens": 3, "finished": True, "versions": [0, 0]}
+    answer = {"text": "the answer", "tokens": 3, "finished": False, "versions": [0, 0], "sampled": False}
+    assert line["candidates"][-1] == answer
+    counts = json.loads((ledger.path(0) / "manifest.json").read_text())["counts"]
+    assert counts["candidates"] == 2 * 8, "the answers are not counted"
+    assert counts["truncated"] == 0
+    assert counts["tokens_generated"] == counts["tokens"] == counts["tokens_stored"] - 8 * (3 + 1), (
+        "prompts have one token"
+    )
+
+
+def test_replies_of_judges_go_with_the_rounds_that_are_not_kept(tmp_path):
+    """Round r has tokens of policy version r - 1 on: of rounds 3 and 4, which are kept, version 2."""
+    replies = [tmp_path / CACHE / f"{version:06d}" / "judge.jsonl" for version in range(6)]
+    for file in replies:
+        file.parent.mkdir(parents=True)
+        file.touch()
+
+    async def poll(keep_rounds):
+        harness = Harness(tmp_path, online(max_lag=1, keep_rounds=keep_rounds), [FakeEngine(0)])
+        await harness.collector.poll(5, round=None, evaluations=[], wait_s=0)
+
+    asyncio.run(poll(None))
+    assert all(file.exists() for file in replies)
+    asyncio.run(poll(2))
+    assert [file.exists() for file in replies] == [False, False, True, True, True, True]
 
 
 def test_a_round_that_the_trainer_judges_gets_its_pairs_from_scores_of_all_completions(tmp_path):
