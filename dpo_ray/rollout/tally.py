@@ -59,7 +59,7 @@ class Correlation:
 
 @dataclass(slots=True)
 class Tally:
-    """Counts of a round: of the completions that the policy sampled, and of the pairs."""
+    """Counts of a round. Completions that the policy did not sample are left out."""
 
     counts: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)

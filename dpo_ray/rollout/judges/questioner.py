@@ -60,7 +60,7 @@ class Questioner:
     ) -> None:
         self._mode, self._model, self._cache, self._prices = mode, model, cache, prices
         self._slots = asyncio.Semaphore(requests)
-        # Of one thread, since the cache is not thread-safe: a slow disk delays replies, never the event loop.
+        # A single thread, since the cache is not thread-safe: a slow disk delays replies, never the event loop.
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="judge-cache")
 
     async def judge(self, group: CompletionGroup) -> Judgement:
