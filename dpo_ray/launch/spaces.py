@@ -17,7 +17,10 @@ def find_space(name: str) -> str:
             if _spec(module) is not None:
                 return module
     problem = f"no search space is called {name!r}" if name else "name a search space after the configuration"
-    raise ValueError(f"{problem}; tune_spaces has: {', '.join(_names()) or 'none here'}")
+    raise ValueError(
+        f"{problem}; accepted are {', '.join(_names()) or 'none of tune_spaces here'}, and the import path of a module "
+        "of your own, such as my_spaces.wide"
+    )
 
 
 def _spec(module: str) -> ModuleSpec | None:

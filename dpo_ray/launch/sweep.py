@@ -25,9 +25,10 @@ from dpo_ray.launch.spaces import find_space
 from dpo_ray.launch.sweeps.driver import Driver, Plan, open_sweep_dir
 from dpo_ray.launch.sweeps.schedulers import build_scheduler, validate_own
 from dpo_ray.launch.sweeps.search import build_searcher, grid
-from dpo_ray.launch.sweeps.space import describe, validate_space
+from dpo_ray.launch.sweeps.space import describe, grid_points, validate_space
 from dpo_ray.launch.sweeps.summary import print_sweep
 from dpo_ray.model.architecture import read_model_config
+from dpo_ray.report.formatting import count_noun
 from dpo_ray.report.sweep_record import read_sweep
 from dpo_ray.sweep.trials import Constraint, Objective, SweepDefinition, Trial
 
@@ -48,7 +49,7 @@ class Sweep:
     """A held-out metric; None is eval/rewards/accuracies offline and heldout/score online."""
     mode: Literal["max", "min"] = "max"
     samples: int = 16
-    """Trials."""
+    """Number of trials, grids included: unlike ``num_samples`` of Ray Tune it does not multiply them."""
     scheduler: Any = None
     """A scheduler of ray.tune with ``time_attr="step"`` (``"round"`` online), instead of ``sweep.scheduler``."""
     search: Any = None
@@ -89,7 +90,11 @@ def _run_exclusively(
     run_dir, definition = open_sweep_dir(config, definition)
     pairs, prompts, held_out = _prepare(config, cluster, console)
     concurrent = min(definition.samples, config.sweep.concurrent or _trials_that_fit(config, cluster))
-    console.print(f"{definition.samples} trials, {concurrent} at a time")
+    console.print(f"{count_noun(definition.samples, 'trial')}, {concurrent} at a time")
+    if sweep.search is None and definition.samples < (points := grid_points(sweep.space)):
+        console.print(
+            f"  {definition.samples} of the {points} combinations of tune.grid_search; sweep.samples={points} tries all"
+        )
     plan = Plan(config, sweep.space, sweep.scheduler, sweep.search, definition, pairs, concurrent)
     driver = Driver(plan, cluster, run_dir, console)
     try:
@@ -185,7 +190,7 @@ def _finish(config: Config, definition: SweepDefinition, trials: list[Trial], ru
 def _no_result(objective: Objective, trials: Sequence[Trial]) -> str:
     errors = [trial.error for trial in trials if trial.status == "failed"]
     if errors and len(errors) == len(trials):
-        return f"all {len(trials)} trials failed; the error of the first: {errors[0]}"
+        return f"{'all ' * (len(trials) > 1)}{count_noun(len(trials), 'trial')} failed; first error: {errors[0]}"
     known = sorted({key for trial in trials for key in trial.metrics if key.startswith(("eval/", "heldout/", "kl"))})
     bound = f" with {objective.constraint.metric} <= {objective.constraint.max:g}" if objective.constraint else ""
     return f"no trial has a finite {objective.metric}{bound}; the evaluations have {', '.join(known) or 'no metrics'}"

@@ -87,7 +87,7 @@ def test_a_search_space_of_the_working_directory_is_found_and_the_built_in_one_l
     (tmp_path / "tune_spaces").mkdir()
     (tmp_path / "tune_spaces" / "mine.py").write_text("")
     done = dpo_ray(bin_folder, "sweep", "config.yaml", "minee", cwd=tmp_path)
-    assert "tune_spaces has: beta_lr, lora_rank, loss_family, mine, online, seeds" in done.stderr
+    assert "accepted are beta_lr, lora_rank, loss_family, mine, online, seeds, and" in done.stderr
 
 
 def test_an_offline_run_trains_with_a_loss_of_the_working_directory(

@@ -71,5 +71,5 @@ def test_help_lists_every_key_with_type_default_and_meaning(job: str) -> None:
 def test_a_misspelt_search_space_fails_fast_and_lists_the_available_ones() -> None:
     done, seconds = command("sweep", "jobs/offline_demo.yaml", "beta_rl")
     assert done.returncode == 2
-    assert "no search space is called 'beta_rl'; tune_spaces has: beta_lr" in done.stderr, done.stderr
+    assert "no search space is called 'beta_rl'; accepted are beta_lr" in done.stderr, done.stderr
     assert seconds < WITHIN_S

@@ -137,10 +137,14 @@ def validate_space(config: Config, space: Space, validate: Callable[[Config], No
         for value in _extremes(domain):
             _validate_value(config, space, flatten({name: value}))
     state = np.random.RandomState(config.run.seed)
-    sizes = [len(domain["grid_search"]) for domain in flat.values() if is_grid(domain)]
     seen: list[Any] = []
-    for values in itertools.islice(variants(space, state), max(PREVIEWS, math.prod(sizes))):
+    for values in itertools.islice(variants(space, state), max(PREVIEWS, grid_points(flat))):
         _validated(config, values, lambda trial: _validate_once(trial, seen, validate))
+
+
+def grid_points(space: Space) -> int:
+    """Combinations of the values of all ``tune.grid_search``; 1 without any."""
+    return math.prod(len(domain["grid_search"]) for domain in flatten(space).values() if is_grid(domain))
 
 
 def _validate_value(config: Config, space: Space, alone: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from dpo_ray.config import Config
 from dpo_ray.config.sweeps import SearchConfig
 from dpo_ray.launch.sweeps.schedulers import build_scheduler
 from dpo_ray.launch.sweeps.search import build_searcher, grid, sobol
-from dpo_ray.launch.sweeps.space import describe, draw, quantile, validate_space, variants
+from dpo_ray.launch.sweeps.space import describe, draw, grid_points, quantile, validate_space, variants
 from dpo_ray.sweep.trials import Key, Objective
 
 OBJECTIVE = Objective("eval/loss", "min")
@@ -45,6 +45,7 @@ def test_a_choice_of_mappings_and_a_function_make_a_space_conditional(search: An
 def test_grid_values_take_turns(search: Any) -> None:
     space = {"loss.use": tune.grid_search(["sigmoid", "ipo", "hinge"]), "loss.beta": tune.uniform(0.1, 0.2)}
     trials = first(search(space, 0), 6)
+    assert grid_points(space) == 3
     assert [trial["loss.use"] for trial in trials] == ["sigmoid", "ipo", "hinge"] * 2
     assert len({trial["loss.beta"] for trial in trials}) == 6
 
