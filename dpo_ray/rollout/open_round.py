@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dpo_ray.rollout.pair_index import GAPS, REFERENCE, SPANS, PairIndex
-from dpo_ray.rollout.tally import Tally, sampled_candidates
+from dpo_ray.rollout.tally import Line, Tally, sampled_candidates
 from dpo_ray.storage import write_atomically
 from dpo_ray.types import CompletionGroup, Dropped, Judgement, Prompt, ScoredPair
 
@@ -24,8 +24,6 @@ FAILED = "failed_"
 """Prefix of the reasons of groups that failed; they are collected again if their round is continued."""
 LINE_KEYS = ("prompt", "prompt_index", "position", "tokens", "candidates", "scores", "pairs", "dropped", "seed")
 
-Line = dict[str, Any]
-"""One line of pairs.jsonl."""
 to_json = partial(json.dumps, ensure_ascii=False, allow_nan=False, default=str)
 
 

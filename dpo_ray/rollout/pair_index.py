@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from dpo_ray.rollout.tally import Line
+
 SPANS, GAPS, REFERENCE = "pairs.i64", "gaps.f64", "reference.f64"
-Line = Mapping[str, Any]
-"""One line of pairs.jsonl."""
 
 
 @dataclass(frozen=True, slots=True)
