@@ -236,6 +236,11 @@ def validate_sources(
             "online.judge.use: implicit compares the policy with the reference, and with "
             f"{found} there is none that differs; set reference.kind: auto and reference.refresh: never"
         )
+    if online.judged_by_trainer and not source.mix:
+        raise ValueError(
+            "online.judge.use: implicit compares the policy with the reference, and without other pairs the policy "
+            "never comes to differ from it; give fixed pairs for the first rounds: data.train and online.source.mix"
+        )
 
 
 def validate_engines(

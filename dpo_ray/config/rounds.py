@@ -89,14 +89,26 @@ class JudgeConfig(Component):
     timeout_s: float = Field(300.0, gt=0)
     """Seconds to wait for one call; then the judge's process is restarted."""
 
-    def asks(self, name: str) -> bool:
-        """True if the judge, or a part of a weighted one, is the built-in judge ``name``."""
-        parts = self.args.get("judges") if self.use == "weighted" else None
-        uses = [part.get("use") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
-        return name in (self.use, *uses)
-
     retries: int = Field(1, ge=0)
     """Further attempts for a prompt whose completions the judge failed to score."""
+
+    def asks(self, name: str) -> bool:
+        """True if the judge, or a part of a weighted one, is the built-in judge ``name``."""
+        return name == self.use or any(use == name for use, _ in self._parts())
+
+    @property
+    def compares(self) -> bool:
+        """True for a built-in judge that compares the completions of a prompt, and has no score for a single one."""
+        default = {"llm": "pairwise", "policy": "score"}
+        return all(use in default and args.get("mode", default[use]) == "pairwise" for use, args in self._parts())
+
+    def _parts(self) -> list[tuple[Any, dict[str, Any]]]:
+        """Name and arguments of the judge, or of each part of a weighted one, as far as they are valid."""
+        if self.use != "weighted":
+            return [(self.use, self.args)]
+        parts = self.args.get("judges")
+        valid = [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+        return [(part.get("use"), part.get("args") or {}) for part in valid]
 
 
 class SelectConfig(Component):
@@ -208,6 +220,12 @@ class OnlineConfig(Section):
             raise ValueError(
                 "online.judge.use: implicit compares policy and reference, which says nothing of held-out completions; "
                 "set online.eval_judge, or leave out online.eval_prompts"
+            )
+        if self.eval_prompts and evaluated.compares:
+            key = "eval_judge" if self.eval_judge else "judge"
+            raise ValueError(
+                f"online.{key}.use: {evaluated.use} compares completions in pairs, and a held-out prompt has one; set "
+                "online.eval_judge, for example the same judge with args.mode: score, or leave out online.eval_prompts"
             )
         return self
 

@@ -84,7 +84,7 @@ class AdapterWeights:
     """The adapters alone, in float32, on rank 0. Each iteration gathers them anew.
 
     For each weight NAME of the checkpoint that they change by scale * B A: ``NAME.lora_A`` (rank, in), ``NAME.lora_B``
-    (out, rank) and ``NAME.lora_scale`` ().
+    (out, rank) and ``NAME.lora_scale`` (3,), whose sum is the scale also after rounding to bfloat16.
     """
 
     policy: Scorer
@@ -98,11 +98,20 @@ class AdapterWeights:
             if a is not None and b is not None:
                 stored = self._name_in_checkpoint(name.replace(BASE_LAYER, "."))
                 yield from {f"{stored}.lora_A": a, f"{stored}.lora_B": b}.items()
-                yield f"{stored}.lora_scale", torch.tensor(scale, dtype=torch.float32)
+                yield f"{stored}.lora_scale", exact_sum(scale)
 
     def _name_in_checkpoint(self, name: str) -> str:
         (stored,) = revert_weight_conversion(self.policy.model, {name: torch.empty(0)})
         return stored
+
+
+def exact_sum(number: float) -> Tensor:
+    """(3,) values of bfloat16, as float32, whose sum is a float32 number: each takes 8 of its 24 bits."""
+    rest, parts = torch.tensor(number, dtype=torch.float32), []
+    for _ in range(3):
+        parts.append(rest.bfloat16().float())
+        rest = rest - parts[-1]
+    return torch.stack(parts)
 
 
 def export_policy(policy: Scorer, model: ModelConfig, tokenizer: PreTrainedTokenizerBase, run_dir: Path) -> None:

@@ -9,6 +9,10 @@ from typing import Any
 
 Line = Mapping[str, Any]
 """One line of pairs.jsonl."""
+SCORES = ("mean", "best", "chosen", "rejected")
+"""Scores of every round."""
+FIGURES = (*(f"{name}_score" for name in SCORES), "length_correlation")
+"""Figures of every round about its scores, logged as judge/NAME."""
 
 
 def sampled_candidates(line: Line) -> list[Mapping[str, Any]]:
@@ -63,7 +67,7 @@ class Tally:
 
     counts: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
-    scores: dict[str, Mean] = field(default_factory=lambda: {n: Mean() for n in ("mean", "best", "chosen", "rejected")})
+    scores: dict[str, Mean] = field(default_factory=lambda: {name: Mean() for name in SCORES})
     """Means of scores: ``mean`` over all completions, ``best`` over the best of each group, and over the completions
     of the pairs; further ones by the components of the judge."""
     means: dict[str, Mean] = field(default_factory=dict)

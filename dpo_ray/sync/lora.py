@@ -32,11 +32,11 @@ class LoraSync(Sender):
     """The sender; see ``WeightSync``. ``publish`` takes adapters in float32.
 
     For each weight NAME that they change by scale * B A: ``NAME.lora_A`` (rank, in), ``NAME.lora_B`` (out, rank) and
-    ``NAME.lora_scale`` ().
+    ``NAME.lora_scale``, whose sum is the scale. They travel in the dtype in which the trainer computes with them.
 
     Args:
         bucket_mib: largest size of a message.
-        dtype: torch dtype of the weights, before and after merging.
+        dtype: torch dtype of the adapters, and of the weights before and after merging.
         background: see ``Sender``.
     """
 
@@ -44,7 +44,7 @@ class LoraSync(Sender):
     adapters_only = True
 
     def __init__(self, bucket_mib: int = 64, dtype: str = "bfloat16", background: bool = False) -> None:
-        super().__init__(bucket_mib, "float32", background)
+        super().__init__(bucket_mib, dtype, background)
         self._merged_dtype = dtype
 
     def _send(self, engines: EngineGroup, bucket: list[NamedTensor], version: int) -> None:
@@ -88,8 +88,8 @@ def merged_weights(
         weight = weight.to(device, dtype)
         if name in names:
             names.remove(name)
-            a, b, scale = (adapters[f"{name}.{factor}"].to(device) for factor in FACTORS)
-            weight = (weight.float() + scale * (b @ a)).to(dtype)
+            a, b, scale = (adapters[f"{name}.{factor}"].to(device, torch.float32) for factor in FACTORS)
+            weight = (weight.float() + scale.sum() * (b @ a)).to(dtype)
         yield name, weight
     if names:
         raise ValueError(f"the checkpoint has no weights for {len(names)} adapters, first {min(names)}")

@@ -93,7 +93,7 @@ def logps_of(weights: Weights, path: Path, texts: Sequence[tuple[tuple[int, ...]
     for name, weight in weights.items():
         stem, _, factor = name.rpartition(".")
         if factor == "lora_A":
-            b, scale = weights[f"{stem}.lora_B"], float(weights[f"{stem}.lora_scale"])
+            b, scale = weights[f"{stem}.lora_B"], float(weights[f"{stem}.lora_scale"].sum())
             whole[stem] += torch.from_numpy(scale * (b.astype(float) @ weight.astype(float)))
         elif not factor.startswith("lora_"):
             whole[name].copy_(torch.from_numpy(weight))

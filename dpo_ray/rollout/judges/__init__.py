@@ -24,6 +24,7 @@ from dpo_ray.rollout.judges.reward_model import RewardModel
 from dpo_ray.rollout.judges.sentiment import Sentiment
 from dpo_ray.rollout.judges.verifiable import Exact, JsonSchema, Math, Regex
 from dpo_ray.rollout.judges.weighted import Weighted
+from dpo_ray.rollout.tally import FIGURES, SCORES
 from dpo_ray.types import CompletionGroup, Judgement, Messages
 
 ASYNC_CONCURRENCY = 32
@@ -165,10 +166,15 @@ def check_scores(groups: Sequence[CompletionGroup], scores: Any) -> list[Judgeme
 def _judgement(number: int, group: CompletionGroup, row: Any) -> Judgement:
     if not isinstance(row, Judgement):
         return Judgement(_check_group(number, group, row))
-    parts = {name: _check_group(number, group, part) for name, part in row.parts.items()}
+    parts = {_own(name, SCORES): _check_group(number, group, part) for name, part in row.parts.items()}
     means, totals = (_check_figures(number, group, figures) for figures in (row.means, row.totals))
     totals = {name: value for name, value in totals.items() if math.isfinite(value)}
     return replace(row, scores=_check_group(number, group, row.scores), parts=parts, means=means, totals=totals)
+
+
+def _own(name: str, taken: Collection[str]) -> str:
+    """The name under which a judge's figure is stored; that of a figure of every round gets a prefix."""
+    return f"own_{name}" if name in taken else name
 
 
 def _check_figures(number: int, group: CompletionGroup, figures: Mapping[str, Any]) -> dict[str, float]:
@@ -179,7 +185,7 @@ def _check_figures(number: int, group: CompletionGroup, figures: Mapping[str, An
                 f"the judge returned {value!r} as {name} of group {number} (prompt {group.prompt.index}); it must be a "
                 "number"
             )
-    return {name: float(value) for name, value in figures.items()}
+    return {_own(name, FIGURES): float(value) for name, value in figures.items()}
 
 
 def _check_group(number: int, group: CompletionGroup, row: Any) -> tuple[float, ...]:

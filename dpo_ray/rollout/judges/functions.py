@@ -240,12 +240,18 @@ def _verl(function: RewardFunction) -> Prepare:
         prompts = [group.prompt for group in groups for _ in group.completions]
         texts = [completion.text for group in groups for completion in group.completions]
         values = {name: _verl_column(function, column, prompts) for name, column in columns.items()}
-        values |= {"solution_str": texts, "extra_info": [dict(p.fields.get("extra_info") or {}) for p in prompts]}
+        values |= {"solution_str": texts, "extra_info": list(map(_extra_info, prompts))}
         asked = {name: column for name, column in values.items() if function.asks_for(name)}
         calls = [{name: column[i] for name, column in asked.items()} for i in range(len(texts))]
         return calls, partial(_verl_judgements, groups, function.use)
 
     return prepare
+
+
+def _extra_info(prompt: Prompt) -> Any:
+    """The field of the record: {} without one; a mapping is copied, since functions write into it."""
+    value = prompt.fields.get("extra_info")
+    return dict(value) if isinstance(value, Mapping) else {} if value is None else value
 
 
 def _verl_column(function: RewardFunction, column: Column, prompts: Sequence[Prompt]) -> list[Any]:

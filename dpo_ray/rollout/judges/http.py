@@ -141,13 +141,13 @@ class Http:
         self, group: CompletionGroup, errors: Sequence[BaseException], answers: Sequence["Answer[Rewards]"]
     ) -> None:
         """Raise the error of a group, unless the server has only rejected some completions, such as too long ones."""
-        from dpo_ray.rollout.judges.endpoint import RequestLost
+        from dpo_ray.rollout.judges.endpoint import RequestRejected
 
         for error in errors:
             if isinstance(error, JudgeUnavailable):
                 raise JudgeUnavailable(f"judge {NAME!r}: {error}") from None
         for error in errors:
-            if not answers or isinstance(error, RequestLost) or not isinstance(error, RuntimeError):
+            if not answers or not isinstance(error, RequestRejected):
                 raise error
             logger.warning("a completion of prompt %d has no score: %s", group.prompt.index, error)
 

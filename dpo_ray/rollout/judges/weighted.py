@@ -10,6 +10,7 @@ from typing import Any, Literal
 from dpo_ray.config import Component
 from dpo_ray.config.rounds import IMPLICIT
 from dpo_ray.rollout.judges.functions import is_async
+from dpo_ray.rollout.judges.waiting import wait_for_all
 from dpo_ray.types import CompletionGroup, Judgement, JudgeUnavailable
 
 BindComponent = Callable[[Component], Callable[[], Any]]
@@ -81,13 +82,7 @@ class Weighted:
         bind_parts(judges, on_failure, bind_component)
 
     async def __call__(self, groups: Sequence[CompletionGroup]) -> list[Judgement]:
-        answers = await asyncio.gather(
-            *(self._answers(i, groups) for i in range(len(self._parts))), return_exceptions=True
-        )
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                raise answer
-        columns = zip(*(answer for answer in answers if isinstance(answer, list)), strict=True)
+        columns = zip(*await wait_for_all(self._answers(i, groups) for i in range(len(self._parts))), strict=True)
         return [
             combine(self._parts, column, len(group.completions), skip=self._skip)
             for group, column in zip(groups, columns, strict=True)

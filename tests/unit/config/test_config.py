@@ -534,6 +534,15 @@ def test_patterns_splits_and_compressed_files_are_local_paths(tmp_path, monkeypa
         (["online.source.replay=0.5", "online.keep_rounds=4"], "set online.keep_rounds to 5 or more"),
         (["online.source.replay=0.5", "online.keep_rounds=9", "run.save_every=null"], "set online.keep_rounds to null"),
         (["online.judge.use=implicit", "reference.refresh=round"], "compares the policy with the reference"),
+        (["online.judge.use=implicit"], "without other pairs the policy never comes to differ from it"),
+        (
+            ["online.judge={use: llm, args: {model: m}}", "online.eval_prompts=p.jsonl"],
+            "online.judge.use: llm compares completions in pairs, and a held-out prompt has one",
+        ),
+        (
+            ["online.eval_judge={use: policy, args: {mode: pairwise}}", "online.eval_prompts=p.jsonl"],
+            "online.eval_judge.use: policy compares completions in pairs",
+        ),
         (["run.best_metric=eval/loss"], "evaluations of an online run have heldout/score, heldout/win_rate, kl"),
         (["run.best_metric=heldout/score"], "give online.eval_prompts"),
         (["run.best_metric=kl", "reference.refresh=round"], "needs a reference that is held"),

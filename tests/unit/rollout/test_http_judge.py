@@ -132,6 +132,14 @@ def test_a_completion_that_the_server_rejects_has_no_score_and_the_others_of_its
     assert judgement.totals == {"requests": 3, "retries": 0, "rejected": 1}
 
 
+@pytest.mark.parametrize("failure", [(401, "no key"), (404, "no such path"), (200, {"data": []})])
+def test_a_server_that_fails_otherwise_than_by_rejecting_a_completion_fails_the_group(group, failure):
+    """Of two servers only one works: half of the completions would have no score."""
+    with serve(length) as good, serve(lambda number, body: failure) as bad:
+        error = error_of([group("a", "bb", "ccc", "dddd")], url=[good.url, bad.url])
+    assert str(error).startswith(f"{bad.url}/classify: ")
+
+
 def test_servers_take_turns_and_a_retry_goes_to_the_next_one(group):
     groups = [group("x" * (i + 1), index=i) for i in range(8)]
     with serve(length) as first, serve(length) as second:

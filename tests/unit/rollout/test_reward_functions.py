@@ -295,6 +295,19 @@ async def verl_later(solution_str, ground_truth, **kwargs):
     return float(solution_str == ground_truth)
 
 
+def verl_echo(solution_str, ground_truth, extra_info, expected):
+    return float(extra_info == expected)
+
+
+def verl_chosen(solution_str, ground_truth):
+    return {"score": 1.0, "chosen": 0, "rank": 3}
+
+
+def trl_reserved(completions, log_metric, **kwargs):
+    log_metric("mean_score", 7.0)
+    return [1.0] * len(completions)
+
+
 def verl_bad(solution_str, ground_truth):
     return {"reward": 1.0}
 
@@ -316,6 +329,19 @@ def test_arguments_of_verl_functions_may_be_set():
     record = {"answer": "42", "extra_info": {"split": "train"}}
     judgements = judge("verl_score", [group("42", "it is 42", **record)], data_source="arithmetic", strict=False)
     assert scores(judgements) == [(1.0, 1.0)]
+
+
+@pytest.mark.parametrize(("value", "seen"), [('{"split": "train"}', '{"split": "train"}'), (None, {}), ({}, {})])
+def test_verl_functions_get_extra_info_as_it_stands_in_the_record(value, seen):
+    (judgement,) = judge("verl_echo", [group("42", ground_truth="42", extra_info=value)], expected=seen)
+    assert judgement.scores == (1.0,)
+
+
+def test_numbers_with_the_name_of_a_score_of_every_round_are_stored_under_another():
+    (judgement,) = judge("verl_chosen", [group("42", **VERL_RECORD)])
+    assert judgement.parts == {"own_chosen": (0.0,), "rank": (3.0,)}
+    (logged,) = judge("trl_reserved", [group("42")])
+    assert logged.means == {"own_mean_score": 7.0}
 
 
 def test_an_async_verl_function_is_an_async_judge():

@@ -233,13 +233,20 @@ def test_wrong_arguments_are_rejected_where_the_judge_is_bound(judges, args, mes
         bind_judge(Component(use="weighted", args={"judges": judges, **args}))
 
 
+def always_raises(groups: Sequence[CompletionGroup]) -> list[list[float]]:
+    raise TypeError("a mistake in this judge")
+
+
 def unavailable(groups: Sequence[CompletionGroup]) -> list[list[float]]:
     raise JudgeUnavailable("the reward server is down")
 
 
+@pytest.mark.parametrize("other", ["characters", "always_raises"])
 @pytest.mark.parametrize("on_failure", ["skip", "fail"])
-def test_a_component_that_is_unavailable_ends_the_run_instead_of_being_left_out_from_here_on(on_failure: str) -> None:
-    parts = [{"use": f"{MODULE}:unavailable"}, {"use": f"{MODULE}:characters"}]
+def test_a_component_that_is_unavailable_ends_the_run_instead_of_being_left_out_from_here_on(
+    on_failure: str, other: str
+) -> None:
+    parts = [{"use": f"{MODULE}:{other}"}, {"use": f"{MODULE}:unavailable"}]
     judge: Any = bind_judge(Component(use="weighted", args={"judges": parts, "on_failure": on_failure}))()
     with pytest.raises(JudgeUnavailable, match="server is down"):
         asyncio.run(judge([group("a", "bb")]))

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dpo_ray.config.schema import LoraConfig
+from dpo_ray.model.export import exact_sum
 from dpo_ray.sync.base import EngineGroup
 from dpo_ray.sync.lora import AdapterMessage, LoraSync, merged_weights
 from dpo_ray.types import Probe
@@ -73,12 +75,42 @@ class Memory(EngineGroup):
     def end_update(self, digest: str, probe: Probe) -> None: ...
 
 
-def test_adapters_travel_in_float32_with_the_dtype_of_the_weights_that_they_change():
-    engines, sync, sent = Memory(), LoraSync(dtype="bfloat16"), adapters("attn.q")
+def received(sent: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """The adapters of all messages, which name the dtype of the weights."""
+    engines, sync = Memory(), LoraSync(dtype=dtype)
     sync.connect(engines)
     sync.publish(sent.items(), version=1, probe=Probe((), (), 0.0))
-    (message,) = engines.messages
-    assert message.dtype == "bfloat16"
-    received = {tensor.name: tensor.to_tensor() for tensor in message.adapters}
-    assert all(torch.equal(received[name], tensor) for name, tensor in sent.items())
-    assert {tensor.dtype for tensor in received.values()} == {torch.float32}
+    assert {message.dtype for message in engines.messages} == {dtype}
+    return {tensor.name: tensor.to_tensor() for message in engines.messages for tensor in message.adapters}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_adapters_travel_in_the_dtype_of_the_weights_that_they_change(dtype: str):
+    sent = adapters("attn.q")
+    arrived = received(sent, dtype)
+    assert all(torch.equal(arrived[name].float(), tensor) for name, tensor in sent.items())
+    assert {str(tensor.dtype) for tensor in arrived.values()} == {f"torch.{dtype}"}
+
+
+@pytest.mark.parametrize("scale", [1 / 3, 32 / 16**0.5, 1.0, 1e-3])
+def test_the_scale_of_adapters_survives_the_rounding_of_its_parts(scale: float):
+    parts = exact_sum(scale)
+    assert torch.equal(parts.bfloat16().float(), parts)
+    changes = {name: tensor.bfloat16() for name, tensor in adapters("attn.q").items()}
+    merged = merge(changes | {"attn.q.weight.lora_scale": parts.bfloat16()})["attn.q.weight"]
+    assert merged[0, 0] == 1 + torch.tensor(scale) * 3
+
+
+def test_a_push_of_the_default_adapters_has_under_5_percent_of_the_bytes_of_the_policy():
+    """SmolLM2-135M: 30 layers, hidden size 576, three heads of keys and values, a tied embedding of 49,152 tokens."""
+    shapes = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576)}
+    shapes |= {"gate": (1536, 576), "up": (1536, 576), "down": (576, 1536)}
+    weights = {f"{layer}.{name}.weight": shape for layer in range(30) for name, shape in shapes.items()}
+    rank, sent = LoraConfig().rank, dict[str, Tensor]()
+    for name, (rows, columns) in weights.items():
+        sent |= {f"{name}.lora_A": torch.zeros(rank, columns), f"{name}.lora_B": torch.zeros(rows, rank)}
+        sent[f"{name}.lora_scale"] = exact_sum(2.0)
+    pushed = sum(tensor.nbytes for tensor in received(sent, "bfloat16").values())
+    whole = 2 * (49_152 * 576 + 30 * 2 * 576 + 576 + sum(rows * columns for rows, columns in weights.values()))
+    assert whole == pytest.approx(269e6, rel=1e-3)
+    assert pushed / whole == pytest.approx(0.036, abs=0.001)
