@@ -58,6 +58,7 @@ class CollectorRounds:
         assert config.online is not None
         self.rollouts, self.report, self.colocated = rollouts, report, colocated
         self.select = partial(select_pairs, build_selector(config.online.select))
+        self.max_failed_share = config.online.max_failed_share
         self.ledger, self.evaluations = Ledger(config.run.path), EvaluationStore(config.run.path)
         self.patience_s = config.cluster.start_timeout_s
         # The fleet's own limit expires first, and replaces an engine instead of ending the run.
@@ -85,7 +86,8 @@ class CollectorRounds:
 
     def judge(self, round: int, scores: Sequence[float]) -> RoundData:
         """Writes the scores of all completions of a round; returns it with the pairs that the selector picks."""
-        self._on_rank0(lambda: self.ledger.judge(round, scores, self.select))
+        share = self.max_failed_share
+        self._on_rank0(lambda: self.ledger.judge(round, scores, self.select, max_failed_share=share))
         return self.read(round)
 
     def write_reference(self, round: int, logps: np.ndarray) -> None:

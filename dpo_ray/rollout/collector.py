@@ -158,15 +158,13 @@ class Collector:
         if ledger.done or ledger.stale:
             logger.info("round %d: %d groups are on disk, %d were too old", round, len(ledger.done), ledger.stale)
         limit = FailureLimit(round, len(prompts), online.max_failed_share)
-        digests: dict[int, str] = {}
 
         async def generate(request: Request) -> CompletionGroup:
+            ledger.note_digests(self._digests())
             # An engine may load an older policy while a request waits in it, if the trainer has restarted.
             while (group := await self.engines.generate(request, oldest=oldest)).policy_version < oldest:
                 pass
-            version = max(completion.last_version for completion in group.completions)
-            if not digests.get(version):  # the news of an update may come after its first group
-                digests[version] = next((m.digest for m in self.engines.current.members if m.version == version), "")
+            ledger.note_digests(self._digests())
             return group
 
         def append(outcome: Outcome) -> None:
@@ -184,11 +182,14 @@ class Collector:
             ledger.finish,
             timings={"generate_s": pipeline.generating.seconds, "judge_s": pipeline.judging.seconds},
             metrics=dict(self.engines.current.metrics or {}) | engine_metrics((await self.statuses()).values()),
-            weights_digests={str(version): digests[version] for version in sorted(digests)},
             seed=self.seed,
             sampling=online.sampling.model_dump(mode="json"),
             judged=not online.judged_by_trainer,
         )
+
+    def _digests(self) -> dict[int, str]:
+        """Digests of the weights that engines have, by version."""
+        return {m.version: m.digest for m in self.engines.current.members if m.version is not None and m.digest}
 
     def _pipeline(self, generate: Generate) -> Pipeline:
         """The steps of a group for the source of the round's pairs."""

@@ -2,9 +2,8 @@
 
 import asyncio
 import contextlib
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from dpo_ray.types import CompletionGroup, Judgement, JudgeUnavailable
@@ -14,7 +13,11 @@ class JudgeReplica(Protocol):
     """A judge in a process of its own."""
 
     async def score(self, groups: Sequence[CompletionGroup]) -> list[Judgement]:
-        """Scores of every completion of every group, checked."""
+        """Scores of every completion of every group, checked.
+
+        Raises:
+            JudgeDied: the process died.
+        """
         ...
 
     async def ready(self) -> Any:
@@ -24,6 +27,10 @@ class JudgeReplica(Protocol):
     async def restart(self) -> None:
         """Kill the process, whatever it does; another starts. Calls in progress raise."""
         ...
+
+
+class JudgeDied(RuntimeError):
+    """The judge's process died during a call."""
 
 
 class JudgeFailed(RuntimeError):
@@ -38,6 +45,8 @@ class _Waiting:
     judgement: asyncio.Future[Judgement]
     alone: bool = False
     """True after a batch with it failed: only the group at fault fails again."""
+    exclusive: bool = False
+    """True after a process died with it and other calls in progress: only the call at fault kills another."""
     attempts: int = 0
 
 
@@ -46,7 +55,40 @@ class _Problem(NamedTuple):
 
     text: str
     own: bool = True
-    """False if the process was killed because another call hung."""
+    """False if the process died with other calls in progress, or was killed because another one hung."""
+    died: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Process:
+    """A replica, and the calls in progress in it."""
+
+    replica: JudgeReplica
+    restarts: int = 0
+    restarting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    calls: int = 0
+    overlaps: int = 0
+    """Number of calls that began beside another one."""
+    _entering: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @contextlib.asynccontextmanager
+    async def call(self, *, exclusive: bool) -> AsyncIterator[None]:
+        """Take part in the calls in progress, or wait for their end and hold up others."""
+        async with contextlib.AsyncExitStack() as turn:
+            await turn.enter_async_context(self._entering)
+            while exclusive and self.calls:
+                self._idle.clear()
+                await self._idle.wait()
+            self.overlaps += self.calls > 0
+            self.calls += 1
+            if not exclusive:
+                await turn.aclose()
+            try:
+                yield
+            finally:
+                self.calls -= 1
+                self._idle.set()
 
 
 class JudgePool:
@@ -62,18 +104,16 @@ class JudgePool:
     def __init__(
         self, replicas: Sequence[JudgeReplica], *, batch: int, concurrency: int, timeout_s: float, retries: int
     ) -> None:
-        self._replicas, self._batch, self._concurrency = replicas, batch, concurrency
+        self._processes, self._batch, self._concurrency = list(map(_Process, replicas)), batch, concurrency
         self._timeout_s, self._retries = timeout_s, retries
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
-        self._restarts: Counter[int] = Counter()
-        self._locks: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def run(self) -> None:
         """Serve until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            for replica in self._replicas:
+            for process in self._processes:
                 for _ in range(self._concurrency):
-                    tasks.create_task(self._serve(replica))
+                    tasks.create_task(self._serve(process))
 
     async def score(self, group: CompletionGroup) -> Judgement:
         """One score per completion; NaN for a completion without a score.
@@ -85,15 +125,15 @@ class JudgePool:
         self._queue.put_nowait(waiting)
         return await waiting.judgement
 
-    async def _serve(self, replica: JudgeReplica) -> None:
+    async def _serve(self, process: _Process) -> None:
         while True:
             batch = await self._next_batch()
-            problem = await self._call(replica, batch)
+            problem = await self._call(process, batch)
             if problem is None:
                 continue
             for waiting in batch:
                 waiting.attempts += problem.own and len(batch) == 1
-                waiting.alone = True
+                waiting.alone, waiting.exclusive = True, waiting.exclusive or problem.died
                 self._again(waiting, problem.text)
 
     async def _next_batch(self) -> list[_Waiting]:
@@ -106,36 +146,44 @@ class JudgePool:
             batch.append(following)
         return batch
 
-    async def _call(self, replica: JudgeReplica, batch: Sequence[_Waiting]) -> _Problem | None:
+    async def _call(self, process: _Process, batch: Sequence[_Waiting]) -> _Problem | None:
         """Score a batch; returns what went wrong, or None."""
-        limit, restarts = asyncio.timeout(self._timeout_s), self._restarts[id(replica)]
+        async with process.call(exclusive=batch[0].exclusive):
+            return await self._score(process, batch)
+
+    async def _score(self, process: _Process, batch: Sequence[_Waiting]) -> _Problem | None:
+        limit, restarts = asyncio.timeout(self._timeout_s), process.restarts
+        beside, overlaps = process.calls > 1, process.overlaps
         try:
             async with limit:
-                judgements = await replica.score([waiting.group for waiting in batch])
+                judgements = await process.replica.score([waiting.group for waiting in batch])
         except JudgeUnavailable as error:
             for waiting in batch:
                 if not waiting.judgement.done():
                     waiting.judgement.set_exception(error)
             return None
         except Exception as error:
-            own = limit.expired() or restarts == self._restarts[id(replica)]
-            await self._recover(replica, hung=limit.expired(), restarts=restarts)
+            killed = restarts != process.restarts and not limit.expired()
+            died = isinstance(error, JudgeDied) and not killed
+            others = beside or overlaps != process.overlaps
+            await self._recover(process, hung=limit.expired(), restarts=restarts)
             if limit.expired():
                 return _Problem(f"returned no scores in {self._timeout_s:g} s (online.judge.timeout_s)")
-            return _Problem(f"raised {type(error).__name__}: {error}", own)
+            text = "died: its process ended" if died else f"raised {type(error).__name__}: {error}"
+            return _Problem(text, own=not killed and not (died and others), died=died)
         for waiting, judgement in zip(batch, judgements, strict=True):
             if not waiting.judgement.done():
                 waiting.judgement.set_result(judgement)
         return None
 
-    async def _recover(self, replica: JudgeReplica, *, hung: bool, restarts: int) -> None:
+    async def _recover(self, process: _Process, *, hung: bool, restarts: int) -> None:
         """Restart a replica that hangs, unless another call has done so, and wait until it is ready."""
-        async with self._locks[id(replica)]:
+        async with process.restarting:
             with contextlib.suppress(Exception):
-                if hung and restarts == self._restarts[id(replica)]:
-                    self._restarts[id(replica)] += 1
-                    await replica.restart()
-                await replica.ready()
+                if hung and restarts == process.restarts:
+                    process.restarts += 1
+                    await process.replica.restart()
+                await process.replica.ready()
 
     def _again(self, waiting: _Waiting, problem: str) -> None:
         """Put a group into the queue again, alone, or give it up."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from dpo_ray.rollout.open_round import FAILED, Line, Outcome, line_of, read_lines, to_json
 from dpo_ray.rollout.pair_index import PairIndex
-from dpo_ray.rollout.pipeline import Select
+from dpo_ray.rollout.pipeline import FailureLimit, Select
 from dpo_ray.rollout.tally import Tally
 from dpo_ray.storage import write_atomically
 from dpo_ray.types import Completion, CompletionGroup, Dropped, Judgement, Prompt, ScoredPair, TokenSample
@@ -24,21 +24,27 @@ def samples_of(folder: Path) -> list[TokenSample]:
     return samples
 
 
-def judge_round(folder: Path, scores: Sequence[float], select: Select) -> None:
+def judge_round(folder: Path, scores: Sequence[float], select: Select, *, max_failed_share: float) -> None:
     """Write the scores of all completions of a round, and the pairs that follow from them, into its files.
 
     May be repeated if it was interrupted: the manifest is written last.
 
     Args:
         scores: one per completion, in the order of ``samples_of``.
+        max_failed_share: see ``OnlineConfig``; of the groups that were generated.
+
+    Raises:
+        TooManyFailed: the selector raised over more groups.
     """
     tally, pairs, lines = Tally(), PairIndex(), list[Line]()
-    remaining = iter(scores)
-    for line, group in _groups(folder):
+    remaining, groups = iter(scores), list(_groups(folder))
+    limit = FailureLimit(int(folder.name), len(groups), max_failed_share)
+    for line, group in groups:
         if group.completions:
             judgement = Judgement(tuple(next(remaining) for _ in group.completions))
             choice, error = _selected(select, group, judgement)
             outcome = Outcome(group.prompt, line["position"], choice, group, judgement, error)
+            limit.count(outcome)
             line = line_of(outcome, line["tokens"]["start"])
         tally.add(line)
         lines.append(line)

@@ -6,7 +6,8 @@
     pairs.i64       positions of prompt, chosen and rejected of each pair in tokens.i32, in the order of the prompts
     gaps.f64        score of the chosen minus score of the rejected completion of each pair, in the same order
     reference.f64   reference log-probabilities of these pairs, where later rounds replay them
-    manifest.json   counts and timings; written last and atomically
+    digests.json    digests of the weights by policy version, until the manifest has them
+    manifest.json   counts, timings and digests; written last and atomically
 
 A round that was interrupted is continued: its groups are on disk. Training reads pairs from these files, memory-mapped,
 so an uninterrupted run and a resumed one cannot differ, and a rank reads only the pairs that it trains on.
@@ -179,9 +180,9 @@ class Ledger:
         """All completions of a round."""
         return samples_of(self.path(round))
 
-    def judge(self, round: int, scores: Sequence[float], select: Select) -> None:
+    def judge(self, round: int, scores: Sequence[float], select: Select, *, max_failed_share: float) -> None:
         """Write scores of all completions of a round, in the order of ``samples``, and the pairs that follow."""
-        judge_round(self.path(round), scores, select)
+        judge_round(self.path(round), scores, select, max_failed_share=max_failed_share)
 
     def forget(self, *, before: int, keep: int) -> None:
         """Delete the token ids of all but the last ``keep`` rounds before ``before``, and their texts.

@@ -22,6 +22,7 @@ from dpo_ray.types import CompletionGroup, Dropped, Judgement, Prompt, ScoredPai
 REMEDY = "delete the folder of this round to collect it again"
 FAILED = "failed_"
 """Prefix of the reasons of groups that failed; they are collected again if their round is continued."""
+DIGESTS = "digests.json"
 LINE_KEYS = ("prompt", "prompt_index", "position", "tokens", "candidates", "scores", "pairs", "dropped", "seed")
 
 to_json = partial(json.dumps, ensure_ascii=False, allow_nan=False, default=str)
@@ -56,6 +57,9 @@ class OpenRound:
         self.folder, self.stale, self.failed = folder, 0, 0
         self.done: set[int] = set()
         self._oldest, self._generated = oldest, 0
+        self._versions: set[int] = set()
+        """Policy versions that have sampled tokens."""
+        self._digests: dict[str, str] = json.loads(file.read_text()) if (file := folder / DIGESTS).exists() else {}
         self._tally, self._pairs = Tally(), PairIndex()
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("manifest.json", SPANS, GAPS, REFERENCE):
@@ -85,6 +89,12 @@ class OpenRound:
         self.failed += outcome.error is not None
         self._count(line)
 
+    def note_digests(self, digests: Mapping[int, str]) -> None:
+        """Remember the digests of the weights of policy versions, also if the round is continued by another process."""
+        if new := {str(version): digest for version, digest in digests.items() if str(version) not in self._digests}:
+            self._digests |= new
+            write_atomically(self.folder / DIGESTS, to_json(self._digests))
+
     def finish(self, **values: Any) -> None:
         """Write the pairs and the manifest, which has ``values`` beside counts, scores and policy versions."""
         self._pairs.write(self.folder)
@@ -94,6 +104,9 @@ class OpenRound:
             "round": int(self.folder.name),
             "policy_version": min(tally.versions, default=self._oldest),
             "policy_versions": {str(version): tally.versions[version] for version in sorted(tally.versions)},
+            "weights_digests": {
+                str(v): self._digests[str(v)] for v in sorted(self._versions) if str(v) in self._digests
+            },
             "counts": {**counts, "tokens_stored": self._end, "tokens_generated": self._generated},
             "scores": tally.mean_scores(),
             "judge": tally.judging(),
@@ -101,6 +114,7 @@ class OpenRound:
         }
         self.close()
         write_atomically(self.folder / "manifest.json", to_json(manifest, indent=2) + "\n")
+        (self.folder / DIGESTS).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Write everything to the disk and close the files."""
@@ -132,6 +146,9 @@ class OpenRound:
         self.done.add(line["prompt_index"])
         self._tally.add(line)
         self._pairs.add(line)
+        for candidate in sampled_candidates(line):
+            first, last = candidate["versions"]
+            self._versions.update(range(first, last + 1))
 
 
 def _usable_lines(path: Path, *, oldest: int, available: int) -> Iterator[Line]:

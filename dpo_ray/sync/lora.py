@@ -36,7 +36,7 @@ class LoraSync(Sender):
 
     Args:
         bucket_mib: largest size of a message.
-        dtype: torch dtype of the adapters, and of the weights before and after merging.
+        dtype: torch dtype of the adapters and of the weights, before and after merging.
         background: see ``Sender``.
     """
 

@@ -3,6 +3,7 @@
 A damaged or unfinished checkpoint is named in the log, and the previous one is used.
 """
 
+import contextlib
 import functools
 import logging
 import shutil
@@ -37,6 +38,9 @@ from dpo_ray.train.state import TrainState
 from dpo_ray.types import Metrics, NonRetryableError
 
 logger = logging.getLogger(__name__)
+
+SAVE_AFTER_FAILURE_S = 60.0
+"""Longest wait of a failed rank for the checkpoint being written, which others may never finish."""
 
 
 class CheckpointMismatch(ValueError):
@@ -149,15 +153,17 @@ class Checkpointer:
         return self
 
     def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
-        if failed is not None and dist.get_world_size() > 1:
-            return  # the others may have failed elsewhere, and the processes end
+        alone = dist.get_world_size() == 1
         try:
             if failed is None:
                 self.wait()
             elif self.pending is not None:
-                self.pending.exception()  # waits; the first failure counts
+                # The first failure counts. The checkpoint before it is worth a wait: nothing of it is trained again.
+                with contextlib.suppress(TimeoutError):
+                    self.pending.exception(None if alone else SAVE_AFTER_FAILURE_S)
         finally:
-            dist.destroy_process_group(self.group)
+            if failed is None or alone:  # otherwise the others may have failed elsewhere, and the processes end
+                dist.destroy_process_group(self.group)
 
     def _remove_unfinished(self) -> None:
         try:

@@ -19,6 +19,7 @@ from dpo_ray.rollout.evaluation import Evaluation, kl_divergence
 from dpo_ray.rollout.ledger import RoundData
 from dpo_ray.rollout.updates import check_probe
 from dpo_ray.sync.base import WeightSync
+from dpo_ray.train.checkpoint_files import finished_checkpoints
 from dpo_ray.train.online import train_online
 from dpo_ray.types import Completion, CompletionGroup, Metrics, Probe, Prompt, TokenPair, TokenSample
 from tests.distributed.conftest import assert_same, over
@@ -133,6 +134,24 @@ class FreshModel:
         """Nothing is in progress."""
 
 
+class FailingPush(FreshModel):
+    """A transport that fails after the first round."""
+
+    def publish(self, weights: Iterable[tuple[str, Tensor]], *, version: int, probe: Probe) -> None:
+        """Fail at once on every rank."""
+        if version:
+            raise RuntimeError("no engine took the update")
+
+
+def checkpoints_after_a_failed_push(rank: int, config: dict[str, Any]) -> list[str]:
+    """Train until the push fails; returns the finished checkpoints at this moment."""
+    parsed = Config.model_validate(config)
+    sync = cast(WeightSync, FailingPush(parsed.model.path))
+    with pytest.raises(RuntimeError, match="no engine took the update"):
+        train_online(parsed, rounds=DrawnRounds(), sync=sync, device=torch.device("cpu"), reporter=ListReporter())
+    return [path.name for path in finished_checkpoints(parsed.run.path / "checkpoints")]
+
+
 def online(
     rank: int, config: dict[str, Any], source: type[DrawnRounds] = DrawnRounds, stop_after: int | None = None
 ) -> tuple[list[Metrics], list[Any]]:
@@ -200,6 +219,13 @@ def test_two_ranks_weigh_pairs_by_the_mean_gap_of_the_whole_step(config: dict[st
         assert_same(steps_of(alone), steps_of(lines), absolute=1e-3)
         norms, alone_norms = ([step["optim/grad_norm"] for step in steps_of(run)] for run in (lines, alone))
         assert norms == pytest.approx(alone_norms, rel=1e-3)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_push_that_fails_costs_no_trained_round(config: dict[str, Any], ranks: int) -> None:
+    config["run"] |= {"save_every": 1, "eval_every": None}
+    for finished in run_ranks(ranks, checkpoints_after_a_failed_push, over(ranks, config)):
+        assert finished == ["000001"]
 
 
 def test_the_checkpoint_with_the_best_evaluation_is_kept_beside_the_newest(config: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from dpo_ray.rollout.judges import (
     check_scores,
     is_async,
 )
+from dpo_ray.rollout.judging import JudgeDied
 from dpo_ray.types import CompletionGroup, Judgement
 
 PING_TIMEOUT_S = 30.0
@@ -129,7 +130,7 @@ class RemoteJudge:
         except RayTaskError as error:
             raise error.cause from None
         except RayActorError:
-            raise RuntimeError("its process died") from None
+            raise JudgeDied("its process died") from None
 
     async def restart(self) -> None:
         """Kill the process; Ray starts another."""

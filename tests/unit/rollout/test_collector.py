@@ -19,6 +19,7 @@ from dpo_ray.rollout.judges import bind_judge, endpoint
 from dpo_ray.rollout.judges.answer_cache import CACHE
 from dpo_ray.rollout.judging import JudgePool
 from dpo_ray.rollout.ledger import Ledger
+from dpo_ray.rollout.pipeline import TooManyFailed
 from dpo_ray.rollout.selectors import best_vs_worst, select_pairs
 from dpo_ray.types import Completion, Judgement
 from tests.unit.rollout.fakes import FakeEngine, FakeFleet, FakeReplica, online, prompts, raise_for
@@ -104,6 +105,38 @@ def test_the_rounds_of_an_epoch_have_every_prompt_once_and_name_the_policy_that_
     engines = {key.removeprefix("engine/"): value for key, value in metrics.items() if key.startswith("engine/")}
     assert engines == {"running": 4, "waiting": 2, "tokens_per_busy_s": 100.0, "cache_hit_rate": 0.25}
     assert next(ledger.lines(0))["fields"] == {"answer": next(ledger.lines(0))["prompt_index"]}
+
+
+def test_the_manifest_names_the_weights_of_all_versions_also_of_a_round_that_was_continued(tmp_path):
+    """Version 1 arrives while groups are generated; the collector is restarted before the round ends."""
+
+    def act(request):
+        """All of round 0 and three groups of round 1; three more after the update; no others."""
+        number = len(engine.requests) - 8
+        return None if number <= 3 else updated.wait() if number <= 6 else asyncio.sleep(60)
+
+    async def collected(count):
+        async with asyncio.timeout(10):
+            while not (file := tmp_path / "rounds/000001/pairs.jsonl").exists() or file.read_text().count("\n") < count:
+                await asyncio.sleep(0.01)
+
+    async def main():
+        first = Harness(tmp_path, online(max_lag=1), [engine], concurrency=2)
+        await first.round(0)
+        await collected(3)
+        first.fleet.publish(1)
+        updated.set()
+        await collected(6)
+        await first.die()
+        second = Harness(tmp_path, online(max_lag=1), [FakeEngine(1)])
+        await second.round(1)
+        return second.ledger.manifest(1)
+
+    updated, engine = asyncio.Event(), FakeEngine(0, act)
+    manifest = asyncio.run(main())
+    assert manifest["policy_versions"] == {"0": 4 * 3, "1": 4 * 5}
+    assert manifest["weights_digests"] == {"0": "d0", "1": "d1"}
+    assert not (tmp_path / "rounds/000001/digests.json").exists()
 
 
 @pytest.mark.parametrize("lag", [0, 1, 2])
@@ -477,10 +510,10 @@ def test_a_round_that_the_trainer_judges_gets_its_pairs_from_scores_of_all_compl
     select = partial(select_pairs, best_vs_worst)
     scores, manifest = [-float(i % 3) for i in range(len(samples))], ledger.path(0) / "manifest.json"
     unjudged = manifest.read_text()
-    ledger.judge(0, scores, select)
+    ledger.judge(0, scores, select, max_failed_share=0.1)
     manifest.write_text(unjudged)  # as if it was killed before the last file
     assert not ledger.read(0).judged
-    ledger.judge(0, scores, select)
+    ledger.judge(0, scores, select, max_failed_share=0.1)
     data = ledger.read(0)
     assert data.judged
     assert len(data.pairs) == 8 - failed
@@ -507,7 +540,11 @@ def test_a_selector_that_raises_over_a_group_of_a_late_round_costs_that_group_on
 
     ledger = asyncio.run(main())
     first = next(ledger.lines(0))["prompt_index"]
-    ledger.judge(0, [float(i) for i in range(len(ledger.samples(0)))], select)
+    scores = [float(i) for i in range(len(ledger.samples(0)))]
+    with pytest.raises(TooManyFailed, match=r"1 of 8 groups of round 0 failed \(select: 1\), more than .* \(0\.1\)"):
+        ledger.judge(0, scores, select, max_failed_share=0.1)
+    assert not ledger.manifest(0)["judged"], "nothing was written"
+    ledger.judge(0, scores, select, max_failed_share=0.2)
     assert len(ledger.read(0).pairs) == 7
     assert ledger.manifest(0)["counts"]["dropped"] == {"failed_select": 1}
     assert next(ledger.lines(0))["error"] == "RuntimeError: odd group"

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from dpo_ray.rollout.judging import JudgeFailed, JudgePool
+from dpo_ray.rollout.judging import JudgeDied, JudgeFailed, JudgePool
 from dpo_ray.types import Judgement, JudgeUnavailable
 from tests.unit.rollout.fakes import FakeReplica, raise_for
 
@@ -81,11 +81,35 @@ def test_calls_overlap_over_replicas_and_within_one(group, replicas, concurrency
     assert rounds * 0.1 <= time.perf_counter() - started < (rounds + 1) * 0.1
 
 
+@pytest.mark.parametrize(("batch", "concurrency"), [(1, 8), (4, 2), (4, 1)])
+def test_a_group_that_kills_the_process_takes_none_of_those_along_that_are_in_it(group, batch, concurrency):
+    """Calls in progress fail together; only the group at fault kills a process that it has for itself."""
+
+    class Dying(FakeReplica):
+        lives = 0
+
+        async def score(self, groups):
+            life, fatal = self.lives, any(g.prompt.index == 3 for g in groups)
+            await asyncio.sleep(0.01 if fatal else 0.02)
+            self.lives += fatal
+            if life != self.lives:
+                raise JudgeDied("its process died")
+            return await super().score(groups)
+
+    replica = Dying()
+    groups = [group("a", "b", index=i) for i in range(8)]
+    results = score_all(groups, replica, batch=batch, concurrency=concurrency, retries=1)
+    assert [isinstance(result, JudgeFailed) for result in results] == [i == 3 for i in range(8)]
+    assert str(results[3]) == "the judge died: its process ended"
+    assert replica.lives <= 2 + 2, "with others, and its attempt and retry alone"
+    assert replica.restarts == 0
+
+
 def test_a_group_whose_process_is_killed_because_another_one_hung_loses_no_attempt(group):
     async def killed():
         while not replica.restarts:
             await asyncio.sleep(0.001)
-        raise RuntimeError("its process died")
+        raise JudgeDied("its process died")
 
     def act(groups):
         if groups[0].prompt.index == 0:

@@ -134,6 +134,7 @@ def test_the_manifest_counts_candidates_versions_and_dropped_groups_by_reason(wr
         },
         # 1 + 3 + 2 + 0.5 + 0.5 + 1 over 6; 3 + 0.5 + 1 over 3
         "scores": {"mean": pytest.approx(8 / 6), "best": 1.5, "chosen": 3.0, "rejected": 1.0},
+        "weights_digests": {},
         "judge": {"length_correlation": pytest.approx(math.sqrt(3) / 2)},  # scores 1, 3, 2 of 2, 3, 3 tokens
         "timings": {"generate_s": 5.0, "judge_s": 0.5},
         "seed": 11,
