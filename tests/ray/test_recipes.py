@@ -36,6 +36,7 @@ def run(commands: Commands, recipe: str, folder: Path, model: Path, **settings: 
     ]
     done = commands.run("online", ROOT / f"jobs/recipes/{recipe}.yaml", *overrides)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert KEY not in done.stdout + done.stderr
     assert not commands.left_over()
     return folder / recipe
 
