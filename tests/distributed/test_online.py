@@ -162,6 +162,27 @@ def online(
     return reporter.lines, rounds.scores
 
 
+class PhaseReporter(ListReporter):
+    """Records how many pairs the reference has scored, whenever a pass over them is complete."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scored: list[int] = []
+
+    def phase(self, name: str, done: int = 0, total: int = 0) -> None:
+        """Record a complete pass."""
+        if name == "scoring" and done == total:
+            self.scored.append(done)
+
+
+def online_counting_scored_pairs(rank: int, config: dict[str, Any]) -> tuple[list[Metrics], list[int]]:
+    """Train through the rounds; returns the metrics and the pairs of each pass of the reference."""
+    parsed, reporter = Config.model_validate(config), PhaseReporter()
+    sync = cast(WeightSync, FreshModel(parsed.model.path))
+    train_online(parsed, rounds=DrawnRounds(), sync=sync, device=torch.device("cpu"), reporter=reporter)
+    return reporter.lines, reporter.scored
+
+
 def three_rounds(folder: Path, model: Path) -> dict[str, Any]:
     """Three rounds of four pairs, two steps in each, in float32."""
     return {
@@ -219,6 +240,18 @@ def test_two_ranks_weigh_pairs_by_the_mean_gap_of_the_whole_step(config: dict[st
         assert_same(steps_of(alone), steps_of(lines), absolute=1e-3)
         norms, alone_norms = ([step["optim/grad_norm"] for step in steps_of(run)] for run in (lines, alone))
         assert norms == pytest.approx(alone_norms, rel=1e-3)
+
+
+def test_two_epochs_of_a_round_take_one_pass_of_the_reference(config: dict[str, Any]) -> None:
+    config["run"]["eval_every"] = None
+    ((once, scored_once),) = run_ranks(1, online_counting_scored_pairs, config)
+    config["online"]["epochs_per_round"] = 2
+    ((twice, scored),) = run_ranks(1, online_counting_scored_pairs, config)
+    assert scored == scored_once == [PAIRS] * ROUNDS
+    assert (len(steps_of(once)), len(steps_of(twice))) == (2 * ROUNDS, 4 * ROUNDS)
+    assert_same(steps_of(once)[:2], steps_of(twice)[:2], absolute=1e-5)
+    first, second = (sum(step["rewards/margins"] for step in steps_of(twice)[i : i + 2]) for i in (0, 2))
+    assert second > first, "the second epoch has the pairs of the first"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
