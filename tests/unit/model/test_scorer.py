@@ -356,6 +356,7 @@ def test_the_router_loss_is_the_one_of_transformers_for_each_sequence(
     expected = torch.stack([exact(ids, output_router_logits=True).aux_loss for ids in sequences]).view(-1, 2).mean(1)
     expected.sum().backward()
     scorer = Scorer(build_model(ModelConfig(path=str(folder)), with_weights=True))
+    assert scorer.model.config._experts_implementation == "grouped_mm", "torch multiplies by all experts at once"
     zero = lambda policy, reference: 0 * policy.chosen  # noqa: E731
     losses = pair_losses(scorer, build_row(pairs, scorer.layout(layout)), zero, router_aux=0.5)
     losses.total.backward()
