@@ -6,6 +6,7 @@ Its state is the ledger and the arguments of each ``poll``, so it can be restart
 import asyncio
 import logging
 import math
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -23,7 +24,7 @@ from dpo_ray.rollout.open_round import OpenRound, Outcome
 from dpo_ray.rollout.pipeline import FailureLimit, Generate, Pipeline, Score, Select
 from dpo_ray.rollout.rounds import prompts_of_round, seed_of
 from dpo_ray.rollout.sources import choose_answer, unjudged, with_answer
-from dpo_ray.types import CompletionGroup, Prompt
+from dpo_ray.types import CompletionGroup, Judgement, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +232,15 @@ class Collector:
         groups = (
             [group for task in plain if (group := task.result()) is not None] if samples else [g for g, _ in results]
         )
-        return Evaluation(version, tuple(results), tuple(group for group in groups if group.completions[0].token_ids))
+        totals = Counter[str]()
+        for _, judgement in results:
+            totals.update(judgement.totals)
+        return Evaluation(
+            version,
+            tuple((group, judgement.scores[0]) for group, judgement in results),
+            tuple(group for group in groups if group.completions[0].token_ids),
+            dict(totals),
+        )
 
     async def _completed(self, request: Request, version: int) -> CompletionGroup | None:
         """A completion; None if it failed, which leaves a gap in the evaluation."""
@@ -244,14 +253,14 @@ class Collector:
             logger.warning("evaluation of prompt %d failed: %s", request.prompt.index, error)
             return None
 
-    async def _judged(self, request: Request, version: int) -> tuple[CompletionGroup, float] | None:
+    async def _judged(self, request: Request, version: int) -> tuple[CompletionGroup, Judgement] | None:
         if (group := await self._completed(request, version)) is None:
             return None
         try:
-            return group, (await self.eval_judge(group)).scores[0]
+            return group, await self.eval_judge(group)
         except JudgeFailed as error:
             logger.warning("held-out prompt %d has no score: %s", request.prompt.index, error)
-            return group, math.nan
+            return group, Judgement((math.nan,))
 
 
 def engine_metrics(statuses: Collection[EngineStatus]) -> dict[str, float]:

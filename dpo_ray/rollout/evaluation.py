@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -36,6 +36,8 @@ class Evaluation:
     """Completions of the held-out prompts and their scores."""
     samples: tuple[CompletionGroup, ...] = ()
     """Samples of the policy for the KL divergence; the judged completions if these are samples of the policy."""
+    totals: Mapping[str, float] = field(default_factory=dict)
+    """Sums over ``judged`` of the judge's figures, see ``Judgement.totals``."""
 
     @property
     def gone(self) -> bool:
@@ -112,16 +114,18 @@ class EvaluationStore:
             policy, reference: log-probability of each of ``evaluation.samples``, nats; None without a reference.
 
         Returns:
-            Its metrics: ``heldout/score``, ``heldout/win_rate``, ``kl`` and ``kl_stderr``, as far as there are any.
+            Its metrics: ``heldout/score``, ``heldout/win_rate``, ``kl`` and ``kl_stderr``, as far as there are any, and
+            ``heldout/judge_NAME`` for each of ``evaluation.totals``.
         """
         kl = {} if policy is None or reference is None else kl_divergence(policy, reference)
         scores = [score for _, score in evaluation.judged if math.isfinite(score)]
         lines = [_line(group, score) for group, score in evaluation.judged]
         metrics = kl | ({"heldout/score": fmean(scores)} if scores else {})
-        metrics |= win_rate(lines, self._before(evaluation.version))
+        metrics |= win_rate(lines, self._before(evaluation.version)) | _judging(evaluation.totals)
         self.folder.mkdir(parents=True, exist_ok=True)
         finite = {key: value if math.isfinite(value) else None for key, value in kl.items()}
-        summary = {"version": evaluation.version, "samples": len(evaluation.samples), **finite}
+        summary: dict[str, Any] = {"version": evaluation.version, "samples": len(evaluation.samples), **finite}
+        summary["judge"] = dict(evaluation.totals)
         write_atomically(self._file(evaluation.version).with_suffix(".kl.json"), json.dumps(summary) + "\n")
         text = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
         write_atomically(self._file(evaluation.version), text)
@@ -134,7 +138,7 @@ class EvaluationStore:
         lines = self._lines(version)
         scores = [line["score"] for line in lines if line["score"] is not None]
         score = {"heldout/score": fmean(scores)} if scores else {}
-        return kl | score | win_rate(lines, self._before(version))
+        return kl | score | win_rate(lines, self._before(version)) | _judging(summary.get("judge", {}))
 
     def copy(self, other: "EvaluationStore", version: int) -> None:
         """Copies the evaluation of a version from another run."""
@@ -153,6 +157,10 @@ class EvaluationStore:
 
     def _file(self, version: int) -> Path:
         return self.folder / f"{version:06d}.jsonl"
+
+
+def _judging(totals: Mapping[str, float]) -> dict[str, float]:
+    return {f"heldout/judge_{name}": value for name, value in totals.items()}
 
 
 def win_rate(lines: Sequence[Line], before: Sequence[Line]) -> dict[str, float]:

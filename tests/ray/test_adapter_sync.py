@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import PeftModel
@@ -71,7 +72,7 @@ def test_engines_with_pushed_adapters_generate_as_a_fresh_engine_with_the_export
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     adapted = PeftModel.from_pretrained(base, str(done / "adapter")).merge_and_unload()
     adapted.save_pretrained(tmp_path / "merged")
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.save_pretrained(tmp_path / "merged")
     prompts = [
         tuple(tokenizer.apply_chat_template(line["prompt"], add_generation_prompt=True, return_dict=False))

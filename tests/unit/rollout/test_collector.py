@@ -493,6 +493,21 @@ def test_replies_of_judges_go_with_the_rounds_that_are_not_kept(tmp_path):
     assert [file.exists() for file in replies] == [False, False, True, True, True, True]
 
 
+def test_an_evaluation_has_the_sums_of_the_judges_figures(tmp_path):
+    class Counting(FakeReplica):
+        async def score(self, groups):
+            return [
+                replace(judgement, totals={"tokens": 10.0, "retries": 0.0}) for judgement in await super().score(groups)
+            ]
+
+    async def main():
+        harness = Harness(tmp_path, online(eval_prompts="h.jsonl"), [FakeEngine(0)], replica=Counting(), held_out=5)
+        return await harness.evaluation(0)
+
+    evaluation = asyncio.run(main())
+    assert evaluation.totals == {"tokens": 5 * 10.0, "retries": 0.0}
+
+
 def test_a_round_that_the_trainer_judges_gets_its_pairs_from_scores_of_all_completions(tmp_path):
     async def main():
         config = online(judge={"use": "implicit"}, candidates=3)

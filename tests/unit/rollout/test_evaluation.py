@@ -54,6 +54,14 @@ def test_other_prompts_at_the_same_positions_are_not_compared(write, tmp_path):
     assert write(1, {"a": -1.0, "b": 1.0})["heldout/win_rate"] == 1.0
 
 
+def test_the_judges_own_figures_are_logged_and_read_again(tmp_path, group):
+    store = EvaluationStore(tmp_path)
+    totals = {"cost_usd": 0.25, "retries": 0}
+    metrics = store.write(Evaluation(1, ((group("a"), 2.0),), totals=totals), None, None)
+    assert metrics == {"heldout/score": 2.0, "heldout/judge_cost_usd": 0.25, "heldout/judge_retries": 0}
+    assert store.read(1) == metrics
+
+
 def test_without_held_out_prompts_there_is_no_win_rate(write):
     write(0, {})
     assert write(1, {}) == {}
