@@ -90,17 +90,22 @@ def against_vllm(arguments: argparse.Namespace) -> None:
 
 def waits(arguments: argparse.Namespace) -> None:
     """Seconds per round of each variant; generation and training have a core each."""
-    table = Table("", "s per round", "generating", "judging", "training", "workers wait", "push", "workers in push")
+    columns = ("s per round", "engines wait", "judge waits", "workers train", "workers wait", "push", "workers in push")
+    table, megabytes = (
+        Table("", *columns),
+        sum(f.stat().st_size for f in Path(arguments.model).glob("*.safetensors")) / 1e6,
+    )
     lines: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
     for _ in range(arguments.repeat):
         for name, variant in VARIANTS.items():
             lines[name] += run_rounds(arguments, {"online.judge.use": "benchmarks.online:free"} | variant)
     for name, of_variant in lines.items():
         total = statistics.median(map(seconds, of_variant))
-        share = lambda key: f"{median(of_variant, key) / total:.0%}"  # noqa: B023, E731
-        shares = [share(f"perf/{key}_s") for key in ("generate", "judge", "train", "wait")]
-        pushes = [f"{median(of_variant, f'perf/{key}_s'):.2f} s" for key in ("push", "sync")]
-        table.add_row(name, f"{total:.1f}", *shares, *pushes)
+        busy = {key: median(of_variant, f"perf/{key}_s") / total for key in ("generate", "judge", "train", "wait")}
+        shares = (1 - busy["generate"], 1 - busy["judge"], busy["train"], busy["wait"])
+        push_s, sync_s = (median(of_variant, f"perf/{key}_s") for key in ("push", "sync"))
+        push = f"{push_s:.2f} s, {megabytes / push_s:.0f} MB/s" if push_s else "-"
+        table.add_row(name, f"{total:.1f}", *(f"{max(0.0, share):.0%}" for share in shares), push, f"{sync_s:.2f} s")
     Console().print(table)
 
 
