@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.text import Text
 
 from dpo_ray.config import Config
-from dpo_ray.data.examples import tokenize_pairs, tokenize_prompts
-from dpo_ray.data.records import PairRecord, Problem
+from dpo_ray.data.examples import tokenize_answers, tokenize_pairs, tokenize_prompts
+from dpo_ray.data.records import PairRecord, Problem, PromptRecord
 from dpo_ray.data.report import MEANINGS, DataReport, DataReportBuilder
 from dpo_ray.data.sources import expand_source, split_sources
 from dpo_ray.data.tokenize import (
     RecordTokenizer,
     TokenizedPair,
+    TokenizedPrompt,
     load_record_tokenizer,
 )
 from dpo_ray.types import Messages
@@ -76,9 +77,10 @@ def inspect_run(config: Config, console: Console, *, json_file: Path | None = No
         )
     }  # fmt: skip
     if config.online:
-        for name in ("prompts", "eval_prompts"):
+        answered = config.online.source.use == "self_play"
+        for name, read in (("prompts", _answers if answered else _prompts), ("eval_prompts", _prompts)):
             sources = getattr(config.online, name)
-            sets[f"online.{name}"] = (_prompts(f"online.{name}", sources, tokenizer), sources)
+            sets[f"online.{name}"] = (read(f"online.{name}", sources, tokenizer), sources)
     if not any(sources for _, sources in sets.values()):
         raise ValueError("data.train, data.eval and online.prompts are empty: nothing to inspect")
     try:
@@ -101,7 +103,8 @@ def _inspect_set(
                 lines.write(record.to_json() + "\n")
             _count(counts, record)
             if record.status == "kept":
-                lengths.append(tuple(record.tokens.values()))
+                sides = SIDES if "rejected" in record.tokens else SIDES[:1]
+                lengths.append(tuple(record.tokens[side] for side in sides))
                 first += [record] if len(first) < shown else []
             if counts.read % 1000 == 0:
                 status.update(f"{key}: {counts.read:,} records read")
@@ -138,17 +141,35 @@ def _pairs(
 
 def _prompts(key: str, sources: Sequence[str], tokenizer: RecordTokenizer) -> Iterator[InspectedRecord]:
     for item in tokenize_prompts(sources, tokenizer):
+        yield _dropped(key, item) if isinstance(item, Problem) else _kept_prompt(key, *item, tokenizer)
+
+
+def _answers(key: str, sources: Sequence[str], tokenizer: RecordTokenizer) -> Iterator[InspectedRecord]:
+    """Prompts of self-play, whose records' answers are chosen."""
+    for item in tokenize_answers(sources, tokenizer):
         if isinstance(item, Problem):
             yield _dropped(key, item)
             continue
-        record, result = item
-        yield InspectedRecord(
-            key, record.source, record.number, "kept",
-            notes=_notes(result.notes, (*record.fields, *record.unread), "carried"),
-            prompt=tokenizer.decode(result.token_ids),
-            tokens={"prompt": len(result.token_ids)},
-            written={"prompt": _written(result.messages)},
-        )  # fmt: skip
+        *prompt, answer = item
+        kept = _kept_prompt(key, *prompt, tokenizer)
+        yield replace(
+            kept,
+            chosen=tokenizer.decode(answer.token_ids),
+            tokens={**kept.tokens, "chosen": len(answer.token_ids)},
+            written={**kept.written, "chosen": (answer.text,)},
+        )
+
+
+def _kept_prompt(
+    key: str, record: PromptRecord, result: TokenizedPrompt, tokenizer: RecordTokenizer
+) -> InspectedRecord:
+    return InspectedRecord(
+        key, record.source, record.number, "kept",
+        notes=_notes(result.notes, (*record.fields, *record.unread), "carried"),
+        prompt=tokenizer.decode(result.token_ids),
+        tokens={"prompt": len(result.token_ids)},
+        written={"prompt": _written(result.messages)},
+    )  # fmt: skip
 
 
 def _dropped(key: str, problem: Problem) -> InspectedRecord:

@@ -29,20 +29,33 @@ def model(tokenizer: Any, tmp_path: Path) -> Path:
 
 
 def inspect(
-    folder: Path, model: Path, records: dict[str, list[Any]], loss: Any = None, **data: Any
+    folder: Path, model: Path, records: dict[str, list[Any]], loss: Any = None, source: str = "candidates", **data: Any
 ) -> tuple[str, list[dict[str, Any]]]:
     """The printed text and the lines of --json."""
     paths = {}
     for name, rows in records.items():
         paths[name] = str(folder / f"{name}.jsonl")
         Path(paths[name]).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    online = {"prompts": paths.pop("prompts"), "judge": {"use": "length"}} if "prompts" in paths else None
+    online = {"prompts": paths.pop("prompts"), "source": {"use": source}} if "prompts" in paths else None
     config = Config.model_validate(
         {"model": {"path": str(model)}, "data": {**paths, **data}, "online": online, "loss": loss or {}}
     )
     output = io.StringIO()
     inspect_run(config, Console(file=output, width=200), json_file=folder / "records.json")
     return output.getvalue(), [json.loads(line) for line in (folder / "records.json").read_text().splitlines()]
+
+
+def test_prompts_of_self_play_are_shown_with_their_answers_and_dropped_without(model: Path, tmp_path: Path):
+    records = [{"prompt": [USER], "completion": "An oak."}, {"prompt": [USER]}]
+    text, (kept, dropped) = inspect(tmp_path, model, {"prompts": records}, source="self_play")
+    assert "online.prompts: 2 records read, 1 kept, 1 dropped" in text
+    assert "| chosen\nAn oak.«<|im_end|>" in text
+    assert (kept["prompt"], kept["chosen"]) == (
+        "<|im_start|>user\nName a tree.<|im_end|>\n<|im_start|>assistant\n",
+        "An oak.<|im_end|>\n",
+    )
+    assert set(kept["tokens"]) == {"prompt", "chosen"}
+    assert dropped["reason"] == "missing_field"
 
 
 def test_records_are_shown_with_boundaries_and_what_the_template_added(model: Path, tmp_path: Path):
