@@ -212,8 +212,7 @@ def _run_worker(arguments: dict[str, Any]) -> Metrics:
         if is_retryable(error):
             raise
         # The other ranks wait in a collective until Ray restarts the group; the restarted workers read this and return.
-        cause = getattr(error, "cause", None) or error
-        ray.get(status_actor.report_fatal.remote(f"{type(cause).__name__}: {cause}"))
+        ray.get(status_actor.report_fatal.remote(describe_cause(error)))
         raise
     finally:
         # The logs of a failed run, if the storage still accepts them.
@@ -246,5 +245,10 @@ def _first_failure(error: BaseException) -> str:
     if not failures:
         return f"training failed: {error}"
     rank = min(failures)
-    cause = getattr(failures[rank], "cause", None) or failures[rank]
-    return f"training worker {rank} failed: {type(cause).__name__}: {cause}"
+    return f"training worker {rank} failed: {describe_cause(failures[rank])}"
+
+
+def describe_cause(error: BaseException) -> str:
+    """Class and message of an error, without Ray's wrapper."""
+    cause = getattr(error, "cause", None) or error
+    return f"{type(cause).__name__}: {cause}"

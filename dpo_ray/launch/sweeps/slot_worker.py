@@ -16,7 +16,7 @@ from dpo_ray.launch.data import open_pairs
 from dpo_ray.launch.reporter import TrialReporter
 from dpo_ray.launch.run_dir import log_to_run
 from dpo_ray.launch.sweeps.mailbox import Channel, Task
-from dpo_ray.launch.workers import is_retryable
+from dpo_ray.launch.workers import describe_cause, is_retryable
 from dpo_ray.parallel.collectives import broadcast_from_rank0
 from dpo_ray.train.offline import train_offline
 from dpo_ray.train.shared import SharedParts
@@ -35,13 +35,13 @@ def run_trials(channel: Channel, device: torch.device) -> None:
         try:
             _run_trial(config, task.trial, channel, rank, device, pairs, shared)
         except Exception as error:
-            cause = getattr(error, "cause", None) or error
             # Other workers may wait in a collective: the error ends the whole group, and Ray Train starts it again.
             alone = dist.is_initialized() and dist.get_world_size() == 1
-            channel.ask("failed", task.trial, (f"{type(cause).__name__}: {cause}", is_retryable(error)))
+            channel.ask("failed", task.trial, (describe_cause(error), is_retryable(error)))
             if not alone or is_retryable(error):  # after an error of the device, the process is of no use
                 raise
             shared.clear()
+        # No variable may keep an error: its traceback keeps the model and the batch of the trial.
         _release_memory()
 
 

@@ -1,10 +1,18 @@
-"""Errors after which the training workers are restarted, and errors that end the run."""
+"""Errors after which the training workers are restarted, errors that end the run, and those that end a trial only."""
 
 import errno
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import ray.train
 import torch
 
+from dpo_ray.config import Config
+from dpo_ray.launch.sweeps import slot_worker
+from dpo_ray.launch.sweeps.mailbox import NO_MORE, Task
 from dpo_ray.launch.workers import is_retryable
 
 
@@ -28,3 +36,59 @@ def test_broken_connections_are_retried_and_errors_that_would_repeat_are_not(
 def test_an_error_after_ray_tore_down_the_process_group_is_retried() -> None:
     assert not torch.distributed.is_initialized()
     assert is_retryable(ValueError("Default process group has not been initialized"))
+
+
+class FakeChannel:
+    """Answers ``idle`` with trials ``0``, ``1``, ... and records all other messages."""
+
+    def __init__(self, folder: Path, trials: int) -> None:
+        config = Config.model_validate({"model": {"path": "m"}, "run": {"dir": str(folder)}}).model_dump(mode="json")
+        self.tasks = [*(Task(str(number), config) for number in range(trials)), NO_MORE]
+        self.messages: list[tuple[Any, ...]] = []
+
+    def message(self, kind: str) -> str:
+        return kind
+
+    def ask_once(self, message: str) -> Task:
+        return self.tasks.pop(0)
+
+    def ask(self, *message: Any) -> str:
+        self.messages.append(message)
+        return "continue"
+
+
+class Memory:
+    """Stands for a trainer or a batch; modules and their hooks refer to each other."""
+
+    def __init__(self) -> None:
+        self.hook = self
+
+
+@pytest.mark.parametrize("error", [ValueError("no pair is left"), torch.OutOfMemoryError("CUDA out of memory")])
+@pytest.mark.usefixtures("one_rank")
+def test_a_failed_trial_is_reported_and_its_memory_is_free_when_the_next_one_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
+) -> None:
+    of_failed: list[weakref.ref[Memory]] = []
+    alive_later: list[bool] = []
+
+    def train(config: Config, *, shared: Any, **arguments: Any) -> None:
+        if of_failed:
+            alive_later.extend(memory() is not None for memory in of_failed)
+            return
+        shared.trainer = trainer = Memory()
+        batch = Memory()
+        of_failed.extend(map(weakref.ref, (trainer, batch)))
+        raise type(error)(*error.args)
+
+    monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
+    monkeypatch.setattr(slot_worker, "log_to_run", lambda run_dir, name: None)
+    monkeypatch.setattr(slot_worker, "open_pairs", lambda config: (None, None))
+    monkeypatch.setattr(slot_worker, "train_offline", train)
+    channel: Any = FakeChannel(tmp_path, trials=2)
+    slot_worker.run_trials(channel, torch.device("cpu"))
+    assert channel.messages == [
+        ("failed", "0", (f"{type(error).__name__}: {error}", False)),
+        ("finished", "1"),
+    ]
+    assert alive_later == [False, False], "trainer and batch of the failed trial"
