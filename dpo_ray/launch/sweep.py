@@ -25,7 +25,7 @@ from dpo_ray.launch.spaces import find_space
 from dpo_ray.launch.sweeps.driver import Driver, Plan, open_sweep_dir
 from dpo_ray.launch.sweeps.schedulers import build_scheduler, validate_own
 from dpo_ray.launch.sweeps.search import build_searcher, grid
-from dpo_ray.launch.sweeps.space import describe, grid_points, validate_space
+from dpo_ray.launch.sweeps.space import describe, describe_part, grid_points, validate_space
 from dpo_ray.launch.sweeps.summary import print_sweep
 from dpo_ray.model.architecture import read_model_config
 from dpo_ray.report.formatting import count_noun
@@ -116,7 +116,7 @@ def define(config: Config, sweep: Sweep) -> SweepDefinition:
         samples = min(settings.samples or combinations, combinations)
     constraint = Constraint(settings.constraint.metric, settings.constraint.max) if settings.constraint else None
     own_scheduler, own_search = (
-        {"use": type(own).__name__, "args": {}} if own is not None else None for own in (sweep.scheduler, sweep.search)
+        describe_part(own) if own is not None else None for own in (sweep.scheduler, sweep.search)
     )
     return SweepDefinition(
         keys=describe(sweep.space),

@@ -16,7 +16,7 @@ from dpo_ray.types import Metrics
 TrialStatus = Literal["waiting", "running", "done", "stopped", "failed"]
 """``stopped``: ended early by the scheduler."""
 ENDED = ("done", "stopped", "failed")
-KeyKind = Literal["log", "linear", "choice", "grid", "function", "constant"]
+KeyKind = Literal["log", "linear", "normal", "choice", "grid", "function", "constant"]
 """Kind of a domain; ``function``: values computed by the space, such as conditional ones."""
 
 FIRST, LAST = ("trial", "status"), ("seconds", "origin", "error")
@@ -73,13 +73,25 @@ class Key:
     step: float | None = None
     """Values are multiples of it."""
     values: tuple[Any, ...] = ()
-    """Values of a ``choice`` or ``grid`` domain, or of a ``constant``."""
+    """Values of a ``choice`` or ``grid`` domain, or of a ``constant``; domains inside them as text."""
+    mean: float | None = None
+    sd: float | None = None
+    """Mean and standard deviation of a ``normal`` domain."""
+    function: str = ""
+    """Digest of the source text of a ``function``; its qualified name if there is no source text."""
 
     def __str__(self) -> str:
+        text = f"{self.kind} {self.function}{', '.join(map(str, self.values))}".strip()
         if self.lower is not None and self.upper is not None:
-            kind = "integers " * self.integer + f"{self.lower:g} to {self.upper:g} ({self.kind})"
-            return kind if self.step is None else f"{kind} in steps of {self.step:g}"
-        return f"{self.kind} {', '.join(map(str, self.values))}".strip()
+            text = "integers " * self.integer + f"{_exact(self.lower)} to {_exact(self.upper)} ({self.kind})"
+        if self.mean is not None and self.sd is not None:
+            text += f", mean {_exact(self.mean)}, standard deviation {_exact(self.sd)}"
+        return text if self.step is None else f"{text} in steps of {_exact(self.step)}"
+
+
+def _exact(number: float) -> str:
+    """A number with all its digits; whole numbers without a decimal point."""
+    return repr(number).removesuffix(".0")
 
 
 @dataclass(frozen=True, slots=True)

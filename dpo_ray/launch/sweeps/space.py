@@ -1,5 +1,7 @@
 """Search spaces: their values, their description, and their check against the configuration."""
 
+import hashlib
+import inspect
 import itertools
 import math
 import random
@@ -8,6 +10,8 @@ from statistics import NormalDist
 from typing import Any, cast
 
 import numpy as np
+from ray.tune.schedulers import AsyncHyperBandScheduler
+from ray.tune.search import Searcher
 from ray.tune.search.sample import Categorical, Domain, Float, Function, Integer, LogUniform, Normal, Quantized
 from ray.tune.search.variant_generator import generate_variants
 
@@ -19,6 +23,8 @@ Space = Mapping[str, Any]
 PREVIEWS = 64
 """Trials that are checked before a sweep starts, beside every value of each choice and grid."""
 
+RENAMED = {"_eta": "reduction_factor", "_max_t_attr": "max_t"}
+"""Attributes of Ray Tune's schedulers that keep an argument of the constructor under another name."""
 OF_THE_SWEEP = ("cluster.", "sweep.", "run.dir", "run.name", "run.eval_", "run.save_")
 """Prefixes of keys that trials cannot differ in: they share workers, and are compared at the same steps."""
 
@@ -64,10 +70,10 @@ def _describe(domain: Any) -> Key:
     if isinstance(domain, Categorical):
         return Key("choice", values=tuple(map(_nameable, domain.categories)))
     if isinstance(domain, Function):
-        return Key("function")
+        return Key("function", function=_digest(domain.func))
     inner, step = _unquantized(domain)
     if isinstance(inner, Normal):
-        return Key("linear", step=step)
+        return Key("normal", step=step, mean=float(inner.mean), sd=float(inner.sd))
     kind, numeric = ("log" if isinstance(inner, LogUniform) else "linear"), cast("Float | Integer", domain)
     integer = isinstance(domain, Integer)
     upper = numeric.upper - 1 if integer and step is None else numeric.upper
@@ -75,10 +81,43 @@ def _describe(domain: Any) -> Key:
 
 
 def _nameable(value: Any) -> Any:
-    """A value of a choice; the domains inside a conditional one by their kinds."""
+    """A value of a choice; the domains inside a conditional one as text."""
     if isinstance(value, Domain):
-        return _describe(value).kind
+        return str(_describe(value))
     return {key: _nameable(part) for key, part in value.items()} if isinstance(value, Mapping) else plain(value)
+
+
+def _digest(function: Callable[..., Any]) -> str:
+    """A name of the function that is the same in every process, and another one if its source text changes."""
+    try:
+        return hashlib.sha256(inspect.getsource(function).strip().encode()).hexdigest()[:12]
+    except (OSError, TypeError, SyntaxError):
+        return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def describe_part(part: Any) -> dict[str, Any]:
+    """A scheduler or searcher that a space brings: ``use`` is its class, ``args`` those of its arguments that it shows.
+
+    They are the numbers, strings, booleans and further searchers that the constructor takes and keeps as attributes.
+    """
+    parameters = {name for base in type(part).__mro__ for name in _parameters(base)} - {"metric", "mode"}
+    kept = {RENAMED.get(name, name.lstrip("_")): _setting(value) for name, value in vars(part).items()}
+    args = {name: kept[name] for name in sorted(parameters & kept.keys()) if kept[name] is not None}
+    if isinstance(part, AsyncHyperBandScheduler):
+        args["rungs"] = [[rung for rung, _ in bracket._rungs] for bracket in part._brackets]
+    return {"use": type(part).__name__, "args": args}
+
+
+def _parameters(base: type) -> list[str]:
+    """Parameters of the constructor that a class defines itself."""
+    return list(inspect.signature(base.__init__).parameters) if inspect.isfunction(vars(base).get("__init__")) else []
+
+
+def _setting(value: Any) -> Any:
+    """An argument that is the same in every process; None for other ones."""
+    if isinstance(value, Searcher):
+        return describe_part(value)
+    return plain(value) if isinstance(value, bool | int | float | str | np.generic) else None
 
 
 def _unquantized(domain: Domain) -> tuple[Any, float | None]:

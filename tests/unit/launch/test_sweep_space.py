@@ -69,7 +69,7 @@ def test_a_grid_has_all_combinations_with_both_bounds() -> None:
         (tune.loguniform(0.01, 1.0), 0.1, Key("log", 0.01, 1.0)),
         (tune.quniform(0.0, 1.0, 0.25), 0.5, Key("linear", 0.0, 1.0, step=0.25)),
         (tune.randint(0, 8), 4, Key("linear", 0.0, 7.0, integer=True)),
-        (tune.randn(5.0, 2.0), 5.0, Key("linear")),
+        (tune.randn(5.0, 2.0), 5.0, Key("normal", mean=5.0, sd=2.0)),
         (tune.choice(["a", "b", "c"]), "b", Key("choice", values=("a", "b", "c"))),
     ],
 )
