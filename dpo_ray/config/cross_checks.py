@@ -6,6 +6,24 @@ from dpo_ray.config import losses, rounds, schema, sweeps
 
 ONLINE_METRICS = ("heldout/score", "heldout/win_rate", "kl")
 """Metrics of the evaluations of an online run."""
+PAIR_METRICS = (
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+    "logps/rejected",
+)  # fmt: skip
+"""Metrics of held-out pairs, for every loss; repeated here like the names of components."""
+
+
+def evaluation_metrics(online: rounds.OnlineConfig | None, kind: str) -> tuple[str, ...]:
+    """Names of the metrics that the evaluations of a run have; those of held-out examples if it has any.
+
+    Args:
+        kind: ``Config.reference_kind``.
+    """
+    if online is None:
+        return (*(f"eval/{name}" for name in PAIR_METRICS), *(() if kind == "none" else ("eval/drift",)))
+    if kind in ("none", "cached"):
+        return tuple(name for name in ONLINE_METRICS if name != "kl")
+    return (*ONLINE_METRICS, "kl_stderr")
 
 
 def validate_mesh(shard: schema.ShardConfig, cluster: schema.ClusterConfig) -> None:

@@ -49,6 +49,11 @@ class Config(Section):
             return "live"
         return "adapters" if copied else "adapters_off"
 
+    @property
+    def evaluation_metrics(self) -> tuple[str, ...]:
+        """Names of the metrics that the evaluations of the run have."""
+        return cross_checks.evaluation_metrics(self.online, self.reference_kind)
+
     @model_validator(mode="before")
     @classmethod
     def _default_to_every_round(cls, tree: Any) -> Any:

@@ -25,7 +25,7 @@ from dpo_ray.launch.spaces import find_space
 from dpo_ray.launch.sweeps.driver import Driver, Plan, open_sweep_dir
 from dpo_ray.launch.sweeps.schedulers import build_scheduler, validate_own
 from dpo_ray.launch.sweeps.search import build_searcher, grid
-from dpo_ray.launch.sweeps.space import describe, describe_part, grid_points, validate_space
+from dpo_ray.launch.sweeps.space import describe, describe_part, grid_points, previews, validate_space
 from dpo_ray.launch.sweeps.summary import print_sweep
 from dpo_ray.model.architecture import read_model_config
 from dpo_ray.report.formatting import count_noun
@@ -79,6 +79,7 @@ def run_sweep(config: Config, cluster: Cluster, space: str) -> None:
     config = with_absolute_paths(config)
     _validate_sweep(config, sweep)
     definition = define(config, sweep)
+    _validate_metrics(config, sweep, definition.objective)
     _validate_parts(config, sweep, definition)
     with exclusive_run_dir(config.run):
         _run_exclusively(config, cluster, sweep, definition, console)
@@ -148,6 +149,22 @@ def _validate_sweep(config: Config, sweep: Sweep) -> None:
     if "model.path" not in sweep.space:
         read_model_config(config.model.path)  # the same in all trials: no trial is to blame
     validate_space(config, sweep.space, validate_online if config.online is not None else validate_offline)
+
+
+def _validate_metrics(config: Config, sweep: Sweep, objective: Objective) -> None:
+    """Checks that there are trials whose evaluations have the metrics by which the sweep compares them."""
+    trials = [override(config, values) for values in previews(config, sweep.space)]
+    accepted = list(dict.fromkeys(name for trial in trials for name in trial.evaluation_metrics))
+    metrics = {"Sweep.metric": objective.metric}
+    if objective.constraint is not None:
+        metrics["sweep.constraint.metric"] = objective.constraint.metric
+    kind, distance = ("offline", "eval/drift") if config.online is None else ("online", "kl")
+    for key, metric in metrics.items():
+        if metric not in accepted:
+            advice = f": {distance} needs a reference that is held for the whole run" if metric == distance else ""
+            raise ValueError(
+                f"{key} is {metric!r}; evaluations of these {kind} trials have {', '.join(accepted)}{advice}"
+            )
 
 
 def _validate_parts(config: Config, sweep: Sweep, definition: SweepDefinition) -> None:

@@ -175,10 +175,15 @@ def validate_space(config: Config, space: Space, validate: Callable[[Config], No
     for name, domain in flat.items():
         for value in _extremes(domain):
             _validate_value(config, space, flatten({name: value}))
-    state = np.random.RandomState(config.run.seed)
     seen: list[Any] = []
-    for values in itertools.islice(variants(space, state), max(PREVIEWS, grid_points(flat))):
+    for values in previews(config, space):
         _validated(config, values, lambda trial: _validate_once(trial, seen, validate))
+
+
+def previews(config: Config, space: Space) -> Iterator[dict[str, Any]]:
+    """Values of the trials that are checked before a sweep starts."""
+    state = np.random.RandomState(config.run.seed)
+    return itertools.islice(variants(space, state), max(PREVIEWS, grid_points(space)))
 
 
 def grid_points(space: Space) -> int:

@@ -7,7 +7,8 @@ import pytest
 from ray import tune
 
 from dpo_ray.config import Config
-from dpo_ray.launch.sweep import Sweep, _validate_sweep, load_sweep
+from dpo_ray.config.losses import LOSSES, REFERENCE_FREE_LOSSES
+from dpo_ray.launch.sweep import Sweep, _validate_metrics, _validate_sweep, define, load_sweep
 
 
 def test_every_space_loads_and_an_unknown_one_is_rejected_with_the_known_names() -> None:
@@ -43,3 +44,60 @@ def test_a_space_with_a_wrong_key_argument_or_value_is_rejected(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         validate(tmp_path, tiny_model, space)
+
+
+ONLINE = {"prompts": "p.jsonl", "eval_prompts": "e.jsonl"}
+
+
+def validate_metrics(
+    metric: str | None, constraint: str | None = None, space: dict[str, Any] | None = None, **sections: Any
+) -> None:
+    """Check the metrics of a sweep against the evaluations of its trials."""
+    bound = {"constraint": {"metric": constraint, "max": 1.0}} if constraint else {}
+    config = Config.model_validate({"model": {"path": "m"}, "sweep": bound, **sections})
+    sweep = Sweep(space=space or {"loss.beta": tune.uniform(0.1, 0.2)}, metric=metric, samples=2)
+    _validate_metrics(config, sweep, define(config, sweep).objective)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"metric": "eval/accuracy"},
+            r"Sweep\.metric is 'eval/accuracy'; .* have eval/loss, .*eval/rewards/accuracies, .*, eval/drift",
+        ),
+        ({"metric": None, "constraint": "eval/drfit"}, r"sweep\.constraint\.metric is 'eval/drfit'; .* eval/drift"),
+        ({"metric": None, "constraint": "kl"}, r"sweep\.constraint\.metric is 'kl'; .*eval/drift"),
+        ({"metric": "eval/loss", "online": ONLINE}, r"Sweep\.metric is 'eval/loss'; .* have heldout/score, .*, kl"),
+        (
+            {"metric": None, "constraint": "kl", "online": ONLINE, "reference": {"refresh": "round"}},
+            r"sweep\.constraint\.metric is 'kl'; .* have heldout/score, heldout/win_rate: .* reference",
+        ),
+        (
+            {"metric": None, "constraint": "kl", "online": ONLINE, "loss": {"use": "simpo"}},
+            r"sweep\.constraint\.metric is 'kl'; .* have heldout/score, heldout/win_rate: .* reference",
+        ),
+        (
+            {"metric": None, "constraint": "eval/drift", "space": {"loss.use": tune.choice(["simpo", "orpo"])}},
+            r"sweep\.constraint\.metric is 'eval/drift'; .*: .* reference",
+        ),
+    ],
+)
+def test_a_metric_that_no_evaluation_has_is_rejected_with_those_they_have(
+    arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        validate_metrics(**arguments)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_evaluations_of_every_loss_have_rewards_and_those_with_a_reference_the_distance_from_it(loss: str) -> None:
+    drift = None if loss in REFERENCE_FREE_LOSSES else "eval/drift"
+    validate_metrics("eval/rewards/accuracies", drift, loss={"use": loss})
+
+
+def test_a_metric_that_some_trials_have_is_accepted() -> None:
+    space = {"loss.use": tune.choice(["ipo", "simpo"])}
+    validate_metrics(None, "eval/drift", space, loss={"use": "simpo"})
+    validate_metrics("heldout/win_rate", "kl", space, online=ONLINE)
+    validate_metrics(None, "kl", online=ONLINE, model={"path": "m", "lora": {}}, reference={"refresh": 2})
