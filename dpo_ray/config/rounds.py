@@ -213,6 +213,11 @@ class OnlineConfig(Section):
         judges = {"judge": self.judge} if in_rounds else {}
         return judges | ({"eval_judge": self.eval_judge or self.judge} if self.eval_prompts else {})
 
+    @property
+    def started_judges(self) -> dict[str, JudgeConfig]:
+        """The judges that the run starts, by the key of their settings: one with both purposes is started once."""
+        return {"judge" if judge == self.judge else "eval_judge": judge for judge in self.judges.values()}
+
     @model_validator(mode="after")
     def _validate_judges(self) -> Self:
         evaluated = self.eval_judge or self.judge

@@ -6,10 +6,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_ray.config.rounds import JudgeConfig
 from dpo_ray.config.schema import ClusterConfig
 from dpo_ray.warnings_filter import filter_import_warnings
 
@@ -29,6 +30,9 @@ DASHBOARD_MODULES = "StateHead"
 """Modules of the dashboard of a local cluster. A cluster that ``ray start`` has started has all modules."""
 SPARE_CPUS = 2
 """Logical CPUs of a local cluster beyond those of the run, for judges, trials and tasks that mostly wait."""
+
+Judges = Mapping[str, JudgeConfig]
+"""``OnlineConfig.started_judges``, none offline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +62,29 @@ def runs_that_fit(config: ClusterConfig, engines: int = 0) -> int:
     return max(1, (os.cpu_count() or 1) // cpus_needed(config, engines))
 
 
-def gpus_needed(config: ClusterConfig, engines: int) -> int:
-    """GPUs of a run on a cluster with GPUs."""
-    return config.train_workers + (0 if config.colocate else engines * config.gpus_per_engine)
+def gpus_needed(config: ClusterConfig, engines: int, judges: Judges) -> float:
+    """GPUs of a run on a cluster with GPUs; processes of judges may share one."""
+    return _total(_gpus_by_key(config, engines, judges))
+
+
+def _gpus_by_key(config: ClusterConfig, engines: int, judges: Judges, *, on_gpus: bool = True) -> dict[str, float]:
+    """GPUs that a run asks for, by the keys that ask for them."""
+    gpus: dict[str, float] = {}
+    if on_gpus:
+        gpus[f"cluster.train_workers={config.train_workers}"] = config.train_workers
+    if on_gpus and engines and not config.colocate:
+        key = f"cluster.rollout_engines={engines} x cluster.gpus_per_engine={config.gpus_per_engine}"
+        gpus[key] = engines * config.gpus_per_engine
+    for name, judge in judges.items():
+        if judge.num_gpus:
+            key = f"online.{name}.replicas={judge.replicas} x online.{name}.num_gpus={judge.num_gpus:g}"
+            gpus[key] = judge.replicas * judge.num_gpus
+    return gpus
+
+
+def _total(gpus: Mapping[str, float]) -> float:
+    """The sum in the precision of Ray, which counts ten-thousandths of a GPU."""
+    return round(sum(gpus.values()), 4)
 
 
 def set_environment(config: ClusterConfig) -> None:
@@ -75,13 +99,16 @@ def set_environment(config: ClusterConfig) -> None:
 
 
 @contextlib.contextmanager
-def ray_cluster(config: ClusterConfig, *, engines: int, local_runs: int = 1) -> Iterator[Cluster]:
+def ray_cluster(
+    config: ClusterConfig, *, engines: int, judges: Judges | None = None, local_runs: int = 1
+) -> Iterator[Cluster]:
     """Connects to the running cluster (``RAY_ADDRESS``, a submitted job, ``ray start``) or starts a local one.
 
     A local cluster gets enough logical CPUs for the run, even on a machine with fewer cores. SIGTERM ends the run like
     Ctrl-C.
 
     Args:
+        judges: ``OnlineConfig.started_judges`` of an online run.
         local_runs: concurrent runs for which a local cluster is sized.
 
     Raises:
@@ -95,7 +122,7 @@ def ray_cluster(config: ClusterConfig, *, engines: int, local_runs: int = 1) -> 
         with _sigterm_as_interrupt():
             resources = ray.cluster_resources()
             cluster = Cluster(gpus=int(resources.get("GPU", 0)), cpus=int(resources.get("CPU", 0)))
-            validate_capacity(cluster, config, engines)
+            validate_capacity(cluster, config, engines, judges or {})
             yield cluster
     finally:
         ray.shutdown()
@@ -168,21 +195,20 @@ def same_node() -> Any:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def validate_capacity(cluster: Cluster, config: ClusterConfig, engines: int) -> None:
+def validate_capacity(cluster: Cluster, config: ClusterConfig, engines: int, judges: Judges) -> None:
     """Raises a ValueError if the run does not fit the cluster: otherwise Ray would wait for resources forever."""
-    workers, rollout = f"cluster.train_workers={config.train_workers}", f"cluster.rollout_engines={engines}"
-    if cluster.on_gpus:
-        asked = workers + (f" + {rollout} x cluster.gpus_per_engine={config.gpus_per_engine}" if engines else "")
-        _validate_resource("GPUs", gpus_needed(config, engines), cluster.gpus, asked)
-    asked = f"{workers} x cluster.cpus_per_worker={config.cpus_per_worker}"
-    asked += f" + {rollout} x cluster.cpus_per_engine={config.cpus_per_engine}" if engines else ""
+    gpus = _gpus_by_key(config, engines, judges, on_gpus=cluster.on_gpus)
+    _validate_resource("GPUs", _total(gpus), cluster.gpus, " + ".join(gpus))
+    asked = f"cluster.train_workers={config.train_workers} x cluster.cpus_per_worker={config.cpus_per_worker}"
+    if engines:
+        asked += f" + cluster.rollout_engines={engines} x cluster.cpus_per_engine={config.cpus_per_engine}"
     _validate_resource("CPUs", cpus_needed(config, engines, on_gpus=cluster.on_gpus), cluster.cpus, asked)
 
 
-def _validate_resource(name: str, needed: int, available: int, asked: str) -> None:
+def _validate_resource(name: str, needed: float, available: int, asked: str) -> None:
     if needed > available:
         raise ValueError(
-            f"{asked} need {needed} {name}; the cluster has {available}: lower one of these keys or add nodes"
+            f"{asked} need {needed:g} {name}; the cluster has {available}: lower one of these keys or add nodes"
         )
 
 

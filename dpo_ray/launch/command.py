@@ -51,8 +51,9 @@ def run_on_cluster(command: str, config: Config, *arguments: Any, engines: int =
         engines, local_runs: see ``ray_cluster``.
     """
     set_environment(config.cluster)
+    judges = config.online.started_judges if config.online is not None else {}
     with ThreadPoolExecutor(1, "import") as executor:
         module, _, name = command.partition(":")
         imported = executor.submit(importlib.import_module, module)
-        with ray_cluster(config.cluster, engines=engines, local_runs=local_runs) as cluster:
+        with ray_cluster(config.cluster, engines=engines, judges=judges, local_runs=local_runs) as cluster:
             getattr(imported.result(), name)(config, cluster, *arguments)

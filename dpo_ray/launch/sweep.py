@@ -186,10 +186,12 @@ def _prepare(config: Config, cluster: Cluster, console: Console) -> tuple[int, A
 
 
 def _trials_that_fit(config: Config, cluster: Cluster) -> int:
-    engines = config.cluster.rollout_engines if config.online is not None else 0
+    engines, judges = (
+        (0, {}) if config.online is None else (config.cluster.rollout_engines, config.online.started_judges)
+    )
     trials = (cluster.cpus - SPARE_CPUS) // cpus_needed(config.cluster, engines, on_gpus=cluster.on_gpus)
     if cluster.on_gpus:
-        trials = min(trials, cluster.gpus // gpus_needed(config.cluster, engines))
+        trials = min(trials, int(cluster.gpus // gpus_needed(config.cluster, engines, judges)))
     return max(1, trials)
 
 

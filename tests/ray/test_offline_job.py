@@ -267,6 +267,6 @@ def test_a_sweep_computes_the_reference_once_and_its_best_config_runs_as_it_is(
 
 def test_more_workers_than_the_cluster_can_hold_fail_at_once() -> None:
     with pytest.raises(ValueError, match=r"cluster\.train_workers=8.*need 8 GPUs; the cluster has 4"):
-        validate_capacity(Cluster(gpus=4, cpus=64), ClusterConfig(train_workers=8), engines=0)
+        validate_capacity(Cluster(gpus=4, cpus=64), ClusterConfig(train_workers=8), engines=0, judges={})
     with pytest.raises(ValueError, match=r"rollout_engines=2.*need 6 CPUs; the cluster has 5"):
-        validate_capacity(Cluster(gpus=0, cpus=5), ClusterConfig(train_workers=4), engines=2)
+        validate_capacity(Cluster(gpus=0, cpus=5), ClusterConfig(train_workers=4), engines=2, judges={})

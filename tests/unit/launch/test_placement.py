@@ -70,9 +70,32 @@ def test_workers_spread_too_thin_for_an_engine_are_rejected():
 
 def test_colocated_engines_need_no_gpus_of_their_own():
     size = ClusterConfig(train_workers=1, rollout_engines=1, colocate=True)
-    validate_capacity(Cluster(gpus=1, cpus=1), size, 1)
+    validate_capacity(Cluster(gpus=1, cpus=1), size, 1, {})
     with pytest.raises(ValueError, match="need 2 GPUs; the cluster has 1"):
-        validate_capacity(Cluster(gpus=1, cpus=2), size.model_copy(update={"colocate": False}), 1)
+        validate_capacity(Cluster(gpus=1, cpus=2), size.model_copy(update={"colocate": False}), 1, {})
+
+
+def test_judges_with_gpus_count_and_one_with_both_purposes_once():
+    judge: dict[str, Any] = {"use": "reward_model", "args": {"path": "r"}, "num_gpus": 1, "replicas": 2}
+    online: dict[str, Any] = {"prompts": "p", "eval_prompts": "e", "judge": judge}
+
+    def validate(gpus: int, **changes: Any) -> None:
+        parsed = Config.model_validate({"model": {"path": "tiny"}, "online": online | changes})
+        assert parsed.online is not None
+        validate_capacity(Cluster(gpus, cpus=8), parsed.cluster, 1, parsed.online.started_judges)
+
+    validate(4)
+    with pytest.raises(
+        ValueError, match=r"rollout_engines=1 .* \+ online\.judge\.replicas=2 x online\.judge\.num_gpus=1 need 4 GPUs"
+    ):
+        validate(3)
+    validate(5, eval_judge=judge | {"num_gpus": 0.3})
+    with pytest.raises(ValueError, match=r"online\.eval_judge\.replicas=2 x .*num_gpus=0\.3 need 4\.6 GPUs; .* has 4:"):
+        validate(4, eval_judge=judge | {"num_gpus": 0.3})
+    validate(2, source={"use": "self_play"}, eval_prompts=())
+    validate(0, judge={})
+    with pytest.raises(ValueError, match=r"online\.judge\.num_gpus=1 need 2 GPUs; the cluster has 0"):
+        validate(0)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,10 @@ from ray import tune
 
 from dpo_ray.config import Config
 from dpo_ray.config.losses import LOSSES, REFERENCE_FREE_LOSSES
-from dpo_ray.launch.sweep import Sweep, _validate_metrics, _validate_sweep, define, load_sweep
+from dpo_ray.launch.cluster import Cluster
+from dpo_ray.launch.sweep import Sweep, _trials_that_fit, _validate_metrics, _validate_sweep, define, load_sweep
+
+ONLINE = {"prompts": "p.jsonl", "eval_prompts": "e.jsonl"}
 
 
 def test_every_space_loads_and_an_unknown_one_is_rejected_with_the_known_names() -> None:
@@ -46,7 +49,25 @@ def test_a_space_with_a_wrong_key_argument_or_value_is_rejected(
         validate(tmp_path, tiny_model, space)
 
 
-ONLINE = {"prompts": "p.jsonl", "eval_prompts": "e.jsonl"}
+@pytest.mark.parametrize(
+    ("cluster", "size", "online", "trials"),
+    [
+        (Cluster(gpus=0, cpus=10), {"train_workers": 2}, None, 4),
+        (Cluster(gpus=0, cpus=10), {"cpus_per_worker": 3}, {}, 2),
+        (Cluster(gpus=0, cpus=2), {"train_workers": 2}, None, 1),
+        (Cluster(gpus=8, cpus=64), {"train_workers": 2}, None, 4),
+        (Cluster(gpus=8, cpus=64), {"gpus_per_engine": 2}, {}, 2),
+        (Cluster(gpus=8, cpus=64), {"colocate": True}, {}, 8),
+        (Cluster(gpus=8, cpus=64), {}, {"judge": {"num_gpus": 1}}, 2),
+        (Cluster(gpus=8, cpus=64), {}, {"judge": {"num_gpus": 0.5}}, 3),
+        (Cluster(gpus=8, cpus=64), {}, {"judge": {"num_gpus": 1}, "eval_judge": {"num_gpus": 1, "replicas": 2}}, 1),
+    ],
+)
+def test_a_trial_takes_the_cpus_and_gpus_of_its_workers_engines_and_judges(
+    cluster: Cluster, size: dict[str, Any], online: dict[str, Any] | None, trials: int
+) -> None:
+    sections = {"cluster": size, "online": None if online is None else ONLINE | online}
+    assert _trials_that_fit(Config.model_validate({"model": {"path": "m"}, **sections}), cluster) == trials
 
 
 def validate_metrics(
