@@ -1,12 +1,14 @@
-"""Resources of engines, the capacity check, and the choice of the weight transport; without a cluster."""
+"""Resources of engines and judges, the capacity check, and the choice of the weight transport; without a cluster."""
 
 from typing import Any
 
 import pytest
+import ray
 
 from dpo_ray.config import Config
 from dpo_ray.config.schema import ClusterConfig
 from dpo_ray.launch.cluster import Cluster, validate_capacity
+from dpo_ray.launch.rollouts.judge_actor import start_judges
 from dpo_ray.launch.rollouts.placement import (
     EnginePlacement,
     GpuSlot,
@@ -73,6 +75,30 @@ def test_colocated_engines_need_no_gpus_of_their_own():
     validate_capacity(Cluster(gpus=1, cpus=1), size, 1, {})
     with pytest.raises(ValueError, match="need 2 GPUs; the cluster has 1"):
         validate_capacity(Cluster(gpus=1, cpus=2), size.model_copy(update={"colocate": False}), 1, {})
+
+
+class FakeActorClass:
+    """Stands for ``ray.remote(...)``; has the options of every actor that was started."""
+
+    def __init__(self) -> None:
+        self.started: list[dict[str, Any]] = []
+
+    def options(self, **options: Any) -> "FakeActorClass":
+        self.latest = options
+        return self
+
+    def remote(self, *arguments: Any) -> int:
+        self.started.append(self.latest)
+        return len(self.started)
+
+
+def test_a_judge_sees_the_gpus_that_it_asks_for_and_otherwise_none(monkeypatch: pytest.MonkeyPatch):
+    actors = FakeActorClass()
+    monkeypatch.setattr(ray, "remote", lambda actor: actors)
+    online = {"prompts": "p", "eval_prompts": "e", "judge": {"replicas": 2}, "eval_judge": {"num_gpus": 0.5}}
+    start_judges(Config.model_validate({"model": {"path": "tiny"}, "online": online}), fleet=None)
+    seen = [(options["num_gpus"], options["runtime_env"]) for options in actors.started]
+    assert seen == [(0, {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}})] * 2 + [(0.5, {})]
 
 
 def test_judges_with_gpus_count_and_one_with_both_purposes_once():
