@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_ray.config import Config
 from dpo_ray.config.losses import Examples
 from dpo_ray.config.schema import DataConfig
+from dpo_ray.data.formats import show
 from dpo_ray.data.loss_mask import LostTurn, common_prefix, mask_other_turns
 from dpo_ray.data.records import PairRecord, Problem, PromptRecord, Tools
 from dpo_ray.data.template import (
@@ -28,7 +29,7 @@ from dpo_ray.data.template import (
 )
 from dpo_ray.data.tokenizer import ModelLimits, engine_limits, load_limits, load_tokenizer
 from dpo_ray.data.turns import transcript_turns
-from dpo_ray.types import Messages, TokenPair
+from dpo_ray.types import Message, Messages, TokenPair
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +103,9 @@ class RecordTokenizer:
 
         The prompt's ids are the common prefix of three tokenized texts: the prompt alone (up to where the model
         continues), with chosen, and with rejected. The rest is the completion, with the template's end of turn; a
-        string ends with the end-of-sequence token unless it ends with a special token of its own. Tool turns of a
-        completion carry no loss. Completions over the limit are truncated without adding an end-of-sequence token.
+        string ends with the end-of-sequence token unless it ends with a special token of its own, trailing white space
+        aside. Tool turns of a completion carry no loss. Completions over the limit are truncated without adding an
+        end-of-sequence token.
 
         Returns:
             The pair, or the reason to drop it: template_refused, empty_prompt, prompt_too_long, completion_emptied,
@@ -196,6 +198,7 @@ class RecordTokenizer:
     ) -> tuple[Messages | None, str | None]:
         """The prompt as messages, or None for a string used as written; and the treatment of strings, chat or raw."""
         if not isinstance(prompt, str):
+            _validate_begun(prompt)
             return prompt, None
         treatment = self.data.strings
         if treatment == "auto":
@@ -224,7 +227,7 @@ class RecordTokenizer:
 
     def _ended(self, text: str) -> list[int]:
         ids, eos = self._with_bos(text), self.tokenizer.eos_token_id
-        if ids[-1] in self.special:
+        if next((token for token in reversed(ids) if self.decode([token]).strip()), None) in self.special:
             return ids
         if eos is None:
             raise ValueError("model.path: the tokenizer has no end-of-sequence token, which plain-text pairs need")
@@ -251,8 +254,8 @@ class RecordTokenizer:
         names = [*_names("prompt", prompt), *_names(name, completion)]
         if prompt[-1]["role"] == "assistant":
             # The completion continues the prompt's last turn.
-            begun, first, prompt = prompt[-1], completion[0], prompt[:-1]
-            completion = ({**begun, **first, "content": begun["content"] + (first["content"] or "")}, *completion[1:])
+            completion = (_continued(prompt[-1], completion[0], name), *completion[1:])
+            prompt = prompt[:-1]
             del names[len(prompt)]
         messages = (*prompt, *completion)
         text = render(messages, self.tokenizer, record.tools)
@@ -333,6 +336,28 @@ def _or_problem(tokenize: Callable[[AnyRecord], Tokenized], record: AnyRecord) -
         return Problem(drop.reason, record.source, record.number, drop.detail)
     except ChatTemplateError as error:
         return Problem("template_refused", record.source, record.number, str(error))
+
+
+def _validate_begun(prompt: Messages) -> None:
+    """Drop a prompt that ends with calls of tools, which no completion can continue."""
+    if prompt[-1]["role"] == "assistant" and "tool_calls" in prompt[-1]:
+        raise _Drop(
+            "bad_field",
+            f"prompt[{len(prompt) - 1}].tool_calls: found {show(prompt[-1]['tool_calls'])} in the last turn, which the "
+            "completion continues; accepted: a last turn of text, or the results of the tools after it",
+        )
+
+
+def _continued(begun: Message, first: Message, name: str) -> Message:
+    """The last turn of a prompt with the first turn of a completion, which continues its content."""
+    for key, value in first.items():
+        if key not in ("content", "tool_calls") and value != begun.get(key):
+            raise _Drop(
+                "bad_field",
+                f"{name}[0].{key}: found {show(value)} in the turn that continues the prompt's last one; accepted: "
+                f"{show(begun[key]) if key in begun else 'content only'}",
+            )
+    return {**begun, **first, "content": begun["content"] + (first["content"] or "")}
 
 
 def _names(name: str, messages: Messages) -> list[str]:

@@ -83,6 +83,15 @@ def test_nothing_is_appended_after_an_end_of_turn(llama: Any):
     assert reasons(result) == ["strings_raw"]
 
 
+@pytest.mark.parametrize("end", ["\n", " \n\n", ""])
+def test_nothing_is_appended_after_an_end_of_turn_that_white_space_follows(end: str, tokenizer: Any):
+    prompt = "<|im_start|>user\nName a tree.<|im_end|>\n<|im_start|>assistant\n"
+    result = pair(tokenizer, prompt, f"An oak.<|im_end|>{end}", f"No.{end}")
+    assert tokenizer.decode(result.pair.chosen) == f"An oak.<|im_end|>{end}"
+    assert tokenizer.decode(result.pair.rejected) == f"No.{end}<|im_end|>"
+    assert reasons(result) == ["strings_raw"]
+
+
 def test_an_end_of_turn_that_is_not_the_end_of_sequence_is_no_alarm(llama: Any):
     result = pair(llama, (USER,), answer("An oak."), answer("No."))
     assert result.notes == ()
@@ -189,6 +198,45 @@ def test_a_begun_answer_is_continued_offline_and_online(tokenizer: Any):
     assert not isinstance(online, Problem)
     assert tokenizer.decode(list(online.token_ids)).endswith("<|im_start|>assistant\nThe name is")
     assert online.messages == prompt
+
+
+def test_a_begun_answer_is_continued_with_calls_and_after_its_reasoning(tokenizer: Any):
+    tokenizer.chat_template = TOOLS_TEMPLATE
+    begun = {"role": "assistant", "content": "", "reasoning_content": "It may rain."}
+    looking = CALL | {"content": "Let me look."}
+    result = pair(tokenizer, (USER, begun), (looking, RAIN, *answer("Wet.")), answer("Dry."), tools=TOOLS)
+    assert tokenizer.decode(result.pair.prompt).endswith("<|im_start|>assistant\n<think>It may rain.</think>")
+    scored = tokenizer.decode([token for token in result.pair.chosen if token >= 0])
+    assert scored.startswith("Let me look.<tool_call>")
+    assert result.notes == ()
+
+
+@pytest.mark.parametrize("content", [None, "Let me look."])
+def test_a_prompt_that_ends_with_calls_of_tools_is_dropped_offline_and_online(content: str | None, tokenizer: Any):
+    tokenizer.chat_template = TOOLS_TEMPLATE
+    prompt = (USER, CALL | {"content": content})
+    problem = pair(tokenizer, prompt, answer("Wet."), answer("Dry."))
+    assert (problem.reason, problem.detail.partition(" in ")[0]) == (
+        "bad_field",
+        "prompt[1].tool_calls: found a list of 1",
+    )
+    assert RecordTokenizer(tokenizer, DataConfig()).prompt(PromptRecord(prompt, "f", 1)) == problem
+
+
+@pytest.mark.parametrize(
+    ("chosen", "detail"),
+    [
+        ((RAIN, *answer("Wet.")), 'chosen[0].role: found "tool" in the turn that continues the prompt\'s last one; '),
+        (answer("Oak.", reasoning_content="Trees."), 'chosen[0].reasoning_content: found "Trees." in the turn that'),
+        (answer("Oak.", name="Ada"), 'chosen[0].name: found "Ada" in the turn that'),
+    ],
+)
+def test_a_turn_that_cannot_continue_a_begun_answer_is_dropped_by_field(chosen: Messages, detail: str, tokenizer: Any):
+    tokenizer.chat_template = TOOLS_TEMPLATE
+    begun = {"role": "assistant", "content": "The name is", "reasoning_content": "Plants."}
+    problem = pair(tokenizer, (USER, begun), chosen, answer("No."))
+    assert problem.reason == "bad_field"
+    assert problem.detail.startswith(detail)
 
 
 def test_tools_tool_calls_and_reasoning_match_apply_chat_template_token_for_token(tokenizer: Any):
