@@ -8,7 +8,7 @@ import contextlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from dpo_ray.data.formats import Unusable, show
@@ -39,6 +39,10 @@ MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "reason
 """Keys of a message that reach the chat template."""
 
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+"""Columns that hold media."""
+_MEDIA_KEYS = (*MEDIA, "image_url", "audio_url", "video_url", "input_audio")
+"""Keys inside a column that hold media."""
+_INDICES = r"(?:\[\d+\])+"
 _PLACEHOLDER = re.compile(
     r"\A\s*<(?:image|audio|video)>|<(?:image|audio|video)>\s*\Z|<\|(?:image|audio|video)(?:_pad|_\d+)?\|>"
 )
@@ -55,9 +59,7 @@ class Fields:
         self.record = record
         self._read: set[str] = set()
         self._unread_keys: Counter[str] = Counter()
-        for name in MEDIA:
-            if record.get(name):
-                bad_field(name, show(record[name]), "text records only; remove the record or the field")
+        _reject_media("", record, MEDIA)
 
     def has(self, name: str) -> bool:
         """True if the field is present and not null."""
@@ -97,10 +99,11 @@ class Fields:
 
     def system(self) -> Messages:
         """The column ``system`` (or ``system_prompt``) as a turn; an empty one is no turn."""
-        name = self.first_of("system", "system_prompt")
-        value = self.read(name) if name else None
-        blank = isinstance(value, str) and not value.strip()
-        return (turn("system", text(name, value)),) if name and not blank else ()
+        for name in filter(self.has, ("system", "system_prompt")):
+            value = self.read(name)
+            if not isinstance(value, str) or value.strip():
+                return (turn("system", text(name, value)),)
+        return ()
 
     def tools(self) -> tuple[Mapping[str, Any], ...]:
         """The column ``tools``: a list of JSON schemas, or such a list as JSON text."""
@@ -145,6 +148,13 @@ class Fields:
         """Count a key inside a field as not read."""
         self._unread_keys[name] += 1
 
+    def skip_other_keys(self, name: str, value: Mapping[str, Any], used: Sequence[str]) -> None:
+        """Count the keys of a message, a content part or an item of a list that are not ``used``; reject media."""
+        _reject_media(f"{name}.", value, _MEDIA_KEYS)
+        for key, item in value.items():
+            if key not in used and item not in (None, [], ""):
+                self.skip_key(f"{re.sub(_INDICES, '[]', name)}.{key}")
+
     def _message(self, name: str, value: Any) -> Message | None:
         """A message, or None for a system turn without content."""
         accepted = "a message, {role, content} or {from, value}"
@@ -160,10 +170,11 @@ class Fields:
         if isinstance(value.get("reasoning"), str) and not value.get("reasoning_content"):  # as newer engines name it
             value = {"reasoning_content" if key == "reasoning" else key: item for key, item in value.items()}
         extra = {key: value[key] for key in MESSAGE_KEYS[2:] if value.get(key) not in (None, [], "")}
-        for key in value:
-            if key not in (speaker_key, text_key, *MESSAGE_KEYS[2:], *ITEM_SCORES) and value[key] not in (None, [], ""):
-                self.skip_key(f"{name.partition('[')[0]}[].{key}")
+        self.skip_other_keys(name, value, (speaker_key, text_key, *MESSAGE_KEYS[2:], *ITEM_SCORES))
         content = value.get(text_key)
+        for i, part in enumerate(content if isinstance(content, list) else ()):
+            if isinstance(part, dict):
+                self.skip_other_keys(f"{name}.{text_key}[{i}]", part, ("type", "text"))
         if speaker == "function_call":
             extra["tool_calls"], content = _called_functions(f"{name}.{text_key}", content), None
         elif "tool_calls" in extra:
@@ -211,6 +222,12 @@ def check_placeholders(prompt: Messages | str) -> None:
     for content in texts:
         if placeholder := _PLACEHOLDER.search(content):
             bad_field("prompt", f"the placeholder {placeholder[0].strip()}", "text without images, audio or video")
+
+
+def _reject_media(prefix: str, value: Mapping[str, Any], keys: Sequence[str]) -> None:
+    for key in keys:
+        if value.get(key):
+            bad_field(f"{prefix}{key}", show(value[key]), "text records only; remove the record or the field")
 
 
 def missing_field(record: Mapping[str, Any], name: str, accepted: str) -> NoReturn:

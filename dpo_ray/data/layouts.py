@@ -176,9 +176,7 @@ def _pair_prompt(fields: Fields) -> Messages | str:
 
 def _openai_input(fields: Fields) -> Messages | str:
     value = fields.read("input")
-    for key in value:
-        if key not in ("messages", "tools") and value[key] is not None:
-            fields.skip_key(f"input.{key}")
+    fields.skip_other_keys("input", value, ("messages", "tools"))
     return fields.conversation("input.messages", value.get("messages") or [])
 
 
@@ -331,7 +329,5 @@ def _completion(fields: Fields, name: str, item: Any) -> Messages | str:
     key = next((key for key in _TEXTS if item.get(key) is not None), None)
     if key is None:
         missing_field(item, f"{name}.content", f"accepted are {', '.join(_TEXTS)}")
-    for other in item:
-        if other != key and other not in ITEM_SCORES and item[other] is not None:
-            fields.skip_key(f"{name.partition('[')[0]}[].{other}")
+    fields.skip_other_keys(name, item, (key, *ITEM_SCORES))
     return text(name, item[key]) if isinstance(item[key], str) else fields.conversation(name, item[key])

@@ -329,6 +329,30 @@ def test_completions_may_be_trajectories_and_start_where_the_model_answers(write
 
 PROBLEMS = [
     ({"images": ["wren.png"], "prompt": "Which?", "chosen": "a", "rejected": "b"}, "images: found a list of 1"),
+    (
+        {"prompt": [{**ASK, "images": ["wren.png"]}], "chosen": "a", "rejected": "b"},
+        "prompt[0].images: found a list of 1; accepted: text records only",
+    ),
+    (
+        {"prompt": [{**ASK, "content": [{"text": "Which?", "image": "wren.png"}]}], "chosen": "a", "rejected": "b"},
+        'prompt[0].content[0].image: found "wren.png"; accepted: text records only',
+    ),
+    (
+        {
+            "conversations": [
+                {"from": "human", "value": [{"type": "text", "text": "Which?", "image_url": {"url": "wren.png"}}]}
+            ],
+            "chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"},
+        },
+        "conversations[0].value[0].image_url: found an object of 1",
+    ),
+    (
+        {
+            "prompt": "q", "scores": [1, 0],
+            "completions": [{"text": "a", "audio": "a.wav"}, {"text": "b", "audio": "b.wav"}],
+        },
+        'completions[0].audio: found "a.wav"',
+    ),
     ({"prompt": " <image>\nWhich bird?", "chosen": "a", "rejected": "b"}, "prompt: found the placeholder <image>"),
     ({"prompt": [user("See <|image_pad|>")], "chosen": "a", "rejected": "b"}, "the placeholder <|image_pad|>"),
     ({"prompt": "q", "chosen": [OAK, RAIN], "rejected": [HERRING]}, "chosen: found a tool turn at the end"),
@@ -349,7 +373,7 @@ PROBLEMS = [
     ),
     ({"messages": [ASK, OAK], "chosen": [OAK], "rejected": [HERRING]}, "messages: found an assistant turn at the end"),
     ({"prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": "?"}, 'strength: found "?"'),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("record", "detail"), PROBLEMS)
@@ -427,6 +451,30 @@ def test_unknown_keys_of_messages_are_reported(write: Write):
     (pair,) = read_pairs([Part(write([record]))])
     assert isinstance(pair, PairRecord), pair
     assert set(pair.unread) == {"prompt[].weight", "rejected[].model"}
+
+
+def test_other_keys_of_content_parts_are_reported(write: Write):
+    cached = {"type": "text", "text": "Name a tree.", "cache_control": {"type": "ephemeral"}, "image": None}
+    answers = [{"content": [{**OAK, "content": [{"text": "An oak.", "id": 1}]}], "score": 1}, {**HERRING, "score": 0}]
+    for record, unread in (
+        ({"prompt": [{**ASK, "content": [cached]}], "chosen": [OAK], "rejected": [HERRING]}, "prompt[].content[]."),
+        ({"prompt": [ASK], "completions": answers}, "completions[].content[]."),
+    ):
+        (pair,) = read_pairs([Part(write([record]))])
+        assert isinstance(pair, PairRecord), pair
+        assert (pair.prompt, pair.chosen, pair.rejected) == MESSAGES
+        assert pair.unread == (unread + ("cache_control" if "chosen" in record else "id"),)
+
+
+@pytest.mark.parametrize("empty", ["", " ", None])
+def test_an_empty_system_column_does_not_replace_a_filled_one(empty: str | None, write: Write):
+    record = {"system": empty, "system_prompt": "Be brief.", "prompt": [ASK], "chosen": [OAK], "rejected": [HERRING]}
+    (pair,) = read_pairs([Part(write([record]))])
+    assert isinstance(pair, PairRecord), pair
+    assert (pair.prompt, pair.unread) == ((SYSTEM, ASK), ())
+    (pair,) = read_pairs([Part(write([record | {"system": "Be kind."}]))])
+    assert isinstance(pair, PairRecord), pair
+    assert (pair.prompt[0], pair.unread) == ({"role": "system", "content": "Be kind."}, ("system_prompt",))
 
 
 def test_transcripts_become_turns():
