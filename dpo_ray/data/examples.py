@@ -55,8 +55,12 @@ def _examples(records: Sequence[PairRecord | Problem], tokenizer: RecordTokenize
     if not kept:
         return problems[:1]
     first, result = kept[0]
-    left_out = (("left_out", f"{MEANINGS[p.reason]}: {p.detail}") for p in (*first.left_out, *problems))
-    return [(first, replace(result, notes=(*result.notes, *left_out))), *kept[1:]]
+    return [(first, replace(result, notes=(*result.notes, *_left_out(first, problems)))), *kept[1:]]
+
+
+def _left_out(record: PairRecord, problems: Sequence[Problem] = ()) -> Iterator[tuple[str, str]]:
+    """Notes on the completions of a record that cannot be used, and on other ``problems``."""
+    return (("left_out", f"{MEANINGS[p.reason]}: {p.detail}") for p in (*record.left_out, *problems))
 
 
 def _neighbours(ranking: Sequence[Kept], problems: list[Problem]) -> list[Kept]:
@@ -170,5 +174,5 @@ def tokenize_answers(
             continue
         answer = answered.chosen if isinstance(answered.chosen, str) else answered.chosen[-1]["content"]
         completion = Completion(answer or "", pair.pair.chosen, finished=not pair.removed[0], sampled=False)
-        notes = tuple(dict.fromkeys((*prompt.notes, *pair.notes)))
+        notes = tuple(dict.fromkeys((*prompt.notes, *pair.notes, *_left_out(answered))))
         yield record, replace(prompt, token_ids=pair.pair.prompt, notes=notes), completion

@@ -85,8 +85,9 @@ def read_candidates(fields: Fields) -> Candidates:
 def read_prompt(fields: Fields) -> Messages | str:
     """The prompt of a record in any layout, with or without completions.
 
-    The last assistant turns of ``messages`` and ``conversations`` are the answer; those of ``prompt`` are the beginning
-    of one, which the completion continues.
+    ``messages`` and ``conversations`` that end with an assistant turn end with the answer: the assistant and tool turns
+    after the last other one. An assistant turn at the end of ``prompt`` is the beginning of an answer, which the
+    completion continues.
 
     Raises:
         Unusable: the record has no prompt.
@@ -103,11 +104,11 @@ def read_prompt(fields: Fields) -> Messages | str:
         missing_field(fields.record, "prompt", f"accepted are {', '.join(PROMPT)}, and the prompt of a pair")
     prompt = _prompt(fields)
     if isinstance(prompt, tuple):
-        while prompt and name in ("messages", "conversations") and prompt[-1]["role"] == "assistant":
-            prompt = prompt[:-1]
+        if name in ("messages", "conversations") and prompt[-1]["role"] == "assistant":
+            prompt = prompt[: _start_of_answer(prompt)]
             fields.forget(name)  # with its answer, it is carried along
         if all(message["role"] == "assistant" for message in prompt):
-            bad_field(name, "only assistant turns", "a conversation with another turn")
+            bad_field(name, "an answer only", "a conversation with another turn before it")
     return prompt
 
 
@@ -137,6 +138,11 @@ def read_answer(fields: Fields) -> Candidates:
     if answer is None:
         missing_field(fields.record, _ANSWERS[0], f"accepted are {', '.join(_ANSWERS)}, and the layouts of pairs")
     return Candidates(prompt, (fields.conversation(answer),), (1.0,), (answer,))
+
+
+def _start_of_answer(turns: Messages) -> int:
+    """Number of turns before the assistant and tool turns at the end."""
+    return max((i + 1 for i, turn in enumerate(turns) if turn["role"] not in ("assistant", "tool")), default=0)
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts
@@ -293,7 +299,7 @@ def _unpaired(fields: Fields, label: str) -> Candidates:
     turns = fields.conversation(name) if name else ""
     if isinstance(turns, str):
         missing_field(fields.record, "completion", LAYOUTS_ACCEPTED)
-    start = max((i + 1 for i, turn in enumerate(turns) if turn["role"] not in ("assistant", "tool")), default=0)
+    start = _start_of_answer(turns)
     if not 0 < start < len(turns):
         bad_field(str(name), "no answer at the end", "a conversation that ends with an assistant turn")
     return Candidates(turns[:start], (turns[start:],), scores, (str(name),))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_ray.config.losses import Examples
-from dpo_ray.data.fields import Fields, bad_field, check_placeholders
+from dpo_ray.data.fields import Fields, bad_field, placeholder_notes
 from dpo_ray.data.formats import Part, Unusable, show
 from dpo_ray.data.layouts import PROMPT, Candidates, read_answer, read_candidates, read_prompt
 from dpo_ray.data.sources import check_sources, expand_source, read_rows
@@ -18,6 +18,8 @@ from dpo_ray.types import Messages
 
 Tools = tuple[Mapping[str, Any], ...]
 """JSON schemas of the functions that a model may call."""
+Notes = tuple[tuple[str, str], ...]
+"""Reason and detail of each note on a kept record, counted in the data report."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class PairRecord:
     """Completions of the record that cannot be used."""
     gap: float | None = None
     """Score of chosen minus score of rejected; None if the record has no scores."""
+    notes: Notes = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,8 @@ class PromptRecord:
     fields: Mapping[str, Any] = field(default_factory=dict)
     """The other fields of the record, for judges and selectors."""
     unread: tuple[str, ...] = ()
-    """Keys inside the prompt's field that are not used, as ``prompt[].KEY``."""
+    """Keys inside the fields of prompt and answer that are not used, as ``prompt[].KEY``."""
+    notes: Notes = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +99,7 @@ def read_pairs(
         for name, completion in zip(candidates.names, candidates.completions, strict=True):
             validate_completion(name, completion, candidates.prompt)
         tools, (prompt, system) = fields.tools(), _with_system(fields, candidates.prompt)
-        left_out = tuple(Problem(problem.reason, source, number, problem.detail) for problem in candidates.left_out)
+        left_out, notes = _left_out(candidates, source, number), placeholder_notes(candidates.prompt)
         parts = list(_examples(candidates, examples, pairs_per_prompt))
         if len({i for part in parts for i in part[:2]}) < len(candidates.completions):
             fields.skip_key(f"{candidates.names[0].partition('[')[0]}[] in no pair")
@@ -117,6 +121,7 @@ def read_pairs(
                 names,
                 left_out,
                 _gap(candidates, i, j),
+                notes,
             )
 
     check_sources(parts)
@@ -131,12 +136,7 @@ def read_prompts(sources: Sequence[str]) -> Iterator[PromptRecord | Problem]:
     """
 
     def build(fields: Fields, source: str, number: int) -> Iterator[PromptRecord]:
-        prompt, system = _with_system(fields, read_prompt(fields))
-        tools, used = fields.tools(), fields.read_names & {*PROMPT, "system", "system_prompt", "tools"}
-        other = {
-            name: _finite(value) for name, value in fields.record.items() if name not in used and value is not None
-        }
-        yield PromptRecord(prompt, source, number, tools, system, other, fields.unread_keys())
+        yield _prompt_record(fields, read_prompt(fields), source, number)
 
     return _read([Part(file) for source in sources for file in expand_source(source)], build)
 
@@ -152,15 +152,21 @@ def read_answers(sources: Sequence[str]) -> Iterator[tuple[PromptRecord, PairRec
         candidates = read_answer(fields)
         (answer,), (name,) = candidates.completions, candidates.names
         validate_completion(name, answer, candidates.prompt)
-        tools, (prompt, system) = fields.tools(), _with_system(fields, candidates.prompt)
-        other = {
-            key: _finite(value)
-            for key, value in fields.record.items()
-            if key not in fields.read_names and value is not None
-        }
+        record = _prompt_record(fields, candidates.prompt, source, number, answer=name)
         yield (
-            PromptRecord(prompt, source, number, tools, system, other, fields.unread_keys()),
-            PairRecord(prompt, answer, answer, source, number, tools, system, unpaired=1, names=(name, name)),
+            record,
+            PairRecord(
+                record.prompt,
+                answer,
+                answer,
+                source,
+                number,
+                record.tools,
+                record.system,
+                unpaired=1,
+                names=(name, name),
+                left_out=_left_out(candidates, source, number),
+            ),
         )
 
     return _read([Part(file) for source in sources for file in expand_source(source)], build)
@@ -179,9 +185,30 @@ def _read(parts: Sequence[Part], build: Callable[[Fields, str, int], Iterator[An
                 yield Problem(problem.reason, part.source, number, problem.detail)
 
 
+def _prompt_record(
+    fields: Fields, prompt: Messages | str, source: str, number: int, answer: str | None = None
+) -> PromptRecord:
+    """The prompt of a record, with the fields that neither it nor the answer was built from.
+
+    Args:
+        answer: field of the answer.
+    """
+    notes, (prompt, system), tools = placeholder_notes(prompt), _with_system(fields, prompt), fields.tools()
+    used = {answer, *(fields.read_names & {*PROMPT, "system", "system_prompt", "tools"})}
+    others = {name: value for name, value in fields.record.items() if name not in used and value is not None}
+    unreadable = [f"{name}: {value.detail}" for name, value in others.items() if isinstance(value, Unusable)]
+    if unreadable:
+        notes = (*notes, ("unreadable_cell", ", ".join(unreadable)))
+    carried = {name: _finite(value) for name, value in others.items() if not isinstance(value, Unusable)}
+    return PromptRecord(prompt, source, number, tools, system, carried, fields.unread_keys(), notes)
+
+
+def _left_out(candidates: Candidates, source: str, number: int) -> tuple[Problem, ...]:
+    return tuple(Problem(problem.reason, source, number, problem.detail) for problem in candidates.left_out)
+
+
 def _with_system(fields: Fields, prompt: Messages | str) -> tuple[Messages | str, Messages]:
     """The prompt with the column ``system`` as its first turn; a string and the turn."""
-    check_placeholders(prompt)
     system = fields.system()
     if isinstance(prompt, str) or not system or prompt[0] == system[0]:
         return prompt, system if isinstance(prompt, str) else ()

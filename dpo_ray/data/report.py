@@ -38,6 +38,8 @@ MEANINGS: Mapping[str, str] = {
     "strings_chat": "strings put into the chat template",
     "strings_raw": "strings used as written",
     "special_in_text": "special token in text, trained on as written",
+    "media_placeholder": "placeholder of media in text, used as written",
+    "unreadable_cell": "cell that cannot be read",
     "text_not_rendered": "text left out by the chat template",
     "boundary_moved": "prompt boundary moved by the tokenizer",
     "completion_cut": "completion truncated",

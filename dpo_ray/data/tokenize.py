@@ -138,7 +138,7 @@ class RecordTokenizer:
             self._check_texts(text, messages, _names("prompt", messages), record.tools, noted, answer_follows=True)
             ids = self._ids(text)
         self._check_limits({"prompt": ids}, len(ids), 0)
-        return TokenizedPrompt(tuple(ids), messages, (*_treated(treatment), *_notes(noted)))
+        return TokenizedPrompt(tuple(ids), messages, (*_treated(treatment), *record.notes, *_notes(noted)))
 
     def _pair(self, record: PairRecord) -> TokenizedPair:
         prompt, treatment = self._conversation(record, record.prompt, record.chosen, record.rejected)
@@ -185,7 +185,7 @@ class RecordTokenizer:
         }
         pair = TokenPair(tuple(prompt_ids[:start]), tuple(chosen), tuple(rejected), record.unpaired)
         applying = tuple((note, "") for note, applies in notes.items() if applies)
-        return TokenizedPair(pair, (*_treated(treatment), *applying, *_notes(noted)), removed)
+        return TokenizedPair(pair, (*_treated(treatment), *record.notes, *applying, *_notes(noted)), removed)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens and tokens without loss included."""

@@ -9,7 +9,7 @@ import pytest
 from dpo_ray.config.losses import Examples
 from dpo_ray.data.fields import Fields
 from dpo_ray.data.formats import Part
-from dpo_ray.data.records import PairRecord, Problem, PromptRecord, read_pairs, read_prompts
+from dpo_ray.data.records import PairRecord, Problem, PromptRecord, read_answers, read_pairs, read_prompts
 from dpo_ray.data.turns import transcript_turns
 
 Write = Callable[..., str]
@@ -475,6 +475,83 @@ def test_an_empty_system_column_does_not_replace_a_filled_one(empty: str | None,
     (pair,) = read_pairs([Part(write([record | {"system": "Be kind."}]))])
     assert isinstance(pair, PairRecord), pair
     assert (pair.prompt[0], pair.unread) == ({"role": "system", "content": "Be kind."}, ("system_prompt",))
+
+
+@pytest.mark.parametrize(
+    ("turns", "prompt"),
+    [
+        ([ASK, CALL, RAIN, WET], (ASK,)),
+        ([ASK, OAK, ASK, CALL, RAIN, WET], (ASK, OAK, ASK)),
+        ([ASK, CALL, RAIN], (ASK, CALL, RAIN)),
+    ],
+    ids=["a trajectory", "a trajectory after an answer", "no answer yet"],
+)
+def test_a_prompt_ends_before_the_last_trajectory_offline_and_online(
+    turns: list[dict[str, Any]], prompt: Any, write: Write
+):
+    source = write([{"messages": turns, "label": True}])
+    (online,) = read_prompts([source])
+    assert isinstance(online, PromptRecord), online
+    assert online.prompt == prompt
+    (offline,) = read_pairs([Part(source)], examples="unpaired")
+    if turns[-1] == WET:
+        assert isinstance(offline, PairRecord), offline
+        assert offline.prompt == prompt
+        ((played, answered),) = [item for item in read_answers([source]) if not isinstance(item, Problem)]
+        assert (played.prompt, answered.chosen) == (prompt, (CALL, RAIN, WET))
+    else:
+        assert isinstance(offline, Problem), offline
+
+
+@pytest.mark.parametrize(
+    ("record", "answer", "fields"),
+    [
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 2, "score_rejected": 1}, "a", {
+            "rejected": "b", "score_chosen": 2, "score_rejected": 1,
+        }),
+        ({"chosen": [ASK, OAK], "rejected": [ASK, HERRING]}, (OAK,), {"rejected": [ASK, HERRING]}),
+        ({"messages": [ASK, OAK], "output": "An elm."}, (OAK,), {"output": "An elm."}),
+        ({"prompt": "p", "response_1": "b", "response_2": "a", "preference_strength": 1}, "a", {
+            "response_1": "b", "preference_strength": 1,
+        }),
+        ({"prompt": "p", "generations": ["a", "b"], "ratings": [2, 1]}, "a", {
+            "generations": ["a", "b"], "ratings": [2, 1],
+        }),
+    ],
+)  # fmt: skip
+def test_self_play_carries_along_what_prompt_and_answer_were_not_built_from(
+    record: dict[str, Any], answer: Any, fields: dict[str, Any], write: Write
+):
+    (item,) = read_answers([write([record])])
+    assert not isinstance(item, Problem), item
+    prompt, answered = item
+    assert (answered.chosen, prompt.fields) == (answer, fields)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "detail"),
+    [
+        ("Compare <image> with <image>, in <audio>.", "prompt: <image> <audio>"),
+        ([user("Compare <image> and this."), OAK, user("What of <video> then?")],
+         "prompt[0].content: <image>, prompt[2].content: <video>"),
+        ([ASK, CALL, {"role": "tool", "content": "<image>"}], "prompt[2].content: <image>"),
+        ("How do I use the <video> tag?", "prompt: <video>"),
+        ("Name a tree.", None),
+    ],
+)  # fmt: skip
+def test_a_placeholder_of_media_within_a_text_is_kept_and_named(prompt: Any, detail: str | None, write: Write):
+    source = write([{"prompt": prompt, "chosen": "a", "rejected": "b"}])
+    (pair,), (online,), (played,) = read_pairs([Part(source)]), read_prompts([source]), read_answers([source])
+    notes = (("media_placeholder", detail),) if detail else ()
+    assert isinstance(pair, PairRecord), pair
+    assert isinstance(online, PromptRecord), online
+    assert not isinstance(played, Problem), played
+    assert pair.notes == online.notes == played[0].notes == notes
+
+
+def test_a_turn_of_calls_by_the_user_raises_nothing(write: Write):
+    odd = {**CALL, "role": "user"}
+    assert all(read_pairs([Part(write([{"prompt": [odd], "chosen": "a", "rejected": "b"}]))]))
 
 
 def test_transcripts_become_turns():

@@ -92,6 +92,25 @@ def test_self_play_reads_the_answer_of_each_layout_as_tokens_after_the_prompt(ti
     assert prompts[2].fields == {"answer": 4}
 
 
+def test_self_play_reports_what_it_leaves_out_of_a_record(tiny_model: Path, tmp_path: Path) -> None:
+    records = [
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+        {"prompt": "see <image> there", "generations": ["a", " ", "b"], "ratings": [1, 9, 2]},
+    ]
+    source = tmp_path / "answers.jsonl"
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    tokenizer = RecordTokenizer(load_tokenizer(str(tiny_model)), DataConfig(strings="chat"))
+    prompts, report = load_prompts([str(source)], tokenizer, strict=True, answers=True)
+    assert [prompt.answer and prompt.answer.text for prompt in prompts] == ["a", "b"]
+    text = report.text("online.prompts")
+    assert "fields carried along for judges: rejected (1), generations (1), ratings (1)" in text
+    assert [(reason, tally.count, tally.first[0].detail) for reason, tally in report.notes.items()] == [
+        ("strings_chat", 2, ""),
+        ("media_placeholder", 1, "prompt: <image>"),
+        ("left_out", 1, 'field empty: generations[1]: " "'),
+    ]
+
+
 def test_a_prompt_that_is_a_string_is_kept_as_text_beside_its_messages(tiny_model: Path, tmp_path: Path) -> None:
     source = tmp_path / "prompts.jsonl"
     records = [{"prompt": "6 x 7?", "answer": 42}, {"prompt": [{"role": "user", "content": "6 x 7?"}]}]

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from dpo_ray.data.formats import Part, Unreadable
-from dpo_ray.data.records import PairRecord, Problem, read_pairs
+from dpo_ray.data.records import PairRecord, Problem, PromptRecord, read_answers, read_pairs, read_prompts
 from dpo_ray.data.sources import expand_source, source_digest, split_sources
 
 ROWS = [{"prompt": f"q{i}", "chosen": "a, b\nc", "rejected": 'say "d"'} for i in range(5)]
@@ -128,6 +128,19 @@ def test_a_column_that_python_has_no_type_for_does_not_end_the_reading(tmp_path:
     first, *_ = read_pairs([Part(f"{tmp_path}/x.parquet")])
     assert isinstance(first, Problem)
     assert first.detail.startswith("chosen: a value of type timestamp[ms] cannot be read: ")
+
+
+def test_a_cell_that_cannot_be_read_is_no_field_for_judges_and_named(tmp_path: Path):
+    far = pa.array([2**40, None, 5, 6, 7], pa.timestamp("s"))
+    pa.parquet.write_table(pa.Table.from_pylist(ROWS).append_column("created", far), tmp_path / "far.parquet")
+    prompts = [p for p in read_prompts([f"{tmp_path}/far.parquet"]) if isinstance(p, PromptRecord)]
+    assert ["created" in prompt.fields for prompt in prompts] == [False, False, True, True, True]
+    detail = "created: a value of type timestamp[ms] cannot be read: "
+    assert [[(reason, text[: len(detail)]) for reason, text in prompt.notes] for prompt in prompts] == [
+        [("unreadable_cell", detail)], [], [], [], []
+    ]  # fmt: skip
+    answers = [item for item in read_answers([f"{tmp_path}/far.parquet"]) if not isinstance(item, Problem)]
+    assert [prompt.notes for prompt, _ in answers] == [prompt.notes for prompt in prompts]
 
 
 def test_nulls_that_arrow_pads_structs_with_are_no_fields(tmp_path: Path):
