@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from dpo_ray.data.formats import Unusable, show
+from dpo_ray.data.formats import Unusable, parse_json, show
 from dpo_ray.types import Message, Messages
 
 ROLES = {
@@ -277,7 +277,9 @@ def _parse_messages(name: str, value: str) -> Any:
             parsed = parse(value.strip())
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
-        return parsed if all(map(_is_message, parsed)) else value
+        if not all(map(_is_message, parsed)):
+            return value
+        return _parse_json(name, value) if parse is json.loads else parsed
     bad_field(name, f"{show(value)}, which starts like a list of messages", "a list of messages as JSON text")
 
 
@@ -290,9 +292,12 @@ def _is_message(value: Any) -> bool:
 
 def _parse_json(name: str, value: str) -> Any:
     try:
-        return json.loads(value)
+        parsed = parse_json(value)
     except (ValueError, RecursionError) as error:
         bad_field(name, f"text that is not JSON: {error}", "a list, or JSON text of one")
+    if isinstance(parsed, Unusable):
+        raise Unusable(parsed.reason, f"{name}: {parsed.detail}")
+    return parsed
 
 
 def _tool_calls(name: str, value: Any) -> list[Any]:

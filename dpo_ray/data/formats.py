@@ -6,7 +6,8 @@ A row that cannot be parsed is returned as ``Unusable``; a file that cannot be r
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -152,9 +153,38 @@ def _jsonl_parts(file: File, rows_per_part: int) -> Iterator[Part]:
     yield replace(part, rows=rows)
 
 
+def parse_json(text: str) -> Any:
+    """The value of a JSON text; ``Unusable`` if an object in it has a key more than once.
+
+    Raises:
+        ValueError, RecursionError: the text is not JSON, or is nested too deeply.
+    """
+    return _checked(json.loads(text, object_pairs_hook=_object))
+
+
+def _object(items: list[tuple[str, Any]]) -> Any:
+    record = dict(items)
+    if len(record) == len(items):
+        return record
+    ((key, count),) = Counter(key for key, _ in items).most_common(1)
+    return Unusable("bad_field", f"{key}: found {count} times in one object; accepted: once")
+
+
+def _checked(value: Any) -> Any:
+    """The value, or the first Unusable in it."""
+    return _first_unusable(value) or value
+
+
+def _first_unusable(value: Any) -> Unusable | None:
+    if isinstance(value, Unusable):
+        return value
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next(filter(None, map(_first_unusable, items)), None)
+
+
 def _parse_line(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        return parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return Unusable("not_json", f"byte {error.start + 1} is not UTF-8")
     except (ValueError, RecursionError) as error:
@@ -169,7 +199,9 @@ def _parse_json(file: File) -> list[Any]:
     with file.open() as stream:
         content = stream.read()
     try:
-        records = json.loads(content.decode("utf-8-sig"))
+        records = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object)
+        if isinstance(records, list):
+            return list(map(_checked, records))
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise Unreadable(f"{file.name}:{line}: byte {error.start + 1} of the file is not UTF-8 text") from None
@@ -180,9 +212,7 @@ def _parse_json(file: File) -> list[Any]:
         ) from None
     except RecursionError:
         raise Unreadable(f"{file.name}: not valid JSON: nested too deeply") from None
-    if not isinstance(records, list):
-        raise Unreadable(f"{file.name}: found {show(records)}; a .json file must contain a list of records")
-    return records
+    raise Unreadable(f"{file.name}: found {show(records)}; a .json file must contain a list of records")
 
 
 def _csv_rows(file: File, part: Part) -> Iterator[Row]:
@@ -190,22 +220,36 @@ def _csv_rows(file: File, part: Part) -> Iterator[Row]:
     try:
         with file.open() as stream:
             rows = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
+            header = rows.fieldnames or []
+            # pandas names its index "".
+            rows.fieldnames = [
+                name if name.strip() else f"column {i} without a name" for i, name in enumerate(header, 1)
+            ]
+            _validate_columns(file, rows.fieldnames)
             for number, row in enumerate(islice(rows, part.start, None), start=part.start + 1):
                 if None in row:
-                    yield number, Unusable("not_a_record", f"more cells than the header's {len(rows.fieldnames or [])}")
+                    yield number, Unusable("not_a_record", f"more cells than the header's {len(header)}")
                 else:
-                    yield (
-                        number,
-                        {name: cell or None for name, cell in row.items() if name},
-                    )  # pandas names its index ""
+                    yield number, {name: cell or None for name, cell in row.items()}
     except (csv.Error, UnicodeDecodeError) as error:
         raise Unreadable(f"{file.name}: cannot be read as CSV: {error}") from None
+
+
+def _validate_columns(file: File, names: Sequence[str]) -> None:
+    """Raise Unreadable if two columns have the same name: a record would hold one of them."""
+    places: dict[str, int] = {}
+    for i, name in enumerate(names, start=1):
+        if (first := places.setdefault(name, i)) != i:
+            raise Unreadable(
+                f"{file.name}: columns {first} and {i} are both named {name!r}; accepted: columns of different names"
+            )
 
 
 def _parquet_rows(file: File, part: Part) -> Iterator[Row]:
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(file.path) as table:
+        _validate_columns(file, table.schema_arrow.names)
         before, group = 0, 0
         while group < table.num_row_groups and before + table.metadata.row_group(group).num_rows <= part.start:
             before += table.metadata.row_group(group).num_rows
@@ -218,6 +262,7 @@ def _parquet_count(file: File) -> int:
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(file.path) as table:
+        _validate_columns(file, table.schema_arrow.names)
         return table.metadata.num_rows
 
 
@@ -227,10 +272,13 @@ def _arrow_batches(file: File) -> Iterator[Any]:
     with pa.memory_map(str(file.path)) as mapped:
         try:
             reader = pa.ipc.open_file(mapped)
+            _validate_columns(file, reader.schema.names)
             yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
         except pa.ArrowInvalid:
             mapped.seek(0)
-            yield from pa.ipc.open_stream(mapped)
+            stream = pa.ipc.open_stream(mapped)
+            _validate_columns(file, stream.schema.names)
+            yield from stream
 
 
 def table_rows(batches: Iterable[Any], before: int, start: int) -> Iterator[Row]:

@@ -28,6 +28,7 @@ _SPLIT = re.compile(r"(?:train|test|validation|valid|dev|eval)(?![a-z])")
 def expand_source(source: str) -> list[str]:
     """The files and datasets of a source, sorted: those of a folder or pattern, otherwise the source itself.
 
+    A folder that a pattern matches is expanded like a folder of its own.
     ``FOLDER:split`` are the files of a folder that belong to the split by their names or by those of their folders.
 
     Raises:
@@ -35,9 +36,12 @@ def expand_source(source: str) -> list[str]:
     """
     folder, _, split = source.partition(":") if not Path(source).exists() else (source, "", "")
     if is_pattern(source) and not Path(source).exists():
-        files = sorted(name for name in glob(source, recursive=True) if Path(name).is_file())
-        if not files:
+        names = sorted(glob(source, recursive=True))
+        if not names:
             raise Unreadable(f"{source}: no file matches the pattern; {SOURCES_ACCEPTED}")
+        # A pattern that matches something inside a folder chooses among the files there.
+        opened = {folder for name in names for folder in Path(name).parents}
+        files = [file for name in names if Path(name) not in opened for file in expand_source(name)]
     elif Path(folder).is_dir() and not _is_saved_dataset(Path(folder)):
         files = _files_of_folder(source, Path(folder), split)
     else:

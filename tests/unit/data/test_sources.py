@@ -67,13 +67,88 @@ def test_the_error_names_a_damaged_gzip_file(tmp_path: Path):
 def test_a_csv_row_with_too_many_cells_is_reported(tmp_path: Path):
     (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\nq,a,b,c\nq,a,b\n")
     problem, record = read_pairs([Part(str(tmp_path / "pairs.csv"))])
-    (tmp_path / "indexed.csv").write_text(",prompt,chosen,rejected\n0,q,a,b\n")
-    (indexed,) = read_pairs([Part(str(tmp_path / "indexed.csv"))])
-    assert isinstance(indexed, PairRecord), indexed
-    assert indexed.unread == ()
     assert isinstance(problem, Problem)
     assert (problem.number, problem.detail) == (1, "more cells than the header's 3")
     assert isinstance(record, PairRecord)
+
+
+def test_a_csv_column_without_a_name_is_named_by_its_place(tmp_path: Path):
+    (tmp_path / "indexed.csv").write_text(",prompt,chosen,rejected, \n0,q,a,b,\n,q,a,b,c\n")
+    pairs = [pair for pair in read_pairs([Part(str(tmp_path / "indexed.csv"))]) if isinstance(pair, PairRecord)]
+    assert [pair.unread for pair in pairs] == [("column 1 without a name",), ("column 5 without a name",)]
+
+
+def as_repeating_csv(path: Path) -> None:
+    path.write_text("prompt,chosen,chosen,rejected\nq,a,b,c\n")
+
+
+def as_repeating_parquet(path: Path) -> None:
+    pa.parquet.write_table(repeating_table(), path)
+
+
+def as_repeating_arrow(path: Path) -> None:
+    table = repeating_table()
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+def as_repeating_stream(path: Path) -> None:
+    table = repeating_table()
+    with pa.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+def repeating_table() -> pa.Table:
+    return pa.table([["q"], ["a"], ["b"], ["c"]], names=["prompt", "chosen", "chosen", "rejected"])
+
+
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [
+        ("a.csv", as_repeating_csv),
+        ("a.parquet", as_repeating_parquet),
+        ("a.arrow", as_repeating_arrow),
+        ("a.arrow", as_repeating_stream),
+    ],
+)
+def test_a_file_with_two_columns_of_one_name_is_an_error(name: str, save: Callable[[Path], None], tmp_path: Path):
+    save(tmp_path / name)
+    message = rf"{name}: columns 2 and 3 are both named 'chosen'; accepted: columns of different names"
+    with pytest.raises(Unreadable, match=message):
+        list(read_pairs([Part(str(tmp_path / name))]))
+    with pytest.raises(Unreadable, match=message):
+        split_sources([str(tmp_path / name)], rows_per_part=9)
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.json"])
+def test_a_record_with_two_keys_of_one_name_is_rejected(name: str, tmp_path: Path):
+    lines = [
+        '{"prompt": "q", "chosen": "a", "chosen": "b", "rejected": "c"}',
+        '{"prompt": [{"role": "user", "content": "q", "content": "p"}], "chosen": "a", "rejected": "c"}',
+        '{"prompt": "q", "chosen": "a", "rejected": "b"}',
+    ]
+    (tmp_path / name).write_text("\n".join(lines) if name.endswith("l") else f"[{','.join(lines)}]")
+    one, other, record = read_pairs([Part(str(tmp_path / name))])
+    assert isinstance(one, Problem), one
+    assert isinstance(other, Problem), other
+    assert (one.number, one.reason) == (1, "bad_field")
+    assert one.detail == "chosen: found 2 times in one object; accepted: once"
+    assert other.detail == "content: found 2 times in one object; accepted: once"
+    assert isinstance(record, PairRecord), record
+
+
+def test_json_text_with_two_keys_of_one_name_is_rejected_by_field(tmp_path: Path):
+    texts = {
+        "prompt": '[{"role": "user", "content": "q", "content": "p"}]',
+        "tools": '[{"name": "f", "name": "g"}]',
+    }
+    for field, text in texts.items():
+        record = {"prompt": "q", "chosen": "a", "rejected": "b"} | {field: text}
+        (tmp_path / "pairs.jsonl").write_text(json.dumps(record))
+        (problem,) = read_pairs([Part(str(tmp_path / "pairs.jsonl"))])
+        assert isinstance(problem, Problem), problem
+        key = "content" if field == "prompt" else "name"
+        assert problem.detail == f"{field}: {key}: found 2 times in one object; accepted: once"
 
 
 def test_a_folder_or_pattern_is_its_files_in_order(tmp_path: Path):
@@ -85,6 +160,25 @@ def test_a_folder_or_pattern_is_its_files_in_order(tmp_path: Path):
     assert expand_source(f"{folder}/*.jsonl") == [f"{folder}/b.jsonl"]
     assert expand_source(f"{folder}/**/*.csv") == [f"{folder}/sub/c.csv"]
     assert expand_source(f"{folder}/b.jsonl") == [f"{folder}/b.jsonl"]
+
+
+def test_folders_that_match_a_pattern_are_read_as_folders(tmp_path: Path):
+    import datasets
+
+    for name in ("a.jsonl", "c/d.csv", "c/e/f.jsonl", "g/train/h.jsonl", "g/test/i.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(LINES)
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "b")
+    folder = str(tmp_path)
+    assert expand_source(f"{folder}/[abc]*") == [
+        f"{folder}/{name}" for name in ("a.jsonl", "b", "c/d.csv", "c/e/f.jsonl")
+    ]
+    assert len(list(read_pairs(split_sources(expand_source(f"{folder}/[ab]*"), rows_per_part=9)))) == 10
+    # A pattern that reaches into a folder decides which of its files are meant.
+    assert expand_source(f"{folder}/c/**/*.jsonl") == [f"{folder}/c/e/f.jsonl"]
+    assert expand_source(f"{folder}/g/**") == [f"{folder}/g/test/i.jsonl", f"{folder}/g/train/h.jsonl"]
+    with pytest.raises(Unreadable, match=rf"{folder}/g: the folder holds several splits; accepted are {folder}/g:test"):
+        expand_source(f"{folder}/[ag]*")
 
 
 def test_a_folder_of_several_splits_needs_one_of_them(tmp_path: Path):
