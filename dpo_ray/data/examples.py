@@ -11,7 +11,7 @@ from dpo_ray.data.formats import Part
 from dpo_ray.data.records import PairRecord, Problem, PromptRecord, read_answers, read_pairs, read_prompts
 from dpo_ray.data.report import MEANINGS
 from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPair, TokenizedPrompt
-from dpo_ray.types import Completion
+from dpo_ray.types import Completion, TokenPair
 
 Kept = tuple[PairRecord, TokenizedPair]
 Item = Kept | Problem
@@ -49,7 +49,7 @@ def _examples(records: Sequence[PairRecord | Problem], tokenizer: RecordTokenize
             else:
                 names = " and ".join(dict.fromkeys(record.names))
                 problems.append(replace(result, detail=f"{names}: {result.detail}") if len(records) > 1 else result)
-    kept = _with_one_prompt(kept, tokenizer.data.max_completion_tokens)
+    kept = _with_one_prompt(kept, problems, tokenizer.data.max_completion_tokens)
     if tokenizer.examples == "lists":
         kept = _neighbours(kept, problems)
     if not kept:
@@ -67,7 +67,7 @@ def _neighbours(ranking: Sequence[Kept], problems: list[Problem]) -> list[Kept]:
     """The pairs of neighbours in a ranking of completions; one with the tokens of a better one adds a problem."""
     different: dict[tuple[int, ...], Kept] = {}
     for record, result in ranking:
-        better, _ = different.setdefault(tuple(t for t in result.pair.chosen if t >= 0), (record, result))
+        better, _ = different.setdefault(_with_loss(result.pair.chosen), (record, result))
         if better is not record:
             detail = f"{better.names[0]} and {record.names[0]} have the same tokens with loss"
             problems.append(Problem("identical", record.source, record.number, detail))
@@ -89,22 +89,39 @@ def _neighbours(ranking: Sequence[Kept], problems: list[Problem]) -> list[Kept]:
     ]
 
 
-def _with_one_prompt(kept: Sequence[Kept], limit: int | None) -> list[Kept]:
+def _with_one_prompt(kept: Sequence[Kept], problems: list[Problem], limit: int | None) -> list[Kept]:
     """The examples with the shortest of their prompts; the other tokens of longer ones become part of the completions.
+
+    A pair whose completions are the same after that adds a problem.
 
     Args:
         limit: ``data.max_completion_tokens``.
     """
     start = min((len(result.pair.prompt) for _, result in kept), default=0)
-    return [(record, _starting_at(result, start, limit)) for record, result in kept]
+    different: list[Kept] = []
+    for record, result in kept:
+        moved = _starting_at(result, start, limit)
+        if record.chosen != record.rejected and _with_loss(moved.pair.chosen) == _with_loss(moved.pair.rejected):
+            detail = f"{' and '.join(record.names)}: data.max_completion_tokens is {limit}"
+            problems.append(Problem("identical_after_truncation", record.source, record.number, detail))
+        else:
+            different.append((record, moved))
+    return different
 
 
 def _starting_at(result: TokenizedPair, start: int, limit: int | None) -> TokenizedPair:
     prompt, rest = result.pair.prompt[:start], result.pair.prompt[start:]
     if not rest:
         return result
-    chosen, rejected = ((*rest, *ids)[:limit] for ids in (result.pair.chosen, result.pair.rejected))
-    return replace(result, pair=replace(result.pair, prompt=prompt, chosen=chosen, rejected=rejected))
+    whole = [(*rest, *ids) for ids in (result.pair.chosen, result.pair.rejected)]
+    chosen, rejected = (ids[:limit] for ids in whole)
+    removed = result.removed[0] + len(whole[0]) - len(chosen), result.removed[1] + len(whole[1]) - len(rejected)
+    notes = dict.fromkeys((*result.notes, *([("completion_cut", "")] if any(removed) else [])))
+    return TokenizedPair(TokenPair(prompt, chosen, rejected, result.pair.unpaired), tuple(notes), removed)
+
+
+def _with_loss(ids: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(token for token in ids if token >= 0)
 
 
 def _beside(item: Kept, other: tuple[int, ...]) -> Kept:

@@ -12,7 +12,7 @@ from dpo_ray.data import store as store_module
 from dpo_ray.data.examples import _with_one_prompt
 from dpo_ray.data.formats import Part
 from dpo_ray.data.loader import checked_gaps
-from dpo_ray.data.records import PairRecord, read_pairs
+from dpo_ray.data.records import PairRecord, Problem, read_pairs
 from dpo_ray.data.store import PairStore, prepare_pairs
 from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPair
 from dpo_ray.data.tokenizer import ModelLimits
@@ -141,16 +141,33 @@ def test_both_completions_of_a_pair_stand_beside_one_of_the_next_record(tokenize
     assert store.report.rejected.max == len(pairs[1].rejected), "the report is of the completions with a label only"
 
 
-def test_all_pairs_of_a_record_have_the_prompt_before_every_completion():
-    def item(prompt: int, chosen: str, rejected: str) -> tuple[PairRecord, TokenizedPair]:
-        ids = lambda text: tuple(map(ord, text))  # noqa: E731
-        pair = TokenPair(ids("abcd")[:prompt], ids(f"abcd{chosen}")[prompt:][:6], ids(f"abcd{rejected}")[prompt:][:6])
-        return PairRecord("q", chosen, rejected, "f", 1), TokenizedPair(pair)
+def ids_item(prompt: int, chosen: str, rejected: str, limit: int = 6) -> tuple[PairRecord, TokenizedPair]:
+    """A pair of the prompt "abcd" with one token per character, and its boundary after ``prompt`` of them."""
+    whole = [tuple(map(ord, f"abcd{text}"))[prompt:] for text in (chosen, rejected)]
+    pair = TokenPair(tuple(b"abcd")[:prompt], whole[0][:limit], whole[1][:limit])
+    removed = len(whole[0][limit:]), len(whole[1][limit:])
+    return PairRecord("q", chosen, rejected, "f", 1), TokenizedPair(pair, removed=removed)
 
+
+def test_all_pairs_of_a_record_have_the_prompt_before_every_completion():
     # The tokenizer merges the last token of the prompt with the first of a completion, as in the second pair.
-    first, second = (result for _, result in _with_one_prompt([item(4, "123456", "x"), item(3, "x", "yz")], 6))
+    problems: list[Problem] = []
+    items = [ids_item(4, "123456", "x"), ids_item(3, "x", "yz")]
+    first, second = (result for _, result in _with_one_prompt(items, problems, 6))
     assert first.pair == TokenPair((97, 98, 99), tuple(b"d12345"), tuple(b"dx")), "six tokens, from the prompt on"
     assert second.pair == TokenPair((97, 98, 99), tuple(b"dx"), tuple(b"dyz"))
+    assert (first.removed, first.notes) == ((1, 0), (("completion_cut", ""),))
+    assert (second.removed, second.notes, problems) == ((0, 0), (), [])
+
+
+def test_a_pair_that_the_prompt_of_another_makes_equal_is_left_out():
+    problems: list[Problem] = []
+    items = [ids_item(4, "12", "13", limit=2), ids_item(3, "x", "yz", limit=2)]
+    ((_, result),) = _with_one_prompt(items, problems, 2)
+    assert result.pair == TokenPair((97, 98, 99), tuple(b"dx"), tuple(b"dy"))
+    assert [(problem.reason, problem.detail) for problem in problems] == [
+        ("identical_after_truncation", "chosen and rejected: data.max_completion_tokens is 2")
+    ]
 
 
 def test_bad_records_are_counted_and_the_rest_is_kept(prepare: Any, write: Write):
