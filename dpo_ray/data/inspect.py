@@ -150,8 +150,8 @@ def _answers(key: str, sources: Sequence[str], tokenizer: RecordTokenizer) -> It
         if isinstance(item, Problem):
             yield _dropped(key, item)
             continue
-        *prompt, answer = item
-        kept = _kept_prompt(key, *prompt, tokenizer)
+        record, result, answer = item
+        kept = _kept_prompt(key, record, result, tokenizer)
         yield replace(
             kept,
             chosen=tokenizer.decode(answer.token_ids),
