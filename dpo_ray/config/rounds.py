@@ -100,15 +100,17 @@ class JudgeConfig(Component):
     def compares(self) -> bool:
         """True for a built-in judge that compares the completions of a prompt, and has no score for a single one."""
         default = {"llm": "pairwise", "policy": "score"}
-        return all(use in default and args.get("mode", default[use]) == "pairwise" for use, args in self._parts())
+        modes = [args.get("mode", default[use]) if use in default else None for use, args in self._parts()]
+        return bool(modes) and all(mode == "pairwise" for mode in modes)
 
-    def _parts(self) -> list[tuple[Any, dict[str, Any]]]:
-        """Name and arguments of the judge, or of each part of a weighted one, as far as they are valid."""
+    def _parts(self) -> list[tuple[str, dict[str, Any]]]:
+        """Name and arguments of the judge, or of each valid part of a weighted one."""
         if self.use != "weighted":
             return [(self.use, self.args)]
         parts = self.args.get("judges")
-        valid = [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
-        return [(part.get("use"), part.get("args") or {}) for part in valid]
+        named = [p for p in parts if isinstance(p, dict) and "use" in p] if isinstance(parts, list) else []
+        given = [(part["use"], part.get("args") or {}) for part in named]
+        return [(use, args) for use, args in given if isinstance(use, str) and isinstance(args, dict)]
 
 
 class SelectConfig(Component):

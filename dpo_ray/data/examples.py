@@ -101,7 +101,8 @@ def _with_one_prompt(kept: Sequence[Kept], problems: list[Problem], limit: int |
     different: list[Kept] = []
     for record, result in kept:
         moved = _starting_at(result, start, limit)
-        if record.chosen != record.rejected and _with_loss(moved.pair.chosen) == _with_loss(moved.pair.rejected):
+        equal = moved is not result and record.chosen != record.rejected
+        if equal and _with_loss(moved.pair.chosen) == _with_loss(moved.pair.rejected):
             detail = f"{' and '.join(record.names)}: data.max_completion_tokens is {limit}"
             problems.append(Problem("identical_after_truncation", record.source, record.number, detail))
         else:

@@ -237,7 +237,9 @@ def placeholder_notes(prompt: Messages | str) -> tuple[tuple[str, str], ...]:
 
 def _reject_media(prefix: str, value: Mapping[str, Any], keys: Sequence[str]) -> None:
     for key in keys:
-        if value.get(key):
+        item = value.get(key)
+        # A table stores an image that is missing as an object of nulls.
+        if any(part is not None for part in item.values()) if isinstance(item, Mapping) else item:
             bad_field(f"{prefix}{key}", show(value[key]), "text records only; remove the record or the field")
 
 
@@ -279,7 +281,7 @@ def _parse_messages(name: str, value: str) -> Any:
             continue
         if not all(map(_is_message, parsed)):
             return value
-        return _parse_json(name, value) if parse is json.loads else parsed
+        return _parse_json(name, value.strip()) if parse is json.loads else parsed
     bad_field(name, f"{show(value)}, which starts like a list of messages", "a list of messages as JSON text")
 
 

@@ -159,7 +159,16 @@ def parse_json(text: str) -> Any:
     Raises:
         ValueError, RecursionError: the text is not JSON, or is nested too deeply.
     """
-    return _checked(json.loads(text, object_pairs_hook=_object))
+    repeated: list[Unusable] = []
+
+    def build(items: list[tuple[str, Any]]) -> Any:
+        value = _object(items)
+        if isinstance(value, Unusable):
+            repeated.append(value)
+        return value
+
+    value = json.loads(text, object_pairs_hook=build)
+    return repeated[0] if repeated else value
 
 
 def _object(items: list[tuple[str, Any]]) -> Any:

@@ -28,7 +28,6 @@ _SPLIT = re.compile(r"(?:train|test|validation|valid|dev|eval)(?![a-z])")
 def expand_source(source: str) -> list[str]:
     """The files and datasets of a source, sorted: those of a folder or pattern, otherwise the source itself.
 
-    A folder that a pattern matches is expanded like a folder of its own.
     ``FOLDER:split`` are the files of a folder that belong to the split by their names or by those of their folders.
 
     Raises:
@@ -36,12 +35,7 @@ def expand_source(source: str) -> list[str]:
     """
     folder, _, split = source.partition(":") if not Path(source).exists() else (source, "", "")
     if is_pattern(source) and not Path(source).exists():
-        names = sorted(glob(source, recursive=True))
-        if not names:
-            raise Unreadable(f"{source}: no file matches the pattern; {SOURCES_ACCEPTED}")
-        # A pattern that matches something inside a folder chooses among the files there.
-        opened = {folder for name in names for folder in Path(name).parents}
-        files = [file for name in names if Path(name) not in opened for file in expand_source(name)]
+        files = _files_of_pattern(source)
     elif Path(folder).is_dir() and not _is_saved_dataset(Path(folder)):
         files = _files_of_folder(source, Path(folder), split)
     else:
@@ -128,11 +122,49 @@ def _is_saved_dataset(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
+def _files_of_pattern(pattern: str) -> list[str]:
+    """The files and saved datasets that match a pattern; those of folders if only folders match."""
+    names = sorted(glob(pattern, recursive=True))
+    datasets = {Path(name) for name in names if _is_saved_dataset(Path(name))}
+    files = [
+        name
+        for name in names
+        if Path(name) in datasets or (Path(name).is_file() and not datasets & {*Path(name).parents})
+    ]
+    entered = {folder for file in files for folder in Path(file).parents}
+    folders = [
+        name for name in names if Path(name).is_dir() and Path(name) not in entered | datasets and _has_data(Path(name))
+    ]
+    if files and folders:
+        raise Unreadable(
+            f"{pattern}: matches files and the folder {folders[0]}, which holds data too; accepted are a pattern of "
+            "files, such as *.jsonl, and the folder as a source of its own"
+        )
+    if not files and not folders:
+        raise Unreadable(f"{pattern}: no file matches the pattern; {SOURCES_ACCEPTED}")
+    return files or [file for folder in folders for file in expand_source(folder)]
+
+
+def _has_data(folder: Path) -> bool:
+    return any(_is_visible(path) and _is_data(path) for path in _paths_in(folder))
+
+
+def _paths_in(folder: Path) -> list[Path]:
+    return [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def _is_visible(path: Path) -> bool:
+    return not any(part[0] in "._" for part in path.parts)
+
+
+def _is_data(path: Path) -> bool:
+    return File.of(str(path)) is not None and path.name not in _NOT_RECORDS
+
+
 def _files_of_folder(source: str, folder: Path, split: str) -> list[str]:
     """The data files of a folder and its subfolders, sorted; those of one split, if given."""
-    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    visible = [path for path in paths if not any(part[0] in "._" for part in path.parts)]
-    files = [path for path in visible if File.of(str(path)) and path.name not in _NOT_RECORDS]
+    visible = list(filter(_is_visible, _paths_in(folder)))
+    files = list(filter(_is_data, visible))
     other = [
         path
         for path in visible

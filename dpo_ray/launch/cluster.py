@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -78,7 +79,8 @@ def _gpus_by_key(config: ClusterConfig, engines: int, judges: Judges, *, on_gpus
     for name, judge in judges.items():
         if judge.num_gpus:
             key = f"online.{name}.replicas={judge.replicas} x online.{name}.num_gpus={judge.num_gpus:g}"
-            gpus[key] = judge.replicas * judge.num_gpus
+            # A process has its fraction on one GPU: of more than a half, only one fits.
+            gpus[key] = judge.replicas * (judge.num_gpus if judge.num_gpus <= 0.5 else math.ceil(judge.num_gpus))
     return gpus
 
 

@@ -68,7 +68,8 @@ def _validate_same_pairs(file: Path, pairs: PairStore) -> None:
     if earlier.get("data.train", {}).get("digest", pairs.digest) != pairs.digest:
         raise ValueError(
             f"data.train: {', '.join(pairs.sources)} no longer has the pairs that {file.parent} was started with: a "
-            "source or the tokenizer has changed; set another run.name, or remove the directory to start over"
+            "source, the tokenizer or the version of dpo_ray has changed; set another run.name, or remove the "
+            "directory to start over"
         )
 
 

@@ -92,6 +92,9 @@ class Collector:
             evaluations: the versions whose evaluations it waits for.
         """
         self._forget(version, evaluations)
+        if version != self._version:
+            self._version = version
+            await asyncio.to_thread(self._forget_rounds, version, evaluations)
         for asked in evaluations:
             if ("evaluation", asked) not in self._tasks:
                 self._start("evaluation", asked, self._evaluate)
@@ -135,21 +138,19 @@ class Collector:
             self._tasks[kind, number] = asyncio.get_running_loop().create_task(run(number), name=f"{kind} {number}")
 
     def _forget(self, version: int, evaluations: Sequence[int]) -> None:
-        """Forget results that the trainer has, and the files of rounds that are not kept."""
+        """Forget results that the trainer has."""
         for kind, number in [key for key, task in self._tasks.items() if task.done()]:
             received = number not in evaluations if kind == "evaluation" else number < version
             if received and self._tasks[kind, number].exception() is None:
                 del self._tasks[kind, number]
-        if version != self._version:
-            self._version = version
-            self._forget_rounds(version)
 
-    def _forget_rounds(self, version: int) -> None:
+    def _forget_rounds(self, version: int, evaluations: Sequence[int]) -> None:
+        """Delete the files of rounds that are not kept, and the replies about policy versions of the past."""
         if (keep := self.online.keep_rounds) is None:
             return
         self.ledger.forget(before=version, keep=keep)
         oldest = oldest_version(max(0, version - keep), max_lag=self.online.max_lag)
-        forget_replies(self.ledger.folder.parent / CACHE, before=oldest)
+        forget_replies(self.ledger.folder.parent / CACHE, before=min((oldest, *evaluations)))
 
     async def _collect(self, round: int) -> None:
         """Collect the groups that a round lacks."""

@@ -46,7 +46,7 @@ class _Waiting:
     alone: bool = False
     """True after a batch with it failed: only the group at fault fails again."""
     exclusive: bool = False
-    """True after a process died with it and other calls in progress: only the call at fault kills another."""
+    """True after processes died with it alone in its call, and other calls in progress: one of them is at fault."""
     attempts: int = 0
 
 
@@ -69,14 +69,22 @@ class _Process:
     calls: int = 0
     overlaps: int = 0
     """Number of calls that began beside another one."""
+    open: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set if no call has the process for itself, or waits for that."""
     _entering: asyncio.Lock = field(default_factory=asyncio.Lock)
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.open.set()
 
     @contextlib.asynccontextmanager
     async def call(self, *, exclusive: bool) -> AsyncIterator[None]:
         """Take part in the calls in progress, or wait for their end and hold up others."""
         async with contextlib.AsyncExitStack() as turn:
             await turn.enter_async_context(self._entering)
+            if exclusive:
+                self.open.clear()
+                turn.callback(self.open.set)
             while exclusive and self.calls:
                 self._idle.clear()
                 await self._idle.wait()
@@ -127,13 +135,19 @@ class JudgePool:
 
     async def _serve(self, process: _Process) -> None:
         while True:
+            await process.open.wait()
             batch = await self._next_batch()
+            if not process.open.is_set():  # other replicas are free
+                for waiting in batch:
+                    self._queue.put_nowait(waiting)
+                continue
             problem = await self._call(process, batch)
             if problem is None:
                 continue
             for waiting in batch:
                 waiting.attempts += problem.own and len(batch) == 1
-                waiting.alone, waiting.exclusive = True, waiting.exclusive or problem.died
+                waiting.exclusive |= problem.died and waiting.alone
+                waiting.alone = True
                 self._again(waiting, problem.text)
 
     async def _next_batch(self) -> list[_Waiting]:

@@ -78,7 +78,7 @@ class Key:
     sd: float | None = None
     """Mean and standard deviation of a ``normal`` domain."""
     function: str = ""
-    """Digest of the source text of a ``function``; its qualified name if there is no source text."""
+    """Digest of the code of a ``function``; its qualified name if it has none of its own."""
 
     def __str__(self) -> str:
         text = f"{self.kind} {self.function}{', '.join(map(str, self.values))}".strip()

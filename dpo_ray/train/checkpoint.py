@@ -8,7 +8,7 @@ import functools
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -157,9 +157,9 @@ class Checkpointer:
         try:
             if failed is None:
                 self.wait()
-            elif self.pending is not None:
+            elif self.pending is not None and (alone or issubclass(failed, Exception)):
                 # The first failure counts. The checkpoint before it is worth a wait: nothing of it is trained again.
-                with contextlib.suppress(TimeoutError):
+                with contextlib.suppress(TimeoutError, CancelledError):
                     self.pending.exception(None if alone else SAVE_AFTER_FAILURE_S)
         finally:
             if failed is None or alone:  # otherwise the others may have failed elsewhere, and the processes end

@@ -7,7 +7,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from dpo_ray.config import Config
+from dpo_ray.config.schema import ModelConfig, RunConfig
 from dpo_ray.data.tokenizer import load_tokenizer
 from dpo_ray.model.adapters import add_adapters
 from dpo_ray.model.architecture import is_composite, read_model_config
@@ -38,10 +38,10 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
         if not finished:
             raise ValueError(f"{path}: the run has no finished checkpoint")
         if best:
-            config = Config.model_validate(read_marker(finished[-1])["config"])
-            chosen = best_checkpoint(finished, config.run)
+            run = RunConfig.model_validate(read_marker(finished[-1])["config"]["run"])
+            chosen = best_checkpoint(finished, run)
             if chosen is None:
-                raise ValueError(f"{path}: no checkpoint has run.best_metric ({config.run.best_metric})")
+                raise ValueError(f"{path}: no checkpoint has run.best_metric ({run.best_metric})")
             path = chosen
         else:
             path = finished[-1]
@@ -54,8 +54,8 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Path:
     return path
 
 
-def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) -> Config:
-    """Writes the policy of a finished checkpoint to ``folder``; returns the configuration of its run.
+def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) -> None:
+    """Writes the policy of a finished checkpoint to ``folder``.
 
     Args:
         folder: must not exist; created atomically. A Hugging Face directory, or with adapters a peft directory.
@@ -66,15 +66,16 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) ->
     """
     if folder.exists():
         raise ValueError(f"{folder} already exists; choose a new folder")
-    config = Config.model_validate(read_marker(checkpoint)["config"])
+    # The other sections may have values that are rejected today.
+    model = ModelConfig.model_validate(read_marker(checkpoint)["config"]["model"])
     weights = _trained_weights(checkpoint)
 
     def write(draft: Path) -> None:
-        dtype = DTYPES[config.model.dtype]
-        if config.model.lora is None:
+        dtype = DTYPES[model.dtype]
+        if model.lora is None:
             # Weights of other modalities than text are frozen, so they are not in the checkpoint.
-            has_frozen = is_composite(read_model_config(config.model.path))
-            built = build_model(config.model, with_weights=has_frozen, dtype=dtype)
+            has_frozen = is_composite(read_model_config(model.path))
+            built = build_model(model, with_weights=has_frozen, dtype=dtype)
             if has_frozen:
                 weights.update({name: w for name, w in built.state_dict().items() if name not in weights})
             names = {name for name, _ in (*built.named_parameters(), *built.named_buffers())}  # tied weights once
@@ -85,18 +86,17 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, merge: bool = False) ->
             if not torch.equal(weights[head], weights[embedding]):
                 names.add(head)
             unique = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items() if name in names}
-            save_policy(unique, config.model, draft)
+            save_policy(unique, model, draft)
         elif merge:
-            built = build_model(config.model, with_weights=True, dtype=dtype)
-            add_adapters(built, config.model.lora)
+            built = build_model(model, with_weights=True, dtype=dtype)
+            add_adapters(built, model.lora)
             built.load_state_dict(weights, strict=False)
             with torch.no_grad():
-                save_policy(dict(named_weights(Scorer(built), dtype)), config.model, draft)
+                save_policy(dict(named_weights(Scorer(built), dtype)), model, draft)
         else:
-            save_adapter(weights, config.model, draft)
+            save_adapter(weights, model, draft)
 
-    write_model_folder(folder, write, load_tokenizer(config.model.path, config.model.chat_template))
-    return config
+    write_model_folder(folder, write, load_tokenizer(model.path, model.chat_template))
 
 
 def _trained_weights(checkpoint: Path) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from statistics import NormalDist
+from types import CodeType
 from typing import Any, cast
 
 import numpy as np
@@ -88,11 +89,19 @@ def _nameable(value: Any) -> Any:
 
 
 def _digest(function: Callable[..., Any]) -> str:
-    """A name of the function that is the same in every process, and another one if its source text changes."""
-    try:
-        return hashlib.sha256(inspect.getsource(function).strip().encode()).hexdigest()[:12]
-    except (OSError, TypeError, SyntaxError):
-        return getattr(function, "__qualname__", type(function).__qualname__)
+    """A name of the function that is the same in every process, and another one if its code changes."""
+    if isinstance(code := getattr(function, "__code__", None), CodeType):
+        return hashlib.sha256(repr(_stable(code)).encode()).hexdigest()[:12]
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def _stable(constant: Any) -> Any:
+    """A constant of code without names of files, lines and addresses."""
+    if isinstance(constant, CodeType):
+        return constant.co_code, constant.co_names, constant.co_varnames, _stable(constant.co_consts)
+    if isinstance(constant, tuple):
+        return tuple(map(_stable, constant))
+    return sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant
 
 
 def describe_part(part: Any) -> dict[str, Any]:
@@ -117,7 +126,8 @@ def _setting(value: Any) -> Any:
     """An argument that is the same in every process; None for other ones."""
     if isinstance(value, Searcher):
         return describe_part(value)
-    return plain(value) if isinstance(value, bool | int | float | str | np.generic) else None
+    known = plain(value) if isinstance(value, bool | int | float | str | np.generic) else None
+    return None if isinstance(known, float) and math.isnan(known) else known
 
 
 def _unquantized(domain: Domain) -> tuple[Any, float | None]:

@@ -137,8 +137,7 @@ class _Version:
             "completion_tokens": reply.completion_tokens,
         }
         line = json.dumps(entry).encode() + b"\n"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(self._own, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        file = self._open()
         try:
             start = os.fstat(file).st_size
             written = os.write(file, line)
@@ -148,6 +147,14 @@ class _Version:
             raise OSError(f"{self._own}: only {written} of {len(line)} bytes were written; the disk may be full")
         self._index[key] = (self._own, start, len(line) - 1)
         self._read[self._own] = start + len(line)
+
+    def _open(self) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        try:
+            return os.open(self._own, flags, 0o644)
+        except FileNotFoundError:  # the folder is new, or has been deleted with its round
+            self._folder.mkdir(parents=True, exist_ok=True)
+            return os.open(self._own, flags, 0o644)
 
 
 def _read(file: Path, start: int, length: int = -1) -> bytes:

@@ -545,6 +545,13 @@ def test_patterns_splits_and_compressed_files_are_local_paths(tmp_path, monkeypa
             ["online.eval_judge={use: policy, args: {mode: pairwise}}", "online.eval_prompts=p.jsonl"],
             "online.eval_judge.use: policy compares completions in pairs",
         ),
+        (
+            [
+                "online.judge={use: weighted, args: {judges: [{use: llm, args: {model: m}}]}}",
+                "online.eval_prompts=p.jsonl",
+            ],
+            "online.judge.use: weighted compares completions in pairs",
+        ),
         (["run.best_metric=eval/loss"], "evaluations of an online run have heldout/score, heldout/win_rate, kl"),
         (["run.best_metric=heldout/score"], "give online.eval_prompts"),
         (["run.best_metric=kl", "reference.refresh=round"], "needs a reference that is held"),
@@ -555,3 +562,12 @@ def test_sources_and_best_checkpoints_that_cannot_work_are_rejected(online, over
     with pytest.raises(ConfigError) as error:
         load(online, *overrides)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "judges", ["[]", "[{use: [a]}]", "[{use: llm, args: x}]", "[{use: llm, args: {model: m}}, {use: length}]"]
+)
+def test_what_a_weighted_judge_holds_is_checked_where_it_is_bound(online, judges):
+    judge = load(online, f"online.judge={{use: weighted, args: {{judges: {judges}}}}}", "online.eval_prompts=p.jsonl")
+    assert judge.online is not None
+    assert not judge.online.judge.compares

@@ -162,23 +162,25 @@ def test_a_folder_or_pattern_is_its_files_in_order(tmp_path: Path):
     assert expand_source(f"{folder}/b.jsonl") == [f"{folder}/b.jsonl"]
 
 
-def test_folders_that_match_a_pattern_are_read_as_folders(tmp_path: Path):
+def test_a_pattern_takes_files_and_saved_datasets_or_folders_and_leaves_out_none_with_data(tmp_path: Path):
     import datasets
 
-    for name in ("a.jsonl", "c/d.csv", "c/e/f.jsonl", "g/train/h.jsonl", "g/test/i.jsonl"):
+    for name in ("a.jsonl", "c/d.csv", "c/e/f.jsonl", "g/train/h.jsonl", "g/test/i.jsonl", "p/_hidden/j.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(LINES)
+    (tmp_path / "p/0.png").touch()  # a folder without data beside the files is nobody's loss
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "b")
     folder = str(tmp_path)
-    assert expand_source(f"{folder}/[abc]*") == [
-        f"{folder}/{name}" for name in ("a.jsonl", "b", "c/d.csv", "c/e/f.jsonl")
-    ]
+    assert expand_source(f"{folder}/[abp]*") == [f"{folder}/a.jsonl", f"{folder}/b"]
     assert len(list(read_pairs(split_sources(expand_source(f"{folder}/[ab]*"), rows_per_part=9)))) == 10
+    with pytest.raises(Unreadable, match=rf"matches files and the folder {folder}/c, which holds data too; accepted"):
+        expand_source(f"{folder}/[ac]*")
+    assert expand_source(f"{folder}/[cp]*") == [f"{folder}/c/d.csv", f"{folder}/c/e/f.jsonl"]
     # A pattern that reaches into a folder decides which of its files are meant.
     assert expand_source(f"{folder}/c/**/*.jsonl") == [f"{folder}/c/e/f.jsonl"]
     assert expand_source(f"{folder}/g/**") == [f"{folder}/g/test/i.jsonl", f"{folder}/g/train/h.jsonl"]
     with pytest.raises(Unreadable, match=rf"{folder}/g: the folder holds several splits; accepted are {folder}/g:test"):
-        expand_source(f"{folder}/[ag]*")
+        expand_source(f"{folder}/g*")
 
 
 def test_a_folder_of_several_splits_needs_one_of_them(tmp_path: Path):

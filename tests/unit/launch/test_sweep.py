@@ -60,6 +60,7 @@ def test_a_space_with_a_wrong_key_argument_or_value_is_rejected(
         (Cluster(gpus=8, cpus=64), {"colocate": True}, {}, 8),
         (Cluster(gpus=8, cpus=64), {}, {"judge": {"num_gpus": 1}}, 2),
         (Cluster(gpus=8, cpus=64), {}, {"judge": {"num_gpus": 0.5}}, 3),
+        (Cluster(gpus=8, cpus=64), {}, {"judge": {"num_gpus": 0.6}}, 2),
         (Cluster(gpus=8, cpus=64), {}, {"judge": {"num_gpus": 1}, "eval_judge": {"num_gpus": 1, "replicas": 2}}, 1),
     ],
 )
@@ -112,7 +113,9 @@ def test_a_metric_that_no_evaluation_has_is_rejected_with_those_they_have(
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_evaluations_of_every_loss_have_rewards_and_those_with_a_reference_the_distance_from_it(loss: str) -> None:
+def test_the_default_metric_is_accepted_with_every_loss_and_the_distance_from_a_reference_where_one_is(
+    loss: str,
+) -> None:
     drift = None if loss in REFERENCE_FREE_LOSSES else "eval/drift"
     validate_metrics("eval/rewards/accuracies", drift, loss={"use": loss})
 
@@ -121,4 +124,5 @@ def test_a_metric_that_some_trials_have_is_accepted() -> None:
     space = {"loss.use": tune.choice(["ipo", "simpo"])}
     validate_metrics(None, "eval/drift", space, loss={"use": "simpo"})
     validate_metrics("heldout/win_rate", "kl", space, online=ONLINE)
+    validate_metrics("heldout/score", "heldout/judge_cost_usd", space, online=ONLINE)
     validate_metrics(None, "kl", online=ONLINE, model={"path": "m", "lora": {}}, reference={"refresh": 2})

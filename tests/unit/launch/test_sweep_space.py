@@ -24,6 +24,15 @@ CONDITIONAL = {
 }
 
 
+def test_a_function_is_known_by_its_code_and_not_by_its_place() -> None:
+    first, other = tune.sample_from(lambda spec: [1e-5, {"a", "b"}]), tune.sample_from(lambda spec: [2e-5, {"a", "b"}])
+    moved = tune.sample_from(
+        lambda spec: [1e-5, {"a", "b"}]  # in other lines
+    )
+    digests = [describe({"optim.lr": domain})["optim.lr"].function for domain in (first, moved, other)]
+    assert digests[0] == digests[1] != digests[2]
+
+
 def first(values: Any, count: int) -> list[dict[str, Any]]:
     return list(itertools.islice(values, count))
 

@@ -483,12 +483,14 @@ def test_replies_of_judges_go_with_the_rounds_that_are_not_kept(tmp_path):
         file.parent.mkdir(parents=True)
         file.touch()
 
-    async def poll(keep_rounds):
+    async def poll(keep_rounds, evaluations=()):
         harness = Harness(tmp_path, online(max_lag=1, keep_rounds=keep_rounds), [FakeEngine(0)])
-        await harness.collector.poll(5, round=None, evaluations=[], wait_s=0)
+        await harness.collector.poll(5, round=None, evaluations=evaluations, wait_s=0)
 
     asyncio.run(poll(None))
     assert all(file.exists() for file in replies)
+    asyncio.run(poll(2, evaluations=[1]))
+    assert [file.exists() for file in replies] == [False, True, True, True, True, True], "version 1 is being judged"
     asyncio.run(poll(2))
     assert [file.exists() for file in replies] == [False, False, True, True, True, True]
 
