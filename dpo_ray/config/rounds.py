@@ -81,8 +81,9 @@ class JudgeConfig(Component):
     """Number of judge processes."""
     num_gpus: float = Field(0.0, ge=0)
     """GPUs of each judge process, also a fraction; a judge without one sees none."""
-    batch: int = Field(16, ge=1)
-    """Maximum number of prompts per call of the judge; a call takes those that wait."""
+    batch: int | None = Field(None, ge=1)
+    """Maximum number of prompts per call of the judge; a call takes those that wait. null is 1 for llm, policy and http,
+    whose requests overlap anyway, and 16 for others."""
     concurrency: int | None = Field(None, ge=1)
     """Calls in progress per replica; null is what the judge asks for, else 32 for one that is an async function, and 1
     for others, which need not be thread-safe."""
@@ -95,6 +96,11 @@ class JudgeConfig(Component):
     def asks(self, name: str) -> bool:
         """True if the judge, or a part of a weighted one, is the built-in judge ``name``."""
         return name == self.use or any(use == name for use, _ in self._parts())
+
+    @property
+    def groups_per_call(self) -> int:
+        """``batch``, or the default of the judge."""
+        return self.batch or (1 if any(map(self.asks, ("llm", "policy", "http"))) else 16)
 
     @property
     def compares(self) -> bool:

@@ -133,7 +133,7 @@ async def _pool(config: JudgeConfig, replicas: Sequence[RemoteJudge]) -> JudgePo
     calls = [await replica.ready() for replica in replicas]
     return JudgePool(
         replicas,
-        batch=config.batch,
+        batch=config.groups_per_call,
         concurrency=config.concurrency or min(calls),
         timeout_s=config.timeout_s,
         retries=config.retries,

@@ -571,3 +571,18 @@ def test_what_a_weighted_judge_holds_is_checked_where_it_is_bound(online, judges
     judge = load(online, f"online.judge={{use: weighted, args: {{judges: {judges}}}}}", "online.eval_prompts=p.jsonl")
     assert judge.online is not None
     assert not judge.online.judge.compares
+
+
+@pytest.mark.parametrize(
+    ("judge", "groups"),
+    [
+        ("{use: length}", 16),
+        ("{use: policy}", 1),
+        ("{use: weighted, args: {judges: [{use: length}, {use: http}]}}", 1),
+        ("{use: policy, batch: 4}", 4),
+    ],
+)
+def test_judges_whose_requests_overlap_are_called_for_one_group_at_a_time(online, judge, groups):
+    parsed = load(online, f"online.judge={judge}").online
+    assert parsed is not None
+    assert parsed.judge.groups_per_call == groups
