@@ -12,7 +12,9 @@ from rich.console import Console
 
 from dpo_ray.config import Config
 from dpo_ray.data.inspect import inspect_run
+from dpo_ray.data.turns import transcript_turns
 from tests.unit.data.conftest import CHATML
+from tests.unit.data.test_layouts import LAYOUTS as PUBLIC_SETS
 from tests.unit.data.test_templates import TOOLS_TEMPLATE
 
 USER, OAK, HERRING = (
@@ -43,6 +45,21 @@ def inspect(
     output = io.StringIO()
     inspect_run(config, Console(file=output, width=200), json_file=folder / "records.json")
     return output.getvalue(), [json.loads(line) for line in (folder / "records.json").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", PUBLIC_SETS)
+def test_records_of_every_layout_are_shown_with_their_texts_and_the_fields_that_are_not_used(
+    name: str, model: Path, tmp_path: Path
+):
+    record, sides, unused = PUBLIC_SETS[name]
+    text, (line,) = inspect(tmp_path, model, {"train": [record]})
+    assert "data.train: 1 records read, 1 kept" in text
+    for side, written in zip(("prompt", "chosen", "rejected"), sides, strict=True):
+        turns = written if isinstance(written, tuple) else transcript_turns(written) or ({"content": written},)
+        for turn in turns:
+            assert turn["content"].strip() in line[side], side
+    notes = dict(note.split(": ", 1) for note in line["notes"] if ": " in note)
+    assert set(filter(None, notes.get("not_used", "").split(", "))) == unused
 
 
 def test_prompts_of_self_play_are_shown_with_their_answers_and_dropped_without(model: Path, tmp_path: Path):
