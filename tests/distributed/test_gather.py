@@ -53,7 +53,8 @@ def test_an_engine_that_merges_the_adapters_has_the_weights_of_the_policy_bit_fo
     layer = ["mlp.down_proj", "self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"]
     assert sorted(names) == sorted(f"model.layers.{i}.{name}.weight" for i in (0, 1) for name in layer)
     assert difference == 0
-    assert elements == 2 * (5 * (128 + 256) + 1 + 5 * (192 + 128) + 1), "A, B and scale of q_proj and of down_proj"
+    parts = 5 * (128 + 256) + 3 + 5 * (192 + 128) + 3
+    assert elements == 2 * parts, "A, B and the three parts of the scale of q_proj and of down_proj"
     assert other == ([], 0.0, 0)
 
 

@@ -112,6 +112,7 @@ def test_a_run_killed_in_round_three_and_robbed_of_an_engine_in_round_four_repea
     assert (run / "report.html").exists()
 
 
+@pytest.mark.slow  # test_failure_table.py has every moment; the test before this one kills a run and an engine
 def test_a_run_survives_the_death_of_every_part_of_its_online_half(
     joining: Commands, config: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -164,7 +165,7 @@ def test_a_policy_that_judges_itself_and_cannot_judge_ends_its_round_with_ties_t
     config["cluster"] = {"train_workers": 1, "rollout_engines": 1}
     template = "{prompt}\nA: {first}\nB: {second}\nReply with A or B."
     judge = {"mode": "pairwise", "comparisons": 3, "template": template, "max_tokens": 8}
-    config["online"] |= {"rounds": 1, "judge": {"use": "policy", "args": judge}}
+    config["online"] |= {"rounds": 1, "judge": {"use": "policy", "args": judge}, "eval_judge": {"use": "length"}}
     file, run = write_yaml(tmp_path / "run.yaml", config), tmp_path / "runs/self"
     ended = joining.run("online", file)
     assert ended.returncode == 0, ended.stderr

@@ -35,13 +35,16 @@ def worker_bases() -> Iterator[None]:
 
 
 def adapters(policy: Policy, size: float) -> dict[str, Tensor]:
-    """Adapters of rank 2 for q_proj, which the engine fuses with k_proj and v_proj, and for down_proj."""
+    """Adapters of rank 2 for q_proj, which the engine fuses with k_proj and v_proj, and for down_proj.
+
+    In the precision in which they travel, and in which trainer and vLLM compute with adapters.
+    """
     generator, parts = torch.Generator().manual_seed(0), {}
     for name, weight in policy.weights():
         if "q_proj" in name or "down_proj" in name:
             rows, columns = weight.shape
-            parts[f"{name}.lora_A"] = torch.randn(2, columns, generator=generator)
-            parts[f"{name}.lora_B"] = size * torch.randn(rows, 2, generator=generator)
+            parts[f"{name}.lora_A"] = torch.randn(2, columns, generator=generator).bfloat16().float()
+            parts[f"{name}.lora_B"] = (size * torch.randn(rows, 2, generator=generator)).bfloat16().float()
             parts[f"{name}.lora_scale"] = torch.tensor(1.5)
     return parts
 
