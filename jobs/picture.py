@@ -50,7 +50,7 @@ def write_picture(run_dir: str, png: Path) -> None:
             Line2D([], [], color=LIGHT[swatch.colour], label=swatch.label, **MARKS.get(swatch.mark, {}))
             for swatch in legend(plot)
         ]
-        cell.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, columnspacing=1.1)
+        cell.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, columnspacing=1.1)
     png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=75)
 

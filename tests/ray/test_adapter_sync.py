@@ -1,7 +1,6 @@
 """A run that sends its engines adapters only: they generate as a fresh engine does with the exported adapter."""
 
 import asyncio
-import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,13 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_ray.config.rounds import EngineConfig, SamplingConfig
+from dpo_ray.config.rounds import SamplingConfig
 from dpo_ray.rollout.engine import Request
-from dpo_ray.sync.object_store import ObjectStoreSync
 from dpo_ray.types import Prompt
 from tests.ray.commands import Commands, lines
 from tests.ray.test_recipes import PROMPTS, groups_of, run
+from tests.rollout_vllm.test_architectures import engine_of
+from tests.rollout_vllm.test_weight_push import ENGINE
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -24,31 +24,19 @@ TOKENS = 12
 
 def fresh_completions(folder: Path, prompts: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Greedy completions of an engine that starts from a checkpoint."""
-    from dpo_ray.rollout.vllm_engine import VLLMEngine, engine_environment
+    from dpo_ray.rollout.vllm_engine import engine_environment
 
-    settings = EngineConfig(kv_cache_gib=0.1)
-    for name, value in engine_environment(settings, on_cpu=True, threads=1).items():
+    for name, value in engine_environment(ENGINE, on_cpu=True, threads=1).items():
         monkeypatch.setenv(name, value)
-    engine = VLLMEngine(
-        str(folder),
-        dtype="float32",
-        engine=settings,
-        max_model_len=256,
-        worker_extension=ObjectStoreSync.worker_extension,
-        on_cpu=True,
-    )
-    try:
-        greedy = SamplingConfig(temperature=0, max_tokens=TOKENS)
-        requests = [Request(Prompt(i, (), ids), greedy, 1, 0, 120.0) for i, ids in enumerate(prompts)]
+    greedy = SamplingConfig(temperature=0, max_tokens=TOKENS)
+    requests = [Request(Prompt(i, (), ids), greedy, 1, 0, 120.0) for i, ids in enumerate(prompts)]
+    with engine_of(folder, max_model_len=256) as engine:
 
         async def generate() -> list[str]:
             groups = await asyncio.gather(*map(engine.generate, requests))
             return [group.completions[0].text for group in groups]
 
         return asyncio.run(generate())
-    finally:
-        engine.close()
-        gc.collect()
 
 
 def test_engines_with_pushed_adapters_generate_as_a_fresh_engine_with_the_exported_adapter(

@@ -6,6 +6,7 @@ in the tests of the fleet (weights that fail their proof) and of the collector (
 
 import contextlib
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 from tests.ray.commands import Commands, lines, pick, write_yaml
 from tests.ray.test_online_job import ended_rounds, tiny_rounds, token_sum
-from tests.ray.test_random_kills import RUN_TIMEOUT_S, Disturbance, disturb
+from tests.ray.test_random_kills import Disturbance, disturb, run_to_the_end
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -71,26 +72,17 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 
 
 def run_through(commands: Commands, file: Path, run: Path, part: str) -> list[str]:
-    """Run the command to its end, and again wherever its driver is killed; returns the moments of the signals."""
+    """Run the command to its end, with a signal in each moment of a row; returns the moments that came."""
     remaining, sent = list(TABLE[part]), list[str]()
-    while True:
-        with commands.start("online", file) as command:
-            deadline = time.monotonic() + RUN_TIMEOUT_S
-            try:
-                while command.poll() is None:
-                    assert time.monotonic() < deadline, f"not done after {RUN_TIMEOUT_S} s; to come: {remaining}"
-                    with contextlib.suppress(OSError, ValueError):  # files that are being written
-                        due = remaining and len(ended_rounds(run)) >= len(sent) + 1 and MOMENTS[remaining[0][0]](run)
-                        if due and disturb(command, run, Disturbance(0, 0.0, part, remaining[0][1])):
-                            sent.append(remaining.pop(0)[0])
-                    time.sleep(0.002)
-            finally:
-                command.kill()
-            if command.returncode == 0:
-                return sent
-            assert command.returncode == -KILL, f"exit status {command.returncode}"
-        # Ray frees the resources of a driver that was killed after it has asked the State API a few times.
-        assert not commands.left_over(60)
+
+    def disturb_next(command: subprocess.Popen[bytes]) -> None:
+        with contextlib.suppress(OSError, ValueError):  # files that are being written
+            due = remaining and len(ended_rounds(run)) >= len(sent) + 1 and MOMENTS[remaining[0][0]](run)
+            if due and disturb(command, run, Disturbance(0, 0.0, part, remaining[0][1])):
+                sent.append(remaining.pop(0)[0])
+
+    run_to_the_end(commands, file, disturb_next)
+    return sent
 
 
 @pytest.mark.parametrize("part", TABLE)

@@ -44,15 +44,15 @@ SMALL_EXPERTS: dict[str, dict[str, Any]] = {
 
 
 @contextmanager
-def engine_of(folder: Path) -> Iterator["VLLMEngine"]:
+def engine_of(folder: Path, max_model_len: int = 128) -> Iterator["VLLMEngine"]:
+    """An engine in float32 that starts from a checkpoint with its tokenizer."""
     from dpo_ray.rollout.vllm_engine import VLLMEngine
 
-    TOKENIZER.save_pretrained(folder)
     engine = VLLMEngine(
         str(folder),
         dtype="float32",
         engine=ENGINE,
-        max_model_len=128,
+        max_model_len=max_model_len,
         worker_extension=ObjectStoreSync.worker_extension,
         on_cpu=True,
     )
@@ -103,6 +103,7 @@ def difference(a: list[float], b: list[float]) -> float:
 def test_an_engine_computes_with_the_experts_of_the_last_push(tmp_path: Path, architecture: str) -> None:
     folder = save_small_model(tmp_path, architecture, SMALL_EXPERTS[architecture])
     before, weights = token_logps(folder), load_file(folder / "model.safetensors")
+    TOKENIZER.save_pretrained(folder)
     with engine_of(folder) as engine:
         push(engine, weights)
         assert difference(engine_logps(engine), before) < TOLERANCE
@@ -122,6 +123,7 @@ def test_a_head_stored_beside_a_tied_embedding_is_updated(tmp_path: Path, redund
     embedding = tied["model.embed_tokens.weight"]
     stored = tied | {"lm_head.weight": embedding.clone() if redundant else 2 * embedding.flip(0)}
     save_weights(tmp_path, stored)
+    TOKENIZER.save_pretrained(tmp_path)
     with engine_of(tmp_path) as engine:
         assert difference(engine_logps(engine), token_logps(tmp_path)) < TOLERANCE
         new = changed(tied if redundant else stored)
@@ -134,6 +136,7 @@ def test_a_push_of_weights_that_vllm_cannot_update_is_rejected(tmp_path: Path) -
     """Its loader of gpt-oss copies sinks and experts, instead of passing them to the loaders that reloading wraps."""
     settings = HEADS | {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
     folder = save_small_model(tmp_path, "gpt_oss", settings)
+    TOKENIZER.save_pretrained(folder)
     with (
         engine_of(folder) as engine,
         pytest.raises(ValueError, match=r"cannot update 10 parameters of GptOssForCausalLM, first .*sinks"),
