@@ -210,7 +210,8 @@ class Collector:
         for position, prompt in enumerate(prompts):
             if prompt.index not in ledger.done:
                 seed = seed_of(self.seed, round, prompt.index)
-                yield position, Request(prompt, online.sampling, online.candidates, seed, online.generate_timeout_s)
+                deadline_s = online.generate_timeout_s
+                yield position, Request(prompt, online.sampling, online.candidates, seed, deadline_s, round)
 
     async def _evaluate(self, version: int) -> Evaluation:
         """Complete and judge the held-out prompts by the engines of one version; empty if none serves it any more."""

@@ -30,6 +30,8 @@ class Request:
     """Sampling seed of the first completion; the i-th uses ``seed + i``."""
     deadline_s: float
     """Seconds from the arrival at the engine after which the request is aborted."""
+    round: int = 0
+    """Its round: the requests of earlier rounds go first."""
     evaluation: bool = False
     """True for a request that goes before others, is sampled by one policy version from its first to its last token,
     and returns log-probabilities."""

@@ -25,8 +25,8 @@ CPU_BATCH_TOKENS = 4096
 """Minimum limit of prompt tokens per step on a CPU."""
 CLOSE_S = 30.0
 """Seconds to wait for the step in progress when an engine is closed."""
-FIRST, NORMAL = -1, 0
-"""vLLM's priorities: lower values go first."""
+FIRST = -1
+"""vLLM's priority of what goes before the requests of rounds, whose priority is their round: lower values go first."""
 
 
 class VLLMEngine:
@@ -137,7 +137,7 @@ class VLLMEngine:
         params = sampling_params(request)
         return await self._submit(
             Job(
-                add=self._adder(prompt.token_ids, params, FIRST if request.evaluation else NORMAL),
+                add=self._adder(prompt.token_ids, params, FIRST if request.evaluation else request.round),
                 read=partial(completion_group, prompt, request.seed),
                 sequences=request.candidates,
                 pinned=request.evaluation,

@@ -149,7 +149,8 @@ def test_a_request_joins_those_that_run(engine: "VLLMEngine"):
     assert asyncio.run(join()) == (False, True)
 
 
-def test_evaluation_goes_before_requests_that_wait(engine: "VLLMEngine"):
+@pytest.mark.parametrize("urgent", [{"evaluation": True, "round": 2}, {"round": 1}])
+def test_evaluation_and_earlier_rounds_go_before_requests_that_wait(engine: "VLLMEngine", urgent: dict[str, Any]):
     finished: list[str] = []
 
     async def run(name: str, request: Request) -> None:
@@ -157,12 +158,12 @@ def test_evaluation_goes_before_requests_that_wait(engine: "VLLMEngine"):
         finished.append(name)
 
     async def all_at_once() -> None:
-        ordinary = [run("ordinary", request(prompts(3)[0], exactly(20), seed=seed)) for seed in range(4 * SEQUENCES)]
-        evaluation = replace(request(prompts(9)[0], exactly(20)), evaluation=True)
-        await asyncio.gather(*ordinary, run("evaluation", evaluation))
+        later = [request(prompts(3)[0], exactly(20), seed=seed) for seed in range(4 * SEQUENCES)]
+        ordinary = [run("ordinary", replace(each, round=2)) for each in later]
+        await asyncio.gather(*ordinary, run("urgent", replace(request(prompts(9)[0], exactly(20)), **urgent)))
 
     asyncio.run(all_at_once())
-    assert finished.index("evaluation") <= 2 * SEQUENCES < len(finished)
+    assert finished.index("urgent") <= 2 * SEQUENCES < len(finished)
 
 
 def test_log_probabilities_of_evaluation_are_those_of_the_model_whatever_the_sampling(
