@@ -72,7 +72,7 @@ check: $(READY) ## format, lint, spelling, types and import contracts only
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/codespell
 	@$(BIN)/lint-imports > $(VENV)/lint-imports.log || { cat $(VENV)/lint-imports.log; exit 1; }
-	@$(BIN)/pyrefly check --summary=none
+	@$(BIN)/pyrefly check --summary=none --min-severity error
 
 format: $(READY) ## format the code
 	@$(BIN)/ruff check --quiet --fix . || true

@@ -20,6 +20,7 @@ from dpo_ray.config import Config, override
 from dpo_ray.launch.sweeps.schedulers import build_scheduler, rungs
 from dpo_ray.sweep.journal import Journal
 from dpo_ray.sweep.ranking import rank
+from dpo_ray.sweep.scheduling import Decision
 from dpo_ray.sweep.trials import SweepDefinition, Trial, read_definition, read_trials
 from dpo_ray.types import Metrics
 
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="the directory of a finished sweep with sweep.scheduler.use: none")
     parser.add_argument("--trials", type=int, default=8, help="trials of each replay")
     parser.add_argument("--draws", type=int, default=1000, help="replays")
-    parser.add_argument("--scheduler", default="asha", choices=("asha", "median"), help="one that pauses no trial")
+    parser.add_argument("--scheduler", default="asha", choices=("asha", "halving", "median"))
     parser.add_argument("--args", default="{}", help="its arguments, as JSON")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -83,7 +84,7 @@ def read_curves(run: Path) -> dict[str, list[Metrics]]:
 def replay(
     config: Config, definition: SweepDefinition, trials: Sequence[Trial], curves: dict[str, list[Metrics]]
 ) -> Replay:
-    """A sweep of ``trials`` in this order, one at a time.
+    """A sweep of ``trials``, one at a time, which start in this order.
 
     Raises:
         SystemExit: a trial was not evaluated where the scheduler decides.
@@ -91,25 +92,32 @@ def replay(
     objective, time = definition.objective, definition.time
     length = max(int(curves[trial.name][-1][time]) for trial in trials)
     scheduler = build_scheduler(config, {}, definition.keys, None, objective, time=time, length=length)
-    finished, steps = set(), 0
+    reached = {trial.name: 0 for trial in trials}
     for trial in trials:
-        curve = {int(metrics[time]): metrics for metrics in curves[trial.name]}
         scheduler.add(trial.name, trial.values)
-        scheduler.started(trial.name)
-        for rung in (rung for rung in rungs(config, length) if rung < length):
+    waiting = list(reached)
+    while waiting:
+        name = waiting.pop(0)
+        curve = {int(metrics[time]): metrics for metrics in curves[name]}
+        scheduler.started(name)
+        decision: Decision = "continue"
+        for rung in (rung for rung in rungs(config, length) if reached[name] < rung < length):
             if rung not in curve:
-                raise SystemExit(f"trial {trial.name} has no evaluation after {time} {rung}; set run.eval_every")
-            if scheduler.report(trial.name, curve[rung]) == "stop":
-                steps += rung
+                raise SystemExit(f"trial {name} has no evaluation after {time} {rung}; set run.eval_every")
+            reached[name], decision = rung, scheduler.report(name, curve[rung])
+            if decision != "continue":
                 break
-        else:
-            steps += length
-            finished.add(trial.name)
-            scheduler.ended(trial.name, curve[length], failed=False)
+        if decision == "pause":
+            scheduler.paused(name)
+        elif decision == "continue":
+            reached[name] = length
+            scheduler.ended(name, curve[length], failed=False)
+        waiting += [update.trial for update in scheduler.updates() if update.action == "resume"]
+    finished = {name for name, position in reached.items() if position == length}
     ranked = rank(trials, objective).ranked
     best, found = ranked[0], next(trial for trial in ranked if trial.name in finished)
     difference = abs(best.metrics[objective.metric] - found.metrics[objective.metric])
-    return Replay(best.name not in finished, steps / (length * len(trials)), difference)
+    return Replay(best.name not in finished, sum(reached.values()) / (length * len(trials)), difference)
 
 
 if __name__ == "__main__":

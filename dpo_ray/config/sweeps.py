@@ -30,6 +30,16 @@ class MedianArgs(Section):
     """Other trials that must have come as far."""
 
 
+class HalvingArgs(Section):
+    """Synchronous successive halving (arXiv:1502.07943)."""
+
+    grace_period: int | None = Field(None, ge=1)
+    """First rung, in steps (rounds online); null is run.eval_every. A multiple of run.eval_every."""
+    reduction_factor: int = Field(3, ge=2)
+    """1/reduction_factor of the trials at a rung continue, rounded up, and those that tie with the last of these;
+    also the ratio of two rungs."""
+
+
 class HyperbandArgs(Section):
     """HyperBand (arXiv:1603.06560), with synchronous brackets."""
 
@@ -69,8 +79,11 @@ class OptunaArgs(Section):
 
 
 SCHEDULERS: dict[str, type[Section]] = {
-    "none": NoArgs, "asha": AshaArgs, "median": MedianArgs, "hyperband": HyperbandArgs, "pbt": PbtArgs,
+    "none": NoArgs, "asha": AshaArgs, "halving": HalvingArgs, "median": MedianArgs, "hyperband": HyperbandArgs,
+    "pbt": PbtArgs,
 }  # fmt: skip
+START_TOGETHER = ("halving", "hyperband", "pbt")
+"""Schedulers that compare trials which start together, so that none may be added later."""
 SEARCHES: dict[str, type[Section]] = {
     "random": RandomArgs, "grid": GridArgs, "sobol": NoArgs, "optuna": OptunaArgs,
 }  # fmt: skip
@@ -92,12 +105,13 @@ def _validate_args(key: str, use: str, args: dict[str, Any], accepted: type[Sect
 class SchedulerConfig(Section):
     """The scheduler, which ends trials early. A space may bring one of its own, which is used with use: none."""
 
-    use: Literal["none", "asha", "median", "hyperband", "pbt"] = "none"
-    """none: every trial runs to its end. asha: successive halving without waiting. median: stops trials that are worse
-    than the median of the others. hyperband: successive halving in brackets; trials pause. pbt: the worst trials
-    continue from checkpoints of the best, with other values. Its time is the optimizer step, online the round."""
+    use: Literal["none", "asha", "halving", "median", "hyperband", "pbt"] = "none"
+    """none: every trial runs to its end. asha: successive halving without waiting. halving: successive halving in which
+    trials pause at a rung until all have reached it. median: stops trials that are worse than the median of the others.
+    hyperband: successive halving in brackets; trials pause. pbt: the worst trials continue from checkpoints of the
+    best, with other values. Its time is the optimizer step, online the round."""
     args: dict[str, Any] = Field({})
-    """asha {grace_period, reduction_factor: 3}; median {grace_period, min_samples_required: 3}; hyperband
+    """asha and halving {grace_period, reduction_factor: 3}; median {grace_period, min_samples_required: 3}; hyperband
     {reduction_factor: 3}; pbt {interval, quantile: 0.25, resample: 0.25, factor: 1.2}."""
 
     @model_validator(mode="after")
@@ -143,3 +157,12 @@ class SweepConfig(Section):
     search: SearchConfig = SearchConfig()
     constraint: ConstraintConfig | None = None
     """Bound on another metric, such as {metric: kl, max: 10}; trials that exceed it cannot win."""
+
+    @model_validator(mode="after")
+    def _validate(self) -> Self:
+        if self.search.use == "optuna" and self.scheduler.use in START_TOGETHER:
+            raise ValueError(
+                f"sweep.search.use: optuna learns from trials that have ended, and with sweep.scheduler.use: "
+                f"{self.scheduler.use} all trials start together; use the search sobol or random, or the scheduler asha"
+            )
+        return self

@@ -42,19 +42,28 @@ class Scope:
 def seconds_left(trials: Sequence[Trial], scope: Scope) -> float | None:
     """Estimated time to the end of a sweep; None before there is anything to estimate it from.
 
-    A trial that has not ended takes as long as the mean of the trials that ended without an error, or before the first
-    one, as the running ones at their present rate. The slots share the work; the end waits for the longest trial.
+    A trial that has not ended takes as long as the mean of the trials that ended without an error; or before the first
+    one, and where it took longer, as long as its steps at their present rate. The slots share the work; the end waits
+    for the longest trial.
     """
     whole = _trial_seconds(trials, scope)
     if whole is None:
         return None
-    running = [max(0.0, whole - trial.seconds) for trial in trials if trial.status == "running"]
+    running = [_left(trial, whole, scope) for trial in trials if trial.status == "running"]
     ended = sum(trial.status in ENDED for trial in trials)
-    begun = [max(0.0, whole - trial.seconds) for trial in trials if trial.status == "waiting"]
+    begun = [_left(trial, whole, scope) for trial in trials if trial.status == "waiting"]
     not_begun = max(0, scope.samples - ended - len(running) - len(begun))
     work = sum(running) + sum(begun) + whole * not_begun
     longest = max([*running, *begun, whole * (not_begun > 0)], default=0.0)
     return max(work / max(1, scope.slots), longest)
+
+
+def _left(trial: Trial, whole: float, scope: Scope) -> float:
+    """Seconds to the end of a trial, if one takes ``whole`` seconds."""
+    steps = trial.metrics.get(scope.unit)
+    if trial.seconds >= whole and scope.length and steps:
+        return trial.seconds * max(0.0, scope.length / steps - 1)
+    return max(0.0, whole - trial.seconds)
 
 
 def _trial_seconds(trials: Sequence[Trial], scope: Scope) -> float | None:

@@ -77,7 +77,7 @@ def _distance(configuration: Configuration, objective: Objective) -> str:
 
 def _lead(verdict: Verdict, best: Configuration) -> list[str]:
     if not verdict.leads:
-        return []
+        return _lead_over_stopped(verdict)
     lead = verdict.leads[0]
     other, (difference,) = _name(lead.other, verdict), same_decimals(lead.difference)
     if lead.identical:
@@ -100,6 +100,22 @@ def _lead(verdict: Verdict, best: Configuration) -> list[str]:
         seeds = "; seeds were not repeated" if lead.seed_margin is None else ""
         return [f"Its lead of {difference} over the next, {other}, is larger than {' and '.join(noises)}{seeds}."]
     return [f"A tie: its lead of {difference} over the next, {other}, is within {' or '.join(noises)}."]
+
+
+def _lead_over_stopped(verdict: Verdict) -> list[str]:
+    """The certainty of a pick that alone ran to the end, by evaluations at which the scheduler decided."""
+    lead = verdict.over_stopped
+    if lead is None:
+        return []
+    other, (difference,) = _name(lead.other, verdict), same_decimals(lead.difference)
+    start = f"It alone ran to the end. At {lead.where}"
+    if lead.identical:
+        return [f"{start} {other}, which was stopped there, had the same result on each of the held-out {lead.unit}."]
+    if lead.level == "unknown":
+        return [f"{start} its lead over {other}, which was stopped there, was {difference}."]
+    relation = "larger than" if lead.level == "clear" else "within"
+    noises = " and ".join(_noises(lead))
+    return [f"{start} its lead over {other}, which was stopped there, was {difference}, {relation} {noises}."]
 
 
 def _noises(lead: Lead) -> list[str]:
@@ -137,8 +153,13 @@ def _span(key: str, values: Sequence[Any]) -> str:
 
 def _unfinished(verdict: Verdict) -> list[str]:
     """Trials that are not compared because their metric is of an earlier step."""
-    if verdict.best is None or not verdict.best.finished:
+    if verdict.best is None:
         return []
+    if not verdict.best.finished:
+        best = verdict.best.trials[0]
+        return [f"No trial ran to the end: it was stopped at step {best.metrics.get('step')}."] * (
+            best.status == "stopped"
+        )
     early = Counter(trial.status for trial in verdict.ranking.ranked if trial.status != "done")
     texts = {"stopped": "stopped early by the scheduler", "running": "still running", "waiting": "waiting"}
     counts = [f"{count} {texts[status]}" for status, count in early.items()]

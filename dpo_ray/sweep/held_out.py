@@ -1,9 +1,9 @@
-"""Results of a run's latest evaluation by held-out pair or prompt: they pair trials for a comparison.
+"""Results of evaluations by held-out pair or prompt: they pair trials for a comparison.
 
-Offline runs write ``heldout.npz``: ``step``, ``pairs`` (digest of the store) and, with one value per pair in the
-store's order, ``loss``, ``margin``, ``chosen_log_ratio`` and ``rejected_log_ratio`` in nats, and ``correct`` (1 if the
-margin is positive, else 0, as ``rewards/accuracies`` counts). Online runs have the scores of their prompts in
-``evaluations/VERSION.jsonl``.
+Offline runs write ``heldout.npz``, and trials of a sweep also ``heldout-STEP.npz`` of each evaluation. These have
+``step``, ``pairs`` (digest of the store) and, with one value per pair in the store's order, ``loss``, ``margin``,
+``chosen_log_ratio`` and ``rejected_log_ratio`` in nats, and ``correct`` (1 if the margin is positive, else 0, as
+``rewards/accuracies`` counts). Online runs have the scores of their prompts in ``evaluations/VERSION.jsonl``.
 """
 
 import io
@@ -40,36 +40,47 @@ class HeldOut:
     """Digest of the held-out set; values of different sets cannot be paired."""
 
 
-def write_pair_results(run_dir: Path, results: np.ndarray, *, step: int, pairs: str) -> None:
+def file_of(step: int) -> str:
+    """Name of the file that keeps the results of a step."""
+    return f"heldout-{step:06d}.npz"
+
+
+def write_pair_results(run_dir: Path, results: np.ndarray, *, step: int, pairs: str, keep: bool = False) -> None:
     """Writes ``heldout.npz`` atomically.
 
     Args:
         results: (n, 4) in the order of PAIR_RESULTS.
         step: optimizer step of the evaluated policy.
         pairs: digest of the held-out pairs.
+        keep: write a second file, which later evaluations leave alone.
     """
     columns = dict(zip(PAIR_RESULTS, results.T, strict=True))
     margin, file = columns["margin"], io.BytesIO()
     np.savez(file, step=step, pairs=pairs, correct=np.where(margin > 0, 1.0, 0.0), **columns)
     with storage_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(run_dir / FILE, file.getvalue())
+        for name in (FILE, file_of(step)) if keep else (FILE,):
+            write_atomically(run_dir / name, file.getvalue())
 
 
-def read_held_out(run_dir: Path, metric: str, *, step: int | None = None) -> HeldOut | None:
-    """The values behind a metric of a run's latest evaluation.
+def read_held_out(run_dir: Path, metric: str, *, step: int | None = None, version: int | None = None) -> HeldOut | None:
+    """The values behind a metric of an evaluation of a run.
 
     Args:
         metric: a key of COLUMNS, or SCORE.
-        step: step that the metric was reported at; None accepts any.
+        step: step that the metric was reported at, offline; None is the latest evaluation.
+        version: policy version that it was reported at, online; None is the newest.
 
     Returns:
-        None if the metric is not a mean over held-out examples, if there is no readable file, or if an offline
-        evaluation is of another step, as after a kill between writing and reporting it.
+        None if the metric is not a mean over held-out examples, or if there is no readable file of that evaluation, as
+        after a kill between writing and reporting it.
     """
     if metric == SCORE:
-        return _read_scores(run_dir / "evaluations")
-    return _read_pairs(run_dir / FILE, COLUMNS[metric], step) if metric in COLUMNS else None
+        return _read_scores(run_dir / "evaluations", version)
+    if metric not in COLUMNS:
+        return None
+    latest = _read_pairs(run_dir / FILE, COLUMNS[metric], step)
+    return latest or (_read_pairs(run_dir / file_of(step), COLUMNS[metric], step) if step is not None else None)
 
 
 def _read_pairs(path: Path, column: str, step: int | None) -> HeldOut | None:
@@ -84,9 +95,9 @@ def _read_pairs(path: Path, column: str, step: int | None) -> HeldOut | None:
         return None
 
 
-def _read_scores(folder: Path) -> HeldOut | None:
-    """Scores of the newest version; prompts without a score are left out."""
-    files = sorted(file for file in folder.glob("*.jsonl") if file.stem.isdigit())
+def _read_scores(folder: Path, version: int | None) -> HeldOut | None:
+    """Scores of a version, or of the newest; prompts without a score are left out."""
+    files = sorted(file for file in folder.glob("*.jsonl") if file.stem.isdigit() and version in (None, int(file.stem)))
     if not files:
         return None
     scores = {

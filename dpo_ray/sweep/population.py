@@ -4,12 +4,12 @@ All trials train to the end of a generation and pause. Then the worst continue f
 perturbed values. Decisions depend on the results of a generation only, not on the order in which they arrived.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import Any
 
 from dpo_ray.config.sweeps import PbtArgs
+from dpo_ray.sweep.ranking import preference
 from dpo_ray.sweep.scheduling import Decision, Update
 from dpo_ray.sweep.trials import Key, Objective
 from dpo_ray.types import Metrics
@@ -40,7 +40,7 @@ class Population:
         self.values: dict[str, Mapping[str, Any]] = {}
         """Values of the trials that have not ended."""
         self.scores: dict[str, float] = {}
-        """Larger is better; -inf for one that is unknown."""
+        """Larger is better; -inf for one that cannot win."""
         self.waiting: dict[str, int] = {}
         """Generation at whose end each paused trial waits."""
         self.decided: list[Update] = []
@@ -51,9 +51,7 @@ class Population:
     def started(self, trial: str) -> None: ...
 
     def report(self, trial: str, metrics: Metrics) -> Decision:
-        score = metrics.get(self.objective.metric)
-        known = isinstance(score, int | float) and math.isfinite(score)
-        self.scores[trial] = (score if self.objective.mode == "max" else -score) if known else -math.inf
+        self.scores[trial] = -preference(metrics, self.objective)[1]
         position = metrics[self.time]
         if position == 0 or position % self.interval:
             return "continue"

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from dpo_ray.sweep.trials import Objective, Trial
+from dpo_ray.sweep.trials import STEP, Objective, Trial
+from dpo_ray.types import Metrics
 
 SEED_KEY = "run.seed"
 """Trials that differ in nothing else are repeats of one configuration."""
 TIE_BREAK = "eval/loss"
 """Orders trials of equal metric, smaller is better: accuracies on few held-out pairs are often equal."""
+
+
+Preference = tuple[bool, float]
+"""Sort key of an evaluation, best first."""
 
 
 class Excluded(NamedTuple):
@@ -35,33 +40,51 @@ def rank(trials: Sequence[Trial], objective: Objective) -> Ranking:
     """Orders trials by the objective.
 
     Failed trials, trials without a finite metric and those that violate the constraint cannot win. Finished trials
-    come before those that run or were stopped early, whose metric is of an earlier step.
+    come before those that run or were stopped early, which are ordered by step: metrics of different steps are not
+    compared.
     """
     excluded = [Excluded(trial, reason) for trial in trials if (reason := exclusion(trial, objective))]
     names = {trial.name for trial, _ in excluded}
-    ranked = sorted((trial for trial in trials if trial.name not in names), key=lambda trial: _order(trial, objective))
+    ranked = sorted(
+        (trial for trial in trials if trial.name not in names),
+        key=lambda trial: (_missing(trial), preference(trial.metrics, objective), _tie_break(trial.metrics)),
+    )
     return Ranking(tuple(ranked), tuple(excluded))
 
 
 def exclusion(trial: Trial, objective: Objective) -> str | None:
     """The reason for which a trial cannot win; None if it can."""
-    if trial.status == "failed":
-        return "failed"
+    return "failed" if trial.status == "failed" else _exclusion_by(trial.metrics, objective)
+
+
+def preference(metrics: Metrics, objective: Objective) -> Preference:
+    """Orders evaluations by the objective; equal for those that tie. Those that cannot win come last."""
+    if _exclusion_by(metrics, objective):
+        return True, math.inf
+    value = metrics[objective.metric]
+    return False, -value if objective.mode == "max" else value
+
+
+def _tie_break(metrics: Metrics) -> float:
+    value = _finite(metrics.get(TIE_BREAK))
+    return math.inf if value is None else value
+
+
+def _missing(trial: Trial) -> float:
+    """Sort key by how far a trial came, from the end backwards."""
+    return -math.inf if trial.status == "done" else -(_finite(trial.metrics.get(STEP)) or 0.0)
+
+
+def _exclusion_by(metrics: Metrics, objective: Objective) -> str | None:
     constraint = objective.constraint
     for metric in (objective.metric, *([constraint.metric] if constraint else ())):
-        if metric not in trial.metrics:
-            return f"has no {metric}" if trial.metrics else "has no evaluation"
-        if _finite(trial.metrics[metric]) is None:
+        if metric not in metrics:
+            return f"has no {metric}" if metrics else "has no evaluation"
+        if _finite(metrics[metric]) is None:
             return f"has a non-finite {metric}"
-    if constraint and trial.metrics[constraint.metric] > constraint.max:
+    if constraint and metrics[constraint.metric] > constraint.max:
         return f"exceeds {constraint.metric} ≤ {constraint.max:g}"
     return None
-
-
-def _order(trial: Trial, objective: Objective) -> tuple[bool, float, float]:
-    value = trial.metrics[objective.metric]
-    tie = _finite(trial.metrics.get(TIE_BREAK))
-    return trial.status != "done", -value if objective.mode == "max" else value, math.inf if tie is None else tie
 
 
 def _finite(value: Any) -> float | None:
@@ -115,7 +138,7 @@ def configurations(ranked: Sequence[Trial], objective: Objective) -> list[Config
     ]
     order = {trial.name: place for place, trial in enumerate(ranked)}
     sign = -1 if objective.mode == "max" else 1
-    return sorted(found, key=lambda c: (not c.finished, sign * c.mean, order[c.trials[0].name]))
+    return sorted(found, key=lambda c: (not c.finished, sign * c.mean * c.finished, order[c.trials[0].name]))
 
 
 def _without_seed(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ second by the spread over seeds, where configurations were repeated.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,8 @@ class Lead:
     """True if both have the same result on every example."""
     seed_margin: float | None = None
     """Half of the 95 % interval over seeds; None without repeats."""
+    where: str = ""
+    """The step (round) at which the two are compared, such as ``step 12``; empty for their ends."""
 
     @property
     def exceeds_examples(self) -> bool | None:
@@ -64,6 +67,9 @@ class Verdict:
     """Best first."""
     leads: tuple[Lead, ...] = ()
     """The best configuration against every other one that also ran to the end, in the order of ``configurations``."""
+    over_stopped: Lead | None = None
+    """The best configuration, if no other one ran to the end, against the best of those that were stopped last, at the
+    step where that one stopped."""
     keys: tuple[str, ...] = field(default=())
     """Swept keys of which the trials have different values, without the seed."""
 
@@ -94,14 +100,38 @@ def build_verdict(trials: Sequence[Trial], objective: Objective, folder: Path) -
     keys = varying_keys([configuration.values for configuration in found])
     if not found:
         return Verdict(objective, ranking)
-    rivals = [c for c in found[1:] if c.finished or not found[0].finished]
+    best_finished, step = found[0].finished, _step(found[0])
+    rivals = [c for c in found[1:] if c.finished or (not best_finished and _step(c) == step)]
     repeats = [c.metrics for c in (found[0], *rivals)]
     best = _held_out(found[0], objective, folder)
     leads = [
         _lead(found[0], other, best, _held_out(other, objective, folder), objective, seed_margin(repeats, 0, number))
         for number, other in enumerate(rivals, 1)
     ]
-    return Verdict(objective, ranking, tuple(found), tuple(leads), keys)
+    over_stopped = _over_stopped(found[0], found[1:], objective, folder) if best_finished and not leads else None
+    return Verdict(objective, ranking, tuple(found), tuple(leads), over_stopped, keys)
+
+
+def _over_stopped(
+    best: Configuration, others: Sequence[Configuration], objective: Objective, folder: Path
+) -> Lead | None:
+    """The lead over the first of ``others`` that was stopped, where it stopped; None without results by example."""
+    stopped = next((c for c in others if {trial.status for trial in c.trials} == {"stopped"}), None)
+    if stopped is None:
+        return None
+    at = stopped.trials[0].metrics
+    read = partial(read_held_out, metric=objective.metric, step=at.get("step"), version=at.get("round"))
+    of_best, of_stopped = (read(folder / c.trials[0].name) for c in (best, stopped))
+    if of_best is None or of_stopped is None:
+        return None
+    best_then = replace(best, metrics=(float(of_best.values.mean()),))
+    stopped_then = replace(stopped, metrics=(float(of_stopped.values.mean()),))
+    where = f"round {at['round']}" if "round" in at else f"step {at.get('step')}"
+    return replace(_lead(best_then, stopped_then, of_best, of_stopped, objective, None), other=stopped, where=where)
+
+
+def _step(configuration: Configuration) -> Any:
+    return configuration.trials[0].metrics.get("step")
 
 
 def varying_keys(values: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -113,7 +143,9 @@ def varying_keys(values: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 def _held_out(configuration: Configuration, objective: Objective, folder: Path) -> HeldOut | None:
     """Values by example, as means over the repeats."""
     of_trials = [
-        read_held_out(folder / trial.name, objective.metric, step=trial.metrics.get("step"))
+        read_held_out(
+            folder / trial.name, objective.metric, step=trial.metrics.get("step"), version=trial.metrics.get("round")
+        )
         for trial in configuration.trials
     ]
     present = [values for values in of_trials if values is not None]

@@ -58,7 +58,9 @@ class PairEvaluator:
         metrics, results = evaluate_pairs(self.trainer, steps, self.reference, pairs=len(self.pairs))
         metrics |= drift(results)
         if dist.get_rank() == 0:
-            write_pair_results(config.run.path, results, step=step, pairs=self.pairs.digest)
+            # A trial is compared where others were stopped: its evaluations stay.
+            keep = bool(config.run.eval_at)
+            write_pair_results(config.run.path, results, step=step, pairs=self.pairs.digest, keep=keep)
         self.reporter.evaluation({"step": step, **metrics})
         return metrics
 

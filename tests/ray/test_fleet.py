@@ -30,9 +30,14 @@ PATIENCE_S = 60.0
 
 @contextlib.contextmanager
 def fleet_of(
-    folder: Path, engines: int, actor_class: type = FakeEngineActor, *, engine_timeout_s: float = 60.0
+    folder: Path,
+    engines: int,
+    actor_class: type = FakeEngineActor,
+    *,
+    engine_timeout_s: float = 60.0,
+    cpus: int = 8,
 ) -> Iterator[Any]:
-    """A fleet of engines of three CPUs each, of which the cluster has eight; nothing may be left of it."""
+    """A fleet of engines of three CPUs each on a cluster with ``cpus``; nothing may be left of it."""
     config = {
         "run": {"dir": str(folder)},
         "model": {"path": "tiny"},
@@ -41,13 +46,13 @@ def fleet_of(
     }
     options = {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 1000}
     actor = ray.remote(FleetActor).options(**options)
-    fleet: Any = actor.remote(config, Cluster(gpus=0, cpus=8), actor_class=actor_class, worker_extension="none")
+    fleet: Any = actor.remote(config, Cluster(gpus=0, cpus=cpus), actor_class=actor_class, worker_extension="none")
     try:
         yield fleet
     finally:
         ray.get(fleet.close.remote(), timeout=PATIENCE_S)
         ray.kill(fleet)
-    until(lambda: ray.available_resources().get("CPU") == 8)
+    until(lambda: ray.available_resources().get("CPU") == cpus)
     assert not [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
 
 

@@ -166,6 +166,25 @@ def test_an_exploited_trial_starts_from_the_weights_of_its_donor(
     assert not joining.left_over()
 
 
+def test_trials_pause_at_a_rung_and_the_better_half_continues_where_it_was(
+    joining: Commands, config: dict[str, Any], tmp_path: Path
+) -> None:
+    config["run"] |= {"save_every": None}
+    config["sweep"] |= {"scheduler": {"use": "halving", "args": {"reduction_factor": 2}}, "search": {"use": "grid"}}
+    run, _ = run_sweep(joining, config, tmp_path, "tests.ray.sweep_one_learns")
+    trials = read_trials(csv(run))
+    assert [trial.status for trial in trials] == ["done", "stopped", "stopped", "stopped"]
+    assert sorted(trial.metrics["step"] for trial in trials[1:]) == [1, 1, 2]
+    for trial in trials:
+        metrics = lines(run / "trials" / trial.name / "metrics.jsonl")
+        assert [line["step"] for line in metrics if "loss" in line] == list(range(1, trial.metrics["step"] + 1))
+    log = (run / "trials/00000/logs/worker-0.log").read_text()
+    assert re.findall(r"resuming after step (\d) of 4", log) == ["1", "2"], "from the checkpoints of its pauses"
+    assert not list(run.glob("trials/*/checkpoints")), "nothing continues from them"
+    assert not joining.left_over()
+
+
+@pytest.mark.slow
 def test_trials_of_hyperband_pause_at_a_rung_and_the_better_ones_continue_where_they_were(
     joining: Commands, config: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -9,30 +9,34 @@ from dpo_ray.types import Metrics
 
 METRIC = "eval/rewards/accuracies"
 CURVES = {"good": {1: 0.9, 2: 0.9, 4: 0.9}, "bad": {1: 0.1, 2: 0.1, 4: 0.1}, "late": {1: 0.0, 2: 0.5, 4: 1.0}}
-"""Metric by step; the rungs of asha with ``reduction_factor: 2`` are 1 and 2, and trials end at 4."""
+"""Metric by step; the rungs with ``reduction_factor: 2`` are 1 and 2, and trials end at 4."""
 
 
 @pytest.mark.parametrize(
-    ("order", "outcome"),
+    ("use", "order", "outcome"),
     [
         # The second is below the median of both at rung 1: 4 + 1 of 8 steps.
-        (("good", "bad"), Replay(False, 5 / 8, 0.0)),
+        ("asha", ("good", "bad"), Replay(False, 5 / 8, 0.0)),
         # The first of a rung goes on, and the second is better.
-        (("bad", "good"), Replay(False, 1.0, 0.0)),
+        ("asha", ("bad", "good"), Replay(False, 1.0, 0.0)),
         # The best at the end is the worst at rung 1; 0.1 is lost.
-        (("good", "late"), Replay(True, 5 / 8, 0.1)),
+        ("asha", ("good", "late"), Replay(True, 5 / 8, 0.1)),
+        # Both wait at rung 1, whichever is first.
+        ("halving", ("bad", "good"), Replay(False, 5 / 8, 0.0)),
+        # Two of three continue from rung 1, one from rung 2: 1 + 2 + 4 of 12 steps.
+        ("halving", ("late", "bad", "good"), Replay(True, 7 / 12, 0.1)),
     ],
 )
-def test_a_replay_ends_trials_as_asha_would(order: tuple[str, ...], outcome: Replay) -> None:
+def test_a_replay_ends_trials_as_the_scheduler_would(use: str, order: tuple[str, ...], outcome: Replay) -> None:
     config = Config.model_validate(
         {
             "model": {"path": "m"},
             "run": {"eval_every": 1},
-            "sweep": {"scheduler": {"use": "asha", "args": {"reduction_factor": 2}}},
+            "sweep": {"scheduler": {"use": use, "args": {"reduction_factor": 2}}},
         }
     )
     definition = SweepDefinition(
-        keys={}, objective=Objective(METRIC, "max", None), scheduler={}, search={}, samples=2, seed=0, time="step"
+        keys={}, objective=Objective(METRIC, "max", None), scheduler={}, search={}, samples=3, seed=0, time="step"
     )
     curves: dict[str, list[Metrics]] = {
         name: [{"step": step, METRIC: value} for step, value in CURVES[name].items()] for name in order

@@ -17,6 +17,7 @@ import yaml
 from rich.console import Console
 
 from dpo_ray.config import Config, override
+from dpo_ray.config.sweeps import START_TOGETHER
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.command import TrainingFailed
 from dpo_ray.launch.follower import follow_run
@@ -43,7 +44,9 @@ POLL_S = 0.5
 MAILBOX_TIMEOUT_S = 60.0
 CLOSE_TIMEOUT_S = 120.0
 """Longest wait at the end for the workers of all slots to shut down."""
-FREE_KEYS = ("run.trackers", "run.tracker_args", "run.dir", "run.keep_checkpoints", "cluster", "sweep")
+FREE_KEYS = (
+    "run.trackers", "run.tracker_args", "run.dir", "run.keep_checkpoints", "run.save_every", "cluster", "sweep",
+)  # fmt: skip
 """Keys in which a sweep may be continued with another configuration; ``sweep`` is compared by its definition."""
 ABSENT = "no such key"
 
@@ -88,7 +91,7 @@ def open_sweep_dir(config: Config, definition: SweepDefinition) -> tuple[Path, S
                 f"{run_dir} holds a sweep with {difference}; set another run.name, or remove the directory"
             )
         earlier = read_definition(file)
-        if definition.samples > earlier.samples and definition.scheduler["use"] in ("pbt", "hyperband"):
+        if definition.samples > earlier.samples and definition.scheduler["use"] in START_TOGETHER:
             raise ValueError(
                 f"sweep.samples is {definition.samples}, and {run_dir} was started with {earlier.samples}: "
                 f"sweep.scheduler.use: {definition.scheduler['use']} compares trials that start together; set another "
@@ -173,6 +176,8 @@ class Driver:
         """Held-out prompts; online only."""
         self.serving: set[int] = set()
         """Slots that may get another trial."""
+        self.cleaned: set[str] = set()
+        """Ended trials whose checkpoints are deleted."""
 
     def run(self, prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> list[Trial]:
         """Runs all trials; returns them.
@@ -185,6 +190,7 @@ class Driver:
             ended = sum(trial.status in ENDED for trial in self.conductor.trials)
             self.console.print(f"continuing: {ended} trials have ended, {len(self.conductor.trials) - ended} are open")
         self._write()
+        self._clean()
         if not self.conductor.finished:
             definition = self.plan.definition
             title = f"{self.plan.config.run.name}: sweep of {definition.samples} trials"
@@ -228,6 +234,7 @@ class Driver:
             self._take(message)
         if messages:
             self._write()
+            self._clean()
 
     def _take(self, message: Message) -> None:
         trial, answer = message.trial, "continue"
@@ -235,7 +242,7 @@ class Driver:
             # A slot that asks again while it has a trial has lost the workers that ran it.
             if lost := self.on_slot.get(message.slot):
                 self._leave(message.slot)
-                self._fail(lost, "its worker died: killed, or out of memory", retryable=True)
+                self.conductor.failed(lost, "its worker died: killed, or out of memory", retryable=True)
             self.idle[message.slot] = message
             return
         if trial is not None and self.on_slot.get(message.slot) == trial:
@@ -247,19 +254,14 @@ class Driver:
             elif message.kind == "failed":
                 error, retryable = message.body
                 self._leave(message.slot)
-                self._fail(trial, error, retryable=retryable)
+                self.conductor.failed(trial, error, retryable=retryable)
             else:
                 self._leave(message.slot)
                 (self.conductor.paused if message.kind == "paused" else self.conductor.finished_trial)(trial)
-                self._clean(trial)
         self._answer(message, answer)
 
     def _leave(self, slot: int) -> None:
         self._unfollow(self.on_slot.pop(slot))
-
-    def _fail(self, trial: str, error: str, *, retryable: bool) -> None:
-        self.conductor.failed(trial, error, retryable=retryable)
-        self._clean(trial)
 
     def _answer(self, message: Message, value: Any) -> None:
         ray.get(self.mailbox.answer.remote(message, value), timeout=MAILBOX_TIMEOUT_S)
@@ -290,7 +292,7 @@ class Driver:
                 self.serving.remove(slot)
 
     def _trial_config(self, progress: Progress) -> Config:
-        """The configuration of a trial: evaluated where the scheduler decides, saved where it may pause."""
+        """The configuration of a trial: evaluated where the scheduler decides, saved where it pauses."""
         config = override(self.plan.config, progress.values)
         of_trial: dict[str, Any] = {
             "run.dir": str(self.run_dir / "trials"),
@@ -305,10 +307,12 @@ class Driver:
         if config.online is not None:
             of_trial["run.eval_at"] = [0, *of_trial["run.eval_at"]]
         if self.scheduler.pauses:
-            of_trial |= {"run.save_every": config.run.eval_every, "run.save_last": True}
-            if config.online is not None and not config.cluster.colocate:
-                # Training then waits for the evaluation of a round, and pauses right after it.
-                of_trial["run.best_metric"] = self.plan.definition.objective.metric
+            of_trial["run.save_last"] = True  # also where it pauses
+            if config.online is not None:
+                of_trial["run.save_every"] = config.run.eval_every
+                if not config.cluster.colocate:
+                    # Training then waits for the evaluation of a round, and pauses right after it.
+                    of_trial["run.best_metric"] = self.plan.definition.objective.metric
         return override(config, of_trial)
 
     def _share_evaluation(self, config: Config) -> None:
@@ -333,7 +337,7 @@ class Driver:
             if slot.number in self.on_slot:
                 trial = self.on_slot[slot.number]
                 self._leave(slot.number)
-                self._fail(trial, f"its slot ended: {slot.error}", retryable=True)
+                self.conductor.failed(trial, f"its slot ended: {slot.error}", retryable=True)
         if not self.serving and not self.conductor.finished:
             error = next((slot.error for slot in self.slots if slot.error is not None), None)
             raise TrainingFailed(f"no worker of the sweep is left: {error}")
@@ -344,8 +348,7 @@ class Driver:
         while any(slot.alive for slot in self.slots) and time.monotonic() < deadline:
             self._take_messages()
             self._release_slots()
-        for progress in self.conductor.progress.values():
-            self._clean(progress.name)
+        self._clean()
 
     def _clone(self, trial: str, donor: str) -> int:
         """Copies the newest checkpoint of ``donor``; the optimizer's state comes with it. Returns its step."""
@@ -362,10 +365,13 @@ class Driver:
         finished = finished_checkpoints(self.run_dir / "trials" / trial / "checkpoints")
         return int(finished[-1].name) if finished else -1
 
-    def _clean(self, trial: str) -> None:
-        """Deletes the checkpoints of a trial that has ended: nothing continues from them."""
-        if self.conductor.progress[trial].phase in ENDED:
-            shutil.rmtree(self.run_dir / "trials" / trial / "checkpoints", ignore_errors=True)
+    def _clean(self) -> None:
+        """Deletes the checkpoints of trials that have ended and left their slots: nothing continues from them."""
+        on_slots = set(self.on_slot.values())
+        for name, progress in self.conductor.progress.items():
+            if progress.phase in ENDED and name not in self.cleaned | on_slots:
+                shutil.rmtree(self.run_dir / "trials" / name / "checkpoints", ignore_errors=True)
+                self.cleaned.add(name)
 
     def _follow(self, trial: str, config: Config) -> None:
         """Feeds the trackers of a trial."""

@@ -1,4 +1,4 @@
-"""Schedulers: ray.tune's own, driven without its controller, and population-based training.
+"""Schedulers: ray.tune's own, driven without its controller, and those of ``dpo_ray.sweep``.
 
 A scheduler of ray.tune gets stand-ins for the trials and for the controller with the attributes that it reads. Its
 random choices are seeded. So the same results in the same order give the same decisions, and a killed sweep is
@@ -24,15 +24,16 @@ from ray.tune.schedulers import (
 
 from dpo_ray.config import Config
 from dpo_ray.config.resume import FIXED_KEYS
-from dpo_ray.config.sweeps import AshaArgs, HyperbandArgs, MedianArgs, PbtArgs
+from dpo_ray.config.sweeps import AshaArgs, HalvingArgs, HyperbandArgs, MedianArgs, PbtArgs
 from dpo_ray.launch.sweeps.space import Space, draw
+from dpo_ray.sweep.halving import Halving
 from dpo_ray.sweep.population import Population
 from dpo_ray.sweep.scheduling import Decision, RunToEnd, Scheduler, Update
 from dpo_ray.sweep.trials import Key, Objective
 from dpo_ray.types import Metrics
 
 RUNGS = 20
-"""Rungs of ASHA; more than any trial reaches, so that a longer trial has more of them."""
+"""Rungs of successive halving; more than any trial reaches, so that a longer trial has more of them."""
 
 
 def build_scheduler(
@@ -57,9 +58,18 @@ def build_scheduler(
     seed = config.run.seed
     if own is not None:
         validate_own(own, time)
-        own.set_search_properties(objective.metric, objective.mode)
+        name = f"the scheduler of the space is {type(own).__name__}"
+        if not own.set_search_properties(objective.metric, objective.mode):
+            raise ValueError(f"{name} with a metric or mode of its own; leave both out, they are those of the sweep")
+        if isinstance(own, ASHAScheduler) and own._max_t < length:
+            raise ValueError(f"{name} with max_t={own._max_t}, before the end of a trial at {time} {length}; raise it")
         return FromTune(own, seed, pauses=not isinstance(own, ASHAScheduler))
     use, args, every = config.sweep.scheduler.use, config.sweep.scheduler.args, config.run.eval_every or 1
+    if use != "none" and (first := rungs(config, length)[0]) >= length:
+        raise ValueError(
+            f"sweep.scheduler.use: {use} decides at evaluations before the end of a trial, and the first one is at "
+            f"{time} {first} of {length}; set run.eval_every to less"
+        )
     common: dict[str, Any] = {"time_attr": time, "metric": objective.metric, "mode": objective.mode}
     match use:
         case "asha":
@@ -72,6 +82,9 @@ def build_scheduler(
                 ),
                 seed,
             )  # fmt: skip
+        case "halving":
+            factor = HalvingArgs.model_validate(args).reduction_factor
+            return Halving(objective, rungs=_rungs_of_halving(config), reduction_factor=factor, time=time)
         case "median":
             median = MedianArgs.model_validate(args)
             return FromTune(
@@ -114,11 +127,16 @@ def validate_own(scheduler: Any, time: str) -> None:
 def rungs(config: Config, length: int) -> tuple[int, ...]:
     """Steps (rounds online) at which trials are evaluated: where the scheduler decides, and no others."""
     every = config.run.eval_every or length
-    if config.sweep.scheduler.use != "asha":
+    if config.sweep.scheduler.use not in ("asha", "halving"):
         return tuple(range(every, length + 1, every)) or (length,)
-    asha = AshaArgs.model_validate(config.sweep.scheduler.args)
-    first = asha.grace_period or every
-    return tuple(rung for k in range(RUNGS) if (rung := first * asha.reduction_factor**k) < length) or (length,)
+    return tuple(rung for rung in _rungs_of_halving(config) if rung < length) or (length,)
+
+
+def _rungs_of_halving(config: Config) -> tuple[int, ...]:
+    use, args = config.sweep.scheduler.use, config.sweep.scheduler.args
+    halving = AshaArgs.model_validate(args) if use == "asha" else HalvingArgs.model_validate(args)
+    first = halving.grace_period or config.run.eval_every or 1
+    return tuple(first * halving.reduction_factor**k for k in range(RUNGS))
 
 
 def _is_fixed(name: str) -> bool:

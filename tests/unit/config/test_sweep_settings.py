@@ -30,6 +30,10 @@ CONFIG = Config.model_validate({"model": {"path": "m"}})
         ),
         ({"sweep.search": {"use": "sobol", "args": {"n": 1}}}, r"sweep\.search\.args\.n: sobol takes no arguments"),
         ({"sweep.search": {"use": "grid", "args": {"points": 1}}}, r"sweep\.search\.args\.points: found 1"),
+        (
+            {"sweep.search.use": "optuna", "sweep.scheduler.use": "halving"},
+            r"optuna learns from trials that have ended, and with sweep\.scheduler\.use: halving all trials start together",
+        ),
         ({"sweep.constraint": {"metric": "kl"}}, r"sweep\.constraint\.max: is required"),
     ],
 )

@@ -154,6 +154,13 @@ def test_a_scheduler_of_the_space_decides() -> None:
         scheduler.started(name)
         decision = scheduler.report(name, {"step": 1, "eval/loss": loss})
         assert decision == ("continue" if name == "a" else "stop")
+    for arguments, message in (
+        ({"metric": "loss", "mode": "min"}, "AsyncHyperBandScheduler with a metric or mode of its own; leave both out"),
+        ({"max_t": 4}, r"AsyncHyperBandScheduler with max_t=4, before the end of a trial at step 8"),
+    ):
+        other = AsyncHyperBandScheduler(time_attr="step", **arguments)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=message):
+            build_scheduler(config, {}, {}, other, OBJECTIVE, time="step", length=8)
     other = AsyncHyperBandScheduler(time_attr="training_iteration")
     with pytest.raises(ValueError, match=r"time_attr='training_iteration'; trials report 'step'"):
         build_scheduler(config, {}, {}, other, OBJECTIVE, time="step", length=8)

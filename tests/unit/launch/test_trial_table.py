@@ -36,6 +36,13 @@ def test_the_time_left_follows_from_ended_trials_and_slots() -> None:
     assert seconds_left(TRIALS, replace(SCOPE, samples=5)) == 50
 
 
+def test_a_trial_that_outlives_the_others_takes_as_long_as_its_steps() -> None:
+    """Two of three were stopped after 10 s; the third has taken 20 s for 4 of 12 steps."""
+    paused = trial(3, "waiting", seconds=20, loss=0.5, step=4)
+    trials = [trial(1, "stopped", seconds=10), trial(2, "stopped", seconds=10), paused]
+    assert seconds_left(trials, replace(SCOPE, samples=3, length=12)) == pytest.approx(40)
+
+
 def test_before_a_trial_has_ended_the_rate_of_the_running_ones_counts() -> None:
     running = [trial(1, "running", seconds=30, loss=0.5, step=4), trial(2, "running")]
     assert seconds_left(running, SCOPE) == pytest.approx((30 + 60 + 4 * 60) / 2)

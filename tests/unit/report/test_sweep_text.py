@@ -5,9 +5,11 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dpo_ray.report.sweep_text import verdict_text
+from dpo_ray.sweep.held_out import write_pair_results
 from dpo_ray.sweep.trials import Constraint, Objective, Trial
 from dpo_ray.sweep.verdict import build_verdict
 from tests.unit.sweep.runs import ACCURACY, trial
@@ -81,11 +83,39 @@ def test_trials_without_a_result_are_counted_by_reason(tmp_path: Path) -> None:
         replace(trial("f", tmp_path, WORSE, loss__beta=0.6), status="stopped"),
     ]
     assert text(trials, tmp_path) == (
-        "Pick loss.beta = 0.1: its eval/rewards/accuracies is 1. Not compared: 1 stopped early by the scheduler. "
-        "Excluded: 1 trial failed, 2 trials have no eval/rewards/accuracies and 1 trial has a non-finite "
-        "eval/rewards/accuracies."
+        "Pick loss.beta = 0.1: its eval/rewards/accuracies is 1. It alone ran to the end. At step 8 its lead over "
+        "loss.beta = 0.6, which was stopped there, was 0.333, larger than the noise of the 30 held-out pairs (95 % "
+        "interval 0.167 to 0.500). Not compared: 1 stopped early by the scheduler. Excluded: 1 trial failed, 2 trials "
+        "have no eval/rewards/accuracies and 1 trial has a non-finite eval/rewards/accuracies."
     )
     assert text(trials[1:2], tmp_path) == "No trial has a result to pick. Excluded: 1 trial failed."
+
+
+def test_the_only_trial_that_ran_to_the_end_is_compared_where_the_last_other_one_was_stopped(tmp_path: Path) -> None:
+    def evaluated(name: str, step: int, correct: str) -> Trial:
+        """Keeps the results of step 4 and of the last step."""
+        for position, bits in ((4, WORSE), (step, correct)):
+            margins = np.array([float(bit) - 0.5 for bit in bits])
+            results = np.column_stack((margins, margins, margins, -margins))
+            write_pair_results(tmp_path / name, results, step=position, pairs="set", keep=True)
+        metrics = {"step": step, ACCURACY.metric: correct.count("1") / len(correct)}
+        return Trial(name, {"loss.beta": float(step)}, "done" if step == 36 else "stopped", metrics)
+
+    trials = [evaluated("a", 36, BEST), evaluated("b", 12, BEST), evaluated("c", 4, "0" * 30)]
+    write_pair_results(tmp_path / "a", np.full((30, 4), 0.5), step=12, pairs="set", keep=True)
+    assert (
+        "It alone ran to the end. At step 12 loss.beta = 12, which was stopped there, had the same result on each of"
+        in (text(trials, tmp_path))
+    )
+    assert (
+        "At step 4 its lead over loss.beta = 4, which was stopped there, was 0.667, larger than the noise of"
+        in text([trials[0], trials[2]], tmp_path)
+    )
+    only_stopped = text(trials[1:], tmp_path)
+    assert only_stopped.startswith(
+        "Pick loss.beta = 12: its eval/rewards/accuracies is 1. No trial ran to the end: it "
+    )
+    assert "lead" not in only_stopped, "metrics of different steps are not compared"
 
 
 def test_a_trial_beyond_the_constraint_does_not_win(tmp_path: Path) -> None:
@@ -104,7 +134,7 @@ def test_online_trials_are_paired_by_prompt(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         lines = [{"prompt_index": i, "prompt": [{"content": str(i)}], "score": score} for i in range(16)]
         (folder / "000004.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        trials.append(Trial(name, {"loss.beta": kl}, "done", {"round": 3, "heldout/score": score, "kl": kl}))
+        trials.append(Trial(name, {"loss.beta": kl}, "done", {"round": 4, "heldout/score": score, "kl": kl}))
     assert text(trials, tmp_path, Objective("heldout/score")) == (
         "Pick loss.beta = 4: its heldout/score is 1, at a KL to the reference of 4 nats per completion. Its lead of "
         "1.00 over the next, loss.beta = 2, is larger than the noise of the 16 held-out prompts (95 % interval 1.00 to "

@@ -11,16 +11,17 @@ import pytest
 from ray import tune
 from ray.tune.schedulers import HyperBandScheduler
 
-from dpo_ray.config import Config
-from dpo_ray.config.sweeps import PbtArgs, SearchConfig
+from dpo_ray.config import Config, override
+from dpo_ray.config.sweeps import SCHEDULERS, START_TOGETHER, PbtArgs, SearchConfig
 from dpo_ray.launch.sweeps.schedulers import FromTune, build_scheduler, rungs
 from dpo_ray.launch.sweeps.search import build_searcher
 from dpo_ray.launch.sweeps.space import describe
 from dpo_ray.sweep.conductor import Conductor
+from dpo_ray.sweep.halving import Halving
 from dpo_ray.sweep.journal import Journal
 from dpo_ray.sweep.population import Population
-from dpo_ray.sweep.scheduling import RunToEnd, Scheduler
-from dpo_ray.sweep.trials import Key, Objective
+from dpo_ray.sweep.scheduling import RunToEnd, Scheduler, Update
+from dpo_ray.sweep.trials import Constraint, Key, Objective
 
 SPACE = {"loss.beta": tune.loguniform(0.01, 0.5), "optim.lr": tune.loguniform(1e-6, 5e-5)}
 LOSS = Objective("eval/loss", "min")
@@ -95,10 +96,10 @@ def outcome(sweep: Conductor) -> list[tuple[Any, ...]]:
     return [(trial.name, dict(trial.values), trial.status, trial.metrics) for trial in sweep.trials]
 
 
-@pytest.mark.parametrize("scheduler", ["none", "asha", "median", "hyperband", "pbt"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("search", ["random", "sobol", "optuna"])
 def test_a_sweep_killed_at_any_report_ends_like_an_undisturbed_one(scheduler: str, search: str, tmp_path: Path) -> None:
-    if scheduler in ("hyperband", "pbt") and search == "optuna":
+    if scheduler in START_TOGETHER and search == "optuna":
         pytest.skip("all trials start together, so that none is modelled")
     whole = run(conductor(tmp_path / "whole", scheduler, search=search), 1)
     assert all(trial.status in ("done", "stopped") for trial in whole.trials)
@@ -238,6 +239,52 @@ def test_asha_stops_bad_trials_early_and_no_good_one(tmp_path: Path) -> None:
     assert {trial.metrics["step"] for trial in sweep.trials if trial.status == "stopped"} <= {1, 3}, "only at rungs"
 
 
+def test_halving_keeps_the_best_third_of_each_rung_whatever_the_order_of_reports(tmp_path: Path) -> None:
+    """Nine trials to step 1, the best three of them to step 3, the best of those to step 9: 24 of 81 steps."""
+    sweep = run(conductor(tmp_path / "a", "halving", samples=9), 1)
+    ranked = sorted(sweep.trials, key=lambda trial: loss_of(trial, STEPS))
+    assert [trial.metrics["step"] for trial in ranked] == [9, 3, 3, 1, 1, 1, 1, 1, 1]
+    assert [trial.status for trial in ranked] == ["done"] + ["stopped"] * 8
+    assert outcome(run(conductor(tmp_path / "b", "halving", samples=9), 4, seed=9)) == outcome(sweep)
+
+
+def test_halving_counts_only_trials_that_are_left_and_puts_those_that_cannot_win_last(tmp_path: Path) -> None:
+    bound = Objective("eval/loss", "min", Constraint("eval/drift", 10.0))
+    scheduler = Halving(bound, rungs=(2, 4, 8, 16), reduction_factor=2, time="step")
+    for trial in "abcd":
+        scheduler.add(trial, {})
+
+    def pause(trial: str, loss: float, drift: float = 1.0, step: int = 2) -> list[Update]:
+        assert scheduler.report(trial, {"step": step, "eval/loss": loss, "eval/drift": drift}) == "pause"
+        scheduler.paused(trial)
+        return scheduler.updates()
+
+    assert pause("a", 0.1, drift=11.0) == pause("b", 0.5) == pause("c", 0.4) == []
+    scheduler.ended("d", {}, failed=True)
+    assert scheduler.updates() == [Update("c", "resume"), Update("b", "resume"), Update("a", "stop")]
+    assert pause("b", 0.2, step=4) == []
+    assert pause("c", 0.2, step=4) == [Update("b", "resume"), Update("c", "resume")], "a tie"
+    assert pause("b", 0.2, step=8) == []
+    assert pause("c", 0.1, step=8) == [Update("c", "resume"), Update("b", "stop")]
+    assert scheduler.report("c", {"step": 16, "eval/loss": 0.1, "eval/drift": 1.0}) == "continue", "it is the last"
+
+
+def test_halving_stops_all_trials_that_cannot_win_unless_there_are_no_others() -> None:
+    bound = Objective("eval/loss", "min", Constraint("eval/drift", 10.0))
+
+    def decided(*drifts: float) -> list[str]:
+        scheduler = Halving(bound, rungs=(2,), reduction_factor=2, time="step")
+        for trial in range(len(drifts)):
+            scheduler.add(f"{trial}", {})
+        for trial, drift in enumerate(drifts):
+            scheduler.report(f"{trial}", {"step": 2, "eval/loss": 0.5, "eval/drift": drift})
+            scheduler.paused(f"{trial}")
+        return [f"{update.action} {update.trial}" for update in scheduler.updates()]
+
+    assert decided(1.0, 11.0, 12.0, 13.0) == ["resume 0", "stop 1", "stop 2", "stop 3"]
+    assert decided(14.0, 11.0, 12.0, 13.0) == ["resume 0", "resume 1", "stop 2", "stop 3"]
+
+
 def test_trials_are_evaluated_where_the_scheduler_decides() -> None:
     every = Config.model_validate({"model": {"path": "m"}, "run": {"eval_every": 5}})
     assert rungs(every, 20) == (5, 10, 15, 20)
@@ -245,6 +292,19 @@ def test_trials_are_evaluated_where_the_scheduler_decides() -> None:
         {"model": {"path": "m"}, "run": {"eval_every": 5}, "sweep": {"scheduler": {"use": "asha"}}}
     )
     assert rungs(asha, 50) == (5, 15, 45)
+    assert rungs(override(asha, {"sweep.scheduler": {"use": "halving", "args": {"reduction_factor": 2}}}), 20) == (
+        5,
+        10,
+    )
+
+
+@pytest.mark.parametrize("scheduler", [use for use in SCHEDULERS if use != "none"])
+def test_a_scheduler_that_would_decide_at_the_end_of_a_trial_only_is_rejected(scheduler: str) -> None:
+    late = override(config(scheduler={"use": scheduler}), {"run.eval_every": 9})
+    with pytest.raises(
+        ValueError, match=rf"{scheduler} decides at .* the first one is at step 9 of 9; set run\.eval_ev"
+    ):
+        build_scheduler(late, SPACE, describe(SPACE), None, LOSS, time="step", length=9)
 
 
 def test_more_samples_add_trials_to_a_finished_sweep(tmp_path: Path) -> None:

@@ -42,11 +42,12 @@ def test_equal_metrics_are_ordered_by_the_held_out_loss_and_finished_trials_come
         trial("worse", 0.5, loss=0.1),
         trial("tie", 0.75, loss=0.7),
         trial("best", 0.75, loss=0.6),
-        trial("stopped", 0.9, status="stopped"),
+        replace(trial("stopped", 0.9, status="stopped"), metrics={"accuracy": 0.9, "step": 4}),
+        replace(trial("earlier", 0.95, status="stopped"), metrics={"accuracy": 0.95, "step": 2}),
         trial("running", 0.8, status="running"),
     ]
     ranked = rank(trials, Objective("accuracy")).ranked
-    assert [t.name for t in ranked] == ["best", "tie", "worse", "stopped", "running"]
+    assert [t.name for t in ranked] == ["best", "tie", "worse", "stopped", "running", "earlier"]
     assert rank(trials, Objective("accuracy", "min")).ranked[0].name == "worse"
 
 
