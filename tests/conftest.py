@@ -38,14 +38,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Run the tests of a file in one process, which shares its fixtures, and those of ``tests/ray`` on one cluster."""
+    """Run the tests of a file in one process, which shares its fixtures."""
     from xdist.scheduler import LoadFileScheduling
 
-    class ByFile(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return "tests/ray" if nodeid.startswith("tests/ray/") else super()._split_scope(nodeid)
-
-    return ByFile(config, log)
+    return LoadFileScheduling(config, log)
 
 
 def save_tokenizer(folder: Path) -> None:

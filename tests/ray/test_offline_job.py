@@ -230,6 +230,7 @@ def resumed_after(run: Path) -> int:
     return int(re.findall(r"resuming after step (\d+) of 20", (run / "logs/worker-0.log").read_text())[-1])
 
 
+@pytest.mark.slow
 def test_a_sweep_computes_the_reference_once_and_its_best_config_runs_as_it_is(
     joining: Commands, config: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -157,6 +157,7 @@ def test_ctrl_c_leaves_no_process_and_a_failing_judge_ends_the_run_with_its_mess
     assert not joining.left_over()
 
 
+@pytest.mark.slow
 def test_a_policy_that_judges_itself_and_cannot_judge_ends_its_round_with_ties_that_are_counted(
     joining: Commands, config: dict[str, Any], tmp_path: Path
 ) -> None:

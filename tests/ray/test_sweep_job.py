@@ -102,6 +102,7 @@ def test_asha_stops_trials_at_rungs_and_leaves_nothing_behind(
     assert placement_groups(shared_cluster) == []
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_twice_ends_like_an_undisturbed_one_and_takes_more_samples(
     joining: Commands, starting: Commands, config: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -138,6 +139,7 @@ def test_a_sweep_that_is_told_to_stop_leaves_no_process(
     assert not starting.left_over()
 
 
+@pytest.mark.slow
 def test_an_exploited_trial_starts_from_the_weights_of_its_donor(
     joining: Commands, config: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -212,6 +214,7 @@ def test_trials_of_hyperband_pause_at_a_rung_and_the_better_ones_continue_where_
     assert not joining.left_over()
 
 
+@pytest.mark.slow
 def test_trials_that_raise_diverge_or_die_are_listed_with_their_cause_and_the_best_is_among_the_rest(
     starting: Commands, config: dict[str, Any], tmp_path: Path
 ) -> None:

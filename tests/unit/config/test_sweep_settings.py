@@ -32,7 +32,7 @@ CONFIG = Config.model_validate({"model": {"path": "m"}})
         ({"sweep.search": {"use": "grid", "args": {"points": 1}}}, r"sweep\.search\.args\.points: found 1"),
         (
             {"sweep.search.use": "optuna", "sweep.scheduler.use": "halving"},
-            r"optuna learns from trials that have ended, and with sweep\.scheduler\.use: halving all trials start together",
+            r"optuna learns from trials that have ended, and with sweep\.scheduler\.use: halving all",
         ),
         ({"sweep.constraint": {"metric": "kl"}}, r"sweep\.constraint\.max: is required"),
     ],
