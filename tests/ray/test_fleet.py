@@ -14,7 +14,7 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group_table
 
-from dpo_ray.launch.cluster import Cluster
+from dpo_ray.launch.cluster import Cluster, same_node
 from dpo_ray.launch.rollouts.fleet import FleetActor
 from dpo_ray.launch.rollouts.remote_engine import StoredMessage
 from dpo_ray.rollout.engine import Request, RequestTimedOut
@@ -44,7 +44,7 @@ def fleet_of(
         "cluster": {"rollout_engines": engines, "cpus_per_engine": 3, "start_timeout_s": 60},
         "online": {"prompts": "p.jsonl", "engine_timeout_s": engine_timeout_s, "sync_timeout_s": 20},
     }
-    options = {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 1000}
+    options = {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 1000, "scheduling_strategy": same_node()}
     actor = ray.remote(FleetActor).options(**options)
     fleet: Any = actor.remote(config, Cluster(gpus=0, cpus=cpus), actor_class=actor_class, worker_extension="none")
     try:
