@@ -109,6 +109,12 @@ class JudgeConfig(Component):
         modes = [args.get("mode", default[use]) if use in default else None for use, args in self._parts()]
         return bool(modes) and all(mode == "pairwise" for mode in modes)
 
+    @property
+    def scores_singly(self) -> bool:
+        """True unless a built-in part compares the completions of a prompt, so that a score depends on the others."""
+        default = {"llm": "pairwise", "policy": "score"}
+        return not any(args.get("mode", default[use]) == "pairwise" for use, args in self._parts() if use in default)
+
     def _parts(self) -> list[tuple[str, dict[str, Any]]]:
         """Name and arguments of the judge, or of each valid part of a weighted one."""
         if self.use != "weighted":
@@ -220,6 +226,12 @@ class OnlineConfig(Section):
         in_rounds = self.source.use == "candidates" and not self.judged_by_trainer
         judges = {"judge": self.judge} if in_rounds else {}
         return judges | ({"eval_judge": self.eval_judge or self.judge} if self.eval_prompts else {})
+
+    @property
+    def same_scale(self) -> bool:
+        """True if the scores of rounds and those of held-out completions are of one judge, and comparable."""
+        judges = self.judges
+        return len(judges) == 2 and judges["judge"] == judges["eval_judge"] and self.judge.scores_singly
 
     @property
     def started_judges(self) -> dict[str, JudgeConfig]:

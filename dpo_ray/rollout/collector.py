@@ -16,7 +16,7 @@ from dpo_ray.config.rounds import OnlineConfig
 from dpo_ray.rollout.admission import admitted, oldest_version
 from dpo_ray.rollout.dispatch import Dispatcher, EngineError, VersionGone
 from dpo_ray.rollout.engine import EngineStatus, Request, RequestTimedOut
-from dpo_ray.rollout.evaluation import Evaluation, evaluation_requests
+from dpo_ray.rollout.evaluation import Evaluation, EvaluationStore, evaluation_requests
 from dpo_ray.rollout.judges.answer_cache import CACHE, forget_replies
 from dpo_ray.rollout.judging import JudgeFailed
 from dpo_ray.rollout.ledger import Ledger
@@ -180,14 +180,21 @@ class Collector:
         except BaseException:
             ledger.close()
             raise
+        held_out = await asyncio.to_thread(self._scores_before, round)
         await asyncio.to_thread(
             ledger.finish,
+            held_out=held_out,
             timings={"generate_s": pipeline.generating.seconds, "judge_s": pipeline.judging.seconds},
             metrics=dict(self.engines.current.metrics or {}) | engine_metrics((await self.statuses()).values()),
             seed=self.seed,
             sampling=online.sampling.model_dump(mode="json"),
             judged=not online.judged_by_trainer,
         )
+
+    def _scores_before(self, round: int) -> list[float]:
+        """Scores of the held-out completions of an earlier policy; none if those of rounds cannot be compared."""
+        store = EvaluationStore(self.ledger.folder.parent)
+        return store.scores_before(round) if self.online.same_scale else []
 
     def _digests(self) -> dict[int, str]:
         """Digests of the weights that engines have, by version."""

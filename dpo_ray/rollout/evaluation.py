@@ -140,6 +140,10 @@ class EvaluationStore:
         score = {"heldout/score": fmean(scores)} if scores else {}
         return kl | score | win_rate(lines, self._before(version)) | _judging(summary.get("judge", {}))
 
+    def scores_before(self, version: int) -> list[float]:
+        """Scores of the newest recorded evaluation of an earlier version."""
+        return [line["score"] for line in self._before(version) if line["score"] is not None]
+
     def copy(self, other: "EvaluationStore", version: int) -> None:
         """Copies the evaluation of a version from another run."""
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -95,8 +95,13 @@ class OpenRound:
             self._digests |= new
             write_atomically(self.folder / DIGESTS, to_json(self._digests))
 
-    def finish(self, **values: Any) -> None:
-        """Write the pairs and the manifest, which has ``values`` beside counts, scores and policy versions."""
+    def finish(self, *, held_out: Sequence[float] = (), **values: Any) -> None:
+        """Write the pairs and the manifest.
+
+        Args:
+            held_out: scores of held-out completions to compare the chosen ones with.
+            values: further entries of the manifest, beside counts, scores and policy versions.
+        """
         self._pairs.write(self.folder)
         tally = self._tally
         counts = {**tally.counts, "dropped": dict(sorted(tally.dropped.items())), "stale": self.stale}
@@ -109,7 +114,7 @@ class OpenRound:
             },
             "counts": {**counts, "tokens_stored": self._end, "tokens_generated": self._generated},
             "scores": tally.mean_scores(),
-            "judge": tally.judging(),
+            "judge": tally.judging(held_out),
             **values,
         }
         self.close()

@@ -1,6 +1,7 @@
 """Running counts of a round, from the lines of its pairs.jsonl."""
 
 import math
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ Line = Mapping[str, Any]
 """One line of pairs.jsonl."""
 SCORES = ("mean", "best", "chosen", "rejected")
 """Scores of every round."""
-FIGURES = (*(f"{name}_score" for name in SCORES), "length_correlation")
+FIGURES = (*(f"{name}_score" for name in SCORES), "length_correlation", "chosen_win_rate")
 """Figures of every round about its scores, logged as judge/NAME."""
 
 
@@ -74,6 +75,8 @@ class Tally:
     """See ``Judgement.means``."""
     totals: Counter[str] = field(default_factory=Counter)
     """See ``Judgement.totals``."""
+    chosen: list[float] = field(default_factory=list)
+    """Scores of the chosen completion of each pair."""
     length: Correlation = field(default_factory=Correlation)
     """Correlation of score and length in tokens."""
     versions: Counter[int] = field(default_factory=Counter)
@@ -108,6 +111,7 @@ class Tally:
         self.scores["best"].add(*([max(scores)] if scores else []))
         for side in ("chosen", "rejected"):
             self.scores[side].add(*(score for pair in line["pairs"] if (score := pair[f"{side}_score"]) is not None))
+        self.chosen += (score for pair in line["pairs"] if (score := pair["chosen_score"]) is not None)
         for name, part in line.get("judge", {}).get("parts", {}).items():
             self.scores.setdefault(name, Mean()).add(*(score for score in part if score is not None))
         scored = [(s, c["tokens"]) for s, c in zip(line["scores"], line["candidates"], strict=False) if s is not None]
@@ -117,7 +121,26 @@ class Tally:
         """Means of scores, by name; None without a score."""
         return {name: mean.value for name, mean in self.scores.items()}
 
-    def judging(self) -> dict[str, float]:
-        """Figures about the judging, by name."""
-        values = {name: mean.value for name, mean in self.means.items()} | {"length_correlation": self.length.value}
+    def judging(self, held_out: Sequence[float] = ()) -> dict[str, float]:
+        """Figures about the judging, by name.
+
+        Args:
+            held_out: scores of held-out completions, over which ``chosen_win_rate`` is.
+        """
+        values = {name: mean.value for name, mean in self.means.items()} | {
+            "length_correlation": self.length.value,
+            "chosen_win_rate": win_rate_over(held_out, self.chosen),
+        }
         return {name: value for name, value in values.items() if value is not None} | dict(self.totals)
+
+
+def win_rate_over(others: Sequence[float], scores: Sequence[float]) -> float | None:
+    """Share of all pairs of one of ``scores`` and one of ``others`` in which the former is higher; a tie counts half.
+
+    None if there is no such pair.
+    """
+    if not (others and scores):
+        return None
+    others = sorted(others)
+    wins = sum(bisect_left(others, score) + bisect_right(others, score) for score in scores)
+    return wins / (2 * len(others) * len(scores))

@@ -11,10 +11,12 @@ from functools import partial
 import pytest
 
 from dpo_ray.config import Component
+from dpo_ray.config.rounds import SamplingConfig
 from dpo_ray.data.loader import checked_gaps
 from dpo_ray.rollout.collector import Collector
 from dpo_ray.rollout.dispatch import Dispatcher
-from dpo_ray.rollout.engine import RequestTimedOut
+from dpo_ray.rollout.engine import Request, RequestTimedOut
+from dpo_ray.rollout.evaluation import Evaluation, EvaluationStore
 from dpo_ray.rollout.judges import bind_judge, endpoint
 from dpo_ray.rollout.judges.answer_cache import CACHE
 from dpo_ray.rollout.judging import JudgePool
@@ -510,6 +512,38 @@ def test_an_evaluation_has_the_sums_of_the_judges_figures(tmp_path):
 
     evaluation = asyncio.run(main())
     assert evaluation.totals == {"tokens": 5 * 10.0, "retries": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, (2 + 0.5) / 4),
+        ({"eval_judge": {"use": "sentiment"}}, None),
+        ({"judge": {"use": "weighted", "args": {"judges": [{"use": "length"}, {"use": "llm"}]}}}, None),
+        ({"judge": {"use": "policy"}}, (2 + 0.5) / 4),
+        ({"eval_prompts": []}, None),
+    ],
+    ids=["same judge", "judge of its own", "judge that compares", "judge by a rubric", "no held-out prompts"],
+)
+def test_chosen_completions_are_compared_with_held_out_ones_of_an_earlier_policy(tmp_path, settings, expected):
+    """All chosen completions score 3, the best of four."""
+    held_out = prompts(5)
+
+    def evaluate(version, scores):
+        groups = [asyncio.run(FakeEngine(version).generate(Request(p, SamplingConfig(), 1, 0, 1.0))) for p in held_out]
+        judged = tuple(zip(groups, scores, strict=True))
+        EvaluationStore(tmp_path).write(Evaluation(version, judged), None, None)
+
+    async def main():
+        harness = Harness(tmp_path, online(**{"eval_prompts": "h.jsonl"} | settings), [FakeEngine(1)])
+        await harness.round(1)
+        return harness.ledger
+
+    evaluate(0, [1.0, 2.0, 3.0, 4.0, math.nan])
+    evaluate(1, [9.0] * 5)  # of the policy that generates the round
+    ledger = asyncio.run(main())
+    assert ledger.read(1).metrics.get("judge/chosen_win_rate") == expected
+    assert ledger.manifest(1)["judge"].get("chosen_win_rate") == expected
 
 
 def test_a_round_that_the_trainer_judges_gets_its_pairs_from_scores_of_all_completions(tmp_path):
