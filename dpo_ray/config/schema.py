@@ -159,7 +159,8 @@ class ReferenceConfig(Section):
     with model.lora and live without. With any other refresh, auto with model.lora keeps a copy of the adapters."""
     refresh: Annotated[str | int, BeforeValidator(_refresh)] = "never"
     """Rounds between two refreshes of the reference from the policy: round uses the policy at the start of each round
-    as the reference of that round; a number K does so every K rounds, with a copy kept in between. Online only."""
+    as the reference of that round; a number K does so every K rounds, with a copy kept in between. Online only; with
+    online.source.use: self_play the default is round, unless reference.kind or the loss excludes refreshes."""
     mixup_alpha: float = Field(1.0, gt=0, le=1)
     """Share of the policy's weights in a refresh: reference = alpha * policy + (1 - alpha) * reference (TR-DPO,
     arXiv:2404.09656). 1 replaces the reference; less keeps a float32 copy of the trained weights."""

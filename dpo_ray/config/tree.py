@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import model_validator
 
 from dpo_ray.config import cross_checks, losses, rounds, schema, sweeps
-from dpo_ray.config.section import Section
+from dpo_ray.config.section import Section, as_tuple
 
 POLICY_JUDGE_TOKENS = 1024
 """Tokens of an engine beyond a prompt and two completions if the policy judges: for instructions and its reply."""
@@ -57,10 +57,16 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_to_every_round(cls, tree: Any) -> Any:
-        """An online run saves and evaluates every round by default."""
-        if isinstance(tree, dict) and tree.get("online") and isinstance(run := tree.get("run", {}), dict):
-            return {**tree, "run": {"save_every": 1, "eval_every": 1, **run}}
-        return tree
+        """An online run saves and evaluates every round by default; self-play also refreshes its reference."""
+        if not isinstance(tree, dict) or not tree.get("online"):
+            return tree
+        defaults: dict[str, dict[str, Any]] = {"run": {"save_every": 1, "eval_every": 1}}
+        if _plays_against_reference(tree):
+            defaults["reference"] = {"refresh": "round"}
+        sections = {name: tree.get(name, {}) for name in defaults}
+        return tree | {
+            name: {**defaults[name], **section} for name, section in sections.items() if isinstance(section, dict)
+        }
 
     @model_validator(mode="after")
     def _validate_across_sections(self) -> Self:
@@ -80,3 +86,15 @@ class Config(Section):
             cross_checks.validate_sources(self.online, self.data, self.reference, kind, save_every)
             cross_checks.validate_engines(self.online, self.cluster, self.model.lora)
         return self
+
+
+def _plays_against_reference(tree: dict[str, Any]) -> bool:
+    """True for self-play with a reference that may be refreshed; values are not validated yet."""
+    read = lambda section, key: section.get(key) if isinstance(section, dict) else None  # noqa: E731
+    names = as_tuple(read(tree.get("loss"), "use"))
+    reference_free = isinstance(names, list | tuple) and all(name in losses.REFERENCE_FREE_LOSSES for name in names)
+    return (
+        read(read(tree["online"], "source"), "use") == "self_play"
+        and read(tree.get("reference"), "kind") in (None, "auto", "cached")
+        and not reference_free
+    )

@@ -30,6 +30,8 @@ def run_online(config: Config, cluster: Cluster) -> None:
     validate_online(config)
     assert config.online is not None
     with exclusive_run_dir(config.run):
+        if note := note_on_reference(config):
+            console.print(note, soft_wrap=True)
         prompts, held_out = prepare_round_data(config, cluster, console)
         make_run_dir(config)
         Ledger(config.run.path).validate_prompts(digest_of_prompts(prompts), len(prompts))
@@ -49,3 +51,15 @@ def validate_online(config: Config) -> None:
     validate_training(config)
     validate_online_model(config.model.path)
     build_transport(config, on_gpus=config.online.sync.use in BETWEEN_GPUS)
+
+
+def note_on_reference(config: Config) -> str | None:
+    """A sentence for self-play whose reference is never refreshed; None for other runs."""
+    assert config.online is not None
+    never = config.reference.refresh == "never" and config.reference_kind != "none"
+    if config.online.source.use != "self_play" or not never:
+        return None
+    return (
+        "online.source.use: self_play with reference.refresh: never: SPIN (arXiv:2401.01335) refreshes the reference "
+        "each round; for its algorithm set reference.refresh: round"
+    )

@@ -100,6 +100,34 @@ def test_online_runs_save_and_evaluate_every_round_by_default(online, offline):
     assert (chosen.run.save_every, chosen.run.eval_every) == (4, None)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "refresh"),
+    [
+        ([], "round"),
+        (["reference.kind=cached"], "round"),
+        (["reference.mixup_alpha=0.5"], "round"),
+        (["reference.refresh=never"], "never"),
+        (["reference.refresh=3"], 3),
+        (["reference.kind=live"], "never"),
+        (["reference.kind=none", "loss.use=simpo"], "never"),
+        (["loss.use=[simpo, nll]"], "never"),
+        (["loss.use=[sigmoid, nll]"], "round"),
+        (["online.source.use=candidates"], "never"),
+    ],
+    ids=str,
+)
+def test_self_play_refreshes_the_reference_each_round_by_default(online, arguments, refresh):
+    config = load(online, "online.source.use=self_play", *arguments)
+    assert config.reference.refresh == refresh
+    assert override(config, {}) == config
+
+
+@pytest.mark.parametrize("wrong", ["loss.use=5", "loss=5", "reference=5", "online.source=5", "run=5"])
+def test_a_wrong_section_of_a_self_play_run_is_an_error_that_names_it(online, wrong):
+    with pytest.raises(ConfigError, match=rf"override: {wrong.partition('=')[0]}\b.* found 5"):
+        load(online, "online.source.use=self_play", wrong)
+
+
 def test_one_path_is_a_list_of_one(offline):
     assert load(offline).data.train == ("pairs.jsonl",)
 
