@@ -11,9 +11,10 @@ import numpy as np
 from dpo_ray.rollout.open_round import FAILED, Line, Outcome, line_of, read_lines, to_json
 from dpo_ray.rollout.pair_index import PairIndex
 from dpo_ray.rollout.pipeline import FailureLimit, Select
+from dpo_ray.rollout.selectors.preferences import Choice
 from dpo_ray.rollout.tally import Tally
 from dpo_ray.storage import write_atomically
-from dpo_ray.types import Completion, CompletionGroup, Dropped, Judgement, Prompt, ScoredPair, TokenSample
+from dpo_ray.types import Completion, CompletionGroup, Dropped, Judgement, Prompt, TokenSample
 
 
 def samples_of(folder: Path) -> list[TokenSample]:
@@ -51,16 +52,14 @@ def judge_round(folder: Path, scores: Sequence[float], select: Select, *, max_fa
         pairs.add(line)
     file = folder / "manifest.json"
     manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    counts = {**manifest["counts"], **tally.counts, "dropped": dict(sorted(tally.dropped.items()))}
+    counts = {**manifest["counts"], **tally.all_counts()}
     manifest |= {"judged": True, "counts": counts, "scores": tally.mean_scores(), "judge": tally.judging()}
     write_atomically(folder / "pairs.jsonl", (to_json(line) + "\n" for line in lines))
     pairs.write(folder)
     write_atomically(file, to_json(manifest, indent=2) + "\n")
 
 
-def _selected(
-    select: Select, group: CompletionGroup, judgement: Judgement
-) -> tuple[tuple[ScoredPair, ...] | Dropped, str | None]:
+def _selected(select: Select, group: CompletionGroup, judgement: Judgement) -> tuple[Choice, str | None]:
     """The pairs of a group, or why there are none; an exception is an outcome of its group."""
     try:
         return select(group, judgement.scores), None

@@ -205,7 +205,8 @@ def _metrics(manifest: Mapping[str, Any]) -> dict[str, float]:
     metrics = {f"judge/{name}_score": score for name, score in manifest["scores"].items() if score is not None}
     metrics |= {f"judge/{name}": value for name, value in manifest.get("judge", {}).items()}
     metrics["rollout/kept"] = counts["kept"]
-    metrics |= {f"rollout/dropped_{reason}": count for reason, count in counts["dropped"].items()}
+    for name in ("dropped", "left_out"):
+        metrics |= {f"rollout/{name}_{reason}": count for reason, count in counts.get(name, {}).items()}
     metrics |= {f"rollout/{name}": counts[name] for name in ("duplicates", "empty", "bad_scores", "stale")}
     if counts["candidates"]:
         metrics["rollout/mean_tokens"] = counts["tokens"] / counts["candidates"]

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dpo_ray.rollout.pair_index import GAPS, REFERENCE, SPANS, PairIndex
+from dpo_ray.rollout.selectors.preferences import Choice, Pairs
 from dpo_ray.rollout.tally import Line, Tally, sampled_candidates
 from dpo_ray.storage import write_atomically
-from dpo_ray.types import CompletionGroup, Dropped, Judgement, Prompt, ScoredPair
+from dpo_ray.types import CompletionGroup, Dropped, Judgement, Prompt
 
 REMEDY = "delete the folder of this round to collect it again"
 FAILED = "failed_"
@@ -35,7 +36,7 @@ class Outcome:
     prompt: Prompt
     position: int
     """Position of the prompt in its round."""
-    choice: tuple[ScoredPair, ...] | Dropped
+    choice: Choice
     group: CompletionGroup | None = None
     """None if generating failed."""
     judgement: Judgement = field(default_factory=lambda: Judgement(()))
@@ -104,7 +105,7 @@ class OpenRound:
         """
         self._pairs.write(self.folder)
         tally = self._tally
-        counts = {**tally.counts, "dropped": dict(sorted(tally.dropped.items())), "stale": self.stale}
+        counts = {**tally.all_counts(), "stale": self.stale}
         manifest = {
             "round": int(self.folder.name),
             "policy_version": min(tally.versions, default=self._oldest),
@@ -208,6 +209,7 @@ def line_of(outcome: Outcome, start: int) -> Line:
             }
             for pair in pairs
         ],
+        "left_out": {r: n for r, n in pairs.left_out.items() if n} if isinstance(pairs, Pairs) else {},
         "dropped": outcome.choice.reason if isinstance(outcome.choice, Dropped) else None,
         "error": outcome.error,
         "seed": outcome.group.seed if outcome.group else None,

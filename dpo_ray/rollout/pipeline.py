@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from dpo_ray.rollout.dispatch import FleetFailed
 from dpo_ray.rollout.engine import Request
 from dpo_ray.rollout.open_round import FAILED, Outcome
-from dpo_ray.types import CompletionGroup, Dropped, Judgement, JudgeUnavailable, NonRetryableError, ScoredPair
+from dpo_ray.rollout.selectors.preferences import Choice
+from dpo_ray.types import CompletionGroup, Dropped, Judgement, JudgeUnavailable, NonRetryableError
 
 Generate = Callable[[Request], Awaitable[CompletionGroup]]
 Score = Callable[[CompletionGroup], Awaitable[Judgement]]
-Select = Callable[[CompletionGroup, Sequence[float]], tuple[ScoredPair, ...] | Dropped]
+Select = Callable[[CompletionGroup, Sequence[float]], Choice]
 
 JUDGED_PER_GENERATED = 4
 """Groups in flight for each one that may be generated at a time: the others wait for the judge."""

@@ -6,7 +6,8 @@ Self-play: the answer of the prompt's record is chosen, the policy's completions
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dpo_ray.types import CompletionGroup, Dropped, Judgement, ScoredPair
+from dpo_ray.rollout.selectors.preferences import Choice, Pairs
+from dpo_ray.types import CompletionGroup, Judgement, ScoredPair
 
 
 def with_answer(group: CompletionGroup) -> CompletionGroup:
@@ -21,16 +22,13 @@ def with_answer(group: CompletionGroup) -> CompletionGroup:
     return replace(group, completions=(*group.completions, replace(group.prompt.answer, **versions)))
 
 
-def choose_answer(group: CompletionGroup, scores: Sequence[float]) -> tuple[ScoredPair, ...] | Dropped:
+def choose_answer(group: CompletionGroup, scores: Sequence[float]) -> Choice:
     """The record's answer, which is the last completion, against each different completion of the policy."""
-    answer, seen, pairs = len(group.completions) - 1, {group.completions[-1].text}, list[ScoredPair]()
-    for index, completion in enumerate(group.completions[:-1]):
-        if completion.token_ids and completion.text not in seen:
-            seen.add(completion.text)
-            pairs.append(ScoredPair(answer, index))
-    if pairs:
-        return tuple(pairs)
-    return Dropped("duplicates" if any(c.token_ids for c in group.completions[:-1]) else "empty")
+    *sampled, answer = group.completions
+    pairs = Pairs(ScoredPair(len(sampled), index) for index in range(len(sampled)))
+    pairs = pairs.filter(lambda pair: bool(sampled[pair.rejected].token_ids), "empty")
+    first_of_text = {sampled[pair.rejected].text: pair for pair in reversed(pairs)} | {answer.text: None}
+    return pairs.filter(lambda pair: first_of_text[sampled[pair.rejected].text] == pair, "duplicates").choice()
 
 
 async def unjudged(group: CompletionGroup) -> Judgement:

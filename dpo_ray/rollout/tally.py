@@ -68,6 +68,9 @@ class Tally:
 
     counts: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
+    """Groups without a pair by reason."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Pairs by the reason for which a selector left them out of groups that have others."""
     scores: dict[str, Mean] = field(default_factory=lambda: {name: Mean() for name in SCORES})
     """Means of scores: ``mean`` over all completions, ``best`` over the best of each group, and over the completions
     of the pairs; further ones by the components of the judge."""
@@ -99,6 +102,7 @@ class Tally:
         )
         if line["dropped"] is not None:
             self.dropped[line["dropped"]] += 1
+        self.left_out.update(line.get("left_out", {}))
         self.versions.update(candidate["versions"][0] for candidate in candidates)
         self._add_scores(line, scores)
         judge = line.get("judge", {})
@@ -116,6 +120,11 @@ class Tally:
             self.scores.setdefault(name, Mean()).add(*(score for score in part if score is not None))
         scored = [(s, c["tokens"]) for s, c in zip(line["scores"], line["candidates"], strict=False) if s is not None]
         self.length.add([score for score, _ in scored], [tokens for _, tokens in scored])
+
+    def all_counts(self) -> dict[str, Any]:
+        """The counts, with those by reason."""
+        by_reason = {"dropped": self.dropped, "left_out": self.left_out}
+        return {**self.counts, **{name: dict(sorted(reasons.items())) for name, reasons in by_reason.items()}}
 
     def mean_scores(self) -> dict[str, float | None]:
         """Means of scores, by name; None without a score."""

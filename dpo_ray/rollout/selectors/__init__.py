@@ -21,10 +21,10 @@ from dpo_ray.rollout.selectors.by_score import (
     random_pair,
     top_bottom_k,
 )
-from dpo_ray.rollout.selectors.preferences import Choice, usable_candidates
+from dpo_ray.rollout.selectors.preferences import Choice, Pairs, usable_candidates
 from dpo_ray.types import CompletionGroup, Dropped, ScoredPair
 
-__all__ = ["SELECTORS", "Choice", "Selector", "build_selector", "select_pairs", "usable_candidates"]
+__all__ = ["SELECTORS", "Choice", "Pairs", "Selector", "build_selector", "select_pairs", "usable_candidates"]
 
 
 class Selector(Protocol):
@@ -54,10 +54,8 @@ def build_selector(component: Component) -> Selector:
     return selector
 
 
-def select_pairs(
-    selector: Selector, group: CompletionGroup, scores: Sequence[float]
-) -> tuple[ScoredPair, ...] | Dropped:
-    """The selector's pairs for a group.
+def select_pairs(selector: Selector, group: CompletionGroup, scores: Sequence[float]) -> Pairs | Dropped:
+    """The selector's pairs for a group; a selector that returns ``Pairs`` counts those that it left out.
 
     Raises:
         ValueError: the selector returned neither pairs of two candidates of the group nor ``Dropped``.
@@ -80,10 +78,11 @@ def select_pairs(
             f"the selector chose candidate {unscored[0]} of prompt {group.prompt.index}, which has no score; see "
             "usable_candidates"
         )
-    return tuple(
+    plain = (
         ScoredPair(int(pair.chosen), int(pair.rejected), None if pair.gap is None else float(pair.gap))
         for pair in pairs
     )
+    return Pairs(plain, pairs.left_out if isinstance(pairs, Pairs) else None)
 
 
 def _is_pair(pair: Any, candidates: range) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dpo_ray.rollout.selectors.preferences import Choice, gap, preferences
-from dpo_ray.types import CompletionGroup, Dropped, ScoredPair
+from dpo_ray.types import CompletionGroup, ScoredPair
 
 
 def length_controlled(
@@ -39,11 +39,9 @@ def length_controlled(
     lengths = _lengths(group)
     penalized = [score - penalty * length for score, length in zip(scores, lengths, strict=True)]
     found = preferences(group, penalized, min_gap=min_gap, choose_truncated=choose_truncated)
-    if isinstance(found, Dropped):
-        return found
     ratio = lambda pair: lengths[pair.chosen] / lengths[pair.rejected]  # noqa: E731
-    allowed = [pair for pair in found if min_length_ratio <= ratio(pair) <= max_length_ratio]
-    return [replace(pair, gap=gap(pair, penalized)) for pair in allowed[:pairs]] or Dropped("length")
+    allowed = found.filter(lambda pair: min_length_ratio <= ratio(pair) <= max_length_ratio, "length")
+    return allowed.pick(replace(pair, gap=gap(pair, penalized)) for pair in allowed[:pairs])
 
 
 def length_matched(
@@ -56,8 +54,6 @@ def length_matched(
 ) -> Choice:
     """The pairs whose lengths are closest by ratio; of equally close ones, those with the largest gaps of scores."""
     found = preferences(group, scores, min_gap=min_gap, choose_truncated=choose_truncated)
-    if isinstance(found, Dropped):
-        return found
     lengths = _lengths(group)
 
     def distance(pair: ScoredPair) -> float:
@@ -65,7 +61,7 @@ def length_matched(
         shorter, longer = sorted((lengths[pair.chosen], lengths[pair.rejected]))
         return longer / shorter
 
-    return sorted(found, key=distance)[:pairs]
+    return found.pick(sorted(found, key=distance)[:pairs])
 
 
 def _lengths(group: CompletionGroup) -> list[int]:

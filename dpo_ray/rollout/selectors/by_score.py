@@ -6,10 +6,17 @@ Arguments that all of them take, and the reasons for dropping a group, are descr
 import math
 import random
 from collections.abc import Sequence
-from itertools import combinations
 from typing import TypeVar
 
-from dpo_ray.rollout.selectors.preferences import Choice, gap, preferences, preferences_of, usable_candidates
+from dpo_ray.rollout.selectors.preferences import (
+    NOT_PICKED,
+    Choice,
+    gap,
+    pairs_among,
+    preferences,
+    preferences_of,
+    usable_candidates,
+)
 from dpo_ray.types import CompletionGroup, Dropped, ScoredPair
 
 T = TypeVar("T")
@@ -41,7 +48,7 @@ def best_vs_worst(
         ``truncated`` (only empty or truncated completions beat the others), ``small_gap``.
     """
     found = preferences(group, scores, min_gap=min_gap, choose_truncated=choose_truncated)
-    return found if isinstance(found, Dropped) else found[:pairs]
+    return found.pick(found[:pairs])
 
 
 def best_vs_random(
@@ -58,9 +65,7 @@ def best_vs_random(
     that are worse by ``min_gap``.
     """
     found = preferences(group, scores, min_gap=min_gap, choose_truncated=choose_truncated)
-    if isinstance(found, Dropped):
-        return found
-    return _draw([pair for pair in found if pair.chosen == found[0].chosen], group.seed, pairs)
+    return found.pick(_draw([pair for pair in found if pair.chosen == found[0].chosen], group.seed, pairs))
 
 
 def random_pair(
@@ -79,8 +84,9 @@ def random_pair(
     candidates = usable_candidates(group, scores)
     if isinstance(candidates, Dropped):
         return candidates
-    drawn = _draw(list(combinations(candidates, 2)), group.seed, pairs)
-    return preferences_of(drawn, group, scores, min_gap=min_gap, choose_truncated=choose_truncated)
+    every = pairs_among(candidates)
+    drawn = every.only(_draw(every, group.seed, pairs), NOT_PICKED)
+    return preferences_of(drawn, group, scores, min_gap=min_gap, choose_truncated=choose_truncated).choice()
 
 
 def all_pairs(
@@ -98,7 +104,7 @@ def all_pairs(
     pairs.
     """
     found = preferences(group, scores, min_gap=min_gap, choose_truncated=choose_truncated)
-    return found if isinstance(found, Dropped) else _draw(found, group.seed, pairs)
+    return found.pick(_draw(found, group.seed, pairs))
 
 
 def margin(
@@ -119,9 +125,8 @@ def margin(
         As ``best_vs_worst``; ``large_gap`` if only pairs beyond ``max_gap`` are left.
     """
     found = preferences(group, scores, min_gap=min_gap, choose_truncated=choose_truncated)
-    if isinstance(found, Dropped):
-        return found
-    return [pair for pair in found if gap(pair, scores) <= max_gap][:pairs] or Dropped("large_gap")
+    found = found.filter(lambda pair: gap(pair, scores) <= max_gap, "large_gap")
+    return found.pick(found[:pairs])
 
 
 def top_bottom_k(
@@ -138,13 +143,11 @@ def top_bottom_k(
     pairs. For each of the best against each of the worst, see ``best_vs_worst`` with several pairs.
     """
     found = preferences(group, scores, min_gap=min_gap, choose_truncated=choose_truncated)
-    if isinstance(found, Dropped):
-        return found
     matching: list[ScoredPair] = []
     for pair in found:  # the widest first, so that it joins the best and the worst of those left
         if not {pair.chosen, pair.rejected} & {i for other in matching for i in (other.chosen, other.rejected)}:
             matching.append(pair)
-    return matching[:k]
+    return found.pick(matching[:k])
 
 
 def _draw(items: Sequence[T], seed: int, count: int) -> list[T]:

@@ -1,12 +1,44 @@
 """The preferences of a judged group: the pairs that a selector may pick from, or the reason for having none."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 
 from dpo_ray.types import CompletionGroup, Dropped, ScoredPair
 
 Choice = Sequence[ScoredPair] | Dropped
+NOT_PICKED = "not_picked"
+"""Reason of pairs that are as acceptable as those that were picked, or were not drawn."""
+
+
+class Pairs(list[ScoredPair]):
+    """Pairs that a selector may pick from.
+
+    Args:
+        left_out: number of pairs that were left out before, by reason, in the order of the checks.
+    """
+
+    def __init__(self, pairs: Iterable[ScoredPair], left_out: Mapping[str, int] | None = None) -> None:
+        super().__init__(pairs)
+        self.left_out = dict(left_out or {})
+
+    def filter(self, accepts: Callable[[ScoredPair], bool], reason: str) -> "Pairs":
+        """The accepted pairs; the others count as left out."""
+        return self.only(filter(accepts, self), reason)
+
+    def pick(self, pairs: Iterable[ScoredPair]) -> Choice:
+        """The selector's choice: some of the pairs, or the reason why there is none."""
+        return self.only(pairs, NOT_PICKED).choice()
+
+    def choice(self) -> Choice:
+        """All pairs, or the reason of the last check that left out some."""
+        return self or Dropped([reason for reason, count in self.left_out.items() if count][-1])
+
+    def only(self, pairs: Iterable[ScoredPair], reason: str) -> "Pairs":
+        """Some of the pairs; the others count as left out."""
+        only = Pairs(pairs, self.left_out)
+        only.left_out[reason] = only.left_out.get(reason, 0) + len(self) - len(only)
+        return only
 
 
 def usable_candidates(group: CompletionGroup, scores: Sequence[float]) -> list[int] | Dropped:
@@ -23,41 +55,35 @@ def usable_candidates(group: CompletionGroup, scores: Sequence[float]) -> list[i
     return distinct
 
 
-def preferences(
-    group: CompletionGroup, scores: Sequence[float], *, min_gap: float, choose_truncated: bool
-) -> list[ScoredPair] | Dropped:
+def preferences(group: CompletionGroup, scores: Sequence[float], *, min_gap: float, choose_truncated: bool) -> Pairs:
     """All acceptable pairs of usable candidates, those with the largest gaps of scores first.
 
     For arguments and reasons see ``best_vs_worst``.
     """
     candidates = usable_candidates(group, scores)
     if isinstance(candidates, Dropped):
-        return candidates
-    return preferences_of(
-        combinations(candidates, 2), group, scores, min_gap=min_gap, choose_truncated=choose_truncated
-    )
+        return Pairs((), {candidates.reason: 1})
+    every = pairs_among(candidates)
+    return preferences_of(every, group, scores, min_gap=min_gap, choose_truncated=choose_truncated)
+
+
+def pairs_among(candidates: Iterable[int]) -> Pairs:
+    """All pairs of candidates, each in one order."""
+    return Pairs(ScoredPair(i, j) for i, j in combinations(candidates, 2))
 
 
 def preferences_of(
-    index_pairs: Iterable[tuple[int, int]],
-    group: CompletionGroup,
-    scores: Sequence[float],
-    *,
-    min_gap: float,
-    choose_truncated: bool,
-) -> list[ScoredPair] | Dropped:
+    pairs: Pairs, group: CompletionGroup, scores: Sequence[float], *, min_gap: float, choose_truncated: bool
+) -> Pairs:
     """As ``preferences``, for some pairs of usable candidates, each in any order."""
-    ordered = [_pair(i, j, scores) for i, j in index_pairs if scores[i] != scores[j]]
-    if not ordered:
-        return Dropped("tie")
-    with_text = [pair for pair in ordered if group.completions[pair.chosen].text.strip()]
-    choosable = [pair for pair in with_text if choose_truncated or group.completions[pair.chosen].finished]
-    if not choosable:
-        return Dropped("truncated" if with_text else "empty")
-    wide = [pair for pair in choosable if gap(pair, scores) >= min_gap]
-    if not wide:
-        return Dropped("small_gap")
-    return sorted(wide, key=lambda pair: (-gap(pair, scores), pair.chosen, pair.rejected))
+    completions = group.completions
+    pairs = pairs.filter(lambda pair: scores[pair.chosen] != scores[pair.rejected], "tie")
+    ordered = Pairs(map(lambda pair: _ordered(pair, scores), pairs), pairs.left_out)
+    with_text = ordered.filter(lambda pair: bool(completions[pair.chosen].text.strip()), "empty")
+    choosable = with_text.filter(lambda pair: choose_truncated or completions[pair.chosen].finished, "truncated")
+    wide = choosable.filter(lambda pair: gap(pair, scores) >= min_gap, "small_gap")
+    wide.sort(key=lambda pair: (-gap(pair, scores), pair.chosen, pair.rejected))
+    return wide
 
 
 def gap(pair: ScoredPair, scores: Sequence[float]) -> float:
@@ -65,5 +91,5 @@ def gap(pair: ScoredPair, scores: Sequence[float]) -> float:
     return scores[pair.chosen] - scores[pair.rejected]
 
 
-def _pair(i: int, j: int, scores: Sequence[float]) -> ScoredPair:
-    return ScoredPair(i, j) if scores[i] > scores[j] else ScoredPair(j, i)
+def _ordered(pair: ScoredPair, scores: Sequence[float]) -> ScoredPair:
+    return pair if gap(pair, scores) > 0 else ScoredPair(pair.rejected, pair.chosen)

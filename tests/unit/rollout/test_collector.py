@@ -474,6 +474,7 @@ def test_self_play_prefers_the_answer_to_each_completion_of_the_policy(tmp_path)
     assert line["candidates"][-1] == answer
     counts = json.loads((ledger.path(0) / "manifest.json").read_text())["counts"]
     assert counts["candidates"] == 2 * 8, "the answers are not counted"
+    assert counts["left_out"] == {}
     assert counts["truncated"] == 0
     assert counts["tokens_generated"] == counts["tokens"] == counts["tokens_stored"] - 8 * (3 + 1), (
         "prompts have one token"

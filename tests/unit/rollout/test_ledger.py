@@ -103,6 +103,7 @@ def test_each_prompt_is_one_line_with_every_candidate_score_and_pair(written):
         "scores": [1.0, 3.0, 2.0],
         "judge": {},
         "pairs": [{"chosen": 1, "rejected": 0, "chosen_score": 3.0, "rejected_score": 1.0}],
+        "left_out": {},
         "dropped": None,
         "error": None,
         "seed": 7,
@@ -123,6 +124,7 @@ def test_the_manifest_counts_candidates_versions_and_dropped_groups_by_reason(wr
             "pairs": 1,
             "kept": 1,
             "dropped": {"bad_score": 1, "tie": 1},
+            "left_out": {},
             "stale": 0,
             "duplicates": 1,
             "empty": 1,
@@ -167,6 +169,16 @@ def test_a_round_reads_back_as_the_sampled_tokens_with_its_metrics(written):
         "perf/generate_s": 5.0,
         "perf/judge_s": 0.5,
     }
+
+
+def test_pairs_that_were_left_out_of_groups_with_others_are_counted_by_reason(ledger, group):
+    groups = [outcome(group("a", "b", "c", index=index), [0.0, 1.0, 1.0]) for index in range(2)]
+    write(ledger, 0, [*groups, outcome(group("a", "b", "c", index=2), [1.0, 1.0, 1.0])])
+    assert next(ledger.lines(0))["left_out"] == {"tie": 1, "not_picked": 1}
+    assert ledger.manifest(0)["counts"]["left_out"] == {"not_picked": 2, "tie": 2}
+    metrics = ledger.read(0).metrics
+    assert (metrics["rollout/left_out_tie"], metrics["rollout/left_out_not_picked"]) == (2, 2)
+    assert metrics["rollout/dropped_tie"] == 1
 
 
 def test_pairs_are_in_the_order_of_the_prompts_however_the_groups_finished(ledger, group):

@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 
 from dpo_ray.config import Component
-from dpo_ray.rollout.selectors import SELECTORS, build_selector, select_pairs
+from dpo_ray.rollout.selectors import SELECTORS, build_selector, select_pairs, usable_candidates
 from dpo_ray.types import Completion, CompletionGroup, Dropped, Prompt, ScoredPair
 
 COMPLETIONS = st.builds(
@@ -78,6 +78,9 @@ def test_a_selector_picks_distinct_acceptable_pairs_and_drops_a_group_only_witho
     if isinstance(choice, Dropped):
         assert not accepted or use == "random_pair", "a pair drawn without looking at the scores may be unacceptable"
         return
+    usable = usable_candidates(case.group, case.scores)
+    assert not isinstance(usable, Dropped)
+    assert len(choice) + sum(choice.left_out.values()) == len(usable) * (len(usable) - 1) / 2
     assert set(choice) <= accepted
     assert len(set(choice)) == len(choice) <= case.args.get("pairs", case.args.get("k", {"all_pairs": 6}.get(use, 2)))
     penalty = case.args.get("penalty", 0.0)

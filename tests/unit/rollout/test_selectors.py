@@ -252,11 +252,49 @@ def test_several_pairs_are_those_with_the_largest_differences_of_scores(group):
     assert len(pairs_of(best_vs_worst, group("a", "b", "c"), [0.0, 1.0, 3.0], pairs=9, min_gap=2.0)) == 2
 
 
+@pytest.mark.parametrize(
+    ("use", "args", "left_out"),
+    [
+        ("best_vs_worst", {}, {"not_picked": 5}),
+        ("best_vs_worst", {"pairs": 9, "min_gap": 1.5, "choose_truncated": False}, {"truncated": 3, "small_gap": 2}),
+        ("best_vs_random", {"pairs": 9}, {"not_picked": 3}),
+        ("margin", {"max_gap": 2.5, "pairs": 2}, {"large_gap": 1, "not_picked": 3}),
+        ("top_bottom_k", {}, {"not_picked": 4}),
+        ("length_controlled", {"max_length_ratio": 1.0, "pairs": 9}, {"length": 3}),
+        ("length_matched", {"pairs": 4}, {"not_picked": 2}),
+        ("all_pairs", {"pairs": 6}, {}),
+        ("all_pairs", {"pairs": 2}, {"not_picked": 4}),
+    ],
+    ids=str,
+)
+def test_pairs_that_a_selector_leaves_out_are_counted_by_reason(group, use, args, left_out):
+    """Six pairs, whose longer completion is better: gaps of 3, 2, 2, 1, 1 and 1; the best is truncated."""
+    four = group("a b c d", "a b c", "a b", "a")
+    best, *others = four.completions
+    four = replace(four, completions=(replace(best, finished=False), *others))
+    scores = [4.0, 3.0, 2.0, 1.0] if use != "length_controlled" else [4.0, 1.0, 2.0, 3.0]
+    choice = select_pairs(build_selector(Component(use=use, args=args)), four, scores)
+    assert not isinstance(choice, Dropped)
+    assert {reason: count for reason, count in choice.left_out.items() if count} == left_out
+    assert len(choice) + sum(left_out.values()) == 6
+
+
+def test_draws_that_tie_and_pairs_that_are_not_drawn_are_counted_apart(group):
+    for seed in range(20):
+        choice = select_pairs(SELECTORS["random_pair"], group("a", "b", "c", seed=seed), [0.0, 0.0, 1.0])
+        assert choice == Dropped("tie") or (not isinstance(choice, Dropped) and choice.left_out["not_picked"] == 2)
+    choice = select_pairs(
+        build_selector(Component(use="random_pair", args={"pairs": 3})), group(*"abc"), [0.0, 0.0, 1.0]
+    )
+    assert not isinstance(choice, Dropped)
+    assert (len(choice), choice.left_out["tie"], choice.left_out["not_picked"]) == (2, 1, 0)
+
+
 def test_select_pairs_takes_a_single_pair_a_list_or_a_reason(group):
     two = group("a", "b")
     pair = ScoredPair(chosen=1, rejected=0)
-    assert select_pairs(lambda group, scores: pair, two, [0.0, 1.0]) == (pair,)
-    assert select_pairs(best_vs_worst, two, [0.0, 1.0]) == (pair,)
+    assert select_pairs(lambda group, scores: pair, two, [0.0, 1.0]) == [pair]
+    assert select_pairs(best_vs_worst, two, [0.0, 1.0]) == [pair]
     assert select_pairs(best_vs_worst, two, [1.0, 1.0]) == Dropped("tie")
 
 
@@ -273,7 +311,7 @@ def test_select_pairs_converts_indices_of_numpy_and_rejects_candidates_without_a
 def test_the_gap_of_a_pair_is_kept_and_must_be_a_finite_number_from_zero(group):
     half: Any = np.float32(0.5)  # which JSON has no text for
     kept = select_pairs(lambda group, scores: ScoredPair(1, 0, half), group("a", "b"), [0.0, 1.0])
-    assert isinstance(kept, tuple)
+    assert not isinstance(kept, Dropped)
     assert (type(kept[0].gap), kept[0].gap) == (float, 0.5)
     for gap in (-0.5, math.nan, math.inf):
         with pytest.raises(ValueError, match="the gap of a pair, if it has one, is a finite number from 0"):
