@@ -6,7 +6,6 @@ Its state is the ledger and the arguments of each ``poll``, so it can be restart
 import asyncio
 import logging
 import math
-from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -24,6 +23,7 @@ from dpo_ray.rollout.open_round import OpenRound, Outcome
 from dpo_ray.rollout.pipeline import FailureLimit, Generate, Pipeline, Score, Select
 from dpo_ray.rollout.rounds import prompts_of_round, seed_of
 from dpo_ray.rollout.sources import choose_answer, unjudged, with_answer
+from dpo_ray.rollout.tally import judge_figures
 from dpo_ray.types import CompletionGroup, Judgement, Prompt
 
 logger = logging.getLogger(__name__)
@@ -241,14 +241,12 @@ class Collector:
         groups = (
             [group for task in plain if (group := task.result()) is not None] if samples else [g for g, _ in results]
         )
-        totals = Counter[str]()
-        for _, judgement in results:
-            totals.update(judgement.totals)
         return Evaluation(
             version,
             tuple((group, judgement.scores[0]) for group, judgement in results),
             tuple(group for group in groups if group.completions[0].token_ids),
-            dict(totals),
+            judge_figures(judgement for _, judgement in results),
+            len(judged) - len(results),
         )
 
     async def _completed(self, request: Request, version: int) -> CompletionGroup | None:

@@ -36,8 +36,10 @@ class Evaluation:
     """Completions of the held-out prompts and their scores."""
     samples: tuple[CompletionGroup, ...] = ()
     """Samples of the policy for the KL divergence; the judged completions if these are samples of the policy."""
-    totals: Mapping[str, float] = field(default_factory=dict)
-    """Sums over ``judged`` of the judge's figures, see ``Judgement.totals``."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """Means and sums over ``judged`` of the judge's figures, see ``judge_figures``."""
+    failed: int = 0
+    """Held-out prompts without a completion."""
 
     @property
     def gone(self) -> bool:
@@ -114,31 +116,25 @@ class EvaluationStore:
             policy, reference: log-probability of each of ``evaluation.samples``, nats; None without a reference.
 
         Returns:
-            Its metrics: ``heldout/score``, ``heldout/win_rate``, ``kl`` and ``kl_stderr``, as far as there are any, and
-            ``heldout/judge_NAME`` for each of ``evaluation.totals``.
+            Its metrics: ``heldout/score``, ``heldout/unscored``, ``heldout/win_rate``, ``kl`` and ``kl_stderr``, as far
+            as there are any, and ``heldout/judge_NAME`` for each of ``evaluation.figures``.
         """
         kl = {} if policy is None or reference is None else kl_divergence(policy, reference)
-        scores = [score for _, score in evaluation.judged if math.isfinite(score)]
         lines = [_line(group, score) for group, score in evaluation.judged]
-        metrics = kl | ({"heldout/score": fmean(scores)} if scores else {})
-        metrics |= win_rate(lines, self._before(evaluation.version)) | _judging(evaluation.totals)
         self.folder.mkdir(parents=True, exist_ok=True)
         finite = {key: value if math.isfinite(value) else None for key, value in kl.items()}
         summary: dict[str, Any] = {"version": evaluation.version, "samples": len(evaluation.samples), **finite}
-        summary["judge"] = dict(evaluation.totals)
+        summary |= {"failed": evaluation.failed, "judge": dict(evaluation.figures)}
         write_atomically(self._file(evaluation.version).with_suffix(".kl.json"), json.dumps(summary) + "\n")
         text = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
         write_atomically(self._file(evaluation.version), text)
-        return metrics
+        return kl | self._judged(evaluation.version, lines, summary)
 
     def read(self, version: int) -> dict[str, float]:
         """The metrics of a recorded evaluation."""
         summary = json.loads(self._file(version).with_suffix(".kl.json").read_text(encoding="utf-8"))
         kl = {key: math.nan if summary[key] is None else summary[key] for key in ("kl", "kl_stderr") if key in summary}
-        lines = self._lines(version)
-        scores = [line["score"] for line in lines if line["score"] is not None]
-        score = {"heldout/score": fmean(scores)} if scores else {}
-        return kl | score | win_rate(lines, self._before(version)) | _judging(summary.get("judge", {}))
+        return kl | self._judged(version, self._lines(version), summary)
 
     def scores_before(self, version: int) -> list[float]:
         """Scores of the newest recorded evaluation of an earlier version."""
@@ -149,6 +145,17 @@ class EvaluationStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         for file in (self._file(version).with_suffix(".kl.json"), self._file(version)):  # in the order of ``write``
             write_atomically(file, (other.folder / file.name).read_text(encoding="utf-8"))
+
+    def _judged(self, version: int, lines: Sequence[Line], summary: Mapping[str, Any]) -> dict[str, float]:
+        """The metrics of an evaluation that are not about the KL divergence."""
+        scores = [line["score"] for line in lines if line["score"] is not None]
+        prompts = len(lines) + summary.get("failed", 0)
+        return {
+            **({"heldout/score": fmean(scores)} if scores else {}),
+            **({"heldout/unscored": prompts - len(scores)} if prompts else {}),
+            **win_rate(lines, self._before(version)),
+            **{f"heldout/judge_{name}": value for name, value in summary.get("judge", {}).items()},
+        }
 
     def _before(self, version: int) -> list[Line]:
         """Lines of the newest recorded evaluation of an earlier version; none if there is no such evaluation."""
@@ -161,10 +168,6 @@ class EvaluationStore:
 
     def _file(self, version: int) -> Path:
         return self.folder / f"{version:06d}.jsonl"
-
-
-def _judging(totals: Mapping[str, float]) -> dict[str, float]:
-    return {f"heldout/judge_{name}": value for name, value in totals.items()}
 
 
 def win_rate(lines: Sequence[Line], before: Sequence[Line]) -> dict[str, float]:

@@ -3,10 +3,12 @@
 import math
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
+
+from dpo_ray.types import Judgement
 
 Line = Mapping[str, Any]
 """One line of pairs.jsonl."""
@@ -141,6 +143,18 @@ class Tally:
             "chosen_win_rate": win_rate_over(held_out, self.chosen),
         }
         return {name: value for name, value in values.items() if value is not None} | dict(self.totals)
+
+
+def judge_figures(judgements: Iterable[Judgement]) -> dict[str, float]:
+    """Figures of a judge over groups, by name: means, means of the scores of components as NAME_score, and sums."""
+    means, totals = dict[str, Mean](), Counter[str]()
+    for judgement in judgements:
+        values = {name: (value,) for name, value in judgement.means.items()}
+        values |= {f"{name}_score": scores for name, scores in judgement.parts.items()}
+        for name, terms in values.items():
+            means.setdefault(name, Mean()).add(*filter(math.isfinite, terms))
+        totals.update(judgement.totals)
+    return {name: mean.value for name, mean in means.items() if mean.value is not None} | dict(totals)
 
 
 def win_rate_over(others: Sequence[float], scores: Sequence[float]) -> float | None:

@@ -391,6 +391,7 @@ def test_an_evaluation_whose_version_is_gone_is_empty_and_one_failing_prompt_is_
     assert (empty.version, empty.judged, empty.samples) == (2, (), ())
     assert [group.prompt.index for group, _ in gap.judged] == [0, 2, 3]
     assert [math.isnan(score) for _, score in gap.judged] == [False, True, False]
+    assert gap.failed == 1
 
 
 def test_an_evaluation_that_finished_while_others_are_asked_for_is_delivered_once(tmp_path):
@@ -500,11 +501,17 @@ def test_replies_of_judges_go_with_the_rounds_that_are_not_kept(tmp_path):
     assert [file.exists() for file in replies] == [False, False, True, True, True, True]
 
 
-def test_an_evaluation_has_the_sums_of_the_judges_figures(tmp_path):
+def test_an_evaluation_has_the_sums_and_the_means_of_the_judges_figures(tmp_path):
     class Counting(FakeReplica):
         async def score(self, groups):
             return [
-                replace(judgement, totals={"tokens": 10.0, "retries": 0.0}) for judgement in await super().score(groups)
+                replace(
+                    judgement,
+                    totals={"tokens": 10.0, "retries": 0.0},
+                    means={"seconds": float(group.prompt.index), "never": math.nan},
+                    parts={"format": (math.nan if group.prompt.index else 0.5,)},
+                )
+                for group, judgement in zip(groups, await super().score(groups), strict=True)
             ]
 
     async def main():
@@ -512,7 +519,8 @@ def test_an_evaluation_has_the_sums_of_the_judges_figures(tmp_path):
         return await harness.evaluation(0)
 
     evaluation = asyncio.run(main())
-    assert evaluation.totals == {"tokens": 5 * 10.0, "retries": 0.0}
+    assert evaluation.figures == {"seconds": 2.0, "format_score": 0.5, "tokens": 5 * 10.0, "retries": 0.0}
+    assert evaluation.failed == 0
 
 
 @pytest.mark.parametrize(

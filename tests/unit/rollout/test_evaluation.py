@@ -25,9 +25,9 @@ def write(tmp_path: Path, group):
 
 
 def test_the_win_rate_is_the_share_of_prompts_that_score_higher_than_before_and_ties_count_half(write):
-    assert write(0, {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}) == {"heldout/score": 2.5}
+    assert write(0, {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}) == {"heldout/score": 2.5, "heldout/unscored": 0}
     metrics = write(2, {"a": 1.5, "b": 2.0, "c": 3.5, "d": 1.0})
-    assert metrics == {"heldout/score": 2.0, "heldout/win_rate": (1 + 0.5 + 1 + 0) / 4}
+    assert metrics == {"heldout/score": 2.0, "heldout/unscored": 0, "heldout/win_rate": (1 + 0.5 + 1 + 0) / 4}
 
 
 def test_the_evaluation_before_is_the_newest_of_an_earlier_version_also_if_it_arrives_late(write):
@@ -56,10 +56,19 @@ def test_other_prompts_at_the_same_positions_are_not_compared(write, tmp_path):
 
 def test_the_judges_own_figures_are_logged_and_read_again(tmp_path, group):
     store = EvaluationStore(tmp_path)
-    totals = {"cost_usd": 0.25, "retries": 0}
-    metrics = store.write(Evaluation(1, ((group("a"), 2.0),), totals=totals), None, None)
-    assert metrics == {"heldout/score": 2.0, "heldout/judge_cost_usd": 0.25, "heldout/judge_retries": 0}
+    figures = {"cost_usd": 0.25, "retries": 0}
+    metrics = store.write(Evaluation(1, ((group("a"), 2.0),), figures=figures), None, None)
+    judged = {"heldout/score": 2.0, "heldout/unscored": 0}
+    assert metrics == {**judged, "heldout/judge_cost_usd": 0.25, "heldout/judge_retries": 0}
     assert store.read(1) == metrics
+
+
+def test_held_out_prompts_without_a_score_are_counted_also_those_without_a_completion(tmp_path, group):
+    store = EvaluationStore(tmp_path)
+    judged = tuple((group("a", index=index), score) for index, score in enumerate((2.0, math.nan, math.nan)))
+    assert store.write(Evaluation(1, judged, failed=4), None, None) == {"heldout/score": 2.0, "heldout/unscored": 6}
+    assert store.write(Evaluation(2, judged[1:]), None, None) == {"heldout/unscored": 2}
+    assert store.read(1) == {"heldout/score": 2.0, "heldout/unscored": 6}
 
 
 def test_without_held_out_prompts_there_is_no_win_rate(write):
