@@ -19,7 +19,9 @@ from dpo_ray.data.turns import as_turns, is_answer, prompt_turns, split_after, s
 from dpo_ray.data.verdicts import Verdict, finite_number, verdict_of
 from dpo_ray.types import Messages
 
-PROMPT = ("prompt", "conversations", "instruction", "question", "input", "context", "history", "messages")
+PROMPT = (
+    "prompt", "context_messages", "conversations", "instruction", "question", "input", "context", "history", "messages",
+)  # fmt: skip
 """Fields that may hold the prompt, in the order in which they are looked for."""
 _CHOSEN = ("chosen", "chosen_response", "response_j", "preferred_output")
 _REJECTED = ("rejected", "rejected_response", "response_k", "non_preferred_output")

@@ -425,6 +425,25 @@ def test_fields_that_a_prompt_was_not_built_from_are_carried_along(write: Write)
     assert prompts[2].unread == ("prompt[].weight",)
 
 
+def test_context_messages_are_the_prompt_and_the_same_text_as_context_is_carried_along(write: Write):
+    """As in the prompt sets of RLHFlow and OpenRLHF."""
+    conversation = [ASK, OAK, user("Name another.")]
+    records = [
+        {"context": "user: Name a tree. ...", "context_messages": conversation, "dataset": "x", "id": 7},
+        {"context_messages": conversation, "chosen": "A beech.", "rejected": "A herring."},
+        {"context_messages": conversation, "chosen": [*conversation, OAK], "rejected": [*conversation, HERRING]},
+    ]
+    prompts = list(read_prompts([write(records)]))
+    assert [prompt.prompt for prompt in prompts if isinstance(prompt, PromptRecord)] == 3 * [tuple(conversation)]
+    assert isinstance(prompts[0], PromptRecord)
+    assert dict(prompts[0].fields) == {"context": "user: Name a tree. ...", "dataset": "x", "id": 7}
+    _, text, messages = read_pairs([Part(write(records))])
+    assert isinstance(text, PairRecord)
+    assert isinstance(messages, PairRecord)
+    assert (text.prompt, text.chosen) == (tuple(conversation), (assistant("A beech."),))
+    assert (messages.prompt, messages.chosen, messages.rejected) == (tuple(conversation), (OAK,), (HERRING,))
+
+
 def test_unusable_completions_of_a_ranked_list_are_left_out_and_reported(write: Write):
     record = {"prompt": "q", "generations": ["a", " ", "b", "c"], "ratings": [1, 9, None, 2]}
     (pair,) = read_pairs([Part(write([record]))])
