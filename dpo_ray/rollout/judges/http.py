@@ -40,6 +40,8 @@ class Http:
         model: vllm: the name by which the server knows the model, needed only if it serves several. sglang: the name in
             the request, ``tokenizer`` by default.
         tokenizer: sglang: hub id or directory of the reward model, whose chat template renders the conversations.
+        column: openrlhf: field of the prompts' records with the labels, by default the first of ``GOLD`` that a record
+            has.
         timeout_s: longest wait for an answer.
         retries: further attempts after a lost connection, a time-out, and the statuses 429 and 5xx, with back-off from
             half a second, doubled each time, or after the time in Retry-After.
@@ -60,6 +62,7 @@ class Http:
         *,
         model: str | None = None,
         tokenizer: str | None = None,
+        column: str | None = None,
         timeout_s: float = 30.0,
         retries: int = 6,
         concurrency: int = 32,
@@ -73,10 +76,12 @@ class Http:
         numbers = {
             "timeout_s": timeout_s, "retries": retries, "concurrency": concurrency, "max_failures": max_failures,
         }  # fmt: skip
-        self.validate_arguments(url, format, model, tokenizer, api_key_env=api_key_env, headers=headers, **numbers)
+        self.validate_arguments(
+            url, format, model, tokenizer, column=column, api_key_env=api_key_env, headers=headers, **numbers
+        )
         key = None if api_key_env is None else _key(api_key_env)
         self.concurrency = concurrency  # each call has at least one request
-        self._format = _build_format(format, model, tokenizer, context)
+        self._format = _build_format(format, model, tokenizer, column, context)
         self._endpoint = Endpoint(
             [self._format.url(server) for server in _servers(url)], key=key, headers=headers or {}, **numbers
         )
@@ -88,6 +93,7 @@ class Http:
         model: Any = None,
         tokenizer: Any = None,
         *,
+        column: Any = None,
         timeout_s: Any = 1.0,
         retries: Any = 0,
         concurrency: Any = 1,
@@ -99,6 +105,7 @@ class Http:
         _check_url(url)
         check_argument(NAME, "format", format, format in FORMATS, f"one of {', '.join(FORMATS)}")
         _check_model(format, model, tokenizer)
+        _check_column(format, column)
         check_argument(NAME, "timeout_s", timeout_s, is_duration(timeout_s), "a number of seconds above 0")
         check_argument(NAME, "retries", retries, is_count(retries, 0), "an integer of at least 0")
         for name, value in {"concurrency": concurrency, "max_failures": max_failures}.items():
@@ -152,11 +159,13 @@ class Http:
             logger.warning("a completion of prompt %d has no score: %s", group.prompt.index, error)
 
 
-def _build_format(format: str, model: str | None, tokenizer: str | None, context: "JudgeContext | None") -> WireFormat:
+def _build_format(
+    format: str, model: str | None, tokenizer: str | None, column: str | None, context: "JudgeContext | None"
+) -> WireFormat:
     if format == "openrlhf":
         if context is None:
             raise ValueError(f"judge {NAME!r}: format openrlhf needs the policy's tokenizer, which only a run provides")
-        return openrlhf(context.decode)
+        return openrlhf(context.decode, column)
     if format == "sglang":
         assert tokenizer is not None
         return sglang(model or tokenizer, RewardChat(tokenizer, NAME))
@@ -201,6 +210,12 @@ def _check_model(format: str, model: Any, tokenizer: Any) -> None:
         check_argument(NAME, "tokenizer", tokenizer, is_text(tokenizer), accepted)
     elif tokenizer is not None:
         raise ValueError(f"judge {NAME!r}: tokenizer is {tokenizer!r}, and only format sglang uses it; remove it")
+
+
+def _check_column(format: str, column: Any) -> None:
+    check_argument(NAME, "column", column, column is None or is_text(column), "the name of a field, or null")
+    if column is not None and format != "openrlhf":
+        raise ValueError(f"judge {NAME!r}: column is {column!r}, and only format openrlhf sends labels; remove it")
 
 
 def _check_secrets(api_key_env: Any, headers: Any) -> None:

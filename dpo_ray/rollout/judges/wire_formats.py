@@ -1,8 +1,10 @@
 """Requests and answers of reward servers: OpenRLHF, vLLM and SGLang. Pure functions of groups and JSON."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from statistics import fmean
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -10,6 +12,8 @@ from urllib.parse import urlsplit, urlunsplit
 from dpo_ray.rollout.judges.columns import Column
 from dpo_ray.rollout.judges.reward_chat import RewardChat, conversation
 from dpo_ray.types import CompletionGroup
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,7 @@ class WireFormat:
         return urlunsplit(parts._replace(path=base + self.path)) if self.path else url
 
 
-def openrlhf(decode: Callable[[Sequence[int]], str]) -> WireFormat:
+def openrlhf(decode: Callable[[Sequence[int]], str], column: str | None = None) -> WireFormat:
     """OpenRLHF's remote reward server: ``{query, prompts, labels}`` -> ``{rewards, scores, extra_logs}``.
 
     Queries are prompt and completion as the policy's tokens spell them, special tokens included; labels are the
@@ -52,13 +56,22 @@ def openrlhf(decode: Callable[[Sequence[int]], str]) -> WireFormat:
 
     Args:
         decode: text of token ids by the policy's tokenizer, with special tokens.
+        column: field of the records with the labels, which must be there, see ``Column.require``; None takes the first
+            of ``GOLD`` that a record has.
     """
-    gold = Column("label", "http")
+    gold = Column(column or "label", "http")
+    labels_of = gold.lookup if column is None else gold.require
+    warn_once = cache(logger.warning)
 
     def bodies(group: CompletionGroup) -> list[Any]:
         prompt, ids = decode(group.prompt.token_ids), group.prompt.token_ids
         queries = [decode((*ids, *completion.token_ids)) for completion in group.completions]
-        (label,) = gold.lookup([group.prompt])
+        (label,) = labels_of([group.prompt])
+        if not gold.found:
+            warn_once(
+                "no record so far has a field answer, ground_truth or label; labels are empty strings: name the field "
+                "in online.judge.args.column"
+            )
         labels = ["" if label is None else label] * len(queries)
         return [{"query": queries, "prompts": [prompt] * len(queries), "labels": labels}]
 

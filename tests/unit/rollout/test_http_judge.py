@@ -293,6 +293,8 @@ def test_a_request_that_may_take_longer_than_the_call_is_rejected():
         ({"url": "http://rm", "format": "vllm", "max_failures": 0}, "max_failures is 0"),
         ({"url": "http://rm", "format": "vllm", "tokenizer": "a/b"}, "only format sglang uses it"),
         ({"url": "http://rm", "format": "openrlhf", "model": "rm"}, "name no model; remove it"),
+        ({"url": "http://rm", "format": "openrlhf", "column": 3}, "column is 3; accepted is the name of a field"),
+        ({"url": "http://rm", "format": "vllm", "column": "gold"}, "column is 'gold', and only format openrlhf sends"),
         ({"url": "http://rm", "format": "sglang"}, "tokenizer is None; accepted is the hub id or directory"),
         ({"url": "http://rm", "format": "vllm", "token": "x"}, "takes no argument 'token'"),
     ],

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,37 @@ def test_openrlhf_gets_an_empty_label_for_a_record_without_an_answer(group, cont
     with serve(lambda number, body: (200, {"rewards": [1.0] * len(body["query"])})) as server:
         judge_groups([group("a", "b")], context, url=server.url, format="openrlhf")
     assert json.loads(server.bodies[0])["labels"] == ["", ""]
+
+
+def records(group, *fields: dict[str, Any]) -> list[CompletionGroup]:
+    groups = [group("a", "b", index=index) for index in range(len(fields))]
+    return [replace(g, prompt=replace(g.prompt, fields=own)) for g, own in zip(groups, fields, strict=True)]
+
+
+def ones(number: int, body: Any) -> Reply:
+    return 200, {"rewards": [1.0] * len(body["query"])}
+
+
+def test_openrlhf_gets_the_column_that_is_named(group, context):
+    groups = records(group, {"solution": 7, "answer": "no"}, {"answer": "no"})
+    with serve(ones) as server:
+        judge_groups(groups, context, calls=2, url=server.url, format="openrlhf", column="solution")
+    assert [json.loads(body)["labels"] for body in server.bodies] == [[7, 7], ["", ""]]
+    with pytest.raises(ValueError, match=r"needs the field 'target' of the prompts' records; .*: answer, solution"):
+        judge_groups(groups[:1], context, url="http://rm", format="openrlhf", column="target")
+
+
+def test_records_without_any_label_are_noted_once(group, context, caplog):
+    without, labelled = {"solution": 7}, {"label": 7}
+    with serve(ones) as server:
+        judge_groups(records(group, without, without), context, calls=2, url=server.url, format="openrlhf")
+        assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+            "no record so far has a field answer, ground_truth or label; labels are empty strings: name the field in "
+            "online.judge.args.column"
+        ]
+        caplog.clear()
+        judge_groups(records(group, labelled, without), context, calls=2, url=server.url, format="openrlhf")
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 @pytest.mark.parametrize("path", ["", "/", "/classify", "/v1"])
