@@ -73,8 +73,8 @@ class Endpoint:
         retries: further attempts after a lost connection, a time-out, and the statuses 429 and 5xx.
         concurrency: requests in flight.
         max_failures: failed requests in a row after which the endpoint counts as unavailable.
-        key: sent as a bearer token, and masked in all errors.
-        headers: sent with each request.
+        key: masked in all errors.
+        headers: sent with each request; one of them may have the key.
     """
 
     def __init__(
@@ -90,9 +90,8 @@ class Endpoint:
     ) -> None:
         for library in ("httpx2", "stamina"):  # they log a line per request, and per retry without its reason
             logging.getLogger(library).setLevel(logging.ERROR)
-        bearer = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = httpx2.AsyncClient(
-            headers={"Content-Type": "application/json", **headers, **bearer},
+            headers={"Content-Type": "application/json", **headers},
             timeout=None,
             limits=httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
         )

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "http"
 FORMATS = ("openrlhf", "vllm", "sglang")
+AUTHORIZATION = "Authorization"
 SECRET_HEADERS = ("proxy-authorization", "cookie")
 """Beside the headers whose names or values look like secrets."""
 
@@ -47,7 +49,9 @@ class Http:
             half a second, doubled each time, or after the time in Retry-After.
         concurrency: requests in flight.
         max_failures: failed requests in a row, over all groups, that end the run.
-        api_key_env: name of an environment variable of the judge's process; its value is sent as a bearer token.
+        api_key_env: name of an environment variable of the judge's process; its value is sent in ``api_key_header``.
+        api_key_header: header of the key, which Authorization has as a bearer token, and others, such as X-API-Key,
+            alone.
         headers: further headers, not for secrets: config.yaml has them.
         context: has the policy's tokenizer.
 
@@ -68,6 +72,7 @@ class Http:
         concurrency: int = 32,
         max_failures: int = 10,
         api_key_env: str | None = None,
+        api_key_header: str = AUTHORIZATION,
         headers: Mapping[str, str] | None = None,
         context: "JudgeContext | None" = None,
     ) -> None:
@@ -76,14 +81,16 @@ class Http:
         numbers = {
             "timeout_s": timeout_s, "retries": retries, "concurrency": concurrency, "max_failures": max_failures,
         }  # fmt: skip
-        self.validate_arguments(
-            url, format, model, tokenizer, column=column, api_key_env=api_key_env, headers=headers, **numbers
-        )
+        secrets = {"api_key_env": api_key_env, "api_key_header": api_key_header, "headers": headers}
+        self.validate_arguments(url, format, model, tokenizer, column=column, **secrets, **numbers)
         key = None if api_key_env is None else _key(api_key_env)
         self.concurrency = concurrency  # each call has at least one request
         self._format = _build_format(format, model, tokenizer, column, context)
         self._endpoint = Endpoint(
-            [self._format.url(server) for server in _servers(url)], key=key, headers=headers or {}, **numbers
+            [self._format.url(server) for server in _servers(url)],
+            key=key,
+            headers={**(headers or {}), **_key_header(api_key_header, key)},
+            **numbers,
         )
 
     @staticmethod
@@ -99,6 +106,7 @@ class Http:
         concurrency: Any = 1,
         max_failures: Any = 1,
         api_key_env: Any = None,
+        api_key_header: Any = AUTHORIZATION,
         headers: Any = None,
     ) -> None:
         """Raise a ValueError that names the first wrong argument."""
@@ -111,6 +119,7 @@ class Http:
         for name, value in {"concurrency": concurrency, "max_failures": max_failures}.items():
             check_argument(NAME, name, value, is_count(value), "an integer of at least 1")
         _check_secrets(api_key_env, headers)
+        _check_key_header(api_key_env, api_key_header)
 
     @staticmethod
     def longest_request_s(*_: Any, timeout_s: float = 30.0, retries: int = 6, **__: Any) -> float:
@@ -233,8 +242,29 @@ def _check_secrets(api_key_env: Any, headers: Any) -> None:
     if secret := next((name for name, text in (headers or {}).items() if _is_secret_header(name, text)), None):
         raise ValueError(
             f"judge {NAME!r}: headers holds {secret}, and config.yaml would store it; name an environment variable "
-            "with the key in online.judge.args.api_key_env, which is sent as Authorization: Bearer"
+            "with the key in online.judge.args.api_key_env, which is sent in api_key_header (Authorization: Bearer)"
         )
+
+
+def _check_key_header(api_key_env: Any, header: Any) -> None:
+    if not (isinstance(header, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*", header)) or holds_secret(header):
+        # Not shown: it may be the key itself.
+        raise ValueError(
+            f"judge {NAME!r}: api_key_header is not the name of a header, such as X-API-Key "
+            "(online.judge.args.api_key_header)"
+        )
+    if api_key_env is None and header != AUTHORIZATION:
+        raise ValueError(
+            f"judge {NAME!r}: api_key_header is {header!r}, and there is no key to send; name the environment variable "
+            "with the key in online.judge.args.api_key_env"
+        )
+
+
+def _key_header(header: str, key: str | None) -> dict[str, str]:
+    """The header with the key, if there is one."""
+    if key is None:
+        return {}
+    return {header: f"Bearer {key}" if header.lower() == AUTHORIZATION.lower() else key}
 
 
 def _is_secret_header(name: str, text: str) -> bool:

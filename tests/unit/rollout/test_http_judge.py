@@ -214,6 +214,20 @@ def test_the_key_is_sent_as_a_bearer_token_with_the_other_headers(group, monkeyp
 
 
 @pytest.mark.parametrize(
+    ("header", "sent"), [("X-API-Key", KEY), ("Authorization", f"Bearer {KEY}"), ("authorization", f"Bearer {KEY}")]
+)
+def test_the_key_is_sent_in_the_header_that_is_named_and_in_no_other(group, monkeypatch, caplog, header, sent):
+    monkeypatch.setenv("MY_KEY", KEY)
+    args = {"api_key_env": "MY_KEY", "api_key_header": header}
+    with caplog.at_level(logging.DEBUG), serve(length) as server:
+        judge_groups([group("a")], url=server.url, **args)
+    assert [(name, text) for name, text in server.headers[0].items() if KEY in text] == [(header.lower(), sent)]
+    assert KEY not in caplog.text
+    with serve(lambda number, body: (503, f"busy, {KEY}")) as server:
+        assert KEY not in str(error_of([group("a")], url=server.url, retries=0, **args))
+
+
+@pytest.mark.parametrize(
     ("status", "answer"),
     [(401, f"wrong key: {KEY}"), (503, f"busy, {KEY}"), (200, f"hello {KEY}"), (200, {"data": KEY})],
 )
@@ -254,11 +268,13 @@ def test_a_key_with_characters_that_no_header_can_have_is_rejected_without_showi
         {"headers": {"X-Team": [KEY]}},
         {"headers": KEY},
         {"api_key_env": KEY},
+        {"api_key_env": "MY_KEY", "api_key_header": KEY},
+        {"api_key_env": "MY_KEY", "api_key_header": f"X-API-Key: {KEY}"},
         {"url": f"https://me:{KEY}@rm"},
     ],
 )
 def test_a_key_in_the_arguments_is_rejected_without_showing_it(args):
-    with pytest.raises(ValueError, match=r"judge 'http': .*(api_key_env|headers)") as caught:
+    with pytest.raises(ValueError, match=r"judge 'http': .*(api_key_env|api_key_header|headers)") as caught:
         bind_judge(Component(use="http", args={"url": "http://rm", "format": "vllm", **args}))
     assert KEY not in str(caught.value)
 
@@ -293,6 +309,8 @@ def test_a_request_that_may_take_longer_than_the_call_is_rejected():
         ({"url": "http://rm", "format": "vllm", "max_failures": 0}, "max_failures is 0"),
         ({"url": "http://rm", "format": "vllm", "tokenizer": "a/b"}, "only format sglang uses it"),
         ({"url": "http://rm", "format": "openrlhf", "model": "rm"}, "name no model; remove it"),
+        ({"url": "http://rm", "format": "vllm", "api_key_header": "X-API-Key"}, "there is no key to send; name the"),
+        ({"url": "http://rm", "format": "vllm", "api_key_header": ""}, "api_key_header is not the name of a header"),
         ({"url": "http://rm", "format": "openrlhf", "column": 3}, "column is 3; accepted is the name of a field"),
         ({"url": "http://rm", "format": "vllm", "column": "gold"}, "column is 'gold', and only format openrlhf sends"),
         ({"url": "http://rm", "format": "sglang"}, "tokenizer is None; accepted is the hub id or directory"),
