@@ -43,7 +43,7 @@ $(MODEL)/config.json: $(READY)
 demo: $(READY) $(MODEL)/config.json ## online DPO for real on two CPU cores, in 8 to 30 minutes
 	@$(BIN)/python -m jobs.online jobs/demo.yaml $(ARGS)
 
-selfplay: $(READY) $(MODEL)/config.json ## self-play (SPIN): a 135M model learns to answer as its dataset does, in about ten minutes
+selfplay: $(READY) $(MODEL)/config.json ## self-play (SPIN): a 135M model learns to answer as its dataset does, in about five minutes
 	@$(BIN)/python -m jobs.online jobs/recipes/spin.yaml $(ARGS)
 
 test: check ## format, lint, spelling, types, import contracts, and all tests that need no GPU
