@@ -34,7 +34,7 @@ class Halving:
         self.open: set[str] = set()
         """Trials that have not ended."""
         self.preferences: dict[str, Preference] = {}
-        """Of the latest evaluation of each trial."""
+        """Preference of each trial by its latest evaluation."""
         self.waiting: set[str] = set()
         """Paused trials."""
         self.decided: list[Update] = []

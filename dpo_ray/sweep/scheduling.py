@@ -27,7 +27,7 @@ class Scheduler(Protocol):
     whole_population: bool
     """True if all trials must be added before the first one starts."""
     pauses: bool
-    """True if trials may pause, so that they need a checkpoint at each evaluation."""
+    """True if trials may pause, so that they save a checkpoint where they do."""
 
     def add(self, trial: str, values: Mapping[str, Any]) -> None:
         """A new trial."""
