@@ -14,8 +14,9 @@ from typing import Any, Protocol, SupportsFloat
 from dpo_ray.config import Component
 from dpo_ray.config.rounds import JudgeConfig, SamplingConfig
 from dpo_ray.plugins import bind, bind_factory, check_arguments, resolve
+from dpo_ray.rollout.judges.calls import calls_in_progress as calls_in_progress
+from dpo_ray.rollout.judges.calls import is_async as is_async
 from dpo_ray.rollout.judges.functions import RewardFunction, adapt, check_function, reward_format
-from dpo_ray.rollout.judges.functions import is_async as is_async
 from dpo_ray.rollout.judges.http import Http
 from dpo_ray.rollout.judges.implicit import Implicit
 from dpo_ray.rollout.judges.length import Length
@@ -27,8 +28,6 @@ from dpo_ray.rollout.judges.weighted import Weighted
 from dpo_ray.rollout.tally import FIGURES, SCORES
 from dpo_ray.types import CompletionGroup, Judgement, Messages
 
-ASYNC_CONCURRENCY = 32
-"""Calls in progress of a judge that is an async function, and at most."""
 Scores = Sequence[Sequence[float] | Judgement]
 
 
@@ -127,16 +126,6 @@ def _call_factory(factory: Callable[[], Any], use: str, context: JudgeContext | 
             "reward function of TRL, OpenRLHF or verl"
         )
     return judge
-
-
-def calls_in_progress(judge: Judge) -> int:
-    """Default of ``online.judge.concurrency``: the judge's attribute ``concurrency``, else 32 if it is async, else 1.
-
-    A call that waits for others inside the judge uses up its time-out, so a judge that limits its own requests states
-    how many calls keep them busy.
-    """
-    default = ASYNC_CONCURRENCY if is_async(judge) else 1
-    return min(ASYNC_CONCURRENCY, getattr(judge, "concurrency", default))
 
 
 def is_judge_function(part: Any) -> bool:

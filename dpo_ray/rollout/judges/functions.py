@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+from dpo_ray.rollout.judges.calls import is_async
 from dpo_ray.rollout.judges.columns import Column
 from dpo_ray.rollout.judges.rewards import each, number, numbers, split
 from dpo_ray.types import CompletionGroup, Judgement, Prompt
@@ -76,11 +77,6 @@ class Format:
     passed: tuple[str, ...]
     other: tuple[str, ...] | None
     prepare: Callable[[RewardFunction], Prepare]
-
-
-def is_async(function: Callable[..., Any]) -> bool:
-    """True if calls of the function return coroutines."""
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def reward_format(part: Any) -> Format | None:

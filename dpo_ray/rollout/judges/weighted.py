@@ -9,15 +9,13 @@ from typing import Any, Literal
 
 from dpo_ray.config import Component
 from dpo_ray.config.rounds import IMPLICIT
-from dpo_ray.rollout.judges.functions import is_async
+from dpo_ray.rollout.judges.calls import calls_in_progress, is_async
 from dpo_ray.rollout.judges.waiting import wait_for_all
 from dpo_ray.types import CompletionGroup, Judgement, JudgeUnavailable
 
 BindComponent = Callable[[Component], Callable[[], Any]]
 CheckScores = Callable[[Sequence[CompletionGroup], Any], list[Judgement]]
 KEYS = ("use", "args", "weight", "name")
-MOST_CALLS = 32
-"""Calls in progress, unless a component asks for fewer."""
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +44,9 @@ class Weighted:
     without one of their scores has none. A judge that raises is asked once more, for each group alone. If all raise
     over a group, the call fails.
 
+    As many calls overlap as of the judge that would get the fewest alone: 1 with one that is not async, because further
+    calls would wait for it while their time-outs run.
+
     With ``on_failure: fail``, an exception is that of the call, and a completion without one of the scores has none.
 
     Args:
@@ -70,7 +71,7 @@ class Weighted:
         self._parts = bind_parts(judges, on_failure, bind_component)
         self._skip, self._check_scores = on_failure == "skip", check_scores
         self._judges = [part.build() for part in self._parts]
-        self.concurrency = min(getattr(judge, "concurrency", MOST_CALLS) for judge in self._judges)
+        self.concurrency = min(map(calls_in_progress, self._judges))
         # Calls of this judge overlap; those of a component that is not async need not be thread-safe.
         self._locks = [asyncio.Lock() for _ in self._parts]
 

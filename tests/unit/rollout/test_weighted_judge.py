@@ -187,6 +187,11 @@ def test_as_many_calls_overlap_as_the_component_with_the_lowest_limit_takes():
     assert calls_in_progress(build(mine("words"))) == 32
 
 
+def test_calls_do_not_overlap_where_a_component_is_not_async_because_they_would_time_out_while_they_wait_for_it():
+    assert calls_in_progress(build(mine("words"), mine("characters"))) == 1
+    assert calls_in_progress(build({"use": "weighted", "args": {"judges": [{"use": "length"}]}}, mine("words"))) == 1
+
+
 def test_calls_of_a_component_that_is_not_async_do_not_overlap():
     judge = build(mine("OneAtATime"), on_failure="fail")
 
