@@ -1,6 +1,6 @@
 """The section ``online``: engines, judges, selectors and sources of the rounds."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, NonNegativeInt, model_validator
 
@@ -95,7 +95,7 @@ class JudgeConfig(Component):
 
     def asks(self, name: str) -> bool:
         """True if the judge, or a part of a weighted one, is the built-in judge ``name``."""
-        return name == self.use or any(use == name for use, _ in self._parts())
+        return any(part.use == name for part in self.parts())
 
     @property
     def groups_per_call(self) -> int:
@@ -103,26 +103,40 @@ class JudgeConfig(Component):
         return self.batch or (1 if any(map(self.asks, ("llm", "policy", "http"))) else 16)
 
     @property
-    def compares(self) -> bool:
-        """True for a built-in judge that compares the completions of a prompt, and has no score for a single one."""
+    def comparing(self) -> "JudgePart | None":
+        """The first part that compares the completions of a prompt, and has no score for a single one."""
         default = {"llm": "pairwise", "policy": "score"}
-        modes = [args.get("mode", default[use]) if use in default else None for use, args in self._parts()]
-        return bool(modes) and all(mode == "pairwise" for mode in modes)
+        modes = [(part, part.args.get("mode", default[part.use])) for part in self.parts() if part.use in default]
+        return next((part for part, mode in modes if mode == "pairwise" and part.weight), None)
 
-    @property
-    def scores_singly(self) -> bool:
-        """True unless a built-in part compares the completions of a prompt, so that a score depends on the others."""
-        default = {"llm": "pairwise", "policy": "score"}
-        return not any(args.get("mode", default[use]) == "pairwise" for use, args in self._parts() if use in default)
+    def parts(self) -> list["JudgePart"]:
+        """The judge, and the valid parts of a weighted one, also of those in it."""
+        return _parts(JudgePart("", self.use, self.args))
 
-    def _parts(self) -> list[tuple[str, dict[str, Any]]]:
-        """Name and arguments of the judge, or of each valid part of a weighted one."""
-        if self.use != "weighted":
-            return [(self.use, self.args)]
-        parts = self.args.get("judges")
-        named = [p for p in parts if isinstance(p, dict) and "use" in p] if isinstance(parts, list) else []
-        given = [(part["use"], part.get("args") or {}) for part in named]
-        return [(use, args) for use, args in given if isinstance(use, str) and isinstance(args, dict)]
+
+class JudgePart(NamedTuple):
+    """A judge, or a part of a weighted one.
+
+    Attributes:
+        key: below ``online.judge``: empty for the judge itself, else such as ``.args.judges[0]``.
+        weight: 0 for a part whose scores are stored and not added.
+    """
+
+    key: str
+    use: str
+    args: dict[str, Any]
+    weight: Any = 1.0
+
+
+def _parts(judge: JudgePart) -> list[JudgePart]:
+    listed = judge.args.get("judges") if judge.use == "weighted" else None
+    parts = [judge]
+    for number, part in enumerate(listed if isinstance(listed, list | tuple) else ()):
+        use, args = (part.get("use"), part.get("args") or {}) if isinstance(part, dict) else (None, None)
+        if isinstance(use, str) and isinstance(args, dict):
+            weight = part.get("weight", 1.0) and judge.weight
+            parts += _parts(JudgePart(f"{judge.key}.args.judges[{number}]", use, args, weight))
+    return parts
 
 
 class SelectConfig(Component):
@@ -231,7 +245,7 @@ class OnlineConfig(Section):
     def same_scale(self) -> bool:
         """True if the scores of rounds and those of held-out completions are of one judge, and comparable."""
         judges = self.judges
-        return len(judges) == 2 and judges["judge"] == judges["eval_judge"] and self.judge.scores_singly
+        return len(judges) == 2 and judges["judge"] == judges["eval_judge"] and self.judge.comparing is None
 
     @property
     def started_judges(self) -> dict[str, JudgeConfig]:
@@ -246,11 +260,12 @@ class OnlineConfig(Section):
                 "online.judge.use: implicit compares policy and reference, which says nothing of held-out completions; "
                 "set online.eval_judge, or leave out online.eval_prompts"
             )
-        if self.eval_prompts and evaluated.compares:
+        if self.eval_prompts and (part := evaluated.comparing) is not None:
             key = "eval_judge" if self.eval_judge else "judge"
             raise ValueError(
-                f"online.{key}.use: {evaluated.use} compares completions in pairs, and a held-out prompt has one; set "
-                "online.eval_judge, for example the same judge with args.mode: score, or leave out online.eval_prompts"
+                f"online.{key}{part.key}.use: {part.use} compares completions in pairs, and a held-out prompt has one; "
+                "set online.eval_judge, for example the same judge with args.mode: score, or leave out "
+                "online.eval_prompts"
             )
         return self
 

@@ -90,19 +90,22 @@ def bind_judge(component: Component, context: JudgeContext | None = None) -> Cal
     factory = bind_factory(use, args, JUDGES, "judge", context=context, **components)
     if use in JUDGES and (validate := getattr(part, "validate_arguments", None)):
         validate(**{name: value for name, value in factory.keywords.items() if name in args or name in components})
-    if isinstance(component, JudgeConfig) and use in JUDGES and (longest := getattr(part, "longest_request_s", None)):
-        _validate_timeout(component, longest(**args))
+    if isinstance(component, JudgeConfig):
+        _validate_timeouts(component)
     return partial(_call_factory, factory, use, context)
 
 
-def _validate_timeout(judge: JudgeConfig, longest_request_s: float) -> None:
+def _validate_timeouts(judge: JudgeConfig) -> None:
     """Raise a ValueError if a call would end before a request that it waits for has been tried as often as it may."""
-    if longest_request_s > judge.timeout_s:
-        raise ValueError(
-            f"judge {judge.use!r}: a request may take {longest_request_s:g} s (args.timeout_s of each attempt, "
-            f"args.retries + 1 attempts), longer than timeout_s={judge.timeout_s:g} of a whole call; "
-            "raise the latter or lower one of the others"
-        )
+    for part in judge.parts():
+        longest = getattr(JUDGES.get(part.use), "longest_request_s", None)
+        if longest is not None and (seconds := longest(**part.args)) > judge.timeout_s:
+            place = f" (online.judge{part.key})" if part.key else ""
+            raise ValueError(
+                f"judge {part.use!r}{place}: a request may take {seconds:g} s (args.timeout_s of each attempt, "
+                f"args.retries + 1 attempts), longer than timeout_s={judge.timeout_s:g} of a whole call; "
+                "raise the latter or lower one of the others"
+            )
 
 
 def _bind_reward_function(

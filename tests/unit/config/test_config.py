@@ -578,7 +578,15 @@ def test_patterns_splits_and_compressed_files_are_local_paths(tmp_path, monkeypa
                 "online.judge={use: weighted, args: {judges: [{use: llm, args: {model: m}}]}}",
                 "online.eval_prompts=p.jsonl",
             ],
-            "online.judge.use: weighted compares completions in pairs",
+            "online.judge.args.judges[0].use: llm compares completions in pairs, and a held-out prompt has one",
+        ),
+        (
+            [
+                "online.eval_judge={use: weighted, args: {judges: [{use: length}, {use: weighted, args: {judges: "
+                "[{use: length}, {use: policy, args: {mode: pairwise}}]}}]}}",
+                "online.eval_prompts=p.jsonl",
+            ],
+            "online.eval_judge.args.judges[1].args.judges[1].use: policy compares completions in pairs",
         ),
         (["run.best_metric=eval/loss"], "evaluations of an online run have heldout/score, heldout/win_rate, kl"),
         (["run.best_metric=heldout/score"], "give online.eval_prompts"),
@@ -593,12 +601,13 @@ def test_sources_and_best_checkpoints_that_cannot_work_are_rejected(online, over
 
 
 @pytest.mark.parametrize(
-    "judges", ["[]", "[{use: [a]}]", "[{use: llm, args: x}]", "[{use: llm, args: {model: m}}, {use: length}]"]
+    "judges",
+    ["[]", "[{use: [a]}]", "[{use: llm, args: x}]", "[{use: llm, args: {model: m}, weight: 0}, {use: length}]"],
 )
 def test_what_a_weighted_judge_holds_is_checked_where_it_is_bound(online, judges):
     judge = load(online, f"online.judge={{use: weighted, args: {{judges: {judges}}}}}", "online.eval_prompts=p.jsonl")
     assert judge.online is not None
-    assert not judge.online.judge.compares
+    assert judge.online.judge.comparing is None
 
 
 @pytest.mark.parametrize(
@@ -607,6 +616,7 @@ def test_what_a_weighted_judge_holds_is_checked_where_it_is_bound(online, judges
         ("{use: length}", 16),
         ("{use: policy}", 1),
         ("{use: weighted, args: {judges: [{use: length}, {use: http}]}}", 1),
+        ("{use: weighted, args: {judges: [{use: weighted, args: {judges: [{use: llm}]}}]}}", 1),
         ("{use: policy, batch: 4}", 4),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dpo_ray.config import Component
+from dpo_ray.config.rounds import JudgeConfig
 from dpo_ray.rollout.judges import JudgeContext, bind_judge, calls_in_progress, check_scores, is_async
 from dpo_ray.types import Completion, CompletionGroup, Judgement, JudgeUnavailable, Prompt
 
@@ -190,6 +191,18 @@ def test_as_many_calls_overlap_as_the_component_with_the_lowest_limit_takes():
 def test_calls_do_not_overlap_where_a_component_is_not_async_because_they_would_time_out_while_they_wait_for_it():
     assert calls_in_progress(build(mine("words"), mine("characters"))) == 1
     assert calls_in_progress(build({"use": "weighted", "args": {"judges": [{"use": "length"}]}}, mine("words"))) == 1
+
+
+def test_a_request_of_a_component_that_may_take_longer_than_the_call_is_rejected():
+    http = {"use": "http", "args": {"url": "http://rm", "format": "vllm", "timeout_s": 600, "retries": 6}}
+    inner = {"use": "weighted", "args": {"judges": [http]}}
+    for judges, place in (
+        ([mine("words"), http], r"online.judge.args.judges\[1\]"),
+        ([inner], r"online.judge.args.judges\[0\].args.judges\[0\]"),
+    ):
+        bind_judge(JudgeConfig(use="weighted", args={"judges": judges}, timeout_s=4200))
+        with pytest.raises(ValueError, match=rf"'http' \({place}\): a request may take 4200 s .* timeout_s=4199"):
+            bind_judge(JudgeConfig(use="weighted", args={"judges": judges}, timeout_s=4199))
 
 
 def test_calls_of_a_component_that_is_not_async_do_not_overlap():
