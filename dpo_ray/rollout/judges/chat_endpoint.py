@@ -50,6 +50,8 @@ class ChatEndpoint:
         self._client = openai.AsyncOpenAI(
             api_key=self._key or NO_KEY, base_url=args.base_url, timeout=args.timeout_s, max_retries=args.retries
         )
+        self._url = masked(str(self._client.base_url.copy_with(userinfo=b"")), self._key)
+        """Also if OPENAI_BASE_URL names it; without a user name, password or key."""
         self._formats = args.response_format != "none"
         """False once the endpoint has rejected ``response_format``."""
         self._failures = FailuresInARow(args.max_failures, attempts=args.retries + 1)
@@ -81,7 +83,7 @@ class ChatEndpoint:
         if rejected:
             self._failures.reset()
         else:
-            self._failures.count(f"judge 'llm': {self._client.base_url}", failed)
+            self._failures.count(f"judge 'llm': {self._url}", failed)
         raise failed
 
     async def close(self) -> None:
@@ -115,7 +117,7 @@ class ChatEndpoint:
             extra_body={**self._sampling(), **fields},
         )
         if not getattr(answer, "choices", None):
-            raise EndpointFailed(self._hidden(f"{self._client.base_url} answered without choices: {answer!r}"))
+            raise EndpointFailed(self._hidden(f"{self._url} answered without choices: {answer!r}"))
         usage = answer.usage
         return Reply(
             text=answer.choices[0].message.content or "",
@@ -128,7 +130,7 @@ class ChatEndpoint:
         status = getattr(error, "status_code", None)
         cause = f" ({error.__cause__})" if status is None and error.__cause__ else ""
         answered = f"answered {status}" if status else "did not answer"
-        return self._hidden(f"{self._client.base_url} {answered}: {error}{cause}")
+        return self._hidden(f"{self._url} {answered}: {error}{cause}")
 
     def _hidden(self, message: str) -> str:
         """A message of one line without the key."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import math
 import os
 import pickle
@@ -40,12 +41,12 @@ def context(run_dir: Path, complete: Any) -> Any:
     return SimpleNamespace(run_dir=run_dir, complete=complete)
 
 
-def build(url: str, run_dir: Path, **args: Any) -> Judge:
+def build(url: str | None, run_dir: Path, **args: Any) -> Judge:
     arguments = {"model": "judge", "base_url": url, "api_key_env": "JUDGE_KEY", **args}
     return bind_judge(Component(use="llm", args=arguments), context(run_dir, no_engines))()
 
 
-def judge(url: str, run_dir: Path, groups: Sequence[CompletionGroup], **args: Any) -> list[Judgement]:
+def judge(url: str | None, run_dir: Path, groups: Sequence[CompletionGroup], **args: Any) -> list[Judgement]:
     built: Any = build(url, run_dir, **args)
 
     async def run() -> Any:
@@ -253,6 +254,22 @@ def test_ten_failed_requests_in_a_row_make_the_judge_unavailable_and_an_answer_b
         judge(server.url, tmp_path / "2", make_groups(1), concurrency=1)
     assert KEY not in str(error.value)
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
+
+
+def test_a_password_in_the_address_is_in_no_error_and_no_log(tmp_path, group, monkeypatch, caplog):
+    password = "pass@word"
+    with serving(lambda request: 500) as server:
+        address = server.url.removeprefix("http://")
+        monkeypatch.setenv("OPENAI_BASE_URL", f"http://me:{password}@{address}")
+        with caplog.at_level(logging.DEBUG, logger="dpo_ray"), pytest.raises(JudgeUnavailable) as unavailable:
+            judge(None, tmp_path, [group("a", "b")], retries=0, max_failures=2, concurrency=1)
+        with pytest.raises(EndpointFailed) as failed:
+            judge(None, tmp_path, [group("a", "b")], retries=0)
+    for message in (str(unavailable.value), str(failed.value)):
+        assert f"http://{address}/" in message
+    for text in (str(unavailable.value), str(failed.value), caplog.text):
+        assert "pass" not in text
+        assert "word" not in text
 
 
 def test_openais_own_endpoint_needs_a_key_and_another_does_not(tmp_path, group, monkeypatch):
