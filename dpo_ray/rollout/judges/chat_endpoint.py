@@ -58,8 +58,9 @@ class ChatEndpoint:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Model, sampling parameters and the kind of ``response_format``."""
-        return {"model": self._args.model, "response_format": self._args.response_format} | self._sampling()
+        """Address, model, sampling parameters and the kind of ``response_format``."""
+        fields = {"base_url": self._url, "model": self._args.model, "response_format": self._args.response_format}
+        return fields | self._sampling()
 
     def _sampling(self) -> dict[str, Any]:
         fields = {"temperature": self._args.temperature, "max_tokens": self._args.max_tokens}

@@ -332,6 +332,20 @@ def test_a_second_judge_sends_nothing_again_and_counts_the_tokens_for_the_group_
     assert len(server.received) == 24
 
 
+@pytest.mark.parametrize("from_environment", [False, True])
+def test_an_endpoint_has_answers_of_its_own_whatever_its_credentials(tmp_path, group, monkeypatch, from_environment):
+    def ask(url: str) -> float:
+        monkeypatch.setenv("OPENAI_BASE_URL", url)
+        [judgement] = judge(None if from_environment else url, tmp_path, [group("a", "b c")])
+        return judgement.totals["cached"]
+
+    with serving(longer_wins) as server, serving(longer_wins) as other:
+        assert [ask(server.url), ask(other.url), ask(f"{server.url}/")] == [0, 0, 2]
+        if from_environment:
+            assert ask(server.url.replace("://", "://me:password@")) == 2
+    assert b"password" not in b"".join(path.read_bytes() for path in tmp_path.rglob("*.jsonl"))
+
+
 def test_a_policy_version_has_answers_of_its_own(tmp_path, group):
     with serving(longer_wins) as server:
         judge(server.url, tmp_path, [group("a", "b c")])
