@@ -17,6 +17,7 @@ from dpo_ray.config.rounds import OnlineConfig
 from dpo_ray.rollout.collector import Collector
 from dpo_ray.rollout.dispatch import Dispatcher
 from dpo_ray.rollout.engine import EngineStatus, Request
+from dpo_ray.rollout.judges.calls import Capacity
 from dpo_ray.rollout.judging import JudgePool
 from dpo_ray.rollout.ledger import Ledger
 from dpo_ray.rollout.membership import Member, Membership
@@ -72,7 +73,7 @@ async def collect(folder: Path, prompts: int, engines: int, tokens: int) -> floa
 
     online = OnlineConfig(prompts=("p.jsonl",), rounds=1, prompts_per_round=prompts, candidates=CANDIDATES)
     dispatcher = Dispatcher(membership, suspect)
-    judge = JudgePool([InstantJudge()], batch=16, concurrency=32, timeout_s=60, retries=0)
+    judge = JudgePool([InstantJudge()], batch=16, capacity=Capacity(32), timeout_s=60, retries=0)
     collector = Collector(
         online,
         seed=0,

@@ -85,8 +85,9 @@ class JudgeConfig(Component):
     """Maximum number of prompts per call of the judge; a call takes those that wait. null is 1 for llm, policy and
     http, whose requests overlap anyway, and 16 for others."""
     concurrency: int | None = Field(None, ge=1)
-    """Calls in progress per replica; null is what the judge asks for, else 32 for one that is an async function, and 1
-    for others, which need not be thread-safe."""
+    """Calls in progress per replica; null is what the judge asks for (llm, policy and http: as many as keep
+    args.concurrency requests in flight), else 32 for one that is an async function, and 1 for others, which need not be
+    thread-safe."""
     timeout_s: float = Field(300.0, gt=0)
     """Seconds to wait for one call; then the judge's process is restarted."""
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from dpo_ray.rollout.judges.calls import Capacity
 from dpo_ray.types import CompletionGroup, Judgement, JudgeUnavailable
 
 
@@ -66,6 +67,10 @@ class _Process:
     replica: JudgeReplica
     restarts: int = 0
     restarting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    requests: int = 0
+    """Number of requests of the calls that have begun."""
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when a call ends."""
     calls: int = 0
     overlaps: int = 0
     """Number of calls that began beside another one."""
@@ -76,6 +81,12 @@ class _Process:
 
     def __post_init__(self) -> None:
         self.open.set()
+
+    async def room(self, most: int) -> None:
+        """Wait until the calls that have begun have fewer than ``most`` requests."""
+        while self.requests >= most:
+            self.ended.clear()
+            await self.ended.wait()
 
     @contextlib.asynccontextmanager
     async def call(self, *, exclusive: bool) -> AsyncIterator[None]:
@@ -104,15 +115,15 @@ class JudgePool:
 
     Args:
         batch: largest number of groups per call; a call takes those that wait, without waiting for more.
-        concurrency: calls in progress per replica.
+        capacity: of each replica.
         timeout_s: longest wait for one call; then the replica is restarted.
         retries: further attempts for a group that failed alone.
     """
 
     def __init__(
-        self, replicas: Sequence[JudgeReplica], *, batch: int, concurrency: int, timeout_s: float, retries: int
+        self, replicas: Sequence[JudgeReplica], *, batch: int, capacity: Capacity, timeout_s: float, retries: int
     ) -> None:
-        self._processes, self._batch, self._concurrency = list(map(_Process, replicas)), batch, concurrency
+        self._processes, self._batch, self._capacity = list(map(_Process, replicas)), batch, capacity
         self._timeout_s, self._retries = timeout_s, retries
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
 
@@ -120,8 +131,7 @@ class JudgePool:
         """Serve until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             for process in self._processes:
-                for _ in range(self._concurrency):
-                    tasks.create_task(self._serve(process))
+                tasks.create_task(self._serve(process))
 
     async def score(self, group: CompletionGroup) -> Judgement:
         """One score per completion; NaN for a completion without a score.
@@ -134,21 +144,35 @@ class JudgePool:
         return await waiting.judgement
 
     async def _serve(self, process: _Process) -> None:
-        while True:
-            await process.open.wait()
-            batch = await self._next_batch()
-            if not process.open.is_set():  # other replicas are free
-                for waiting in batch:
-                    self._queue.put_nowait(waiting)
-                continue
+        """Begin calls of a process while it has room; groups without a call wait in the queue, where no time runs."""
+        async with asyncio.TaskGroup() as calls:
+            while True:
+                await asyncio.sleep(0)  # other replicas take their turns
+                await process.open.wait()
+                await process.room(self._capacity.requests)
+                batch = await self._next_batch()
+                if not process.open.is_set():  # other replicas are free
+                    for waiting in batch:
+                        self._queue.put_nowait(waiting)
+                    continue
+                requests = self._capacity.cost([waiting.group for waiting in batch])
+                process.requests += requests
+                calls.create_task(self._serve_batch(process, batch, requests))
+
+    async def _serve_batch(self, process: _Process, batch: Sequence[_Waiting], requests: int) -> None:
+        """Score a batch, or put its groups into the queue again."""
+        try:
             problem = await self._call(process, batch)
-            if problem is None:
-                continue
-            for waiting in batch:
-                waiting.attempts += problem.own and len(batch) == 1
-                waiting.exclusive |= problem.died and waiting.alone
-                waiting.alone = True
-                self._again(waiting, problem.text)
+        finally:
+            process.requests -= requests
+            process.ended.set()
+        if problem is None:
+            return
+        for waiting in batch:
+            waiting.attempts += problem.own and len(batch) == 1
+            waiting.exclusive |= problem.died and waiting.alone
+            waiting.alone = True
+            self._again(waiting, problem.text)
 
     async def _next_batch(self) -> list[_Waiting]:
         batch = [await self._queue.get()]

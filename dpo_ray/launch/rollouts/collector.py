@@ -20,6 +20,7 @@ from dpo_ray.rollout.collector import Collector, Progress
 from dpo_ray.rollout.dispatch import Dispatcher
 from dpo_ray.rollout.engine import EngineStatus
 from dpo_ray.rollout.evaluation import Evaluation, EvaluationStore
+from dpo_ray.rollout.judges.calls import Capacity
 from dpo_ray.rollout.judging import JudgePool
 from dpo_ray.rollout.ledger import Ledger
 from dpo_ray.rollout.selectors import build_selector, select_pairs
@@ -130,11 +131,13 @@ class CollectorActor:
 
 async def _pool(config: JudgeConfig, replicas: Sequence[RemoteJudge]) -> JudgePool:
     """The replicas of a judge as one, when they are ready."""
-    calls = [await replica.ready() for replica in replicas]
+    capacities = [await replica.ready() for replica in replicas]
     return JudgePool(
         replicas,
         batch=config.groups_per_call,
-        concurrency=config.concurrency or min(calls),
+        capacity=Capacity(config.concurrency)
+        if config.concurrency
+        else min(capacities, key=lambda each: each.requests),
         timeout_s=config.timeout_s,
         retries=config.retries,
     )

@@ -18,10 +18,11 @@ from dpo_ray.rollout.judges import (
     Judge,
     JudgeContext,
     bind_judge,
-    calls_in_progress,
+    capacity_of,
     check_scores,
     is_async,
 )
+from dpo_ray.rollout.judges.calls import Capacity
 from dpo_ray.rollout.judging import JudgeDied
 from dpo_ray.types import CompletionGroup, Judgement
 
@@ -45,15 +46,16 @@ class JudgeActor:
         self._engines = EngineCompletions(parsed, pickle.loads(fleet))
         context = JudgeContext(parsed.run.path, self._engines.complete, self._engines.decode)
         self._build = bind_judge(parsed.online.judges[key], context)
+        self._completions = parsed.online.candidates
         self._judge: Judge | None = None
         self._building = asyncio.Lock()
 
     async def ping(self) -> None:
         """Returns at once, also while the judge is built."""
 
-    async def ready(self) -> int:
-        """Build the judge; returns how many calls may be in progress."""
-        return calls_in_progress(await self._built())
+    async def ready(self) -> Capacity:
+        """Build the judge; returns its capacity."""
+        return capacity_of(await self._built(), self._completions)
 
     async def score(self, groups: Sequence[CompletionGroup]) -> list[Judgement]:
         """Scores of every completion of every group."""
@@ -80,8 +82,8 @@ class RemoteJudge:
     handle: Any
     start_timeout_s: float
 
-    async def ready(self) -> int:
-        """Wait until the judge is built, and restart it if it hangs; returns how many calls may be in progress.
+    async def ready(self) -> Capacity:
+        """Wait until the judge is built, and restart it if it hangs; returns its capacity.
 
         Raises:
             Exception: building it failed.
@@ -110,7 +112,7 @@ class RemoteJudge:
                 f"the judge was not ready after {self.start_timeout_s:.0f} s (cluster.start_timeout_s)"
             ) from None
 
-    async def _built(self) -> int:
+    async def _built(self) -> Capacity:
         """The answer of ``ready``; a process that does not answer to ``ping`` meanwhile is killed."""
         building = asyncio.ensure_future(self.handle.ready.remote())
         while not (await asyncio.wait({building}, timeout=PING_TIMEOUT_S))[0]:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, SupportsFloat
 from dpo_ray.config import Component
 from dpo_ray.config.rounds import JudgeConfig, SamplingConfig
 from dpo_ray.plugins import bind, bind_factory, check_arguments, resolve
-from dpo_ray.rollout.judges.calls import calls_in_progress as calls_in_progress
+from dpo_ray.rollout.judges.calls import capacity_of as capacity_of
 from dpo_ray.rollout.judges.calls import is_async as is_async
 from dpo_ray.rollout.judges.functions import RewardFunction, adapt, check_function, reward_format
 from dpo_ray.rollout.judges.http import Http
@@ -52,7 +52,7 @@ class Judge(Protocol):
     """Scores completions; higher is better. Only order and gaps within one group matter.
 
     A judge that compares completions pairwise returns how often each one won. An async function is a judge, too; its
-    calls overlap. A judge may have an attribute ``concurrency``, see ``calls_in_progress``.
+    calls overlap. A judge may limit them by an attribute ``concurrency``, see ``capacity_of``.
     """
 
     def __call__(self, groups: Sequence[CompletionGroup]) -> Scores | Awaitable[Scores]:

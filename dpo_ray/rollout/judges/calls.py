@@ -1,11 +1,40 @@
 """The number of a judge's calls that overlap."""
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from dpo_ray.types import CompletionGroup
+
 ASYNC_CONCURRENCY = 32
-"""Calls in progress of a judge that is an async function, and at most."""
+"""Calls in progress of a judge that is an async function."""
+MOST_CALLS = 500
+"""Calls in progress of any judge, half of those that its actor takes, so that a ping never waits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """Limit of a judge's requests in progress: a call begins while there are fewer than ``requests``.
+
+    A judge that limits its requests lets those of further calls wait, and a call that waits uses up
+    ``online.judge.timeout_s``. By this rule a call begins when its first request can be sent, and calls about small
+    groups fill the limit as well as calls about large ones.
+
+    Attributes:
+        requests: number of requests in progress; of calls, if ``per_group`` is empty.
+        per_group: number of requests of a group, by its number of completions from 1 up. Empty: a call is one request.
+    """
+
+    requests: int
+    per_group: tuple[int, ...] = ()
+
+    def cost(self, groups: Sequence[CompletionGroup]) -> int:
+        """Number of requests of a call."""
+        if not self.per_group:
+            return 1
+        return sum(self.per_group[min(len(group.completions), len(self.per_group)) - 1] for group in groups)
 
 
 def is_async(function: Callable[..., Any]) -> bool:
@@ -13,11 +42,25 @@ def is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def calls_in_progress(judge: Callable[..., Any]) -> int:
-    """Default of ``online.judge.concurrency``: the judge's attribute ``concurrency``, else 32 if it is async, else 1.
+def capacity_of(judge: Callable[..., Any], completions: int) -> Capacity:
+    """The judge's ``request_capacity(completions)``; else its attribute ``concurrency``, 32 if it is async, or 1 calls.
 
-    A call that waits for others inside the judge uses up its time-out, so a judge that limits its own requests states
-    how many calls keep them busy.
+    Args:
+        completions: of the largest group.
     """
-    default = ASYNC_CONCURRENCY if is_async(judge) else 1
-    return min(ASYNC_CONCURRENCY, getattr(judge, "concurrency", default))
+    if (own := getattr(judge, "request_capacity", None)) is not None:
+        capacity: Capacity = own(completions)
+        return Capacity(min(MOST_CALLS, capacity.requests), capacity.per_group)
+    return Capacity(min(MOST_CALLS, getattr(judge, "concurrency", ASYNC_CONCURRENCY if is_async(judge) else 1)))
+
+
+def least_capacity(capacities: Sequence[Capacity], completions: int) -> Capacity:
+    """Capacity of a judge whose calls each call several judges: that of the busiest one."""
+    requests = min(capacity.requests for capacity in capacities)
+    if not any(capacity.per_group for capacity in capacities):
+        return Capacity(requests)
+    scaled = [
+        [math.ceil(count * requests / capacity.requests) for count in capacity.per_group or (1,) * completions]
+        for capacity in capacities
+    ]
+    return Capacity(requests, tuple(map(max, zip(*scaled, strict=True))))

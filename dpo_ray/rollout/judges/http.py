@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from dpo_ray.config.secrets import holds_secret
 from dpo_ray.rollout.judges.arguments import check_argument, is_count, is_duration, is_text
+from dpo_ray.rollout.judges.calls import Capacity
 from dpo_ray.rollout.judges.reward_chat import RewardChat
 from dpo_ray.rollout.judges.waiting import wait_for_all
 from dpo_ray.rollout.judges.wire_formats import Rewards, WireFormat, openrlhf, sglang, vllm
@@ -84,7 +85,7 @@ class Http:
         secrets = {"api_key_env": api_key_env, "api_key_header": api_key_header, "headers": headers}
         self.validate_arguments(url, format, model, tokenizer, column=column, **secrets, **numbers)
         key = None if api_key_env is None else _key(api_key_env)
-        self.concurrency = concurrency  # each call has at least one request
+        self._concurrency, self._request_per_completion = concurrency, format == "vllm"
         self._format = _build_format(format, model, tokenizer, column, context)
         self._endpoint = Endpoint(
             [self._format.url(server) for server in _servers(url)],
@@ -125,6 +126,11 @@ class Http:
     def longest_request_s(*_: Any, timeout_s: float = 30.0, retries: int = 6, **__: Any) -> float:
         """Longest time in which a request is tried, without pauses."""
         return (retries + 1) * timeout_s
+
+    def request_capacity(self, completions: int) -> Capacity:
+        """See ``capacity_of``."""
+        sizes = range(1, completions + 1)
+        return Capacity(self._concurrency, tuple(size if self._request_per_completion else 1 for size in sizes))
 
     async def __call__(self, groups: Sequence[CompletionGroup]) -> list[Judgement]:
         return await wait_for_all(map(self._judge, groups))

@@ -1,5 +1,6 @@
 """The arguments of the judges ``llm`` and ``policy``, checked where a run is described."""
 
+import math
 from typing import Any, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
@@ -74,10 +75,11 @@ class QuestionArgs(Section):
             return Pairwise(template, rubric, self.comparisons)
         return Score(template, rubric, *self.scale, samples=self.samples)
 
-    def calls(self) -> int:
-        """Calls of the judge in progress that keep all requests busy, even with one group per call."""
-        per_group = 2 * self.comparisons if self.mode == "pairwise" else 2 * self.samples
-        return 1 + -(-self.concurrency // per_group)
+    def requests_per_group(self, completions: int) -> int:
+        """Requests at a time about a group of distinct completions, and 1 for a group without a question."""
+        if self.mode == "pairwise":
+            return max(1, 2 * min(self.comparisons, math.comb(completions, 2)))
+        return self.samples * completions
 
 
 class PriceArgs(Section):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dpo_ray.rollout.judges.answer_cache import CACHE, AnswerCache, Reply
+from dpo_ray.rollout.judges.calls import Capacity
 from dpo_ray.rollout.judges.language_model_args import LlmArgs, PolicyArgs, QuestionArgs, parse_args
 from dpo_ray.rollout.judges.modes import Schema
 from dpo_ray.rollout.judges.questioner import JudgeModel, Prices, Questioner
@@ -26,7 +27,12 @@ class _LanguageModelJudge:
     ) -> None:
         cache = AnswerCache(context.run_dir / CACHE if context else None)
         self._questioner = Questioner(args.build_mode(), model, cache, requests=args.concurrency, prices=prices)
-        self.concurrency = args.calls()
+        self._args = args
+
+    def request_capacity(self, completions: int) -> Capacity:
+        """See ``capacity_of``."""
+        per_group = map(self._args.requests_per_group, range(1, completions + 1))
+        return Capacity(self._args.concurrency, tuple(per_group))
 
     async def __call__(self, groups: Sequence[CompletionGroup]) -> list[Judgement]:
         """Judge groups, all at once."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dpo_ray.config import Component
 from dpo_ray.config.rounds import IMPLICIT
-from dpo_ray.rollout.judges.calls import calls_in_progress, is_async
+from dpo_ray.rollout.judges.calls import Capacity, capacity_of, is_async, least_capacity
 from dpo_ray.rollout.judges.waiting import wait_for_all
 from dpo_ray.types import CompletionGroup, Judgement, JudgeUnavailable
 
@@ -71,7 +71,6 @@ class Weighted:
         self._parts = bind_parts(judges, on_failure, bind_component)
         self._skip, self._check_scores = on_failure == "skip", check_scores
         self._judges = [part.build() for part in self._parts]
-        self.concurrency = min(map(calls_in_progress, self._judges))
         # Calls of this judge overlap; those of a component that is not async need not be thread-safe.
         self._locks = [asyncio.Lock() for _ in self._parts]
 
@@ -81,6 +80,10 @@ class Weighted:
     ) -> None:
         """Validate the arguments without building a component."""
         bind_parts(judges, on_failure, bind_component)
+
+    def request_capacity(self, completions: int) -> Capacity:
+        """See ``capacity_of``."""
+        return least_capacity([capacity_of(judge, completions) for judge in self._judges], completions)
 
     async def __call__(self, groups: Sequence[CompletionGroup]) -> list[Judgement]:
         columns = zip(*await wait_for_all(self._answers(i, groups) for i in range(len(self._parts))), strict=True)

@@ -6,6 +6,8 @@ from typing import Any, cast
 
 from dpo_ray.config.rounds import OnlineConfig
 from dpo_ray.rollout.engine import Engine, EngineStatus, Request
+from dpo_ray.rollout.judges import capacity_of, check_scores
+from dpo_ray.rollout.judging import JudgePool
 from dpo_ray.rollout.membership import Member, Membership
 from dpo_ray.types import Completion, CompletionGroup, Judgement, Prompt
 
@@ -119,6 +121,33 @@ class FakeReplica:
     async def restart(self) -> None:
         """Count restarts."""
         self.restarts += 1
+
+
+class OwnReplica(FakeReplica):
+    """A judge in this process."""
+
+    def __init__(self, judge: Any) -> None:
+        super().__init__()
+        self.judge = judge
+
+    async def score(self, groups: Sequence[CompletionGroup]) -> list[Judgement]:
+        """Scores of the judge."""
+        return check_scores(groups, await self.judge(groups))
+
+
+def score_in_pool(judge: Any, groups: Sequence[CompletionGroup], *, timeout_s: float) -> list[Judgement]:
+    """Judge each group by a call of its own, as many at a time as an async judge has capacity for."""
+
+    async def main() -> list[Judgement]:
+        capacity = capacity_of(judge, max(len(group.completions) for group in groups))
+        pool = JudgePool([OwnReplica(judge)], batch=1, capacity=capacity, timeout_s=timeout_s, retries=0)
+        serving = asyncio.ensure_future(pool.run())
+        judgements = await asyncio.gather(*map(pool.score, groups))
+        serving.cancel()
+        await judge.close()
+        return judgements
+
+    return asyncio.run(main())
 
 
 def raise_for(indices: Iterable[int], error: Exception) -> Callable[[Any], None]:

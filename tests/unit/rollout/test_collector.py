@@ -19,6 +19,7 @@ from dpo_ray.rollout.engine import Request, RequestTimedOut
 from dpo_ray.rollout.evaluation import Evaluation, EvaluationStore
 from dpo_ray.rollout.judges import bind_judge, endpoint
 from dpo_ray.rollout.judges.answer_cache import CACHE
+from dpo_ray.rollout.judges.calls import Capacity
 from dpo_ray.rollout.judging import JudgePool
 from dpo_ray.rollout.ledger import Ledger
 from dpo_ray.rollout.pipeline import TooManyFailed
@@ -36,7 +37,7 @@ class Harness:
         self.fleet, self.replica = FakeFleet(*engines), replica or FakeReplica()
         self.ledger, self.progress = Ledger(folder), []
         dispatcher = Dispatcher(self.fleet.membership, self.fleet.suspect)
-        judge = JudgePool([self.replica], batch=4, concurrency=4, timeout_s=judge_timeout_s, retries=1)
+        judge = JudgePool([self.replica], batch=4, capacity=Capacity(4), timeout_s=judge_timeout_s, retries=1)
         self.collector = Collector(
             config,
             seed=0,

@@ -15,9 +15,11 @@ import pytest
 
 from dpo_ray.config import Component
 from dpo_ray.config.rounds import JudgeConfig
-from dpo_ray.rollout.judges import bind_judge, calls_in_progress, endpoint
+from dpo_ray.rollout.judges import JudgeContext, bind_judge, capacity_of, endpoint
+from dpo_ray.rollout.judges.calls import Capacity
 from dpo_ray.rollout.judges.endpoint import LONGEST_WAIT_S, RequestFailed, RequestLost, retry_after
 from dpo_ray.types import CompletionGroup, JudgeUnavailable
+from tests.unit.rollout.fakes import score_in_pool
 from tests.unit.rollout.reward_server import Reply, judge_groups, length, serve
 
 KEY = "sk-very-secret-0123456789"
@@ -27,6 +29,10 @@ KEY = "sk-very-secret-0123456789"
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries after hundredths of a second."""
     monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.01)
+
+
+async def no_engines(*_: Any) -> str:
+    raise AssertionError("http asks no engine")
 
 
 def closed_port() -> int:
@@ -282,9 +288,25 @@ def test_a_key_in_the_arguments_is_rejected_without_showing_it(args):
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
-def test_as_many_calls_overlap_as_requests_may():
-    build = bind_judge(Component(use="http", args={"url": "http://rm", "format": "vllm", "concurrency": 4}))
-    assert calls_in_progress(build()) == 4
+@pytest.mark.parametrize(("format", "per_group"), [("vllm", (1, 2, 3)), ("openrlhf", (1, 1, 1))])
+def test_the_capacity_is_in_requests_of_which_a_group_has_one_or_one_per_completion(tmp_path, format, per_group):
+    args = {"url": "http://rm", "format": format, "concurrency": 4}
+    built = bind_judge(Component(use="http", args=args), JudgeContext(tmp_path, no_engines, str))()
+    assert capacity_of(built, 3) == Capacity(4, per_group)
+
+
+def test_no_group_waits_for_a_free_request_while_its_time_runs(group):
+    """A request takes 0.3 s, a call may take 0.8 s, and all requests take four times as long as those in flight."""
+
+    def wait(number: int, body: Any) -> Reply:
+        time.sleep(0.3)
+        return length(number, body)
+
+    with serve(wait) as server:
+        built = bind_judge(Component(use="http", args={"url": server.url, "format": "vllm", "concurrency": 8}))()
+        groups = [group("a", "b", "c", "d", index=i) for i in range(8)]
+        assert [judgement.scores for judgement in score_in_pool(built, groups, timeout_s=0.8)] == [(1.0,) * 4] * 8
+    assert server.most == 8
 
 
 def test_a_request_that_may_take_longer_than_the_call_is_rejected():

@@ -5,16 +5,18 @@ import time
 
 import pytest
 
+from dpo_ray.rollout.judges.calls import Capacity
 from dpo_ray.rollout.judging import JudgeDied, JudgeFailed, JudgePool
 from dpo_ray.types import Judgement, JudgeUnavailable
 from tests.unit.rollout.fakes import FakeReplica, raise_for
 
 
-def score_all(groups, *replicas, batch=4, concurrency=1, timeout_s=5.0, retries=1):
+def score_all(groups, *replicas, batch=4, concurrency=1, capacity=None, timeout_s=5.0, retries=1):
     """Score all groups at once; returns the score of each, or its error."""
 
     async def main():
-        pool = JudgePool(replicas, batch=batch, concurrency=concurrency, timeout_s=timeout_s, retries=retries)
+        limit = capacity or Capacity(concurrency)
+        pool = JudgePool(replicas, batch=batch, capacity=limit, timeout_s=timeout_s, retries=retries)
         serving = asyncio.ensure_future(pool.run())
         results = await asyncio.gather(*(pool.score(group) for group in groups), return_exceptions=True)
         serving.cancel()
@@ -59,6 +61,12 @@ def test_a_judge_that_hangs_over_one_group_is_restarted_and_the_others_get_their
     assert replica.restarts == 3, "in the batch, alone, and in its retry"
 
 
+def test_replicas_share_the_groups_that_wait(group):
+    replicas = [FakeReplica(lambda groups: asyncio.sleep(0.01)) for _ in range(3)]
+    score_all([group("a", "b", index=i) for i in range(12)], *replicas, batch=1, concurrency=12)
+    assert [len(replica.batches) for replica in replicas] == [4, 4, 4]
+
+
 def test_a_judge_that_is_unavailable_is_not_asked_again(group):
     replica = FakeReplica(raise_for([2], JudgeUnavailable("the endpoint is down")))
     results = score_all([group("a", "b", index=i) for i in range(6)], replica, retries=2)
@@ -79,6 +87,22 @@ def test_calls_overlap_over_replicas_and_within_one(group, replicas, concurrency
     started = time.perf_counter()
     score_all([group("a", "b", index=i) for i in range(8)], *waits, batch=1, concurrency=concurrency)
     assert rounds * 0.1 <= time.perf_counter() - started < (rounds + 1) * 0.1
+
+
+@pytest.mark.parametrize(("completions", "most"), [(1, 5), (2, 3), (3, 2), (9, 2)])
+def test_a_call_begins_while_a_request_is_free_so_that_small_groups_have_as_many_requests_as_large_ones(
+    group, completions, most
+):
+    in_progress: list[int] = [0]
+
+    async def wait():
+        in_progress.append(in_progress[-1] + 1)
+        await asyncio.sleep(0.01)
+        in_progress.append(in_progress[-1] - 1)
+
+    groups = [group(*"abcdefghi"[:completions], index=i) for i in range(12)]
+    score_all(groups, FakeReplica(lambda groups: wait()), batch=1, capacity=Capacity(5, (1, 2, 3)))
+    assert max(in_progress) == most
 
 
 @pytest.mark.parametrize(("batch", "concurrency"), [(1, 8), (4, 2), (4, 1)])
@@ -117,7 +141,7 @@ def test_a_group_whose_process_is_killed_because_another_one_hung_loses_no_attem
         return None if replica.restarts else killed()
 
     async def main():
-        pool = JudgePool([replica], batch=1, concurrency=2, timeout_s=0.4, retries=0)
+        pool = JudgePool([replica], batch=1, capacity=Capacity(2), timeout_s=0.4, retries=0)
         serving = asyncio.ensure_future(pool.run())
         hung = asyncio.ensure_future(pool.score(group("a", "b", index=0)))
         await asyncio.sleep(0.2)  # the other call begins later, so that it is in progress when the first hangs

@@ -21,12 +21,14 @@ import pytest
 
 from dpo_ray.config import Component
 from dpo_ray.config.rounds import JudgeConfig, SamplingConfig
-from dpo_ray.rollout.judges import Judge, bind_judge, calls_in_progress, check_scores
+from dpo_ray.rollout.judges import Judge, bind_judge, capacity_of, check_scores
 from dpo_ray.rollout.judges.answer_cache import AnswerCache, Reply
+from dpo_ray.rollout.judges.calls import Capacity
 from dpo_ray.rollout.judges.chat_endpoint import EndpointFailed
 from dpo_ray.rollout.selectors import best_vs_worst
 from dpo_ray.types import Completion, CompletionGroup, Dropped, Judgement, JudgeUnavailable, Messages, Prompt
 from tests.unit.rollout.chat_server import serving
+from tests.unit.rollout.fakes import score_in_pool
 
 KEY = "key-1234567890-secret"
 TEXTS = ("one", "two words", "three words here", "a text of five words")
@@ -288,11 +290,34 @@ def test_without_its_package_the_judge_names_the_extra(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("args", "calls"),
-    [({}, 4), ({"concurrency": 1000}, 32), ({"mode": "score", "concurrency": 8}, 5), ({"comparisons": 1}, 17)],
+    ("args", "capacity"),
+    [
+        ({}, Capacity(32, (1, 2, 6, 12, 12))),
+        ({"concurrency": 1000}, Capacity(500, (1, 2, 6, 12, 12))),
+        ({"mode": "score", "concurrency": 8}, Capacity(8, (1, 2, 3, 4, 5))),
+        ({"mode": "score", "samples": 3, "temperature": 1}, Capacity(32, (3, 6, 9, 12, 15))),
+        ({"comparisons": 1}, Capacity(32, (1, 2, 2, 2, 2))),
+    ],
 )
-def test_as_many_calls_overlap_as_keep_the_requests_busy(tmp_path, args, calls):
-    assert calls_in_progress(build("http://127.0.0.1:9/v1", tmp_path, **args)) == calls
+def test_the_capacity_is_in_requests_of_which_a_group_has_as_many_as_questions(tmp_path, args, capacity):
+    assert capacity_of(build("http://127.0.0.1:9/v1", tmp_path, **args), 5) == capacity
+
+
+def test_calls_about_two_candidates_fill_the_requests_and_none_waits_for_one_while_its_time_runs(tmp_path, group):
+    """A request takes 0.3 s, a call may take 0.8 s, and all requests take four times as long as those in flight."""
+    most = 0
+
+    def wait(request: Mapping[str, Any]) -> str:
+        nonlocal most
+        most = max(most, len(server.received) - len(server.answered))
+        time.sleep(0.3)
+        return longer_wins(request)
+
+    with serving(wait) as server:
+        built = build(server.url, tmp_path, concurrency=8)
+        judgements = score_in_pool(built, [group("a", "b c", index=i) for i in range(16)], timeout_s=0.8)
+    assert [judgement.scores for judgement in judgements] == [(0.0, 1.0)] * 16
+    assert most == 8
 
 
 @pytest.mark.parametrize(

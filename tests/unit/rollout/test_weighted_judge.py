@@ -10,7 +10,8 @@ import pytest
 
 from dpo_ray.config import Component
 from dpo_ray.config.rounds import JudgeConfig
-from dpo_ray.rollout.judges import JudgeContext, bind_judge, calls_in_progress, check_scores, is_async
+from dpo_ray.rollout.judges import JudgeContext, bind_judge, capacity_of, check_scores, is_async
+from dpo_ray.rollout.judges.calls import Capacity
 from dpo_ray.types import Completion, CompletionGroup, Judgement, JudgeUnavailable, Prompt
 
 MODULE = __name__
@@ -184,13 +185,22 @@ def test_components_run_at_the_same_time():
 def test_as_many_calls_overlap_as_the_component_with_the_lowest_limit_takes():
     server = {"url": "http://rm", "format": "vllm"}
     few, many = ({"use": "http", "name": f"of_{n}", "args": server | {"concurrency": n}} for n in (3, 1000))
-    assert calls_in_progress(build(many, few)) == 3
-    assert calls_in_progress(build(mine("words"))) == 32
+    assert capacity_of(build(many, few), 2) == Capacity(3, (1, 2))
+    assert capacity_of(build(mine("words")), 2) == Capacity(32)
+
+
+def test_a_group_costs_as_much_as_for_the_component_that_it_keeps_busiest():
+    llm = {"use": "llm", "args": {"model": "m", "base_url": "http://llm/v1", "concurrency": 8}}
+    http = {"use": "http", "args": {"url": "http://rm", "format": "vllm", "concurrency": 4}}
+    # 2 of 8 and 6 of 8 requests of llm are 1 and 3 of 4.
+    assert capacity_of(build(llm, http), 3) == Capacity(4, (1, 2, 3))
+    assert capacity_of(build(llm, mine("words")), 3) == Capacity(8, (1, 2, 6))
 
 
 def test_calls_do_not_overlap_where_a_component_is_not_async_because_they_would_time_out_while_they_wait_for_it():
-    assert calls_in_progress(build(mine("words"), mine("characters"))) == 1
-    assert calls_in_progress(build({"use": "weighted", "args": {"judges": [{"use": "length"}]}}, mine("words"))) == 1
+    assert capacity_of(build(mine("words"), mine("characters")), 2) == Capacity(1)
+    inner = {"use": "weighted", "args": {"judges": [{"use": "length"}]}}
+    assert capacity_of(build(inner, mine("words")), 2) == Capacity(1)
 
 
 def test_a_request_of_a_component_that_may_take_longer_than_the_call_is_rejected():
