@@ -23,6 +23,7 @@ from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.display import live_display
 from dpo_ray.launch.run_dir import has_work, make_run_dir
 from dpo_ray.launch.status import StatusActor
+from dpo_ray.rollout.judges import validate_columns
 from dpo_ray.rollout.rounds import validate_round_size
 from dpo_ray.storage import storage_errors
 from dpo_ray.types import Prompt
@@ -145,13 +146,15 @@ def prepare_round_data(config: Config, cluster: Cluster, console: Console) -> tu
     """The prompts of the rounds and the held-out ones; tokenizes the pairs that are mixed into rounds.
 
     Raises:
-        ValueError: see ``prepare_prompts``; or there are fewer prompts than a round takes.
+        ValueError: see ``prepare_prompts``; or there are fewer prompts than a round takes, or none has a column that a
+            judge needs.
     """
     assert config.online is not None
     answers = config.online.source.use == "self_play"
     prompts = prepare_prompts(config, config.online.prompts, "online.prompts", console, answers=answers)
     held_out = prepare_prompts(config, config.online.eval_prompts, "online.eval_prompts", console)
     validate_round_size(prompts, config.online.prompts_per_round)
+    validate_columns(config.online, prompts, held_out)
     if config.online.source.mix:
         prepare_data(config, cluster, console)
     return prompts, held_out

@@ -18,6 +18,7 @@ from dpo_ray.launch.command import TrainingFailed
 from dpo_ray.launch.rollouts.collector import CollectorActor
 from dpo_ray.launch.rollouts.fleet import FleetActor
 from dpo_ray.launch.rollouts.judge_actor import RemoteJudge, start_judges
+from dpo_ray.rollout.judges.columns import columns_of
 from dpo_ray.storage import error_summary
 from dpo_ray.types import Prompt
 
@@ -51,7 +52,7 @@ def rollout_actors(
     """
     plain = config.model_dump(mode="json")
     fleet = _start(FleetActor, plain, cluster)
-    started = start_judges(config, fleet)
+    started = start_judges(config, fleet, {"judge": columns_of(prompts), "eval_judge": columns_of(held_out)})
     judges = list({id(judge): judge for replicas in started.values() for judge in replicas}.values())
     # In a file, and handles as bytes: Ray warns of arguments with references, which a restarted actor may not find.
     prompt_file = config.run.path / "ray" / "prompts.pickle"

@@ -3,7 +3,7 @@
 import asyncio
 import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,16 +36,17 @@ class JudgeActor:
 
     Args:
         key: of ``OnlineConfig.judges``.
+        columns: of the prompts' records, see ``columns_of``.
         fleet: pickled handle of the FleetActor.
     """
 
-    def __init__(self, config: dict[str, Any], key: str, index: int, fleet: bytes) -> None:
+    def __init__(self, config: dict[str, Any], key: str, index: int, columns: set[str], fleet: bytes) -> None:
         parsed = Config.model_validate(config)
         log_to_run(parsed.run.path, f"{key}-{index}")
         assert parsed.online is not None
         self._engines = EngineCompletions(parsed, pickle.loads(fleet))
         context = JudgeContext(parsed.run.path, self._engines.complete, self._engines.decode)
-        self._build = bind_judge(parsed.online.judges[key], context)
+        self._build = bind_judge(parsed.online.judges[key], context, columns)
         self._completions = parsed.online.candidates
         self._judge: Judge | None = None
         self._building = asyncio.Lock()
@@ -139,20 +140,23 @@ class RemoteJudge:
         ray.kill(self.handle, no_restart=False)
 
 
-def start_judges(config: Config, fleet: Any) -> dict[str, list[RemoteJudge]]:
+def start_judges(config: Config, fleet: Any, columns: Mapping[str, set[str]]) -> dict[str, list[RemoteJudge]]:
     """Start all replicas of all judges, without waiting for them. They belong to the calling process.
 
     One judge with both purposes is started once.
+
+    Args:
+        columns: of the records of the prompts that each judge gets, by its key.
     """
     assert config.online is not None
     started: dict[str, list[RemoteJudge]] = {}
     for key, judge in config.online.judges.items():
         same = next((other for other in started if config.online.judges[other] == judge), None)
-        started[key] = started[same] if same else _start_replicas(config, key, judge, fleet)
+        started[key] = started[same] if same else _start_replicas(config, key, judge, columns[key], fleet)
     return started
 
 
-def _start_replicas(config: Config, key: str, judge: JudgeConfig, fleet: Any) -> list[RemoteJudge]:
+def _start_replicas(config: Config, key: str, judge: JudgeConfig, columns: set[str], fleet: Any) -> list[RemoteJudge]:
     actor = ray.remote(JudgeActor).options(
         num_cpus=0,
         num_gpus=judge.num_gpus,
@@ -161,5 +165,5 @@ def _start_replicas(config: Config, key: str, judge: JudgeConfig, fleet: Any) ->
         runtime_env={} if judge.num_gpus else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
     )
     plain, handle = config.model_dump(mode="json"), ray.cloudpickle.dumps(fleet)
-    replicas = [actor.remote(plain, key, index, handle) for index in range(judge.replicas)]
+    replicas = [actor.remote(plain, key, index, columns, handle) for index in range(judge.replicas)]
     return [RemoteJudge(replica, config.cluster.start_timeout_s) for replica in replicas]

@@ -17,6 +17,7 @@ from dpo_ray.launch.run_dir import log_to_run
 from dpo_ray.launch.status import start_status_actor
 from dpo_ray.launch.sweeps.mailbox import Channel, Task
 from dpo_ray.launch.workers import Trial, build_torch_trainer, train_on_workers
+from dpo_ray.rollout.judges import validate_columns
 from dpo_ray.rollout.ledger import Ledger
 from dpo_ray.rollout.rounds import digest_of_prompts
 from dpo_ray.storage import error_summary
@@ -90,6 +91,8 @@ def online_slot(
 def _run_online_trial(
     config: Config, cluster: Cluster, trial: Trial, prompts: Sequence[Prompt], held_out: Sequence[Prompt], loop: str
 ) -> None:
+    assert config.online is not None
+    validate_columns(config.online, prompts, held_out)  # the space may vary the judge
     Ledger(config.run.path).validate_prompts(digest_of_prompts(prompts), len(prompts))
     status_actor = start_status_actor()
     try:

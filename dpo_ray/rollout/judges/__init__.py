@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Protocol, SupportsFloat
 
 from dpo_ray.config import Component
-from dpo_ray.config.rounds import JudgeConfig, SamplingConfig
+from dpo_ray.config.rounds import JudgeConfig, OnlineConfig, SamplingConfig
 from dpo_ray.plugins import bind, bind_factory, check_arguments, resolve
 from dpo_ray.rollout.judges.calls import capacity_of as capacity_of
 from dpo_ray.rollout.judges.calls import is_async as is_async
+from dpo_ray.rollout.judges.columns import columns_of
 from dpo_ray.rollout.judges.functions import RewardFunction, adapt, check_function, reward_format
 from dpo_ray.rollout.judges.http import Http
 from dpo_ray.rollout.judges.implicit import Implicit
@@ -26,7 +27,7 @@ from dpo_ray.rollout.judges.sentiment import Sentiment
 from dpo_ray.rollout.judges.verifiable import Exact, JsonSchema, Math, Regex
 from dpo_ray.rollout.judges.weighted import Weighted
 from dpo_ray.rollout.tally import FIGURES, SCORES
-from dpo_ray.types import CompletionGroup, Judgement, Messages
+from dpo_ray.types import CompletionGroup, Judgement, Messages, Prompt
 
 Scores = Sequence[Sequence[float] | Judgement]
 
@@ -64,7 +65,9 @@ class Judge(Protocol):
         ...
 
 
-def bind_judge(component: Component, context: JudgeContext | None = None) -> Callable[[], Judge]:
+def bind_judge(
+    component: Component, context: JudgeContext | None = None, columns: Collection[str] | None = None
+) -> Callable[[], Judge]:
     """A function that builds the judge of ``online.judge``; checked here, so that wrong arguments fail at once.
 
     An import path names a judge function or a reward function of another library (see ``functions``), to which ``args``
@@ -72,9 +75,11 @@ def bind_judge(component: Component, context: JudgeContext | None = None) -> Cal
 
     Args:
         context: None where the judge is checked and not built.
+        columns: of the prompts' records, see ``columns_of``; None where they are not loaded.
 
     Raises:
-        ValueError: the name or an argument is unknown, or an argument is missing.
+        ValueError: the name or an argument is unknown, an argument is missing, or no record has a column that the judge
+            needs; for a reward function that a factory makes, the judge that is built raises this.
     """
     use, args = component.use, component.args
     part = resolve(use, JUDGES, "judge")
@@ -85,14 +90,28 @@ def bind_judge(component: Component, context: JudgeContext | None = None) -> Cal
         return lambda: judge
     if reward_format(part):
         check_arguments(part, args, use, "judge")
-        return _bind_reward_function(part, args, use, context)
-    components = {"bind_component": partial(bind_judge, context=context), "check_scores": check_scores}
+        return _bind_reward_function(part, args, use, context, columns)
+    components = {"bind_component": partial(bind_judge, context=context, columns=columns), "check_scores": check_scores}
     factory = bind_factory(use, args, JUDGES, "judge", context=context, **components)
     if use in JUDGES and (validate := getattr(part, "validate_arguments", None)):
         validate(**{name: value for name, value in factory.keywords.items() if name in args or name in components})
+    if use in JUDGES and (required := getattr(part, "required_columns", None)):
+        for column in required(**args):
+            column.require(columns)
     if isinstance(component, JudgeConfig):
         _validate_timeouts(component)
-    return partial(_call_factory, factory, use, context)
+    return partial(_call_factory, factory, use, context, columns)
+
+
+def validate_columns(online: OnlineConfig, prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
+    """Raise a ValueError if no prompt has a column that a judge of the run needs; see ``bind_judge``."""
+    sources = {"judge": ("online.prompts", prompts), "eval_judge": ("online.eval_prompts", held_out)}
+    for key, judge in online.judges.items():
+        source, judged = sources[key]
+        try:
+            bind_judge(judge, columns=columns_of(judged))
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
 
 
 def _validate_timeouts(judge: JudgeConfig) -> None:
@@ -109,19 +128,25 @@ def _validate_timeouts(judge: JudgeConfig) -> None:
 
 
 def _bind_reward_function(
-    function: Callable[..., Any], args: Mapping[str, Any], use: str, context: JudgeContext | None
+    function: Callable[..., Any],
+    args: Mapping[str, Any],
+    use: str,
+    context: JudgeContext | None,
+    columns: Collection[str] | None,
 ) -> Callable[[], Any]:
     known = reward_format(function)
     assert known is not None
-    reward = RewardFunction(function, args, use, context.decode if context else None)
+    reward = RewardFunction(function, args, use, context.decode if context else None, columns)
     check_function(reward, known)
     return partial(adapt, reward, known)
 
 
-def _call_factory(factory: Callable[[], Any], use: str, context: JudgeContext | None) -> Judge:
+def _call_factory(
+    factory: Callable[[], Any], use: str, context: JudgeContext | None, columns: Collection[str] | None
+) -> Judge:
     judge = factory()
     if reward_format(judge):
-        return _bind_reward_function(judge, {}, use, context)()
+        return _bind_reward_function(judge, {}, use, context, columns)()
     if not callable(judge):
         raise ValueError(
             f"judge {use!r} returned {_described(judge)}; a judge factory must return a callable that takes "
@@ -216,5 +241,6 @@ JUDGES: dict[str, Callable[..., Judge]] = {
     "sentiment": Sentiment,
     "weighted": Weighted,
 }
-"""Built-in factories. A judge's packages are imported when it is built; one with a static method ``validate_arguments``
-has its arguments checked by ``bind_judge``, and one with ``longest_request_s`` its time-outs."""
+"""Built-in factories. A judge's packages are imported when it is built. ``bind_judge`` checks the arguments of one with
+a static method ``validate_arguments``, its time-outs by ``longest_request_s``, and its columns by
+``required_columns``."""

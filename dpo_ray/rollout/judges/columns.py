@@ -1,16 +1,18 @@
 """Columns of the prompts' records, as judges read them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from dpo_ray.types import Prompt
 
 GOLD = ("answer", "ground_truth", "label")
 """Synonyms of the column with the reference answer."""
+NESTED = "reward_model.ground_truth"
+"""The place of that answer in verl's records."""
 
 
 class Column:
-    """One column of the records that a judge needs.
+    """One column of the records that a judge reads.
 
     ``answer``, ``ground_truth`` and ``label`` are synonyms; the exact name wins. verl's ``reward_model.ground_truth``
     is one more of them.
@@ -22,36 +24,46 @@ class Column:
 
     def __init__(self, name: str, judge: str) -> None:
         self.name, self._judge = name, judge
-        self.found = False
-        """True when a record had the column."""
 
     def lookup(self, prompts: Sequence[Prompt]) -> list[Any]:
         """The value of each prompt's record, None where it has none."""
-        values = [_value(prompt, self.name) for prompt in prompts]
-        self.found = self.found or any(value is not None for value in values)
-        return values
+        return [_value(prompt, self.name) for prompt in prompts]
 
-    def require(self, prompts: Sequence[Prompt]) -> list[Any]:
-        """As ``lookup``.
+    def among(self, columns: Collection[str]) -> bool:
+        """True if the column, or a synonym of it, is one of ``columns``."""
+        return self.name in columns or (self.name in GOLD and not {*GOLD, NESTED}.isdisjoint(columns))
+
+    def require(self, columns: Collection[str] | None) -> None:
+        """Check that the prompts have the column.
+
+        Args:
+            columns: see ``columns_of``; None if they are not known, which passes.
 
         Raises:
-            ValueError: no record has the column, here or in an earlier call.
+            ValueError: no record has it.
         """
-        values = self.lookup(prompts)
-        if prompts and not self.found:
-            present = ", ".join(sorted({name for prompt in prompts for name in prompt.fields})) or "none"
+        if columns is not None and not self.among(columns):
             synonyms = f" (or {' or '.join(name for name in GOLD if name != self.name)})" if self.name in GOLD else ""
             raise ValueError(
-                f"judge {self._judge!r} needs the field {self.name!r}{synonyms} of the prompts' records; "
-                f"the fields of prompt {prompts[0].index} and the others of this call: {present}"
+                f"judge {self._judge!r} needs the column {self.name!r}{synonyms} of the prompts' records, and no "
+                f"record has it; the columns there are: {', '.join(sorted(columns)) or 'none'}"
             )
-        return values
+
+
+def columns_of(prompts: Sequence[Prompt]) -> set[str]:
+    """Columns of which at least one record has a value."""
+    names = {name for prompt in prompts for name, value in prompt.fields.items() if value is not None}
+    return names | ({NESTED} if any(_nested(prompt) is not None for prompt in prompts) else set())
 
 
 def _value(prompt: Prompt, name: str) -> Any:
     fields = prompt.fields
     if fields.get(name) is not None or name not in GOLD:
         return fields.get(name)
-    nested = fields.get("reward_model")
-    values = [nested.get("ground_truth") if isinstance(nested, dict) else None, *(fields.get(gold) for gold in GOLD)]
+    values = [_nested(prompt), *(fields.get(gold) for gold in GOLD)]
     return next((value for value in values if value is not None), None)
+
+
+def _nested(prompt: Prompt) -> Any:
+    value = prompt.fields.get("reward_model")
+    return value.get("ground_truth") if isinstance(value, dict) else None

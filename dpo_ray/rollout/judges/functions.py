@@ -7,9 +7,9 @@ import asyncio
 import inspect
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from dpo_ray.rollout.judges.calls import is_async
@@ -36,12 +36,14 @@ class RewardFunction:
         args: arguments from the configuration.
         use: name for messages.
         decode: text of token ids, special tokens included, by the policy's tokenizer; None outside a run.
+        columns: of the prompts' records, see ``columns_of``; None if they are not known.
     """
 
     call: Callable[..., Any]
     args: Mapping[str, Any]
     use: str
     decode: Decode | None = None
+    columns: Collection[str] | None = None
 
     def asks_for(self, name: str) -> bool:
         """True if a call may pass ``name``."""
@@ -88,10 +90,10 @@ def reward_format(part: Any) -> Format | None:
 
 
 def check_function(function: RewardFunction, known: Format) -> None:
-    """Reject arguments that each call passes, and parameters that nothing fills.
+    """Reject arguments that each call passes, parameters that nothing fills, and columns that no record has.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: naming the argument or the column.
     """
     for name in known.passed:
         if name in function.args:
@@ -103,6 +105,9 @@ def check_function(function: RewardFunction, known: Format) -> None:
                 f"judge {function.use!r} is a reward function of {known.library} and needs {name!r}, which a judge "
                 f"does not have; set it in online.judge.args"
             )
+    for name in function.parameters:
+        if function.requires(name) and name not in (*known.passed, *NO_COLUMNS):
+            Column(name, function.use).require(function.columns)
 
 
 def adapt(function: RewardFunction, known: Format) -> Callable[[Groups], Any]:
@@ -128,18 +133,20 @@ def adapt(function: RewardFunction, known: Format) -> Callable[[Groups], Any]:
 
 NOT_HERE = ("trainer_state", "environments")
 """Objects of TRL's trainer, which a judge's process does not have."""
+NO_COLUMNS = ("extra_info",)
+"""Parameters that may be without a value in all records."""
 _TRL = ("prompts", "completions", "completion_ids", "log_metric", "log_extra")
 
 
 def _trl(function: RewardFunction) -> Prepare:
     """``f(prompts, completions, completion_ids, **columns)``, called once with all completions of all groups."""
-    required = {n: Column(n, function.use) for n in function.parameters if n not in _TRL and function.requires(n)}
+    required = [Column(n, function.use) for n in function.parameters if n not in _TRL and function.requires(n)]
 
     def prepare(groups: Groups) -> tuple[list[dict[str, Any]], Finish]:
         prompts = [group.prompt for group in groups for _ in group.completions]
         metrics, extras = defaultdict[str, list[float]](list), defaultdict[str, list[Any]](list)
-        values = {name: column.require(prompts) for name, column in required.items()}
-        values |= _optional_columns(function, prompts, {*required, *_TRL})
+        values = {column.name: column.lookup(prompts) for column in required}
+        values |= _optional_columns(function, prompts, {*values, *_TRL})
         values |= {
             "prompts": [_trl_prompt(prompt) for prompt in prompts],
             "completions": [_trl_completion(group.prompt, c.text) for group in groups for c in group.completions],
@@ -188,13 +195,12 @@ def _openrlhf(function: RewardFunction) -> Prepare:
             "policy's tokenizer; build it with a JudgeContext that has decode"
         )
     decode, labels = function.decode, Column("label", function.use)
-    warn_once = cache(logger.warning)
+    if function.columns is not None and not labels.among(function.columns):
+        logger.warning("no record has a field answer, ground_truth or label; labels are empty strings")
 
     def prepare(groups: Groups) -> tuple[list[dict[str, Any]], Finish]:
         prompts = [group.prompt for group in groups for _ in group.completions]
         golds = labels.lookup(prompts)
-        if not labels.found:
-            warn_once("no record so far has a field answer, ground_truth or label; labels are empty strings")
         values = {
             "queries": [decode((*g.prompt.token_ids, *c.token_ids)) for g in groups for c in g.completions],
             "prompts": [decode(prompt.token_ids) for prompt in prompts],
@@ -235,7 +241,7 @@ def _verl(function: RewardFunction) -> Prepare:
     def prepare(groups: Groups) -> tuple[list[dict[str, Any]], Finish]:
         prompts = [group.prompt for group in groups for _ in group.completions]
         texts = [completion.text for group in groups for completion in group.completions]
-        values = {name: _verl_column(function, column, prompts) for name, column in columns.items()}
+        values = {name: column.lookup(prompts) for name, column in columns.items()}
         values |= {"solution_str": texts, "extra_info": list(map(_extra_info, prompts))}
         asked = {name: column for name, column in values.items() if function.asks_for(name)}
         calls = [{name: column[i] for name, column in asked.items()} for i in range(len(texts))]
@@ -248,10 +254,6 @@ def _extra_info(prompt: Prompt) -> Any:
     """The field of the record: {} without one; a mapping is copied, since functions write into it."""
     value = prompt.fields.get("extra_info")
     return dict(value) if isinstance(value, Mapping) else {} if value is None else value
-
-
-def _verl_column(function: RewardFunction, column: Column, prompts: Sequence[Prompt]) -> list[Any]:
-    return column.require(prompts) if function.requires(column.name) else column.lookup(prompts)
 
 
 def _verl_judgements(groups: Groups, use: str, results: list[Any]) -> list[Judgement]:

@@ -21,9 +21,6 @@ class Verifier:
     Args:
         use: name of the judge, for messages.
         column: name of the column, see ``Column``; None for a check that needs none.
-
-    Raises:
-        ValueError: a call has no record with the column, and no earlier call had one.
     """
 
     def __init__(self, use: str, column: str | None) -> None:
@@ -34,9 +31,15 @@ class Verifier:
         """Validate the arguments, which building the judge does."""
         cls(**args)
 
+    @classmethod
+    def required_columns(cls, **args: Any) -> list[Column]:
+        """The columns that the judge needs: one, or none."""
+        column = cls(**args)._column
+        return [] if column is None else [column]
+
     def __call__(self, groups: Sequence[CompletionGroup]) -> list[list[float]]:
         prompts = [group.prompt for group in groups]
-        values = [True] * len(groups) if self._column is None else self._column.require(prompts)
+        values = [True] * len(groups) if self._column is None else self._column.lookup(prompts)
         return [
             [math.nan if value in (None, []) else self.score(c.text, value) for c in group.completions]
             for group, value in zip(groups, values, strict=True)

@@ -96,7 +96,11 @@ def test_a_judge_sees_the_gpus_that_it_asks_for_and_otherwise_none(monkeypatch: 
     actors = FakeActorClass()
     monkeypatch.setattr(ray, "remote", lambda actor: actors)
     online = {"prompts": "p", "eval_prompts": "e", "judge": {"replicas": 2}, "eval_judge": {"num_gpus": 0.5}}
-    start_judges(Config.model_validate({"model": {"path": "tiny"}, "online": online}), fleet=None)
+    start_judges(
+        Config.model_validate({"model": {"path": "tiny"}, "online": online}),
+        None,
+        {"judge": set(), "eval_judge": set()},
+    )
     seen = [(options["num_gpus"], options["runtime_env"]) for options in actors.started]
     assert seen == [(0, {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}})] * 2 + [(0.5, {})]
 

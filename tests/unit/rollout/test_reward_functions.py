@@ -11,6 +11,7 @@ import pytest
 
 from dpo_ray.config import Component
 from dpo_ray.rollout.judges import JudgeContext, bind_judge, check_scores, is_async
+from dpo_ray.rollout.judges.columns import columns_of
 from dpo_ray.types import Completion, CompletionGroup, Judgement, Prompt
 from tests.conftest import save_tokenizer
 
@@ -116,17 +117,20 @@ def test_an_exact_name_wins_over_its_synonyms():
     assert scores(judge("trl_gold", [group("a", "b", label="a", answer="b")])) == [(0.0, 1.0)]
 
 
-def test_a_missing_column_is_an_error_that_names_the_fields_of_the_records():
-    with pytest.raises(
-        ValueError, match=r"trl_gold' needs the field 'answer' \(or ground_truth or label\).*: id, topic"
-    ):
-        judge("trl_gold", [group("a", topic="x"), group("b", index=1, id=3)])
+def test_a_column_that_no_record_has_is_an_error_where_the_function_is_bound_or_made():
+    said = r"needs the column 'answer' \(or ground_truth or label\).*: id, topic"
+    with pytest.raises(ValueError, match=f"trl_gold' {said}"):
+        bind_judge(Component(use=f"{MODULE}:trl_gold"), columns={"topic", "id"})
+    made = bind_judge(Component(use=f"{MODULE}:make_gold"), columns={"topic", "id"})
+    with pytest.raises(ValueError, match=f"make_gold' {said}"):
+        made()
+    bind_judge(Component(use=f"{MODULE}:trl_scaled", args={"scale": 1.0}), columns=())
 
 
-def test_a_record_without_the_column_has_none_when_another_record_had_it():
-    built: Any = bind_judge(Component(use=f"{MODULE}:trl_gold"))()
+def test_a_record_without_the_column_has_none():
+    built: Any = bind_judge(Component(use=f"{MODULE}:trl_gold"), columns={"answer"})()
+    assert scores(built([group("a")])) == [(0.0,)]
     assert scores(built([group("a", answer="a"), group("a")])) == [(1.0,), (0.0,)]
-    assert scores(built([group("a")])) == [(0.0,)], "the column is known from the call before"
 
 
 def test_none_is_no_score():
@@ -144,6 +148,10 @@ def test_an_async_function_is_an_async_judge(use, expected):
 
 def make_trl(bonus: float = 1.0):
     return lambda completions, **kwargs: [bonus] * len(completions)
+
+
+def make_gold():
+    return trl_gold
 
 
 def make_later():
@@ -247,12 +255,11 @@ def tokenized(tokenizer: Any, made: CompletionGroup) -> CompletionGroup:
 
 def test_records_without_labels_are_pointed_out_once(chat, caplog):
     tokenizer, context = chat
-    built: Any = bind_judge(Component(use=f"{MODULE}:openrlhf_tensor"), context)()
-    for _ in range(2):
-        built([tokenized(tokenizer, group("a"))])
-    assert (
-        caplog.text.count("no record so far has a field answer, ground_truth or label; labels are empty strings") == 1
-    )
+    for columns, times in (({"label"}, 0), ({"topic"}, 1)):
+        built: Any = bind_judge(Component(use=f"{MODULE}:openrlhf_tensor"), context, columns)()
+        for _ in range(2):
+            built([tokenized(tokenizer, group("a"))])
+        assert caplog.text.count("no record has a field answer, ground_truth or label") == times
 
 
 def test_openrlhf_functions_get_the_rendered_conversation_with_special_tokens(chat):
@@ -350,8 +357,12 @@ def test_an_async_verl_function_is_an_async_judge():
 
 
 def test_verl_functions_without_their_columns_fail_with_the_fields_there_are():
-    with pytest.raises(ValueError, match=r"needs the field 'data_source' .*: answer"):
-        judge("verl_score", [group("42", answer="42")])
+    component = Component(use=f"{MODULE}:verl_score")
+    with pytest.raises(ValueError, match=r"needs the column 'data_source' .*: answer"):
+        bind_judge(component, columns={"answer"})
+    nested = columns_of([group("a", data_source="d", reward_model={"ground_truth": "a"}).prompt])
+    assert nested == {"data_source", "reward_model", "reward_model.ground_truth"}
+    bind_judge(component, columns=nested)
 
 
 def test_a_dictionary_without_a_score_is_rejected():

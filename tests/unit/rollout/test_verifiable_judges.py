@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from dpo_ray.config import Component
-from dpo_ray.rollout.judges import bind_judge, check_scores
+from dpo_ray.config.rounds import OnlineConfig
+from dpo_ray.rollout.judges import bind_judge, check_scores, validate_columns
 from dpo_ray.rollout.judges.math_client import MathClient
 from dpo_ray.types import Completion, CompletionGroup, Prompt
 
@@ -61,9 +62,44 @@ def test_a_record_without_the_column_has_no_score():
     assert all(map(math.isnan, scores("exact", group("42", answer="42"), group("42", answer=[]))[1]))
 
 
-def test_records_that_all_lack_the_column_are_an_error_with_the_fields_there_are():
-    with pytest.raises(ValueError, match=r"judge 'exact' needs the field 'solution' of .*: answer, topic"):
-        scores("exact", group("42", answer="42"), group("42", topic="x"), column="solution")
+@pytest.mark.parametrize(
+    ("use", "args", "column"),
+    [
+        ("exact", {"column": "solution"}, "'solution'"),
+        ("regex", {"pattern": "x"}, r"'answer' \(or ground_truth or label\)"),
+        ("json_schema", {}, "'schema'"),
+        ("math", {}, "'answer'"),
+        ("weighted", {"judges": [{"use": "length"}, {"use": "exact"}]}, "'answer'"),
+    ],
+)
+def test_prompts_that_all_lack_the_column_are_an_error_with_the_columns_there_are_before_anything_starts(
+    use, args, column
+):
+    prompts = [
+        group("a", index=i, answer=None, **fields).prompt for i, fields in enumerate([{"id": 1}, {"topic": "x"}])
+    ]
+    config = OnlineConfig.model_validate({"prompts": "p.jsonl", "judge": {"use": use, "args": args}})
+    with pytest.raises(ValueError, match=rf"online\.prompts: .*needs the column {column}.*no record.*: id, topic$"):
+        validate_columns(config, prompts, [])
+    validate_columns(config, [*prompts, group("a", answer="b", solution="c", schema={}).prompt], [])
+
+
+def test_held_out_prompts_need_the_column_of_their_judge_and_no_other():
+    config = OnlineConfig.model_validate(
+        {"prompts": "p.jsonl", "eval_prompts": "e.jsonl", "eval_judge": {"use": "exact"}}
+    )
+    bare, answered = group("a").prompt, group("a", answer="b").prompt
+    validate_columns(config, [bare], [bare, answered])
+    with pytest.raises(
+        ValueError, match=r"^online\.eval_prompts: judge 'exact' needs .*; the columns there are: none$"
+    ):
+        validate_columns(config, [answered], [bare])
+
+
+def test_a_record_without_the_column_has_no_score_in_any_order_of_the_calls():
+    built: Any = bind_judge(Component(use="exact"), columns={"answer"})()
+    for made, expected in ((group("42"), math.nan), (group("42", answer="42"), 1.0), (group("42"), math.nan)):
+        assert built([made]) == [[pytest.approx(expected, nan_ok=True)]]
 
 
 @pytest.mark.parametrize(
