@@ -1,4 +1,4 @@
-"""The data report, and the check that a resumed run has the pairs that it started with."""
+"""The data report, the check that a resumed run has the pairs that it started with, and that of judges' columns."""
 
 import io
 import json
@@ -10,7 +10,7 @@ from rich.console import Console
 
 from dpo_ray.config import Config, override
 from dpo_ray.launch.cluster import Cluster
-from dpo_ray.launch.data import prepare_data
+from dpo_ray.launch.data import prepare_data, prepare_round_data
 from tests.conftest import ragged_texts
 
 LOCAL = Cluster(gpus=0, cpus=2)
@@ -44,3 +44,27 @@ def test_a_run_with_work_rejects_other_pairs_under_the_same_path(
         prepare_data(config, LOCAL, Console(file=io.StringIO()))
     other = override(config, {"run.name": "other"})
     prepare_data(other, LOCAL, Console(file=io.StringIO()))
+
+
+def test_a_column_that_no_prompt_has_is_an_error_before_pairs_are_tokenized(
+    tiny_model: Path, tmp_path: Path, write_pairs: Callable[..., Path]
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Add {i} and 1.", "topic": "sums"}) + "\n" for i in range(2)))
+    config = Config.model_validate(
+        {
+            "run": {"dir": str(tmp_path / "runs")},
+            "model": {"path": str(tiny_model)},
+            "reference": {"cache_dir": str(tmp_path / "cache")},
+            "data": {"train": str(write_pairs(ragged_texts(4)))},
+            "online": {
+                "prompts": str(prompts),
+                "prompts_per_round": 2,
+                "judge": {"use": "exact"},
+                "source": {"mix": 0.5},
+            },
+        }
+    )
+    with pytest.raises(ValueError, match=r"^online\.prompts: judge 'exact' needs the column 'answer' .*: topic$"):
+        prepare_round_data(config, LOCAL, Console(file=io.StringIO()))
+    assert not (tmp_path / "cache").exists()
