@@ -13,12 +13,19 @@ THINKING = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL)
 _WINNER = r"(a\s+tie|tie|draw|equal|a|b|c)"
 _BRACKETS = re.compile(r"\[\[\s*" + _WINNER + r"\s*\]\]", re.IGNORECASE)
 _NAMED_WINNER = re.compile(
-    r"\b(?:winner|verdict|choice|answer|response)\b[\s\"'*_]*[:=]\W*" + _WINNER + r"[^\w\n]*$",
+    r"\b(?:(?:winner|verdict|choice|answer|response)\b[\s\"'*_]*[:=]|(?:winner|verdict|choice)\s+is\b)"
+    r"\W*(?:(?:response|answer|assistant)\s+)?" + _WINNER + r"[^\w\n]*$",
     re.IGNORECASE | re.MULTILINE,
 )
 _SHARES = {"a": 1.0, "b": 0.0}
 _NUMBER = r"([-+]?\d+(?:\.\d+)?)"
-_NAMED_SCORE = re.compile(r"\b(?:score|rating)\b[\s\"'*_]*[:=][\s\"'*_\[]*" + _NUMBER, re.IGNORECASE)
+_NAMED_SCORE = re.compile(
+    r"(?:\b(?:score|rating)\b[\s\"'*_]*[:=][\s\"'*_\[]*|<(?:score|rating)>\s*)"
+    # No part of a longer number, of a range or of "5-point scale".
+    + _NUMBER
+    + r"(?![\w-]|\.\d|\s+points?\s+scale)",
+    re.IGNORECASE,
+)
 _ONLY_NUMBER = re.compile(r"\W*?" + _NUMBER + r"\s*(?:/\s*\d+)?\W*")
 _QUOTES = " \t\r\n.*_`\"'()[]#:"
 
@@ -26,7 +33,8 @@ _QUOTES = " \t\r\n.*_`\"'()[]#:"
 def parse_winner(reply: str) -> float | None:
     """Share of the first completion: 1 for ``A``, 0 for ``B``, 0.5 for a tie; None without a verdict.
 
-    Accepted: JSON with ``winner``, ``[[A]]``, ``Winner: A``, and a reply or last line of nothing but the name.
+    Accepted: JSON with ``winner``, ``[[A]]``, ``Winner: A`` or ``The winner is A``, and a reply or last line of nothing
+    but the name; with or without the word Response.
     """
     text = THINKING.sub("", reply)
     for fields in _objects(text, "winner"):
@@ -41,7 +49,8 @@ def parse_winner(reply: str) -> float | None:
 def parse_score(reply: str, low: float, high: float) -> float | None:
     """The score of a reply; None without one, or if it lies outside ``low`` to ``high``.
 
-    Accepted: JSON with ``score``, ``Score: 4`` or ``Score: 4/5``, and a reply of nothing but the number.
+    Accepted: JSON with ``score``, ``Score: 4`` or ``Score: 4/5``, ``<score>4</score>``, and a reply of nothing but the
+    number.
     """
     text = THINKING.sub("", reply)
     score = None
@@ -69,7 +78,8 @@ def _number(value: Any) -> float | None:
     try:
         number = float(value)
     except ValueError:
-        return None
+        only = _ONLY_NUMBER.fullmatch(str(value))
+        return float(only[1]) if only else None
     return number if math.isfinite(number) else None
 
 

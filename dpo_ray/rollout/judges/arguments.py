@@ -1,6 +1,7 @@
-"""Checks of judges' arguments, made before anything starts."""
+"""Validation of the arguments and keys of judges."""
 
 import math
+import os
 from typing import Any
 
 
@@ -23,3 +24,18 @@ def is_duration(value: Any) -> bool:
 def is_text(value: Any) -> bool:
     """True for a text that is not empty."""
     return isinstance(value, str) and bool(value.strip())
+
+
+def key_of(judge: str, variable: str) -> str:
+    """The key in an environment variable of the judge's process; empty if it is not set.
+
+    Raises:
+        ValueError: no header can have the key.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(
+            f"judge {judge!r}: the environment variable {variable} holds characters that no header can have "
+            "(online.judge.args.api_key_env)"
+        )
+    return key

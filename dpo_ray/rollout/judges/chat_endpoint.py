@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo_ray.rollout.judges.answer_cache import Reply
+from dpo_ray.rollout.judges.arguments import key_of
 from dpo_ray.rollout.judges.failures import REJECTED, FailuresInARow, masked
 from dpo_ray.rollout.judges.language_model_args import LlmArgs
 from dpo_ray.rollout.judges.modes import Schema
@@ -28,7 +29,7 @@ class ChatEndpoint:
     """A ``JudgeModel``.
 
     Raises:
-        ValueError: the package openai is not installed, or OpenAI's own endpoint lacks a key.
+        ValueError: the package openai is not installed, OpenAI's own endpoint lacks a key, or no header can have it.
     """
 
     def __init__(self, args: LlmArgs) -> None:
@@ -39,7 +40,7 @@ class ChatEndpoint:
                 "judge 'llm' needs the package openai, which is not installed; "
                 "install the extra llm (pip install 'dpo-ray[llm]')"
             ) from None
-        self._key = os.environ.get(args.api_key_env, "").strip()
+        self._key = key_of("llm", args.api_key_env)
         if not self._key and args.base_url is None and not os.environ.get("OPENAI_BASE_URL"):
             raise ValueError(
                 f"judge 'llm': the environment variable {args.api_key_env} (online.judge.args.api_key_env) is not set "

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from dpo_ray.config.secrets import holds_secret
-from dpo_ray.rollout.judges.arguments import check_argument, is_count, is_duration, is_text
+from dpo_ray.rollout.judges.arguments import check_argument, is_count, is_duration, is_text, key_of
 from dpo_ray.rollout.judges.calls import Capacity
 from dpo_ray.rollout.judges.reward_chat import RewardChat
 from dpo_ray.rollout.judges.waiting import wait_for_all
@@ -278,14 +277,10 @@ def _is_secret_header(name: str, text: str) -> bool:
 
 
 def _key(variable: str) -> str:
-    key = os.environ.get(variable, "").strip()
+    key = key_of(NAME, variable)
     if not key:
         raise ValueError(
             f"judge {NAME!r}: the environment variable {variable} (online.judge.args.api_key_env) is not set in the "
             "judge's process; set it on every node before Ray starts there, see docs/judges.md"
-        )
-    if not (key.isascii() and key.isprintable()):
-        raise ValueError(
-            f"judge {NAME!r}: the environment variable {variable} holds characters that no header can have"
         )
     return key

@@ -283,6 +283,14 @@ def test_openais_own_endpoint_needs_a_key_and_another_does_not(tmp_path, group, 
     assert server.keys == {"Bearer none"}
 
 
+def test_a_key_with_characters_that_no_header_can_have_is_rejected_without_showing_it(tmp_path, monkeypatch):
+    for bad in ("clé-1234567890", "key\n1234567890"):
+        monkeypatch.setenv("JUDGE_KEY", bad)
+        with pytest.raises(ValueError, match=r"judge 'llm': the environment variable JUDGE_KEY holds char") as caught:
+            build("http://127.0.0.1:9/v1", tmp_path)
+        assert "1234567890" not in str(caught.value)
+
+
 def test_without_its_package_the_judge_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ValueError, match=r"dpo-ray\[llm\]"):
