@@ -75,8 +75,9 @@ class JudgeConfig(Component):
     use: Annotated[str, one_of("judge", JUDGES)] = "length"
     """Judge, or an import path. reward_model: a Hugging Face sequence classifier in the judge's process. http: a reward
     server of OpenRLHF, vLLM or SGLang. llm: a language model behind an OpenAI-compatible endpoint. policy: the policy
-    itself, by the run's engines. implicit: the log-ratio of policy and reference. exact, regex, json_schema, math:
-    compare with a field of the record. weighted: a sum of several. length, sentiment: for tests and demos."""
+    itself, by the run's engines. implicit: loss.beta times the log-ratio of policy and reference. exact, regex,
+    json_schema, math: compare with a field of the record. weighted: a sum of several. length, sentiment: for tests and
+    demos."""
     replicas: int = Field(1, ge=1)
     """Number of judge processes."""
     num_gpus: float = Field(0.0, ge=0)

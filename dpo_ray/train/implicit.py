@@ -37,4 +37,5 @@ def judge_by_policy(
         return rounds.judge(0, [0.0] * len(samples))
     policy, reference = (compute_sample_logps(trainer, model, samples) for model in (trainer.policy, frozen))
     tokens = np.array([len(sample.completion) for sample in samples], np.int64)
-    return rounds.judge(data.index, Implicit(**judge.args).scores(policy, reference, tokens).tolist())
+    scores = Implicit(**judge.args).scores(policy, reference, tokens, beta=trainer.config.loss.beta)
+    return rounds.judge(data.index, scores.tolist())
