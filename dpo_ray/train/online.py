@@ -111,6 +111,10 @@ def train_online(
                 data = await_round(rounds, state.round, evaluator, publish, reporter)
             if data is None:
                 break
+            if frozen is not None and online.judged_by_trainer:
+                with timer("perf/judge_s"):
+                    reporter.phase("judging")
+                    data = judge_by_policy(trainer, rounds, data, frozen, online.judge)
             with timer("perf/train_s"):
                 data = complete_round(trainer, rounds, data, frozen, sources, reporter)
                 metrics = train_on_round(trainer, data, frozen, state, reporter)
@@ -147,12 +151,7 @@ def complete_round(
     sources: Sources,
     reporter: Reporter,
 ) -> RoundData:
-    """The round with what needs the policy: implicit scores, a refreshed reference, and pairs of other sources."""
-    online = trainer.config.online
-    assert online is not None
-    if frozen is not None and online.judged_by_trainer:
-        reporter.phase("judging")
-        data = judge_by_policy(trainer, rounds, data, frozen, online.judge)
+    """The round with what needs the policy: a refreshed reference, and pairs of other sources."""
     refresh_reference(frozen, data.index)
     if (known := replayable_reference(trainer, data.pairs, frozen, reporter)) is not None:
         rounds.write_reference(data.index, known)

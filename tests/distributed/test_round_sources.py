@@ -69,6 +69,7 @@ def test_the_implicit_judge_scores_by_how_far_the_policy_has_moved_from_the_refe
     config["online"] |= {"judge": {"use": "implicit"}, "source": {"mix": 0.5}}
     ((alone, _, scores),) = run_ranks(1, trained, config, False)
     assert len(scores) == 3
+    assert [line["perf/judge_s"] > 0 for line in alone if "round" in line] == [True] * 3
     assert np.abs(scores[0]).max() == 0.0
     assert np.abs(scores[1]).max() > 1e-3
     for lines, _, found in run_ranks(2, trained, over(2, config), False):
