@@ -245,9 +245,9 @@ class OnlineConfig(Section):
 
     @property
     def same_scale(self) -> bool:
-        """True if the scores of rounds and those of held-out completions are of one judge, and comparable."""
+        """True if the scores of rounds and those of held-out completions are of one judge."""
         judges = self.judges
-        return len(judges) == 2 and judges["judge"] == judges["eval_judge"] and self.judge.comparing is None
+        return len(judges) == 2 and judges["judge"] == judges["eval_judge"]
 
     @property
     def started_judges(self) -> dict[str, JudgeConfig]:

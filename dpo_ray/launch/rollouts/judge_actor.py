@@ -45,7 +45,7 @@ class JudgeActor:
         log_to_run(parsed.run.path, f"{key}-{index}")
         assert parsed.online is not None
         self._engines = EngineCompletions(parsed, pickle.loads(fleet))
-        context = JudgeContext(parsed.run.path, self._engines.complete, self._engines.decode)
+        context = JudgeContext(parsed.run.path, self._engines.complete, self._engines.decode, columns)
         self._build = bind_judge(parsed.online.judges[key], context, columns)
         self._completions = parsed.online.candidates
         self._judge: Judge | None = None

@@ -47,6 +47,8 @@ class JudgeContext:
     """
     decode: Callable[[Sequence[int]], str]
     """Text of token ids by the policy's tokenizer, with special tokens; for judges that get rendered prompts."""
+    columns: Collection[str] | None = None
+    """Columns of the prompts' records, see ``columns_of``; None if they are not known."""
 
 
 class Judge(Protocol):

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from dpo_ray.config.secrets import holds_secret
 from dpo_ray.rollout.judges.arguments import check_argument, is_count, is_duration, is_text, key_of
 from dpo_ray.rollout.judges.calls import Capacity
+from dpo_ray.rollout.judges.columns import Column
 from dpo_ray.rollout.judges.reward_chat import RewardChat
 from dpo_ray.rollout.judges.waiting import wait_for_all
 from dpo_ray.rollout.judges.wire_formats import Rewards, WireFormat, openrlhf, sglang, vllm
@@ -126,6 +127,11 @@ class Http:
         """Longest time in which a request is tried, without pauses."""
         return (retries + 1) * timeout_s
 
+    @staticmethod
+    def required_columns(*_: Any, column: str | None = None, **__: Any) -> list[Column]:
+        """The columns that the judge needs: the one that the arguments name."""
+        return [] if column is None else [Column(column, NAME)]
+
     def request_capacity(self, completions: int) -> Capacity:
         """See ``capacity_of``."""
         sizes = range(1, completions + 1)
@@ -179,7 +185,7 @@ def _build_format(
     if format == "openrlhf":
         if context is None:
             raise ValueError(f"judge {NAME!r}: format openrlhf needs the policy's tokenizer, which only a run provides")
-        return openrlhf(context.decode, column)
+        return openrlhf(context.decode, column, context.columns)
     if format == "sglang":
         assert tokenizer is not None
         return sglang(model or tokenizer, RewardChat(tokenizer, NAME))

@@ -2,9 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from statistics import fmean
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -48,7 +47,9 @@ class WireFormat:
         return urlunsplit(parts._replace(path=base + self.path)) if self.path else url
 
 
-def openrlhf(decode: Callable[[Sequence[int]], str], column: str | None = None) -> WireFormat:
+def openrlhf(
+    decode: Callable[[Sequence[int]], str], column: str | None = None, columns: Collection[str] | None = None
+) -> WireFormat:
     """OpenRLHF's remote reward server: ``{query, prompts, labels}`` -> ``{rewards, scores, extra_logs}``.
 
     Queries are prompt and completion as the policy's tokens spell them, special tokens included; labels are the
@@ -56,24 +57,22 @@ def openrlhf(decode: Callable[[Sequence[int]], str], column: str | None = None) 
 
     Args:
         decode: text of token ids by the policy's tokenizer, with special tokens.
-        column: field of the records with the labels, which must be there, see ``Column.require``; None takes the first
-            of ``GOLD`` that a record has.
+        column: field of the records with the labels; None takes the first of ``GOLD`` that a record has.
+        columns: of the prompts' records, see ``columns_of``; None if they are not known.
     """
-    gold = Column(column or "label", "http")
-    labels_of = gold.lookup if column is None else gold.require
-    warn_once = cache(logger.warning)
+    labels = Column(column or "label", "http")
+    if columns is not None and not labels.among(columns):
+        logger.warning(
+            "no record has a field answer, ground_truth or label; labels are empty strings: name the field in "
+            "online.judge.args.column"
+        )
 
     def bodies(group: CompletionGroup) -> list[Any]:
         prompt, ids = decode(group.prompt.token_ids), group.prompt.token_ids
         queries = [decode((*ids, *completion.token_ids)) for completion in group.completions]
-        (label,) = labels_of([group.prompt])
-        if not gold.found:
-            warn_once(
-                "no record so far has a field answer, ground_truth or label; labels are empty strings: name the field "
-                "in online.judge.args.column"
-            )
-        labels = ["" if label is None else label] * len(queries)
-        return [{"query": queries, "prompts": [prompt] * len(queries), "labels": labels}]
+        (label,) = labels.lookup([group.prompt])
+        golds = ["" if label is None else label] * len(queries)
+        return [{"query": queries, "prompts": [prompt] * len(queries), "labels": golds}]
 
     return WireFormat("", bodies, parse_openrlhf)
 

@@ -529,11 +529,10 @@ def test_an_evaluation_has_the_sums_and_the_means_of_the_judges_figures(tmp_path
     [
         ({}, (2 + 0.5) / 4),
         ({"eval_judge": {"use": "sentiment"}}, None),
-        ({"judge": {"use": "weighted", "args": {"judges": [{"use": "length"}, {"use": "llm"}]}}}, None),
         ({"judge": {"use": "policy"}}, (2 + 0.5) / 4),
         ({"eval_prompts": []}, None),
     ],
-    ids=["same judge", "judge of its own", "judge that compares", "judge by a rubric", "no held-out prompts"],
+    ids=["same judge", "judge of its own", "judge by a rubric", "no held-out prompts"],
 )
 def test_chosen_completions_are_compared_with_held_out_ones_of_an_earlier_policy(tmp_path, settings, expected):
     """All chosen completions score 3, the best of four."""

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from dpo_ray.config import Component
 from dpo_ray.data.tokenizer import load_tokenizer
-from dpo_ray.rollout.judges import JudgeContext
+from dpo_ray.rollout.judges import JudgeContext, bind_judge
+from dpo_ray.rollout.judges.columns import columns_of
 from dpo_ray.rollout.judges.endpoint import RequestFailed
 from dpo_ray.rollout.judges.wire_formats import parse_vllm
 from dpo_ray.types import Completion, CompletionGroup, Prompt
@@ -87,21 +89,22 @@ def test_openrlhf_gets_the_column_that_is_named(group, context):
     with serve(ones) as server:
         judge_groups(groups, context, calls=2, url=server.url, format="openrlhf", column="solution")
     assert [json.loads(body)["labels"] for body in server.bodies] == [[7, 7], ["", ""]]
-    with pytest.raises(ValueError, match=r"needs the field 'target' of the prompts' records; .*: answer, solution"):
-        judge_groups(groups[:1], context, url="http://rm", format="openrlhf", column="target")
+    named = Component(use="http", args={"url": "http://rm", "format": "openrlhf", "column": "target"})
+    with pytest.raises(ValueError, match=r"needs the column 'target' of the prompts' records, .*: answer, solution"):
+        bind_judge(named, columns=columns_of([group.prompt for group in groups]))
 
 
 def test_records_without_any_label_are_noted_once(group, context, caplog):
-    without, labelled = {"solution": 7}, {"label": 7}
+    groups = records(group, {"solution": 7}, {"solution": 7})
     with serve(ones) as server:
-        judge_groups(records(group, without, without), context, calls=2, url=server.url, format="openrlhf")
-        assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
-            "no record so far has a field answer, ground_truth or label; labels are empty strings: name the field in "
-            "online.judge.args.column"
-        ]
-        caplog.clear()
-        judge_groups(records(group, labelled, without), context, calls=2, url=server.url, format="openrlhf")
-    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+        for columns, warned in (({"solution"}, 1), ({"solution", "label"}, 0)):
+            caplog.clear()
+            judge_groups(groups, replace(context, columns=columns), calls=2, url=server.url, format="openrlhf")
+            messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+            assert messages == warned * [
+                "no record has a field answer, ground_truth or label; labels are empty strings: name the field in "
+                "online.judge.args.column"
+            ]
 
 
 @pytest.mark.parametrize("path", ["", "/", "/classify", "/v1"])
