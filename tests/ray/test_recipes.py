@@ -10,6 +10,7 @@ import pytest
 from tests.ray.commands import ROOT, Commands, lines
 from tests.unit.rollout.chat_server import serving
 from tests.unit.rollout.reward_server import serve
+from tests.unit.rollout.test_llm_judge import responses
 from tests.unit.rollout.test_reward_model import save_classifier
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -53,15 +54,19 @@ def groups_of(run: Path, index: int) -> list[dict[str, Any]]:
 
 def test_online_dpo_by_an_endpoint_that_prefers_longer_answers(joining: Commands, tmp_path: Path, tiny_model: Path):
     def longer(request: Mapping[str, Any]) -> str:
-        text = request["messages"][-1]["content"]
-        return json.dumps({"winner": "A" if len(text) % 2 else "B", "better": "A", "answer": "A"})
+        # Equally long ones by their text: a tie is no agreement of both orders.
+        first, second = ((len(text), text) for text in responses(request))
+        return json.dumps({"winner": "A" if first > second else "B"})
 
     with serving(longer) as server:
         args = {"base_url": server.url, "model": "judge", "mode": "pairwise"}
         done = run(joining, "online_dpo", tmp_path, tiny_model, **{"online.judge.args": args})
         assert len(server.received) >= 2 * 2 * PROMPTS, "both orders of each comparison"
-    assert len(rounds_of(done)) == 2
-    assert all("judge/swap_agreement" in line for line in rounds_of(done))
+    assert [line["judge/swap_agreement"] for line in rounds_of(done)] == [1.0, 1.0]
+    pairs = [(group["candidates"], pair) for i in (0, 1) for group in groups_of(done, i) for pair in group["pairs"]]
+    assert pairs
+    for candidates, pair in pairs:
+        assert len(candidates[pair["chosen"]]["text"]) >= len(candidates[pair["rejected"]]["text"])
 
 
 def test_iterative_dpo_by_a_reward_model(joining: Commands, tmp_path: Path, tiny_model: Path):
@@ -102,12 +107,20 @@ def test_self_play_chooses_the_answers_of_the_dataset(joining: Commands, tmp_pat
     assert {path.name for path in done.glob("evaluations/*.jsonl")} >= {"000000.jsonl", "000002.jsonl"}
 
 
-def test_a_policy_that_cannot_judge_gives_ties_which_are_counted(joining: Commands, tmp_path: Path, tiny_model: Path):
+def test_a_policy_that_cannot_judge_gives_no_scores_which_is_counted(
+    joining: Commands, tmp_path: Path, tiny_model: Path
+):
     settings = {"online.candidates": 2, "data.max_prompt_tokens": 128, "online.engine.max_model_len": 2048}
     done = run(joining, "self_rewarding", tmp_path, tiny_model, **settings)
     for index in (0, 1):
         assert len(groups_of(done, index)) == PROMPTS
         assert not [group for group in groups_of(done, index) if group["error"]]
+    for line in rounds_of(done):
+        assert line["rollout/kept"] == 0
+        assert line["rollout/dropped_bad_score"] > 0
+        assert sum(value for name, value in line.items() if name.startswith("rollout/dropped_")) == PROMPTS
+        # Each question is asked once more for its verdict alone.
+        assert line["judge/parse_failures"] >= 2 * line["judge/unparsed"] > 0
 
 
 def test_the_implicit_judge_ranks_completions_once_fixed_pairs_have_been_trained_on(
