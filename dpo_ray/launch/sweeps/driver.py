@@ -24,7 +24,7 @@ from dpo_ray.launch.follower import follow_run
 from dpo_ray.launch.online import LOOP
 from dpo_ray.launch.run_dir import make_run_dir
 from dpo_ray.launch.sweeps.mailbox import NO_MORE, Channel, Message, Task, start_mailbox
-from dpo_ray.launch.sweeps.schedulers import build_scheduler, rungs
+from dpo_ray.launch.sweeps.schedulers import build_scheduler, rungs, validate_length
 from dpo_ray.launch.sweeps.search import build_searcher
 from dpo_ray.launch.sweeps.slots import Slot, offline_slot, online_slot
 from dpo_ray.launch.sweeps.space import Space
@@ -148,10 +148,11 @@ class Driver:
         searcher = build_searcher(
             plan.config.sweep.search, plan.space, plan.search, definition.objective, definition.seed
         )
+        time, length = definition.time, plan.length(plan.config)
+        validate_length(plan.config, plan.scheduler, time, length)
         self.scheduler = build_scheduler(
-            plan.config, plan.space, definition.keys, plan.scheduler, definition.objective, time=definition.time,
-            length=plan.length(plan.config),
-        )  # fmt: skip
+            plan.config, plan.space, definition.keys, plan.scheduler, definition.objective, time=time, length=length
+        )
         self.conductor = Conductor(
             Journal(run_dir / "journal.jsonl"),
             searcher,

@@ -58,18 +58,9 @@ def build_scheduler(
     seed = config.run.seed
     if own is not None:
         validate_own(own, time)
-        name = f"the scheduler of the space is {type(own).__name__}"
-        if not own.set_search_properties(objective.metric, objective.mode):
-            raise ValueError(f"{name} with a metric or mode of its own; leave both out, they are those of the sweep")
-        if isinstance(own, ASHAScheduler) and own._max_t < length:
-            raise ValueError(f"{name} with max_t={own._max_t}, before the end of a trial at {time} {length}; raise it")
+        own.set_search_properties(objective.metric, objective.mode)
         return FromTune(own, seed, pauses=not isinstance(own, ASHAScheduler))
     use, args, every = config.sweep.scheduler.use, config.sweep.scheduler.args, config.run.eval_every or 1
-    if use != "none" and (first := rungs(config, length)[0]) >= length:
-        raise ValueError(
-            f"sweep.scheduler.use: {use} decides at evaluations before the end of a trial, and the first one is at "
-            f"{time} {first} of {length}; set run.eval_every to less"
-        )
     common: dict[str, Any] = {"time_attr": time, "metric": objective.metric, "mode": objective.mode}
     match use:
         case "asha":
@@ -122,6 +113,28 @@ def validate_own(scheduler: Any, time: str) -> None:
         )
     if (attribute := getattr(scheduler, "_time_attr", time)) != time:
         raise ValueError(f"{name} with time_attr={attribute!r}; trials report {time!r}")
+    if scheduler.metric is not None:
+        raise ValueError(f"{name} with a metric of its own, {scheduler.metric!r}; leave it out, the sweep sets its own")
+
+
+def validate_length(config: Config, own: Any, time: str, length: int) -> None:
+    """Raises a ValueError if the scheduler decides nothing before the end of a trial, or ends all trials before it.
+
+    Args:
+        own: a scheduler that the space brings.
+        length: of a trial, in ``time``.
+    """
+    use = config.sweep.scheduler.use
+    if isinstance(own, ASHAScheduler) and own._max_t < length:
+        raise ValueError(
+            f"the scheduler of the space is {type(own).__name__} with max_t={own._max_t}, before the end of a trial at "
+            f"{time} {length}; raise it"
+        )
+    if use != "none" and (first := rungs(config, length)[0]) >= length:
+        raise ValueError(
+            f"sweep.scheduler.use: {use} decides at evaluations before the end of a trial, and the first one is at "
+            f"{time} {first} of {length}; set run.eval_every to less"
+        )
 
 
 def rungs(config: Config, length: int) -> tuple[int, ...]:

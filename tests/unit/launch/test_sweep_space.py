@@ -12,7 +12,7 @@ from ray.tune.search import Searcher
 
 from dpo_ray.config import Config
 from dpo_ray.config.sweeps import SearchConfig
-from dpo_ray.launch.sweeps.schedulers import build_scheduler
+from dpo_ray.launch.sweeps.schedulers import build_scheduler, validate_length
 from dpo_ray.launch.sweeps.search import build_searcher, grid, sobol
 from dpo_ray.launch.sweeps.space import describe, draw, grid_points, quantile, validate_space, variants
 from dpo_ray.sweep.trials import Key, Objective
@@ -154,13 +154,11 @@ def test_a_scheduler_of_the_space_decides() -> None:
         scheduler.started(name)
         decision = scheduler.report(name, {"step": 1, "eval/loss": loss})
         assert decision == ("continue" if name == "a" else "stop")
-    for arguments, message in (
-        ({"metric": "loss", "mode": "min"}, "AsyncHyperBandScheduler with a metric or mode of its own; leave both out"),
-        ({"max_t": 4}, r"AsyncHyperBandScheduler with max_t=4, before the end of a trial at step 8"),
-    ):
-        other = AsyncHyperBandScheduler(time_attr="step", **arguments)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=message):
-            build_scheduler(config, {}, {}, other, OBJECTIVE, time="step", length=8)
+    other = AsyncHyperBandScheduler(time_attr="step", metric="loss", mode="min")
+    with pytest.raises(ValueError, match="AsyncHyperBandScheduler with a metric of its own, 'loss'; leave it out"):
+        build_scheduler(config, {}, {}, other, OBJECTIVE, time="step", length=8)
+    with pytest.raises(ValueError, match=r"AsyncHyperBandScheduler with max_t=4, before the end of a trial at step 8"):
+        validate_length(config, AsyncHyperBandScheduler(time_attr="step", max_t=4), "step", 8)
     other = AsyncHyperBandScheduler(time_attr="training_iteration")
     with pytest.raises(ValueError, match=r"time_attr='training_iteration'; trials report 'step'"):
         build_scheduler(config, {}, {}, other, OBJECTIVE, time="step", length=8)

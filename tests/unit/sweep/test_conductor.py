@@ -13,7 +13,7 @@ from ray.tune.schedulers import HyperBandScheduler
 
 from dpo_ray.config import Config, override
 from dpo_ray.config.sweeps import SCHEDULERS, START_TOGETHER, PbtArgs, SearchConfig
-from dpo_ray.launch.sweeps.schedulers import FromTune, build_scheduler, rungs
+from dpo_ray.launch.sweeps.schedulers import FromTune, build_scheduler, rungs, validate_length
 from dpo_ray.launch.sweeps.search import build_searcher
 from dpo_ray.launch.sweeps.space import describe
 from dpo_ray.sweep.conductor import Conductor
@@ -304,7 +304,7 @@ def test_a_scheduler_that_would_decide_at_the_end_of_a_trial_only_is_rejected(sc
     with pytest.raises(
         ValueError, match=rf"{scheduler} decides at .* the first one is at step 9 of 9; set run\.eval_ev"
     ):
-        build_scheduler(late, SPACE, describe(SPACE), None, LOSS, time="step", length=9)
+        validate_length(late, None, "step", 9)
 
 
 def test_more_samples_add_trials_to_a_finished_sweep(tmp_path: Path) -> None:
