@@ -124,28 +124,42 @@ class FakeReplica:
 
 
 class OwnReplica(FakeReplica):
-    """A judge in this process."""
+    """A judge in this process.
+
+    Attributes:
+        most: largest number of calls in progress, whose time-outs run.
+    """
 
     def __init__(self, judge: Any) -> None:
         super().__init__()
-        self.judge = judge
+        self.judge, self.calls, self.most = judge, 0, 0
 
     async def score(self, groups: Sequence[CompletionGroup]) -> list[Judgement]:
         """Scores of the judge."""
-        return check_scores(groups, await self.judge(groups))
+        self.calls += 1
+        self.most = max(self.most, self.calls)
+        try:
+            return check_scores(groups, await self.judge(groups))
+        finally:
+            self.calls -= 1
 
 
-def score_in_pool(judge: Any, groups: Sequence[CompletionGroup], *, timeout_s: float) -> list[Judgement]:
-    """Judge each group by a call of its own, as many at a time as an async judge has capacity for."""
+def score_in_pool(judge: Any, groups: Sequence[CompletionGroup]) -> tuple[list[Judgement], int]:
+    """Judge each group by a call of its own, as many at a time as an async judge has capacity for.
 
-    async def main() -> list[Judgement]:
+    Returns:
+        The judgements, and the largest number of calls in progress.
+    """
+
+    async def main() -> tuple[list[Judgement], int]:
         capacity = capacity_of(judge, max(len(group.completions) for group in groups))
-        pool = JudgePool([OwnReplica(judge)], batch=1, capacity=capacity, timeout_s=timeout_s, retries=0)
+        replica = OwnReplica(judge)
+        pool = JudgePool([replica], batch=1, capacity=capacity, timeout_s=60.0, retries=0)
         serving = asyncio.ensure_future(pool.run())
         judgements = await asyncio.gather(*map(pool.score, groups))
         serving.cancel()
         await judge.close()
-        return judgements
+        return judgements, replica.most
 
     return asyncio.run(main())
 

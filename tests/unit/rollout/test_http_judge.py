@@ -6,6 +6,7 @@ import math
 import pickle
 import re
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from email.utils import formatdate
@@ -296,17 +297,19 @@ def test_the_capacity_is_in_requests_of_which_a_group_has_one_or_one_per_complet
 
 
 def test_no_group_waits_for_a_free_request_while_its_time_runs(group):
-    """A request takes 0.3 s, a call may take 0.8 s, and all requests take four times as long as those in flight."""
+    """Of 32 requests, 8 are in flight, those of two calls; the server answers no request before 8 are there."""
+    eight = threading.Barrier(8)
 
     def wait(number: int, body: Any) -> Reply:
-        time.sleep(0.3)
+        eight.wait(timeout=20)
         return length(number, body)
 
     with serve(wait) as server:
-        built = bind_judge(Component(use="http", args={"url": server.url, "format": "vllm", "concurrency": 8}))()
-        groups = [group("a", "b", "c", "d", index=i) for i in range(8)]
-        assert [judgement.scores for judgement in score_in_pool(built, groups, timeout_s=0.8)] == [(1.0,) * 4] * 8
-    assert server.most == 8
+        args = {"url": server.url, "format": "vllm", "concurrency": 8, "retries": 0}
+        built = bind_judge(Component(use="http", args=args))()
+        judgements, most_calls = score_in_pool(built, [group("a", "b", "c", "d", index=i) for i in range(8)])
+    assert [judgement.scores for judgement in judgements] == [(1.0,) * 4] * 8
+    assert (server.most, most_calls) == (8, 2)
 
 
 def test_a_request_that_may_take_longer_than_the_call_is_rejected():

@@ -312,20 +312,18 @@ def test_the_capacity_is_in_requests_of_which_a_group_has_as_many_as_questions(t
 
 
 def test_calls_about_two_candidates_fill_the_requests_and_none_waits_for_one_while_its_time_runs(tmp_path, group):
-    """A request takes 0.3 s, a call may take 0.8 s, and all requests take four times as long as those in flight."""
-    most = 0
+    """Of 32 requests, 8 are in flight, those of four calls; the server answers no request before 8 are there."""
+    eight = threading.Barrier(8)
 
     def wait(request: Mapping[str, Any]) -> str:
-        nonlocal most
-        most = max(most, len(server.received) - len(server.answered))
-        time.sleep(0.3)
+        eight.wait(timeout=20)
         return longer_wins(request)
 
     with serving(wait) as server:
-        built = build(server.url, tmp_path, concurrency=8)
-        judgements = score_in_pool(built, [group("a", "b c", index=i) for i in range(16)], timeout_s=0.8)
+        built = build(server.url, tmp_path, concurrency=8, retries=0)
+        judgements, most_calls = score_in_pool(built, [group("a", "b c", index=i) for i in range(16)])
     assert [judgement.scores for judgement in judgements] == [(0.0, 1.0)] * 16
-    assert most == 8
+    assert most_calls == 4
 
 
 @pytest.mark.parametrize(
