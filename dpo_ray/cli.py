@@ -45,9 +45,12 @@ def online(arguments: Sequence[str]) -> None:
 
     def run() -> None:
         assert config.online is not None
-        for judge in (config.online.judge, config.online.eval_judge):
-            if judge is not None:
-                bind_judge(judge)
+        bind_judge(config.online.judge)
+        if config.online.eval_judge is not None:
+            try:
+                bind_judge(config.online.eval_judge)
+            except ValueError as error:
+                raise ValueError(str(error).replace("online.judge.", "online.eval_judge.")) from None
         build_selector(config.online.select)
         run_on_cluster("dpo_ray.launch.online:run_online", config, engines=config.cluster.rollout_engines)
 

@@ -53,7 +53,7 @@ def first_difference(saved: Mapping[str, Any], config: Config) -> str | None:
         before, after = ((tree.get(section) or {}).get(key) for tree in (saved, current))
         if before != after:
             return (
-                f"{dotted}: {before!r}, this run has {after!r}; set another run.name, "
+                f"{dotted}: {before!r}, this run has {after!r}; set it as it was to continue, set another run.name, "
                 "or remove the run directory to start again"
             )
     return None

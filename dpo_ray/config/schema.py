@@ -45,8 +45,8 @@ class RunConfig(Section):
     """Steps between evaluations offline, rounds between evaluations online (default 1); null evaluates only at the
     start and the end."""
     eval_at: tuple[NonNegativeInt, ...] = ()
-    """Steps offline, rounds online, after which to evaluate, instead of every run.eval_every and at the start; the end
-    is evaluated as well. Sweeps set it for their trials."""
+    """Steps offline, rounds online, after which to evaluate, instead of every run.eval_every, at the start and at
+    checkpoints; the end is evaluated as well. Sweeps set it for their trials."""
     keep_checkpoints: int = Field(2, ge=1)
     """Number of most recent checkpoints to keep."""
     save_last: bool = True

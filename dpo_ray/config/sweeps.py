@@ -36,8 +36,9 @@ class HalvingArgs(Section):
     grace_period: int | None = Field(None, ge=1)
     """First rung, in steps (rounds online); null is run.eval_every. A multiple of run.eval_every."""
     reduction_factor: int = Field(3, ge=2)
-    """1/reduction_factor of the trials at a rung continue, rounded up, and those that tie with the last of these;
-    also the ratio of two rungs."""
+    """1/reduction_factor of the trials at a rung continue, rounded up; also the ratio of two rungs."""
+    keep_ties: bool = True
+    """Trials that tie with the last of these continue, too. false: of equal trials the first continue."""
 
 
 class HyperbandArgs(Section):
@@ -111,8 +112,9 @@ class SchedulerConfig(Section):
     hyperband: successive halving in brackets; trials pause. pbt: the worst trials continue from checkpoints of the
     best, with other values. Its time is the optimizer step, online the round."""
     args: dict[str, Any] = Field({})
-    """asha and halving {grace_period, reduction_factor: 3}; median {grace_period, min_samples_required: 3}; hyperband
-    {reduction_factor: 3}; pbt {interval, quantile: 0.25, resample: 0.25, factor: 1.2}."""
+    """asha {grace_period, reduction_factor: 3}; halving {grace_period, reduction_factor: 3, keep_ties: true}; median
+    {grace_period, min_samples_required: 3}; hyperband {reduction_factor: 3}; pbt {interval, quantile: 0.25, resample:
+    0.25, factor: 1.2}."""
 
     @model_validator(mode="after")
     def _validate(self) -> Self:

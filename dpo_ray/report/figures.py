@@ -129,8 +129,8 @@ def _median(curve: Curve) -> float | None:
 def _wall_s(record: RunRecord) -> float | None:
     """Total seconds of all rounds, or of all steps offline.
 
-    A round lasts as long as its training workers train, sync and wait. Unless generation runs ahead of training, they
-    wait for at least as long as generating and judging take.
+    A round lasts as long as its training workers judge, if they do, train, sync and wait. Unless generation runs ahead
+    of training, they wait for at least as long as generating, and judging by others, take.
     """
     if not record.rounds:
         seconds = record.over_steps("perf/step_s")[1]
@@ -140,5 +140,6 @@ def _wall_s(record: RunRecord) -> float | None:
         generate, judge, train, sync, wait = (
             number(line.get(f"perf/{phase}_s")) or 0.0 for phase in ("generate", "judge", "train", "sync", "wait")
         )
-        total += train + sync + (wait if line.get("policy_lag") else max(wait, generate + judge))
+        by_workers, by_others = (judge, 0.0) if record.judged_by_workers else (0.0, judge)
+        total += by_workers + train + sync + (wait if line.get("policy_lag") else max(wait, generate + by_others))
     return total or None

@@ -203,7 +203,7 @@ def _rollout_plots(record: RunRecord) -> list[Plot]:
         outcomes.append(Series(label, rounds(f"rollout/dropped_{reason}"), colour, "left bar"))
     phases = [
         Series("generate", rounds("perf/generate_s"), "policy", "left bar"),
-        Series("judge", rounds("perf/judge_s"), "heldout", "left bar"),
+        Series("judge", rounds("perf/judge_s"), "heldout", "right bar" if record.judged_by_workers else "left bar"),
         Series("train", rounds("perf/train_s"), "chosen", "right bar"),
         Series("sync", rounds("perf/sync_s"), "sand", "right bar"),
         Series("wait", rounds("perf/wait_s"), "stone", "right bar"),
@@ -222,8 +222,9 @@ def _rollout_plots(record: RunRecord) -> list[Plot]:
         Plot(
             "Time by phase",
             [Panel("seconds per round", phases)],
-            "Left bar: engines generate and the judge scores. Right bar: training workers train, send weights and wait "
-            "for pairs. Long waits call for more engines or a higher online.max_lag.",
+            "Left bar: engines generate and the judge scores, unless training workers compute the scores. Right bar: "
+            "these train, send weights and wait for pairs. Long waits call for more engines or a higher "
+            "online.max_lag.",
         ),
     ]
 

@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 
 from dpo_ray.config.losses import UNPAIRED_LOSSES
+from dpo_ray.config.rounds import IMPLICIT
 from dpo_ray.report.formatting import prompt_text
 from dpo_ray.storage import folder_at, read_jsonl
 from dpo_ray.types import Messages, Metrics
@@ -120,6 +121,12 @@ class RunRecord:
         for part in dotted.split("."):
             node = node.get(part) if isinstance(node, Mapping) else None
         return default if node is None else node
+
+    @property
+    def judged_by_workers(self) -> bool:
+        """True if the training workers score the completions."""
+        candidates = self.setting("online.source.use", "candidates") == "candidates"
+        return candidates and self.setting("online.judge.use") == IMPLICIT
 
     @property
     def labelled(self) -> bool:

@@ -86,7 +86,8 @@ def _lead(verdict: Verdict, best: Configuration) -> list[str]:
     noises = _noises(lead)
     if len(verdict.leads) == len(verdict.ties) > 1:
         more = "more seeds" if lead.low is None else "more held-out data"
-        finished = " that ran to the end" if len(verdict.configurations) > len(verdict.leads) + 1 else ""
+        others = len(verdict.configurations) > len(verdict.leads) + 1
+        finished = " that ran to the end" if best.finished and others else " that came as far" if others else ""
         return [
             f"All {len(verdict.leads) + 1} configurations{finished} tie: the lead of {difference} over the next, "
             f"{other}, is within {' or '.join(noises)}. They may differ on {more}."
@@ -113,6 +114,8 @@ def _lead_over_stopped(verdict: Verdict) -> list[str]:
         return [f"{start} {other}, which was stopped there, had the same result on each of the held-out {lead.unit}."]
     if lead.level == "unknown":
         return [f"{start} its lead over {other}, which was stopped there, was {difference}."]
+    if lead.high is not None and lead.high < 0:
+        return [f"{start} it was behind {other}, which was stopped there, by {difference.lstrip('-')}."]
     relation = "larger than" if lead.level == "clear" else "within"
     noises = " and ".join(_noises(lead))
     return [f"{start} its lead over {other}, which was stopped there, was {difference}, {relation} {noises}."]

@@ -43,8 +43,8 @@ class Evaluation:
 
     @property
     def gone(self) -> bool:
-        """True if there is no completion: the engines have newer policies."""
-        return not (self.judged or self.samples)
+        """True if nothing was completed or failed: the engines have newer policies."""
+        return not (self.judged or self.samples or self.failed)
 
     @property
     def token_samples(self) -> list[TokenSample]:
@@ -149,10 +149,11 @@ class EvaluationStore:
     def _judged(self, version: int, lines: Sequence[Line], summary: Mapping[str, Any]) -> dict[str, float]:
         """The metrics of an evaluation that are not about the KL divergence."""
         scores = [line["score"] for line in lines if line["score"] is not None]
-        prompts = len(lines) + summary.get("failed", 0)
+        unscored = len(lines) - len(scores) + summary.get("failed", 0)
         return {
             **({"heldout/score": fmean(scores)} if scores else {}),
-            **({"heldout/unscored": prompts - len(scores)} if prompts else {}),
+            # Evaluations without the number of prompts that failed are of versions that did not count them.
+            **({"heldout/unscored": unscored} if "failed" in summary and (lines or summary["failed"]) else {}),
             **win_rate(lines, self._before(version)),
             **{f"heldout/judge_{name}": value for name, value in summary.get("judge", {}).items()},
         }

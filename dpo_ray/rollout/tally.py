@@ -116,8 +116,10 @@ class Tally:
         self.scores["mean"].add(*scores)
         self.scores["best"].add(*([max(scores)] if scores else []))
         for side in ("chosen", "rejected"):
-            self.scores[side].add(*(score for pair in line["pairs"] if (score := pair[f"{side}_score"]) is not None))
-        self.chosen += (score for pair in line["pairs"] if (score := pair["chosen_score"]) is not None)
+            of_side = [score for pair in line["pairs"] if (score := pair[f"{side}_score"]) is not None]
+            self.scores[side].add(*of_side)
+            if side == "chosen":
+                self.chosen += of_side
         for name, part in line.get("judge", {}).get("parts", {}).items():
             self.scores.setdefault(name, Mean()).add(*(score for score in part if score is not None))
         scored = [(s, c["tokens"]) for s, c in zip(line["scores"], line["candidates"], strict=False) if s is not None]

@@ -1,9 +1,9 @@
 """Synchronous successive halving (arXiv:1502.07943).
 
 All trials train to the first rung and pause. The best of them continue to the next rung, the others stop, and so on.
-None stops that ties with one that continues: on a small held-out set, the metrics of many are equal. Trials that
-violate the constraint stop, unless all do. Decisions depend on the results at a rung only, not on the order in which
-they arrived.
+On a small held-out set the metrics of many trials are equal: those that tie with the last one that continues then
+continue, too. Trials that violate the constraint stop, unless all do: then the first of them continue. Decisions depend
+on the results at a rung only, not on the order in which they arrived.
 """
 
 import math
@@ -21,16 +21,19 @@ class Halving:
 
     Args:
         rungs: positions, in ``time``.
-        reduction_factor: 1 / ``reduction_factor`` of the trials at a rung continue, rounded up, and those
-            that tie with the last of these.
+        reduction_factor: 1 / ``reduction_factor`` of the trials at a rung continue, rounded up.
+        keep_ties: those that tie with the last of these continue, too; else of equal ones the first.
         time: ``step`` or ``round``.
     """
 
     whole_population = True
     pauses = True
 
-    def __init__(self, objective: Objective, *, rungs: Collection[int], reduction_factor: int, time: str) -> None:
+    def __init__(
+        self, objective: Objective, *, rungs: Collection[int], reduction_factor: int, keep_ties: bool, time: str
+    ) -> None:
         self.objective, self.rungs, self.factor, self.time = objective, frozenset(rungs), reduction_factor, time
+        self.keep_ties = keep_ties
         self.open: set[str] = set()
         """Trials that have not ended."""
         self.preferences: dict[str, Preference] = {}
@@ -69,8 +72,8 @@ class Halving:
             return
         ranked = sorted(self.waiting, key=lambda trial: (self.preferences[trial], trial))
         best = ranked[: math.ceil(len(ranked) / self.factor)]
-        can_win = [trial for trial in ranked if not self.preferences[trial][0]]
         last = self.preferences[best[-1]]
-        self.open = {trial for trial in can_win if self.preferences[trial] <= last} or set(best)
+        kept = [trial for trial in ranked if self.preferences[trial] <= last] if self.keep_ties else best
+        self.open = {trial for trial in kept if not self.preferences[trial][0]} or set(best)
         self.decided += [Update(trial, "resume" if trial in self.open else "stop") for trial in ranked]
         self.waiting = set()

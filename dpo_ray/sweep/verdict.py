@@ -66,7 +66,8 @@ class Verdict:
     configurations: tuple[Configuration, ...] = ()
     """Best first."""
     leads: tuple[Lead, ...] = ()
-    """The best configuration against every other one that also ran to the end, in the order of ``configurations``."""
+    """The best configuration against every other one that also ran to the end, or if it did not, came as far, in the
+    order of ``configurations``."""
     over_stopped: Lead | None = None
     """The best configuration, if no other one ran to the end, against the best of those that were stopped last, at the
     step where that one stopped."""

@@ -26,12 +26,12 @@ def evaluation_due(run: RunConfig, position: int, total: int, *, stopping: bool 
     """True if the policy is evaluated at ``position`` (steps offline, rounds online) of ``total``.
 
     At the start, at the end, every ``run.eval_every``, and with ``run.best_metric`` before each checkpoint, which is
-    ranked by that metric. With ``run.eval_at``, there and at the end.
+    ranked by that metric. With ``run.eval_at``, there and at the end only.
     """
-    if run.best_metric is not None and save_due(run, position, total, stopping=stopping):
-        return True
     if run.eval_at:
         return position == total or position in run.eval_at
+    if run.best_metric is not None and save_due(run, position, total, stopping=stopping):
+        return True
     return position in (0, total) or (run.eval_every is not None and position % run.eval_every == 0)
 
 

@@ -1,6 +1,8 @@
 """Each recipe as a command, on the tiny model, with two small rounds; reward server and endpoint are real servers."""
 
 import json
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,8 @@ KEY = "secret-of-the-reward-server"
 PROMPTS = 8
 
 
-def run(commands: Commands, recipe: str, folder: Path, model: Path, **settings: Any) -> Path:
-    """Two rounds of eight prompts; returns the run directory."""
+def command(recipe: str, folder: Path, model: Path, **settings: Any) -> list[str | Path]:
+    """Arguments of a run of two rounds of eight prompts."""
     small = {
         "run.dir": folder,
         "model.path": model,
@@ -35,7 +37,12 @@ def run(commands: Commands, recipe: str, folder: Path, model: Path, **settings: 
     overrides = [
         f"{key}={value if isinstance(value, str | Path) else json.dumps(value)}" for key, value in small.items()
     ]
-    done = commands.run("online", ROOT / f"jobs/recipes/{recipe}.yaml", *overrides)
+    return [ROOT / f"jobs/recipes/{recipe}.yaml", *overrides]
+
+
+def run(commands: Commands, recipe: str, folder: Path, model: Path, **settings: Any) -> Path:
+    """Run to the end; returns the run directory."""
+    done = commands.run("online", *command(recipe, folder, model, **settings))
     assert done.returncode == 0, done.stderr[-3000:]
     assert KEY not in done.stdout + done.stderr
     assert not commands.left_over()
@@ -67,6 +74,42 @@ def test_online_dpo_by_an_endpoint_that_prefers_longer_answers(joining: Commands
     assert pairs
     for candidates, pair in pairs:
         assert len(candidates[pair["chosen"]]["text"]) >= len(candidates[pair["rejected"]]["text"])
+
+
+def test_a_run_killed_while_an_endpoint_judges_asks_nothing_twice_that_was_answered(
+    starting: Commands, tmp_path: Path, tiny_model: Path
+):
+    """Each round has 16 requests; every process is killed when ten are answered and the others wait."""
+    gate = threading.Event()
+
+    def hold_after_ten(request: Mapping[str, Any]) -> str:
+        if len(server.received) > 10:
+            gate.wait(60)
+        return json.dumps({"winner": "A"})
+
+    starting.environment["JUDGE_KEY"] = KEY
+    with serving(hold_after_ten) as server:
+        args = {"base_url": server.url, "model": "judge", "mode": "pairwise", "api_key_env": "JUDGE_KEY"}
+        settings = {"online.judge.args": args}
+
+        def ten_are_answered() -> bool:
+            if len(server.answered) < 10 or len(server.received) == 10:
+                return False
+            time.sleep(1.0)  # until the judge has written what it received
+            return True
+
+        starting.kill_when("online", *command("online_dpo", tmp_path, tiny_model, **settings), ready=ten_are_answered)
+        assert not starting.left_over()
+        received = len(server.received)
+        before = {json.dumps(request) for request in server.answered}
+        assert len(before) == 10
+        gate.set()
+        done = run(starting, "online_dpo", tmp_path, tiny_model, **settings)
+        assert not before & {json.dumps(request) for request in server.received[received:]}
+        assert server.keys == {f"Bearer {KEY}"}
+    assert [len(groups_of(done, index)) for index in (0, 1)] == [PROMPTS, PROMPTS]
+    assert sum(line["judge/cached"] for line in rounds_of(done)) > 0
+    assert not [path for path in done.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
 def test_iterative_dpo_by_a_reward_model(joining: Commands, tmp_path: Path, tiny_model: Path):

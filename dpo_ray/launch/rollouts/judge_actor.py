@@ -46,7 +46,7 @@ class JudgeActor:
         assert parsed.online is not None
         self._engines = EngineCompletions(parsed, pickle.loads(fleet))
         context = JudgeContext(parsed.run.path, self._engines.complete, self._engines.decode, columns)
-        self._build = bind_judge(parsed.online.judges[key], context, columns)
+        self._build = bind_judge(parsed.online.judges[key], context)
         self._completions = parsed.online.candidates
         self._judge: Judge | None = None
         self._building = asyncio.Lock()

@@ -309,11 +309,9 @@ class Driver:
             of_trial["run.eval_at"] = [0, *of_trial["run.eval_at"]]
         if self.scheduler.pauses:
             of_trial["run.save_last"] = True  # also where it pauses
-            if config.online is not None:
-                of_trial["run.save_every"] = config.run.eval_every
-                if not config.cluster.colocate:
-                    # Training then waits for the evaluation of a round, and pauses right after it.
-                    of_trial["run.best_metric"] = self.plan.definition.objective.metric
+            if config.online is not None and not config.cluster.colocate:
+                # Training then waits for the evaluation of a round, and pauses right after it.
+                of_trial["run.best_metric"] = self.plan.definition.objective.metric
         return override(config, of_trial)
 
     def _share_evaluation(self, config: Config) -> None:
@@ -371,8 +369,10 @@ class Driver:
         on_slots = set(self.on_slot.values())
         for name, progress in self.conductor.progress.items():
             if progress.phase in ENDED and name not in self.cleaned | on_slots:
-                shutil.rmtree(self.run_dir / "trials" / name / "checkpoints", ignore_errors=True)
-                self.cleaned.add(name)
+                checkpoints = self.run_dir / "trials" / name / "checkpoints"
+                shutil.rmtree(checkpoints, ignore_errors=True)
+                if not checkpoints.exists():
+                    self.cleaned.add(name)
 
     def _follow(self, trial: str, config: Config) -> None:
         """Feeds the trackers of a trial."""

@@ -32,6 +32,8 @@ from dpo_ray.sweep.scheduling import Decision, RunToEnd, Scheduler, Update
 from dpo_ray.sweep.trials import Key, Objective
 from dpo_ray.types import Metrics
 
+_FIRST_DECISION = {"asha": "grace_period", "halving": "grace_period", "median": "grace_period", "pbt": "interval"}
+"""Argument of a scheduler with the time of its first decision; without it, that is ``run.eval_every``."""
 RUNGS = 20
 """Rungs of successive halving; more than any trial reaches, so that a longer trial has more of them."""
 
@@ -74,8 +76,14 @@ def build_scheduler(
                 seed,
             )  # fmt: skip
         case "halving":
-            factor = HalvingArgs.model_validate(args).reduction_factor
-            return Halving(objective, rungs=_rungs_of_halving(config), reduction_factor=factor, time=time)
+            halving = HalvingArgs.model_validate(args)
+            return Halving(
+                objective,
+                rungs=_rungs_of_halving(config),
+                reduction_factor=halving.reduction_factor,
+                keep_ties=halving.keep_ties,
+                time=time,
+            )
         case "median":
             median = MedianArgs.model_validate(args)
             return FromTune(
@@ -113,8 +121,9 @@ def validate_own(scheduler: Any, time: str) -> None:
         )
     if (attribute := getattr(scheduler, "_time_attr", time)) != time:
         raise ValueError(f"{name} with time_attr={attribute!r}; trials report {time!r}")
-    if scheduler.metric is not None:
-        raise ValueError(f"{name} with a metric of its own, {scheduler.metric!r}; leave it out, the sweep sets its own")
+    for part in ("metric", "mode"):
+        if (own := getattr(scheduler, f"_{part}", None)) is not None:
+            raise ValueError(f"{name} with {part}={own!r}; leave metric and mode out, the sweep sets its own")
 
 
 def validate_length(config: Config, own: Any, time: str, length: int) -> None:
@@ -130,11 +139,20 @@ def validate_length(config: Config, own: Any, time: str, length: int) -> None:
             f"the scheduler of the space is {type(own).__name__} with max_t={own._max_t}, before the end of a trial at "
             f"{time} {length}; raise it"
         )
-    if use != "none" and (first := rungs(config, length)[0]) >= length:
+    first, key = _first_decision(config, length)
+    if use != "none" and first >= length:
         raise ValueError(
             f"sweep.scheduler.use: {use} decides at evaluations before the end of a trial, and the first one is at "
-            f"{time} {first} of {length}; set run.eval_every to less"
+            f"{time} {first} of {length}; lower {key}"
         )
+
+
+def _first_decision(config: Config, length: int) -> tuple[int, str]:
+    """The time of the first decision, and the key that sets it."""
+    name = _FIRST_DECISION.get(config.sweep.scheduler.use, "")
+    if at := config.sweep.scheduler.args.get(name):
+        return at, f"sweep.scheduler.args.{name}"
+    return config.run.eval_every or length, "run.eval_every"
 
 
 def rungs(config: Config, length: int) -> tuple[int, ...]:

@@ -77,13 +77,14 @@ def bind_judge(
 
     Args:
         context: None where the judge is checked and not built.
-        columns: of the prompts' records, see ``columns_of``; None where they are not loaded.
+        columns: of the prompts' records, see ``columns_of``; None takes those of ``context``, if there are any.
 
     Raises:
         ValueError: the name or an argument is unknown, an argument is missing, or no record has a column that the judge
             needs; for a reward function that a factory makes, the judge that is built raises this.
     """
     use, args = component.use, component.args
+    columns = context.columns if columns is None and context is not None else columns
     part = resolve(use, JUDGES, "judge")
     if is_judge_function(part):
         if "groups" in args:

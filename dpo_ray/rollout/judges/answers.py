@@ -20,10 +20,10 @@ _NAMED_WINNER = re.compile(
 _SHARES = {"a": 1.0, "b": 0.0}
 _NUMBER = r"([-+]?\d+(?:\.\d+)?)"
 _NAMED_SCORE = re.compile(
-    r"(?:\b(?:score|rating)\b[\s\"'*_]*[:=][\s\"'*_\[]*|<(?:score|rating)>\s*)"
+    r"(?:\b(?:score|rating)\b[\s\"'*_]*[:=][\s\"'*_\[]*|<(?:score|rating)>[\s*_\[]*)"
     # No part of a longer number, of a range or of "5-point scale".
     + _NUMBER
-    + r"(?![\w-]|\.\d|\s+points?\s+scale)",
+    + r"(?![^\W_]|\.\d|\s*(?:[-\u2013\u2014]|to)\s*\d|[-\s]+points?\s+scale)",
     re.IGNORECASE,
 )
 _ONLY_NUMBER = re.compile(r"\W*?" + _NUMBER + r"\s*(?:/\s*\d+)?\W*")

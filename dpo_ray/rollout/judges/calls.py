@@ -18,9 +18,9 @@ MOST_CALLS = 500
 class Capacity:
     """Limit of a judge's requests in progress: a call begins while there are fewer than ``requests``.
 
-    A judge that limits its requests lets those of further calls wait, and a call that waits uses up
-    ``online.judge.timeout_s``. By this rule a call begins when its first request can be sent, and calls about small
-    groups fill the limit as well as calls about large ones.
+    Beyond that limit requests wait, and a call with waiting requests uses up ``online.judge.timeout_s``. By this rule a
+    call begins when its first request can be sent, and calls about small groups fill the limit as well as calls about
+    large ones.
 
     Attributes:
         requests: number of requests in progress; of calls, if ``per_group`` is empty.
@@ -34,7 +34,8 @@ class Capacity:
         """Number of requests of a call."""
         if not self.per_group:
             return 1
-        return sum(self.per_group[min(len(group.completions), len(self.per_group)) - 1] for group in groups)
+        sizes = (max(1, min(len(group.completions), len(self.per_group))) for group in groups)
+        return sum(self.per_group[size - 1] for size in sizes)
 
 
 def is_async(function: Callable[..., Any]) -> bool:
@@ -50,7 +51,7 @@ def capacity_of(judge: Callable[..., Any], completions: int) -> Capacity:
     """
     if (own := getattr(judge, "request_capacity", None)) is not None:
         capacity: Capacity = own(completions)
-        return Capacity(min(MOST_CALLS, capacity.requests), capacity.per_group)
+        return Capacity(min(MOST_CALLS * min(capacity.per_group, default=1), capacity.requests), capacity.per_group)
     return Capacity(min(MOST_CALLS, getattr(judge, "concurrency", ASYNC_CONCURRENCY if is_async(judge) else 1)))
 
 

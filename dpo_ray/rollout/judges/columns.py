@@ -1,14 +1,17 @@
 """Columns of the prompts' records, as judges read them."""
 
+import logging
 from collections.abc import Collection, Sequence
 from typing import Any
 
 from dpo_ray.types import Prompt
 
+logger = logging.getLogger(__name__)
+
 GOLD = ("answer", "ground_truth", "label")
 """Synonyms of the column with the reference answer."""
 NESTED = "reward_model.ground_truth"
-"""The place of that answer in verl's records."""
+"""Key of that answer in verl's records."""
 
 
 class Column:
@@ -46,8 +49,20 @@ class Column:
             synonyms = f" (or {' or '.join(name for name in GOLD if name != self.name)})" if self.name in GOLD else ""
             raise ValueError(
                 f"judge {self._judge!r} needs the column {self.name!r}{synonyms} of the prompts' records, and no "
-                f"record has it; the columns there are: {', '.join(sorted(columns)) or 'none'}"
+                f"record has it; available columns: {', '.join(sorted(columns)) or 'none'}"
             )
+
+
+def label_column(judge: str, columns: Collection[str] | None) -> Column:
+    """The column with the labels that a reward function of OpenRLHF gets; a missing one is logged.
+
+    Args:
+        columns: of the prompts' records, see ``columns_of``; None if they are not known.
+    """
+    labels = Column("label", judge)
+    if columns is not None and not labels.among(columns):
+        logger.warning("no record has a field answer, ground_truth or label; labels are empty strings")
+    return labels
 
 
 def columns_of(prompts: Sequence[Prompt]) -> set[str]:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from dpo_ray.rollout.judges.calls import is_async
-from dpo_ray.rollout.judges.columns import Column
+from dpo_ray.rollout.judges.columns import Column, label_column
 from dpo_ray.rollout.judges.rewards import each, number, numbers, split
 from dpo_ray.types import CompletionGroup, Judgement, Prompt
 
@@ -73,12 +73,14 @@ class Format:
         passed: parameters with the texts to judge, which arguments from the configuration cannot replace.
         other: parameters that the library passes besides; None if it passes every column of the records.
         prepare: builds the calls.
+        optional: required parameters that may be without a value in all records.
     """
 
     library: str
     passed: tuple[str, ...]
     other: tuple[str, ...] | None
     prepare: Callable[[RewardFunction], Prepare]
+    optional: tuple[str, ...] = ()
 
 
 def reward_format(part: Any) -> Format | None:
@@ -106,7 +108,7 @@ def check_function(function: RewardFunction, known: Format) -> None:
                 f"does not have; set it in online.judge.args"
             )
     for name in function.parameters:
-        if function.requires(name) and name not in (*known.passed, *NO_COLUMNS):
+        if function.requires(name) and name not in (*known.passed, *known.optional):
             Column(name, function.use).require(function.columns)
 
 
@@ -133,8 +135,6 @@ def adapt(function: RewardFunction, known: Format) -> Callable[[Groups], Any]:
 
 NOT_HERE = ("trainer_state", "environments")
 """Objects of TRL's trainer, which a judge's process does not have."""
-NO_COLUMNS = ("extra_info",)
-"""Parameters that may be without a value in all records."""
 _TRL = ("prompts", "completions", "completion_ids", "log_metric", "log_extra")
 
 
@@ -194,9 +194,7 @@ def _openrlhf(function: RewardFunction) -> Prepare:
             f"judge {function.use!r} is a reward function of OpenRLHF, whose queries and prompts are decoded by the "
             "policy's tokenizer; build it with a JudgeContext that has decode"
         )
-    decode, labels = function.decode, Column("label", function.use)
-    if function.columns is not None and not labels.among(function.columns):
-        logger.warning("no record has a field answer, ground_truth or label; labels are empty strings")
+    decode, labels = function.decode, label_column(function.use, function.columns)
 
     def prepare(groups: Groups) -> tuple[list[dict[str, Any]], Finish]:
         prompts = [group.prompt for group in groups for _ in group.completions]
@@ -267,7 +265,9 @@ def _verl_judgements(groups: Groups, use: str, results: list[Any]) -> list[Judge
 
 
 FORMATS = {
-    "solution_str": Format("verl", ("solution_str",), ("data_source", "ground_truth", "extra_info"), _verl),
+    "solution_str": Format(
+        "verl", ("solution_str",), ("data_source", "ground_truth", "extra_info"), _verl, ("extra_info",)
+    ),
     "queries": Format("OpenRLHF", ("queries", "prompts", "labels"), (), _openrlhf),
     "completions": Format("TRL", _TRL, None, _trl),
     "completion_ids": Format("TRL", _TRL, None, _trl),

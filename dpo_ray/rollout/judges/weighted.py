@@ -44,8 +44,8 @@ class Weighted:
     without one of their scores has none. A judge that raises is asked once more, for each group alone. If all raise
     over a group, the call fails.
 
-    As many calls overlap as of the judge that would get the fewest alone: 1 with one that is not async, because further
-    calls would wait for it while their time-outs run.
+    The number of overlapping calls is the smallest of the components' own limits: 1 with a component that is not async,
+    because further calls would wait for it while their time-outs run.
 
     With ``on_failure: fail``, an exception is that of the call, and a completion without one of the scores has none.
 

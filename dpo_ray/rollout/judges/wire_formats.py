@@ -1,6 +1,5 @@
 """Requests and answers of reward servers: OpenRLHF, vLLM and SGLang. Pure functions of groups and JSON."""
 
-import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,11 +7,9 @@ from statistics import fmean
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from dpo_ray.rollout.judges.columns import Column
+from dpo_ray.rollout.judges.columns import Column, label_column
 from dpo_ray.rollout.judges.reward_chat import RewardChat, conversation
 from dpo_ray.types import CompletionGroup
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +57,7 @@ def openrlhf(
         column: field of the records with the labels; None takes the first of ``GOLD`` that a record has.
         columns: of the prompts' records, see ``columns_of``; None if they are not known.
     """
-    labels = Column(column or "label", "http")
-    if columns is not None and not labels.among(columns):
-        logger.warning(
-            "no record has a field answer, ground_truth or label; labels are empty strings: name the field in "
-            "online.judge.args.column"
-        )
+    labels = label_column("http", columns) if column is None else Column(column, "http")
 
     def bodies(group: CompletionGroup) -> list[Any]:
         prompt, ids = decode(group.prompt.token_ids), group.prompt.token_ids

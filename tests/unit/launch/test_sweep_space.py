@@ -154,9 +154,10 @@ def test_a_scheduler_of_the_space_decides() -> None:
         scheduler.started(name)
         decision = scheduler.report(name, {"step": 1, "eval/loss": loss})
         assert decision == ("continue" if name == "a" else "stop")
-    other = AsyncHyperBandScheduler(time_attr="step", metric="loss", mode="min")
-    with pytest.raises(ValueError, match="AsyncHyperBandScheduler with a metric of its own, 'loss'; leave it out"):
-        build_scheduler(config, {}, {}, other, OBJECTIVE, time="step", length=8)
+    for arguments, part in (({"metric": "loss", "mode": "min"}, "metric='loss'"), ({"mode": "min"}, "mode='min'")):
+        other = AsyncHyperBandScheduler(time_attr="step", **arguments)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=f"AsyncHyperBandScheduler with {part}; leave metric and mode out"):
+            build_scheduler(config, {}, {}, other, OBJECTIVE, time="step", length=8)
     with pytest.raises(ValueError, match=r"AsyncHyperBandScheduler with max_t=4, before the end of a trial at step 8"):
         validate_length(config, AsyncHyperBandScheduler(time_attr="step", max_t=4), "step", 8)
     other = AsyncHyperBandScheduler(time_attr="training_iteration")

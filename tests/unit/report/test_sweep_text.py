@@ -111,6 +111,17 @@ def test_the_only_trial_that_ran_to_the_end_is_compared_where_the_last_other_one
         "At step 4 its lead over loss.beta = 4, which was stopped there, was 0.667, larger than the noise of"
         in text([trials[0], trials[2]], tmp_path)
     )
+    for position, bits in ((4, "0" * 30), (36, BEST)):
+        margins = np.array([float(bit) - 0.5 for bit in bits])
+        results = np.column_stack((margins, margins, margins, -margins))
+        write_pair_results(tmp_path / "late", results, step=position, pairs="set", keep=True)
+    late = replace(trials[0], name="late")
+    stopped = evaluated("d", 4, BEST)
+    assert "At step 4 it was behind loss.beta = 4, which was stopped there, by 1.00." in text([late, stopped], tmp_path)
+    nearly = [replace(evaluated(f"n{k}", 4, "1" * (30 - k) + "0" * k), values={"loss.beta": k / 10}) for k in (1, 2)]
+    three = [stopped, *nearly]
+    earlier = replace(stopped, values={"loss.beta": 3.0}, metrics=stopped.metrics | {"step": 2})
+    assert "All 3 configurations that came as far tie: " in text([*three, earlier], tmp_path)
     only_stopped = text(trials[1:], tmp_path)
     assert only_stopped.startswith(
         "Pick loss.beta = 12: its eval/rewards/accuracies is 1. No trial ran to the end: it "

@@ -40,7 +40,7 @@ async def no_engines(messages: Messages, sampling: SamplingConfig) -> str:
 
 def context(run_dir: Path, complete: Any) -> Any:
     """As much of a JudgeContext as these judges use."""
-    return SimpleNamespace(run_dir=run_dir, complete=complete)
+    return SimpleNamespace(run_dir=run_dir, complete=complete, columns=None)
 
 
 def build(url: str | None, run_dir: Path, **args: Any) -> Judge:

@@ -90,9 +90,7 @@ def test_held_out_prompts_need_the_column_of_their_judge_and_no_other():
     )
     bare, answered = group("a").prompt, group("a", answer="b").prompt
     validate_columns(config, [bare], [bare, answered])
-    with pytest.raises(
-        ValueError, match=r"^online\.eval_prompts: judge 'exact' needs .*; the columns there are: none$"
-    ):
+    with pytest.raises(ValueError, match=r"^online\.eval_prompts: judge 'exact' needs .*; available columns: none$"):
         validate_columns(config, [answered], [bare])
 
 

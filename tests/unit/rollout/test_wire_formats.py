@@ -102,8 +102,7 @@ def test_records_without_any_label_are_noted_once(group, context, caplog):
             judge_groups(groups, replace(context, columns=columns), calls=2, url=server.url, format="openrlhf")
             messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
             assert messages == warned * [
-                "no record has a field answer, ground_truth or label; labels are empty strings: name the field in "
-                "online.judge.args.column"
+                "no record has a field answer, ground_truth or label; labels are empty strings"
             ]
 
 

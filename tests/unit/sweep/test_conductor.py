@@ -250,7 +250,7 @@ def test_halving_keeps_the_best_third_of_each_rung_whatever_the_order_of_reports
 
 def test_halving_counts_only_trials_that_are_left_and_puts_those_that_cannot_win_last(tmp_path: Path) -> None:
     bound = Objective("eval/loss", "min", Constraint("eval/drift", 10.0))
-    scheduler = Halving(bound, rungs=(2, 4, 8, 16), reduction_factor=2, time="step")
+    scheduler = Halving(bound, rungs=(2, 4, 8, 16), reduction_factor=2, keep_ties=True, time="step")
     for trial in "abcd":
         scheduler.add(trial, {})
 
@@ -269,11 +269,25 @@ def test_halving_counts_only_trials_that_are_left_and_puts_those_that_cannot_win
     assert scheduler.report("c", {"step": 16, "eval/loss": 0.1, "eval/drift": 1.0}) == "continue", "it is the last"
 
 
+def test_of_trials_that_tie_the_first_continue_unless_ties_are_kept() -> None:
+    def decided(keep_ties: bool) -> list[str]:
+        scheduler = Halving(LOSS, rungs=(2,), reduction_factor=2, keep_ties=keep_ties, time="step")
+        for trial in "abcd":
+            scheduler.add(trial, {})
+        for trial, loss in zip("dcba", (0.1, 0.2, 0.2, 0.2), strict=True):
+            scheduler.report(trial, {"step": 2, "eval/loss": loss})
+            scheduler.paused(trial)
+        return [f"{update.action} {update.trial}" for update in scheduler.updates()]
+
+    assert decided(True) == ["resume d", "resume a", "resume b", "resume c"]
+    assert decided(False) == ["resume d", "resume a", "stop b", "stop c"]
+
+
 def test_halving_stops_all_trials_that_cannot_win_unless_there_are_no_others() -> None:
     bound = Objective("eval/loss", "min", Constraint("eval/drift", 10.0))
 
     def decided(*drifts: float) -> list[str]:
-        scheduler = Halving(bound, rungs=(2,), reduction_factor=2, time="step")
+        scheduler = Halving(bound, rungs=(2,), reduction_factor=2, keep_ties=True, time="step")
         for trial in range(len(drifts)):
             scheduler.add(f"{trial}", {})
         for trial, drift in enumerate(drifts):
@@ -302,9 +316,19 @@ def test_trials_are_evaluated_where_the_scheduler_decides() -> None:
 def test_a_scheduler_that_would_decide_at_the_end_of_a_trial_only_is_rejected(scheduler: str) -> None:
     late = override(config(scheduler={"use": scheduler}), {"run.eval_every": 9})
     with pytest.raises(
-        ValueError, match=rf"{scheduler} decides at .* the first one is at step 9 of 9; set run\.eval_ev"
+        ValueError, match=rf"{scheduler} decides at .* the first one is at step 9 of 9; lower run\.eval_ev"
     ):
         validate_length(late, None, "step", 9)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "key"), [("halving", "grace_period"), ("asha", "grace_period"), ("pbt", "interval")]
+)
+def test_the_argument_that_puts_the_first_decision_behind_the_end_is_named(scheduler: str, key: str) -> None:
+    late = config(scheduler={"use": scheduler, "args": {key: 9}})
+    with pytest.raises(ValueError, match=rf"at step 9 of 9; lower sweep\.scheduler\.args\.{key}"):
+        validate_length(late, None, "step", 9)
+    validate_length(late, None, "step", 10)
 
 
 def test_more_samples_add_trials_to_a_finished_sweep(tmp_path: Path) -> None:
