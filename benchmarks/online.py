@@ -1,6 +1,8 @@
 """Online DPO: whole rounds against TRL's OnlineDPOTrainer, generation against bare vLLM, and who waits for whom.
 
-    python -m benchmarks.online trl       rounds of 32 prompts x 2 completions x 48 tokens, alternating with TRL
+    python -m benchmarks.online trl       rounds of 32 prompts x 2 completions x 48 tokens, alternating with TRL; by
+                                          default at its best: at its defaults it generates without a cache of keys
+                                          and values, which takes many minutes per round
     python -m benchmarks.online engine    tokens per second of an engine and of vllm.LLM on the same prompts
     python -m benchmarks.online waits     seconds per round and shares of waiting, with max_lag 0 and 1, and with a
                                           judge of 0 and of 2 s per prompt; pushes
@@ -24,11 +26,15 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.offline import fast_dtype
+from dpo_ray.ops.cpu import cpu_model
 from dpo_ray.types import CompletionGroup
 
 PROMPTS = Path(__file__).parents[1] / "jobs/data/demo_prompts.jsonl"
 LENGTH = {"temperature": 1.0, "max_tokens": 48, "min_tokens": 48}
 SLOW_S = 2.0
+TRL: dict[str, dict[str, Any]] = {"defaults": {}, "best": {"gradient_checkpointing": False}}
+"""TRL's settings beyond those that make the work equal."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "max_lag 0": {},
     "max_lag 1": {"online.max_lag": 1},
@@ -58,6 +64,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=2, help="alternating runs")
     parser.add_argument("--rounds", type=int, default=4, help="rounds per run; the first is not timed")
     parser.add_argument("--prompts", type=int, default=32, help="prompts per round")
+    parser.add_argument("--trl", choices=list(TRL), nargs="+", default=["best"], help="settings of TRL")
     arguments = parser.parse_args()
     {"trl": against_trl, "engine": against_vllm, "waits": waits}[arguments.what](arguments)
 
@@ -65,15 +72,20 @@ def main() -> None:
 def against_trl(arguments: argparse.Namespace) -> None:
     """Seconds per round of one optimizer step; both sides may use two threads."""
     size = {"cluster.cpus_per_worker": 2, "cluster.cpus_per_engine": 2, "online.judge.use": "benchmarks.online:free"}
+    bf16 = fast_dtype() == "bfloat16"
     ours: list[float] = []
-    trl: list[float] = []
+    trl: dict[str, list[float]] = {name: [] for name in arguments.trl}
     for _ in range(arguments.repeat):
         ours += [seconds(line) for line in run_rounds(arguments, size)]
-        trl += side("trl", arguments)["seconds"]
-    table = Table("", "seconds per round, median", "range", title=f"{arguments.prompts} prompts x 2 x 48 tokens")
-    for name, values in (("dpo_ray", ours), ("TRL OnlineDPOTrainer", trl)):
-        table.add_row(name, f"{statistics.median(values):.1f}", f"{min(values):.1f} to {max(values):.1f}")
-    table.add_row("ratio", f"{statistics.median(trl) / statistics.median(ours):.2f}", "")
+        for name, values in trl.items():
+            values += side("trl", arguments, settings=TRL[name], bf16=bf16)["seconds"]
+    table = Table("", "seconds per round, median", "range", "ratio")
+    table.title = f"{arguments.prompts} prompts x 2 x 48 tokens, {fast_dtype()}, {cpu_model()}"
+    rows = {"dpo_ray": ours, **{f"TRL OnlineDPOTrainer, {name}": values for name, values in trl.items()}}
+    for label, values in rows.items():
+        median_s = statistics.median(values)
+        ratio = f"{median_s / statistics.median(ours):.2f}"
+        table.add_row(label, f"{median_s:.1f}", f"{min(values):.1f} to {max(values):.1f}", ratio)
     Console().print(table)
 
 
@@ -145,10 +157,10 @@ def median(lines: Iterable[dict[str, float]], key: str) -> float:
     return statistics.median([line[key] for line in lines if key in line] or [0.0])
 
 
-def side(name: str, arguments: argparse.Namespace) -> Any:
-    """Result of a function of ``benchmarks.online_sides`` in a process of its own."""
+def side(name: str, arguments: argparse.Namespace, **settings: Any) -> Any:
+    """Result of a function of ``benchmarks.online_sides``, which gets ``settings``, in a process of its own."""
     threads = {"OMP_NUM_THREADS": "2" if name == "trl" else "1"}
-    given = {"model": arguments.model, "prompts": arguments.prompts, "rounds": arguments.rounds}
+    given = {"model": arguments.model, "prompts": arguments.prompts, "rounds": arguments.rounds, **settings}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.online_sides", name, json.dumps(given | {"repeat": arguments.repeat})],
         check=True,

@@ -29,8 +29,13 @@ def demo_prompts(model: str, count: int) -> list[Prompt]:
     return load_prompts([str(PROMPTS)], tokenizer, strict=False)[0][:count]
 
 
-def trl(model: str, prompts: int, rounds: int, repeat: int) -> dict[str, Any]:
-    """Seconds of each optimizer step after the first: generation, rewards and the update of ``prompts`` prompts."""
+def trl(model: str, prompts: int, rounds: int, repeat: int, settings: dict[str, Any], bf16: bool) -> dict[str, Any]:
+    """Seconds of each optimizer step after the first: generation, rewards and the update of ``prompts`` prompts.
+
+    Args:
+        settings: of OnlineDPOConfig, beyond those that make the work equal.
+        bf16: compute in bfloat16.
+    """
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
@@ -62,12 +67,13 @@ def trl(model: str, prompts: int, rounds: int, repeat: int) -> dict[str, Any]:
             temperature=1.0,
             missing_eos_penalty=None,
             use_vllm=False,
-            bf16=False,
+            bf16=bf16,
             use_cpu=True,
             report_to=[],
             save_strategy="no",
             logging_steps=1,
             dataloader_drop_last=True,
+            **settings,
         )
         trainer = OnlineDPOTrainer(
             model=AutoModelForCausalLM.from_pretrained(model, dtype="float32"),
