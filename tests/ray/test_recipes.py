@@ -105,10 +105,11 @@ def test_a_run_killed_while_an_endpoint_judges_asks_nothing_twice_that_was_answe
         assert len(before) == 10
         gate.set()
         done = run(starting, "online_dpo", tmp_path, tiny_model, **settings)
-        assert not before & {json.dumps(request) for request in server.received[received:]}
+        later = server.received[received:]
+        assert not before & {json.dumps(request) for request in later}
+        assert len(later) <= 2 * 2 * PROMPTS - 4, "ten answers are both orders of two groups at least"
         assert server.keys == {f"Bearer {KEY}"}
     assert [len(groups_of(done, index)) for index in (0, 1)] == [PROMPTS, PROMPTS]
-    assert sum(line["judge/cached"] for line in rounds_of(done)) > 0
     assert not [path for path in done.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
