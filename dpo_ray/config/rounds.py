@@ -83,8 +83,8 @@ class JudgeConfig(Component):
     num_gpus: float = Field(0.0, ge=0)
     """GPUs of each judge process, also a fraction; a judge without one sees none."""
     batch: int | None = Field(None, ge=1)
-    """Maximum number of prompts per call of the judge; a call takes those that wait. null is 1 for llm, policy and
-    http, whose requests overlap anyway, and 16 for others."""
+    """Maximum number of prompts per call of the judge; those that wait are spread over the calls that may begin. null
+    is 1 for llm, policy and http, whose requests overlap anyway, and 16 for others."""
     concurrency: int | None = Field(None, ge=1)
     """Calls in progress per replica; null is what the judge asks for (llm, policy and http: as many as keep
     args.concurrency requests in flight), else 32 for one that is an async function, and 1 for others, which need not be

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -114,7 +115,7 @@ class JudgePool:
     """Scores single groups by replicas that take batches. Belongs to one event loop.
 
     Args:
-        batch: largest number of groups per call; a call takes those that wait, without waiting for more.
+        batch: largest number of groups per call; those that wait are spread over the calls that may begin.
         capacity: of each replica.
         timeout_s: longest wait for one call; then the replica is restarted.
         retries: further attempts for a group that failed alone.
@@ -176,13 +177,20 @@ class JudgePool:
 
     async def _next_batch(self) -> list[_Waiting]:
         batch = [await self._queue.get()]
-        while len(batch) < self._batch and not batch[0].alone and not self._queue.empty():
+        # Spread over the calls that may begin: two groups take longer than one in most judges whose calls overlap.
+        size = min(self._batch, math.ceil((1 + self._queue.qsize()) / self._free_requests()))
+        while len(batch) < size and not batch[0].alone and not self._queue.empty():
             following = self._queue.get_nowait()
             if following.alone:
                 self._queue.put_nowait(following)
                 break
             batch.append(following)
         return batch
+
+    def _free_requests(self) -> int:
+        """Requests that all processes have room for; at least 1."""
+        free = (self._capacity.requests - process.requests for process in self._processes if process.open.is_set())
+        return max(1, sum(max(0, room) for room in free))
 
     async def _call(self, process: _Process, batch: Sequence[_Waiting]) -> _Problem | None:
         """Score a batch; returns what went wrong, or None."""

@@ -32,6 +32,18 @@ def test_groups_that_wait_share_a_call_up_to_the_batch_size(group):
     assert [len(batch) for batch in replica.batches] == [4, 4, 2]
 
 
+def test_groups_that_wait_are_spread_over_the_calls_that_may_begin(group):
+    """A judge that takes a tenth of a second per group has 32 of them after that time if 32 calls may overlap."""
+    wait = FakeReplica(lambda groups: asyncio.sleep(0.1 * len(groups)))
+    started = time.perf_counter()
+    score_all([group("a", "b", index=i) for i in range(32)], wait, batch=16, concurrency=32)
+    assert time.perf_counter() - started < 0.8, "two calls of 16 take 1.6 s"
+    assert [len(batch) for batch in wait.batches] == [1] * 32
+    few = FakeReplica(lambda _: asyncio.sleep(0.1))
+    score_all([group("a", "b", index=i) for i in range(12)], few, batch=16, concurrency=4)
+    assert sorted(len(batch) for batch in few.batches) == [3, 3, 3, 3]
+
+
 def test_only_the_group_at_fault_fails_and_it_is_tried_alone(group):
     replica = FakeReplica(raise_for([2], RuntimeError("cannot read this")))
     results = score_all([group("a", "b", index=i) for i in range(4)], replica, retries=2)
