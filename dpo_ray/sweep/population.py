@@ -4,13 +4,13 @@ All trials train to the end of a generation and pause. Then the worst continue f
 perturbed values. Decisions depend on the results of a generation only, not on the order in which they arrived.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from random import Random
 from typing import Any
 
 from dpo_ray.config.sweeps import PbtArgs
 from dpo_ray.sweep.ranking import preference
-from dpo_ray.sweep.scheduling import Decision, Update
+from dpo_ray.sweep.scheduling import Decision, StartsTogether, Update
 from dpo_ray.sweep.trials import Key, Objective
 from dpo_ray.types import Metrics
 
@@ -18,7 +18,7 @@ Draw = Callable[[str, Random], Any]
 """Draws a value of a key from its domain."""
 
 
-class Population:
+class Population(StartsTogether):
     """The scheduler ``pbt``.
 
     Args:
@@ -28,13 +28,11 @@ class Population:
         time: ``step`` or ``round``.
     """
 
-    whole_population = True
-    pauses = True
-
     def __init__(
         self, args: PbtArgs, objective: Objective, keys: Mapping[str, Key], draw: Draw, *, interval: int, time: str,
         seed: int,
     ) -> None:  # fmt: skip
+        super().__init__()
         self.args, self.objective, self.keys, self.draw = args, objective, keys, draw
         self.interval, self.time, self.seed = interval, time, seed
         self.values: dict[str, Mapping[str, Any]] = {}
@@ -43,12 +41,9 @@ class Population:
         """Larger is better; -inf for one that cannot win."""
         self.waiting: dict[str, int] = {}
         """Generation at whose end each paused trial waits."""
-        self.decided: list[Update] = []
 
     def add(self, trial: str, values: Mapping[str, Any]) -> None:
         self.values[trial] = values
-
-    def started(self, trial: str) -> None: ...
 
     def report(self, trial: str, metrics: Metrics) -> Decision:
         self.scores[trial] = -preference(metrics, self.objective)[1]
@@ -66,13 +61,6 @@ class Population:
         self.values.pop(trial, None)
         self.waiting.pop(trial, None)
         self._maybe_exploit()
-
-    def updates(self) -> list[Update]:
-        decided, self.decided = self.decided, []
-        return decided
-
-    def choose(self, ready: Sequence[str]) -> str | None:
-        return ready[0] if ready else None
 
     def _maybe_exploit(self) -> None:
         if not self.waiting or self.waiting.keys() < self.values.keys():

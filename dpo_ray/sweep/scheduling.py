@@ -71,6 +71,25 @@ class Searcher(Protocol):
         """A trial has ended or was stopped; ``metrics``: its latest evaluation."""
 
 
+class StartsTogether:
+    """The part of a scheduler whose trials start together and pause: decisions that have not been fetched."""
+
+    whole_population = True
+    pauses = True
+
+    def __init__(self) -> None:
+        self.decided: list[Update] = []
+
+    def started(self, trial: str) -> None: ...
+
+    def updates(self) -> list[Update]:
+        decided, self.decided = self.decided, []
+        return decided
+
+    def choose(self, ready: Sequence[str]) -> str | None:
+        return ready[0] if ready else None
+
+
 class RunToEnd:
     """The scheduler that stops nothing: trials in order."""
 

@@ -103,8 +103,7 @@ def train_online(
         sync_s = publish(state.round)
         evaluator.resume(state.round)
         if config.run.best_metric is not None and state.round:  # the next checkpoint may supersede the one just loaded
-            await_evaluations(rounds, state.round, evaluator, publish, reporter)
-            rank_checkpoints(checkpointer, evaluator)
+            await_ranking(rounds, state.round, evaluator, publish, reporter, checkpointer)
         while state.round < online.rounds and not any_rank(reporter.stop_requested()):
             timer = PhaseTimer({"perf/sync_s": sync_s})
             with timer("perf/wait_s"):
@@ -126,8 +125,7 @@ def train_online(
             sync_s = publish(state.round)
             evaluator.maybe_request(state.round)
             if config.run.best_metric is not None:  # the next checkpoint may supersede this one, unless it is the best
-                await_evaluations(rounds, state.round, evaluator, publish, reporter)
-                rank_checkpoints(checkpointer, evaluator)
+                await_ranking(rounds, state.round, evaluator, publish, reporter, checkpointer)
 
         stopped = state.round < online.rounds
         if stopped:
@@ -180,8 +178,16 @@ def await_evaluations(
         poll(rounds, version, evaluator, publish, waiting_for=None)
 
 
-def rank_checkpoints(checkpointer: Checkpointer, evaluator: PromptEvaluator) -> None:
-    """Gives the checkpoints the metrics of their evaluations, by which ``run.best_metric`` ranks them."""
+def await_ranking(
+    rounds: Rounds,
+    version: int,
+    evaluator: PromptEvaluator,
+    publish: "Publisher",
+    reporter: Reporter,
+    checkpointer: Checkpointer,
+) -> None:
+    """Waits for evaluations, and gives checkpoints the metrics by which ``run.best_metric`` ranks them."""
+    await_evaluations(rounds, version, evaluator, publish, reporter)
     for version, metrics in evaluator.take_unranked().items():
         checkpointer.add_metrics(version, metrics)
 

@@ -76,14 +76,7 @@ def build_scheduler(
                 seed,
             )  # fmt: skip
         case "halving":
-            halving = HalvingArgs.model_validate(args)
-            return Halving(
-                objective,
-                rungs=_rungs_of_halving(config),
-                reduction_factor=halving.reduction_factor,
-                keep_ties=halving.keep_ties,
-                time=time,
-            )
+            return Halving(HalvingArgs.model_validate(args), objective, rungs=_rungs_of_halving(config), time=time)
         case "median":
             median = MedianArgs.model_validate(args)
             return FromTune(

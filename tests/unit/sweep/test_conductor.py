@@ -12,7 +12,7 @@ from ray import tune
 from ray.tune.schedulers import HyperBandScheduler
 
 from dpo_ray.config import Config, override
-from dpo_ray.config.sweeps import SCHEDULERS, START_TOGETHER, PbtArgs, SearchConfig
+from dpo_ray.config.sweeps import SCHEDULERS, START_TOGETHER, HalvingArgs, PbtArgs, SearchConfig
 from dpo_ray.launch.sweeps.schedulers import FromTune, build_scheduler, rungs, validate_length
 from dpo_ray.launch.sweeps.search import build_searcher
 from dpo_ray.launch.sweeps.space import describe
@@ -250,7 +250,7 @@ def test_halving_keeps_the_best_third_of_each_rung_whatever_the_order_of_reports
 
 def test_halving_counts_only_trials_that_are_left_and_puts_those_that_cannot_win_last(tmp_path: Path) -> None:
     bound = Objective("eval/loss", "min", Constraint("eval/drift", 10.0))
-    scheduler = Halving(bound, rungs=(2, 4, 8, 16), reduction_factor=2, keep_ties=True, time="step")
+    scheduler = Halving(HalvingArgs(reduction_factor=2, keep_ties=True), bound, rungs=(2, 4, 8, 16), time="step")
     for trial in "abcd":
         scheduler.add(trial, {})
 
@@ -271,7 +271,7 @@ def test_halving_counts_only_trials_that_are_left_and_puts_those_that_cannot_win
 
 def test_of_trials_that_tie_the_first_continue_unless_ties_are_kept() -> None:
     def decided(keep_ties: bool) -> list[str]:
-        scheduler = Halving(LOSS, rungs=(2,), reduction_factor=2, keep_ties=keep_ties, time="step")
+        scheduler = Halving(HalvingArgs(reduction_factor=2, keep_ties=keep_ties), LOSS, rungs=(2,), time="step")
         for trial in "abcd":
             scheduler.add(trial, {})
         for trial, loss in zip("dcba", (0.1, 0.2, 0.2, 0.2), strict=True):
@@ -287,7 +287,7 @@ def test_halving_stops_all_trials_that_cannot_win_unless_there_are_no_others() -
     bound = Objective("eval/loss", "min", Constraint("eval/drift", 10.0))
 
     def decided(*drifts: float) -> list[str]:
-        scheduler = Halving(bound, rungs=(2,), reduction_factor=2, keep_ties=True, time="step")
+        scheduler = Halving(HalvingArgs(reduction_factor=2, keep_ties=True), bound, rungs=(2,), time="step")
         for trial in range(len(drifts)):
             scheduler.add(f"{trial}", {})
         for trial, drift in enumerate(drifts):
