@@ -1,4 +1,7 @@
-"""Throughput of one collector with many engines: engines and judge answer at once, the ledger is real.
+"""Throughput and memory of one collector with many engines; engines and judges are fakes, the ledger is real.
+
+Engines answer at once, each with tokens and texts of its own; a judge may take its time, so that groups wait for it.
+Ray's calls are not part of it.
 
 python -m benchmarks.collector --prompts 100000 --engines 1000
 """
@@ -8,12 +11,14 @@ import asyncio
 import resource
 import tempfile
 import time
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dpo_ray.config.rounds import OnlineConfig
+from dpo_ray.launch.rollouts.collector import SEQUENCES_PER_ENGINE
 from dpo_ray.rollout.collector import Collector
 from dpo_ray.rollout.dispatch import Dispatcher
 from dpo_ray.rollout.engine import EngineStatus, Request
@@ -31,21 +36,24 @@ class InstantEngine:
     """Completes every prompt at once with completions of ``tokens`` tokens."""
 
     def __init__(self, tokens: int) -> None:
-        ids = tuple(range(1000, 1000 + tokens))
-        text = "word " * tokens
-        self.completions = tuple(Completion(f"{text}{i}", ids, finished=True) for i in range(CANDIDATES))
+        self.ids, self.text = array("i", range(1000, 1000 + tokens)), "word " * tokens
 
     async def generate(self, request: Request) -> CompletionGroup:
         """Four completions."""
         await asyncio.sleep(0)
-        return CompletionGroup(request.prompt, self.completions, request.seed)
+        completions = [Completion(f"{self.text}{i}", self.ids[:], finished=True) for i in range(CANDIDATES)]
+        return CompletionGroup(request.prompt, tuple(completions), request.seed)
 
 
-class InstantJudge:
-    """Scores 0 to 3."""
+class SteadyJudge:
+    """Scores 0 to 3, ``seconds`` after it was asked."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
 
     async def score(self, groups: Sequence[CompletionGroup]) -> list[Judgement]:
         """The same scores for every group."""
+        await asyncio.sleep(self.seconds)
         return [Judgement((0.0, 1.0, 2.0, 3.0)) for _ in groups]
 
     async def ready(self) -> None:
@@ -55,7 +63,7 @@ class InstantJudge:
         """Nothing to restart."""
 
 
-async def collect(folder: Path, prompts: int, engines: int, tokens: int) -> float:
+async def collect(folder: Path, prompts: int, engines: int, tokens: int, judge_s: float) -> float:
     """Collects one round; returns seconds."""
     engine = InstantEngine(tokens)
     members = tuple(Member(f"{i}.1", engine, 0) for i in range(engines))  # pyrefly: ignore
@@ -63,7 +71,7 @@ async def collect(folder: Path, prompts: int, engines: int, tokens: int) -> floa
     async def membership(after: int, wait_s: float) -> Membership:
         if after == 0:
             await asyncio.sleep(wait_s)
-        return Membership(0, members)
+        return Membership(0, members, engines)
 
     async def statuses() -> dict[str, EngineStatus]:
         return {}
@@ -73,7 +81,7 @@ async def collect(folder: Path, prompts: int, engines: int, tokens: int) -> floa
 
     online = OnlineConfig(prompts=("p.jsonl",), rounds=1, prompts_per_round=prompts, candidates=CANDIDATES)
     dispatcher = Dispatcher(membership, suspect)
-    judge = JudgePool([InstantJudge()], batch=16, capacity=Capacity(32), timeout_s=60, retries=0)
+    judge = JudgePool([SteadyJudge(judge_s)], batch=16, capacity=Capacity(32), timeout_s=60, retries=0)
     collector = Collector(
         online,
         seed=0,
@@ -84,7 +92,7 @@ async def collect(folder: Path, prompts: int, engines: int, tokens: int) -> floa
         judge=judge.score,
         eval_judge=judge.score,
         select=lambda group, scores: select_pairs(best_vs_worst, group, scores),
-        concurrency=engines * 80,
+        in_flight=engines * SEQUENCES_PER_ENGINE // CANDIDATES,
         statuses=statuses,
         progress=lambda *said: None,
     )
@@ -113,9 +121,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20_000)
     parser.add_argument("--engines", type=int, default=1000)
     parser.add_argument("--tokens", type=int, default=1000, help="per completion")
+    parser.add_argument("--judge-s", type=float, default=0.0, help="seconds per call of 16 groups, 2 at a time")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        seconds = asyncio.run(collect(Path(folder), arguments.prompts, arguments.engines, arguments.tokens))
+        seconds = asyncio.run(
+            collect(Path(folder), arguments.prompts, arguments.engines, arguments.tokens, arguments.judge_s)
+        )
         size = sum(file.stat().st_size for file in Path(folder).rglob("*.*")) / 2**30
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(

@@ -3,7 +3,7 @@
 Only the standard library is imported, so that every process can load them quickly.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,8 +36,9 @@ class Completion:
     """One completion of a prompt, sampled by an engine or, for self-play, the record's own."""
 
     text: str
-    token_ids: tuple[int, ...]
-    """Sampled tokens, including the end-of-turn token if the model generated it."""
+    token_ids: Sequence[int]
+    """Sampled tokens, including the end-of-turn token if the model generated it. Those of engines are arrays of int32,
+    since a million of them may wait for a judge: a tuple takes nine times the memory."""
     finished: bool
     """True if the model ended its turn; False if the completion was truncated at the token limit."""
     first_version: int = 0
@@ -120,7 +121,7 @@ class TokenSample:
     """One prompt and one completion as token ids, to estimate the KL divergence."""
 
     prompt: tuple[int, ...]
-    completion: tuple[int, ...]
+    completion: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)

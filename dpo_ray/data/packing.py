@@ -170,7 +170,7 @@ def build_sample_row(samples: Sequence[TokenSample]) -> PackedRow:
     return _pack([[(sample.prompt, sample.completion)] for sample in samples], [[] for _ in samples], [], [])
 
 
-Segment = tuple[tuple[int, ...], ...]
+Segment = tuple[Sequence[int], ...]
 """Token ids of a prompt and of completions, a span of the row."""
 
 

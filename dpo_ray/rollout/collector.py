@@ -54,7 +54,7 @@ class Collector:
         judge: scores the candidates of rounds.
         eval_judge: scores held-out completions.
         seed: ``run.seed``.
-        concurrency: groups that are generated at a time.
+        in_flight: groups of a round that wait for an engine, are generated, or wait for the judge.
         statuses: ``Fleet.statuses``.
         progress: called with the phase, and the number of finished and of all groups.
     """
@@ -71,17 +71,19 @@ class Collector:
         judge: Score,
         eval_judge: Score,
         select: Select,
-        concurrency: int,
+        in_flight: int,
         statuses: Callable[[], Awaitable[Mapping[str, EngineStatus]]],
         progress: Callable[[str, int, int], None],
     ) -> None:
         self.online, self.seed, self.prompts, self.held_out = online, seed, prompts, held_out
         self.ledger, self.engines, self.judge, self.eval_judge = ledger, engines, judge, eval_judge
         self.select = select
-        self.concurrency, self.statuses, self.progress = concurrency, statuses, progress
+        self.in_flight, self.statuses, self.progress = in_flight, statuses, progress
         self._version = 0
         """Version of the last poll."""
         self._tasks: dict[tuple[str, int], asyncio.Task[Any]] = {}
+        self._in_place_of: dict[int, int] = {}
+        """The version that is evaluated, by that which was asked for, where the engines have gone beyond it."""
 
     async def poll(self, version: int, *, round: int | None, evaluations: Sequence[int], wait_s: float) -> Progress:
         """Collect what the trainer may need; answer when something that it asks for is complete, or after ``wait_s``.
@@ -207,10 +209,10 @@ class Collector:
             async def played(request: Request) -> CompletionGroup:
                 return with_answer(await generate(request))
 
-            return Pipeline(played, unjudged, choose_answer, self.concurrency)
+            return Pipeline(played, unjudged, choose_answer, self.in_flight)
         if self.online.judged_by_trainer:
-            return Pipeline(generate, unjudged, lambda group, scores: (), self.concurrency)
-        return Pipeline(generate, self.judge, self.select, self.concurrency)
+            return Pipeline(generate, unjudged, lambda group, scores: (), self.in_flight)
+        return Pipeline(generate, self.judge, self.select, self.in_flight)
 
     def _requests(self, round: int, prompts: Sequence[Prompt], ledger: OpenRound) -> Iterator[tuple[int, Request]]:
         online = self.online
@@ -221,32 +223,42 @@ class Collector:
                 yield position, Request(prompt, online.sampling, online.candidates, seed, deadline_s, round)
 
     async def _evaluate(self, version: int) -> Evaluation:
-        """Complete and judge the held-out prompts by the engines of one version; empty if none serves it any more."""
+        """Complete and judge the held-out prompts by the engines of one version.
+
+        Training may be faster than engines load its weights. Where they went beyond the version, the one that they have
+        is evaluated in its place, unless it is evaluated anyway; then the evaluation is empty.
+        """
         judged, samples = evaluation_requests(self.online, self.prompts, self.held_out, seed=self.seed)
+        served = version
         while True:
             try:
                 async with asyncio.TaskGroup() as tasks:
-                    scored = [tasks.create_task(self._judged(request, version)) for request in judged]
-                    plain = [tasks.create_task(self._completed(request, version)) for request in samples]
+                    scored = [tasks.create_task(self._judged(request, served)) for request in judged]
+                    plain = [tasks.create_task(self._completed(request, served)) for request in samples]
                 break
             except BaseExceptionGroup as errors:
                 _, others = errors.split(VersionGone)
                 if others is not None:
                     raise others.exceptions[0] from None
-                if version < self._version:
-                    logger.warning("no evaluation of version %d: the engines have newer ones", version)
+            newest = max((member.version for member in self.engines.current.members), default=served)
+            if version < self._version and newest > served:
+                if newest in self._in_place_of.values() or ("evaluation", newest) in self._tasks:
                     return Evaluation(version)
+                logger.warning("the engines have gone beyond version %d; version %d is evaluated", version, newest)
+                served = self._in_place_of[version] = newest
+            else:
                 await asyncio.sleep(RETRY_S)  # a trainer that restarted has published it, and engines are loading it
         results = [pair for task in scored if (pair := task.result()) is not None]
         groups = (
             [group for task in plain if (group := task.result()) is not None] if samples else [g for g, _ in results]
         )
         return Evaluation(
-            version,
+            served,
             tuple((group, judgement.scores[0]) for group, judgement in results),
             tuple(group for group in groups if group.completions[0].token_ids),
             judge_figures(judgement for _, judgement in results),
             len(judged) - len(results),
+            instead_of=None if served == version else version,
         )
 
     async def _completed(self, request: Request, version: int) -> CompletionGroup | None:

@@ -55,6 +55,8 @@ class EngineStatus:
     """Seconds since the step in progress began; 0 between steps."""
     cache_hit_rate: float
     """Fraction of prompt tokens found in the prefix cache since the start."""
+    max_sequences: int
+    """Sequences that it generates at a time."""
 
 
 class RequestTimedOut(TimeoutError):

@@ -40,10 +40,17 @@ class Evaluation:
     """Means and sums over ``judged`` of the judge's figures, see ``judge_figures``."""
     failed: int = 0
     """Held-out prompts without a completion."""
+    instead_of: int | None = None
+    """The version that was asked for, if the engines went beyond it before they had completed its prompts."""
 
     @property
-    def gone(self) -> bool:
-        """True if nothing was completed or failed: the engines have newer policies."""
+    def requested(self) -> int:
+        """The version that was asked for."""
+        return self.version if self.instead_of is None else self.instead_of
+
+    @property
+    def empty(self) -> bool:
+        """True if nothing was completed or failed: another evaluation is of the version that the engines have."""
         return not (self.judged or self.samples or self.failed)
 
     @property

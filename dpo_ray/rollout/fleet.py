@@ -23,6 +23,8 @@ PING_INTERVAL_S = 5.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 """Pause before a slot gets another engine: doubled with each one that did not come to serve."""
 RETIRE_TIMEOUT_S = 60.0
+STATUS_S = 2.0
+"""Longest wait for a status that metrics ask for."""
 SUSPICIONS, SUSPICION_WINDOW_S = 3, 600.0
 """An engine that answers is replaced nevertheless if callers suspect it so often within the window."""
 
@@ -137,8 +139,14 @@ class Fleet:
             life.check = asyncio.create_task(self._check_suspect(life, reason))
         await asyncio.wait({life.check})
 
-    def statuses(self) -> dict[str, EngineStatus]:
-        """The latest status of each engine that is up."""
+    async def statuses(self) -> dict[str, EngineStatus]:
+        """The status of each engine that is up; that of the last ping if it does not answer soon."""
+
+        async def ask(life: _Life) -> None:
+            with contextlib.suppress(Exception):  # pings decide what an engine that does not answer is worth
+                life.status = await within(STATUS_S, life.engine.status(), "no status in {}")
+
+        await asyncio.gather(*(ask(life) for life in list(self._lives.values())))
         return {life.id: life.status for life in self._lives.values() if life.status is not None}
 
     async def replace_unfinished(self) -> None:
@@ -323,12 +331,14 @@ class Fleet:
             await self._check(life)
             await asyncio.sleep(self.ping_interval_s)
 
-    async def _check(self, life: _Life) -> None:
-        """Raises if an engine cannot be used, does not answer, or hangs in a step."""
+    async def _check(self, life: _Life) -> EngineStatus:
+        """The status; raises if an engine cannot be used, does not answer, or hangs in a step."""
         limit = self.ping_timeout_s
-        life.status = await within(limit, life.engine.status(), "no status in {} (online.engine_timeout_s)")
-        if life.status.step_s > limit:
-            raise EngineSilent(f"in one step for {life.status.step_s:.0f} s (online.engine_timeout_s: {limit:g})")
+        status = await within(limit, life.engine.status(), "no status in {} (online.engine_timeout_s)")
+        life.status = status
+        if status.step_s > limit:
+            raise EngineSilent(f"in one step for {status.step_s:.0f} s (online.engine_timeout_s: {limit:g})")
+        return status
 
     async def _check_suspect(self, life: _Life, reason: str) -> None:
         try:
@@ -360,9 +370,12 @@ class Fleet:
                 await within(self.sync_timeout_s, life.engine.sleep(), "falling asleep: no answer in {}")
             if life.lost.done():
                 return
+            status = life.status or await self._check(life)
             life.loading = False
             life.slot.pauses = update.attempts[life.slot.index] = 0
-            self._board.members[life.slot.index] = Member(life.id, life.engine, update.version, update.digest)
+            self._board.members[life.slot.index] = Member(
+                life.id, life.engine, update.version, update.digest, status.max_sequences
+            )
             self._board.metrics = update.metrics()
             self._changed()
 
@@ -390,10 +403,13 @@ class Fleet:
             self._changed()
 
     def _changed(self, *, visible: bool = True) -> None:
-        """Publish a change. ``visible``: True if members or error changed; ``needs_weights`` is compared."""
+        """Publish a change. ``visible``: True if members or error changed; the rest is compared."""
         update, board = self._update, self._board
         active = update is not None and not update.over.done() and (bool(update.loading) or not update.collective)
         coming = active or self._awaiting_start
-        needed, board.needs_weights = board.needs_weights, bool(self._lives) and not board.members and not coming
-        if visible or needed != board.needs_weights:
+        before = (board.needs_weights, board.expected)
+        board.needs_weights = bool(self._lives) and not board.members and not coming
+        loading = set(update.loading) if update is not None and active else set()
+        board.expected = len(loading.union(member.id for member in board.members.values()))
+        if visible or before != (board.needs_weights, board.expected):
             board.publish()

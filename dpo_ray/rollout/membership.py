@@ -19,6 +19,8 @@ class Member:
     """Policy version that it serves: its digest and probe have passed."""
     digest: str = ""
     """Digest of the weights of that version."""
+    max_sequences: int = 256
+    """``EngineStatus.max_sequences``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,8 @@ class Membership:
     epoch: int
     """Increases with every change."""
     members: tuple[Member, ...] = ()
+    expected: int = 0
+    """Number of engines that serve or take part in the update in progress."""
     needs_weights: bool = False
     """True if no engine serves and none is about to: some are up, and the weights must be published again."""
     error: str | None = None
@@ -62,6 +66,7 @@ class Board:
     def __init__(self, epoch: int) -> None:
         self.members: dict[int, Member] = {}
         """By slot."""
+        self.expected = 0
         self.needs_weights = False
         self.error: str | None = None
         self.metrics: Mapping[str, float] | None = None
@@ -83,5 +88,7 @@ class Board:
                     await self._news.wait()
         if self._published is None:
             members = tuple(self.members[slot] for slot in sorted(self.members))
-            self._published = Membership(self._epoch, members, self.needs_weights, self.error, self.metrics)
+            self._published = Membership(
+                self._epoch, members, self.expected, self.needs_weights, self.error, self.metrics
+            )
         return self._published

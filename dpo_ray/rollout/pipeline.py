@@ -20,9 +20,6 @@ Generate = Callable[[Request], Awaitable[CompletionGroup]]
 Score = Callable[[CompletionGroup], Awaitable[Judgement]]
 Select = Callable[[CompletionGroup, Sequence[float]], Choice]
 
-JUDGED_PER_GENERATED = 4
-"""Groups in flight for each one that may be generated at a time: the others wait for the judge."""
-
 
 class TooManyFailed(NonRetryableError):
     """More groups failed than ``online.max_failed_share`` allows."""
@@ -55,13 +52,13 @@ class Pipeline:
     """The steps of a group, and how many groups are in flight.
 
     Attributes:
-        concurrency: groups that are generated at a time.
+        in_flight: groups that wait for an engine, are generated, or wait for the judge.
     """
 
     generate: Generate
     score: Score
     select: Select
-    concurrency: int
+    in_flight: int
     generating: BusyTimer = field(default_factory=BusyTimer)
     judging: BusyTimer = field(default_factory=BusyTimer)
 
@@ -71,30 +68,28 @@ class Pipeline:
         Args:
             requests: with the position of each in its round; drawn as there is room.
         """
-        in_flight = asyncio.Semaphore(self.concurrency * JUDGED_PER_GENERATED)
-        room = asyncio.Semaphore(self.concurrency)
+        room = asyncio.Semaphore(self.in_flight)
 
         async def flow(position: int, request: Request) -> None:
             try:
-                append(await self.outcome(position, request, room))
+                append(await self.outcome(position, request))
             finally:
-                in_flight.release()
+                room.release()
 
         try:
             async with asyncio.TaskGroup() as tasks:
                 for position, request in requests:
-                    await in_flight.acquire()
+                    await room.acquire()
                     tasks.create_task(flow(position, request))
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
-    async def outcome(self, position: int, request: Request, room: asyncio.Semaphore) -> Outcome:
+    async def outcome(self, position: int, request: Request) -> Outcome:
         """Generate, judge and select; the first step that raises decides the reason of a failed group."""
         group, judgement, step = None, Judgement(()), "generate"
         try:
-            async with room:
-                with self.generating():
-                    group = await self.generate(request)
+            with self.generating():
+                group = await self.generate(request)
             step = "judge"
             with self.judging():
                 judgement = await self.score(group)

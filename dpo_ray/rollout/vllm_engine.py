@@ -123,6 +123,7 @@ class VLLMEngine:
             [] if self._in_process else [guard(p.pid) for p in core.engine_core.resources.engine_manager.processes]
         )
         self._max_model_len = self._llm.model_config.max_model_len
+        self._max_sequences = core.vllm_config.scheduler_config.max_num_seqs
         self._llm.update_weight_version(str(UNPUSHED))
         self._stepper = Stepper(core, fatal=(EngineDeadError,), on_failure=on_failure)
 
@@ -166,6 +167,7 @@ class VLLMEngine:
             busy_s=progress.busy_s,
             step_s=0.0 if progress.step_started is None else time.monotonic() - progress.step_started,
             cache_hit_rate=statistics.cache_hits / max(statistics.cache_queries, 1),
+            max_sequences=self._max_sequences,
         )
 
     async def token_logps(self, token_ids: Sequence[int]) -> list[float]:

@@ -1,5 +1,6 @@
 """Requests, results and statistics as vLLM has them. vLLM is imported on use."""
 
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ def _completion(completion: "CompletionOutput") -> Completion:
     versions: Any = completion.weight_versions  # finished, so they are set
     return Completion(
         completion.text,
-        tuple(completion.token_ids),
+        array("i", completion.token_ids),
         finished=completion.finish_reason == "stop",
         first_version=int(versions[0].version),
         last_version=int(versions[-1].version),

@@ -132,13 +132,17 @@ class PromptEvaluator:
             self.latest |= self.unranked[round]
 
     def receive(self, evaluation: Evaluation, version: int) -> None:
-        """Computes the log-probabilities of an evaluation's samples and stores it, unless no engine had its version.
+        """Computes the log-probabilities of an evaluation's samples and stores it.
+
+        One of a later version than requested is dropped if that version has an evaluation of its own.
 
         Args:
             version: version of the trainer's policy. If it has moved on, the engine's own log-probabilities count.
         """
-        self.pending.remove(evaluation.version)
-        if evaluation.gone:
+        self.pending.remove(evaluation.requested)
+        if evaluation.empty or evaluation.version in self.pending:
+            return
+        if evaluation.instead_of is not None and self.evaluations.recorded(evaluation.version):
             return
         samples = evaluation.token_samples
         policy = reference = None

@@ -30,7 +30,7 @@ class FakeEngineActor:
         raise RequestTimedOut("not complete")
 
     async def status(self) -> EngineStatus:
-        return EngineStatus(self.version, 0, 0, 0, 0.0, 0.0, 0.0)
+        return EngineStatus(self.version, 0, 0, 0, 0.0, 0.0, 0.0, 256)
 
     async def start_update(self) -> None:
         self.weights = ""

@@ -101,7 +101,7 @@ def test_tokens_after_an_update_in_flight_are_those_of_the_new_weights_given_the
     assert 60 <= switch < 150
     assert (completion.first_version, completion.last_version) == (7, 8)
     assert completion.token_ids[:switch] == undisturbed.completions[0].token_ids[:switch]
-    prefix = replace(prompt, token_ids=prompt.token_ids + completion.token_ids[:switch])
+    prefix = replace(prompt, token_ids=(*prompt.token_ids, *completion.token_ids[:switch]))
     (continued,) = generate(engine, request(prefix, exactly(200 - switch, temperature=0)))
     assert completion.token_ids[switch:] == continued.completions[0].token_ids
     assert continued.policy_version == 8
@@ -222,7 +222,9 @@ def test_the_same_seeds_give_the_same_completions_and_other_seeds_do_not(engine:
             request(prompt, exactly(16), candidates=3, seed=seed)
             for prompt, seed in zip(prompts(3, 20), seeds, strict=True)
         ]
-        return [completion.token_ids for group in generate(engine, *requests) for completion in group.completions]
+        return [
+            tuple(completion.token_ids) for group in generate(engine, *requests) for completion in group.completions
+        ]
 
     first = sample(100, 200)
     assert sample(100, 200) == first

@@ -242,7 +242,7 @@ def generate(engine: "VLLMEngine", *requests: Request) -> list[CompletionGroup]:
 def greedy(engine: "VLLMEngine") -> list[tuple[int, ...]]:
     """Tokens after four prompts; the last is long enough for two blocks of the prefix cache."""
     groups = generate(engine, *map(request, prompts(3, 10, 40, 300)))
-    return [group.completions[0].token_ids for group in groups]
+    return [tuple(group.completions[0].token_ids) for group in groups]
 
 
 def version_of(engine: "VLLMEngine") -> int:
@@ -385,7 +385,7 @@ def test_a_sleeping_engine_generates_after_waking_the_same_as_before(engine: "VL
         assert not waiting.done()
         await engine.wake()
         await engine.wake()
-        return (await waiting).completions[0].token_ids
+        return tuple((await waiting).completions[0].token_ids)
 
     push(engine, policy_a, version=0)
     before = greedy(engine)

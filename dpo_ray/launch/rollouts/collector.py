@@ -27,10 +27,9 @@ from dpo_ray.rollout.selectors import build_selector, select_pairs
 from dpo_ray.rollout.sources import unjudged
 from dpo_ray.types import Metrics
 
-SEQUENCES_PER_ENGINE = 320
-"""Completions in flight per engine: those that vLLM generates at a time (256 by default), and some that wait."""
-
-
+SEQUENCES_PER_ENGINE = 2048
+"""Completions in flight per engine: twice those that vLLM generates at a time on the largest GPUs by default (1,024),
+since others wait for the judge."""
 SHOW_INTERVAL_S = 0.2
 STATUS_TIMEOUT_S = 5.0
 
@@ -109,7 +108,7 @@ class CollectorActor:
             judge=pools["judge"].score if "judge" in pools else unjudged,
             eval_judge=pools["eval_judge"].score if "eval_judge" in pools else unjudged,
             select=partial(select_pairs, build_selector(online.select)),
-            concurrency=math.ceil(sequences / online.candidates),
+            in_flight=math.ceil(sequences / online.candidates),
             statuses=self._statuses,
             progress=self._show,
         )

@@ -44,7 +44,7 @@ class FakeEngine:
 
     async def status(self) -> EngineStatus:
         await self._called("status")
-        return EngineStatus(self.version, 0, 0, 0, 0.0, self.step_s, 0.0)
+        return EngineStatus(self.version, 0, 0, 0, 0.0, self.step_s, 0.0, 64)
 
     async def start_update(self) -> None:
         await self._called("start_update")

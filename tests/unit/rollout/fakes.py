@@ -29,8 +29,8 @@ class FakeEngine:
         requests: all that it was asked.
     """
 
-    def __init__(self, version: int = 0, act: Callable[[Request], Any] | None = None) -> None:
-        self.version, self.act = version, act
+    def __init__(self, version: int = 0, act: Callable[[Request], Any] | None = None, max_sequences: int = 256) -> None:
+        self.version, self.act, self.max_sequences = version, act, max_sequences
         self.requests: list[Request] = []
         self.running = self.most = 0
 
@@ -56,6 +56,8 @@ class FakeFleet:
 
     def __init__(self, *engines: FakeEngine) -> None:
         self.engines = dict(enumerate(engines))
+        self.loading: set[int] = set()
+        """Engines that load weights and are no members yet."""
         self.suspected: list[tuple[str, str]] = []
         self.error: str | None = None
         self.needs_weights = False
@@ -73,14 +75,19 @@ class FakeFleet:
         self.changed.clear()
         as_engine = lambda engine: cast(Engine, engine)  # noqa: E731
         members = tuple(
-            Member(str(i), as_engine(engine), engine.version, f"d{engine.version}")
+            Member(str(i), as_engine(engine), engine.version, f"d{engine.version}", engine.max_sequences)
             for i, engine in self.engines.items()
+            if i not in self.loading
         )
-        return Membership(self.epoch, members, self.needs_weights, self.error, {"perf/push_s": 0.5})
+        metrics = {"perf/push_s": 0.5}
+        return Membership(self.epoch, members, len(self.engines), self.needs_weights, self.error, metrics)
 
     async def statuses(self) -> dict[str, EngineStatus]:
         """Two sequences run and one waits in each engine, which has made 300 tokens in 3 s; 1 of 4 was cached."""
-        return {str(i): EngineStatus(engine.version, 2, 1, 300, 3.0, 0.0, 0.25) for i, engine in self.engines.items()}
+        return {
+            str(i): EngineStatus(engine.version, 2, 1, 300, 3.0, 0.0, 0.25, engine.max_sequences)
+            for i, engine in self.engines.items()
+        }
 
     async def suspect(self, member_id: str, reason: str) -> None:
         """Remove an engine."""

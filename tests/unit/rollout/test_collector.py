@@ -33,7 +33,7 @@ PROMPTS = 32
 class Harness:
     """A collector with its engines and judge, as one process would have them."""
 
-    def __init__(self, folder, config, engines, replica=None, held_out=0, concurrency=8, judge_timeout_s=1.0):
+    def __init__(self, folder, config, engines, replica=None, held_out=0, in_flight=8, judge_timeout_s=1.0):
         self.fleet, self.replica = FakeFleet(*engines), replica or FakeReplica()
         self.ledger, self.progress = Ledger(folder), []
         dispatcher = Dispatcher(self.fleet.membership, self.fleet.suspect)
@@ -48,7 +48,7 @@ class Harness:
             judge=judge.score,
             eval_judge=judge.score,
             select=lambda group, scores: select_pairs(best_vs_worst, group, scores),
-            concurrency=concurrency,
+            in_flight=in_flight,
             statuses=self.fleet.statuses,
             progress=lambda *said: self.progress.append(said),
         )
@@ -126,7 +126,7 @@ def test_the_manifest_names_the_weights_of_all_versions_also_of_a_round_that_was
                 await asyncio.sleep(0.01)
 
     async def main():
-        first = Harness(tmp_path, online(max_lag=1), [engine], concurrency=2)
+        first = Harness(tmp_path, online(max_lag=1), [engine], in_flight=2)
         await first.round(0)
         await collected(3)
         first.fleet.publish(1)
@@ -164,8 +164,8 @@ def test_a_round_is_generated_while_its_first_groups_are_judged(tmp_path):
             asked.append(len(engine.requests))
             return asyncio.sleep(0.05)
 
-        engine = FakeEngine(0, lambda _: asyncio.sleep(0.05))
-        harness = Harness(tmp_path, online(prompts_per_round=16), [engine], FakeReplica(judge), concurrency=2)
+        engine = FakeEngine(0, lambda _: asyncio.sleep(0.05), max_sequences=8)
+        harness = Harness(tmp_path, online(prompts_per_round=16), [engine], FakeReplica(judge))
         started = time.perf_counter()
         await harness.round(0)
         return time.perf_counter() - started, harness.ledger.manifest(0)["timings"], engine.most, asked
@@ -181,7 +181,7 @@ def test_a_round_is_generated_while_its_first_groups_are_judged(tmp_path):
 def test_a_collector_that_dies_in_the_middle_goes_on_without_repeating_a_prompt(tmp_path):
     async def main():
         slow = FakeEngine(0, lambda request: asyncio.sleep(0.02 * (1 + request.prompt.index % 5)))
-        first = Harness(tmp_path, online(prompts_per_round=16), [slow], concurrency=4)
+        first = Harness(tmp_path, online(prompts_per_round=16), [slow], in_flight=4)
         await first.collector.poll(0, round=0, evaluations=[], wait_s=0.1)
         await first.die()
         done = len((tmp_path / "rounds/000000/pairs.jsonl").read_text().splitlines())
@@ -376,20 +376,56 @@ def test_completions_at_temperature_one_are_judged_and_serve_as_samples(tmp_path
     assert evaluation.samples == tuple(group for group, _ in evaluation.judged)
 
 
-def test_an_evaluation_whose_version_is_gone_is_empty_and_one_failing_prompt_is_a_gap(tmp_path):
+async def evaluate(harness, version, asked):
+    """The evaluations of versions, by the version asked for."""
+    answers = ()
+    async with asyncio.timeout(10):
+        while len(answers) < len(asked):
+            answers = (await harness.collector.poll(version, round=None, evaluations=asked, wait_s=0.2)).evaluations
+    return {answer.requested: answer for answer in answers}
+
+
+def test_an_evaluation_whose_version_is_gone_is_of_the_version_that_the_engines_have(tmp_path):
     async def main():
-        gone = Harness(tmp_path / "gone", online(), [FakeEngine(3)], held_out=4)
-        answers = ()
-        while not answers:
-            answers = (await gone.collector.poll(3, round=None, evaluations=[2], wait_s=0.2)).evaluations
-        (empty,) = answers
+        harness = Harness(tmp_path / "one", online(), [FakeEngine(3)], held_out=4)
+        alone = await evaluate(harness, 3, [2])
+        harness = Harness(tmp_path / "two", online(), [FakeEngine(3)], held_out=4)
+        several = await evaluate(harness, 3, [0, 1, 2])
+        harness = Harness(tmp_path / "own", online(), [FakeEngine(3)], held_out=4)
+        return alone, several, await evaluate(harness, 3, [2, 3])
+
+    alone, several, beside_its_own = asyncio.run(main())
+    assert (alone[2].version, alone[2].instead_of, len(alone[2].judged)) == (3, 2, 4)
+    assert sorted(len(answer.judged) for answer in several.values()) == [0, 0, 4], "version 3 is evaluated once"
+    assert {requested: len(answer.judged) for requested, answer in beside_its_own.items()} == {2: 0, 3: 4}
+
+
+def test_an_evaluation_is_repeated_where_the_engines_move_on_in_the_middle(tmp_path):
+    async def main():
+        moved = asyncio.Event()
+
+        async def act(request):
+            if request.prompt.index == 3 and not moved.is_set():
+                moved.set()
+                harness.fleet.publish(4)
+                raise ConnectionError("died")  # sent again, when all engines are newer
+
+        engines = [FakeEngine(3, act), FakeEngine(3)]
+        harness = Harness(tmp_path, online(), engines, held_out=4)
+        return await evaluate(harness, 4, [3])
+
+    (evaluation,) = asyncio.run(main()).values()
+    assert (evaluation.version, len(evaluation.judged), evaluation.failed) == (4, 4, 0)
+
+
+def test_one_failing_held_out_prompt_is_a_gap(tmp_path):
+    async def main():
         failing = FakeEngine(0, raise_for([1], ValueError("too long")))
         replica = FakeReplica(raise_for([2], RuntimeError("no")))
         gap = Harness(tmp_path / "gap", online(max_failed_share=1), [failing], replica, held_out=4)
-        return empty, await gap.evaluation(0)
+        return await gap.evaluation(0)
 
-    empty, gap = asyncio.run(main())
-    assert (empty.version, empty.judged, empty.samples) == (2, (), ())
+    gap = asyncio.run(main())
     assert [group.prompt.index for group, _ in gap.judged] == [0, 2, 3]
     assert [math.isnan(score) for _, score in gap.judged] == [False, True, False]
     assert gap.failed == 1
@@ -406,7 +442,7 @@ def test_an_evaluation_that_finished_while_others_are_asked_for_is_delivered_onc
             asked = [version for version in (0, 1) if version not in delivered]
             progress = await harness.collector.poll(1, round=1, evaluations=asked, wait_s=0.1)
             delivered += [evaluation.version for evaluation in progress.evaluations]
-            assert not any(evaluation.gone for evaluation in progress.evaluations)
+            assert not any(evaluation.empty for evaluation in progress.evaluations)
         return delivered, Counter(request.seed for request in engine.requests if request.evaluation)
 
     delivered, requests = asyncio.run(main())

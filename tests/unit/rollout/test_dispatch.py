@@ -1,7 +1,9 @@
 """Requests to engines: recent enough policies, the least busy engine, another one when it fails."""
 
 import asyncio
+import contextlib
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -18,10 +20,10 @@ def request(index=0):
 
 
 def run(fleet_of, main):
-    """Run ``main(dispatcher, fleet)`` beside a dispatcher that follows the fleet."""
+    """Run ``main(dispatcher, fleet)`` beside a dispatcher that follows a fleet, given by engines or a function."""
 
     async def whole():
-        fleet = FakeFleet(*fleet_of)
+        fleet = fleet_of() if callable(fleet_of) else FakeFleet(*fleet_of)
         dispatcher = Dispatcher(fleet.membership, fleet.suspect)
         following = asyncio.ensure_future(dispatcher.follow())
         try:
@@ -89,6 +91,136 @@ def test_a_prompt_that_kills_three_engines_fails():
         return await dispatcher.generate(request(1), oldest=0)
 
     assert run(engines, main).prompt.index == 1
+
+
+class OneEngine(FakeFleet):
+    """Replaces its engine when it is suspected."""
+
+    def __init__(self, engine_of):
+        super().__init__(engine_of())
+        self.engine_of = engine_of
+
+    async def suspect(self, member_id, reason):
+        if int(member_id) in self.engines:
+            self.engines[int(member_id) + 1] = self.engine_of()
+        await super().suspect(member_id, reason)
+
+
+def test_a_prompt_that_kills_the_only_engine_each_time_fails_alone():
+    deaths = []
+
+    def engine_of():
+        """An engine that dies over prompt 5, with all that it works on."""
+        death = asyncio.Event()
+
+        async def act(request):
+            if request.prompt.index == 5:
+                deaths.append(engine.running)
+                death.set()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(death.wait(), 0.02)
+            if death.is_set():
+                raise ConnectionError("died")
+
+        engine = FakeEngine(0, act)
+        return engine
+
+    async def complete(dispatcher, index):
+        try:
+            return (await dispatcher.generate(request(index), oldest=0)).prompt.index
+        except EngineError:
+            return "failed"
+
+    async def main(dispatcher, fleet):
+        return await asyncio.gather(*(complete(dispatcher, index) for index in range(12)))
+
+    assert run(lambda: OneEngine(engine_of), main) == [0, 1, 2, 3, 4, "failed", 6, 7, 8, 9, 10, 11]
+    assert len(deaths) == 3, "two with others, and one alone"
+    assert deaths[-1] == 1
+
+
+def test_the_death_of_the_fleet_is_not_blamed_on_requests(monkeypatch):
+    monkeypatch.setattr("dpo_ray.rollout.dispatch.RESTART_S", 0.02)
+    failures = iter([ConnectionError("died")] * 5)
+
+    async def act(_):
+        if error := next(failures, None):
+            raise error
+
+    async def main(dispatcher, fleet):
+        async def suspect(member_id, reason):
+            raise ConnectionError("the fleet died")
+
+        dispatcher._suspect = suspect
+        generating = asyncio.ensure_future(dispatcher.generate(request(), oldest=0))
+        while not generating.done():
+            await asyncio.sleep(0.01)
+            fleet.change()
+        return await generating
+
+    assert run([FakeEngine(0, act)], main).prompt.index == 0
+
+
+def test_an_engine_gets_its_share_of_a_round_while_others_load_the_same_weights():
+    engines = [FakeEngine(0, lambda _: asyncio.sleep(0.1)) for _ in range(2)]
+
+    async def main(dispatcher, fleet):
+        fleet.loading = {1}
+        fleet.change()
+        round = asyncio.gather(*(dispatcher.generate(request(i), oldest=0) for i in range(32)))
+        await asyncio.sleep(0.05)
+        fleet.loading = set()
+        fleet.change()
+        return await round
+
+    assert len(run(engines, main)) == 32
+    assert [len(engine.requests) for engine in engines] == [16, 16]
+
+
+def test_a_round_is_finished_by_one_engine_if_the_others_never_serve():
+    engines = [FakeEngine(0, lambda _: asyncio.sleep(0.01)) for _ in range(2)]
+
+    async def main(dispatcher, fleet):
+        fleet.loading = {1}
+        fleet.change()
+        return await asyncio.gather(*(dispatcher.generate(request(i), oldest=0) for i in range(32)))
+
+    assert len(run(engines, main)) == 32
+    assert [len(engine.requests) for engine in engines] == [32, 0]
+
+
+def test_an_engine_gets_no_more_sequences_than_it_generates_and_a_few_that_wait():
+    engine = FakeEngine(0, lambda _: asyncio.sleep(0.01), max_sequences=8)
+
+    async def main(dispatcher, fleet):
+        return await asyncio.gather(*(dispatcher.generate(request(i), oldest=0) for i in range(20)))
+
+    assert len(run([engine], main)) == 20
+    assert engine.most == 5, "five requests of two completions: 8 sequences and a quarter of them"
+
+
+def test_evaluations_and_earlier_rounds_go_first():
+    engine = FakeEngine(0, lambda _: asyncio.sleep(0.01), max_sequences=2)
+
+    async def main(dispatcher, fleet):
+        asked = [replace(request(i), round=3 - i) for i in range(4)] + [replace(request(4), evaluation=True)]
+        await asyncio.gather(*(dispatcher.generate(each, oldest=0) for each in asked))
+
+    run([engine], main)
+    assert [asked.prompt.index for asked in engine.requests] == [0, 4, 3, 2, 1], "0 found the engine idle"
+
+
+def test_a_cancelled_request_leaves_its_engine_to_others():
+    engine = FakeEngine(0, lambda _: asyncio.sleep(0.05), max_sequences=2)
+
+    async def main(dispatcher, fleet):
+        tasks = [asyncio.ensure_future(dispatcher.generate(request(i), oldest=0)) for i in range(4)]
+        await asyncio.sleep(0.01)
+        for task in tasks[:3]:
+            task.cancel()
+        return await asyncio.wait_for(tasks[3], 1)
+
+    assert run([engine], main).prompt.index == 3
 
 
 @pytest.mark.parametrize("error", [ValueError("too long"), RequestTimedOut("late")])

@@ -70,7 +70,7 @@ def test_held_out_prompts_without_a_score_are_counted_also_those_without_a_compl
     assert store.write(Evaluation(2, judged[1:]), None, None) == {"heldout/unscored": 2}
     assert store.read(1) == {"heldout/score": 2.0, "heldout/unscored": 6}
     none = Evaluation(3, failed=5)
-    assert not none.gone, "its prompts failed"
+    assert not none.empty, "its prompts failed"
     assert store.write(none, None, None) == store.read(3) == {"heldout/unscored": 5}
     summary = store.folder / "000001.kl.json"
     summary.write_text(json.dumps({k: v for k, v in json.loads(summary.read_text()).items() if k != "failed"}))

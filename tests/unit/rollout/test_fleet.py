@@ -126,6 +126,31 @@ async def test_an_engine_that_serves_and_fails_disappears_at_once_and_its_succes
 
 
 @run
+async def test_engines_that_load_weights_are_expected_to_serve_and_say_how_much_they_take() -> None:
+    held = asyncio.Event()
+    async with running(World(2, only("1.1", fault("load", held.wait)))) as world:
+        await world.up("0.1", "1.1")
+        await world.update(1, "a")
+        now = await world.serving("0.1")
+        assert now.expected == 2
+        held.set()
+        now = await world.serving("0.1", "1.1")
+        assert now.expected == 2
+        assert [member.max_sequences for member in now.members] == [64, 64]
+
+
+@run
+async def test_statuses_are_those_of_the_moment() -> None:
+    async with running(World(2, ping_interval_s=3600.0)) as world:
+        await world.update(1, "a")
+        await world.serving("0.1", "1.1")
+        world.engines["1.1"].faults["status"] = dies()
+        versions = {name: status.version for name, status in (await world.fleet.statuses()).items()}
+        assert versions["0.1"] == 1
+        assert set(versions) == {"0.1", "1.1"}, "the last known one of an engine that does not answer"
+
+
+@run
 async def test_a_suspect_that_is_dead_is_gone_when_the_call_returns_and_one_that_answers_stays() -> None:
     async with running(World(2, ping_interval_s=3600.0)) as world:
         await world.update(1, "a")
