@@ -12,13 +12,12 @@ from torch.distributed.tensor import DTensor
 
 from dpo_ray.config import Config
 from dpo_ray.data.store import PairStore
-from dpo_ray.objective.build import build_loss
 from dpo_ray.parallel.fsdp import reshard
 from dpo_ray.reference.reference import Reference
 from dpo_ray.train.optim import build_optimizer
 from dpo_ray.train.reference import build_references
 from dpo_ray.train.reporter import Reporter
-from dpo_ray.train.trainer import Trainer, build_trainer
+from dpo_ray.train.trainer import Trainer, build_trainer, configured_losses
 
 
 class SharedParts:
@@ -56,7 +55,7 @@ class SharedParts:
         self.trainer = replace(
             self.trainer,
             config=config,
-            loss=build_loss(config.loss, log_ratio_totals),
+            pair_losses=configured_losses(config.loss, log_ratio_totals),
             log_ratio_totals=log_ratio_totals,
             optimizer=build_optimizer(self.trainer.policy, config.optim),
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dpo_ray.data.loader import StepBatch
 from dpo_ray.data.packing import PackedRow
-from dpo_ray.model.scorer import PairLosses, pair_logps, pair_losses
+from dpo_ray.model.scorer import pair_logps
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.objective.losses import STEP_VALUES
 from dpo_ray.objective.metrics import PAIR_METRICS, PAIR_RESULTS, REWARDS, pair_metric_sums, pair_results
@@ -38,12 +38,12 @@ def dpo_step(trainer: Trainer, batch: StepBatch, reference: Reference, *, lr: fl
     started = time.perf_counter()
     policy, config = trainer.policy, trainer.config
     sync = gradient_sync(config.shard, trainer.mesh)
-    sums = _zero_sums(trainer)
+    sums = _zero_sums(trainer.device)
     pairs_and_losses: list[tuple[tuple[int, ...], Tensor]] = []
     for i, (pairs, row, reference_logps) in enumerate(_rows(trainer, batch, reference)):
         last = i == len(batch.micro_batches) - 1
         set_last_micro_batch(policy, last, sync)
-        losses = _pair_losses(trainer, row, reference_logps)
+        losses = trainer.pair_losses(policy, row, reference=reference_logps)
         (losses.total * (trainer.grad_divide_factor / len(batch.pairs))).backward()
         sums += pair_metric_sums(losses.each, losses.policy, reference_logps, config.loss.beta)
         pairs_and_losses.append((pairs, losses.each))
@@ -87,11 +87,11 @@ def evaluate_pairs(
         Loss, rewards and accuracy under ``eval/``; and (n, 4) float64, the PAIR_RESULTS of each pair by its index.
         Both are the same on every rank.
     """
-    beta, sums = trainer.config.loss.beta, _zero_sums(trainer)
+    beta, sums = trainer.config.loss.beta, _zero_sums(trainer.device)
     results = torch.zeros(pairs, len(PAIR_RESULTS), dtype=torch.float64, device=trainer.device)
     for batch in batches:
         for numbers, row, reference_logps in _rows(trainer, batch, reference):
-            losses = _pair_losses(trainer, row, reference_logps)
+            losses = trainer.pair_losses(trainer.policy, row, reference=reference_logps)
             sums += pair_metric_sums(losses.each, losses.policy, reference_logps, beta)
             results[list(numbers)] = pair_results(losses.each, losses.policy, reference_logps, beta)
     reshard(trainer.policy)
@@ -137,13 +137,6 @@ def _with_step_values(
         yield pairs, row, replace(of_reference, of_step=of_row)
 
 
-def _pair_losses(trainer: Trainer, row: PackedRow, reference_logps: PairLogps | None) -> PairLosses:
-    loss = trainer.config.loss
-    return pair_losses(
-        trainer.policy, row, trainer.loss, reference_logps, weighting=loss.weighting, router_aux=loss.router_aux
-    )
-
-
 def _nonfinite_pairs(
     pairs_and_losses: list[tuple[tuple[int, ...], Tensor]], group: dist.ProcessGroup
 ) -> tuple[int, ...]:
@@ -157,8 +150,8 @@ def _nonfinite_pairs(
     return tuple(pair for of_rank in gather_values(nonfinite, group) for pair in of_rank)
 
 
-def _zero_sums(trainer: Trainer) -> Tensor:
-    return torch.zeros(2, len(PAIR_METRICS), dtype=torch.float64, device=trainer.device)
+def _zero_sums(device: torch.device) -> Tensor:
+    return torch.zeros(2, len(PAIR_METRICS), dtype=torch.float64, device=device)
 
 
 def _means(sums: Tensor) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The parts that both loops train with, built once per rank: tokenizer, policy, loss, optimizer and meshes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -8,13 +10,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
 from dpo_ray.config import Config
+from dpo_ray.config.losses import LossConfig
 from dpo_ray.data.loader import BatchShape
 from dpo_ray.data.tokenizer import load_tokenizer
 from dpo_ray.model.adapters import REFERENCE_ADAPTER
 from dpo_ray.model.architecture import packing_obstacle
 from dpo_ray.model.load import load_sharded
-from dpo_ray.model.scorer import Scorer
-from dpo_ray.objective.build import PairLoss, build_loss
+from dpo_ray.model.scorer import PairLosses, Scorer, pair_losses
+from dpo_ray.objective.build import build_loss
 from dpo_ray.objective.precision import ROUNDED, Products
 from dpo_ray.ops.attention import MASKED
 from dpo_ray.ops.calibration import cached_timings, describe, fastest
@@ -36,7 +39,8 @@ class Trainer:
     config: Config
     tokenizer: PreTrainedTokenizerBase
     policy: Scorer
-    loss: PairLoss
+    pair_losses: Callable[..., PairLosses]
+    """(policy, row, reference=...) -> the configured losses of the pairs in a row; see ``scorer.pair_losses``."""
     log_ratio_totals: torch.Tensor
     """(2,) float64 on the CPU: sum, nats, and number of the log-ratios of all completions in former steps."""
     optimizer: torch.optim.Optimizer
@@ -113,13 +117,19 @@ def build_trainer(config: Config, device: torch.device, reporter: Reporter) -> T
         config,
         load_tokenizer(config.model.path, config.model.chat_template),
         policy,
-        build_loss(config.loss, log_ratio_totals),
+        configured_losses(config.loss, log_ratio_totals),
         log_ratio_totals,
         build_optimizer(policy, config.optim),
         mesh,
         compute_mesh,
         device,
     )
+
+
+def configured_losses(config: LossConfig, log_ratio_totals: torch.Tensor) -> Callable[..., PairLosses]:
+    """``Trainer.pair_losses``."""
+    loss = build_loss(config, log_ratio_totals)
+    return partial(pair_losses, loss=loss, weighting=config.weighting, router_aux=config.router_aux)
 
 
 def choose_products(config: Config, device: torch.device, reporter: Reporter) -> Products:
