@@ -70,13 +70,16 @@ class Checkpointer:
     """Saves and loads the checkpoints of one run in a shared folder. Every rank calls the same methods.
 
     A context: at its end, it waits for the checkpoint being written and leaves the process group of the saves.
+
+    Args:
+        stager: host memory for the copies of the state, which the next run of a process may reuse.
     """
 
-    def __init__(self, folder: Path, config: Config) -> None:
+    def __init__(self, folder: Path, config: Config, stager: "CachedStager | None" = None) -> None:
         self.folder, self.config = folder, config
         # The save thread's collectives must not interleave with those of training.
         self.group = cast("dist.ProcessGroup", dist.new_group(backend="gloo"))  # every rank is a member
-        self.stager = CachedStager()
+        self.stager = stager or CachedStager()
         self.pending: Future[Any] | None = None
         self.writing = folder
         self.last_good: Path | None = None

@@ -51,7 +51,7 @@ def train_offline(
     reference, held_out_reference = build(trainer, pairs, held_out, reporter)
     skips = config.optim.max_skipped_steps
     state = TrainState(trainer.policy, trainer.optimizer, trainer.log_ratio_totals, skips)
-    with Checkpointer(config.run.path / "checkpoints", config) as checkpointer:
+    with Checkpointer(config.run.path / "checkpoints", config, shared.stager if shared else None) as checkpointer:
         resumed = checkpointer.resume(state)
         loader.consumed = state.consumed
         steps_left = _steps_left(config, loader, state.step)

@@ -1,7 +1,7 @@
 """The parts that consecutive runs of one process share, as the trials of a sweep do: the model and its reference.
 
 A run trains the weights of the model that the run before it has left, reset to the untrained ones. Reference
-log-probabilities are read and verified once.
+log-probabilities are read and verified once, and checkpoints are copied to the same host memory.
 """
 
 from dataclasses import replace
@@ -14,6 +14,7 @@ from dpo_ray.config import Config
 from dpo_ray.data.store import PairStore
 from dpo_ray.parallel.fsdp import reshard
 from dpo_ray.reference.reference import Reference
+from dpo_ray.train.checkpoint import CachedStager
 from dpo_ray.train.optim import build_optimizer
 from dpo_ray.train.reference import build_references
 from dpo_ray.train.reporter import Reporter
@@ -35,6 +36,7 @@ class SharedParts:
         self.untrained: list[Tensor] = []
         """This rank's shards of the trainable weights, on the host."""
         self.references: dict[str, tuple[Reference, Reference]] = {}
+        self.stager = CachedStager()
 
     def build_trainer(self, config: Config, device: torch.device, reporter: Reporter) -> Trainer:
         """See ``trainer.build_trainer``; the model is kept as long as the settings that shape it stay."""
