@@ -21,11 +21,12 @@ from ray.tune.schedulers import (
     PopulationBasedTraining,
     TrialScheduler,
 )
+from ray.tune.search.sample import Domain, Function
 
 from dpo_ray.config import Config
 from dpo_ray.config.resume import FIXED_KEYS
 from dpo_ray.config.sweeps import AshaArgs, HalvingArgs, HyperbandArgs, MedianArgs, PbtArgs
-from dpo_ray.launch.sweeps.space import Space, draw
+from dpo_ray.launch.sweeps.space import Space, choices, draw, flatten, is_grid
 from dpo_ray.sweep.halving import Halving
 from dpo_ray.sweep.population import Population
 from dpo_ray.sweep.scheduling import Decision, RunToEnd, Scheduler, Update
@@ -93,11 +94,11 @@ def build_scheduler(
             return FromTune(HyperBandScheduler(**common, max_t=length, reduction_factor=factor), seed, pauses=True)
         case "pbt":
             pbt = PbtArgs.model_validate(args)
-            mutable = {name: key for name, key in keys.items() if key.kind != "function" and not _is_fixed(name)}
+            mutable = {name: keys[name] for name, domain in flatten(space).items() if _may_change(name, domain)}
             if not mutable:
                 raise ValueError(
-                    "sweep.scheduler.use: pbt changes values during a run, and the space has none that may change; add "
-                    "optim.lr or loss.beta"
+                    "sweep.scheduler.use: pbt changes values during a run, and the space has none that may change: "
+                    "constants, functions and values inside a choice of mappings do not; add optim.lr or loss.beta"
                 )
             return Population(
                 pbt, objective, mutable, partial(draw, space), interval=pbt.interval or every, time=time, seed=seed
@@ -161,6 +162,15 @@ def _rungs_of_halving(config: Config) -> tuple[int, ...]:
     halving = AshaArgs.model_validate(args) if use == "asha" else HalvingArgs.model_validate(args)
     first = halving.grace_period or config.run.eval_every or 1
     return tuple(first * halving.reduction_factor**k for k in range(RUNGS))
+
+
+def _may_change(name: str, domain: Any) -> bool:
+    """True if trials have a value of the key that population-based training may perturb.
+
+    A choice of mappings or of domains is no such value: trials have the keys and values inside of it.
+    """
+    drawn = is_grid(domain) or (isinstance(domain, Domain) and not isinstance(domain, Function))
+    return drawn and not any(isinstance(c, Mapping | Domain) for c in choices(domain)) and not _is_fixed(name)
 
 
 def _is_fixed(name: str) -> bool:

@@ -5,7 +5,7 @@ import inspect
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import NormalDist
 from types import CodeType
 from typing import Any, cast
@@ -49,6 +49,13 @@ def plain(value: Any) -> Any:
 def is_grid(domain: Any) -> bool:
     """True for ``tune.grid_search(...)``."""
     return isinstance(domain, dict) and set(domain) == {"grid_search"}
+
+
+def choices(domain: Any) -> Sequence[Any]:
+    """The values of a choice or a grid; none for other domains."""
+    if is_grid(domain):
+        return domain["grid_search"]
+    return domain.categories if isinstance(domain, Categorical) else ()
 
 
 def variants(space: Space, state: np.random.RandomState) -> Iterator[dict[str, Any]]:

@@ -413,6 +413,44 @@ def test_the_best_of_a_population_are_cloned_and_perturbed(tmp_path: Path) -> No
     assert outcome(other_order) == outcome(sweep), "whatever the slots and the order of reports"
 
 
+def test_a_population_changes_neither_constants_nor_functions_nor_choices_of_mappings(tmp_path: Path) -> None:
+    """With the default arguments, of which ``resample`` draws a quarter of the values anew."""
+    space = {
+        "optim.lr": tune.loguniform(1e-6, 5e-5),
+        "optim.weight_decay": 0.1,
+        "loss": tune.choice([{"beta": tune.uniform(0.1, 0.2), "args": {"gamma": 0.5}}]),
+        "optim.warmup_steps": tune.sample_from(lambda spec: 3),
+    }
+    settings = config(scheduler={"use": "pbt"})
+    scheduler = build_scheduler(settings, space, describe(space), None, LOSS, time="step", length=STEPS)
+    assert isinstance(scheduler, Population)
+    assert set(scheduler.keys) == {"optim.lr"}
+    sweep = conductor(tmp_path / "journal", scheduler, samples=8)
+    sweep.searcher = build_searcher(settings.sweep.search, space, None, LOSS, 0)
+    run(sweep, 1)
+    clones = [trial for trial in sweep.trials if trial.origin]
+    assert clones
+    for clone in clones:
+        assert clone.values["optim.weight_decay"] == 0.1
+        assert clone.values["optim.warmup_steps"] == 3
+        assert 1e-6 <= clone.values["optim.lr"] <= 5e-5
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        {"loss.beta": 0.1},
+        {"loss": tune.choice([{"use": "ipo", "beta": tune.uniform(0.1, 0.2)}, {"use": "sigmoid"}])},
+        {"loss.beta": tune.sample_from(lambda spec: 0.1)},
+        {"loss.use": tune.choice(["ipo", "sigmoid"])},
+    ],
+)
+def test_a_population_without_a_value_that_may_change_is_rejected(space: dict[str, Any]) -> None:
+    settings = config(scheduler={"use": "pbt"})
+    with pytest.raises(ValueError, match=r"^sweep.scheduler.use: pbt changes .* the space has none that may change"):
+        build_scheduler(settings, space, describe(space), None, LOSS, time="step", length=STEPS)
+
+
 def test_a_sweep_without_a_scheduler_runs_its_trials_in_order(tmp_path: Path) -> None:
     sweep = run(conductor(tmp_path / "journal", RunToEnd(), samples=3), 1)
     assert [trial.status for trial in sweep.trials] == ["done"] * 3
