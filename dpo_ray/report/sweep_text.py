@@ -7,13 +7,15 @@ from typing import Any
 from dpo_ray.report.formatting import count_noun, format_number, same_decimals
 from dpo_ray.report.record import number
 from dpo_ray.sweep.ranking import Configuration
-from dpo_ray.sweep.trials import Objective
+from dpo_ray.sweep.trials import Objective, Trial
 from dpo_ray.sweep.verdict import Lead, Verdict, as_good_region
 
 DISTANCES = {"kl": "KL to the reference", "eval/drift": "drift from the reference"}
 """Metrics of the distance between policy and reference, in nats per completion; the first that a trial has is named."""
 SCALED_BY_LOSS = ("eval/loss", "eval/rewards/margins")
 """Metrics whose scale depends on the loss."""
+UNFINISHED = {"stopped": "stopped early by the scheduler", "running": "still running", "waiting": "waiting"}
+"""Texts for the status of trials that have not run to the end."""
 
 
 def verdict_text(verdict: Verdict) -> str:
@@ -22,8 +24,10 @@ def verdict_text(verdict: Verdict) -> str:
         return " ".join(["No trial has a result to pick.", *_exclusions(verdict)])
     sentences = [
         _pick(verdict, verdict.best),
+        *_left_out(verdict.best),
         *_cloned(verdict.best),
         *_lead(verdict, verdict.best),
+        *[text for lead in verdict.leads[:1] for text in _left_out(lead.other, _name(lead.other, verdict))],
         *_as_good(verdict),
     ]
     return " ".join([*sentences, *_unfinished(verdict), *_scales(verdict), *_exclusions(verdict)])
@@ -52,6 +56,16 @@ def _pick(verdict: Verdict, best: Configuration) -> str:
             f"with a standard deviation of {deviation} ({low} to {high})"
         )
     return f"Pick {_name(best, verdict)}: {value}{_distance(best, verdict.objective)}."
+
+
+def _left_out(configuration: Configuration, name: str = "") -> list[str]:
+    """The repeats that the mean of a configuration leaves out: they did not come as far as the others."""
+    if not (behind := configuration.behind):
+        return []
+    seeds = len(behind) + len(configuration.trials)
+    of_seeds = f"of the {seeds} seeds of {name}" if name else f"of its {seeds} seeds"
+    verb = "is" if len(behind) == 1 else "are"
+    return [f"{len(behind)} {of_seeds} {verb} left out: {_by_status(behind)}."]
 
 
 def _cloned(best: Configuration) -> list[str]:
@@ -93,12 +107,14 @@ def _lead(verdict: Verdict, best: Configuration) -> list[str]:
             f"{other}, is within {' or '.join(noises)}. They may differ on {more}."
         ]
     if lead.level == "unknown":
-        return [
-            f"Its lead over the next, {other}, is {difference}; how much of that is noise is not known, "
-            "without results by held-out example and repeats with other seeds."
-        ]
+        cause = ", without results by held-out example and repeats with other seeds"
+        if lead.too_few:
+            cause = f": {lead.examples} held-out {lead.unit} are too few to tell"
+        return [f"Its lead over the next, {other}, is {difference}; how much of that is noise is not known{cause}."]
     if lead.level == "clear":
         seeds = "; seeds were not repeated" if lead.seed_margin is None else ""
+        if lead.too_few:
+            seeds = f"; {lead.examples} held-out {lead.unit} are too few to estimate theirs"
         return [f"Its lead of {difference} over the next, {other}, is larger than {' and '.join(noises)}{seeds}."]
     return [f"A tie: its lead of {difference} over the next, {other}, is within {' or '.join(noises)}."]
 
@@ -126,7 +142,8 @@ def _noises(lead: Lead) -> list[str]:
     noises = []
     if lead.low is not None and lead.high is not None and (lead.level == "clear" or not lead.exceeds_examples):
         low, high = same_decimals(lead.low, lead.high)
-        noises.append(f"the noise of the {lead.examples:,} held-out {lead.unit} (95 % interval {low} to {high})")
+        interval = "the same on each" if lead.low == lead.high else f"95 % interval {low} to {high}"
+        noises.append(f"the noise of the {lead.examples:,} held-out {lead.unit} ({interval})")
     if lead.seed_margin is not None and (lead.level == "clear" or not lead.exceeds_seeds):
         noises.append(f"that of seeds (± {same_decimals(lead.seed_margin, digits=2)[0]})")
     return [noise.replace("that of seeds", "the noise of seeds") if i == 0 else noise for i, noise in enumerate(noises)]
@@ -163,10 +180,14 @@ def _unfinished(verdict: Verdict) -> list[str]:
         return [f"No trial ran to the end: it was stopped at step {best.metrics.get('step')}."] * (
             best.status == "stopped"
         )
-    early = Counter(trial.status for trial in verdict.ranking.ranked if trial.status != "done")
-    texts = {"stopped": "stopped early by the scheduler", "running": "still running", "waiting": "waiting"}
-    counts = [f"{count} {texts[status]}" for status, count in early.items()]
-    return [f"Not compared: {_join(counts)}."] if counts else []
+    early = [trial for trial in verdict.ranking.ranked if trial.status != "done"]
+    return [f"Not compared: {_by_status(early)}."] if early else []
+
+
+def _by_status(trials: Sequence[Trial]) -> str:
+    """``3 stopped early by the scheduler and 1 still running``."""
+    counts = Counter(trial.status for trial in trials)
+    return _join([f"{count} {UNFINISHED[status]}" for status, count in counts.items()])
 
 
 def _scales(verdict: Verdict) -> list[str]:

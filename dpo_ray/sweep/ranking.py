@@ -99,9 +99,11 @@ class Configuration:
     values: Mapping[str, Any]
     """Swept keys without SEED_KEY."""
     trials: tuple[Trial, ...]
-    """Its repeats, best first."""
+    """Its repeats that came furthest, best first: those that ran to the end, if any did."""
     metrics: tuple[float, ...]
-    """The objective's metric of each repeat."""
+    """The objective's metric of each of them."""
+    behind: tuple[Trial, ...] = ()
+    """Repeats that were stopped or are at an earlier step: their metrics are not compared."""
 
     @property
     def mean(self) -> float:
@@ -115,8 +117,8 @@ class Configuration:
 
     @property
     def finished(self) -> bool:
-        """True if every repeat ran to the end."""
-        return all(trial.status == "done" for trial in self.trials)
+        """True if a repeat ran to the end."""
+        return self.trials[0].status == "done"
 
 
 def configurations(ranked: Sequence[Trial], objective: Objective) -> list[Configuration]:
@@ -130,15 +132,19 @@ def configurations(ranked: Sequence[Trial], objective: Objective) -> list[Config
         values = _key(trial.values)
         copy = seen[values] = seen.get(values, -1) + 1
         groups.setdefault((_key(_without_seed(trial.values)), copy), []).append(trial)
-    found = [
-        Configuration(
-            _without_seed(group[0].values), tuple(group), tuple(float(t.metrics[objective.metric]) for t in group)
-        )
-        for group in groups.values()
-    ]
+    found = [_configuration(group, objective) for group in groups.values()]
     order = {trial.name: place for place, trial in enumerate(ranked)}
     sign = -1 if objective.mode == "max" else 1
     return sorted(found, key=lambda c: (not c.finished, sign * c.mean * c.finished, order[c.trials[0].name]))
+
+
+def _configuration(repeats: Sequence[Trial], objective: Objective) -> Configuration:
+    """The configuration of ranked repeats."""
+    furthest = [trial for trial in repeats if _missing(trial) == _missing(repeats[0])]
+    metrics = tuple(float(trial.metrics[objective.metric]) for trial in furthest)
+    return Configuration(
+        _without_seed(repeats[0].values), tuple(furthest), metrics, behind=tuple(repeats[len(furthest) :])
+    )
 
 
 def _without_seed(values: Mapping[str, Any]) -> dict[str, Any]:

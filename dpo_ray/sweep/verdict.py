@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dpo_ray.sweep.bootstrap import bootstrap_interval, seed_margin
+from dpo_ray.sweep.bootstrap import MIN_EXAMPLES, bootstrap_interval, seed_margin
 from dpo_ray.sweep.held_out import HeldOut, Unit, mean_held_out, paired, read_held_out
 from dpo_ray.sweep.ranking import Configuration, Ranking, configurations, rank
 from dpo_ray.sweep.trials import Objective, Trial
@@ -28,7 +28,7 @@ class Lead:
     difference: float
     low: float | None = None
     high: float | None = None
-    """95 % interval over held-out examples; None without results by example."""
+    """95 % interval over held-out examples; None without results by example, and if these are too few."""
     examples: int = 0
     unit: Unit = "pairs"
     identical: bool = False
@@ -37,6 +37,11 @@ class Lead:
     """Half of the 95 % interval over seeds; None without repeats."""
     where: str = ""
     """The step (round) at which the two are compared, such as ``step 12``; empty for their ends."""
+
+    @property
+    def too_few(self) -> bool:
+        """True if all of the held-out examples could favour the same trial by chance."""
+        return self.low is None and self.examples > 0
 
     @property
     def exceeds_examples(self) -> bool | None:
@@ -170,8 +175,10 @@ def _lead(
     if not len(differences) or not np.isfinite(differences).all():
         return Lead(other, lead, seed_margin=margin)
     low, high = bootstrap_interval(differences)
+    significant = len(differences) >= MIN_EXAMPLES or low <= 0 <= high
+    interval = (low, high) if significant else (None, None)
     identical = not differences.any()
-    return Lead(other, lead, low, high, len(differences), of_best.examples, identical, margin)
+    return Lead(other, lead, *interval, len(differences), of_best.examples, identical, margin)
 
 
 @dataclass(frozen=True, slots=True)

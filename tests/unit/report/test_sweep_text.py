@@ -73,6 +73,48 @@ def test_repeated_configurations_are_compared_by_mean_and_spread_over_seeds(tmp_
     assert text(trials[:2], tmp_path).endswith("(0.90 to 1.00)."), "a single configuration has no rival"
 
 
+def test_repeats_that_were_stopped_are_counted_and_left_out_of_mean_and_noise(tmp_path: Path) -> None:
+    bits = {"a0": (30, 0, 0.1), "a1": (27, 1, 0.1), "a2": (3, 2, 0.1), "b0": (12, 0, 0.2), "b1": (15, 1, 0.2)}
+    trials = [
+        trial(name, tmp_path, "1" * n + "0" * (30 - n), loss__beta=beta, run__seed=seed)
+        for name, (n, seed, beta) in bits.items()
+    ]
+    for place in (2, 3):
+        trials[place] = replace(trials[place], status="stopped", metrics=trials[place].metrics | {"step": 1})
+    # One degree of freedom: 12.706 * 0.1 / sqrt(2) * sqrt(1 / 2 + 1) = 1.10.
+    sentences = text(trials, tmp_path)
+    assert sentences.startswith(
+        "Pick loss.beta = 0.1: its eval/rewards/accuracies is 0.95 on average over 2 seeds, with a standard deviation "
+        "of 0.07 (0.90 to 1.00). 1 of its 3 seeds is left out: 1 stopped early by the scheduler. A tie: its lead of "
+        "0.450 over the next, loss.beta = 0.2, is within the noise of seeds (± 1.1). 1 of the 2 seeds of loss.beta = "
+        "0.2 is left out: 1 stopped early by the scheduler."
+    )
+
+
+@pytest.mark.parametrize(
+    ("pairs", "sentence"),
+    [
+        (5, "Its lead over the next, loss.beta = 0.5, is 1.00; how much of that is noise is not known: 5 held-out "
+         "pairs are too few to tell."),
+        (6, "Its lead of 1.00 over the next, loss.beta = 0.5, is larger than the noise of the 6 held-out pairs (the "
+         "same on each); seeds were not repeated."),
+    ],
+)  # fmt: skip
+def test_a_lead_on_all_of_very_few_pairs_is_not_clear(pairs: int, sentence: str, tmp_path: Path) -> None:
+    trials = [trial("a", tmp_path, "0" * pairs, loss__beta=0.5), trial("b", tmp_path, "1" * pairs, loss__beta=0.1)]
+    assert text(trials, tmp_path) == f"Pick loss.beta = 0.1: its eval/rewards/accuracies is 1. {sentence}"
+
+
+def test_a_lead_beyond_the_noise_of_seeds_says_that_the_pairs_are_too_few(tmp_path: Path) -> None:
+    bits = {f"a{seed}": ("11111", seed, 0.1) for seed in range(3)} | {"a3": ("11110", 3, 0.1), "b0": ("00000", 0, 0.2)}
+    trials = [trial(name, tmp_path, b, loss__beta=beta, run__seed=seed) for name, (b, seed, beta) in bits.items()]
+    # Deviation 0.1 with 3 degrees of freedom: 3.182 * 0.1 * sqrt(1 / 4 + 1).
+    assert text(trials, tmp_path).endswith(
+        "Its lead of 0.950 over the next, loss.beta = 0.2, is larger than the noise of seeds (± 0.36); 5 held-out "
+        "pairs are too few to estimate theirs."
+    )
+
+
 def test_trials_without_a_result_are_counted_by_reason(tmp_path: Path) -> None:
     trials = [
         trial("a", tmp_path, BEST, loss__beta=0.1),
@@ -148,8 +190,8 @@ def test_online_trials_are_paired_by_prompt(tmp_path: Path) -> None:
         trials.append(Trial(name, {"loss.beta": kl}, "done", {"round": 4, "heldout/score": score, "kl": kl}))
     assert text(trials, tmp_path, Objective("heldout/score")) == (
         "Pick loss.beta = 4: its heldout/score is 1, at a KL to the reference of 4 nats per completion. Its lead of "
-        "1.00 over the next, loss.beta = 2, is larger than the noise of the 16 held-out prompts (95 % interval 1.00 to "
-        "1.00); seeds were not repeated."
+        "1.00 over the next, loss.beta = 2, is larger than the noise of the 16 held-out prompts (the same on each); "
+        "seeds were not repeated."
     )
 
 

@@ -70,3 +70,17 @@ def test_identical_trials_are_not_repeats() -> None:
     trials = [trial("a", 0.6, beta=0.1), trial("b", 0.6, beta=0.1)]
     found = configurations(rank(trials, Objective("accuracy")).ranked, Objective("accuracy"))
     assert [c.deviation for c in found] == [None, None]
+
+
+def test_repeats_that_were_stopped_are_in_no_statistic_of_their_configuration() -> None:
+    trials = [
+        trial("a0", 0.6, beta=0.1, **{"run.seed": 0}),
+        trial("a1", 0.8, beta=0.1, **{"run.seed": 1}),
+        replace(trial("a2", 0.1, status="stopped", beta=0.1, **{"run.seed": 2}), metrics={"accuracy": 0.1, "step": 1}),
+        replace(trial("b0", 0.9, status="stopped", beta=0.2, **{"run.seed": 0}), metrics={"accuracy": 0.9, "step": 1}),
+        replace(trial("b1", 0.5, status="stopped", beta=0.2, **{"run.seed": 1}), metrics={"accuracy": 0.5, "step": 2}),
+        replace(trial("b2", 0.7, status="running", beta=0.2, **{"run.seed": 2}), metrics={"accuracy": 0.7, "step": 2}),
+    ]
+    first, second = configurations(rank(trials, Objective("accuracy")).ranked, Objective("accuracy"))
+    assert (first.finished, first.metrics, [t.name for t in first.behind]) == (True, (0.8, 0.6), ["a2"])
+    assert (second.finished, second.metrics, [t.name for t in second.behind]) == (False, (0.7, 0.5), ["b0"])
