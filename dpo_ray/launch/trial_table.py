@@ -37,21 +37,28 @@ class Scope:
     length: int | None = None
     """Steps (rounds online) of a whole trial; None if it is not known."""
     unit: str = "step"
+    continues: float = 1.0
+    """Share of the trials that pause at a rung which the scheduler lets continue."""
 
 
 def seconds_left(trials: Sequence[Trial], scope: Scope) -> float | None:
     """Estimated time to the end of a sweep; None before there is anything to estimate it from.
 
     A trial that has not ended takes as long as the mean of the trials that ended without an error; or before the first
-    one, and where it took longer, as long as its steps at their present rate. The slots share the work; the end waits
-    for the longest trial.
+    one, and where it took longer, as long as its steps at their rate up to its latest evaluation. The time since then
+    is subtracted. A trial that was evaluated and waits counts with its chance to continue. The slots share the work;
+    the end waits for the longest trial.
     """
     whole = _trial_seconds(trials, scope)
     if whole is None:
         return None
     running = [_left(trial, whole, scope) for trial in trials if trial.status == "running"]
     ended = sum(trial.status in ENDED for trial in trials)
-    begun = [_left(trial, whole, scope) for trial in trials if trial.status == "waiting"]
+    begun = [
+        _left(trial, whole, scope) * (scope.continues if trial.metrics else 1.0)
+        for trial in trials
+        if trial.status == "waiting"
+    ]
     not_begun = max(0, scope.samples - ended - len(running) - len(begun))
     work = sum(running) + sum(begun) + whole * not_begun
     longest = max([*running, *begun, whole * (not_begun > 0)], default=0.0)
@@ -61,9 +68,11 @@ def seconds_left(trials: Sequence[Trial], scope: Scope) -> float | None:
 def _left(trial: Trial, whole: float, scope: Scope) -> float:
     """Seconds to the end of a trial, if one takes ``whole`` seconds."""
     steps = trial.metrics.get(scope.unit)
+    at_evaluation = whole - trial.seconds
     if trial.seconds >= whole and scope.length and steps:
-        return trial.seconds * max(0.0, scope.length / steps - 1)
-    return max(0.0, whole - trial.seconds)
+        at_evaluation = trial.seconds * (scope.length / steps - 1)
+    since = 0.0 if trial.since is None else time.time() - trial.since
+    return max(0.0, at_evaluation - since)
 
 
 def _trial_seconds(trials: Sequence[Trial], scope: Scope) -> float | None:

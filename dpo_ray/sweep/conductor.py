@@ -57,7 +57,8 @@ class Progress:
         status: Any = STATUS.get(self.phase, self.phase)
         on_slot = 0.0 if self.started is None else self.last - self.started
         seconds = self.seconds + on_slot
-        return Trial(self.name, self.values, status, self.metrics, seconds, self.error, self.origin)
+        since = self.last if self.begun else None
+        return Trial(self.name, self.values, status, self.metrics, seconds, self.error, self.origin, since)
 
     def leave_slot(self, phase: Phase, at: float) -> None:
         """Ends its time on a slot."""

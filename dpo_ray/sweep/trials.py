@@ -42,6 +42,8 @@ class Trial:
     """Cause of a failure."""
     origin: str | None = None
     """The latest trial whose checkpoint it continued from, as ``NAME@STEP``; population-based training only."""
+    since: float | None = None
+    """Time up to which ``seconds`` counts, that of its latest event; None if it does not train. Not in sweep.csv."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from dpo_ray.launch.follower import follow_run
 from dpo_ray.launch.online import LOOP
 from dpo_ray.launch.run_dir import make_run_dir
 from dpo_ray.launch.sweeps.mailbox import NO_MORE, Channel, Message, Task, start_mailbox
-from dpo_ray.launch.sweeps.schedulers import build_scheduler, rungs, validate_length
+from dpo_ray.launch.sweeps.schedulers import build_scheduler, continuing_share, rungs, validate_length
 from dpo_ray.launch.sweeps.search import build_searcher
 from dpo_ray.launch.sweeps.slots import Slot, offline_slot, online_slot
 from dpo_ray.launch.sweeps.space import Space
@@ -196,7 +196,8 @@ class Driver:
             definition = self.plan.definition
             title = f"{self.plan.config.run.name}: sweep of {definition.samples} trials"
             size = (definition.samples, self.plan.concurrent, self.plan.length(self.plan.config))
-            scope = Scope(definition.objective, *size, unit=definition.time)
+            share = continuing_share(self.plan.config)
+            scope = Scope(definition.objective, *size, unit=definition.time, continues=share)
             with (
                 live_sweep_report(lambda: self.trials, self.run_dir, definition.objective),
                 live_trials(lambda: self.trials, scope, title=title, console=self.console),

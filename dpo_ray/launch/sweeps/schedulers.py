@@ -157,6 +157,16 @@ def rungs(config: Config, length: int) -> tuple[int, ...]:
     return tuple(rung for rung in _rungs_of_halving(config) if rung < length) or (length,)
 
 
+def continuing_share(config: Config) -> float:
+    """Share of paused trials that the scheduler lets continue; 1 if it stops no paused trial."""
+    match config.sweep.scheduler.use:
+        case "halving":
+            return 1 / HalvingArgs.model_validate(config.sweep.scheduler.args).reduction_factor
+        case "hyperband":
+            return 1 / HyperbandArgs.model_validate(config.sweep.scheduler.args).reduction_factor
+    return 1.0
+
+
 def _rungs_of_halving(config: Config) -> tuple[int, ...]:
     use, args = config.sweep.scheduler.use, config.sweep.scheduler.args
     halving = AshaArgs.model_validate(args) if use == "asha" else HalvingArgs.model_validate(args)

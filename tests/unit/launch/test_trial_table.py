@@ -43,6 +43,27 @@ def test_a_trial_that_outlives_the_others_takes_as_long_as_its_steps() -> None:
     assert seconds_left(trials, replace(SCOPE, samples=3, length=12)) == pytest.approx(40)
 
 
+def test_the_estimate_counts_down_between_the_evaluations_of_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.time, "time", lambda: 1000.0)
+    trials = [trial(1, "done", seconds=100), replace(trial(2, "running", seconds=40, loss=0.5, step=4), since=985.0)]
+    scope = replace(SCOPE, samples=2)
+    assert seconds_left(trials, scope) == 45
+    monkeypatch.setattr(module.time, "time", lambda: 1020.0)
+    assert seconds_left(trials, scope) == 25
+    slow = replace(trials[1], seconds=120.0)
+    assert seconds_left([trials[0], slow], scope) == 85, "120 s for half of its steps, the latest 35 s ago"
+    monkeypatch.setattr(module.time, "time", lambda: 2000.0)
+    assert seconds_left(trials, scope) == 0
+
+
+def test_paused_trials_count_with_their_chance_to_continue() -> None:
+    paused = [trial(number, "waiting", seconds=25, loss=0.5, step=2) for number in range(3)]
+    trials = [*paused, trial(3, "running", seconds=50, loss=0.5, step=4), trial(4, "waiting")]
+    # 100 s per whole trial: three times 75 s, of which a third, 50 s, and 100 s of the one that has not begun.
+    assert seconds_left(trials, replace(SCOPE, samples=5, slots=1, continues=1 / 3)) == pytest.approx(75 + 50 + 100)
+    assert seconds_left(trials, replace(SCOPE, samples=5, slots=1)) == pytest.approx(225 + 50 + 100)
+
+
 def test_before_a_trial_has_ended_the_rate_of_the_running_ones_counts() -> None:
     running = [trial(1, "running", seconds=30, loss=0.5, step=4), trial(2, "running")]
     assert seconds_left(running, SCOPE) == pytest.approx((30 + 60 + 4 * 60) / 2)
