@@ -117,6 +117,7 @@ class TrialReporter(RunReporter):
     def start(self, step: int, round: int = 0) -> None:
         """Drops recorded lines as for any run; the time of the trial counts from here."""
         super().start(step, round)
+        self.steps = step
         if self.rank == 0:
             self.channel.ask("begun", self.trial)
 

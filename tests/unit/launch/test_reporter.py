@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dpo_ray.launch.reporter import RunReporter
+from dpo_ray.launch.reporter import RunReporter, TrialReporter
 from dpo_ray.launch.status import StatusActor
 
 
@@ -97,3 +97,29 @@ def test_the_first_fatal_error_is_kept() -> None:
     status.report_fatal("ValueError: the cause")
     status.report_fatal("RuntimeError: a consequence")
     assert status.fatal_error() == "ValueError: the cause"
+
+
+class Questions:
+    """Stands for the channel of a trial: keeps its reports."""
+
+    def __init__(self) -> None:
+        self.reports: list[dict[str, Any]] = []
+
+    def ask(self, kind: str, trial: str) -> None: ...
+
+    def report(self, trial: str, metrics: dict[str, Any], *, final: bool) -> str:
+        self.reports.append(metrics)
+        return "continue"
+
+
+def test_an_evaluation_of_a_resumed_trial_before_its_next_step_has_the_step_of_the_checkpoint(tmp_path: Path) -> None:
+    channel = Questions()
+    reporter = TrialReporter(tmp_path, channel, "00000", 0, rounds=4)  # type: ignore[arg-type]
+    reporter.start(6, 3)
+    reporter.round_evaluation(3, {"heldout/score": 0.5})
+    reporter.step({"step": 7})
+    reporter.round_evaluation(4, {"heldout/score": 0.6})
+    assert channel.reports == [
+        {"step": 6, "round": 3, "heldout/score": 0.5},
+        {"step": 7, "round": 4, "heldout/score": 0.6},
+    ]
