@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dpo_ray.sweep.journal import Event, Journal
+from dpo_ray.sweep.ranking import TIE_BREAK
 from dpo_ray.sweep.scheduling import Decision, Scheduler, Searcher, Update
 from dpo_ray.sweep.trials import ENDED, Objective, Trial, TrialStatus
 from dpo_ray.types import Metrics
@@ -173,14 +174,20 @@ class Conductor:
             if known == "pause":
                 progress.phase = "pausing"
             return known
-        value = metrics.get(self.objective.metric)
-        if isinstance(value, float) and not math.isfinite(value):
-            where = f"after {self.time} {position}"
-            self._record({"event": "fail", "trial": trial, "error": f"{self.objective.metric} is {value} {where}"})
-            return "stop"
+        for name, value in self._compared(metrics):
+            if isinstance(value, float) and not math.isfinite(value):
+                error = f"{name} is {value} after {self.time} {position}"
+                self._record({"event": "fail", "trial": trial, "error": error})
+                return "stop"
         event = "finish" if final else "report"
         self._record({"event": event, "trial": trial, "metrics": metrics})
         return progress.decisions[position]
+
+    def _compared(self, metrics: Metrics) -> list[tuple[str, Any]]:
+        """The metrics that order or exclude trials: an accuracy is finite also if all margins are NaN."""
+        constraint = self.objective.constraint
+        names = (self.objective.metric, TIE_BREAK, *([constraint.metric] if constraint else ()))
+        return [(name, metrics[name]) for name in names if name in metrics]
 
     def finished_trial(self, trial: str) -> None:
         """A trial has run to its end, perhaps without a last evaluation."""

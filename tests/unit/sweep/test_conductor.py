@@ -350,6 +350,18 @@ def test_a_trial_of_which_the_metric_is_nan_has_failed_and_says_so(tmp_path: Pat
     assert sweep.finished
 
 
+@pytest.mark.parametrize("metric", ["eval/loss", "eval/drift", "eval/rewards/accuracies"])
+def test_a_trial_with_a_nan_that_orders_or_excludes_trials_has_failed(metric: str, tmp_path: Path) -> None:
+    """The accuracy of a diverged policy is finite: no margin is positive."""
+    sweep = conductor(tmp_path / "journal", samples=1)
+    sweep.objective = Objective("eval/rewards/accuracies", constraint=Constraint("eval/drift", 10.0))
+    trial = sweep.next()
+    assert trial is not None
+    metrics = {"step": 9, "eval/rewards/accuracies": 0.5, "eval/loss": 0.7, "eval/drift": 1.0, "eval/margins": math.nan}
+    assert sweep.report(trial.name, metrics | {metric: math.nan}, final=True) == "stop"
+    assert (sweep.trials[0].status, sweep.trials[0].error) == ("failed", f"{metric} is nan after step 9")
+
+
 def test_a_trial_that_loses_its_workers_continues_once_and_then_fails(tmp_path: Path) -> None:
     sweep = conductor(tmp_path / "journal", samples=2)
     first = sweep.next()
