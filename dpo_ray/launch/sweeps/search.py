@@ -73,9 +73,10 @@ def build_searcher(config: SearchConfig, space: Space, own: Any, objective: Obje
 
 def grid(space: Space, points: int) -> list[dict[str, Any]]:
     """All combinations: every value of choices, grids and short integer ranges, ``points`` of other domains."""
-    if computed := next((name for name, domain in space.items() if isinstance(domain, Function)), None):
+    flat = flatten(space)
+    if computed := next((name for name, domain in flat.items() if isinstance(domain, Function)), None):
         raise ValueError(f"sweep.search.use: grid has no values for {computed}, which a function computes; use random")
-    axes = {name: _axis(name, domain, points) for name, domain in space.items()}
+    axes = {name: _axis(name, domain, points) for name, domain in flat.items()}
     return [flatten(dict(zip(axes, combination, strict=True))) for combination in itertools.product(*axes.values())]
 
 
@@ -100,19 +101,30 @@ def sobol(space: Space, seed: int) -> Iterator[dict[str, Any]]:
     """
     import torch
 
-    domains = {name: domain for name, domain in space.items() if isinstance(domain, Domain)}
+    flat = flatten(space)
+    domains = {name: domain for name, domain in flat.items() if isinstance(domain, Domain)}
     sampled = [name for name, domain in domains.items() if not isinstance(domain, Function)]
     engine = torch.quasirandom.SobolEngine(max(1, len(sampled)), scramble=True, seed=seed)
-    grids = {name: domain["grid_search"] for name, domain in space.items() if is_grid(domain)}
+    grids = {name: domain["grid_search"] for name, domain in flat.items() if is_grid(domain)}
     state: Any = np.random.RandomState(seed)
     while True:
         for combination in itertools.product(*grids.values()):
             (point,) = engine.draw(1).double().tolist()
             shares = dict(zip(sampled, point, strict=False))  # a space without domains draws one number in vain
             values = {name: quantile(domains[name], share) for name, share in shares.items()}
-            chosen = {**space, **dict(zip(grids, combination, strict=True)), **values}
-            ((_, complete),) = generate_variants(chosen, random_state=state)
+            chosen = values | dict(zip(grids, combination, strict=True))
+            ((_, complete),) = generate_variants(_filled(space, chosen), random_state=state)
             yield flatten(complete)
+
+
+def _filled(space: Space, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The space with values, by their dotted keys, in the places of their domains: functions see it nested."""
+    filled = {}
+    for key, domain in space.items():
+        name = f"{prefix}{key}"
+        nested = isinstance(domain, Mapping) and domain and not is_grid(domain)
+        filled[key] = _filled(domain, values, f"{name}.") if nested else values.get(name, domain)
+    return filled
 
 
 def _optuna(space: Space, objective: Objective, seed: int, args: OptunaArgs) -> TuneSearcher:

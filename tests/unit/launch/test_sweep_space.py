@@ -59,6 +59,25 @@ def test_grid_values_take_turns(search: Any) -> None:
     assert len({trial["loss.beta"] for trial in trials}) == 6
 
 
+@pytest.mark.parametrize("search", [sobol, lambda space, seed: iter(grid(space, points=2))])
+def test_domains_inside_a_mapping_are_searched_like_others(search: Any) -> None:
+    space = {"loss": {"use": tune.grid_search(["sigmoid", "ipo"]), "beta": tune.uniform(0.1, 0.2), "args": {"a": 1}}}
+    trials = first(search(space, 0), 4)
+    assert all(trial.keys() == {"loss.use", "loss.beta", "loss.args.a"} for trial in trials)
+    assert sorted(trial["loss.use"] for trial in trials) == ["ipo", "ipo", "sigmoid", "sigmoid"]
+    assert all(0.1 <= trial["loss.beta"] <= 0.2 for trial in trials)
+
+
+def test_functions_see_the_values_inside_a_mapping_whatever_the_search() -> None:
+    space = {
+        "loss": {"use": tune.grid_search(["sigmoid", "ipo"])},
+        "optim.lr": tune.sample_from(lambda spec: 1e-5 if spec["loss"]["use"] == "ipo" else 1e-6),
+    }
+    expected = [{"loss.use": "sigmoid", "optim.lr": 1e-6}, {"loss.use": "ipo", "optim.lr": 1e-5}]
+    assert first(sobol(space, 0), 2) == expected
+    assert first(variants(space, np.random.RandomState(0)), 2) == expected
+
+
 def test_a_grid_has_all_combinations_with_both_bounds() -> None:
     space = {"loss.beta": tune.loguniform(0.01, 1.0), "optim.warmup_steps": tune.randint(0, 3), "loss.use": "ipo"}
     trials = grid(space, points=3)
