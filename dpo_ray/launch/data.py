@@ -2,12 +2,12 @@
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from rich.console import Console
@@ -24,7 +24,7 @@ from dpo_ray.launch.display import live_display
 from dpo_ray.launch.run_dir import has_work, make_run_dir
 from dpo_ray.launch.status import StatusActor
 from dpo_ray.rollout.judges import validate_columns
-from dpo_ray.rollout.rounds import validate_round_size
+from dpo_ray.rollout.rounds import digest_of_prompts, validate_round_size
 from dpo_ray.storage import storage_errors
 from dpo_ray.types import Prompt
 
@@ -35,11 +35,32 @@ PARTS_PER_CPU = 2
 """Parts submitted per CPU of the cluster, so that no CPU waits for the driver."""
 
 
-def prepare_data(config: Config, cluster: Cluster, console: Console) -> int:
+class PairData(NamedTuple):
+    """The pairs of a run, on disk."""
+
+    pairs: int
+    """Number of training pairs."""
+    digests: dict[str, str]
+    """Digests of the training and held-out pairs, by key."""
+
+
+class RoundData(NamedTuple):
+    """The prompts of an online run."""
+
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    digests: dict[str, str]
+    """Digests of the prompts and of the pairs that are mixed into rounds, by key."""
+
+
+def prepare_data(
+    config: Config, cluster: Cluster, console: Console, *, recorded: Mapping[str, str] | None = None
+) -> PairData:
     """Tokenizes the pairs on the cluster; prints the data report and saves it in the run directory.
 
-    Returns:
-        Number of training pairs.
+    Args:
+        recorded: digests that the data must have, by key; None is that of the training pairs of the run that this one
+            resumes.
 
     Raises:
         ValueError: the data cannot be used.
@@ -56,22 +77,31 @@ def prepare_data(config: Config, cluster: Cluster, console: Console) -> int:
     for name, store in stores.items():
         console.print(store.report.text(name), soft_wrap=True)
     reports = {name: {**asdict(store.report), "digest": store.digest} for name, store in stores.items()}
+    digests = {name: store.digest for name, store in stores.items()}
     file = run_dir / "data.json"
     with storage_errors(run_dir):
-        _validate_same_pairs(file, pairs)
+        _validate_same_data(config, digests, _digest_of_run(file) if recorded is None else recorded)
         file.write_text(json.dumps(reports, indent=1), encoding="utf-8")
-    return len(pairs)
+    return PairData(len(pairs), digests)
 
 
-def _validate_same_pairs(file: Path, pairs: PairStore) -> None:
-    """Raises a ValueError if the run was started with other training pairs from the same sources."""
-    earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() and has_work(file.parent) else {}
-    if earlier.get("data.train", {}).get("digest", pairs.digest) != pairs.digest:
-        raise ValueError(
-            f"data.train: {', '.join(pairs.sources)} no longer has the pairs that {file.parent} was started with: a "
-            "source, the tokenizer or the version of dpo_ray has changed; set another run.name, or remove the "
-            "directory to start over"
-        )
+def _digest_of_run(file: Path) -> dict[str, str]:
+    """The digest of the training pairs in ``data.json``, if a run would resume from its directory."""
+    reports = json.loads(file.read_text(encoding="utf-8")) if file.exists() and has_work(file.parent) else {}
+    return {name: report["digest"] for name, report in reports.items() if name == "data.train" and "digest" in report}
+
+
+def _validate_same_data(config: Config, digests: Mapping[str, str], recorded: Mapping[str, str]) -> None:
+    """Raises a ValueError if a run or sweep was started with other pairs or prompts from the same sources."""
+    for key, digest in digests.items():
+        if recorded.get(key, digest) != digest:
+            section, name = key.split(".")
+            sources, kind = getattr(getattr(config, section), name), "pairs" if section == "data" else "prompts"
+            raise ValueError(
+                f"{key}: {', '.join(sources)} no longer has the {kind} that {config.run.path} was started with: a "
+                "source, the tokenizer or the version of dpo_ray has changed; set another run.name, or remove the "
+                "directory to start over"
+            )
 
 
 def open_pairs(
@@ -142,8 +172,13 @@ def prepare_prompts(
     return prompts
 
 
-def prepare_round_data(config: Config, cluster: Cluster, console: Console) -> tuple[list[Prompt], list[Prompt]]:
+def prepare_round_data(
+    config: Config, cluster: Cluster, console: Console, *, recorded: Mapping[str, str] | None = None
+) -> RoundData:
     """The prompts of the rounds and the held-out ones; tokenizes the pairs that are mixed into rounds.
+
+    Args:
+        recorded: as for ``prepare_data``, also for the prompts.
 
     Raises:
         ValueError: see ``prepare_prompts``; or there are fewer prompts than a round takes, or none has a column that a
@@ -155,6 +190,10 @@ def prepare_round_data(config: Config, cluster: Cluster, console: Console) -> tu
     held_out = prepare_prompts(config, config.online.eval_prompts, "online.eval_prompts", console)
     validate_round_size(prompts, config.online.prompts_per_round)
     validate_columns(config.online, prompts, held_out)
+    digests = {"online.prompts": digest_of_prompts(prompts)}
+    if held_out:
+        digests["online.eval_prompts"] = digest_of_prompts(held_out)
+    _validate_same_data(config, digests, recorded or {})
     if config.online.source.mix:
-        prepare_data(config, cluster, console)
-    return prompts, held_out
+        digests |= prepare_data(config, cluster, console, recorded=recorded).digests
+    return RoundData(prompts, held_out, digests)

@@ -13,7 +13,6 @@ from dpo_ray.launch.run_dir import exclusive_run_dir, make_run_dir
 from dpo_ray.launch.workers import train_on_workers
 from dpo_ray.model.architecture import validate_online_model
 from dpo_ray.rollout.ledger import Ledger
-from dpo_ray.rollout.rounds import digest_of_prompts
 
 LOOP = "dpo_ray.launch.loops:online"
 
@@ -32,9 +31,9 @@ def run_online(config: Config, cluster: Cluster) -> None:
     with exclusive_run_dir(config.run):
         if note := note_on_reference(config):
             console.print(note, soft_wrap=True)
-        prompts, held_out = prepare_round_data(config, cluster, console)
+        prompts, held_out, digests = prepare_round_data(config, cluster, console)
         make_run_dir(config)
-        Ledger(config.run.path).validate_prompts(digest_of_prompts(prompts), len(prompts))
+        Ledger(config.run.path).validate_prompts(digests["online.prompts"], len(prompts))
         started = time.monotonic()
         title = f"{config.run.name}: {config.online.rounds} rounds of {config.online.prompts_per_round} prompts"
         with (

@@ -7,7 +7,7 @@ The driver owns the course of the sweep (``sweep/conductor.py``) and answers the
 import importlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,8 @@ from dpo_ray.launch.sweeps.summary import print_sweep
 from dpo_ray.model.architecture import read_model_config
 from dpo_ray.report.formatting import count_noun
 from dpo_ray.report.sweep_record import read_sweep
-from dpo_ray.sweep.trials import Constraint, Objective, SweepDefinition, Trial
+from dpo_ray.sweep.trials import Constraint, Objective, SweepDefinition, Trial, write_definition
+from dpo_ray.types import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,9 @@ def _run_exclusively(
     config: Config, cluster: Cluster, sweep: Sweep, definition: SweepDefinition, console: Console
 ) -> None:
     run_dir, definition = open_sweep_dir(config, definition)
-    pairs, prompts, held_out = _prepare(config, cluster, console)
+    pairs, prompts, held_out, digests = _prepare(config, cluster, console, definition.data)
+    definition = replace(definition, data=digests)
+    write_definition(run_dir / "sweep.json", definition)
     concurrent = min(definition.samples, config.sweep.concurrent or _trials_that_fit(config, cluster))
     console.print(f"{count_noun(definition.samples, 'trial')}, {concurrent} at a time")
     if sweep.search is None and definition.samples < (points := grid_points(sweep.space)):
@@ -180,11 +183,18 @@ def _validate_parts(config: Config, sweep: Sweep, definition: SweepDefinition) -
         validate_own(sweep.scheduler, time)
 
 
-def _prepare(config: Config, cluster: Cluster, console: Console) -> tuple[int, Any, Any]:
-    """Prepares the data that trials share: number of training pairs, prompts and held-out prompts."""
+def _prepare(
+    config: Config, cluster: Cluster, console: Console, recorded: Mapping[str, str]
+) -> tuple[int, list[Prompt], list[Prompt], dict[str, str]]:
+    """Prepares the data that trials share: number of training pairs, prompts, held-out prompts, and digests of all.
+
+    Args:
+        recorded: digests of the data of the sweep that is continued.
+    """
     if config.online is None:
-        return prepare_data(config, cluster, console), (), ()
-    return 0, *prepare_round_data(config, cluster, console)
+        pairs, digests = prepare_data(config, cluster, console, recorded=recorded)
+        return pairs, [], [], digests
+    return 0, *prepare_round_data(config, cluster, console, recorded=recorded)
 
 
 def _trials_that_fit(config: Config, cluster: Cluster) -> int:

@@ -111,6 +111,8 @@ class SweepDefinition:
     seed: int
     time: Literal["step", "round"] = "step"
     """Unit of progress: optimizer steps offline, rounds online."""
+    data: Mapping[str, str] = field(default_factory=dict)
+    """Digests of pairs and prompts, by key; empty before they are prepared."""
 
 
 _DEFINITION = TypeAdapter(SweepDefinition)

@@ -78,7 +78,7 @@ def open_sweep_dir(config: Config, definition: SweepDefinition) -> tuple[Path, S
     """Creates the run directory, or opens that of a sweep to continue.
 
     Returns:
-        the directory, and the definition with at least the trials that the sweep had.
+        the directory, and the definition with at least the trials and with the data that the sweep had.
 
     Raises:
         ValueError: it belongs to another sweep, or to a run; the message names the difference.
@@ -97,7 +97,7 @@ def open_sweep_dir(config: Config, definition: SweepDefinition) -> tuple[Path, S
                 f"sweep.scheduler.use: {definition.scheduler['use']} compares trials that start together; set another "
                 "run.name"
             )
-        definition = replace(definition, samples=max(definition.samples, earlier.samples))
+        definition = replace(definition, samples=max(definition.samples, earlier.samples), data=earlier.data)
     make_run_dir(config)
     write_definition(file, definition)
     return run_dir, definition

@@ -11,7 +11,7 @@ from rich.console import Console
 from dpo_ray.config import Config, override
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.data import prepare_data, prepare_round_data
-from tests.conftest import ragged_texts
+from tests.conftest import ragged_texts, save_pairs
 
 LOCAL = Cluster(gpus=0, cpus=2)
 
@@ -44,6 +44,58 @@ def test_a_run_with_work_rejects_other_pairs_under_the_same_path(
         prepare_data(config, LOCAL, Console(file=io.StringIO()))
     other = override(config, {"run.name": "other"})
     prepare_data(other, LOCAL, Console(file=io.StringIO()))
+
+
+def test_a_sweep_that_continues_rejects_other_training_and_held_out_pairs(
+    tiny_model: Path, tmp_path: Path, write_pairs: Callable[..., Path]
+) -> None:
+    config = Config.model_validate(
+        {
+            "run": {"dir": str(tmp_path / "runs")},
+            "model": {"path": str(tiny_model)},
+            "reference": {"cache_dir": str(tmp_path / "cache")},
+            "data": {
+                "train": str(write_pairs(ragged_texts(4))),
+                "eval": str(save_pairs(tmp_path / "eval.jsonl", ragged_texts(3))),
+            },
+        }
+    )
+    console = Console(file=io.StringIO())
+    pairs, digests = prepare_data(config, LOCAL, console, recorded={})
+    assert (pairs, set(digests)) == (4, {"data.train", "data.eval"})
+    data = (config.run.path / "data.json").read_text()
+    save_pairs(tmp_path / "eval.jsonl", ragged_texts(5))
+    with pytest.raises(ValueError, match=r"^data\.eval: .*eval\.jsonl no longer has the pairs that .* was started"):
+        prepare_data(config, LOCAL, console, recorded=digests)
+    assert (config.run.path / "data.json").read_text() == data, "the report of the pairs that the sweep has"
+    assert prepare_data(config, LOCAL, console, recorded={"data.train": digests["data.train"]}).pairs == 4
+
+
+def test_a_sweep_that_continues_rejects_other_prompts(tiny_model: Path, tmp_path: Path) -> None:
+    files = {"prompts": tmp_path / "prompts.jsonl", "eval_prompts": tmp_path / "held-out.jsonl"}
+
+    def write(**counts: int) -> None:
+        for name, count in counts.items():
+            files[name].write_text("".join(json.dumps({"prompt": f"Add {i} and 1."}) + "\n" for i in range(count)))
+
+    write(prompts=4, eval_prompts=2)
+    paths = {name: str(file) for name, file in files.items()}
+    config = Config.model_validate(
+        {
+            "run": {"dir": str(tmp_path / "runs")},
+            "model": {"path": str(tiny_model)},
+            "online": {**paths, "prompts_per_round": 2, "judge": {"use": "length"}},
+        }
+    )
+    console = Console(file=io.StringIO())
+    digests = prepare_round_data(config, LOCAL, console, recorded={}).digests
+    assert prepare_round_data(config, LOCAL, console, recorded=digests).digests == digests
+    write(eval_prompts=3)
+    with pytest.raises(ValueError, match=r"^online\.eval_prompts: .*held-out\.jsonl no longer has the prompts that"):
+        prepare_round_data(config, LOCAL, console, recorded=digests)
+    write(prompts=5, eval_prompts=2)
+    with pytest.raises(ValueError, match=r"^online\.prompts: .*prompts\.jsonl no longer has the prompts that"):
+        prepare_round_data(config, LOCAL, console, recorded=digests)
 
 
 def test_a_column_that_no_prompt_has_is_an_error_before_pairs_are_tokenized(

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 from dpo_ray.config import Config
 from dpo_ray.launch.sweep import Sweep, define
 from dpo_ray.launch.sweeps.driver import Plan, open_sweep_dir
-from dpo_ray.sweep.trials import read_definition
+from dpo_ray.sweep.trials import read_definition, write_definition
 
 SPACE = {"loss.beta": tune.loguniform(0.01, 0.5), "loss.use": tune.choice(["sigmoid", "ipo"])}
 
@@ -49,9 +50,20 @@ def test_the_same_sweep_continues_with_other_workers_and_more_samples(tmp_path: 
     assert read_definition(run_dir / "sweep.json").samples == 9
 
 
+def test_the_digests_of_the_data_stay_until_the_data_is_prepared_again(tmp_path: Path) -> None:
+    run_dir = started(tmp_path)
+    file = run_dir / "sweep.json"
+    write_definition(file, replace(read_definition(file), data={"data.train": "digest"}))
+    assert open_sweep_dir(*sweep(tmp_path))[1].data == {"data.train": "digest"}
+    assert read_definition(file).data == {"data.train": "digest"}
+    (run_dir / "journal.jsonl").unlink()
+    assert open_sweep_dir(*sweep(tmp_path))[1].data == {}, "it has not begun"
+
+
 def test_a_definition_with_fewer_fields_continues(tmp_path: Path) -> None:
     run_dir = started(tmp_path)
     written = json.loads((run_dir / "sweep.json").read_text())
+    del written["data"]
     for key in written["keys"].values():
         for name in ("mean", "sd", "function"):
             del key[name]
