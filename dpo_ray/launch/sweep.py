@@ -6,7 +6,7 @@ The driver owns the course of the sweep (``sweep/conductor.py``) and answers the
 
 import importlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,8 +29,9 @@ from dpo_ray.launch.sweeps.space import describe, describe_part, grid_points, pr
 from dpo_ray.launch.sweeps.summary import print_sweep
 from dpo_ray.model.architecture import read_model_config
 from dpo_ray.report.formatting import count_noun
-from dpo_ray.report.sweep_record import read_sweep
-from dpo_ray.sweep.trials import Constraint, Objective, SweepDefinition, Trial, write_definition
+from dpo_ray.report.sweep_record import SweepRecord, read_sweep
+from dpo_ray.report.sweep_text import verdict_text
+from dpo_ray.sweep.trials import ENDED, Constraint, Objective, SweepDefinition, Trial, write_definition
 from dpo_ray.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def run_sweep(config: Config, cluster: Cluster, space: str) -> None:
 
     Raises:
         ValueError: the configuration, the space or the data are invalid, or another sweep has this name.
-        TrainingFailed: no trial has a result.
+        TrainingFailed: no trial can win.
     """
     console, sweep = text_console(), load_sweep(space)
     config = with_absolute_paths(config)
@@ -107,10 +108,12 @@ def _run_exclusively(
         driver.run(prompts, held_out)
     except TrainingFailed:
         # The results so far are good, and the same command continues.
-        if any(trial.status in ("done", "stopped") for trial in driver.trials):
+        if any(trial.status in ENDED for trial in driver.trials):
             _finish(config, definition, driver.trials, run_dir, console)
         raise
-    _finish(config, definition, driver.trials, run_dir, console)
+    record = _finish(config, definition, driver.trials, run_dir, console)
+    if record.verdict.best is None:
+        raise TrainingFailed(_no_result(record))
 
 
 def define(config: Config, sweep: Sweep) -> SweepDefinition:
@@ -207,21 +210,24 @@ def _trials_that_fit(config: Config, cluster: Cluster) -> int:
     return max(1, trials)
 
 
-def _finish(config: Config, definition: SweepDefinition, trials: list[Trial], run_dir: Path, console: Console) -> None:
-    """Writes best.yaml and the report, and prints the result."""
+def _finish(
+    config: Config, definition: SweepDefinition, trials: list[Trial], run_dir: Path, console: Console
+) -> SweepRecord:
+    """Writes best.yaml, if a trial can win, and the report; prints the result."""
     record = read_sweep(run_dir, trials, definition.objective)
-    best = record.verdict.pick
-    if best is None:
-        raise TrainingFailed(_no_result(definition.objective, trials))
-    name = f"{config.run.name}-best"
-    write_config(override(config, {**best.values, "run.name": name, "sweep": {}}), run_dir / "best.yaml")
+    if (best := record.verdict.pick) is not None:
+        name = f"{config.run.name}-best"
+        write_config(override(config, {**best.values, "run.name": name, "sweep": {}}), run_dir / "best.yaml")
     print_sweep(record, "online" if config.online is not None else "offline", console)
+    return record
 
 
-def _no_result(objective: Objective, trials: Sequence[Trial]) -> str:
+def _no_result(record: SweepRecord) -> str:
+    """The cause for which no trial can win."""
+    trials, metric = record.trials, record.objective.metric
     errors = [trial.error for trial in trials if trial.status == "failed"]
     if errors and len(errors) == len(trials):
         return f"{'all ' * (len(trials) > 1)}{count_noun(len(trials), 'trial')} failed; first error: {errors[0]}"
     known = sorted({key for trial in trials for key in trial.metrics if key.startswith(("eval/", "heldout/", "kl"))})
-    bound = f" with {objective.constraint.metric} <= {objective.constraint.max:g}" if objective.constraint else ""
-    return f"no trial has a finite {objective.metric}{bound}; the evaluations have {', '.join(known) or 'no metrics'}"
+    others = f" The evaluations have {', '.join(known) or 'no metrics'}." if metric not in known else ""
+    return f"{verdict_text(record.verdict)}{others}"

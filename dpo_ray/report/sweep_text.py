@@ -21,7 +21,7 @@ UNFINISHED = {"stopped": "stopped early by the scheduler", "running": "still run
 def verdict_text(verdict: Verdict) -> str:
     """The configuration to pick, the certainty of its lead, others that are as good, and trials without a result."""
     if verdict.best is None:
-        return " ".join(["No trial has a result to pick.", *_exclusions(verdict)])
+        return " ".join([_no_pick(verdict), *_exclusions(verdict)])
     sentences = [
         _pick(verdict, verdict.best),
         *_left_out(verdict.best),
@@ -31,6 +31,25 @@ def verdict_text(verdict: Verdict) -> str:
         *_as_good(verdict),
     ]
     return " ".join([*sentences, *_unfinished(verdict), *_scales(verdict), *_exclusions(verdict)])
+
+
+def _no_pick(verdict: Verdict) -> str:
+    """Names the trial that came closest to the constraint, if trials exceed it."""
+    constraint = verdict.objective.constraint
+    if constraint is not None:
+        values = {
+            trial.name: value
+            for trial, _ in verdict.ranking.excluded
+            if trial.status != "failed" and (value := number(trial.metrics.get(constraint.metric))) is not None
+        }
+        beyond = {name: value for name, value in values.items() if value > constraint.max}
+        if beyond:
+            name = min(beyond, key=beyond.__getitem__)
+            return (
+                f"No trial meets {constraint.metric} ≤ {constraint.max:g}; the smallest is "
+                f"{format_number(beyond[name])} (trial {name})."
+            )
+    return "No trial has a result to pick."
 
 
 def settings_text(values: Mapping[str, Any], keys: Sequence[str]) -> str:

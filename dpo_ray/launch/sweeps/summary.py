@@ -59,8 +59,9 @@ def print_sweep(record: SweepRecord, command: str, console: Console) -> None:
     for trial, reason in excluded:
         console.print(f"{trial.name}: {f'failed: {trial.error}' if trial.error else reason}", soft_wrap=True)
     console.print(verdict_text(record.verdict), soft_wrap=True)
-    best, report = record.path / "best.yaml", record.path / "report.html"
-    console.print(f"best: {best}   train it: dpo-ray {command} {best}", soft_wrap=True)
+    if record.verdict.best is not None:
+        best = record.path / "best.yaml"
+        console.print(f"best: {best}   train it: dpo-ray {command} {best}", soft_wrap=True)
     try:
         from dpo_ray.report.sweep_page import write_sweep_report  # takes seconds to import, for matplotlib
 
@@ -69,7 +70,7 @@ def print_sweep(record: SweepRecord, command: str, console: Console) -> None:
         logger.exception("the sweep has finished, but its report failed")
         console.print(f"all:  {record.path / 'sweep.csv'}", soft_wrap=True)
     else:
-        console.print(f"all:  {record.path / 'sweep.csv'}   plots: {report}", soft_wrap=True)
+        console.print(f"all:  {record.path / 'sweep.csv'}   plots: {record.path / 'report.html'}", soft_wrap=True)
 
 
 def _table(record: SweepRecord, trials: list[Trial]) -> Table:

@@ -1,15 +1,21 @@
 """Search spaces by name, and their check against a configuration; without a cluster."""
 
+import io
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+import yaml
 from ray import tune
+from rich.console import Console
 
 from dpo_ray.config import Config
 from dpo_ray.config.losses import LOSSES, REFERENCE_FREE_LOSSES
+from dpo_ray.launch import sweep as module
 from dpo_ray.launch.cluster import Cluster
+from dpo_ray.launch.command import TrainingFailed
 from dpo_ray.launch.sweep import Sweep, _trials_that_fit, _validate_metrics, _validate_sweep, define, load_sweep
+from dpo_ray.sweep.trials import Trial, read_definition
 
 ONLINE = {"prompts": "p.jsonl", "eval_prompts": "e.jsonl"}
 
@@ -126,3 +132,68 @@ def test_a_metric_that_some_trials_have_is_accepted() -> None:
     validate_metrics("heldout/win_rate", "kl", space, online=ONLINE)
     validate_metrics("heldout/score", "heldout/judge_cost_usd", space, online=ONLINE)
     validate_metrics(None, "kl", online=ONLINE, model={"path": "m", "lora": {}}, reference={"refresh": 2})
+
+
+class Finished:
+    """Stands for the driver of a sweep whose trials have ended."""
+
+    trials: ClassVar[list[Trial]] = []
+
+    def __init__(self, *arguments: Any) -> None: ...
+
+    def run(self, *arguments: Any) -> None: ...
+
+
+def finish(trials: list[Trial], folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
+    """Ends a sweep with trials and a constraint on the drift; returns its directory and what it printed."""
+    monkeypatch.setattr(module, "_prepare", lambda *arguments: (8, [], [], {"data.train": "digest"}))
+    monkeypatch.setattr(module, "Driver", type("Driver", (Finished,), {"trials": trials}))
+    constraint = {"metric": "eval/drift", "max": 10}
+    config = Config.model_validate(
+        {"model": {"path": "m"}, "run": {"dir": str(folder), "name": "s"}, "sweep": {"constraint": constraint}}
+    )
+    sweep, output = Sweep(space={"loss.beta": tune.uniform(0.1, 0.2)}, samples=2), io.StringIO()
+    console = Console(file=output, width=200)
+    try:
+        module._run_exclusively(config, Cluster(gpus=0, cpus=2), sweep, define(config, sweep), console)
+    except TrainingFailed as error:
+        output.write(f"error: {error}")
+    return config.run.path, output.getvalue()
+
+
+def ended(name: str, drift: float) -> Trial:
+    metrics = {"step": 8, "eval/rewards/accuracies": 0.5, "eval/drift": drift}
+    return Trial(name, {"loss.beta": drift / 100}, "done", metrics, 10.0)
+
+
+def test_a_sweep_in_which_no_trial_can_win_writes_table_and_report_and_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, output = finish([ended("00000", 30.0), ended("00001", 12.3)], tmp_path, monkeypatch)
+    sentence = "No trial meets eval/drift ≤ 10; the smallest is 12.3 (trial 00001)."
+    assert output.count(sentence) == 2, "the verdict and the error"
+    assert f"error: {sentence}" in output
+    assert "Trials by eval/rewards/accuracies, best first" in output
+    assert "best.yaml" not in output
+    page = (run_dir / "report.html").read_text(encoding="utf-8")
+    assert sentence in page
+    assert 'http-equiv="refresh"' not in page
+    assert not (run_dir / "best.yaml").exists()
+
+
+def test_a_sweep_with_a_winner_writes_its_configuration_and_the_digests_of_its_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, output = finish([ended("00000", 30.0), ended("00001", 2.0)], tmp_path, monkeypatch)
+    assert "error" not in output
+    assert yaml.safe_load((run_dir / "best.yaml").read_text())["loss"]["beta"] == 0.02
+    assert read_definition(run_dir / "sweep.json").data == {"data.train": "digest"}
+
+
+def test_a_sweep_of_failed_trials_ends_with_their_cause_and_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = [Trial(f"0000{i}", {"loss.beta": i / 10}, "failed", error="out of memory") for i in range(2)]
+    run_dir, output = finish(failed, tmp_path, monkeypatch)
+    assert output.endswith("error: all 2 trials failed; first error: out of memory")
+    assert "out of memory" in (run_dir / "report.html").read_text(encoding="utf-8")

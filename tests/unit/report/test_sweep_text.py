@@ -180,6 +180,18 @@ def test_a_trial_beyond_the_constraint_does_not_win(tmp_path: Path) -> None:
     )
 
 
+def test_if_all_trials_exceed_the_constraint_the_nearest_is_named(tmp_path: Path) -> None:
+    trials = [
+        Trial(f"at{kl:g}", {"optim.lr": kl}, "done", {"step": 8, ACCURACY.metric: 0.5, "kl": kl})
+        for kl in (30.0, 12.3, 11.0)
+    ]
+    trials[2] = replace(trials[2], status="failed")
+    assert text(trials, tmp_path, Objective(ACCURACY.metric, constraint=Constraint("kl", 10.0))) == (
+        "No trial meets kl ≤ 10; the smallest is 12.3 (trial at12.3). Excluded: 2 trials exceed kl ≤ 10 and 1 trial "
+        "failed."
+    )
+
+
 def test_online_trials_are_paired_by_prompt(tmp_path: Path) -> None:
     trials = []
     for name, score, kl in (("a", 1.0, 4.0), ("b", 0.0, 2.0)):
