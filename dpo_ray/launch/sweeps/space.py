@@ -96,10 +96,17 @@ def _nameable(value: Any) -> Any:
 
 
 def _digest(function: Callable[..., Any]) -> str:
-    """A name of the function that is the same in every process, and another one if its code changes."""
+    """A name of the function that is the same in every process, and another one if its code or a default changes."""
     if isinstance(code := getattr(function, "__code__", None), CodeType):
-        return hashlib.sha256(repr(_stable(code)).encode()).hexdigest()[:12]
+        source = (_stable(code), defaults) if (defaults := _plain_defaults(function)) else _stable(code)
+        return hashlib.sha256(repr(source).encode()).hexdigest()[:12]
     return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def _plain_defaults(function: Any) -> list[Any]:
+    """Default arguments whose text is the same in every process."""
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    return [value for value in defaults if isinstance(value, bool | int | float | str)]
 
 
 def _stable(constant: Any) -> Any:

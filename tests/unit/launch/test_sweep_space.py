@@ -32,6 +32,12 @@ def test_a_function_is_known_by_its_code_and_not_by_its_place() -> None:
     digests = [describe({"optim.lr": domain})["optim.lr"].function for domain in (first, moved, other)]
     assert digests[0] == digests[1] != digests[2]
 
+    def function(rate: float, *, name: Any = object()) -> Any:  # noqa: B008
+        return tune.sample_from(lambda spec, rate=rate, *, name=name: rate)
+
+    with_defaults = [describe({"optim.lr": function(rate)})["optim.lr"].function for rate in (1e-5, 1e-5, 2e-5)]
+    assert with_defaults[0] == with_defaults[1] != with_defaults[2]
+
 
 def first(values: Any, count: int) -> list[dict[str, Any]]:
     return list(itertools.islice(values, count))
