@@ -1,13 +1,16 @@
-"""Keys that must not change when a run is resumed."""
+"""When a run is resumed, and the keys that must not change then."""
 
 import contextlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from dpo_ray.config.tree import Config
 
+WORK = ("rounds/*/pairs.jsonl", "rounds/*/manifest.json", "checkpoints/*/complete.json", "evaluations/*.jsonl")
+"""Files from which a later run of the same name resumes."""
 FIXED_KEYS = (
     "model.path",
     "model.chat_template",
@@ -40,6 +43,11 @@ FIXED_KEYS = (
     "online.select",
 )
 """Keys of the training data, the reference, the loss and the optimizer state."""
+
+
+def has_work(run_dir: Path) -> bool:
+    """True if a run of the same name would resume from this directory."""
+    return any(next(iter(run_dir.glob(work)), None) for work in WORK)
 
 
 def first_difference(saved: Mapping[str, Any], config: Config) -> str | None:

@@ -13,6 +13,7 @@ import ray
 from rich.console import Console
 
 from dpo_ray.config import Config
+from dpo_ray.config.resume import has_work
 from dpo_ray.data.formats import Part
 from dpo_ray.data.loader import checked_gaps
 from dpo_ray.data.prompts import load_prompts
@@ -20,9 +21,9 @@ from dpo_ray.data.report import DataReportBuilder
 from dpo_ray.data.store import PairStore, Prepare, RunParts, prepare_pairs
 from dpo_ray.data.tokenize import load_record_tokenizer
 from dpo_ray.launch.cluster import Cluster
-from dpo_ray.launch.display import live_display
-from dpo_ray.launch.run_dir import has_work, make_run_dir
+from dpo_ray.launch.run_dir import make_run_dir
 from dpo_ray.launch.status import StatusActor
+from dpo_ray.report.live.display import live_display
 from dpo_ray.rollout.judges import validate_columns
 from dpo_ray.rollout.rounds import digest_of_prompts, validate_round_size
 from dpo_ray.storage import storage_errors

@@ -13,14 +13,14 @@ from dpo_ray import storage
 from dpo_ray.config import Config, with_absolute_paths
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.data import prepare_data
-from dpo_ray.launch.display import live_display, text_console
-from dpo_ray.launch.follower import follow_run, validate_trackers
 from dpo_ray.launch.run_dir import exclusive_run_dir, validate_run_dir_permanent
 from dpo_ray.launch.status import start_status_actor
-from dpo_ray.launch.summary import print_summary
 from dpo_ray.launch.workers import train_on_workers
 from dpo_ray.model.architecture import read_model_config
 from dpo_ray.objective.build import build_loss
+from dpo_ray.report.live.display import live_display, text_console
+from dpo_ray.report.live.follower import follow_run, validate_trackers
+from dpo_ray.report.summary import print_summary
 from dpo_ray.train.optim import bind_optimizer
 
 LOOP = "dpo_ray.launch.loops:offline"

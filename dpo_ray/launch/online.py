@@ -5,13 +5,13 @@ import time
 from dpo_ray.config import Config, with_absolute_paths
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.data import prepare_round_data
-from dpo_ray.launch.display import text_console
 from dpo_ray.launch.offline import monitored, validate_training
 from dpo_ray.launch.rollouts.actors import rollout_actors
 from dpo_ray.launch.rollouts.weights import BETWEEN_GPUS, build_transport
 from dpo_ray.launch.run_dir import exclusive_run_dir, make_run_dir
 from dpo_ray.launch.workers import train_on_workers
 from dpo_ray.model.architecture import validate_online_model
+from dpo_ray.report.live.display import text_console
 from dpo_ray.rollout.ledger import Ledger
 
 LOOP = "dpo_ray.launch.loops:online"

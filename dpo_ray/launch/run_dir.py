@@ -13,13 +13,12 @@ from pathlib import Path
 import yaml
 
 from dpo_ray.config import Config, first_difference, write_config
+from dpo_ray.config.resume import has_work
 from dpo_ray.config.schema import RunConfig
 from dpo_ray.storage import open_appendable, storage_errors
 
 logger = logging.getLogger(__name__)
 
-WORK = ("rounds/*/pairs.jsonl", "rounds/*/manifest.json", "checkpoints/*/complete.json", "evaluations/*.jsonl")
-"""Files from which a later run of the same name resumes."""
 LOCK = ".lock"
 """File that the command of a run locks as long as it runs."""
 JOB_PACKAGES = "runtime_resources/working_dir_files"
@@ -33,11 +32,6 @@ def validate_run_dir_permanent(run: RunConfig) -> None:
             f"run.dir: {run.dir} lies in the temporary folder of the submitted job, which Ray deletes; set run.dir to "
             "an absolute path that all nodes mount, or to an object store such as s3://bucket/runs"
         )
-
-
-def has_work(run_dir: Path) -> bool:
-    """True if a run of the same name would resume from this directory."""
-    return any(next(iter(run_dir.glob(work)), None) for work in WORK)
 
 
 def make_run_dir(config: Config) -> Path:

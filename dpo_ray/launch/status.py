@@ -1,28 +1,13 @@
-"""The status of a run: an actor that the workers update and the driver displays."""
+"""The status actor of a run: holds a Status that the workers update and the driver displays."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
 
 from dpo_ray.launch.cluster import same_node
+from dpo_ray.report.live.status import Status
 from dpo_ray.types import Metrics
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """A snapshot of a run's progress."""
-
-    phase: str = "starting"
-    done: int = 0
-    total: int = 0
-    """Size of the phase in steps, trials, pairs or prompts; 0 if unknown."""
-    round: int | None = None
-    """Finished rounds."""
-    metrics: Metrics = field(default_factory=dict)
-    """Latest value of every metric."""
-    notes: tuple[str, ...] = ()
-    """Lines for the person who started the run."""
 
 
 class StatusActor:

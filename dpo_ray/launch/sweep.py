@@ -17,7 +17,6 @@ from dpo_ray.config import Config, override, with_absolute_paths, write_config
 from dpo_ray.launch.cluster import SPARE_CPUS, Cluster, cpus_needed, gpus_needed
 from dpo_ray.launch.command import TrainingFailed
 from dpo_ray.launch.data import prepare_data, prepare_round_data
-from dpo_ray.launch.display import text_console
 from dpo_ray.launch.offline import validate_offline
 from dpo_ray.launch.online import validate_online
 from dpo_ray.launch.run_dir import exclusive_run_dir
@@ -29,6 +28,7 @@ from dpo_ray.launch.sweeps.space import describe, describe_part, grid_points, pr
 from dpo_ray.launch.sweeps.summary import print_sweep
 from dpo_ray.model.architecture import read_model_config
 from dpo_ray.report.formatting import count_noun
+from dpo_ray.report.live.display import text_console
 from dpo_ray.report.sweep_record import SweepRecord, read_sweep
 from dpo_ray.report.sweep_text import verdict_text
 from dpo_ray.sweep.trials import ENDED, Constraint, Objective, SweepDefinition, Trial, write_definition

@@ -11,9 +11,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from dpo_ray.launch.background import in_background
-from dpo_ray.launch.display import CLOSE_TIMEOUT_S
 from dpo_ray.report.formatting import count_noun, format_duration, format_number, short_names
+from dpo_ray.report.live.background import in_background
+from dpo_ray.report.live.display import CLOSE_TIMEOUT_S
 from dpo_ray.report.sweep_text import settings_text
 from dpo_ray.sweep.ranking import rank
 from dpo_ray.sweep.trials import ENDED, Objective, Trial

@@ -1,1 +1,1 @@
-"""Reports: key figures, health, plots and the page of a run. ``page`` and ``plots`` import matplotlib."""
+"""Reports of runs and sweeps: key figures, health, plots, pages and summaries; ``live`` follows a running run."""

@@ -20,7 +20,6 @@ from dpo_ray.config import Config, override
 from dpo_ray.config.sweeps import START_TOGETHER
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.command import TrainingFailed
-from dpo_ray.launch.follower import follow_run
 from dpo_ray.launch.online import LOOP
 from dpo_ray.launch.run_dir import make_run_dir
 from dpo_ray.launch.sweeps.mailbox import NO_MORE, Channel, Message, Task, start_mailbox
@@ -30,6 +29,7 @@ from dpo_ray.launch.sweeps.slots import Slot, offline_slot, online_slot
 from dpo_ray.launch.sweeps.space import Space
 from dpo_ray.launch.sweeps.summary import live_sweep_report
 from dpo_ray.launch.trial_table import Scope, live_trials
+from dpo_ray.report.live.follower import follow_run
 from dpo_ray.rollout.evaluation import EvaluationStore
 from dpo_ray.storage import atomic_folder, error_summary
 from dpo_ray.sweep.conductor import Conductor, Progress

@@ -7,8 +7,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-from dpo_ray.launch.follower import LiveReport
 from dpo_ray.launch.sweeps import summary
+from dpo_ray.report.live.follower import LiveReport
 from dpo_ray.report.page import write_report
 from dpo_ray.sweep.trials import Objective, Trial
 
@@ -51,7 +51,7 @@ def test_a_live_report_that_fails_warns_once_and_tries_again(tmp_path, caplog):
 
 
 def test_importing_the_live_report_leaves_matplotlib_out():
-    code = "import sys, dpo_ray.launch.follower; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, dpo_ray.report.live.follower; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_ray.config import Config
+from dpo_ray.config.resume import has_work
 from dpo_ray.config.secrets import mask_secrets
-from dpo_ray.launch.background import in_background
-from dpo_ray.launch.run_dir import has_work
-from dpo_ray.launch.trackers import TRACKERS, Row, Tracker
 from dpo_ray.plugins import build, check_arguments, resolve
+from dpo_ray.report.live.background import in_background
+from dpo_ray.report.live.trackers import TRACKERS, Row, Tracker
 from dpo_ray.rollout.ledger import Ledger
 from dpo_ray.storage import error_summary, open_appendable, write_atomically
 from dpo_ray.types import Metrics
@@ -286,7 +286,7 @@ def _start_process(config: Config, group: str | None) -> Any:
             (run_dir / name).unlink(missing_ok=True)
     with open_appendable(run_dir / "logs" / "trackers.log").open("ab") as log:
         process: Any = subprocess.Popen(
-            [sys.executable, "-m", "dpo_ray.launch.follower"],
+            [sys.executable, "-m", "dpo_ray.report.live.follower"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
-from dpo_ray.launch import display
-from dpo_ray.launch.display import live_display
-from dpo_ray.launch.status import Status
+from dpo_ray.report.live import display
+from dpo_ray.report.live.display import live_display
+from dpo_ray.report.live.status import Status
 
 TIMEOUT_S = 30
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dpo_ray.config import Config, write_config
-from dpo_ray.launch.summary import print_summary
+from dpo_ray.report.summary import print_summary
 
 
 def summary_of(config: Config) -> str:

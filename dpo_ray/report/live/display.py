@@ -10,9 +10,9 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TimeElapsedColumn
 from rich.text import Text
 
-from dpo_ray.launch.background import in_background
-from dpo_ray.launch.status import Status
 from dpo_ray.report.formatting import format_duration
+from dpo_ray.report.live.background import in_background
+from dpo_ray.report.live.status import Status
 
 PHASES = {
     "starting": "starting workers",

@@ -16,9 +16,9 @@ import pytest
 from dpo_ray.config import Config, load, schema
 from dpo_ray.config.load import load_config, parse_overrides, validate_extras
 from dpo_ray.config.secrets import mask_secrets
-from dpo_ray.launch import follower
-from dpo_ray.launch.follower import Position, Tail, TrackerFeed, follow_run, validate_trackers
-from dpo_ray.launch.trackers import TRACKERS
+from dpo_ray.report.live import follower
+from dpo_ray.report.live.follower import Position, Tail, TrackerFeed, follow_run, validate_trackers
+from dpo_ray.report.live.trackers import TRACKERS
 from dpo_ray.rollout.ledger import Ledger
 from dpo_ray.rollout.open_round import Outcome
 from dpo_ray.types import Completion, CompletionGroup, Judgement, Prompt, ScoredPair

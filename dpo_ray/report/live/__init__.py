@@ -1,0 +1,1 @@
+"""A run while it trains: its status, its display, and the process that feeds trackers."""
