@@ -124,19 +124,6 @@ class TokenSample:
     completion: Sequence[int]
 
 
-@dataclass(frozen=True, slots=True)
-class RoundData:
-    """The training data of a round."""
-
-    index: int
-    pairs: tuple[TokenPair, ...]
-    samples: tuple[TokenSample, ...]
-    """One completion per prompt, picked independently of the scores: an unbiased sample of the policy."""
-    policy_version: int
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    """Judge scores, counts of kept and dropped groups, and timings."""
-
-
 Metrics = dict[str, Any]
 """One line of metrics.jsonl."""
 

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_ray.config import Config
-from dpo_ray.data.loader import PairList
 from dpo_ray.rollout.collector import Progress
 from dpo_ray.rollout.evaluation import Evaluation, kl_divergence
 from dpo_ray.rollout.ledger import RoundData
@@ -25,6 +24,7 @@ from dpo_ray.types import Completion, CompletionGroup, Metrics, Probe, Prompt, T
 from tests.distributed.conftest import assert_same, over
 from tests.distributed.processes import run_ranks
 from tests.distributed.runs import ListReporter
+from tests.pair_list import PairList
 
 ROUNDS, PAIRS = 3, 4
 

@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dpo_ray.config import Config
-from dpo_ray.data.loader import PairList
 from dpo_ray.sync.base import WeightSync
 from dpo_ray.train.online import train_online
 from dpo_ray.types import Metrics, TokenPair
@@ -17,6 +16,7 @@ from tests.distributed.conftest import assert_same, over
 from tests.distributed.processes import run_ranks
 from tests.distributed.runs import ListReporter
 from tests.distributed.test_online import PAIRS, DrawnRounds, FreshModel, config, steps_of
+from tests.pair_list import PairList
 
 __all__ = ["config"]  # a fixture
 

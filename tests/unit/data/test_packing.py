@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_ray.data.assignment import PIECES, attended, balance_micro_batches, shard_row
-from dpo_ray.data.loader import BatchShape, Mixture, PairList, PairLoader, checked_gaps, epoch_order
+from dpo_ray.data.loader import BatchShape, Mixture, PairLoader, checked_gaps, epoch_order
 from dpo_ray.data.packing import (
     Layout,
     Span,
@@ -23,6 +23,7 @@ from dpo_ray.data.packing import (
     token_limits,
 )
 from dpo_ray.types import TokenPair, TokenSample
+from tests.pair_list import PairList
 
 PAIR = TokenPair(prompt=(1, 2), chosen=(3, 4), rejected=(5,))
 

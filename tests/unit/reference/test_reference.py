@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dpo_ray.data.loader import PairList
 from dpo_ray.reference import store as reference_store
 from dpo_ray.reference.store import ReferenceStore, entry_keys, store_digest
 from dpo_ray.types import TokenPair
+from tests.pair_list import PairList
 
 PAIRS = PairList([TokenPair((1, 2), (3,), (4, 5)), TokenPair((1,), (2, 3), (4, 5)), TokenPair((1, 2), (4, 5), (3,))])
 ALL = range(3)

@@ -9,9 +9,9 @@ from transformers import get_scheduler
 
 from dpo_ray.config import schema
 from dpo_ray.config.schema import OptimConfig
-from dpo_ray.data.loader import PairList
 from dpo_ray.train.optim import OPTIMIZERS, bind_optimizer, build_optimizer, set_learning_rate
 from dpo_ray.train.state import TrainState
+from tests.pair_list import PairList
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])

@@ -7,10 +7,11 @@ import pytest
 
 from dpo_ray.config.rounds import OnlineConfig
 from dpo_ray.data.joined import JoinedPairs
-from dpo_ray.data.loader import PairList, checked_gaps
+from dpo_ray.data.loader import checked_gaps
 from dpo_ray.rollout.ledger import RoundData
 from dpo_ray.train.round_pairs import Sources
 from dpo_ray.types import TokenPair
+from tests.pair_list import PairList
 
 
 def pairs(first: int, count: int, name: str) -> PairList:
