@@ -21,7 +21,7 @@ from dpo_ray.config.commands import Command, validate_command
 from dpo_ray.config.paths import validate_paths
 from dpo_ray.config.schema import TRACKERS
 from dpo_ray.config.tree import Config
-from dpo_ray.storage import StorageFailed, folder_at, storage_errors
+from dpo_ray.storage import StorageFailed, folder_at, storage_errors, write_atomically
 
 _TYPES = {"integer": "int", "number": "float", "string": "str", "boolean": "bool", "object": "mapping", "null": "null"}
 _BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
@@ -80,7 +80,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 def write_config(config: Config, path: Path) -> None:
     """Save the resolved configuration as YAML; ``load_config`` returns an equal one."""
     text = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    write_atomically(path, text)
 
 
 def validate_extras(config: Config) -> None:

@@ -26,7 +26,7 @@ from dpo_ray.launch.status import StatusActor
 from dpo_ray.report.live.display import live_display
 from dpo_ray.rollout.judges import validate_columns
 from dpo_ray.rollout.rounds import digest_of_prompts, validate_round_size
-from dpo_ray.storage import storage_errors
+from dpo_ray.storage import storage_errors, write_atomically
 from dpo_ray.types import Prompt
 
 PART_TIMEOUT_S = 1800.0
@@ -82,7 +82,7 @@ def prepare_data(
     file = run_dir / "data.json"
     with storage_errors(run_dir):
         _validate_same_data(config, digests, _digest_of_run(file) if recorded is None else recorded)
-        file.write_text(json.dumps(reports, indent=1), encoding="utf-8")
+        write_atomically(file, json.dumps(reports, indent=1))
     return PairData(len(pairs), digests)
 
 

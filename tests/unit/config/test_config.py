@@ -150,6 +150,19 @@ def test_a_written_config_reads_back_equal(tmp_path, text):
     assert load(tmp_path / "resolved.yaml") == config
 
 
+def test_an_interrupted_write_leaves_the_earlier_configuration(offline, tmp_path, monkeypatch):
+    file = tmp_path / "config.yaml"
+    write_config(load(offline, "loss.beta=0.3"), file)
+
+    def interrupt(file: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dpo_ray.storage.os.fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_config(load(offline, "loss.beta=0.4"), file)
+    assert load(file).loss.beta == 0.3
+
+
 def test_the_tree_is_frozen(offline):
     with pytest.raises(ValueError, match="frozen"):
         load(offline).loss.beta = 1.0  # type: ignore[misc]

@@ -16,17 +16,21 @@ from tests.conftest import ragged_texts, save_pairs
 LOCAL = Cluster(gpus=0, cpus=2)
 
 
+def offline_run(model: Path, folder: Path, pairs: Path) -> Config:
+    return Config.model_validate(
+        {
+            "run": {"dir": str(folder / "runs")},
+            "model": {"path": str(model)},
+            "reference": {"cache_dir": str(folder / "cache")},
+            "data": {"train": str(pairs)},
+        }
+    )
+
+
 def test_a_run_with_work_rejects_other_pairs_under_the_same_path(
     tiny_model: Path, tmp_path: Path, write_pairs: Callable[..., Path]
 ) -> None:
-    config = Config.model_validate(
-        {
-            "run": {"dir": str(tmp_path / "runs")},
-            "model": {"path": str(tiny_model)},
-            "reference": {"cache_dir": str(tmp_path / "cache")},
-            "data": {"train": str(write_pairs(ragged_texts(4)))},
-        }
-    )
+    config = offline_run(tiny_model, tmp_path, write_pairs(ragged_texts(4)))
     output = io.StringIO()
     prepare_data(config, LOCAL, Console(file=output, width=200))
     assert "4 records read, 4 kept" in output.getvalue()
@@ -96,6 +100,25 @@ def test_a_sweep_that_continues_rejects_other_prompts(tiny_model: Path, tmp_path
     write(prompts=5, eval_prompts=2)
     with pytest.raises(ValueError, match=r"^online\.prompts: .*prompts\.jsonl no longer has the prompts that"):
         prepare_round_data(config, LOCAL, console, recorded=digests)
+
+
+def test_an_interrupted_write_leaves_the_earlier_data_report(
+    tiny_model: Path, tmp_path: Path, write_pairs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = offline_run(tiny_model, tmp_path, write_pairs(ragged_texts(4)))
+    prepare_data(config, LOCAL, Console(file=io.StringIO()))
+    earlier, replace = (config.run.path / "data.json").read_text(), Path.replace
+
+    def interrupt(draft: Path, target: Path) -> Path:
+        if target.name == "data.json":
+            raise KeyboardInterrupt
+        return replace(draft, target)
+
+    monkeypatch.setattr(Path, "replace", interrupt)
+    write_pairs(ragged_texts(5))
+    with pytest.raises(KeyboardInterrupt):
+        prepare_data(config, LOCAL, Console(file=io.StringIO()))
+    assert (config.run.path / "data.json").read_text() == earlier
 
 
 def test_a_column_that_no_prompt_has_is_an_error_before_pairs_are_tokenized(
