@@ -1,11 +1,12 @@
-"""Types shared by packages: prompts, completions, groups, preference pairs, results and errors.
+"""Types shared by packages: prompts, completions, groups, preference pairs, results, errors and numbers.
 
 Only the standard library is imported, so that every process can load them quickly.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 Message = Mapping[str, Any]
 """One chat turn: ``{"role": "user", "content": "..."}``, optionally with tool calls or reasoning."""
@@ -163,3 +164,18 @@ class Probe:
     """The trainer's log-probability of each token after the first, nats."""
     tolerance: float
     """Largest accepted mean absolute difference, nats per token."""
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """True for int and float, not for bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_finite(value: Any) -> TypeGuard[float]:
+    """True for a number that is neither infinite nor NaN."""
+    return is_number(value) and math.isfinite(value)
+
+
+def finite_or_none(value: Any) -> Any:
+    """``value``; None in place of an infinite number or NaN, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

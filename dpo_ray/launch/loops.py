@@ -24,6 +24,7 @@ from dpo_ray.rollout.collector import Progress
 from dpo_ray.rollout.evaluation import Evaluation, EvaluationStore
 from dpo_ray.rollout.ledger import Ledger, RoundData
 from dpo_ray.rollout.selectors import build_selector, select_pairs
+from dpo_ray.storage import error_summary
 from dpo_ray.sync.ipc import free_cuda_cache
 from dpo_ray.train.offline import train_offline
 from dpo_ray.train.online import train_online
@@ -128,7 +129,7 @@ class CollectorRounds:
             ray.get(self.rollouts.fleet.sleep.remote(), timeout=self.sleep_timeout_s)
             return progress
         except Exception as error:  # every rank must get it, or the others wait for this one
-            return Progress(error=f"{type(error).__name__}: {error}")
+            return Progress(error=error_summary(error))
 
     def _ask(self, call: Callable[[], Any], wait_s: float) -> Any:
         deadline = time.monotonic() + self.patience_s

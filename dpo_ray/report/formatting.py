@@ -5,23 +5,22 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dpo_ray.types import finite_or_none, is_finite, is_number
+
 
 def same_decimals(*values: float | None, digits: int = 3) -> list[str]:
     """Values to compare, with the decimals that give the largest of them ``digits`` digits; "-" for None and NaN."""
-    finite = [value for value in values if value is not None and math.isfinite(value)]
+    finite = [value for value in values if is_finite(value)]
     largest = max(map(abs, finite), default=0.0)
     decimals = max(0, digits - 1 - math.floor(math.log10(largest))) if largest > 0 else 0
-    return [
-        f"{round(value, decimals) + 0.0:,.{decimals}f}" if value is not None and math.isfinite(value) else "-"
-        for value in values
-    ]
+    return [f"{round(value, decimals) + 0.0:,.{decimals}f}" if is_finite(value) else "-" for value in values]
 
 
 def format_number(value: Any, digits: int = 4) -> str:
     """Up to ``digits`` significant digits: ``0.5813``, ``12,346``, ``5e-6``; "-" for None and NaN, text as it is."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+    if finite_or_none(value) is None:
         return "-"
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 10**digits else re.sub(r"e-0+", "e-", f"{value:.{digits}g}")
 

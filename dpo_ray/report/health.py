@@ -13,6 +13,7 @@ import numpy as np
 
 from dpo_ray.report.formatting import count_noun, same_decimals
 from dpo_ray.report.record import SCORE_NOISE_SE, RunRecord
+from dpo_ray.types import is_finite
 
 Level = Literal["warning", "note", "ok"]
 
@@ -63,10 +64,7 @@ def values_are_finite(record: RunRecord) -> Finding | None:
         return None
     watched = ("loss", "optim/grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
     nonfinite = [
-        (line["step"], key)
-        for line in record.steps
-        for key in watched
-        if key in line and (line[key] is None or not math.isfinite(line[key]))
+        (line["step"], key) for line in record.steps for key in watched if key in line and not is_finite(line[key])
     ]
     if not nonfinite:
         return ok("All values are finite", f"No NaN or infinity in {count_noun(len(record.steps), 'step')}.")

@@ -18,7 +18,7 @@ from dpo_ray.config.losses import UNPAIRED_LOSSES
 from dpo_ray.config.rounds import IMPLICIT
 from dpo_ray.report.formatting import prompt_text
 from dpo_ray.storage import folder_at, read_jsonl
-from dpo_ray.types import Messages, Metrics
+from dpo_ray.types import Messages, Metrics, is_finite
 
 logger = logging.getLogger(__name__)
 
@@ -351,6 +351,4 @@ def _curve(lines: Iterable[Mapping[str, Any]], x: str, y: str) -> Curve:
 
 def number(value: Any) -> float | None:
     """``value`` as a float; None unless it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
+    return float(value) if is_finite(value) else None

@@ -13,6 +13,7 @@ from dpo_ray.report.sweep_text import verdict_text
 from dpo_ray.sweep.importance import MIN_TRIALS
 from dpo_ray.sweep.trials import Trial
 from dpo_ray.sweep.verdict import Lead
+from dpo_ray.types import is_number
 
 ERROR_CHARACTERS = 100
 
@@ -86,7 +87,7 @@ def _cell(values: Mapping[str, Any], key: str) -> str:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return float(value) if is_number(value) else None
 
 
 def _behind(lead: Lead | None) -> str:

@@ -22,7 +22,7 @@ from dpo_ray.report.record import number
 from dpo_ray.report.sweep_record import SweepRecord
 from dpo_ray.sweep.importance import MAX_GROUPS, MIN_TRIALS, Importance, frontier, importance
 from dpo_ray.sweep.trials import Trial
-from dpo_ray.sweep.verdict import is_number
+from dpo_ray.types import is_number
 
 COLOURS: Colormap = ListedColormap(matplotlib.colormaps["cividis"](np.linspace(0.12, 0.97, 256)))
 LOG_RATIO = 3.0  # ratio of the largest to the smallest swept value from which their axis is logarithmic

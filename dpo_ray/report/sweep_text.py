@@ -9,6 +9,7 @@ from dpo_ray.report.record import number
 from dpo_ray.sweep.ranking import Configuration
 from dpo_ray.sweep.trials import Objective, Trial
 from dpo_ray.sweep.verdict import Lead, Verdict, as_good_region
+from dpo_ray.types import is_number
 
 DISTANCES = {"kl": "KL to the reference", "eval/drift": "drift from the reference"}
 """Metrics of the distance between policy and reference, in nats per completion; the first that a trial has is named."""
@@ -186,7 +187,7 @@ def _as_good(verdict: Verdict) -> list[str]:
 
 
 def _span(key: str, values: Sequence[Any]) -> str:
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    numbers = all(map(is_number, values))
     return f"{key} {(' to ' if numbers else ' or ').join(map(format_number, values))}"
 
 

@@ -12,7 +12,7 @@ from dpo_ray.config.rounds import OnlineConfig, SamplingConfig
 from dpo_ray.rollout.engine import Request
 from dpo_ray.rollout.rounds import seed_of
 from dpo_ray.storage import write_atomically
-from dpo_ray.types import CompletionGroup, Prompt, TokenSample
+from dpo_ray.types import CompletionGroup, Prompt, TokenSample, finite_or_none
 
 EVALUATION_ROUND = 2**20
 """Round number from which the seeds of evaluations are derived: the same at every evaluation."""
@@ -129,7 +129,7 @@ class EvaluationStore:
         kl = {} if policy is None or reference is None else kl_divergence(policy, reference)
         lines = [_line(group, score) for group, score in evaluation.judged]
         self.folder.mkdir(parents=True, exist_ok=True)
-        finite = {key: value if math.isfinite(value) else None for key, value in kl.items()}
+        finite = {key: finite_or_none(value) for key, value in kl.items()}
         summary: dict[str, Any] = {"version": evaluation.version, "samples": len(evaluation.samples), **finite}
         summary |= {"failed": evaluation.failed, "judge": dict(evaluation.figures)}
         write_atomically(self._file(evaluation.version).with_suffix(".kl.json"), json.dumps(summary) + "\n")
@@ -209,5 +209,5 @@ def _line(group: CompletionGroup, score: float) -> Line:
         "completion": completion.text,
         "tokens": len(completion.token_ids),
         "finished": completion.finished,
-        "score": score if math.isfinite(score) else None,
+        "score": finite_or_none(score),
     }

@@ -18,6 +18,7 @@ from dpo_ray.sweep.bootstrap import MIN_EXAMPLES, bootstrap_interval, seed_margi
 from dpo_ray.sweep.held_out import HeldOut, Unit, mean_held_out, paired, read_held_out
 from dpo_ray.sweep.ranking import Configuration, Ranking, configurations, rank
 from dpo_ray.sweep.trials import Objective, Trial
+from dpo_ray.types import is_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,8 +256,3 @@ def _within(values: Mapping[str, Any], spans: Mapping[str, tuple[Any, ...]]) -> 
         elif value not in span:
             return False
     return True
-
-
-def is_number(value: Any) -> bool:
-    """True for int and float, not for bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool)

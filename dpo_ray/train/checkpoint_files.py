@@ -8,7 +8,6 @@ import contextlib
 import functools
 import json
 import logging
-import math
 import os
 import sys
 import threading
@@ -22,6 +21,7 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, Fsspec
 
 from dpo_ray.config.schema import RunConfig
 from dpo_ray.storage import file_digest, is_remote, upload_appendable, write_atomically
+from dpo_ray.types import is_finite
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def finished_checkpoints(folder: Path) -> list[Path]:
 def best_checkpoint(finished: list[Path], run: RunConfig) -> Path | None:
     """The checkpoint with the best ``run.best_metric``; None without the setting or any checkpoint with it."""
     values = {path: read_marker(path)["metrics"].get(run.best_metric) for path in finished}
-    known = {path: value for path, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
+    known = {path: value for path, value in values.items() if is_finite(value)}
     if not known:
         return None
     return (max if run.best_mode == "max" else min)(known, key=lambda path: known[path])

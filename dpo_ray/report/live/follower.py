@@ -27,7 +27,7 @@ from dpo_ray.report.live.background import in_background
 from dpo_ray.report.live.trackers import TRACKERS, Row, Tracker
 from dpo_ray.rollout.ledger import Ledger
 from dpo_ray.storage import error_summary, open_appendable, write_atomically
-from dpo_ray.types import Metrics
+from dpo_ray.types import Metrics, is_number
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class TrackerFeed:
 
     def _log(self, tracker: Tracker, metrics: Metrics) -> None:
         step, round = metrics["step"], metrics.get("round")
-        tracker.log({k: value for k, value in metrics.items() if isinstance(value, int | float) and k != "step"}, step)
+        tracker.log({k: value for k, value in metrics.items() if is_number(value) and k != "step"}, step)
         if round is not None and (rows := _samples(self.config.run.path, round)):
             tracker.log_samples(rows, step)
 

@@ -1,8 +1,9 @@
 """Validation of the arguments and keys of judges."""
 
-import math
 import os
 from typing import Any
+
+from dpo_ray.types import is_finite
 
 
 def check_argument(judge: str, name: str, value: Any, accepted: bool, what: str) -> None:
@@ -18,7 +19,7 @@ def is_count(value: Any, least: int = 1) -> bool:
 
 def is_duration(value: Any) -> bool:
     """True for a positive finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    return is_finite(value) and value > 0
 
 
 def is_text(value: Any) -> bool:

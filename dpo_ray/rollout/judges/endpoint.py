@@ -17,6 +17,7 @@ import httpx2
 import stamina
 
 from dpo_ray.rollout.judges.failures import REJECTED, FailuresInARow, masked
+from dpo_ray.storage import error_summary
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ class Endpoint:
             except TimeoutError:
                 raise RequestLost(self._masked(f"{url}: no answer in {self._timeout_s:g} s (timeout_s)")) from None
             except httpx2.RequestError as error:
-                raise RequestLost(self._masked(f"{url}: {type(error).__name__}: {error}")) from None
+                raise RequestLost(self._masked(f"{url}: {error_summary(error)}")) from None
         seconds = time.perf_counter() - started
         shown = self._masked(" ".join(response.text.split()))[:SHOWN_CHARACTERS]
         if response.status_code == 429 or response.status_code >= 500:

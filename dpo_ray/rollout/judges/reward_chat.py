@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_ray.storage import error_summary
 from dpo_ray.types import Messages, Prompt
 
 if TYPE_CHECKING:
@@ -69,8 +70,6 @@ class RewardChat:
 
 def _load(path: str, judge: str, revision: str | None, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
-
-    from dpo_ray.storage import error_summary
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_ray.rollout.judges.arguments import check_argument, is_count, is_text
 from dpo_ray.rollout.judges.reward_chat import RewardChat
+from dpo_ray.storage import error_summary
 from dpo_ray.types import CompletionGroup, Judgement
 
 if TYPE_CHECKING:
@@ -144,8 +145,6 @@ def _unused_token(batch: Sequence[tuple[int, ...]]) -> int:
 def _load_config(model: str, source: dict[str, Any]) -> "PreTrainedConfig":
     from transformers import AutoConfig
 
-    from dpo_ray.storage import error_summary
-
     try:
         config = AutoConfig.from_pretrained(model, local_files_only=Path(model).is_dir(), **source)
     except Exception as error:  # the hub client and its HTTP library have own errors
@@ -165,8 +164,6 @@ def _load_classifier(model: str, config: "PreTrainedConfig", dtype: str, source:
     """The classifier in evaluation mode, on a GPU if the process has one."""
     import torch
     from transformers import AutoModelForSequenceClassification
-
-    from dpo_ray.storage import error_summary
 
     try:
         classifier, loading = AutoModelForSequenceClassification.from_pretrained(

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from dpo_ray.rollout.judges.arguments import is_duration
 from dpo_ray.rollout.judges.columns import Column
 from dpo_ray.rollout.judges.math_client import MathClient
 from dpo_ray.types import CompletionGroup
@@ -145,7 +146,7 @@ class Math(Verifier):
     """
 
     def __init__(self, column: str = "answer", *, timeout_s: float = 5.0) -> None:
-        if not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
+        if not is_duration(timeout_s):
             raise ValueError(f"judge 'math': timeout_s is {timeout_s!r}; it must be a number of seconds above 0")
         if find_spec("math_verify") is None:
             raise ValueError(

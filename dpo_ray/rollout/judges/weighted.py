@@ -11,7 +11,8 @@ from dpo_ray.config import Component
 from dpo_ray.config.rounds import IMPLICIT
 from dpo_ray.rollout.judges.calls import Capacity, capacity_of, is_async, least_capacity
 from dpo_ray.rollout.judges.waiting import wait_for_all
-from dpo_ray.types import CompletionGroup, Judgement, JudgeUnavailable
+from dpo_ray.storage import error_summary
+from dpo_ray.types import CompletionGroup, Judgement, JudgeUnavailable, is_finite
 
 BindComponent = Callable[[Component], Callable[[], Any]]
 CheckScores = Callable[[Sequence[CompletionGroup], Any], list[Judgement]]
@@ -101,7 +102,7 @@ class Weighted:
         except Exception as error:
             if not self._skip:
                 raise
-            logger.warning("judge 'weighted': %s raised %s: %s", self._parts[i].name, type(error).__name__, error)
+            logger.warning("judge 'weighted': %s raised %s", self._parts[i].name, error_summary(error))
             return list(await asyncio.gather(*(self._alone(i, group) for group in groups)))
 
     async def _alone(self, i: int, group: CompletionGroup) -> Judgement | Exception:
@@ -152,7 +153,7 @@ def _bind_part(key: str, judge: Any, bind_component: BindComponent) -> Part:
             f"judge 'weighted': {key} is implicit, which the training workers compute for online.judge only"
         )
     weight, args = judge.get("weight", 1.0), judge.get("args") or {}
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+    if not is_finite(weight):
         raise ValueError(f"judge 'weighted': {key}.weight is {weight!r}; it must be a finite number")
     if not isinstance(args, Mapping):
         raise ValueError(f"judge 'weighted': {key}.args is {args!r}; it must be an object")

@@ -4,20 +4,18 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+from dpo_ray.types import is_finite, is_number
 
 
 def _from_zero(value: Any) -> bool:
-    return _is_number(value) and 0 <= value < math.inf
+    return is_finite(value) and value >= 0
 
 
 ACCEPTED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("pairs", "k"), (lambda value: type(value) is int and value >= 1, "a whole number from 1")),
     **dict.fromkeys(("min_gap", "penalty", "min_length_ratio"), (_from_zero, "a finite number from 0")),
     **dict.fromkeys(
-        ("max_gap", "max_length_ratio"), (lambda value: _is_number(value) and value > 0, "a number above 0")
+        ("max_gap", "max_length_ratio"), (lambda value: is_number(value) and value > 0, "a number above 0")
     ),
     "choose_truncated": (lambda value: isinstance(value, bool), "true or false"),
 }

@@ -149,6 +149,7 @@ def test_json_schema_may_be_a_column_as_object_or_as_text():
         ("json_schema", {"schema": "{", "column": None}, "'{' is not a JSON schema"),
         ("json_schema", {"schema": {}, "column": "format"}, "args have schema and column"),
         ("math", {"timeout_s": 0}, "timeout_s is 0; it must be a number of seconds above 0"),
+        ("math", {"timeout_s": True}, "timeout_s is True; it must be a number of seconds above 0"),
     ],
 )
 def test_wrong_arguments_are_rejected_where_the_judge_is_bound(use, args, message):
