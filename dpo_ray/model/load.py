@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PACKED_ATTENTION: Mapping[str, str] = {"packed": PACKED, "flex": FLEX, "sdpa": MASKED}
-"""Setting of ``model.attention`` -> name in transformers' ``AttentionInterface``."""
+"""``model.attention``, resolved, -> name in transformers' ``AttentionInterface``; packed is what auto is on CPUs."""
 
 
 def resolve_attention(setting: str, device_type: str) -> str:

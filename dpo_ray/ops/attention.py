@@ -80,8 +80,8 @@ def packed_attention(
         out = _SegmentAttention.apply(query[0], key[0], value[0], s_aux, segments, scale, softcap, product_path)[None]
     elif softcap is not None or s_aux is not None:
         raise NotImplementedError(
-            f"{type(module).__name__} caps its logits or has sinks, which model.attention: packed computes on CPUs "
-            "only; set model.attention: auto"
+            f"{type(module).__name__} caps its logits or has sinks, which packed rows allow on CPUs only, with keys "
+            "and values of one size; set model.attention: padded"
         )
     else:
         out = torch.cat([_attend(query, key, value, segment, scale) for segment in segments], 2)

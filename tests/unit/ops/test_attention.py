@@ -151,6 +151,12 @@ def test_values_and_gradients_with_sinks_are_those_of_a_float64_softmax_with_one
     assert max(errors(results(packed, torch.float32), results(by_mask, torch.float64))) < 1e-5
 
 
+def test_capped_logits_over_values_of_another_size_than_keys_need_padded_batches() -> None:
+    q, k, v, _ = inputs([Span.of(2, 3)], 2, 2, torch.float32)
+    with pytest.raises(NotImplementedError, match=r"caps its logits .*; set model\.attention: padded"):
+        packed(q, k, v[..., :8], [Span.of(2, 3)], softcap=1.5)
+
+
 def test_keys_outside_the_window_are_not_computed() -> None:
     spans = [Span.of(2000, 1000, 1000)]
     computed = [
