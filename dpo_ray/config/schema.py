@@ -197,7 +197,6 @@ class ReferenceConfig(Section):
 
     @property
     def cache_path(self) -> Path:
-        """The cache directory."""
         return Path(self.cache_dir).expanduser() if self.cache_dir else Path.home() / ".cache" / "dpo_ray"
 
 

@@ -67,7 +67,6 @@ class CollectorRounds:
         self.freed_for: int | None = None
 
     def poll(self, version: int, *, round: int | None, evaluations: Sequence[int], wait_s: float) -> Progress:
-        """Asks for a round and for evaluations, and waits for news; see ``Collector.poll``."""
         if self.colocated and self.freed_for != version:
             free_cuda_cache()
             dist.barrier()
@@ -75,36 +74,29 @@ class CollectorRounds:
         return broadcast_from_rank0(lambda: self._poll(version, round, evaluations, wait_s))
 
     def read(self, round: int) -> RoundData:
-        """A finished round."""
         data = self.ledger.read(round)
         # Ranks may briefly see different states of a shared disk, and must take the same way.
         judged, reference = broadcast_from_rank0(lambda: (data.judged, data.reference))
         return dataclasses.replace(data, judged=judged, reference=reference)
 
     def samples(self, round: int) -> list[TokenSample]:
-        """All completions of a round."""
         return self.ledger.samples(round)
 
     def judge(self, round: int, scores: Sequence[float]) -> RoundData:
-        """Writes the scores of all completions of a round; returns it with the pairs that the selector picks."""
         share = self.max_failed_share
         self._on_rank0(lambda: self.ledger.judge(round, scores, self.select, max_failed_share=share))
         return self.read(round)
 
     def write_reference(self, round: int, logps: np.ndarray) -> None:
-        """Stores the reference log-probabilities of a round's pairs."""
         self._on_rank0(lambda: self.ledger.write_reference(round, logps))
 
     def recorded(self, version: int) -> bool:
-        """True if the evaluation of a version is on disk."""
         return broadcast_from_rank0(lambda: self.evaluations.recorded(version))
 
     def metrics_of(self, version: int) -> Metrics:
-        """The metrics of an evaluation that is on disk."""
         return broadcast_from_rank0(lambda: self.evaluations.read(version))
 
     def record(self, evaluation: Evaluation, policy: np.ndarray | None, reference: np.ndarray | None) -> Metrics:
-        """Stores an evaluation with the log-probabilities of its samples; returns its metrics."""
         record = self.rollouts.collector.record
         metrics = broadcast_from_rank0(lambda: self._ask(lambda: record.remote(evaluation, policy, reference), 0.0))
         if dist.get_rank() == 0:

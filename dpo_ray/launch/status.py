@@ -24,11 +24,9 @@ class StatusActor:
         self.fatal = self.fatal or error
 
     def fatal_error(self) -> str | None:
-        """The error after which the workers must not be restarted."""
         return self.fatal
 
     def phase(self, name: str, done: int, total: int) -> None:
-        """Sets the current phase and its progress."""
         self.status = replace(self.status, phase=name, done=done, total=total)
 
     def note(self, text: str) -> None:
@@ -47,13 +45,11 @@ class StatusActor:
         self.metrics(metrics)
 
     def metrics(self, metrics: Metrics) -> None:
-        """Merges a line of metrics into the latest ones."""
         merged = self.status.metrics | without_ties(metrics)
         last_round = merged.get("round")
         self.status = replace(self.status, metrics=merged, round=None if last_round is None else last_round + 1)
 
     def read(self) -> Status:
-        """The latest Status."""
         return self.status
 
     def request_stop(self) -> bool:
@@ -62,7 +58,6 @@ class StatusActor:
         return self.stepped
 
     def stop_requested(self) -> bool:
-        """True if the run should stop early."""
         return self.stopping
 
 

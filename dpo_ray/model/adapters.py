@@ -86,7 +86,6 @@ class SwitchedAdapters:
         self.usual = {"_disable_adapters": False} if name is None else {"_active_adapter": [ADAPTER]}
 
     def __call__(self, row: "PackedRow", head_fn: "HeadFn") -> Any:
-        """See ``Scorer.forward``."""
         self._set(self.switched)
         try:
             return self.policy(row, head_fn)

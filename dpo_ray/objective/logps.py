@@ -32,7 +32,6 @@ class PairLogps:
     """(B,) True if the chosen completion is the rejected one of the pair before, as in a ranked list."""
 
     def of(self, pairs: slice) -> "PairLogps":
-        """Log-probabilities of a slice of the pairs."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: value[pairs] for name, value in values.items() if value is not None})
 

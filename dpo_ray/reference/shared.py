@@ -53,11 +53,9 @@ class RemoteEntries:
         self._attempt(fetch, None)
 
     def upload(self, file: Path) -> None:
-        """Uploads a local file."""
         self._attempt(lambda: self.folder.fs.put_file(str(file), (self.folder / file.name).path), None)
 
     def remove(self, name: str) -> None:
-        """Deletes a file if it exists."""
         self._attempt(lambda: (self.folder / name).unlink(missing_ok=True), None)
 
     def acquire(self) -> bool:
@@ -71,7 +69,6 @@ class RemoteEntries:
         return self._attempt(self._acquire, True)
 
     def heartbeat(self) -> None:
-        """Keeps the lock alive."""
         if time.monotonic() >= self.due:
             self._attempt(self._heartbeat, None)
 

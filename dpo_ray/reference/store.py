@@ -105,7 +105,6 @@ class ReferenceStore:
         return None
 
     def clear(self) -> None:
-        """Deletes all entries and views."""
         for path in (*self.folder.glob("shard-*.npy"), *self.folder.glob("view-*.npy")):
             self._remove(path)
 

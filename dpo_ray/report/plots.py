@@ -144,7 +144,6 @@ def _result_plots(record: RunRecord) -> list[Plot]:
 
 
 def _training_plots(record: RunRecord) -> list[Plot]:
-    """Metrics of the optimizer steps."""
     steps, evals = record.over_steps, record.over_evals
     margins = _with_heldout(record.examples, steps("rewards/margins"), evals("eval/rewards/margins"))
     accuracies = _with_heldout(record.examples, record.accuracies(), record.accuracies("eval/"))

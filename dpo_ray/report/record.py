@@ -155,7 +155,6 @@ class RunRecord:
         return "got likelier or less likely as labelled" if self.labelled else "are ordered right"
 
     def over_steps(self, key: str) -> Curve:
-        """A metric over optimizer steps."""
         return _curve(self.steps, "step", key)
 
     def over_evals(self, key: str) -> Curve:
@@ -163,7 +162,6 @@ class RunRecord:
         return _curve(self.evals, "step", key)
 
     def over_rounds(self, key: str) -> Curve:
-        """A metric over rounds."""
         return _curve(self.rounds, "round", key)
 
     def over_versions(self, attribute: Literal["score", "tokens", "kl"]) -> Curve:

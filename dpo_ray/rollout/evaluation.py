@@ -55,7 +55,6 @@ class Evaluation:
 
     @property
     def token_samples(self) -> list[TokenSample]:
-        """Token ids of ``samples``."""
         return [TokenSample(group.prompt.token_ids, group.completions[0].token_ids) for group in self.samples]
 
     @property
@@ -148,7 +147,6 @@ class EvaluationStore:
         return [line["score"] for line in self._before(version) if line["score"] is not None]
 
     def copy(self, other: "EvaluationStore", version: int) -> None:
-        """Copies the evaluation of a version from another run."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for file in (self._file(version).with_suffix(".kl.json"), self._file(version)):  # in the order of ``write``
             write_atomically(file, (other.folder / file.name).read_text(encoding="utf-8"))

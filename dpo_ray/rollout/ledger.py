@@ -44,7 +44,6 @@ class RoundPairs:
 
     @property
     def lengths(self) -> np.ndarray:
-        """(n, 3) tokens of prompt, chosen and rejected."""
         return self._spans[:, 1::2]
 
     @property
@@ -55,7 +54,6 @@ class RoundPairs:
 
     @property
     def gaps(self) -> np.ndarray:
-        """(n,) differences of the scores of chosen and rejected; NaN without scores."""
         gaps = _memory_map(self.folder / GAPS, np.float64)
         if len(gaps) != len(self):
             raise ValueError(f"{self.folder}: damaged: {len(gaps)} gaps of scores for {len(self)} pairs; {REMEDY}")
@@ -69,11 +67,9 @@ class RoundPairs:
         return TokenPair(prompt, chosen, rejected)
 
     def tokens(self, index: int) -> np.ndarray:
-        """Concatenated token ids of prompt, chosen and rejected."""
         return np.concatenate(self._parts(index))
 
     def name_of(self, index: int) -> str:
-        """Round and position of the pair."""
         return f"round {int(self.folder.name)}[{index}]"
 
     def _parts(self, index: int) -> list[np.ndarray]:
@@ -122,7 +118,6 @@ class Ledger:
             )
 
     def path(self, round: int) -> Path:
-        """The folder of a round."""
         return self.folder / f"{round:06d}"
 
     def finished(self, round: int) -> bool:

@@ -31,7 +31,6 @@ class Mean:
     terms: int = 0
 
     def add(self, *values: float) -> None:
-        """Add terms."""
         self.total += sum(values)
         self.terms += len(values)
 
@@ -50,7 +49,6 @@ class Correlation:
     yy: float = 0.0
 
     def add(self, xs: Sequence[float], ys: Sequence[float]) -> None:
-        """Add a group."""
         if not xs:
             return
         dx, dy = ([value - fmean(values) for value in values] for values in (xs, ys))
@@ -88,7 +86,6 @@ class Tally:
     """Completions by the policy version of their first token."""
 
     def add(self, line: Line) -> None:
-        """Count a group."""
         candidates, scores = sampled_candidates(line), [score for score in line["scores"] if score is not None]
         texts = [candidate["text"] for candidate in candidates]
         self.counts.update(

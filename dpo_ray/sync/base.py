@@ -159,11 +159,9 @@ class Sender:
         self._device = torch.device("cpu")
 
     def connect(self, engines: EngineGroup | None) -> None:
-        """Set the receiver of later publishes; None on all ranks except rank 0."""
         self.engines, self._connected = engines, True
 
     def publish(self, weights: Iterable[NamedTensor], *, version: int, probe: Probe) -> None:
-        """Send all weights to the engines, or start to; see ``WeightSync.publish``."""
         if not self._connected:
             raise RuntimeError("publish before connect: the transport has no engines to send to")
         self.wait()
@@ -175,18 +173,15 @@ class Sender:
             self._publishing = in_thread(on_own_stream(partial(self._update, staged, version, probe, call)))
 
     def check(self) -> None:
-        """Raise the error of a publish in the background that failed; see ``WeightSync.check``."""
         if self._publishing is not None and self._publishing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the last publish has been handed over; raises its error."""
         publishing, self._publishing = self._publishing, None
         if publishing is not None:
             publishing.result()
 
     def close(self) -> None:
-        """Disconnect from the engines."""
         self._reset()
         self.engines, self._connected, self._publishing = None, False, None
 

@@ -32,7 +32,6 @@ class Digest:
         self._sums: list[Tensor | int] = []
 
     def update(self, tensors: Iterable[NamedTensor]) -> None:
-        """Add tensors, in order."""
         for name, tensor in tensors:
             self._headers.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
             self._sums.append(_hash_bytes(tensor) if tensor.device.type == "cpu" else _weighted_sum(tensor))

@@ -34,7 +34,6 @@ class RefreshedReference:
         self.every, self.alpha = reference.refresh_every, reference.mixup_alpha
 
     def __call__(self, row: PackedRow, head_fn: HeadFn) -> Any:
-        """See ``Scorer.forward``."""
         return self.model(row, head_fn)
 
     def weights(self) -> dict[str, Tensor]:

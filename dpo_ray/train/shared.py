@@ -31,7 +31,6 @@ class SharedParts:
         self.clear()
 
     def clear(self) -> None:
-        """Drops all parts."""
         self.trainer: Trainer | None = None
         self.untrained: list[Tensor] = []
         """This rank's shards of the trainable weights, on the host."""

@@ -51,7 +51,6 @@ class EngineCompletions:
         return group.completions[0].text
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """See ``JudgeContext.decode``."""
         return self._tokenizer().decode(token_ids)
 
     async def _start(self) -> tuple[RecordTokenizer, Dispatcher]:

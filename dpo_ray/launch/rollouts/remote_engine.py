@@ -30,11 +30,10 @@ class RemoteEngine:
     handle: Any
 
     async def generate(self, request: Request) -> CompletionGroup:
-        """See ``Engine.generate``."""
         return await _answer(self.handle.generate.remote(request))
 
     async def status(self) -> EngineStatus:
-        """See ``Engine.status``. An engine that cannot be reached for a moment is called again."""
+        """An engine that cannot be reached for a moment is called again."""
         while True:
             try:
                 return await _answer(self.handle.status.remote())
@@ -42,38 +41,31 @@ class RemoteEngine:
                 await asyncio.sleep(UNAVAILABLE_S)
 
     async def start_update(self) -> None:
-        """See ``Engine.start_update``."""
         await _answer(self.handle.start_update.remote())
 
     async def init_transfer(self, info: Mapping[str, Any]) -> None:
-        """See ``Engine.init_transfer``."""
         await _answer(self.handle.init_transfer.remote(info))
 
     async def load(self, message: Any) -> None:
-        """See ``Engine.load``. Ray fetches a stored message to the engine's node."""
+        """Ray fetches a stored message to the engine's node."""
         try:
             await _answer(self.handle.load.remote(message.ref if isinstance(message, StoredMessage) else message))
         except ObjectLostError as error:
             raise MessageLost(error_summary(error)) from None
 
     async def finish_update(self, version: int) -> str:
-        """See ``Engine.finish_update``."""
         return await _answer(self.handle.finish_update.remote(version))
 
     async def token_logps(self, token_ids: Sequence[int]) -> list[float]:
-        """See ``Engine.token_logps``."""
         return await _answer(self.handle.token_logps.remote(token_ids))
 
     async def serve(self) -> None:
-        """See ``Engine.serve``."""
         await _answer(self.handle.serve.remote())
 
     async def sleep(self) -> None:
-        """See ``Engine.sleep``."""
         await _answer(self.handle.sleep.remote())
 
     async def wake(self) -> None:
-        """See ``Engine.wake``."""
         await _answer(self.handle.wake.remote())
 
 

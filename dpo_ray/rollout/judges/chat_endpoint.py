@@ -89,7 +89,6 @@ class ChatEndpoint:
         raise failed
 
     async def close(self) -> None:
-        """Close the connections."""
         await self._client.close()
 
     async def _reply(self, text: str, schema: Schema) -> Reply:

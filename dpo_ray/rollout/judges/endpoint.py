@@ -136,7 +136,6 @@ class Endpoint:
         raise AssertionError("the loop returns or raises")
 
     async def close(self) -> None:
-        """Close the connections."""
         await self._client.aclose()
 
     async def _attempt(self, url: str, content: bytes, parse: Callable[[Any], Parsed]) -> tuple[Parsed, float]:

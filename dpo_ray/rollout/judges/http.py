@@ -141,7 +141,6 @@ class Http:
         return await wait_for_all(map(self._judge, groups))
 
     async def close(self) -> None:
-        """Close the connections."""
         await self._endpoint.close()
 
     async def _judge(self, group: CompletionGroup) -> Judgement:

@@ -68,7 +68,6 @@ class QuestionArgs(Section):
         return self
 
     def build_mode(self) -> Mode:
-        """The mode with its prompt."""
         template = TEMPLATES[self.mode] if self.template is None else self.template
         rubric = RUBRICS[self.mode] if self.rubric is None else self.rubric
         if self.mode == "pairwise":
@@ -138,7 +137,6 @@ class PolicyArgs(QuestionArgs):
     max_tokens: int = Field(512, ge=1)  # pyrefly: ignore [bad-override]
 
     def sampling(self) -> SamplingConfig:
-        """Sampling parameters of a reply."""
         return SamplingConfig(temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens)
 
 

@@ -35,7 +35,6 @@ class _LanguageModelJudge:
         return Capacity(self._args.concurrency, tuple(per_group))
 
     async def __call__(self, groups: Sequence[CompletionGroup]) -> list[Judgement]:
-        """Judge groups, all at once."""
         return await wait_for_all(map(self._questioner.judge, groups))
 
 
@@ -55,12 +54,10 @@ class Llm(_LanguageModelJudge):
         super().__init__(parsed, self._endpoint, context, Prices(prices.prompt, prices.completion) if prices else None)
 
     async def close(self) -> None:
-        """Close the connections."""
         await self._endpoint.close()
 
     @staticmethod
     def validate_arguments(**args: Any) -> None:
-        """Raise a ValueError for arguments that are not accepted."""
         parse_args("llm", LlmArgs, args)
 
     @staticmethod
@@ -85,7 +82,6 @@ class Policy(_LanguageModelJudge):
 
     @staticmethod
     def validate_arguments(**args: Any) -> None:
-        """Raise a ValueError for arguments that are not accepted."""
         parse_args("policy", PolicyArgs, args)
 
 
@@ -100,5 +96,4 @@ class _Engines:
         return {"model": "policy", "sampling": json.loads(self._sampling.model_dump_json())}
 
     async def reply(self, text: str, schema: Schema) -> Reply:
-        """See ``JudgeModel``."""
         return Reply(await self._complete(({"role": "user", "content": text},), self._sampling))

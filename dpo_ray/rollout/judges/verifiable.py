@@ -29,7 +29,6 @@ class Verifier:
 
     @classmethod
     def validate_arguments(cls, **args: Any) -> None:
-        """Validate the arguments, which building the judge does."""
         cls(**args)
 
     @classmethod

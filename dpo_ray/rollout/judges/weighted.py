@@ -79,7 +79,6 @@ class Weighted:
     def validate_arguments(
         judges: Sequence[Mapping[str, Any]], on_failure: str = "skip", *, bind_component: BindComponent, **_: Any
     ) -> None:
-        """Validate the arguments without building a component."""
         bind_parts(judges, on_failure, bind_component)
 
     def request_capacity(self, completions: int) -> Capacity:
