@@ -1,7 +1,6 @@
 """Evaluations of the policy during a run, and their schedule."""
 
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from dpo_ray.sweep.held_out import write_pair_results
 from dpo_ray.train.checkpoint import save_due
 from dpo_ray.train.logps import compute_sample_logps
 from dpo_ray.train.reporter import Reporter
+from dpo_ray.train.rounds import Rounds
 from dpo_ray.train.step import evaluate_pairs
 from dpo_ray.train.trainer import Trainer
 from dpo_ray.types import Metrics
@@ -79,22 +79,6 @@ def drift(results: np.ndarray) -> Metrics:
     return {"eval/drift": float(np.abs(present).mean())} if len(present) else {}
 
 
-class Evaluations(Protocol):
-    """Evaluations by the engines. Every rank calls every method with the same arguments and gets the same answer."""
-
-    def recorded(self, version: int) -> bool:
-        """True if the evaluation of a version is on disk."""
-        ...
-
-    def metrics_of(self, version: int) -> Metrics:
-        """The metrics of an evaluation that is on disk."""
-        ...
-
-    def record(self, evaluation: Evaluation, policy: np.ndarray | None, reference: np.ndarray | None) -> Metrics:
-        """Stores an evaluation with the log-probabilities of its samples; returns its metrics."""
-        ...
-
-
 class PromptEvaluator:
     """Evaluates the policy on completions that the engines generate: judge scores, and divergence from the reference.
 
@@ -102,9 +86,9 @@ class PromptEvaluator:
     """
 
     def __init__(
-        self, trainer: Trainer, evaluations: Evaluations, frozen: LogpsModel | None, reporter: Reporter, *, total: int
+        self, trainer: Trainer, rounds: Rounds, frozen: LogpsModel | None, reporter: Reporter, *, total: int
     ) -> None:
-        self.trainer, self.evaluations, self.frozen = trainer, evaluations, frozen
+        self.trainer, self.rounds, self.frozen = trainer, rounds, frozen
         self.reporter, self.total = reporter, total
         self.pending: list[int] = []
         """Versions whose evaluations have not been received."""
@@ -116,7 +100,7 @@ class PromptEvaluator:
     def maybe_request(self, round: int) -> None:
         """Requests an evaluation if it is due after ``round`` rounds and not on disk."""
         due = evaluation_due(self.trainer.config.run, round, self.total)
-        if due and round not in self.pending and not self.evaluations.recorded(round):
+        if due and round not in self.pending and not self.rounds.recorded(round):
             self.pending.append(round)
 
     def resume(self, round: int) -> None:
@@ -127,8 +111,8 @@ class PromptEvaluator:
         """
         for version in range(round + 1):
             self.maybe_request(version)
-        if evaluation_due(self.trainer.config.run, round, self.total) and self.evaluations.recorded(round):
-            self.unranked[round] = self.evaluations.metrics_of(round)
+        if evaluation_due(self.trainer.config.run, round, self.total) and self.rounds.recorded(round):
+            self.unranked[round] = self.rounds.metrics_of(round)
             self.latest |= self.unranked[round]
 
     def receive(self, evaluation: Evaluation, version: int) -> None:
@@ -142,7 +126,7 @@ class PromptEvaluator:
         self.pending.remove(evaluation.requested)
         if evaluation.empty or evaluation.version in self.pending:
             return
-        if evaluation.instead_of is not None and self.evaluations.recorded(evaluation.version):
+        if evaluation.instead_of is not None and self.rounds.recorded(evaluation.version):
             return
         samples = evaluation.token_samples
         policy = reference = None
@@ -152,7 +136,7 @@ class PromptEvaluator:
             reference = logps(self.frozen)
             of_engine = np.array(evaluation.engine_logps)
             policy = logps(self.trainer.policy) if version == evaluation.version else of_engine
-        metrics = self.evaluations.record(evaluation, policy, reference)
+        metrics = self.rounds.record(evaluation, policy, reference)
         self.latest |= metrics
         self.unranked[evaluation.version] = metrics
 

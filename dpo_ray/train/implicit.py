@@ -1,8 +1,5 @@
 """Judging a round by the implicit reward of DPO, which needs the log-probabilities of policy and reference."""
 
-from collections.abc import Sequence
-from typing import Protocol
-
 import numpy as np
 
 from dpo_ray.config.rounds import JudgeConfig
@@ -10,24 +7,12 @@ from dpo_ray.model.scorer import LogpsModel
 from dpo_ray.rollout.judges.implicit import Implicit
 from dpo_ray.rollout.ledger import RoundData
 from dpo_ray.train.logps import compute_sample_logps
+from dpo_ray.train.rounds import Rounds
 from dpo_ray.train.trainer import Trainer
-from dpo_ray.types import TokenSample
-
-
-class UnjudgedRounds(Protocol):
-    """Complete rounds without scores. Every rank calls every method alike."""
-
-    def samples(self, round: int) -> list[TokenSample]:
-        """All completions of a round."""
-        ...
-
-    def judge(self, round: int, scores: Sequence[float]) -> RoundData:
-        """Writes the scores of all completions of a round; returns it with the pairs that the selector picks."""
-        ...
 
 
 def judge_by_policy(
-    trainer: Trainer, rounds: UnjudgedRounds, data: RoundData, frozen: LogpsModel, judge: JudgeConfig
+    trainer: Trainer, rounds: Rounds, data: RoundData, frozen: LogpsModel, judge: JudgeConfig
 ) -> RoundData:
     """The round with the pairs that follow from its implicit rewards; at once if it has been judged before."""
     if data.judged:

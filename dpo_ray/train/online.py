@@ -8,12 +8,9 @@ Independent of engines and judges: ``Rounds`` provides pairs and evaluations, ``
 import logging
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
 
-import numpy as np
 import torch
 
 from dpo_ray.config import Config
@@ -28,34 +25,19 @@ from dpo_ray.rollout.collector import Progress
 from dpo_ray.rollout.ledger import RoundData
 from dpo_ray.sync.base import WeightSync
 from dpo_ray.train.checkpoint import Checkpointer
-from dpo_ray.train.evaluator import Evaluations, PromptEvaluator
-from dpo_ray.train.implicit import UnjudgedRounds, judge_by_policy
+from dpo_ray.train.evaluator import PromptEvaluator
+from dpo_ray.train.implicit import judge_by_policy
 from dpo_ray.train.reference import load_frozen_reference, replayable_reference, round_reference
 from dpo_ray.train.refresh import refresh_reference, refreshed_weights
 from dpo_ray.train.reporter import PhaseTimer, Reporter
 from dpo_ray.train.round_pairs import Sources
+from dpo_ray.train.rounds import Rounds
 from dpo_ray.train.state import TrainState
 from dpo_ray.train.step import dpo_step
 from dpo_ray.train.trainer import Trainer, build_trainer
 from dpo_ray.types import Metrics, NonRetryableError, Probe, TokenSample, TrainResult
 
 logger = logging.getLogger(__name__)
-
-
-class Rounds(Evaluations, UnjudgedRounds, Protocol):
-    """Source of rounds and evaluations. Every rank calls every method alike and gets the same answer."""
-
-    def poll(self, version: int, *, round: int | None, evaluations: Sequence[int], wait_s: float) -> Progress:
-        """Asks for a round and for evaluations, and waits for news; see ``Collector.poll``."""
-        ...
-
-    def read(self, round: int) -> RoundData:
-        """A finished round; each rank reads the pairs that it trains on."""
-        ...
-
-    def write_reference(self, round: int, logps: np.ndarray) -> None:
-        """Stores the reference log-probabilities of a round's pairs, for later rounds that replay them."""
-        ...
 
 
 class RoundsFailed(NonRetryableError):

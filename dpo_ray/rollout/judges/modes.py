@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any
 
 from dpo_ray.rollout.judges.answers import parse_score, parse_winner
 from dpo_ray.rollout.judges.comparisons import Outcome, choose_pairs, swap_agreement, win_rates
@@ -37,32 +37,6 @@ class Assessment:
     """See ``Judgement.means``."""
 
 
-class Mode(Protocol):
-    """Questions about a group, and the meaning of their answers."""
-
-    @property
-    def reminder(self) -> str:
-        """Appended to a question whose reply had no verdict."""
-        ...
-
-    @property
-    def verdict(self) -> Schema:
-        """JSON schema of the verdict alone, as properties of an object."""
-        ...
-
-    def questions(self, group: CompletionGroup) -> list[Question]:
-        """The prompts of the judge for a group."""
-        ...
-
-    def parse(self, reply: str) -> float | None:
-        """The verdict of a reply; None if it has none."""
-        ...
-
-    def assess(self, group: CompletionGroup, verdicts: Sequence[float | None]) -> Assessment:
-        """Scores from the verdicts on ``questions(group)``, in order."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Pairwise:
     """Each comparison is asked in both orders, and the score is how often a completion won, from 0 to 1.
@@ -77,26 +51,26 @@ class Pairwise:
 
     @property
     def reminder(self) -> str:
-        """See ``Mode``."""
+        """Appended to a question whose reply had no verdict."""
         return _reminder('"winner": "A", "B" or "tie"')
 
     @property
     def verdict(self) -> Schema:
-        """See ``Mode``."""
+        """JSON schema of the verdict alone, as properties of an object."""
         return {"winner": {"type": "string", "enum": ["A", "B", "tie"]}}
 
     def questions(self, group: CompletionGroup) -> list[Question]:
-        """Two per pair."""
+        """The prompts of the judge: two per pair."""
         texts, shared = _distinct(group), _shared_values(group) | {"rubric": self.rubric}
         orders = [order for a, b in self._pairs(group) for order in ((a, b), (b, a))]
         return [Question(fill(self.template, shared | {"first": texts[a], "second": texts[b]})) for a, b in orders]
 
     def parse(self, reply: str) -> float | None:
-        """Share of the completion shown first."""
+        """The verdict of a reply, the share of the completion shown first; None if it has none."""
         return parse_winner(reply)
 
     def assess(self, group: CompletionGroup, verdicts: Sequence[float | None]) -> Assessment:
-        """Win rates; equal texts have the same one."""
+        """Win rates, from the verdicts on ``questions(group)`` in order; equal texts have the same one."""
         texts = _distinct(group)
         both_orders = list(pairwise(verdicts))[::2]
         outcomes = [
@@ -125,12 +99,10 @@ class Score:
 
     @property
     def reminder(self) -> str:
-        """See ``Mode``."""
         return _reminder(f'"score": a number from {self.low:g} to {self.high:g}')
 
     @property
     def verdict(self) -> Schema:
-        """See ``Mode``."""
         return {"score": {"type": "number"}}
 
     def questions(self, group: CompletionGroup) -> list[Question]:
@@ -152,6 +124,9 @@ class Score:
             scores = [score for score in samples if score is not None]
             means[text] = fmean(scores) if scores else math.nan
         return Assessment(tuple(means[completion.text] for completion in group.completions), {})
+
+
+Mode = Pairwise | Score
 
 
 def _reminder(verdict: str) -> str:
