@@ -77,7 +77,7 @@ def sweep(arguments: Sequence[str]) -> None:
 
     from dpo_ray.launch.cluster import runs_that_fit
     from dpo_ray.launch.command import run_command, run_on_cluster
-    from dpo_ray.launch.spaces import find_space
+    from dpo_ray.sweep.spaces import find_space
 
     def run() -> None:
         find_space(space)

@@ -17,12 +17,12 @@ from dpo_ray.config import Config
 from dpo_ray.launch.data import open_pairs
 from dpo_ray.launch.reporter import RunReporter
 from dpo_ray.launch.rollouts.actors import Rollouts
-from dpo_ray.launch.rollouts.placement import GpuSlot
 from dpo_ray.launch.rollouts.weights import FleetEngines, begin_timeout_s, build_transport
 from dpo_ray.parallel.collectives import broadcast_from_rank0, gather_or_raise, gather_values
 from dpo_ray.rollout.collector import Progress
 from dpo_ray.rollout.evaluation import Evaluation, EvaluationStore
 from dpo_ray.rollout.ledger import Ledger, RoundData
+from dpo_ray.rollout.placement import GpuSlot
 from dpo_ray.rollout.selectors import build_selector, select_pairs
 from dpo_ray.storage import error_summary
 from dpo_ray.sync.ipc import free_cuda_cache

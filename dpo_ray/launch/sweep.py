@@ -20,17 +20,17 @@ from dpo_ray.launch.data import prepare_data, prepare_round_data
 from dpo_ray.launch.offline import validate_offline
 from dpo_ray.launch.online import validate_online
 from dpo_ray.launch.run_dir import exclusive_run_dir
-from dpo_ray.launch.spaces import find_space
 from dpo_ray.launch.sweeps.driver import Driver, Plan, open_sweep_dir
 from dpo_ray.launch.sweeps.schedulers import build_scheduler, validate_own
 from dpo_ray.launch.sweeps.search import build_searcher, grid
 from dpo_ray.launch.sweeps.space import describe, describe_part, grid_points, previews, validate_space
-from dpo_ray.launch.sweeps.summary import print_sweep
 from dpo_ray.model.architecture import read_model_config
 from dpo_ray.report.formatting import count_noun
 from dpo_ray.report.live.display import text_console
 from dpo_ray.report.sweep_record import SweepRecord, read_sweep
+from dpo_ray.report.sweep_summary import print_sweep
 from dpo_ray.report.sweep_text import verdict_text
+from dpo_ray.sweep.spaces import find_space
 from dpo_ray.sweep.trials import ENDED, Constraint, Objective, SweepDefinition, Trial, write_definition
 from dpo_ray.types import Prompt
 

@@ -46,7 +46,7 @@ def dpo_ray(bin_folder: Path, *arguments: str, cwd: Path) -> subprocess.Complete
 
 
 def test_the_wheel_does_not_see_the_checkout(bin_folder: Path, tmp_path: Path) -> None:
-    code = "import dpo_ray.launch.spaces as s; print(s.__file__, s.find_space('beta_lr')); import jobs"
+    code = "import dpo_ray.sweep.spaces as s; print(s.__file__, s.find_space('beta_lr')); import jobs"
     done = subprocess.run([bin_folder / "python", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     file, space = done.stdout.split()
     assert Path(file).is_relative_to(bin_folder.parent)

@@ -25,8 +25,8 @@ from dpo_ray.config.load import config_fields, help_text
 from dpo_ray.config.paths import validate_paths
 from dpo_ray.data.formats import Part
 from dpo_ray.data.records import Problem, read_pairs
-from dpo_ray.launch.spaces import find_space
 from dpo_ray.rollout.judges import bind_judge, check_scores
+from dpo_ray.sweep.spaces import find_space
 from dpo_ray.types import Completion, CompletionGroup, Prompt
 
 ROOT = Path(__file__).parents[2]

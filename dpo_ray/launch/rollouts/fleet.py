@@ -25,19 +25,19 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from dpo_ray.config import Config
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.rollouts.engine_actor import EngineActor
-from dpo_ray.launch.rollouts.placement import (
-    EnginePlacement,
-    GpuSlot,
-    colocated_placements,
-    dedicated_placement,
-    packing_strategy,
-)
 from dpo_ray.launch.rollouts.remote_engine import RemoteEngine
 from dpo_ray.launch.rollouts.weights import build_transport
 from dpo_ray.launch.run_dir import log_to_run
 from dpo_ray.rollout.engine import Engine
 from dpo_ray.rollout.fleet import ConstructorError, Fleet
 from dpo_ray.rollout.membership import Membership
+from dpo_ray.rollout.placement import (
+    EnginePlacement,
+    GpuSlot,
+    colocated_placements,
+    dedicated_placement,
+    packing_strategy,
+)
 from dpo_ray.rollout.vllm_engine import engine_environment
 from dpo_ray.storage import error_summary
 

@@ -27,9 +27,9 @@ from dpo_ray.launch.sweeps.schedulers import build_scheduler, continuing_share, 
 from dpo_ray.launch.sweeps.search import build_searcher
 from dpo_ray.launch.sweeps.slots import Slot, offline_slot, online_slot
 from dpo_ray.launch.sweeps.space import Space
-from dpo_ray.launch.sweeps.summary import live_sweep_report
-from dpo_ray.launch.trial_table import Scope, live_trials
 from dpo_ray.report.live.follower import follow_run
+from dpo_ray.report.live.trial_table import Scope, live_trials
+from dpo_ray.report.sweep_summary import live_sweep_report
 from dpo_ray.rollout.evaluation import EvaluationStore
 from dpo_ray.storage import atomic_folder, error_summary
 from dpo_ray.sweep.conductor import Conductor, Progress

@@ -7,7 +7,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from dpo_ray.launch.sweeps import summary
+from dpo_ray.report import sweep_summary as summary
 from dpo_ray.report.live.follower import LiveReport
 from dpo_ray.report.page import write_report
 from dpo_ray.sweep.trials import Objective, Trial

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from dpo_ray.launch import trial_table as module
-from dpo_ray.launch.trial_table import Scope, live_trials, progress_text, seconds_left, trial_table
+from dpo_ray.report.live import trial_table as module
+from dpo_ray.report.live.trial_table import Scope, live_trials, progress_text, seconds_left, trial_table
 from dpo_ray.sweep.trials import Objective, Trial
 
 SCOPE = Scope(Objective("eval/loss", "min"), samples=6, slots=2, length=8)

@@ -9,14 +9,14 @@ from dpo_ray.config import Config
 from dpo_ray.config.schema import ClusterConfig
 from dpo_ray.launch.cluster import Cluster, validate_capacity
 from dpo_ray.launch.rollouts.judge_actor import start_judges
-from dpo_ray.launch.rollouts.placement import (
+from dpo_ray.launch.rollouts.weights import build_transport
+from dpo_ray.rollout.placement import (
     EnginePlacement,
     GpuSlot,
     colocated_placements,
     dedicated_placement,
     packing_strategy,
 )
-from dpo_ray.launch.rollouts.weights import build_transport
 from dpo_ray.sync import TRANSPORTS
 
 KEEP_VISIBLE = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}

@@ -11,10 +11,10 @@ import tune_spaces
 from dpo_ray.config import Config, override
 from dpo_ray.launch.offline import validate_offline
 from dpo_ray.launch.online import validate_online
-from dpo_ray.launch.spaces import find_space
 from dpo_ray.launch.sweep import load_sweep
 from dpo_ray.launch.sweeps.space import flatten, validate_space, variants
 from dpo_ray.objective.losses import LOSSES
+from dpo_ray.sweep.spaces import find_space
 
 SPACES = ("beta_lr", "lora_rank", "loss_family", "online", "seeds")
 
