@@ -56,6 +56,9 @@ class SteadyJudge:
         await asyncio.sleep(self.seconds)
         return [Judgement((0.0, 1.0, 2.0, 3.0)) for _ in groups]
 
+    async def idle(self) -> None:
+        """At once."""
+
     async def ready(self) -> None:
         """At once."""
 

@@ -22,6 +22,14 @@ class JudgeReplica(Protocol):
         """
         ...
 
+    async def idle(self) -> None:
+        """Wait until no call is in progress; calls of a caller that died continue.
+
+        Raises:
+            JudgeDied: the process died meanwhile.
+        """
+        ...
+
     async def ready(self) -> Any:
         """Wait until the judge is built, after its process was started again."""
         ...
@@ -146,6 +154,7 @@ class JudgePool:
 
     async def _serve(self, process: _Process) -> None:
         """Begin calls of a process while it has room; groups without a call wait in the queue, where no time runs."""
+        await self._take_over(process)
         async with asyncio.TaskGroup() as calls:
             while True:
                 await asyncio.sleep(0)  # other replicas take their turns
@@ -159,6 +168,18 @@ class JudgePool:
                 requests = self._capacity.cost([waiting.group for waiting in batch])
                 process.requests += requests
                 calls.create_task(self._serve_batch(process, batch, requests))
+
+    async def _take_over(self, process: _Process) -> None:
+        """Wait for the calls that a pool before this one has left; a process that hangs over them is restarted.
+
+        Calls of two pools at a time would exceed the judge's capacity, and wait for each other while their time runs.
+        """
+        limit = asyncio.timeout(self._timeout_s)
+        try:
+            async with limit:
+                await process.replica.idle()
+        except Exception:
+            await self._recover(process, hung=limit.expired(), restarts=process.restarts)
 
     async def _serve_batch(self, process: _Process, batch: Sequence[_Waiting], requests: int) -> None:
         """Score a batch, or put its groups into the queue again."""

@@ -3,7 +3,7 @@
 import asyncio
 import pickle
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,8 @@ class JudgeActor:
         self._completions = parsed.online.candidates
         self._judge: Judge | None = None
         self._building = asyncio.Lock()
+        self._calls: set[asyncio.Future[Any]] = set()
+        """The calls in progress."""
 
     async def ping(self) -> None:
         """Returns at once, also while the judge is built."""
@@ -62,7 +64,15 @@ class JudgeActor:
         """Scores of every completion of every group."""
         judge = await self._built()
         scores: Any = judge(groups) if is_async(judge) else asyncio.to_thread(judge, groups)
-        return check_scores(groups, await scores)
+        call = asyncio.ensure_future(scores)
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+        return check_scores(groups, await call)
+
+    async def idle(self) -> None:
+        """Returns when no call is in progress. Ray does not cancel those of a caller that died."""
+        while self._calls:
+            await asyncio.wait(self._calls)
 
     async def _built(self) -> Judge:
         async with self._building:
@@ -128,16 +138,24 @@ class RemoteJudge:
 
     async def score(self, groups: Sequence[CompletionGroup]) -> list[Judgement]:
         """Scores of every completion of every group."""
-        try:
-            return await self.handle.score.remote(groups)
-        except RayTaskError as error:
-            raise error.cause from None
-        except RayActorError:
-            raise JudgeDied("its process died") from None
+        return await _answer(self.handle.score.remote(groups))
+
+    async def idle(self) -> None:
+        """Wait until no call is in progress."""
+        await _answer(self.handle.idle.remote())
 
     async def restart(self) -> None:
         """Kill the process; Ray starts another."""
         ray.kill(self.handle, no_restart=False)
+
+
+async def _answer(call: Awaitable[Any]) -> Any:
+    try:
+        return await call
+    except RayTaskError as error:
+        raise error.cause from None
+    except RayActorError:
+        raise JudgeDied("its process died") from None
 
 
 def start_judges(config: Config, fleet: Any, columns: Mapping[str, set[str]]) -> dict[str, list[RemoteJudge]]:

@@ -121,6 +121,9 @@ class FakeReplica:
             await action
         return [Judgement(tuple(float(i) for i in range(len(group.completions)))) for group in groups]
 
+    async def idle(self) -> None:
+        """At once."""
+
     async def ready(self) -> int:
         """At once."""
         return 1

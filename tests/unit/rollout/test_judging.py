@@ -166,3 +166,41 @@ def test_a_group_whose_process_is_killed_because_another_one_hung_loses_no_attem
     assert other == Judgement((0.0, 1.0))
     assert isinstance(hung, JudgeFailed)
     assert replica.restarts == 1
+
+
+class Taken(FakeReplica):
+    """A judge that still works on the call of a pool that died."""
+
+    def __init__(self, left):
+        super().__init__(lambda groups: asyncio.sleep(0.2))
+        self.left, self.free = left, False
+
+    async def idle(self):
+        await self.left()
+        self.free = True
+
+    async def score(self, groups):
+        assert self.free or self.restarts
+        return await super().score(groups)
+
+
+def test_calls_that_a_pool_has_left_are_awaited_and_take_no_time_of_the_next_ones(group):
+    replica = Taken(lambda: asyncio.sleep(0.2))
+    assert score_all([group("a", "b")], replica, timeout_s=0.3, retries=0) == [Judgement((0.0, 1.0))]
+    assert replica.restarts == 0
+
+
+def test_a_judge_that_hangs_over_a_call_that_a_pool_has_left_is_restarted(group):
+    replica = Taken(lambda: asyncio.sleep(60))
+    assert score_all([group("a", "b")], replica, timeout_s=0.3, retries=0) == [Judgement((0.0, 1.0))]
+    assert replica.restarts == 1
+
+
+def test_a_judge_that_dies_over_a_call_that_a_pool_has_left_is_waited_for(group):
+    async def die():
+        replica.free = True  # the next process has no calls
+        raise JudgeDied("its process died")
+
+    replica = Taken(die)
+    assert score_all([group("a", "b")], replica, timeout_s=0.3, retries=0) == [Judgement((0.0, 1.0))]
+    assert replica.restarts == 0
