@@ -22,6 +22,7 @@ from dpo_ray.config import Config
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.command import Stopped, TrainingFailed
 from dpo_ray.launch.reporter import RunReporter, TrialReporter
+from dpo_ray.launch.rollouts.weights import longest_wait_s
 from dpo_ray.launch.run_dir import log_to_run
 from dpo_ray.launch.sweeps.mailbox import Channel
 from dpo_ray.ops.cpu import cpu_environment
@@ -39,6 +40,7 @@ NON_RETRYABLE = (
 NON_RETRYABLE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 STATUS_TIMEOUT_S = 30.0
 MIN_COLLECTIVE_TIMEOUT_S = 1800  # Ray Train's default
+COLLECTIVE_MARGIN_S = 300
 
 
 class Trial(NamedTuple):
@@ -182,8 +184,8 @@ def collective_timeout_s(config: Config) -> int:
 
     The timeouts for which rank 0 may wait alone must expire first: their errors name the cause.
     """
-    waits = config.online.sync_timeout_s if config.online is not None else 0.0
-    return max(MIN_COLLECTIVE_TIMEOUT_S, int(waits + config.cluster.start_timeout_s) + 300)
+    alone_s = config.cluster.start_timeout_s if config.online is None else longest_wait_s(config)
+    return max(MIN_COLLECTIVE_TIMEOUT_S, int(alone_s) + COLLECTIVE_MARGIN_S)
 
 
 def _run_worker(arguments: dict[str, Any]) -> Metrics:

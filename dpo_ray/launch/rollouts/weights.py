@@ -20,6 +20,8 @@ BETWEEN_GPUS = ("nccl", "ipc")
 """Transports that need GPUs."""
 RETRY_S = 0.5
 """Seconds between two calls to a fleet that restarts."""
+CALL_TIMEOUTS = 2
+"""Timeouts that a call may take after the start of an update: a fleet that restarts gets the earlier ones again."""
 ANSWER_S = 30.0
 """Extra wait for the fleet's answer: its own waits for engines time out first, with a better message."""
 
@@ -51,6 +53,17 @@ def begin_timeout_s(config: Config) -> float:
     """Longest start of an update: engines may have to start, and to finish their running requests."""
     assert config.online is not None
     return config.cluster.start_timeout_s + config.online.generate_timeout_s + config.online.sync_timeout_s
+
+
+def longest_wait_s(config: Config) -> float:
+    """Longest time that the other ranks wait in a collective for rank 0, which waits for the other actors of the run.
+
+    It waits for the start of an update; or for the end of one, then for a collector that restarts and for engines to
+    fall asleep.
+    """
+    assert config.online is not None
+    sync_s = config.online.sync_timeout_s
+    return max(begin_timeout_s(config), CALL_TIMEOUTS * sync_s + config.cluster.start_timeout_s + sync_s) + 2 * ANSWER_S
 
 
 class FleetEngines:
@@ -105,7 +118,7 @@ class FleetEngines:
             EngineLost: the update is collective, and must begin again.
             TimeoutError: the fleet did not answer in time.
         """
-        limit_s = self.begin_timeout_s if method == "begin_update" else 2 * self.timeout_s
+        limit_s = self.begin_timeout_s if method == "begin_update" else CALL_TIMEOUTS * self.timeout_s
         deadline = time.monotonic() + limit_s + ANSWER_S
         first = len(self._calls)
         self._calls.append((method, arguments, keywords))

@@ -13,7 +13,7 @@ import torch
 from dpo_ray.config import Config
 from dpo_ray.launch.sweeps import slot_worker
 from dpo_ray.launch.sweeps.mailbox import NO_MORE, Task
-from dpo_ray.launch.workers import is_retryable
+from dpo_ray.launch.workers import collective_timeout_s, is_retryable
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,22 @@ def test_broken_connections_are_retried_and_errors_that_would_repeat_are_not(
 def test_an_error_after_ray_tore_down_the_process_group_is_retried() -> None:
     assert not torch.distributed.is_initialized()
     assert is_retryable(ValueError("Default process group has not been initialized"))
+
+
+@pytest.mark.parametrize(
+    ("timeouts", "waits"),
+    [
+        ({}, 300 + 1800 + 600),
+        ({"generate_timeout_s": 7200}, 300 + 7200 + 600),
+        ({"sync_timeout_s": 3000}, 2 * 3000 + 300 + 3000),
+    ],
+    ids=["default", "start of an update", "end of an update, then the collector"],
+)
+def test_rank_0_gives_up_waiting_for_the_other_actors_before_the_other_ranks_give_up_on_it(
+    timeouts: dict[str, float], waits: float
+) -> None:
+    config = Config.model_validate({"model": {"path": "m"}, "online": {"prompts": "p.jsonl", **timeouts}})
+    assert waits + 120 < collective_timeout_s(config) < waits + 600
 
 
 class FakeChannel:
