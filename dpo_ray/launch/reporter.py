@@ -95,7 +95,7 @@ class RunReporter:
         try:
             return ray.get(ready[0])
         except ray.exceptions.RayActorError:
-            return False  # the driver is gone, and nobody is left to request a stop
+            return False  # it restarts, or the driver is gone and nobody is left to request a stop
 
 
 class TrialReporter(RunReporter):

@@ -4,14 +4,21 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from dpo_ray.launch.cluster import same_node
 from dpo_ray.report.live.status import Status
 from dpo_ray.types import Metrics
 
+ANSWER_TIMEOUT_S = 30.0
+"""Longest wait for an answer of the actor."""
+
 
 class StatusActor:
-    """Holds the latest Status and the requests that concern the whole run. Workers send updates without waiting."""
+    """Holds the latest Status and the requests that concern the whole run. Workers send updates without waiting.
+
+    No run depends on it: Ray restarts it, empty.
+    """
 
     def __init__(self) -> None:
         self.status = Status()
@@ -69,4 +76,12 @@ def without_ties(metrics: Metrics) -> Metrics:
 
 def start_status_actor() -> Any:
     """A StatusActor on the driver's node, so that it survives the loss of any other node."""
-    return ray.remote(num_cpus=0)(StatusActor).options(scheduling_strategy=same_node()).remote()
+    return ray.remote(num_cpus=0)(StatusActor).options(max_restarts=-1, scheduling_strategy=same_node()).remote()
+
+
+def ask_status(status_actor: Any, method: str, *arguments: Any) -> Any:
+    """The answer of a method of a StatusActor; None if the actor is gone or hangs."""
+    try:
+        return ray.get(getattr(status_actor, method).remote(*arguments), timeout=ANSWER_TIMEOUT_S)
+    except RayError:
+        return None

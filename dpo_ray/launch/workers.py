@@ -24,6 +24,7 @@ from dpo_ray.launch.command import Stopped, TrainingFailed
 from dpo_ray.launch.reporter import RunReporter, TrialReporter
 from dpo_ray.launch.rollouts.weights import longest_wait_s
 from dpo_ray.launch.run_dir import log_to_run
+from dpo_ray.launch.status import ask_status
 from dpo_ray.launch.sweeps.mailbox import Channel
 from dpo_ray.ops.cpu import cpu_environment
 from dpo_ray.plugins import resolve
@@ -38,7 +39,6 @@ NON_RETRYABLE = (
 )  # fmt: skip
 """Non-retryable errors; crashes and lost connections are retried."""
 NON_RETRYABLE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-STATUS_TIMEOUT_S = 30.0
 MIN_COLLECTIVE_TIMEOUT_S = 1800  # Ray Train's default
 COLLECTIVE_MARGIN_S = 300
 
@@ -88,8 +88,7 @@ def train_on_workers(
         returned: dict[str, Any] = _fit(trainer, status_actor, config.cluster.stop_timeout_s).return_value or {}
     except ray.train.TrainingFailedError as error:
         # The error that a worker reported is the cause; Ray may name an error of another worker that follows from it.
-        fatal_error = ray.get(status_actor.fatal_error.remote(), timeout=STATUS_TIMEOUT_S)
-        returned = {"failed": fatal_error or _first_failure(error)}
+        returned = {"failed": ask_status(status_actor, "fatal_error") or _first_failure(error)}
     finally:
         if config.run.remote:
             shutil.rmtree(ray_dir, ignore_errors=True)
@@ -162,21 +161,14 @@ def _fit(trainer: Any, status_actor: Any, stop_timeout_s: float) -> Any:
         try:
             thread.join(0.5)
         except KeyboardInterrupt:
-            if deadline < float("inf") or not _request_stop(status_actor):
+            # Without the status actor, the request does not reach the workers.
+            if deadline < float("inf") or not ask_status(status_actor, "request_stop"):
                 raise
             deadline = time.monotonic() + stop_timeout_s
             print("stopping at the next checkpoint (interrupt again to stop at once)", file=sys.stderr)
         if time.monotonic() > deadline:
             raise KeyboardInterrupt
     return result.result()
-
-
-def _request_stop(status_actor: Any) -> bool:
-    """Returns True if the workers have a step to save."""
-    try:
-        return ray.get(status_actor.request_stop.remote(), timeout=STATUS_TIMEOUT_S)
-    except ray.exceptions.RayError:
-        return False  # without the status actor, the request does not reach the workers
 
 
 def collective_timeout_s(config: Config) -> int:
@@ -191,7 +183,7 @@ def collective_timeout_s(config: Config) -> int:
 def _run_worker(arguments: dict[str, Any]) -> Metrics:
     config = Config.model_validate(arguments["config"])
     rank, status_actor = ray.train.get_context().get_world_rank(), arguments["status_actor"]
-    if fatal_error := ray.get(status_actor.fatal_error.remote()):
+    if fatal_error := ask_status(status_actor, "fatal_error"):
         return {"failed": fatal_error}
 
     try:
@@ -214,7 +206,7 @@ def _run_worker(arguments: dict[str, Any]) -> Metrics:
         if is_retryable(error):
             raise
         # The other ranks wait in a collective until Ray restarts the group; the restarted workers read this and return.
-        ray.get(status_actor.report_fatal.remote(describe_cause(error)))
+        ask_status(status_actor, "report_fatal", describe_cause(error))
         raise
     finally:
         # The logs of a failed run, if the storage still accepts them.

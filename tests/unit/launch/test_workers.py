@@ -5,15 +5,19 @@ import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import ray.train
 import torch
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from dpo_ray.config import Config
+from dpo_ray.launch import workers
 from dpo_ray.launch.sweeps import slot_worker
 from dpo_ray.launch.sweeps.mailbox import NO_MORE, Task
 from dpo_ray.launch.workers import collective_timeout_s, is_retryable
+from dpo_ray.types import TrainResult
 
 
 @pytest.mark.parametrize(
@@ -52,6 +56,33 @@ def test_rank_0_gives_up_waiting_for_the_other_actors_before_the_other_ranks_giv
 ) -> None:
     config = Config.model_validate({"model": {"path": "m"}, "online": {"prompts": "p.jsonl", **timeouts}})
     assert waits + 120 < collective_timeout_s(config) < waits + 600
+
+
+@pytest.mark.parametrize("error", [RayActorError(), GetTimeoutError("no answer")], ids=["dead", "hung"])
+def test_a_run_outlives_its_status_actor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception) -> None:
+    """Workers that are restarted ask it for an error that would repeat, and report such an error to it."""
+
+    def get(ref: Any, *, timeout: float) -> Any:
+        raise error
+
+    def fail(*arguments: Any) -> TrainResult:
+        raise ValueError("bad data")
+
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: 1))
+    monkeypatch.setattr(workers, "log_to_run", lambda run_dir, name: None)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    config = Config.model_validate({"model": {"path": "m"}, "run": {"dir": str(tmp_path)}})
+    config.run.path.mkdir()
+    (config.run.path / "config.yaml").touch()
+    arguments = {"config": config.model_dump(mode="json"), "status_actor": MagicMock(), "on_gpus": False}
+    arguments |= {"loop": "loop", "rollouts": None, "trial": None}
+
+    monkeypatch.setattr(workers, "resolve", lambda *_: lambda *_: TrainResult({"loss": 1.0}))
+    assert workers._run_worker(arguments)["metrics"] == {"loss": 1.0}
+    monkeypatch.setattr(workers, "resolve", lambda *_: fail)
+    with pytest.raises(ValueError, match="bad data"):
+        workers._run_worker(arguments)
 
 
 class FakeChannel:
