@@ -60,12 +60,15 @@ class OpenRound:
         self._oldest, self._generated = oldest, 0
         self._versions: set[int] = set()
         """Policy versions that have sampled tokens."""
-        self._digests: dict[str, str] = json.loads(file.read_text()) if (file := folder / DIGESTS).exists() else {}
         self._tally, self._pairs = Tally(), PairIndex()
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("manifest.json", SPANS, GAPS, REFERENCE):
             (folder / name).unlink(missing_ok=True)
         self._recover(oldest)
+        noted: dict[str, list[str]] = json.loads(file.read_text()) if (file := folder / DIGESTS).exists() else {}
+        self._digests = {version: digests for version, digests in noted.items() if int(version) in self._versions}
+        """Digests of the weights by policy version: several if a version was trained again, after its checkpoint was
+        lost, while it had groups in the round."""
         self._lines: BinaryIO = (folder / "pairs.jsonl").open("ab", buffering=0)
         self._tokens: BinaryIO = (folder / "tokens.i32").open("ab", buffering=0)
         self._end = self._tokens.tell() // 4
@@ -92,8 +95,10 @@ class OpenRound:
 
     def note_digests(self, digests: Mapping[int, str]) -> None:
         """Remember the digests of the weights of policy versions, also if the round is continued by another process."""
-        if new := {str(version): digest for version, digest in digests.items() if str(version) not in self._digests}:
-            self._digests |= new
+        new = [(str(v), digest) for v, digest in digests.items() if digest not in self._digests.get(str(v), ())]
+        for version, digest in new:
+            self._digests.setdefault(version, []).append(digest)
+        if new:
             write_atomically(self.folder / DIGESTS, to_json(self._digests))
 
     def finish(self, *, held_out: Sequence[float] = (), **values: Any) -> None:

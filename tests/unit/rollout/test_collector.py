@@ -98,10 +98,10 @@ def test_the_rounds_of_an_epoch_have_every_prompt_once_and_name_the_policy_that_
     manifests = [ledger.manifest(round) for round in range(4)]
     assert [manifest["policy_version"] for manifest in manifests] == [0, 1, 2, 3]
     assert [manifest["weights_digests"] for manifest in manifests] == [
-        {"0": "d0"},
-        {"1": "d1"},
-        {"2": "d2"},
-        {"3": "d3"},
+        {"0": ["d0"]},
+        {"1": ["d1"]},
+        {"2": ["d2"]},
+        {"3": ["d3"]},
     ]
     metrics = ledger.read(2).metrics
     assert metrics["perf/push_s"] == 0.5
@@ -140,7 +140,7 @@ def test_the_manifest_names_the_weights_of_all_versions_also_of_a_round_that_was
     updated, engine = asyncio.Event(), FakeEngine(0, act)
     manifest = asyncio.run(main())
     assert manifest["policy_versions"] == {"0": 4 * 3, "1": 4 * 5}
-    assert manifest["weights_digests"] == {"0": "d0", "1": "d1"}
+    assert manifest["weights_digests"] == {"0": ["d0"], "1": ["d1"]}
     assert not (tmp_path / "rounds/000001/digests.json").exists()
 
 

@@ -250,6 +250,20 @@ def test_an_interrupted_round_is_continued_and_equals_an_undisturbed_one(ledger,
     assert continued == whole
 
 
+@pytest.mark.parametrize(("before", "named"), [(0, ["again"]), (1, ["first", "again"])])
+def test_the_digests_of_a_version_that_was_trained_again_are_those_that_may_have_generated_groups_of_the_round(
+    ledger, group, before, named
+):
+    for digest, of_process in (("first", range(before)), ("again", range(1, 3))):
+        opened = ledger.open(0, oldest=0)
+        opened.note_digests({3: digest, 4: "not used"})
+        for index in of_process:
+            opened.append(outcome(group("a", "b", index=index, policy_version=3), [0.0, 1.0]))
+        opened.close()
+    ledger.open(0, oldest=0).finish()
+    assert ledger.manifest(0)["weights_digests"] == {"3": named}
+
+
 def test_lines_whose_tokens_did_not_reach_the_disk_are_collected_again(ledger, group):
     write(ledger, 0, [outcome(group("a", "b", index=i), [0.0, 1.0]) for i in range(3)], finish=False)
     tokens = ledger.path(0) / "tokens.i32"
