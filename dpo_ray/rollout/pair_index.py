@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dpo_ray.rollout.tally import Line
+from dpo_ray.storage import write_atomically
 
 SPANS, GAPS, REFERENCE = "pairs.i64", "gaps.f64", "reference.f64"
 
@@ -30,7 +31,7 @@ class PairIndex:
         """Write both files; the positions last, because a round without them is not finished."""
         for name, values, dtype in ((GAPS, self.gaps, np.float64), (SPANS, self.spans, np.int64)):
             rows: list[Any] = [row for position in sorted(values) for row in values[position]]
-            (folder / name).write_bytes(np.array(rows, dtype).tobytes())
+            write_atomically(folder / name, np.array(rows, dtype).tobytes())
 
 
 def _pair_spans(line: Line) -> list[list[int]]:

@@ -3,6 +3,9 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
+from itertools import count
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,6 +80,30 @@ def test_the_gaps_of_an_interrupted_round_survive(ledger, group):
     write(ledger, 0, [outcome(group("a", "b", index=0), [0.0, 1.5])], finish=False).close()
     write(ledger, 0, [outcome(group("a", "b", index=1), [0.5, 0.25])])
     assert ledger.read(0).pairs.gaps.tolist() == [1.5, 0.25]
+
+
+@pytest.mark.parametrize("last", range(4), ids=["texts", "gaps", "pairs", "manifest"])
+def test_a_round_whose_late_judging_was_killed_at_any_file_is_judged_again(ledger, group, monkeypatch, last):
+    groups, rename, renamed = [group("a", "b", index=index) for index in range(3)], Path.replace, count()
+
+    def killed(draft, target):
+        if next(renamed) == last:
+            raise KeyboardInterrupt
+        return rename(draft, target)
+
+    opened = ledger.open(0, oldest=0)
+    for each in groups:
+        opened.append(Outcome(each.prompt, each.prompt.index, (), each))
+    opened.finish(judged=False)
+    judge = partial(ledger.judge, 0, [0.0, 1.0] * 3, partial(select_pairs, best_vs_worst), max_failed_share=0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            judge()
+    assert not ledger.read(0).judged
+    judge()
+    assert (ledger.read(0).judged, len(ledger.read(0).pairs)) == (True, 3)
+    assert ledger.read(0).pairs.gaps.tolist() == [1.0] * 3
 
 
 def test_a_round_with_other_gaps_than_pairs_is_damaged(written):
