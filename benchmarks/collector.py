@@ -88,6 +88,7 @@ async def collect(folder: Path, prompts: int, engines: int, tokens: int, judge_s
     collector = Collector(
         online,
         seed=0,
+        keep_rounds=None,
         prompts=[Prompt(i, ({"role": "user", "content": "?"},), tuple(range(100))) for i in range(prompts)],
         held_out=[],
         ledger=Ledger(folder),

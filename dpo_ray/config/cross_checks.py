@@ -213,6 +213,11 @@ def validate_lists(data: schema.DataConfig, loss: losses.LossConfig) -> None:
         )
 
 
+def rounds_to_resume(save_every: int) -> int:
+    """Most rounds that a resumed run trains again: it goes back to a checkpoint, and the newest may be incomplete."""
+    return 2 * save_every - 1
+
+
 def validate_sources(
     online: rounds.OnlineConfig,
     data: schema.DataConfig,
@@ -235,8 +240,7 @@ def validate_sources(
                 f"online.source.{name} is {share:g}, which is no pair in a round of online.prompts_per_round: "
                 f"{online.prompts_per_round}; raise one of them, or leave online.source.{name} out"
             )
-    # An interrupted run goes back to a checkpoint, and the newest may be incomplete.
-    needed = None if save_every is None else source.replay_rounds + 2 * save_every - 1
+    needed = None if save_every is None else source.replay_rounds + rounds_to_resume(save_every)
     if source.replay and keep is not None and (needed is None or keep < needed):
         need = "null, without run.save_every" if needed is None else f"{needed} or more, for a run that resumes"
         raise ValueError(

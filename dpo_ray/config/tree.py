@@ -36,6 +36,13 @@ class Config(Section):
         return self.online.engine.max_model_len or longest
 
     @property
+    def kept_rounds(self) -> int | None:
+        """``online.keep_rounds``, or more, if a run that resumes may train more rounds again; None keeps all."""
+        assert self.online is not None
+        keep, save_every = self.online.keep_rounds, self.run.save_every
+        return keep if keep is None or save_every is None else max(keep, cross_checks.rounds_to_resume(save_every))
+
+    @property
     def reference_kind(self) -> Literal["cached", "live", "adapters_off", "adapters", "none"]:
         """``reference.kind`` with ``auto`` resolved; ``adapters``: the policy with a refreshed copy of its adapters."""
         if self.reference.kind != "auto":

@@ -54,6 +54,7 @@ class Collector:
         judge: scores the candidates of rounds.
         eval_judge: scores held-out completions.
         seed: ``run.seed``.
+        keep_rounds: ``Config.kept_rounds``.
         in_flight: groups of a round that wait for an engine, are generated, or wait for the judge.
         statuses: ``Fleet.statuses``.
         progress: called with the phase, and the number of finished and of all groups.
@@ -64,6 +65,7 @@ class Collector:
         online: OnlineConfig,
         *,
         seed: int,
+        keep_rounds: int | None,
         prompts: Sequence[Prompt],
         held_out: Sequence[Prompt],
         ledger: Ledger,
@@ -77,7 +79,7 @@ class Collector:
     ) -> None:
         self.online, self.seed, self.prompts, self.held_out = online, seed, prompts, held_out
         self.ledger, self.engines, self.judge, self.eval_judge = ledger, engines, judge, eval_judge
-        self.select = select
+        self.select, self.keep_rounds = select, keep_rounds
         self.in_flight, self.statuses, self.progress = in_flight, statuses, progress
         self._version = 0
         """Version of the last poll."""
@@ -148,7 +150,7 @@ class Collector:
 
     def _forget_rounds(self, version: int, evaluations: Sequence[int]) -> None:
         """Delete the files of rounds that are not kept, and the replies about policy versions of the past."""
-        if (keep := self.online.keep_rounds) is None:
+        if (keep := self.keep_rounds) is None:
             return
         self.ledger.forget(before=version, keep=keep)
         oldest = oldest_version(max(0, version - keep), max_lag=self.online.max_lag)

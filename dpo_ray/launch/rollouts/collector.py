@@ -101,6 +101,7 @@ class CollectorActor:
         return Collector(
             online,
             seed=self.config.run.seed,
+            keep_rounds=self.config.kept_rounds,
             prompts=prompts,
             held_out=held_out,
             ledger=Ledger(self.config.run.path),

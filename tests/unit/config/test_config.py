@@ -614,6 +614,15 @@ def test_sources_and_best_checkpoints_that_cannot_work_are_rejected(online, over
 
 
 @pytest.mark.parametrize(
+    ("keep", "save_every", "kept"),
+    [("0", "1", 1), ("5", "1", 5), ("5", "10", 19), ("30", "10", 30), ("5", "null", 5), ("null", "10", None)],
+)
+def test_rounds_that_a_resumed_run_trains_again_are_kept(online, keep, save_every, kept):
+    """Of 29 rounds, with the checkpoint of 20 incomplete, a run resumes from that of 10: with rounds 10 to 28."""
+    assert load(online, f"online.keep_rounds={keep}", f"run.save_every={save_every}").kept_rounds == kept
+
+
+@pytest.mark.parametrize(
     "judges",
     ["[]", "[{use: [a]}]", "[{use: llm, args: x}]", "[{use: llm, args: {model: m}, weight: 0}, {use: length}]"],
 )

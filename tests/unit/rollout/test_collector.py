@@ -41,6 +41,7 @@ class Harness:
         self.collector = Collector(
             config,
             seed=0,
+            keep_rounds=config.keep_rounds,
             prompts=prompts(PROMPTS),
             held_out=prompts(held_out),
             ledger=self.ledger,
