@@ -21,6 +21,7 @@ from dpo_ray.launch.rollouts.weights import FleetEngines, begin_timeout_s, build
 from dpo_ray.parallel.collectives import broadcast_from_rank0, gather_or_raise, gather_values
 from dpo_ray.rollout.collector import Progress
 from dpo_ray.rollout.evaluation import Evaluation, EvaluationStore
+from dpo_ray.rollout.late_judging import RoundSamples
 from dpo_ray.rollout.ledger import Ledger, RoundData
 from dpo_ray.rollout.placement import GpuSlot
 from dpo_ray.rollout.selectors import build_selector, select_pairs
@@ -28,7 +29,7 @@ from dpo_ray.storage import error_summary
 from dpo_ray.sync.ipc import free_cuda_cache
 from dpo_ray.train.offline import train_offline
 from dpo_ray.train.online import train_online
-from dpo_ray.types import Metrics, TokenSample, TrainResult
+from dpo_ray.types import Metrics, TrainResult
 
 ANSWER_TIMEOUT_S = 60.0
 """Longest wait for one answer of the collector, beyond the wait that was asked for."""
@@ -79,7 +80,7 @@ class CollectorRounds:
         judged, reference = broadcast_from_rank0(lambda: (data.judged, data.reference))
         return dataclasses.replace(data, judged=judged, reference=reference)
 
-    def samples(self, round: int) -> list[TokenSample]:
+    def samples(self, round: int) -> RoundSamples:
         return self.ledger.samples(round)
 
     def judge(self, round: int, scores: Sequence[float]) -> RoundData:

@@ -1,15 +1,16 @@
 """Judging a complete round: for scores that only the training workers can compute."""
 
 import json
+from array import array
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dpo_ray.rollout.open_round import FAILED, Line, Outcome, line_of, read_lines, to_json
-from dpo_ray.rollout.pair_index import PairIndex
+from dpo_ray.rollout.pair_index import PairIndex, memory_map
 from dpo_ray.rollout.pipeline import FailureLimit, Select
 from dpo_ray.rollout.selectors.preferences import Choice
 from dpo_ray.rollout.tally import Tally
@@ -17,45 +18,64 @@ from dpo_ray.storage import write_atomically
 from dpo_ray.types import Completion, CompletionGroup, Dropped, Judgement, Prompt, TokenSample
 
 
-def samples_of(folder: Path) -> list[TokenSample]:
-    """All completions of a round, in the order of its lines."""
-    samples: list[TokenSample] = []
-    for _, group in _groups(folder):
-        samples += [TokenSample(group.prompt.token_ids, c.token_ids) for c in group.completions]
-    return samples
+class RoundSamples:
+    """All completions of a round, in the order of its lines, memory-mapped: a ``SampleSource``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tokens = memory_map(folder / "tokens.i32", np.int32)
+        spans = array("q")
+        for line in read_lines(folder / "pairs.jsonl"):
+            start, prompt = line["tokens"]["start"], line["tokens"]["prompt"]
+            lengths = [candidate["tokens"] for candidate in line["candidates"]]
+            for position, length in zip(accumulate(lengths, initial=start + prompt), lengths, strict=False):
+                spans.extend((start, prompt, position, length))
+        self._spans = np.array(spans, np.int64).reshape(-1, 4)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n, 2) tokens of prompt and completion."""
+        return self._spans[:, 1::2]
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: int) -> TokenSample:
+        spans = self._spans[index].reshape(2, 2).tolist()
+        return TokenSample(*(tuple(self._tokens[start : start + length].tolist()) for start, length in spans))
 
 
 def judge_round(folder: Path, scores: Sequence[float], select: Select, *, max_failed_share: float) -> None:
     """Write the scores of all completions of a round, and the pairs that follow from them, into its files.
 
-    May be repeated if it was interrupted: the manifest is written last.
+    May be repeated if it was interrupted: the manifest is written last. One group at a time is in memory.
 
     Args:
-        scores: one per completion, in the order of ``samples_of``.
+        scores: one per completion, in the order of ``RoundSamples``.
         max_failed_share: see ``OnlineConfig``; of the groups that were generated.
 
     Raises:
         TooManyFailed: the selector raised over more groups.
     """
-    tally, pairs, lines = Tally(), PairIndex(), list[Line]()
-    remaining, groups = iter(scores), list(_groups(folder))
-    limit = FailureLimit(int(folder.name), len(groups), max_failed_share)
-    for line, group in groups:
-        if group.completions:
-            judgement = Judgement(tuple(next(remaining) for _ in group.completions))
-            choice, error = _selected(select, group, judgement)
-            outcome = Outcome(group.prompt, line["position"], choice, group, judgement, error)
-            limit.count(outcome)
-            line = line_of(outcome, line["tokens"]["start"])
-        tally.add(line)
-        lines.append(line)
-        pairs.add(line)
-    file = folder / "manifest.json"
+    file, tally, pairs, remaining = folder / "manifest.json", Tally(), PairIndex(), iter(scores)
     manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    limit = FailureLimit(int(folder.name), manifest["counts"].get("prompts", 0), max_failed_share)
+
+    def judged_lines() -> Iterator[Line]:
+        for line, group in _groups(folder):
+            if group.completions:
+                judgement = Judgement(tuple(next(remaining) for _ in group.completions))
+                choice, error = _selected(select, group, judgement)
+                outcome = Outcome(group.prompt, line["position"], choice, group, judgement, error)
+                limit.count(outcome)
+                line = line_of(outcome, line["tokens"]["start"])
+            tally.add(line)
+            pairs.add(line)
+            yield line
+
+    write_atomically(folder / "pairs.jsonl", (to_json(line) + "\n" for line in judged_lines()))
+    pairs.write(folder)
     counts = {**manifest["counts"], **tally.all_counts()}
     manifest |= {"judged": True, "counts": counts, "scores": tally.mean_scores(), "judge": tally.judging()}
-    write_atomically(folder / "pairs.jsonl", (to_json(line) + "\n" for line in lines))
-    pairs.write(folder)
     write_atomically(file, to_json(manifest, indent=2) + "\n")
 
 
@@ -69,8 +89,7 @@ def _selected(select: Select, group: CompletionGroup, judgement: Judgement) -> t
 
 def _groups(folder: Path) -> Iterator[tuple[Line, CompletionGroup]]:
     """The lines of a round with their groups; a group that failed has no completions."""
-    path = folder / "tokens.i32"
-    tokens = np.memmap(path, np.int32, "r") if path.stat().st_size else np.empty(0, np.int32)
+    tokens = memory_map(folder / "tokens.i32", np.int32)
     for line in read_lines(folder / "pairs.jsonl"):
         start = line["tokens"]["start"]
         ends = np.cumsum([start, line["tokens"]["prompt"], *(c["tokens"] for c in line["candidates"])]).tolist()

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dpo_ray.rollout.late_judging import judge_round, samples_of
+from dpo_ray.rollout.late_judging import RoundSamples, judge_round
 from dpo_ray.rollout.open_round import REMEDY, Line, OpenRound, read_lines, to_json
-from dpo_ray.rollout.pair_index import GAPS, REFERENCE, SPANS
+from dpo_ray.rollout.pair_index import GAPS, REFERENCE, SPANS, memory_map
 from dpo_ray.rollout.pipeline import Select
 from dpo_ray.storage import write_atomically
-from dpo_ray.types import TokenPair, TokenSample
+from dpo_ray.types import TokenPair
 
 if TYPE_CHECKING:
     from dpo_ray.data.loader import PairSource  # imports torch
@@ -39,8 +39,8 @@ class RoundPairs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._tokens = _memory_map(folder / "tokens.i32", np.int32)
-        self._spans = _memory_map(folder / SPANS, np.int64).reshape(-1, 6)
+        self._tokens = memory_map(folder / "tokens.i32", np.int32)
+        self._spans = memory_map(folder / SPANS, np.int64).reshape(-1, 6)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -54,7 +54,7 @@ class RoundPairs:
 
     @property
     def gaps(self) -> np.ndarray:
-        gaps = _memory_map(self.folder / GAPS, np.float64)
+        gaps = memory_map(self.folder / GAPS, np.float64)
         if len(gaps) != len(self):
             raise ValueError(f"{self.folder}: damaged: {len(gaps)} gaps of scores for {len(self)} pairs; {REMEDY}")
         return gaps
@@ -173,9 +173,9 @@ class Ledger:
         """Store the reference log-probabilities of a round's pairs, for later rounds that replay them."""
         write_atomically(self.path(round) / REFERENCE, logps.astype(np.float64).tobytes())
 
-    def samples(self, round: int) -> list[TokenSample]:
+    def samples(self, round: int) -> RoundSamples:
         """All completions of a round."""
-        return samples_of(self.path(round))
+        return RoundSamples(self.path(round))
 
     def judge(self, round: int, scores: Sequence[float], select: Select, *, max_failed_share: float) -> None:
         """Write scores of all completions of a round, in the order of ``samples``, and the pairs that follow."""
@@ -190,10 +190,6 @@ class Ledger:
             if int(folder.name) < before - keep:
                 for name in ("pairs.jsonl", "tokens.i32", SPANS, GAPS, REFERENCE):
                     (folder / name).unlink(missing_ok=True)
-
-
-def _memory_map(path: Path, dtype: Any) -> np.ndarray:
-    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)  # an empty file cannot be mapped
 
 
 def _metrics(manifest: Mapping[str, Any]) -> dict[str, float]:

@@ -34,6 +34,11 @@ class PairIndex:
             write_atomically(folder / name, np.array(rows, dtype).tobytes())
 
 
+def memory_map(path: Path, dtype: Any) -> np.ndarray:
+    """The values of a file, read where they are used."""
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)  # an empty file cannot be mapped
+
+
 def _pair_spans(line: Line) -> list[list[int]]:
     """Start and length of prompt, chosen and rejected of each pair of a line, in tokens."""
     start, prompt = line["tokens"]["start"], line["tokens"]["prompt"]

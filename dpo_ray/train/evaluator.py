@@ -14,7 +14,7 @@ from dpo_ray.reference.reference import Reference
 from dpo_ray.rollout.evaluation import Evaluation
 from dpo_ray.sweep.held_out import write_pair_results
 from dpo_ray.train.checkpoint import save_due
-from dpo_ray.train.logps import compute_sample_logps
+from dpo_ray.train.logps import SampleList, compute_sample_logps
 from dpo_ray.train.reporter import Reporter
 from dpo_ray.train.rounds import Rounds
 from dpo_ray.train.step import evaluate_pairs
@@ -128,7 +128,7 @@ class PromptEvaluator:
             return
         if evaluation.instead_of is not None and self.rounds.recorded(evaluation.version):
             return
-        samples = evaluation.token_samples
+        samples = SampleList(evaluation.token_samples)
         policy = reference = None
         if self.frozen is not None and samples:
             self.reporter.phase("evaluating")

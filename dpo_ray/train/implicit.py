@@ -1,6 +1,5 @@
 """Judging a round by the implicit reward of DPO, which needs the log-probabilities of policy and reference."""
 
-import numpy as np
 
 from dpo_ray.config.rounds import JudgeConfig
 from dpo_ray.model.scorer import LogpsModel
@@ -21,6 +20,6 @@ def judge_by_policy(
     if data.index == 0:  # the policy is the reference, and the length alone would decide
         return rounds.judge(0, [0.0] * len(samples))
     policy, reference = (compute_sample_logps(trainer, model, samples) for model in (trainer.policy, frozen))
-    tokens = np.array([len(sample.completion) for sample in samples], np.int64)
+    tokens = samples.lengths[:, 1]
     scores = Implicit(**judge.args).scores(policy, reference, tokens, beta=trainer.config.loss.beta)
     return rounds.judge(data.index, scores.tolist())

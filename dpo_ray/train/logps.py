@@ -1,6 +1,7 @@
 """Log-probabilities of many pairs or completions: forward passes with the work split over all ranks."""
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,6 +18,28 @@ from dpo_ray.types import TokenSample
 
 PAIRS_PER_BLOCK = 512
 """Pairs per block; each block is split over the ranks."""
+
+
+class SampleSource(Protocol):
+    """Tokenized completions: in memory, or a round's on disk."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n, 2) tokens of prompt and completion."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> TokenSample: ...
+
+
+class SampleList(list[TokenSample]):
+    """Completions in memory: a ``SampleSource``."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n, 2) tokens of prompt and completion."""
+        return np.array([(len(sample.prompt), len(sample.completion)) for sample in self], np.int64).reshape(-1, 2)
 
 
 def compute_logps(
@@ -55,14 +78,14 @@ def compute_logps(
     return _sum_over_ranks(trainer, logps)
 
 
-def compute_sample_logps(trainer: Trainer, model: LogpsModel, samples: Sequence[TokenSample]) -> np.ndarray:
-    """Log-probabilities of single completions under ``model``.
+def compute_sample_logps(trainer: Trainer, model: LogpsModel, samples: SampleSource) -> np.ndarray:
+    """Log-probabilities of single completions under ``model``; each rank reads those that it computes.
 
     Returns:
         (len(samples),) float64, nats; the same on every rank.
     """
     logps = torch.zeros(len(samples), dtype=torch.float64)
-    tokens = np.array([len(s.prompt) + len(s.completion) for s in samples], np.int64)
+    tokens = samples.lengths.sum(1)
     shape = trainer.forward_shape
     assignment = balance_micro_batches(
         tokens,

@@ -8,7 +8,8 @@ import numpy as np
 from dpo_ray.rollout.collector import Progress
 from dpo_ray.rollout.evaluation import Evaluation
 from dpo_ray.rollout.ledger import RoundData
-from dpo_ray.types import Metrics, TokenSample
+from dpo_ray.train.logps import SampleSource
+from dpo_ray.types import Metrics
 
 
 class Rounds(Protocol):
@@ -22,7 +23,7 @@ class Rounds(Protocol):
         """A finished round; each rank reads the pairs that it trains on."""
         ...
 
-    def samples(self, round: int) -> list[TokenSample]:
+    def samples(self, round: int) -> SampleSource:
         """All completions of a round."""
         ...
 

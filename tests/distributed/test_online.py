@@ -19,6 +19,7 @@ from dpo_ray.rollout.ledger import RoundData
 from dpo_ray.rollout.updates import check_probe
 from dpo_ray.sync.base import WeightSync
 from dpo_ray.train.checkpoint_files import finished_checkpoints
+from dpo_ray.train.logps import SampleList
 from dpo_ray.train.online import train_online
 from dpo_ray.types import Completion, CompletionGroup, Metrics, Probe, Prompt, TokenPair, TokenSample
 from tests.distributed.conftest import assert_same, over
@@ -56,10 +57,10 @@ class DrawnRounds:
         pairs = PairList(self.pairs[of_round], f"round {round}", self.gaps[of_round])
         return RoundData(round, pairs, round, {}, self.judged, self.references.get(round))
 
-    def samples(self, round: int) -> list[TokenSample]:
+    def samples(self, round: int) -> SampleList:
         """The completions of all pairs of a round."""
         pairs = self.pairs[round * PAIRS : (round + 1) * PAIRS]
-        return [TokenSample(pair.prompt, ids) for pair in pairs for ids in (pair.chosen, pair.rejected)]
+        return SampleList(TokenSample(pair.prompt, ids) for pair in pairs for ids in (pair.chosen, pair.rejected))
 
     def judge(self, round: int, scores: Sequence[float]) -> RoundData:
         """The pairs of a round with the better completion as chosen."""

@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from dpo_ray.config import Config
 from dpo_ray.sync.base import WeightSync
+from dpo_ray.train.logps import SampleList, compute_sample_logps
 from dpo_ray.train.online import train_online
+from dpo_ray.train.trainer import build_trainer
 from dpo_ray.types import Metrics, TokenPair
 from tests.distributed.conftest import assert_same, over
 from tests.distributed.processes import run_ranks
@@ -34,6 +36,26 @@ def trained(
     device = torch.device("cpu")
     train_online(parsed, rounds=rounds, fixed=fixed, sync=sync, device=device, reporter=reporter)
     return reporter.lines, rounds.references, rounds.implicit
+
+
+class Recording(SampleList):
+    """Remembers the completions that were read."""
+
+    def __init__(self, samples: SampleList) -> None:
+        super().__init__(samples)
+        self.read: list[int] = []
+
+    def __getitem__(self, index: Any) -> Any:
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+def read_by_rank(rank: int, config: dict[str, Any]) -> list[int]:
+    """Indices of the completions that this rank reads to score a round."""
+    trainer = build_trainer(Config.model_validate(config), torch.device("cpu"), ListReporter())
+    samples = Recording(DrawnRounds().samples(0))
+    compute_sample_logps(trainer, trainer.policy, samples)
+    return samples.read
 
 
 def logps(model: torch.nn.Module, prompt: tuple[int, ...], completion: tuple[int, ...]) -> float:
@@ -61,6 +83,11 @@ def test_mixed_and_replayed_pairs_train_alike_on_any_number_of_ranks_with_the_re
         pairs = DrawnRounds().pairs[round * PAIRS : (round + 1) * PAIRS]
         expected = [[logps(model, pair.prompt, ids) for ids in (pair.chosen, pair.rejected)] for pair in pairs]
         assert np.abs(values - np.array(expected)).max() < 1e-3, "nats, of the untrained model"
+
+
+def test_each_rank_reads_the_completions_that_it_scores_and_no_others(config: dict[str, Any]) -> None:
+    first, second = run_ranks(2, read_by_rank, over(2, config))
+    assert sorted([*first, *second]) == list(range(2 * PAIRS))
 
 
 def test_the_implicit_judge_scores_by_how_far_the_policy_has_moved_from_the_reference(config: dict[str, Any]) -> None:

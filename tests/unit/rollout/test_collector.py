@@ -603,7 +603,9 @@ def test_a_round_that_the_trainer_judges_gets_its_pairs_from_scores_of_all_compl
     data = ledger.read(0)
     assert not data.judged
     assert len(data.pairs) == 0
-    samples = ledger.samples(0)
+    stored = ledger.samples(0)
+    samples = [stored[index] for index in range(len(stored))]
+    assert stored.lengths.tolist() == [[len(s.prompt), len(s.completion)] for s in samples]
     failed = sum(line["error"] is not None for line in ledger.lines(0))
     assert len(samples) == 3 * (8 - failed)
     select = partial(select_pairs, best_vs_worst)

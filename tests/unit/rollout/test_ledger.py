@@ -349,6 +349,11 @@ def test_files_that_do_not_match_the_manifest_are_reported(written):
         written.read(3)
 
 
+def test_a_round_whose_groups_all_failed_has_no_completions(ledger):
+    write(ledger, 0, [failed(0), failed(1)])
+    assert ledger.samples(0).lengths.shape == (0, 2)
+
+
 def test_an_unfinished_round_cannot_be_read(ledger):
     with pytest.raises(FileNotFoundError, match="000009"):
         ledger.read(9)

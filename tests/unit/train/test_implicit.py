@@ -9,6 +9,7 @@ import pytest
 from dpo_ray.config.losses import LossConfig
 from dpo_ray.config.rounds import JudgeConfig
 from dpo_ray.train import implicit
+from dpo_ray.train.logps import SampleList
 from dpo_ray.types import TokenSample
 
 LOGPS = {"policy": np.array([-10.0, -30.0]), "reference": np.array([-14.0, -28.0])}
@@ -17,9 +18,9 @@ LOGPS = {"policy": np.array([-10.0, -30.0]), "reference": np.array([-14.0, -28.0
 class Rounds:
     """One round with two completions, of one and of three tokens."""
 
-    def samples(self, round: int) -> list[TokenSample]:
+    def samples(self, round: int) -> SampleList:
         """Both completions."""
-        return [TokenSample((1,), (2,)), TokenSample((1,), (2, 3, 4))]
+        return SampleList([TokenSample((1,), (2,)), TokenSample((1,), (2, 3, 4))])
 
     def judge(self, round: int, scores: list[float]) -> list[float]:
         """The scores."""
