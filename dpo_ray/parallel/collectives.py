@@ -1,12 +1,13 @@
 """Small collectives: over Python values, for decisions on which all ranks must agree, and over one tensor."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 Value = TypeVar("Value")
 
@@ -75,34 +76,48 @@ def gather_to_rank0(tensor: Tensor) -> Tensor | None:
     """Returns the whole of a sharded tensor on rank 0 and None on other ranks, which allocate no more than a shard.
 
     A collective. Of several replicas only rank 0's takes part. A tensor that is sharded over several dimensions of the
-    mesh, such as tensor parallelism with FSDP, is gathered on every rank.
+    mesh, such as tensor parallelism with FSDP, is gathered along one after the other: the first rank along a dimension
+    holds the shards of the others, and only first ranks take part in the next dimension.
     """
-    is_rank0 = not dist.is_initialized() or dist.get_rank() == 0
     if not isinstance(tensor, DTensor):
-        return tensor if is_rank0 else None
-    sharded = _sharded_dims(tensor)
-    if not sharded:
-        return tensor.to_local() if is_rank0 else None
-    placement: Any = tensor.placements[sharded[0]]
-    if len(sharded) > 1 or type(placement) is not Shard:
-        whole = tensor.full_tensor()
-        return whole if is_rank0 else None
-    group = tensor.device_mesh.get_group(sharded[0])
-    ranks = dist.get_process_group_ranks(group)
-    if 0 not in ranks:
+        return tensor if not dist.is_initialized() or dist.get_rank() == 0 else None
+    mesh, dims = tensor.device_mesh, _sharded_dims(tensor)
+    if any(mesh.get_local_rank(dim) > 0 for dim in range(mesh.ndim) if dim not in dims):
         return None
-    size, dim = tensor.shape[placement.dim], placement.dim
-    rows = -(-size // len(ranks))  # shards are like torch.chunk's: the last ones may be smaller, or empty
-    shard = tensor.to_local().movedim(dim, 0)
+    whole: Tensor | None = tensor.to_local()
+    while dims and whole is not None:
+        inner = dims.pop()
+        placement: Any = tensor.placements[inner]
+        size = tensor.shape[placement.dim]
+        for outer in dims:
+            if cast("Any", tensor.placements[outer]).dim == placement.dim:
+                size = _chunk_size(size, mesh.size(outer), mesh.get_local_rank(outer))
+        whole = _gather_to_first(whole, mesh.get_group(inner), placement.dim, size)
+    return whole
+
+
+def _gather_to_first(shard: Tensor, group: dist.ProcessGroup, dim: int, size: int) -> Tensor | None:
+    """Returns the group's shards, joined to ``size`` along ``dim``, on its first rank and None on its other ranks."""
+    ranks = dist.get_world_size(group)
+    rows = _chunk_size(size, ranks, 0)
+    shard = shard.movedim(dim, 0)
     if len(shard) < rows:
         shard = torch.cat((shard, shard.new_zeros(rows - len(shard), *shard.shape[1:])))
-    whole = shard.new_empty(len(ranks) * rows, *shard.shape[1:]) if is_rank0 else None
-    parts = None if whole is None else list(whole.chunk(len(ranks)))
-    dist.gather(shard.contiguous(), parts, group=group, group_dst=ranks.index(0))
+    whole = shard.new_empty(ranks * rows, *shard.shape[1:]) if dist.get_rank(group) == 0 else None
+    parts = None if whole is None else list(whole.chunk(ranks))
+    dist.gather(shard.contiguous(), parts, group=group, group_dst=0)
     return None if whole is None else whole[:size].movedim(0, dim)
 
 
+def _chunk_size(size: int, chunks: int, index: int) -> int:
+    """Size of a shard by torch.chunk: the last shards may be smaller, or empty."""
+    rows = -(-size // chunks)
+    return min(rows, max(0, size - index * rows))
+
+
 def _sharded_dims(tensor: DTensor) -> list[int]:
-    """Dimensions of the mesh along which ranks hold different parts."""
+    """Dimensions of the mesh along which ranks hold different parts, in the order in which the tensor is sharded."""
     mesh, placements = tensor.device_mesh, tensor.placements
-    return [dim for dim, placement in enumerate(placements) if mesh.size(dim) > 1 and not placement.is_replicate()]
+    dims = [dim for dim, placement in enumerate(placements) if mesh.size(dim) > 1 and not placement.is_replicate()]
+    # FSDP shards what tensor parallelism has sharded along the same dimension of the tensor.
+    return sorted(dims, key=lambda dim: isinstance(placements[dim], _StridedShard))

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -149,12 +150,25 @@ SHARDED = [((7, 30), Shard(0)), ((30, 7), Shard(1)), ((2, 90), Shard(0)), ((50,)
 """Shapes that two and three ranks divide unevenly, or not at all; the last of three ranks has nothing of the third."""
 
 
-def gathered_from_two_dimensions(rank: int) -> tuple[bool, bool]:
-    """For a tensor sharded over both dimensions of a mesh of four: is it on this rank, is it whole."""
-    values = torch.arange(50.0).reshape(10, 5)
-    mesh = init_device_mesh("cpu", (2, 2))
-    whole = gather_to_rank0(distribute_tensor(values, mesh, [Shard(0), Shard(1)]))
-    return whole is not None, whole is not None and torch.equal(whole, values)
+def gathered_from_two_dimensions(rank: int, mesh_shape: Sequence[int]) -> list[tuple[bool, bool, int]]:
+    """``gathered`` for tensors sharded over tensor parallelism, the last dimension of the mesh, and over FSDP."""
+    names = ("replicate", "shard", "tensor")[-len(mesh_shape) :]
+    mesh = init_device_mesh("cpu", tuple(mesh_shape), mesh_dim_names=names)
+    found = []
+    for shape, placement in SHARDED_TWICE:
+        values = torch.arange(math.prod(shape), dtype=torch.bfloat16).reshape(shape)
+        layer: Any = torch.nn.Module()
+        sharded = distribute_tensor(values, mesh["tensor"], [placement])
+        layer.register_parameter("weight", torch.nn.Parameter(sharded))
+        fully_shard(layer, mesh=mesh[names[:-1]])
+        with LargestAllocation() as largest, patch.object(DTensor, "full_tensor", side_effect=AssertionError):
+            whole = gather_to_rank0(layer.weight.detach())
+        found.append((whole is not None, whole is not None and torch.equal(whole, values), largest.elements))
+    return found
+
+
+SHARDED_TWICE = [((8, 6), Shard(0)), ((5, 6), Shard(1)), ((10, 6), Shard(0)), ((7,), Replicate())]
+"""Shapes and how tensor parallelism shards them; FSDP shards rows, which it may divide unevenly."""
 
 
 def published(rank: int, config: dict[str, Any]) -> tuple[list[str], float, int]:

@@ -9,6 +9,7 @@ from torch.distributed.tensor import Shard
 from tests.distributed.conftest import over
 from tests.distributed.parts import (
     SHARDED,
+    SHARDED_TWICE,
     gathered,
     gathered_from_two_dimensions,
     merged_by_an_engine,
@@ -31,17 +32,38 @@ def test_rank_0_gets_each_tensor_and_other_ranks_allocate_no_more_than_a_shard(m
             assert largest <= size, (shape, "padded to the largest shard")
 
 
-def test_a_tensor_that_is_sharded_over_two_dimensions_of_the_mesh_is_on_rank_0_only():
-    assert run_ranks(4, gathered_from_two_dimensions) == [(True, True), *[(False, False)] * 3]
+@pytest.mark.parametrize("mesh", [(2, 2), (3, 2), (2, 2, 2)], ids=str)
+def test_a_tensor_that_fsdp_and_tensor_parallelism_shard_is_whole_on_rank_0_only(mesh: tuple[int, ...]):
+    """The first rank of each group of tensor parallelism, or of FSDP, holds the shards of its group on the way."""
+    first, *others = run_ranks(math.prod(mesh), gathered_from_two_dimensions, mesh)
+    assert [(there, whole) for there, whole, _ in first] == [(True, True)] * len(SHARDED_TWICE)
+    shards, tensor = mesh[-2:]
+    for rank, found in enumerate(others, start=1):
+        replica, shard, part = rank // (shards * tensor), rank // tensor % shards, rank % tensor
+        for (shape, placement), (there, _, largest) in zip(SHARDED_TWICE, found, strict=True):
+            assert not there
+            sizes = [-(-size // (tensor if placement.is_shard(dim) else 1)) for dim, size in enumerate(shape)]
+            sizes[0] = -(-sizes[0] // shards)
+            members = 1 if replica or (shard and part) else shards if part else tensor
+            assert largest <= members * math.prod(sizes), (rank, shape, largest)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("lora", [None, {"rank": 5}], ids=["full", "adapters"])
+@pytest.mark.parametrize(
+    ("ranks", "lora", "shard"),
+    [
+        (2, None, {}),
+        (3, None, {}),
+        (2, {"rank": 5}, {}),
+        (3, {"rank": 5}, {}),
+        (4, None, {"tensor_parallel": 2}),
+    ],
+    ids=["full", "full, 3 ranks", "adapters", "adapters, 3 ranks", "full, tensor parallel"],
+)
 def test_only_rank_0_gets_weights_to_publish_and_they_equal_the_full_tensors(
-    config: dict[str, Any], ranks: int, lora: dict[str, Any] | None
+    config: dict[str, Any], ranks: int, lora: dict[str, Any] | None, shard: dict[str, Any]
 ):
     config["model"]["lora"] = lora
-    (names, difference, every), *others = run_ranks(ranks, published, over(ranks, config))
+    (names, difference, every), *others = run_ranks(ranks, published, over(ranks, config, **shard))
     assert len(names) == every == 20, "two layers of nine, an embedding and a norm; the head is the embedding"
     assert difference == 0
     assert others == [([], 0.0, 20)] * (ranks - 1)
