@@ -5,7 +5,7 @@ change: vLLM's own adapters do not compute log-probabilities of a prompt on CPUs
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,47 @@ class LoraSync(Sender):
         engines.load(AdapterMessage(adapters, self._merged_dtype))
 
 
+def changed_modules(adapters: Iterable[str], fused: Iterable[Iterable[str]]) -> set[str]:
+    """Names of the modules whose weights an engine loads.
+
+    Args:
+        adapters: their names, see ``LoraSync``.
+        fused: names of modules that the engine holds as one layer, such as ``q_proj``, ``k_proj`` and ``v_proj``. If
+            adapters change one of them, the weights of all are loaded: a layer is loaded whole.
+    """
+    modules = {name.rsplit(".", 2)[0] for name in adapters}
+    for group in map(tuple, fused):
+        for module in list(modules):
+            parent, dot, last = module.rpartition(".")
+            if last in group:
+                modules |= {f"{parent}{dot}{sibling}" for sibling in group}
+    return modules
+
+
+class BaseWeights:
+    """The weights on disk of the modules that adapters change, read from the checkpoint once.
+
+    From safetensors files they are views of the mapped file: pages of the system's cache, which the workers of a node
+    share and the system may drop and read again. From other formats, each worker holds them in host memory: with
+    adapters of all linear layers, the bytes of the checkpoint without embedding and head.
+
+    Args:
+        read: iterates over the checkpoint.
+    """
+
+    def __init__(self, read: Callable[[], Iterable[NamedTensor]]) -> None:
+        self._read = read
+        self._modules: set[str] = set()
+        self._weights: list[NamedTensor] = []
+
+    def of(self, modules: set[str]) -> list[NamedTensor]:
+        """The weights of the modules, in the order of the checkpoint."""
+        if modules != self._modules:
+            self._weights = [(name, weight) for name, weight in self._read() if name.rpartition(".")[0] in modules]
+            self._modules = modules
+        return self._weights
+
+
 def merged_weights(
     stored: Iterable[NamedTensor],
     adapters: Mapping[str, Tensor],
@@ -63,10 +104,9 @@ def merged_weights(
     """The weights of all modules that adapters change, in the order of the checkpoint.
 
     Args:
-        stored: the checkpoint.
+        stored: the checkpoint, or its weights of these modules.
         adapters: see ``LoraSync``.
-        fused: names of modules that the engine holds as one layer, such as ``q_proj``, ``k_proj`` and ``v_proj``. If
-            adapters change one of them, the weights of all are yielded: a layer is loaded whole.
+        fused: see ``changed_modules``.
         dtype: dtype of the weights, before and after merging.
         device: where they are computed.
 
@@ -76,12 +116,7 @@ def merged_weights(
     names = {name.rsplit(".", 1)[0] for name in adapters}
     if incomplete := [name for name in names if any(f"{name}.{factor}" not in adapters for factor in FACTORS)]:
         raise ValueError(f"the adapters of {len(incomplete)} weights are incomplete, first {min(incomplete)}")
-    modules = {name.rpartition(".")[0] for name in names}
-    for group in map(tuple, fused):
-        for module in list(modules):
-            parent, dot, last = module.rpartition(".")
-            if last in group:
-                modules |= {f"{parent}{dot}{sibling}" for sibling in group}
+    modules = changed_modules(adapters, fused)
     for name, weight in stored:
         if name.rpartition(".")[0] not in modules:
             continue
@@ -113,6 +148,11 @@ def __getattr__(name: str) -> Any:
         model: Any
         adapters: Mapping[str, Tensor] = {}
 
+        @functools.cached_property
+        def base(self) -> BaseWeights:
+            loader: Any = get_model_loader(self.vllm_config.load_config)
+            return BaseWeights(functools.partial(loader.get_all_weights, self.model_config, self.model))
+
         def receive_weights(self, update_info: AdapterMessage) -> None:
             self.dtype: torch.dtype = getattr(torch, update_info.dtype)
             self.adapters = {**self.adapters, **{tensor.name: tensor.to_tensor() for tensor in update_info.adapters}}
@@ -127,9 +167,8 @@ def __getattr__(name: str) -> Any:
         def finish_weight_update(self) -> None:
             received = Digest()
             received.update(self.adapters.items())
-            loader: Any = get_model_loader(self.vllm_config.load_config)
-            stored = loader.get_all_weights(self.model_config, self.model)
             fused = getattr(self.model, "packed_modules_mapping", {}).values()
+            stored = self.base.of(changed_modules(self.adapters, fused))
             merged = merged_weights(stored, self.adapters, fused, dtype=self.dtype, device=self.device)
             self.model.load_weights(merged)
             for layer_name, layer in self.model.named_modules():

@@ -1,16 +1,19 @@
 """Adapters alone: what is sent, and which weights an engine merges and loads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dpo_ray.config.schema import LoraConfig
 from dpo_ray.model.export import exact_sum
 from dpo_ray.sync.base import EngineGroup
-from dpo_ray.sync.lora import AdapterMessage, LoraSync, merged_weights
+from dpo_ray.sync.lora import AdapterMessage, BaseWeights, LoraSync, changed_modules, merged_weights
 from dpo_ray.types import Probe
 
 LAYERS = ("embed", "attn.q", "attn.k", "attn.v", "attn.o", "mlp.up")
@@ -47,6 +50,29 @@ def test_weights_are_rounded_once_after_merging_to_the_dtype_of_the_trainer():
     merged = merge(changes, torch.bfloat16)["attn.q.weight"]
     assert merged.dtype == torch.bfloat16
     assert merged[0, 0].item() == 1 + 1 / 128
+
+
+def test_the_weights_of_changed_modules_are_read_from_the_checkpoint_once(tmp_path: Path):
+    save_file(dict(STORED), tmp_path / "model.safetensors")
+    reads = []
+
+    def read() -> Iterator[tuple[str, Tensor]]:
+        reads.append(1)
+        with safe_open(tmp_path / "model.safetensors", "pt") as file:
+            yield from ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+
+    base = BaseWeights(read)
+    for size in (1.0, 2.0, 0.0):  # each push merges into the weights on disk
+        changes = adapters("attn.q") | {"attn.q.weight.lora_scale": torch.tensor(size)}
+        weights = base.of(changed_modules(changes, FUSED))
+        assert {name for name, _ in weights} == {
+            f"attn.{name}" for name in ("q.weight", "q.bias", "k.weight", "v.weight")
+        }
+        merged = dict(merged_weights(weights, changes, FUSED, dtype=torch.float32, device=torch.device("cpu")))
+        assert merged["attn.q.weight"].tolist() == [[1 + 3 * size] * 3] * 2
+    assert len(reads) == 1
+    assert [name for name, _ in base.of(changed_modules(adapters("attn.o"), FUSED))] == ["attn.o.weight"]
+    assert len(reads) == 2
 
 
 def test_incomplete_adapters_and_adapters_of_an_unknown_weight_are_rejected():
