@@ -1,6 +1,5 @@
 """Judging a round by the implicit reward of DPO, which needs the log-probabilities of policy and reference."""
 
-
 from dpo_ray.config.rounds import JudgeConfig
 from dpo_ray.model.scorer import LogpsModel
 from dpo_ray.rollout.judges.implicit import Implicit
