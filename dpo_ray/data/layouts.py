@@ -95,12 +95,10 @@ def read_prompt(fields: Fields) -> Messages | str:
         Unusable: the record has no prompt.
     """
     name = fields.first_of(*PROMPT)
-    chosen, rejected = fields.first_of(*_CHOSEN), fields.first_of(*_REJECTED)
-    if chosen and rejected:
-        implicit = name is None or not isinstance(fields.conversation(chosen), str)
-    else:
-        implicit = name is None and verdict_of(fields) is not None
-    if implicit:
+    completion = fields.first_of(*_CHOSEN) if fields.first_of(*_REJECTED) else None
+    if not completion and (verdict := verdict_of(fields)):
+        completion = verdict.first
+    if completion and (name is None or not isinstance(fields.conversation(completion), str)):
         return read_candidates(fields).prompt
     if name is None:
         missing_field(fields.record, "prompt", f"accepted are {', '.join(PROMPT)}, and the prompt of a pair")
@@ -247,7 +245,7 @@ def _judged(fields: Fields, verdict: Verdict) -> Candidates:
     if fields.first_of(*PROMPT):
         prompt = _pair_prompt(fields)
         if not all(isinstance(part, str) for part in (prompt, first, second)):
-            prompt, first, second = prompt_turns(prompt), as_turns(first), as_turns(second)
+            prompt, first, second = split_after(names, prompt_turns(prompt), as_turns(first), as_turns(second))
     else:
         prompt, first, second = split_conversations(fields, names, first, second)
     scores = (-better / 2, better / 2)
@@ -277,8 +275,8 @@ def _ranked(fields: Fields, name: str) -> Candidates:
         raise problems[0]
     names, scores, completions = zip(*usable, strict=True)
     if not isinstance(prompt, str) or not all(isinstance(completion, str) for completion in completions):
-        prompt, completions = prompt_turns(prompt), tuple(map(as_turns, completions))
-    return Candidates(prompt, completions, scores, names, scores, tuple(problems))
+        prompt, *completions = split_after(names, prompt_turns(prompt), *map(as_turns, completions))
+    return Candidates(prompt, tuple(completions), scores, names, scores, tuple(problems))
 
 
 def _unpaired(fields: Fields, label: str) -> Candidates:
@@ -295,7 +293,7 @@ def _unpaired(fields: Fields, label: str) -> Candidates:
             missing_field(fields.record, "prompt", LAYOUTS_ACCEPTED)
         prompt, completion = _pair_prompt(fields), fields.conversation(name)
         if not isinstance(prompt, str) or not isinstance(completion, str):
-            prompt, completion = prompt_turns(prompt), as_turns(completion)
+            prompt, completion = split_after((name,), prompt_turns(prompt), as_turns(completion))
         return Candidates(prompt, (completion,), scores, (name,))
     name = fields.first_of("messages", "conversations")
     turns = fields.conversation(name) if name else ""

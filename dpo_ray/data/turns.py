@@ -16,7 +16,7 @@ def validate_completion(name: str, completion: Messages | str, prompt: Messages 
     """Reject a completion with turns of the user: the model would be trained to write them.
 
     Raises:
-        Unusable: the completion has such a turn, or ends with the turn of a tool.
+        Unusable: the completion has such a turn, or starts or ends with the turn of a tool.
     """
     if isinstance(completion, str):
         transcript = isinstance(prompt, str) and transcript_turns(prompt)
@@ -26,8 +26,9 @@ def validate_completion(name: str, completion: Messages | str, prompt: Messages 
     for message in completion:
         if message["role"] not in ("assistant", "tool"):
             bad_field(name, f"a turn by {message['role']!r} after the prompt", "assistant and tool turns")
-    if completion[-1]["role"] != "assistant":
-        bad_field(name, "a tool turn at the end", "an assistant turn at the end")
+    for message, end in ((completion[-1], "end"), (completion[0], "start")):
+        if message["role"] != "assistant":
+            bad_field(name, f"a tool turn at the {end}", f"an assistant turn at the {end}")
 
 
 def transcript_turns(transcript: str) -> Messages | None:
@@ -75,33 +76,83 @@ def split_conversations(fields: Fields, names: Sequence[str], chosen: Messages |
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _shared_turns(chosen: Messages, rejected: Messages) -> int:
-    """Number of turns of the prompt of two whole conversations: their common start, up to an assistant turn of each."""
+def _shared_turns(*conversations: Messages) -> int:
+    """Number of turns of the prompt of whole conversations: their common start, up to an assistant turn of each."""
     shared = 0
-    for one, other in zip(chosen[:-1], rejected[:-1], strict=False):
-        if one != other:
+    for turns in zip(*(conversation[:-1] for conversation in conversations), strict=False):
+        if any(message != turns[0] for message in turns):
             break
         shared += 1
     # Completions start with an assistant turn, and both turns of an exchange with a tool belong to a completion.
-    while shared and chosen[shared - 1]["role"] in ("assistant", "tool"):
+    while shared and conversations[0][shared - 1]["role"] in ("assistant", "tool"):
         shared -= 1
     return shared
 
 
-def split_after(names: Sequence[str], prompt: Messages, chosen: Messages, rejected: Messages) -> Any:
-    """Split off a prompt that chosen and rejected may repeat, whole or from one of its turns on."""
-    if is_answer(chosen) and is_answer(rejected):
-        return prompt, chosen, rejected
-    shared = _shared_turns(chosen, rejected)
-    start = chosen[:shared]
+def split_after(names: Sequence[str], prompt: Messages, *completions: Messages) -> tuple[Messages, ...]:
+    """Split off a prompt that completions may repeat: all of it, or from one of its turns on.
+
+    Whole conversations may have turns before the prompt, and further turns in common after it.
+
+    Returns:
+        The prompt and the completions without it.
+    """
+    first, answers, both = completions[0], all(map(is_answer, completions)), " and ".join(dict.fromkeys(names))
+    whole = [(skipped, len(prompt)) for skipped in range(len(first))]
+    for skipped, count in (*whole, *((0, count) for count in range(len(prompt) - 1, 0, -1))):
+        if not all(_same(conversation[:skipped], first[:skipped]) for conversation in completions):
+            continue
+        rests = [_after(prompt[-count:], conversation[skipped:]) for conversation in completions]
+        if any(rest is None for rest in rests) or (count == 1 and answers and not _content(prompt[-1]).strip()):
+            continue
+        if answers and count < len(prompt):
+            bad_field(both, "answers that start with the end of the prompt", "answers, or the prompt and an answer")
+        return _with_shared_turns(prompt, count, first, [rest for rest in rests if rest is not None])
+    if answers:
+        return prompt, *completions
+    shared = _shared_turns(*completions)
+    start = first[:shared]
     if not _contains(start, prompt):
-        overlap = next((n for n in range(min(len(prompt), shared), 0, -1) if _same(prompt[-n:], start[:n])), 0)
-        if not overlap and prompt[-1]["role"] == "user":
-            bad_field(
-                " and ".join(names), "whole conversations without the prompt", "answers, or the prompt and an answer"
-            )
-        start = (*prompt[: len(prompt) - overlap], *start)
-    return start, chosen[shared:], rejected[shared:]
+        repeats = any(_contains(start, (message,)) for message in prompt)
+        if prompt[-1]["role"] == "user" or not shared or start[0]["role"] != "user" or repeats:
+            bad_field(both, "whole conversations without the prompt", "answers, or the prompt and an answer")
+        start = (*prompt, *start)
+    return start, *(conversation[shared:] for conversation in completions)
+
+
+def _with_shared_turns(
+    prompt: Messages, repeated: int, conversation: Messages, rests: Sequence[Messages]
+) -> tuple[Messages, ...]:
+    """The prompt with the further turns that all of ``rests`` have in common, and the completions after them.
+
+    Args:
+        repeated: number of the prompt's turns in ``conversation``, which ends with the first of ``rests``.
+    """
+    shared = _shared_turns(*rests)
+    start = conversation[: len(conversation) - len(rests[0]) + shared]
+    begun = prompt[-1:] if not shared and prompt[-1]["role"] == "assistant" else ()
+    return (*prompt[:-repeated], *start, *begun), *(rest[shared:] for rest in rests)
+
+
+def _after(prompt: Messages, conversation: Messages) -> Messages | None:
+    """The turns of a conversation after a prompt that it starts with; None if it starts otherwise or ends there.
+
+    An assistant turn at the end of the prompt may be continued by the conversation's.
+    """
+    if len(conversation) < len(prompt) or not _same(prompt[:-1], conversation[: len(prompt) - 1]):
+        return None
+    last, following, rest = prompt[-1], conversation[len(prompt) - 1], conversation[len(prompt) :]
+    if last["role"] != "assistant":
+        return rest or None if _same((last,), (following,)) else None
+    if not _content(following).startswith(_content(last)):
+        return None
+    if any(following.get(key) != value for key, value in last.items() if key != "content"):
+        return None
+    return {**following, "content": _content(following).removeprefix(_content(last))}, *rest
+
+
+def _content(message: Message) -> str:
+    return message["content"] or ""
 
 
 def _contains(conversation: Messages, turns: Messages) -> bool:
@@ -110,9 +161,9 @@ def _contains(conversation: Messages, turns: Messages) -> bool:
     return all(any(_same((message,), (other,)) for other in rest) for message in turns)
 
 
-def _same(turns: Messages, others: Messages) -> bool:
+def _same(turns: Sequence[Message], others: Sequence[Message]) -> bool:
     def key(message: Message) -> Any:
-        return {**message, "content": (message["content"] or "").strip()}
+        return {**message, "content": _content(message).strip()}
 
     return list(map(key, turns)) == list(map(key, others))
 

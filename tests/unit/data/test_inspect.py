@@ -133,7 +133,7 @@ class Markers:
         if self.draw(st.booleans()):
             record[key] = value()
 
-    def turn(self, role: str, field: str) -> dict[str, Any]:
+    def turn(self, role: str, field: str, *, begun: bool = False) -> dict[str, Any]:
         """A message, as text or parts, with optional keys."""
         content: Any = self.text(field)
         if self.draw(st.booleans()):
@@ -143,13 +143,21 @@ class Markers:
         self.maybe(turn, "weight", lambda: self.text("weight"))
         if role == "assistant":
             self.maybe(turn, "reasoning_content", lambda: self.text(f"{field}.reasoning_content"))
-            self.maybe(turn, "tool_calls", lambda: [{"function": {"name": self.text("call"), "arguments": {}}}])
+        if role == "assistant" and not begun:
+            called = {"arguments": {}}
+            self.maybe(turn, "tool_calls", lambda: [{"function": called | {"name": self.text(f"{field}.call")}}])
         return turn
 
+    def continued(self, begun: dict[str, Any], field: str) -> dict[str, Any]:
+        """The whole of a turn that a prompt begins."""
+        more = f" {self.text(field)}"
+        parts = begun["content"]
+        return begun | {"content": parts + more if isinstance(parts, str) else [*parts, {"type": "text", "text": more}]}
+
     def dialogue(self, field: str, *others: list[str]) -> list[dict[str, Any]]:
-        """Some turns that end with the user's, or those of ``others``."""
+        """Some turns that end with the user's, or those of ``others``; an assistant turn at the end is begun."""
         roles = self.draw(st.sampled_from([["user"], ["user", "assistant", "user"], ["system", "user"], *others]))
-        return [self.turn(role, field) for role in roles]
+        return [self.turn(role, field, begun=i == len(roles) - 1) for i, role in enumerate(roles)]
 
     def answer(self, field: str) -> list[dict[str, Any]]:
         """An answer, or a trajectory of up to three calls of a tool with their results and an answer."""
@@ -170,7 +178,14 @@ class Markers:
         return item | self.turn("assistant", field)
 
 
-PAIR, CALLS = ("chosen", "rejected"), ["user", "assistant", "tool"]
+PAIR, CALLS, BEGUN = ("chosen", "rejected"), ["user", "assistant", "tool"], ["user", "assistant"]
+SIDES = {
+    "chosen": "chosen",
+    "preferred_output": "chosen",
+    "rejected": "rejected",
+    "non_preferred_output": "rejected",
+} | (dict.fromkeys(("prompt", "system", "tools", "input", "conversations", "instruction", "history"), "prompt"))
+"""The part of the pair that a field belongs to."""
 LAYOUTS = (
     "strings", "messages", "whole", "prompt and whole", "ranked", "scores", "verdict", "sharegpt", "openai", "alpaca",
     "label", "label of a conversation",
@@ -189,10 +204,15 @@ def marked_records(draw: Any) -> tuple[str, dict[str, Any], dict[str, str]]:
         case "messages":
             record = {"prompt": m.dialogue("prompt", CALLS), **{key: m.answer(key) for key in PAIR}}
         case "whole" | "prompt and whole":
-            shared = m.dialogue("prompt")
-            record = {key: [*shared, *m.answer(key)] for key in PAIR}
+            shared = m.dialogue("prompt", *([CALLS, BEGUN] if layout == "prompt and whole" else []))
+            if shared[-1]["role"] == "assistant":
+                record = {key: [*shared[:-1], m.continued(shared[-1], key)] for key in PAIR}
+            else:
+                record = {key: [*shared, *m.answer(key)] for key in PAIR}
             if layout == "prompt and whole":
-                record["prompt"] = [m.turn("system", "prompt")] if shared[0]["role"] != "system" else shared
+                first = [m.turn("system", "prompt")] if shared[0]["role"] != "system" and draw(st.booleans()) else []
+                only = bool(first) and shared[-1]["role"] == "user" and draw(st.booleans())
+                record["prompt"] = first if only else [*first, *shared]
         case "ranked":
             count = draw(st.integers(2, 4)) if loss == "plackett_luce" else 2
             items = [m.completion("completions", i) for i in range(count)]
@@ -234,7 +254,7 @@ def marked_records(draw: Any) -> tuple[str, dict[str, Any], dict[str, str]]:
 
 @hypothesis.given(marked_records(), st.booleans())
 @hypothesis.settings(
-    deadline=None, max_examples=60, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=100, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
 def test_every_text_of_a_record_is_read_by_the_model_or_its_field_is_reported(
     model: Path, tokenizer: Any, tmp_path: Path, marked: tuple[str, dict[str, Any], dict[str, str]], with_tools: bool
@@ -251,3 +271,8 @@ def test_every_text_of_a_record_is_read_by_the_model_or_its_field_is_reported(
         key = field.rpartition(".")[2]
         optional = key in ("name", "weight", "reasoning_content", "call", "critique", "tools", "note")
         assert seen or (optional and key in named and key in text.replace("tool_calls", "call")), (marker, field, text)
+        if side := SIDES.get(field.partition(".")[0]):
+            for line in lines:
+                counts = {part: line[part].count(marker) for part in ("prompt", "chosen", "rejected")}
+                assert counts.pop(side) <= 1, (marker, field, line)
+                assert not any(counts.values()), (marker, field, line)

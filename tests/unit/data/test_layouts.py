@@ -319,6 +319,57 @@ def test_a_prompt_and_whole_conversations_keep_every_turn(write: Write):
         assert (pair.prompt, pair.chosen, pair.rejected) == (expected, (OAK,), (HERRING,))
 
 
+BEGUN = [ASK, assistant("The name")]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "whole", "expected", "answers"),
+    [
+        ([ASK, CALL, RAIN], [[ASK, CALL, RAIN, WET], [ASK, CALL, RAIN, DRY]], [ASK, CALL, RAIN], [[WET], [DRY]]),
+        (
+            [SYSTEM, ASK, CALL, RAIN], [[ASK, CALL, RAIN, WET], [ASK, CALL, RAIN, CALL, RAIN, DRY]],
+            [SYSTEM, ASK, CALL, RAIN], [[WET], [CALL, RAIN, DRY]],
+        ),
+        ([CALL, RAIN], [[ASK, CALL, RAIN, WET], [ASK, CALL, RAIN, DRY]], [ASK, CALL, RAIN], [[WET], [DRY]]),
+        ([SYSTEM, ASK, RAIN], [[RAIN, WET], [RAIN, DRY]], [SYSTEM, ASK, RAIN], [[WET], [DRY]]),
+        (
+            BEGUN, [[ASK, assistant("The name is oak.")], [ASK, assistant("The name?")]],
+            BEGUN, [[assistant(" is oak.")], [assistant("?")]],
+        ),
+        (
+            BEGUN[1:], [[SYSTEM, ASK, CALL | {"content": "The name"}, RAIN, WET], [SYSTEM, ASK, BEGUN[1], WET]],
+            [SYSTEM, *BEGUN], [[CALL | {"content": ""}, RAIN, WET], [assistant(""), WET]],
+        ),
+        (
+            BEGUN, [[ASK, assistant("The name is oak."), ASK, OAK], [ASK, assistant("The name is oak."), ASK, HERRING]],
+            [ASK, assistant("The name is oak."), ASK], [[OAK], [HERRING]],
+        ),
+        ([OAK, ASK], [[OAK, ASK, WET], [OAK, ASK, DRY]], [OAK, ASK], [[WET], [DRY]]),
+        ([ASK], [[ASK, OAK, user("More?"), WET], [ASK, OAK, user("More?"), DRY]], [ASK, OAK, user("More?")],
+         [[WET], [DRY]]),
+        ([ASK, OAK], [[user("More?"), WET], [user("More?"), DRY]], [ASK, OAK, user("More?")], [[WET], [DRY]]),
+        (BEGUN, [[assistant(" is")], [assistant("?")]], BEGUN, [[assistant(" is")], [assistant("?")]]),
+    ],
+)  # fmt: skip
+def test_a_prompt_that_whole_conversations_repeat_is_read_once(
+    prompt: Any, whole: Any, expected: Any, answers: Any, write: Write
+):
+    verdict = {"prompt": prompt, "response_1": whole[0], "response_2": whole[1], "preference_strength": -1}
+    source = write([{"prompt": prompt, "chosen": whole[0], "rejected": whole[1]}, verdict])
+    for pair, online in zip(read_pairs([Part(source)]), read_prompts([source]), strict=True):
+        assert isinstance(pair, PairRecord), pair
+        assert isinstance(online, PromptRecord), online
+        assert (pair.prompt, pair.chosen, pair.rejected) == (tuple(expected), *map(tuple, answers))
+        assert online.prompt == pair.prompt
+
+
+def test_a_prompt_that_a_completion_with_a_label_repeats_is_read_once(write: Write):
+    record = {"prompt": BEGUN, "completion": [ASK, assistant("The name is oak.")], "label": True}
+    (pair,) = read_pairs([Part(write([record]))], examples="unpaired")
+    assert isinstance(pair, PairRecord), pair
+    assert (pair.prompt, pair.chosen) == (tuple(BEGUN), (assistant(" is oak."),))
+
+
 def test_completions_may_be_trajectories_and_start_where_the_model_answers(write: Write):
     record = {"tools": TOOLS, "chosen": [ASK, CALL, RAIN, WET], "rejected": [ASK, CALL, RAIN, DRY]}
     (pair,) = read_pairs([Part(write([record]))])
@@ -356,6 +407,30 @@ PROBLEMS = [
     ({"prompt": " <image>\nWhich bird?", "chosen": "a", "rejected": "b"}, "prompt: found the placeholder <image>"),
     ({"prompt": [user("See <|image_pad|>")], "chosen": "a", "rejected": "b"}, "the placeholder <|image_pad|>"),
     ({"prompt": "q", "chosen": [OAK, RAIN], "rejected": [HERRING]}, "chosen: found a tool turn at the end"),
+    (
+        {"prompt": [ASK, CALL], "completions": [[RAIN, WET], [RAIN, DRY]], "scores": [1, 0]},
+        "completions[0]: found a tool turn at the start; accepted: an assistant turn",
+    ),
+    (
+        {"prompt": BEGUN, "chosen": "The name is oak.", "rejected": "The name?"},
+        "chosen and rejected: found answers that start with the end of the prompt",
+    ),
+    (
+        {"prompt": [ASK, CALL, RAIN], "chosen": [CALL, RAIN, WET], "rejected": [CALL, RAIN, DRY]},
+        "chosen and rejected: found answers that start with the end of the prompt",
+    ),
+    (
+        {"prompt": BEGUN, "completions": ["The name is oak.", "The name?"], "scores": [1, 0]},
+        "completions[0] and completions[1]: found answers that start with the end of the prompt",
+    ),
+    (
+        {"prompt": [ASK, CALL, RAIN], "chosen": [ASK, WET], "rejected": [ASK, DRY]},
+        "chosen and rejected: found whole conversations without the prompt",
+    ),
+    (
+        {"prompt": [ASK, OAK], "chosen": [SYSTEM, user("More?"), WET], "rejected": [SYSTEM, user("More?"), DRY]},
+        "chosen and rejected: found whole conversations without the prompt",
+    ),
     ({"prompt": [SYSTEM, ASK], "system": "Be long.", "chosen": "a", "rejected": "b"}, 'system: found "Be long."'),
     ({"prompt": "q", "chosen": "a", "rejected": "b", "tools": "{"}, "tools: found text that is not JSON"),
     (
