@@ -266,29 +266,43 @@ def _joined(name: str, content: Any) -> Any:
     return "".join(parts)
 
 
+_ROLE_KEY = re.compile(r"""["'](?:role|from)["']\s*:""")
+_STARTS_LIKE_MESSAGES = re.compile(
+    r"""\s*(?:\[\s*\{\s*["'](?:role|from|content|value)|\{\s*["'](?:role|from))["']\s*:"""
+)
+
+
 def _parse_messages(name: str, value: str) -> Any:
-    """A list of messages stored as JSON or Python text, also encoded twice; other text unchanged."""
-    if re.match(r'\s*"\s*\[\s*\{', value):
+    """A message or a list of messages stored as JSON or Python text, also encoded twice; other text unchanged.
+
+    Text is a message or a list of messages if one of its objects has the role of a speaker; a damaged one is rejected
+    with the others.
+    """
+    if re.match(r'\s*"\s*[\[{]', value):
         with contextlib.suppress(ValueError, RecursionError):
             decoded = _parse_messages(name, json.loads(value))
             return value if isinstance(decoded, str) else decoded
-    if not re.match(r"""\s*\[\s*\{\s*["'](?:role|from|content|value)["']\s*:""", value) or value.rstrip()[-1] != "]":
+    stripped = value.strip()
+    if stripped[:1] not in ("[", "{") or stripped[-1:] not in ("]", "}") or not _ROLE_KEY.search(stripped):
         return value
     for parse in (json.loads, ast.literal_eval):
         try:
-            parsed = parse(value.strip())
+            parsed = parse(stripped)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
-        if not all(map(_is_message, parsed)):
+        if not any(map(_is_message, parsed if isinstance(parsed, list) else [parsed])):
             return value
-        return _parse_json(name, value.strip()) if parse is json.loads else parsed
-    bad_field(name, f"{show(value)}, which starts like a list of messages", "a list of messages as JSON text")
+        return _parse_json(name, stripped) if parse is json.loads else parsed
+    if _STARTS_LIKE_MESSAGES.match(value):
+        bad_field(name, f"{show(value)}, which starts like a list of messages", "a list of messages as JSON text")
+    return value
 
 
 def _is_message(value: Any) -> bool:
-    pairs = (("role", "content"), ("from", "value"))
+    """True for an object with a known role, and for one with another role and a content."""
     return isinstance(value, dict) and any(
-        str(value.get(key)).lower() in ROLES and text in value for key, text in pairs
+        isinstance(value.get(key), str) and (value[key].lower() in ROLES or content in value)
+        for key, content in (("role", "content"), ("from", "value"))
     )
 
 

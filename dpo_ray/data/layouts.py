@@ -203,18 +203,20 @@ def _history(fields: Fields) -> Messages:
 # ----------------------------------------------------------------------------------------------- chosen and rejected
 
 
+def _two_completions(fields: Fields, names: Sequence[str]) -> Sequence[Messages | str]:
+    completions = [fields.conversation(name) for name in names]
+    if len({isinstance(completion, str) for completion in completions}) > 1:
+        bad_field(" and ".join(names), "text and messages", "two texts or two lists of messages")
+    return completions
+
+
 def _labelled(fields: Fields, *names: str) -> Candidates:
     """Layouts with a chosen and a rejected completion."""
-    chosen, rejected = map(fields.conversation, names)
-    raw = [fields.read(name) for name in names]
-    if isinstance(chosen, str) != isinstance(rejected, str) and all(isinstance(value, str) for value in raw):
-        chosen, rejected = raw  # only one of two texts looks like JSON
+    chosen, rejected = _two_completions(fields, names)
     if not fields.first_of(*PROMPT[:-1]) and not (fields.has("messages") and is_answer(chosen)):
         prompt, chosen, rejected = split_conversations(fields, names, chosen, rejected)
     else:
         prompt = _pair_prompt(fields)
-        if isinstance(chosen, str) != isinstance(rejected, str):
-            bad_field(" and ".join(names), "text and messages", "two texts or two lists of messages")
         if not isinstance(prompt, str) or not isinstance(chosen, str):
             prompt, chosen, rejected = split_after(names, prompt_turns(prompt), as_turns(chosen), as_turns(rejected))
     return Candidates(prompt, (chosen, rejected), (1, 0), names, _pair_strengths(fields))
@@ -241,7 +243,7 @@ def _judged(fields: Fields, verdict: Verdict) -> Candidates:
     if better is None:
         raise Unusable("bad_score", f"{verdict.field}: found {show(fields.record[verdict.field])}")
     names = (verdict.first, verdict.second)
-    first, second = map(fields.conversation, names)
+    first, second = _two_completions(fields, names)
     if fields.first_of(*PROMPT):
         prompt = _pair_prompt(fields)
         if not all(isinstance(part, str) for part in (prompt, first, second)):
@@ -336,4 +338,4 @@ def _completion(fields: Fields, name: str, item: Any) -> Messages | str:
     if key is None:
         missing_field(item, f"{name}.content", f"accepted are {', '.join(_TEXTS)}")
     fields.skip_other_keys(name, item, (key, *ITEM_SCORES))
-    return text(name, item[key]) if isinstance(item[key], str) else fields.conversation(name, item[key])
+    return fields.conversation(name, item[key])

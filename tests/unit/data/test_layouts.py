@@ -28,6 +28,11 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 STRINGS = ("Name a tree.", "An oak.", "A herring.")
 MESSAGES = ((ASK,), (OAK,), (HERRING,))
 HH = "\n\nHuman: Name a tree.\n\nAssistant:"
+CALL = {
+    "role": "assistant", "content": None,
+    "tool_calls": [{"type": "function", "function": {"name": "forecast", "arguments": {"city": "Oslo"}}}],
+}  # fmt: skip
+RAIN, WET, DRY = {"role": "tool", "content": "rain", "name": "forecast"}, assistant("Take a coat."), assistant("Sunny.")
 
 # Record; prompt, chosen and rejected; fields that are not used.
 LAYOUTS: dict[str, tuple[dict[str, Any], tuple[Any, Any, Any], set[str]]] = {
@@ -278,16 +283,49 @@ def test_completions_of_a_ranked_list_that_are_in_no_pair_are_named(examples: Ex
             MESSAGES,
         ),
         (
+            {
+                "prompt": json.dumps(ASK), "chosen": '{"from":"gpt","value":"An oak."}',
+                "rejected": "{'value': 'A herring.', 'from': 'gpt'}",
+            },
+            MESSAGES,
+        ),
+        (
+            {
+                "conversations": '[{"id": 1, "from": "human", "value": "Name a tree."}]',
+                "chosen": json.dumps(json.dumps(OAK)), "rejected": json.dumps([HERRING]),
+            },
+            MESSAGES,
+        ),
+        (
+            {
+                "prompt": json.dumps([ASK]),
+                "chosen": json.dumps([{"role": "assistant", "tool_calls": CALL["tool_calls"]}, RAIN, WET]),
+                "rejected": json.dumps([DRY]),
+            },
+            ((ASK,), (CALL, RAIN, WET), (DRY,)),
+        ),
+        (
+            {
+                "prompt": json.dumps([ASK]), "scores": [2, 1],
+                "completions": [{"text": json.dumps([OAK])}, {"text": json.dumps([HERRING])}],
+            },
+            MESSAGES,
+        ),
+        (
             {"prompt": [ASK], "chosen": [{**OAK, "reasoning": "Trees."}], "rejected": [HERRING]},
             ((ASK,), ({**OAK, "reasoning_content": "Trees."},), (HERRING,)),
         ),
     ],
-    ids=["JSON encoded twice", "roles of other names", "reasoning"],
-)
+    ids=[
+        "JSON encoded twice", "roles of other names", "one message as text", "another key first",
+        "calls without content", "text of a ranked list", "reasoning",
+    ],
+)  # fmt: skip
 def test_messages_in_an_odd_spelling_are_read(record: dict[str, Any], turns: Any, write: Write):
     (pair,) = read_pairs([Part(write([record]))])
     assert isinstance(pair, PairRecord), pair
-    assert (pair.prompt, pair.chosen, pair.rejected, pair.unread) == (*turns, ())
+    assert (pair.prompt, pair.chosen, pair.rejected) == turns
+    assert set(pair.unread) <= {"conversations[].id"}
 
 
 def test_a_text_in_quotes_that_is_no_conversation_stays_a_text(write: Write):
@@ -297,11 +335,6 @@ def test_a_text_in_quotes_that_is_no_conversation_stays_a_text(write: Write):
 
 
 TOOLS = [{"type": "function", "function": {"name": "forecast", "description": "Weather of a city"}}]
-CALL = {
-    "role": "assistant", "content": None,
-    "tool_calls": [{"type": "function", "function": {"name": "forecast", "arguments": {"city": "Oslo"}}}],
-}  # fmt: skip
-RAIN, WET, DRY = {"role": "tool", "content": "rain", "name": "forecast"}, assistant("Take a coat."), assistant("Sunny.")
 
 
 def test_a_prompt_and_whole_conversations_keep_every_turn(write: Write):
@@ -437,6 +470,22 @@ PROBLEMS = [
         {"prompt": "[{'role': 'user', 'content': array(1)}]", "chosen": "a", "rejected": "b"},
         "which starts like a list of messages",
     ),
+    (
+        {"prompt": '[{"role": "ipython", "content": "rain"}]', "chosen": "a", "rejected": "b"},
+        'prompt[0].role: found "ipython"; accepted',
+    ),
+    (
+        {"prompt": "q", "chosen": '[{"content": "a", "role": "function"}]', "rejected": json.dumps([HERRING])},
+        'chosen[0].role: found "function"; accepted',
+    ),
+    ({"prompt": "q", "chosen": '[{"role": "assistant"}]', "rejected": json.dumps([OAK])}, "chosen[0].content"),
+    ({"prompt": json.dumps([ASK, None]), "chosen": "a", "rejected": "b"}, "prompt[1]: found null"),
+    ({"prompt": "{'role': 'user', 'content': array(1)}", "chosen": "a", "rejected": "b"}, "which starts like a"),
+    ({"prompt": "q", "chosen": json.dumps(OAK), "rejected": "b"}, "chosen and rejected: found text and messages"),
+    (
+        {"prompt": "q", "response_1": json.dumps(OAK), "response_2": "b", "preference_strength": 1},
+        "response_1 and response_2: found text and messages",
+    ),
     ({"prompt": "q", "completion": "a", "label": True}, "one completion and a label, for loss.use: kto or bco"),
     (
         {"chosen": f"{HH} No.\n\nHuman: Why?\n\nAssistant: So.", "rejected": f"{HH} Go on."},
@@ -463,7 +512,8 @@ def test_a_record_whose_content_would_be_lost_is_rejected_by_field(record: dict[
     [
         ("How do I use the <video> tag?", "Use <video> or <audio>.", "No."),
         ('[{"role": "user", "content": "x"}] <- why does this fail?', '[{"value": 1}]', "No."),
-        ("Answer as JSON.", '[{"role": "assistant", "content": "Hi"}]', "No."),
+        ("Answer as JSON.", '[{"role": "admin", "name": "Ada"}]', '{"from": "Oslo", "to": "Bergen"}'),
+        ("Answer as JSON.", '{"value": "admin"', "{'role'}: a set in Python, not {'role': 1}"),
         ("Human: an essay on what it means to be one", "So.", "No."),
     ],
 )
