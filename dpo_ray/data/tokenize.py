@@ -24,6 +24,7 @@ from dpo_ray.data.template import (
     ChatTemplateError,
     probe_texts,
     render,
+    turn_markers,
     unrendered_texts,
     validate_template,
 )
@@ -91,7 +92,9 @@ class RecordTokenizer:
         whole, open_ended = probe_texts(tokenizer)
         self.end_of_turn = next((token for token in reversed(self._ids(whole)) if token in self.special), None)
         """The last special token that the chat template writes after an answer."""
-        self.template_tokens = [special for special in self.special_texts if special in whole + open_ended]
+        self.template_text = whole + open_ended
+        """What the chat template writes around turns."""
+        self.template_tokens = [special for special in self.special_texts if special in self.template_text]
         """Special tokens that the chat template writes: a string that contains one has been rendered."""
         with_special, without = tokenizer("a")["input_ids"], self._ids("a")
         self.bos = with_special[: with_special.index(without[0])] if without else []
@@ -200,22 +203,29 @@ class RecordTokenizer:
         if not isinstance(prompt, str):
             _validate_begun(prompt)
             return prompt, None
-        treatment = self.data.strings
-        if treatment == "auto":
-            rendered = any(special in prompt for special in (*self.template_tokens, *self.bos_texts))
-            treatment = "raw" if rendered or self.tokenizer.chat_template is None else "chat"
+        treatment, texts = self.data.strings, [text for text in (prompt, *completions) if isinstance(text, str)]
+        if treatment == "auto" and self.tokenizer.chat_template is None:
+            treatment = "raw"
+        elif treatment == "auto":
+            for marker in (marker for text in texts for marker in turn_markers(text)):
+                self._reject_split(marker, ", in text that the template of another model rendered")
+            own = (*turn_markers(prompt), *filter(prompt.__contains__, (*self.template_tokens, *self.bos_texts)))
+            treatment = "raw" if any(marker in self.template_text for marker in own) else "chat"
         if treatment == "chat":
             return (*record.system, *(transcript_turns(prompt) or ({"role": "user", "content": prompt},))), "chat"
-        for text in (prompt, *(text for text in completions if isinstance(text, str))):
-            for marker in SPECIAL_TOKEN.findall(text):
-                if len(self._ids(marker)) > 1:
-                    raise _Drop(
-                        "split_special_token", f"{marker}: the tokenizer of model.path splits it into several tokens"
-                    )
+        for marker in (marker for text in texts for marker in SPECIAL_TOKEN.findall(text)):
+            self._reject_split(marker)
         for name, value in (("system", record.system), ("tools", record.tools)):
             if value:
                 raise _Drop("bad_field", f"{name}: beside a prompt used as written; accepted with data.strings: chat")
         return None, "raw"
+
+    def _reject_split(self, marker: str, where: str = "") -> None:
+        """Drop a record with a marker that is neither a token nor plain text of the chat template."""
+        if marker not in self.template_text and len(self._ids(marker)) > 1:
+            raise _Drop(
+                "split_special_token", f"{marker}: the tokenizer of model.path splits it into several tokens{where}"
+            )
 
     def _encode_strings(self, record: PairRecord) -> tuple[list[int], list[int], list[int]]:
         """Token ids of the prompt alone, with chosen and with rejected, as written."""

@@ -172,6 +172,70 @@ def test_strings_are_used_as_written_where_asked_or_already_rendered(
     assert online.token_ids == result.pair.prompt
 
 
+RENDERED = {
+    "Llama 3": ("<|start_header_id|>user<|end_header_id|>\n\nName a tree.<|eot_id|>", "<|start_header_id|>"),
+    "Llama 4": ("<|header_start|>user<|header_end|>\n\nName a tree.<|eot|>", "<|header_start|>"),
+    "Gemma 3": ("<bos><start_of_turn>user\nName a tree.<end_of_turn>\n<start_of_turn>model\n", "<start_of_turn>"),
+    "Gemma 4": ("<|turn>user\nName a tree.<turn|>\n<|turn>model\n", "<|turn>"),
+    "Mistral": ("<s>[INST] Name a tree. [/INST]", "[INST]"),
+    "Phi 3": ("<|user|>\nName a tree.<|end|>\n<|assistant|>\n", "<|user|>"),
+    "GLM 4": ("[gMASK]<sop><|user|>\nName a tree.<|assistant|>\n", "<|user|>"),
+    "DeepSeek": ("<\uff5cUser\uff5c>Name a tree.<\uff5cAssistant\uff5c>", "<\uff5cUser\uff5c>"),
+    "Cohere": ("<|START_OF_TURN_TOKEN|><|USER_TOKEN|>Name a tree.<|END_OF_TURN_TOKEN|>", "<|START_OF_TURN_TOKEN|>"),
+    "Granite": ("<|start_of_role|>user<|end_of_role|>Name a tree.<|end_of_text|>", "<|start_of_role|>"),
+    "gpt-oss": ("<|start|>user<|message|>Name a tree.<|end|><|start|>assistant", "<|start|>"),
+    "Kimi": ("<|im_user|>user<|im_middle|>Name a tree.<|im_end|>", "<|im_user|>"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", RENDERED)
+def test_text_that_the_template_of_another_model_rendered_is_dropped_and_its_token_named(model: str, tokenizer: Any):
+    text, marker = RENDERED[model]
+    for prompt, chosen in ((text, "An oak."), ("Name a tree.", f"Name one.\n{text}")):
+        problem = pair(tokenizer, prompt, chosen, "No.")
+        assert (problem.reason, problem.detail) == (
+            "split_special_token",
+            f"{marker}: the tokenizer of model.path splits it into several tokens, in text that the template of "
+            "another model rendered",
+        )
+    online = RecordTokenizer(tokenizer, DataConfig()).prompt(PromptRecord(text, "f", 1))
+    assert isinstance(online, Problem)
+    assert online.reason == "split_special_token"
+    assert reasons(pair(tokenizer, text, "An oak.", "No.", data={"strings": "chat"}))[0] == "strings_chat"
+
+
+def test_chatml_text_is_dropped_for_a_model_with_another_template(llama: Any):
+    backend = llama.backend_tokenizer.to_str().replace("<|im_start|>", "<|other|>")
+    llama._tokenizer = type(llama.backend_tokenizer).from_str(backend)
+    problem = pair(llama, "<|im_start|>user\nName a tree.<|im_end|>\n<|im_start|>assistant\n", "An oak.", "No.")
+    assert (problem.reason, problem.detail.partition(":")[0]) == ("split_special_token", "<|im_start|>")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Is <s>struck</s> <b>HTML</b>?",
+        "What do <|start_header_id|> and <|eot_id|> mean?",
+        "Does [INST] need a space?",
+        "What is <|user|> for?",
+    ],
+)
+def test_a_question_about_the_markers_of_another_model_goes_into_the_template(prompt: str, tokenizer: Any):
+    result = pair(tokenizer, prompt, "So.", "No.")
+    assert isinstance(result, TokenizedPair), result
+    assert reasons(result)[0] == "strings_chat"
+
+
+def test_text_that_the_models_own_template_of_plain_tags_rendered_is_used_as_written(tokenizer: Any):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+        "{% else %} {{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    result = pair(tokenizer, "[INST] Name a tree. [/INST]", " An oak.", " No.")
+    assert reasons(result) == ["strings_raw"]
+    assert result.pair == pair(tokenizer, (USER,), answer("An oak."), answer("No.")).pair
+
+
 def test_a_system_prompt_beside_raw_text_is_rejected_and_in_the_template_rendered(tokenizer: Any):
     system = ({"role": "system", "content": "Be brief."},)
     problem = pair(tokenizer, "Name a tree.", "a", "b", system=system, data={"strings": "raw"})
