@@ -10,6 +10,8 @@ from dpo_ray.types import Message, Messages
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 """Tags of the turns of a transcript."""
+_SPEAKER = re.compile(r"(?:\A|\n|###)[ \t]*(Human|User|Assistant):|\b(USER|ASSISTANT):|<extra_id_1>(User|Assistant)\b")
+"""A tag that opens a turn in text."""
 
 
 def validate_completion(name: str, completion: Messages | str, prompt: Messages | str) -> None:
@@ -19,9 +21,10 @@ def validate_completion(name: str, completion: Messages | str, prompt: Messages 
         Unusable: the completion has such a turn, or starts or ends with the turn of a tool.
     """
     if isinstance(completion, str):
-        transcript = isinstance(prompt, str) and transcript_turns(prompt)
-        if (HUMAN in completion and transcript) or transcript_turns(completion):
-            bad_field(name, "a turn by 'Human' after the prompt", "transcripts that part in their last answer")
+        answers = isinstance(prompt, str) and _in_answer(prompt)
+        human = next((speaker for speaker in _speakers(completion) if speaker != "Assistant"), None)
+        if human and (answers or transcript_turns(completion)):
+            bad_field(name, f"a turn by {human!r} after the prompt", "transcripts that part in their last answer")
         return
     for message in completion:
         if message["role"] not in ("assistant", "tool"):
@@ -29,6 +32,17 @@ def validate_completion(name: str, completion: Messages | str, prompt: Messages 
     for message, end in ((completion[-1], "end"), (completion[0], "start")):
         if message["role"] != "assistant":
             bad_field(name, f"a tool turn at the {end}", f"an assistant turn at the {end}")
+
+
+def _speakers(text: str) -> list[str]:
+    """Names in the tags of a text with turns, in order."""
+    return ["".join(tag).capitalize() for tag in _SPEAKER.findall(text)]
+
+
+def _in_answer(prompt: str) -> bool:
+    """True for a text with turns that the assistant continues."""
+    speakers = _speakers(prompt)
+    return len(set(speakers)) > 1 and (speakers[-1] == "Assistant" or "<extra_id_1>" in prompt)
 
 
 def transcript_turns(transcript: str) -> Messages | None:

@@ -491,6 +491,23 @@ PROBLEMS = [
         {"chosen": f"{HH} No.\n\nHuman: Why?\n\nAssistant: So.", "rejected": f"{HH} Go on."},
         "chosen: found a turn by 'Human' after the prompt",
     ),
+    *(
+        (
+            {"prompt": prompt, "chosen": f" An oak.{further}And?", "rejected": " A herring."},
+            f"chosen: found a turn by {speaker!r} after the prompt",
+        )
+        for prompt, further, speaker in (
+            (f"A talk with an assistant.{HH}", "\n\nHuman: ", "Human"),
+            ("User: Name a tree.\nAssistant:", "\nUser: ", "User"),
+            ("A chat. USER: Name a tree. ASSISTANT:", "</s>USER: ", "User"),
+            ("### Human: Name a tree.### Assistant:", "### Human: ", "Human"),
+            ("Name a tree.\n<extra_id_1>Assistant\nOak.\n<extra_id_1>User\nMore?", "\n<extra_id_1>User\n", "User"),
+        )
+    ),
+    (
+        {"chosen": f"Talk.{HH} No.\n\nHuman: Why?\n\nAssistant: So.", "rejected": f"Talk.{HH} Go on."},
+        "chosen: found a turn by 'Human' after the prompt",
+    ),
     (
         {"prompt": [ASK], "completions": [[OAK, ASK, OAK], [HERRING]], "scores": [1, 0]},
         "completions[0]: found a turn by 'user' after the prompt",
@@ -515,6 +532,8 @@ def test_a_record_whose_content_would_be_lost_is_rejected_by_field(record: dict[
         ("Answer as JSON.", '[{"role": "admin", "name": "Ada"}]', '{"from": "Oslo", "to": "Bergen"}'),
         ("Answer as JSON.", '{"value": "admin"', "{'role'}: a set in Python, not {'role': 1}"),
         ("Human: an essay on what it means to be one", "So.", "No."),
+        ("Write a dialogue.", "User: Hi\nAssistant: Hello\nUser: Bye", "Human: Hi"),
+        ("Continue.\nAssistant: Hi\nUser:", " Hello\nAssistant: And?\nUser: Bye", " No"),
     ],
 )
 def test_text_that_resembles_another_form_stays_text(texts: tuple[str, str, str], write: Write):
