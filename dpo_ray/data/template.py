@@ -2,10 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dpo_ray.types import Message, Messages
+from dpo_ray.types import Messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,64 +127,91 @@ def unrendered_texts(
 ) -> list[str]:
     """Names of the parts of a conversation that its rendered ``text`` lacks.
 
-    A content is looked for in the text, white space and the tags of reasoning aside. The other parts are replaced by
-    markers, all at once; a part whose marker is not rendered counts as rendered if the text changes without it.
-    ``how`` has the arguments of ``render``.
+    All texts get a marker at once: each piece of a content between tags, names, ids, arguments, tools. A
+    text whose marker is not rendered counts as rendered if the conversation is rendered differently without it. ``how``
+    has the arguments of ``render``.
     """
+    markers: dict[_Path, str] = {}
+    ids: dict[Any, str] = {}
 
-    def is_same(*conversation: Any) -> bool:
+    def mark(path: _Path, value: Any) -> Any:
+        if path[-1] == "id" or str(path[0]).endswith(".tool_call_id"):
+            # Templates compare ids and check their length.
+            digits = max(len(str(value)) - 1, 5)
+            markers[path] = ids.setdefault(value, f"q{len(markers):0{digits}d}")
+            return markers[path]
+        markers[path] = f"Mark{len(markers)}x"
+        start = len(value) - len(value.lstrip()) if isinstance(value, str) else 0
+        return f"{value[:start]}{markers[path]}{value[start:]}" if isinstance(value, str) else markers[path]
+
+    def rendered(change: Callable[[_Path, Any], Any]) -> str:
         try:
-            return render(conversation[0], tokenizer, conversation[1], **how) == text
+            return render(_changed(messages, names, change), tokenizer, _changed_tree(("tools",), tools, change), **how)
         except ValueError:
-            return False
+            return ""
 
-    squeezed = "".join(text.split())
-    lost = [
-        f"{name}.content"
-        for message, name in zip(messages, names, strict=True)
-        for piece in re.split(r"</?think>", message["content"] or "")
-        if "".join(piece.split()) not in squeezed
-    ]
-    parts = [(i, key) for i, message in enumerate(messages) for key in _MARKED_KEYS if key in message]
-    if parts:
-        try:
-            marked = render(tuple(_marked(message, i) for i, message in enumerate(messages)), tokenizer, tools, **how)
-        except ValueError:
-            marked = ""
-        parts = [
-            (i, key)
-            for i, key in parts
-            if marked.count(_marker(i, key)) < (len(messages[i][key]) if key == "tool_calls" else 1)
-        ]
-    if parts and not is_same(_without(messages, parts), tools):
-        parts = [part for part in parts if is_same(_without(messages, [part]), tools)]
-    lost += [f"{names[i]}.{key}" for i, key in parts]
-    return [*dict.fromkeys(lost), *(["tools"] if tools and is_same(messages, ()) else [])]
+    def is_lost(paths: Sequence[_Path]) -> bool:
+        removed = set(paths)
+        return rendered(lambda path, value: "" if path in removed else value) == text
+
+    marked = rendered(mark)
+    found = set(re.findall(r"Mark\d+x", marked))
+    lost = [path for path, marker in markers.items() if marker not in found and marker not in marked]
+    if lost and not is_lost(lost):
+        lost = [path for path in lost if is_lost([path])]
+    return [*dict.fromkeys(_collapsed(lost, [*markers]))]
 
 
-_MARKED_KEYS = ("reasoning_content", "thinking", "name", "tool_calls")
+_Path = tuple[str | int, ...]
+"""A text of a conversation: the name of a message's part or ``tools``, then keys and indices."""
 
 
-def _marker(i: int, key: str) -> str:
-    return f"[marker {i} {key}]"
-
-
-def _marked(message: Message, i: int) -> Message:
-    """The message with markers for its parts other than the content; of a call, for its name."""
-    marked = {key: _marker(i, key) if key in _MARKED_KEYS else value for key, value in message.items()}
-    if "tool_calls" in message:
-        name = {"name": _marker(i, "tool_calls")}
-        marked["tool_calls"] = [
-            call | ({"function": call["function"] | name} if isinstance(call.get("function"), dict) else name)
-            for call in message["tool_calls"]
-        ]
-    return marked
-
-
-def _without(messages: Messages, parts: Sequence[tuple[int, str]]) -> Messages:
+def _changed(messages: Messages, names: Sequence[str], change: Callable[[_Path, Any], Any]) -> Messages:
+    """The messages with ``change(path, text)`` in the place of each of their texts."""
     return tuple(
-        {key: value for key, value in message.items() if (i, key) not in parts} for i, message in enumerate(messages)
+        {
+            key: value
+            if key == "role"
+            else _changed_content(f"{name}.content", value, change)
+            if key == "content"
+            else _changed_tree((f"{name}.{key}",), value, change)
+            for key, value in message.items()
+        }
+        for message, name in zip(messages, names, strict=True)
     )
+
+
+def _changed_content(name: str, content: str | None, change: Callable[[_Path, Any], Any]) -> str | None:
+    """A content whose pieces between tags, such as those of reasoning, are changed."""
+    pieces = re.split(r"(<[^<>]*>)", content or "")
+    changed = (change((name, i), piece) if piece.strip() and i % 2 == 0 else piece for i, piece in enumerate(pieces))
+    return "".join(changed) if content else content
+
+
+def _changed_tree(path: _Path, value: Any, change: Callable[[_Path, Any], Any]) -> Any:
+    """Calls or schemas with changed texts, numbers of arguments included; keys are kept, and what selects a format."""
+    in_arguments = "arguments" in path
+    if isinstance(value, Mapping):
+        return {
+            key: item if key in ("type", "required") and not in_arguments else _changed_tree((*path, key), item, change)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_changed_tree((*path, i), item, change) for i, item in enumerate(value)]
+    if path[-1] == "arguments" and isinstance(parsed := _parsed(value), dict):
+        return json.dumps(_changed_tree(path, parsed, change), ensure_ascii=False)
+    if value in (None, "") or not (isinstance(value, str) or in_arguments):
+        return value
+    return change(path, value)
+
+
+def _collapsed(lost: Sequence[_Path], paths: Sequence[_Path]) -> Iterator[str]:
+    """Names of lost texts: of the largest part of the conversation that has no other ones."""
+    everything, missing = (Counter(p[:n] for p in part for n in range(1, len(p) + 1)) for part in (paths, lost))
+    for path in lost:
+        count = next(n for n in range(1, len(path) + 1) if missing[path[:n]] == everything[path[:n]])
+        name, *keys = path[:1] if str(path[0]).endswith(".content") else path[:count]
+        yield "".join((str(name), *(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)))
 
 
 def probe_texts(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:

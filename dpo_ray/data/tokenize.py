@@ -93,7 +93,7 @@ class RecordTokenizer:
         self.end_of_turn = next((token for token in reversed(self._ids(whole)) if token in self.special), None)
         """The last special token that the chat template writes after an answer."""
         self.template_text = whole + open_ended
-        """What the chat template writes around turns."""
+        """Text that the chat template writes around turns."""
         self.template_tokens = [special for special in self.special_texts if special in self.template_text]
         """Special tokens that the chat template writes: a string that contains one has been rendered."""
         with_special, without = tokenizer("a")["input_ids"], self._ids("a")

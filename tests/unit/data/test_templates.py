@@ -350,6 +350,61 @@ def test_tools_that_the_template_leaves_out_are_reported(tokenizer: Any):
     assert result.notes == (("text_not_rendered", "tools"),)
 
 
+def test_text_that_the_template_leaves_out_is_reported_though_it_occurs_elsewhere(tokenizer: Any):
+    tokenizer.chat_template = tokenizer.chat_template.replace("['content'] ", "['content'].split('</think>')[-1] ")
+    result = pair(tokenizer, (USER,), answer("<think>42</think>The answer is 42."), answer("No."))
+    assert result.notes == (("text_not_rendered", "chosen[0].content"),)
+    tokenizer.chat_template = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    result = pair(tokenizer, ({"role": "system", "content": "a tree"}, USER), answer("Oak."), answer("No."))
+    assert result.notes == (("text_not_rendered", "prompt[0].content"),)
+
+
+WHERE = {"name": "forecast", "arguments": {"city": "Oslo", "days": 3}}
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize(
+    ("written", "fields"),
+    [
+        ("{{ call.function | tojson }}", "{0}.tool_calls[0].id, {1}.tool_call_id"),
+        ("{{ call.function.name }}", "{0}.tool_calls[0].id, {0}.tool_calls[0].function.arguments, {1}.tool_call_id"),
+        (
+            "{{ call.id }}{{ call.function.name }}{{ (call.function.arguments | string)[:6] }}",
+            "{0}.tool_calls[0].function.arguments",
+        ),
+        ("{{ call | tojson }}{{ m.tool_call_id }}", ""),
+    ],
+)
+def test_ids_and_arguments_that_the_template_leaves_out_are_reported(
+    written: str, fields: str, as_text: bool, tokenizer: Any
+):
+    tokenizer.chat_template = TOOLS_TEMPLATE.replace("{{ call.function | tojson }}", written)
+    arguments = '{"city": "Oslo", "days": 3}' if as_text else WHERE["arguments"]
+    call = {"id": "abc123def", "type": "function", "function": WHERE | {"arguments": arguments}}
+    rain = RAIN | {"tool_call_id": "abc123def"}
+    result = pair(tokenizer, (USER,), (CALL | {"tool_calls": [call]}, rain, *answer("Wet.")), answer("Dry."))
+    named = fields.format("chosen[0]", "chosen[1]")
+    assert result.notes == ((("text_not_rendered", named),) if named else ())
+
+
+def test_texts_of_tools_that_the_template_leaves_out_are_reported(tokenizer: Any):
+    city = {"type": "object", "required": ["city"], "properties": {"city": {"type": "string", "description": "Town"}}}
+    tools = ({"type": "function", "function": {"name": "forecast", "description": "Weather", "parameters": city}},)
+    tokenizer.chat_template = (
+        "{% for t in tools %}{{ t.function.name }}{% endfor %}" + TOOLS_TEMPLATE.partition("{% endif %}")[2]
+    )
+    result = pair(tokenizer, (USER,), answer("Oak."), answer("No."), tools=tools)
+    assert result.notes == (("text_not_rendered", "tools[0].function.description, tools[0].function.parameters"),)
+
+
+def test_results_of_tools_that_the_template_encodes_are_no_loss(tokenizer: Any):
+    tokenizer.chat_template = TOOLS_TEMPLATE.replace(
+        "{{ m['content'] or '' }}", "{{ m['content'] | tojson if m['role'] == 'tool' else m['content'] or '' }}"
+    )
+    rain = RAIN | {"content": 'A "wet"\nday.'}
+    assert pair(tokenizer, (USER,), (CALL, rain, *answer("Wet.")), answer("Dry.")).notes == ()
+
+
 def test_white_space_that_the_template_trims_is_no_loss(llama: Any):
     assert pair(llama, (USER,), answer("  Oak. \n"), answer("No.")).notes == ()
 
