@@ -64,7 +64,7 @@ def render(
         )
     continues = answer_follows and messages[-1]["role"] == "assistant"
     problem: Exception = ValueError()
-    for conversation in _spellings(messages, tokenizer):
+    for conversation, is_fit in _spellings(messages, tokenizer):
         try:
             text: Any = tokenizer.apply_chat_template(
                 conversation,
@@ -74,7 +74,8 @@ def render(
                 continue_final_message=continues,
                 return_dict=False,
             )
-            return text
+            if is_fit(text):
+                return text
         except TemplateSyntaxError as error:
             raise ValueError(f"model.chat_template: line {error.lineno} of the template: {error.message}") from None
         # Templates raise TypeErrors of their own, such as the sum of a text and a null content.
@@ -83,22 +84,35 @@ def render(
     raise ChatTemplateError(f"the chat template raised: {problem}") from None
 
 
-def _spellings(messages: Messages, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[dict[str, Any]]]:
-    """The conversation as most templates take it, then as it is written.
+def _spellings(
+    messages: Messages, tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[tuple[list[dict[str, Any]], Callable[[str], bool]]]:
+    """The conversation as most templates take it, then as it is written; with a test of the rendered text.
 
-    Most templates print a null content as text, unless they test for it, and encode the arguments of a call, which are
-    then not to be JSON text already.
+    Most templates print a null content as text, unless they test for it. Arguments that are JSON text are rendered as
+    written by templates that take text, and would be encoded twice by the others.
     """
     plain = [dict(message) for message in messages]
     if any("tool_calls" in message or message["content"] is None for message in plain):
         takes_null = re.search(r"is (not )?none", str(tokenizer.chat_template), re.IGNORECASE)
-        yield [
-            message
-            | ({} if takes_null or message["content"] is not None else {"content": ""})
-            | ({"tool_calls": _with_parsed_arguments(message["tool_calls"])} if message.get("tool_calls") else {})
-            for message in plain
+        filled = [
+            message | ({"content": ""} if message["content"] is None and not takes_null else {}) for message in plain
         ]
-    yield plain
+        if texts := [*_argument_texts([message.get("tool_calls") for message in filled])]:
+            yield (
+                filled,
+                lambda text: all(t.strip() in text and json.dumps(t, ensure_ascii=False) not in text for t in texts),
+            )
+        yield [_with_parsed_arguments(message) for message in filled], lambda _: True
+    yield plain, lambda _: True
+
+
+def _argument_texts(value: Any) -> Iterator[str]:
+    """Arguments of calls that are JSON text."""
+    if isinstance(value, Mapping) and isinstance(value.get("arguments"), str):
+        yield value["arguments"]
+    for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        yield from _argument_texts(item)
 
 
 def _with_parsed_arguments(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Chat templates, special tokens and limits: the record reaches the model as written, or is named."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -518,6 +519,24 @@ def test_arguments_that_are_json_text_are_encoded_once(tokenizer: Any):
     call = {"type": "function", "function": {"name": "forecast", "arguments": '{"city": "Oslo"}'}}
     result = pair(model, (USER,), (CALL | {"tool_calls": [call]}, RAIN, *answer("Wet.")), answer("Dry."), tools=TOOLS)
     assert '"arguments": {"city": "Oslo"}' in model.decode([t for t in result.pair.chosen if t >= 0])
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_vl", "deepseekv3", "glm4moe", "printed"])
+def test_arguments_that_are_json_text_keep_their_spelling_where_the_template_takes_text(name: str, tokenizer: Any):
+    model = with_tokens(tokenizer)
+    printed = TOOLS_TEMPLATE.replace("call.function | tojson", "call.function.arguments")
+    model.chat_template = printed if name == "printed" else trl_template(name)
+    for arguments in ('{"days":3,  "city": "Oslo"}', '{"city": "T\\u00f8nsberg"}', "{}"):
+        call = {"type": "function", "function": {"name": "forecast", "arguments": arguments}}
+        chosen = ({"role": "assistant", "content": "", "tool_calls": [call]}, RAIN, *answer("Wet."))
+        ids = pair(model, (USER,), chosen, answer("Dry."), tools=TOOLS).pair
+        expected: list[Any] = [USER, *chosen]
+        if name == "glm4moe":  # takes no text
+            parsed = call | {"function": call["function"] | {"arguments": json.loads(arguments)}}  # type: ignore[operator]
+            expected[1] = expected[1] | {"tool_calls": [parsed]}
+        assert [token if token >= 0 else ~token for token in (*ids.prompt, *ids.chosen)] == (
+            model.apply_chat_template(expected, tools=list(TOOLS), return_dict=False)
+        )
 
 
 def test_a_template_with_tags_of_plain_text_is_accepted(tokenizer: Any):
