@@ -43,12 +43,6 @@ MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _MEDIA_KEYS = (*MEDIA, "image_url", "audio_url", "video_url", "input_audio")
 """Keys inside a column that hold media."""
 _INDICES = r"(?:\[\d+\])+"
-_PLACEHOLDER = re.compile(
-    r"\A\s*<(?:image|audio|video)>|<(?:image|audio|video)>\s*\Z|<\|(?:image|audio|video)(?:_pad|_\d+)?\|>"
-)
-"""Placeholders of media as datasets write them."""
-_MENTION = re.compile(r"<(?:image|audio|video)>|<\|(?:image|audio|video)(?:_pad|_\d+)?\|>")
-"""A placeholder anywhere in a text, where <video> may also be a tag that somebody asks about."""
 
 
 class Fields:
@@ -216,23 +210,6 @@ def text(name: str, value: Any, *, may_be_empty: bool = False) -> str:
     except UnicodeEncodeError as error:
         bad_field(name, f"half of a surrogate pair at character {error.start + 1}", "Unicode text")
     return value
-
-
-def placeholder_notes(prompt: Messages | str) -> tuple[tuple[str, str], ...]:
-    """A note on the placeholders of images, audio and video within the texts of a prompt, if it has any.
-
-    Raises:
-        Unusable: a text of the user starts or ends with a placeholder.
-    """
-    details = []
-    for i, message in enumerate((turn("user", prompt),) if isinstance(prompt, str) else prompt):
-        content = message["content"] or ""
-        if message["role"] == "user" and (placeholder := _PLACEHOLDER.search(content)):
-            bad_field("prompt", f"the placeholder {placeholder[0].strip()}", "text without images, audio or video")
-        if mentions := dict.fromkeys(_MENTION.findall(content)):
-            name = "prompt" if isinstance(prompt, str) else f"prompt[{i}].content"
-            details.append(f"{name}: {' '.join(mentions)}")
-    return (("media_placeholder", ", ".join(details)),) if details else ()
 
 
 def _reject_media(prefix: str, value: Mapping[str, Any], keys: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from dpo_ray.data.fields import ITEM_SCORES, LAYOUTS_ACCEPTED, Fields, bad_field, missing_field, text, turn
 from dpo_ray.data.formats import Unusable, show
+from dpo_ray.data.placeholders import placeholder_notes
 from dpo_ray.data.turns import as_turns, is_answer, prompt_turns, split_after, split_conversations, validate_completion
 from dpo_ray.data.verdicts import Verdict, finite_number, verdict_of
 from dpo_ray.types import Messages
@@ -270,6 +271,7 @@ def _ranked(fields: Fields, name: str) -> Candidates:
                 raise Unusable("bad_score", f"{name}[{i}]: found score {show(score)}; accepted: a finite number")
             completion = _completion(fields, f"{name}[{i}]", item)
             validate_completion(f"{name}[{i}]", completion, prompt)
+            placeholder_notes((), [(f"{name}[{i}]", completion)])
             usable.append((f"{name}[{i}]", number, completion))
         except Unusable as problem:
             problems.append(problem)

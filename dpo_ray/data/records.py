@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_ray.config.losses import Examples
-from dpo_ray.data.fields import Fields, bad_field, placeholder_notes
+from dpo_ray.data.fields import Fields, bad_field
 from dpo_ray.data.formats import Part, Unusable, show
 from dpo_ray.data.layouts import PROMPT, Candidates, read_answer, read_candidates, read_prompt
+from dpo_ray.data.placeholders import placeholder_notes
 from dpo_ray.data.sources import check_sources, expand_source, read_rows
 from dpo_ray.data.turns import validate_completion
 from dpo_ray.types import Messages
@@ -96,10 +97,11 @@ def read_pairs(
 
     def build(fields: Fields, source: str, number: int) -> Iterator[PairRecord]:
         candidates = read_candidates(fields)
-        for name, completion in zip(candidates.names, candidates.completions, strict=True):
+        completions = [*zip(candidates.names, candidates.completions, strict=True)]
+        for name, completion in completions:
             validate_completion(name, completion, candidates.prompt)
         tools, (prompt, system) = fields.tools(), _with_system(fields, candidates.prompt)
-        left_out, notes = _left_out(candidates, source, number), placeholder_notes(candidates.prompt)
+        left_out, notes = _left_out(candidates, source, number), placeholder_notes(candidates.prompt, completions)
         parts = list(_examples(candidates, examples, pairs_per_prompt))
         if len({i for part in parts for i in part[:2]}) < len(candidates.completions):
             fields.skip_key(f"{candidates.names[0].partition('[')[0]}[] in no pair")
@@ -166,6 +168,7 @@ def read_answers(sources: Sequence[str]) -> Iterator[tuple[PromptRecord, PairRec
                 unpaired=1,
                 names=(name, name),
                 left_out=_left_out(candidates, source, number),
+                notes=placeholder_notes((), [(name, answer)]),
             ),
         )
 

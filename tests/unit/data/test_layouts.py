@@ -438,6 +438,32 @@ PROBLEMS = [
         'completions[0].audio: found "a.wav"',
     ),
     ({"prompt": " <image>\nWhich bird?", "chosen": "a", "rejected": "b"}, "prompt: found the placeholder <image>"),
+    *(
+        ({"prompt": prompt, "chosen": "a", "rejected": "b"}, f"found the placeholder {placeholder};")
+        for prompt, placeholder in (
+            ("<image><image>\nWhat differs?", "<image>"),
+            ("Look at these.\n<image> <image>\nWhat differs?", "<image>"),
+            ("Picture 1: <image>\nPicture 2: <image>\nWhat differs?", "<image>"),
+            ("\n\nHuman: <image> Which bird?\n\nAssistant:", "<image>"),
+            ("User: <audio>\nWhich bird?\nAssistant:", "<audio>"),
+            ([ASK, OAK, user("And here?\n<video>\nWhich?")], "<video>"),
+            ("What is in <image_1> and <image_2>?", "<image_1>"),
+            ("<image 1> Which bird?", "<image 1>"),
+            ("[IMG] Which bird?", "[IMG]"),
+            ("See <image_placeholder>, please.", "<image_placeholder>"),
+            ("<start_of_image>Which bird?", "<start_of_image>"),
+            ("<|vision_start|><|image_pad|><|vision_end|>Which bird?", "<|vision_start|>"),
+        )
+    ),
+    ({"prompt": "q", "chosen": "A wren:\n<image>\n", "rejected": "b"}, "chosen: found the placeholder <image>"),
+    (
+        {"prompt": [ASK], "chosen": [OAK], "rejected": [assistant("<image> A wren.")]},
+        "rejected[0].content: found the placeholder <image>",
+    ),
+    (
+        {"prompt": "q", "completions": ["<image>\nA wren.", "b"], "scores": [1, 0]},
+        "completions[0]: found the placeholder <image>",
+    ),
     ({"prompt": [user("See <|image_pad|>")], "chosen": "a", "rejected": "b"}, "the placeholder <|image_pad|>"),
     ({"prompt": "q", "chosen": [OAK, RAIN], "rejected": [HERRING]}, "chosen: found a tool turn at the end"),
     (
@@ -528,6 +554,9 @@ def test_a_record_whose_content_would_be_lost_is_rejected_by_field(record: dict[
     "texts",
     [
         ("How do I use the <video> tag?", "Use <video> or <audio>.", "No."),
+        ("Which tag shows a film?", "<video>", "`<image>`"),
+        ("<video>\n<source>\n</video>\nWhat is wrong?", "```html\n<video>\n```", "[IMG]a.png[/IMG]"),
+        ("What does this do?\n```\n<image>\n```", "It is\n```\n<image_1>\n```", "`<|image_pad|>`"),
         ('[{"role": "user", "content": "x"}] <- why does this fail?', '[{"value": 1}]', "No."),
         ("Answer as JSON.", '[{"role": "admin", "name": "Ada"}]', '{"from": "Oslo", "to": "Bergen"}'),
         ("Answer as JSON.", '{"value": "admin"', "{'role'}: a set in Python, not {'role': 1}"),
@@ -699,6 +728,7 @@ def test_self_play_carries_along_what_prompt_and_answer_were_not_built_from(
          "prompt[0].content: <image>, prompt[2].content: <video>"),
         ([ASK, CALL, {"role": "tool", "content": "<image>"}], "prompt[2].content: <image>"),
         ("How do I use the <video> tag?", "prompt: <video>"),
+        ("Is `<image_1>` a variable?", "prompt: <image_1>"),
         ("Name a tree.", None),
     ],
 )  # fmt: skip
