@@ -16,7 +16,15 @@ from typing import Any
 from dpo_ray.data.fields import ITEM_SCORES, LAYOUTS_ACCEPTED, Fields, bad_field, missing_field, text, turn
 from dpo_ray.data.formats import Unusable, show
 from dpo_ray.data.placeholders import placeholder_notes
-from dpo_ray.data.turns import as_turns, is_answer, prompt_turns, split_after, split_conversations, validate_completion
+from dpo_ray.data.turns import (
+    as_turns,
+    is_answer,
+    prompt_turns,
+    split_after,
+    split_conversations,
+    transcript_turns,
+    validate_completion,
+)
 from dpo_ray.data.verdicts import Verdict, finite_number, verdict_of
 from dpo_ray.types import Messages
 
@@ -95,11 +103,11 @@ def read_prompt(fields: Fields) -> Messages | str:
     Raises:
         Unusable: the record has no prompt.
     """
-    name = fields.first_of(*PROMPT)
+    name = _prompt_field(fields)
     completion = fields.first_of(*_CHOSEN) if fields.first_of(*_REJECTED) else None
     if not completion and (verdict := verdict_of(fields)):
         completion = verdict.first
-    if completion and (name is None or not isinstance(fields.conversation(completion), str)):
+    if completion and (not name or not _filled(fields, name) or not isinstance(fields.conversation(completion), str)):
         return read_candidates(fields).prompt
     if name is None:
         missing_field(fields.record, "prompt", f"accepted are {', '.join(PROMPT)}, and the prompt of a pair")
@@ -129,7 +137,7 @@ def read_answer(fields: Fields) -> Candidates:
             (candidates.names[best],),
             left_out=candidates.left_out,
         )
-    prompt, name = read_prompt(fields), fields.first_of(*PROMPT)
+    prompt, name = read_prompt(fields), _prompt_field(fields)
     assert name is not None
     conversation = fields.conversation(name) if name in ("messages", "conversations") else ()
     if isinstance(prompt, tuple) and (turns := conversation[len(prompt) :]):
@@ -149,12 +157,24 @@ def _start_of_answer(turns: Messages) -> int:
 # ------------------------------------------------------------------------------------------------------------- prompts
 
 
+def _prompt_field(fields: Fields) -> str | None:
+    """The field of the prompt: the first one that is not empty."""
+    return next((name for name in PROMPT if _filled(fields, name)), fields.first_of(*PROMPT))
+
+
+def _has_prompt(fields: Fields, *completions: Messages | str) -> bool:
+    """True if a field holds the prompt; beside whole conversations, an empty one is none."""
+    name, (first, *_) = _prompt_field(fields), completions
+    if name == "messages" and fields.first_of(*_CHOSEN) and not is_answer(first):
+        return False  # of the chosen conversation
+    whole = transcript_turns(first) if isinstance(first, str) else not is_answer(first)
+    return name is not None and (_filled(fields, name) or not whole)
+
+
 def _prompt(fields: Fields) -> Messages | str:
     """The prompt field, with ``system``, ``input`` and ``history`` where a record has them."""
-    name = fields.first_of(*PROMPT)
+    name = _prompt_field(fields)
     assert name is not None
-    if name == "instruction" and not _filled(fields, name) and _filled(fields, "input"):
-        name = "input"
     prompt = _openai_input(fields) if name == "input" and isinstance(fields.record["input"], dict) else None
     prompt = prompt or fields.conversation(name)
     if isinstance(prompt, str):
@@ -173,7 +193,7 @@ def _filled(fields: Fields, name: str) -> bool:
 
 def _pair_prompt(fields: Fields) -> Messages | str:
     """The prompt field of a record with completions."""
-    prompt, name = _prompt(fields), fields.first_of(*PROMPT)
+    prompt, name = _prompt(fields), _prompt_field(fields)
     if isinstance(prompt, tuple) and prompt[-1]["role"] == "assistant" and name != "prompt":
         bad_field(
             f"{name}", "an assistant turn at the end, beside completions", "a conversation that ends with another turn"
@@ -214,7 +234,7 @@ def _two_completions(fields: Fields, names: Sequence[str]) -> Sequence[Messages 
 def _labelled(fields: Fields, *names: str) -> Candidates:
     """Layouts with a chosen and a rejected completion."""
     chosen, rejected = _two_completions(fields, names)
-    if not fields.first_of(*PROMPT[:-1]) and not (fields.has("messages") and is_answer(chosen)):
+    if not _has_prompt(fields, chosen, rejected):
         prompt, chosen, rejected = split_conversations(fields, names, chosen, rejected)
     else:
         prompt = _pair_prompt(fields)
@@ -245,7 +265,7 @@ def _judged(fields: Fields, verdict: Verdict) -> Candidates:
         raise Unusable("bad_score", f"{verdict.field}: found {show(fields.record[verdict.field])}")
     names = (verdict.first, verdict.second)
     first, second = _two_completions(fields, names)
-    if fields.first_of(*PROMPT):
+    if _has_prompt(fields, first, second):
         prompt = _pair_prompt(fields)
         if not all(isinstance(part, str) for part in (prompt, first, second)):
             prompt, first, second = split_after(names, prompt_turns(prompt), as_turns(first), as_turns(second))

@@ -658,6 +658,34 @@ def test_other_keys_of_content_parts_are_reported(write: Write):
         assert pair.unread == (unread + ("cache_control" if "chosen" in record else "id"),)
 
 
+@pytest.mark.parametrize(
+    "empty", [{"input": ""}, {"prompt": " "}, {"prompt": []}, {"history": []}, {"instruction": "", "input": ""}]
+)
+@pytest.mark.parametrize(
+    ("names", "verdict"), [(("chosen", "rejected"), {}), (("conversation_a", "conversation_b"), {"winner": "model_a"})]
+)
+def test_an_empty_prompt_beside_whole_conversations_is_none(
+    names: tuple[str, str], verdict: dict[str, Any], empty: dict[str, Any], write: Write
+):
+    whole = ([ASK, OAK], [ASK, HERRING]), (f"{HH} An oak.", f"{HH} A herring.")
+    records = [dict(zip(names, pair, strict=True)) | verdict | empty for pair in whole]
+    messages, transcripts = read_pairs([Part(write(records))])
+    assert isinstance(messages, PairRecord), messages
+    assert isinstance(transcripts, PairRecord), transcripts
+    assert (messages.prompt, messages.chosen, messages.rejected) == MESSAGES
+    assert (transcripts.prompt, transcripts.chosen) == (HH, " An oak.")
+    assert [prompt.prompt for prompt in read_prompts([write(records)]) if isinstance(prompt, PromptRecord)] == [
+        (ASK,), HH
+    ]  # fmt: skip
+
+
+def test_an_empty_prompt_field_does_not_replace_a_filled_one(write: Write):
+    record = {"prompt": "", "question": "Name a tree.", "chosen": "An oak.", "rejected": "A herring."}
+    (pair,) = read_pairs([Part(write([record]))])
+    assert isinstance(pair, PairRecord), pair
+    assert pair.prompt == "Name a tree."
+
+
 @pytest.mark.parametrize("empty", ["", " ", None])
 def test_an_empty_system_column_does_not_replace_a_filled_one(empty: str | None, write: Write):
     record = {"system": empty, "system_prompt": "Be brief.", "prompt": [ASK], "chosen": [OAK], "rejected": [HERRING]}
