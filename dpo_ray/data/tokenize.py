@@ -92,6 +92,9 @@ class RecordTokenizer:
         whole, open_ended = probe_texts(tokenizer)
         self.end_of_turn = next((token for token in reversed(self._ids(whole)) if token in self.special), None)
         """The last special token that the chat template writes after an answer."""
+        # GPT-2 has one token for the unknown and the end.
+        self.endings = self.special - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id, self.end_of_turn})
+        """Special tokens that a text may end with."""
         self.template_text = whole + open_ended
         """Text that the chat template writes around turns."""
         self.template_tokens = [special for special in self.special_texts if special in self.template_text]
@@ -184,7 +187,7 @@ class RecordTokenizer:
             "double_eos": any(
                 _has_double(completion, self.tokenizer.eos_token_id) for completion in (chosen, rejected)
             ),
-            "no_eos": bool(self.special) and any(self.special.isdisjoint(ids) for ids in whole),
+            "no_eos": bool(self.special) and any(self.endings.isdisjoint(ids) for ids in whole),
         }
         pair = TokenPair(tuple(prompt_ids[:start]), tuple(chosen), tuple(rejected), record.unpaired)
         applying = tuple((note, "") for note, applies in notes.items() if applies)
@@ -237,7 +240,8 @@ class RecordTokenizer:
 
     def _ended(self, text: str) -> list[int]:
         ids, eos = self._with_bos(text), self.tokenizer.eos_token_id
-        if next((token for token in reversed(ids) if self.decode([token]).strip()), None) in self.special:
+        last = next((token for token in reversed(ids) if self.decode([token]).strip()), None)
+        if last in self.endings:
             return ids
         if eos is None:
             raise ValueError("model.path: the tokenizer has no end-of-sequence token, which plain-text pairs need")

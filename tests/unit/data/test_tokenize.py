@@ -110,6 +110,21 @@ def test_text_ends_with_one_end_of_sequence_token(tokenizer: Any):
     assert reasons(result) == ["strings_raw"]
 
 
+def test_text_that_ends_with_an_unknown_character_ends_with_the_end_of_sequence_token(tokenizer: Any):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, "</s>": 1, "sky": 2, "?": 3, "blue": 4}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    model = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    result: Any = record_tokenizer(model, strings="raw").pair(PairRecord("sky?", " blue \u2603", " sky", "f", 1))
+    assert (result.pair.chosen, result.pair.rejected) == ((4, 0, 1), (2, 1))
+    model.unk_token = "</s>"  # as in GPT-2
+    same: Any = record_tokenizer(model, strings="raw").pair(PairRecord("sky?", " blue </s>", " sky", "f", 1))
+    assert (same.pair.chosen, same.pair.rejected) == ((4, 1), (2, 1))
+
+
 # -------------------------------------------------------------------------------------------------------------- limits
 
 
