@@ -163,12 +163,13 @@ def _answers(key: str, sources: Sequence[str], tokenizer: RecordTokenizer) -> It
 def _kept_prompt(
     key: str, record: PromptRecord, result: TokenizedPrompt, tokenizer: RecordTokenizer
 ) -> InspectedRecord:
+    prompt = tokenizer.decode(result.token_ids)
     return InspectedRecord(
         key, record.source, record.number, "kept",
         notes=_notes(result.notes, (*record.fields, *record.unread), "carried"),
-        prompt=tokenizer.decode(result.token_ids),
+        prompt=prompt,
         tokens={"prompt": len(result.token_ids)},
-        written={"prompt": _written(result.messages)},
+        written={"prompt": _written(result.messages, prompt)},
     )  # fmt: skip
 
 
@@ -181,15 +182,16 @@ def _kept_pair(key: str, record: PairRecord, result: TokenizedPair, tokenizer: R
     if record.unpaired:  # the other completion is of another record
         ids["rejected" if record.unpaired > 0 else "chosen"] = ()
     no_loss = {side: sum(token < 0 for token in ids[side]) for side in SIDES}
-    written = {side: _written(getattr(record, side)) if ids[side] else () for side in SIDES}
+    texts = {side: tokenizer.decode(ids[side]) for side in SIDES}
+    written = {side: _written(getattr(record, side), texts[side]) if ids[side] else () for side in SIDES}
     return InspectedRecord(
         key, record.source, record.number, "kept",
         notes=(*LABELS[record.unpaired], *_notes(result.notes, record.unread)),
-        **{side: tokenizer.decode(ids[side]) for side in SIDES},
+        **texts,
         tokens={side: len(ids[side]) for side in SIDES},
         truncated={side: n for side, n in zip(SIDES[1:], result.removed, strict=True) if n},
         no_loss={side: n for side, n in no_loss.items() if n},
-        written={**written, "prompt": (*_written(record.system), *written["prompt"])},
+        written={**written, "prompt": (*_written(record.system, texts["prompt"]), *written["prompt"])},
     )  # fmt: skip
 
 
@@ -198,11 +200,33 @@ def _notes(notes: Sequence[tuple[str, str]], unread: Sequence[str], fate: str = 
     return (*described, f"{fate}: {', '.join(unread)}") if unread else described
 
 
-def _written(part: Messages | str) -> tuple[str, ...]:
+def _written(part: Messages | str, text: str) -> tuple[str, ...]:
+    """Texts of a part of the record, in the spelling of the decoded ``text``."""
     if isinstance(part, str):
         return (part,)
     keys = ("reasoning_content", "thinking", "content")
-    return tuple(message[key] for message in part for key in keys if message.get(key))
+    written: list[str] = []
+    for message in part:
+        written += [message[key] for key in keys if message.get(key)]
+        for call in message.get("tool_calls", ()):
+            called = call["function"] if isinstance(call.get("function"), dict) else call
+            written += [*_values(called.get("name")), *_written_arguments(called.get("arguments"), text)]
+    return tuple(written)
+
+
+def _written_arguments(arguments: Any, text: str) -> list[str]:
+    """Arguments of a call as ``text`` has them: JSON in the record's spelling or the template's, or single values."""
+    with contextlib.suppress(ValueError):
+        arguments = json.loads(arguments) if isinstance(arguments, str) and arguments not in text else arguments
+    encoded = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return [encoded] if encoded in text else _values(arguments)
+
+
+def _values(value: Any) -> list[str]:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    if items is None:
+        return [str(value)] if value not in (None, "") else []
+    return [text for item in items for text in _values(item)]
 
 
 def to_text(record: InspectedRecord) -> Text:

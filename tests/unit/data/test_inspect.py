@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import pytest
 from rich.console import Console
 
+from dpo_ray.cli import main
 from dpo_ray.config import Config
 from dpo_ray.data.inspect import inspect_run
 from dpo_ray.data.turns import transcript_turns
@@ -88,6 +89,59 @@ def test_records_are_shown_with_boundaries_and_what_the_template_added(model: Pa
     assert line["tokens"]["rejected"] == 4
     assert line["truncated"]["rejected"] > 0
     assert (dropped["status"], dropped["reason"], dropped["prompt"]) == ("dropped", "missing_field", None)
+
+
+@pytest.mark.parametrize("arguments", [{"city": "Oslo"}, '{"city":  "Oslo"}'])
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        (
+            "{{ call.function | tojson }}",
+            '«<tool_call>{"name": "»forecast«", "arguments": »{"city": "Oslo"}«}</tool_call>',
+        ),
+        (
+            "{{ call.function.name }}: {{ call.function.arguments if call.function.arguments is string else "
+            "call.function.arguments | tojson }}",
+            "«<tool_call>»forecast«: »ARGUMENTS«</tool_call>",
+        ),
+        (
+            "{% set args = call.function.arguments %}{{ call.function.name }}"
+            "{% for key in args %} {{ key }}={{ args[key] }}{% endfor %}",
+            "«<tool_call>»forecast« city=»Oslo«</tool_call>",
+        ),
+    ],
+)
+def test_calls_of_tools_are_shown_as_the_records_text(
+    written: str, shown: str, arguments: Any, model: Path, tokenizer: Any, tmp_path: Path
+):
+    tokenizer.chat_template = TOOLS_TEMPLATE.replace("{{ call.function | tojson }}", written)
+    tokenizer.save_pretrained(model)
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "forecast", "arguments": arguments}}]}
+    pair = {"prompt": [USER], "chosen": [call, {"role": "tool", "content": "rain"}, OAK], "rejected": [HERRING]}
+    text, _ = inspect(tmp_path, model, {"train": [pair]})
+    spelling = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    assert shown.replace("ARGUMENTS", spelling) in text
+
+
+def test_the_command_prints_as_many_records_as_asked_and_writes_all_of_them(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    pairs = [{"prompt": f"Tree {i}?", "chosen": "An oak.", "rejected": "A herring."} for i in range(3)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in [*pairs, {"prompt": "q"}]))
+    (tmp_path / "run.yaml").write_text(f"model: {{path: {model}}}\ndata: {{train: {tmp_path / 'pairs.jsonl'}}}\n")
+    lines = tmp_path / "records.jsonl"
+    main(["inspect", str(tmp_path / "run.yaml"), "data.strings=raw", "--json", str(lines), "--records", "2"])
+    printed = capsys.readouterr().out
+    assert "data.train: 4 records read, 3 kept, 1 dropped" in printed
+    assert ["Tree 0?" in printed, "Tree 1?" in printed, "Tree 2?" in printed] == [True, True, False]
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [(record["number"], record["status"], record["prompt"]) for record in records] == [
+        *((i + 1, "kept", f"Tree {i}?") for i in range(3)), (4, "dropped", None)
+    ]  # fmt: skip
+    with pytest.raises(SystemExit) as error:
+        main(["inspect", str(tmp_path / "run.yaml"), "--records", "many"])
+    assert error.value.code == 2
+    assert "--records" in capsys.readouterr().err
 
 
 def test_held_out_pairs_and_prompts_are_shown_too(model: Path, tmp_path: Path):
