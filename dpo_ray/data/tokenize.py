@@ -316,9 +316,10 @@ class RecordTokenizer:
         if positions is not None and prompt + completion > positions:
             raise _Drop(
                 "too_long_for_model",
-                f"{prompt + completion} tokens; the model of model.path takes {positions} (max_position_embeddings)",
+                f"{prompt + completion} tokens; the model of model.path takes {positions} (max_position_embeddings or "
+                "max_seq_len)",
             )
-        if rows is not None and len(self.tokenizer) > rows:
+        if rows is not None:
             for name, ids in parts.items():
                 token = max((token if token >= 0 else ~token for token in ids), default=0)
                 if token >= rows:

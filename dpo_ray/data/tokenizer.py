@@ -69,7 +69,9 @@ def load_limits(path: str) -> ModelLimits:
 
 def positions_of(config: "PreTrainedConfig") -> int | None:
     """Longest sequence in tokens of a text model with this configuration; None is no limit."""
-    positions, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
+    names = ("max_position_embeddings", "max_seq_len")  # MPT and DBRX have the second
+    positions = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+    rope = getattr(config, "rope_parameters", None) or {}
     if positions and rope.get("rope_type") in ("linear", "dynamic", "yarn"):
         # Some configurations scale the positions beyond max_position_embeddings, as vLLM does.
         positions = max(positions, int(rope.get("factor", 1) * rope.get("original_max_position_embeddings", positions)))

@@ -419,7 +419,9 @@ def test_records_longer_than_the_models_positions_are_dropped_with_the_limit(tok
     assert pair(tokenizer, (USER,), answer("Oak."), answer("No."), ModelLimits(positions=length)) == kept
     problem = pair(tokenizer, (USER,), answer("Oak."), answer("No."), ModelLimits(positions=length - 1))
     assert problem.reason == "too_long_for_model"
-    assert problem.detail == (f"{length} tokens; the model of model.path takes {length - 1} (max_position_embeddings)")
+    assert problem.detail == (
+        f"{length} tokens; the model of model.path takes {length - 1} (max_position_embeddings or max_seq_len)"
+    )
 
 
 def test_tokens_without_an_embedding_are_dropped_with_token_and_limit(llama: Any):

@@ -7,7 +7,7 @@ import pytest
 from dpo_ray.config.schema import DataConfig
 from dpo_ray.data.records import PairRecord, Problem, PromptRecord
 from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPair
-from dpo_ray.data.tokenizer import load_tokenizer, tokenizer_digest
+from dpo_ray.data.tokenizer import ModelLimits, load_limits, load_tokenizer, tokenizer_digest
 
 USER = {"role": "user", "content": "What is the color of the sky?"}
 
@@ -227,6 +227,57 @@ def test_a_template_file_replaces_the_tokenizers_own(tokenizer: Any, tmp_path: P
     assert load_tokenizer(str(tmp_path / "model")).chat_template == tokenizer.chat_template
     with pytest.raises(ValueError, match=r"model\.chat_template: .*none\.jinja: cannot be read: No such file"):
         load_tokenizer(str(tmp_path / "model"), str(tmp_path / "none.jinja"))
+
+
+def test_tokens_without_an_embedding_are_dropped_where_the_ids_have_gaps():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"</s>": 0, "sky": 1, "?": 2, "blue": 90}, unk_token="</s>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    gaps = RecordTokenizer(
+        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"), DataConfig(), ModelLimits(vocabulary=90)
+    )
+    problem = gaps.pair(PairRecord("sky?", " sky", " blue", "f", 1))
+    assert isinstance(problem, Problem)
+    assert problem.detail == "rejected: token blue has id 90; the model of model.path has 90 embeddings"
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 1024}
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "positions"),
+    [
+        ("LlamaConfig", {"max_position_embeddings": 2048}, 2048),
+        ("LlamaConfig", {"max_position_embeddings": 1024, "rope_parameters": YARN}, 4096),
+        ("LlamaConfig", {"max_position_embeddings": 4096, "rope_parameters": YARN}, 4096),
+        ("LlamaConfig", {"max_position_embeddings": 512, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 1024),
+        ("LlamaConfig", {"max_position_embeddings": 4096, "rope_parameters": {
+            **YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        }}, 4096),
+        ("Gemma3TextConfig", {"max_position_embeddings": 4096, "num_hidden_layers": 2, "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        }}, 4096),
+        ("Gemma3Config", {"text_config": {"max_position_embeddings": 512, "vocab_size": 300}}, 512),
+        ("GPT2Config", {"n_positions": 256}, 256),
+        ("MptConfig", {"max_seq_len": 64}, 64),
+        ("MambaConfig", {}, None),
+    ],
+)  # fmt: skip
+def test_the_limits_of_a_model_come_from_its_configuration(
+    name: str, keys: dict[str, Any], positions: int | None, tmp_path: Path
+):
+    import transformers
+
+    config = getattr(transformers, name)(**({} if "text_config" in keys else {"vocab_size": 300}) | keys)
+    config.save_pretrained(tmp_path)
+    assert load_limits(str(tmp_path)) == ModelLimits(300, positions)
+
+
+def test_a_model_without_a_configuration_has_no_limits(tmp_path: Path):
+    assert load_limits(str(tmp_path)) == ModelLimits()
 
 
 def test_the_tokenizer_digest_changes_only_with_the_token_ids(tokenizer: Any):
