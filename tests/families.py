@@ -106,6 +106,8 @@ PADDED: dict[str, dict[str, Any]] = {
         "head_dim": 16,
         "block_size": 8,
     },
+    # Masks that depend on the content
+    "doge": {},
     # State space models
     "mamba": {"state_size": 8},
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "chunk_size": 8},

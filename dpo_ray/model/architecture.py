@@ -111,6 +111,8 @@ def packing_obstacle(config: "PreTrainedConfig") -> str | None:
         return "has local attention that is not tested in packed rows"
     if getattr(text, "attn_temperature_tuning", False):
         return "scales attention by the index in the row (attn_temperature_tuning)"
+    if getattr(text, "keep_window_size", None):
+        return "masks keys by their content (keep_window_size)"
     if not getattr(architecture, "_supports_attention_backend", True):
         return "has an attention that cannot be replaced"
     return None

@@ -53,7 +53,7 @@ def packed_attention(
     Args:
         query: (1, H, T, D); with context parallelism (1, H, t, D), like key and value.
         key, value: (1, K, T, D).
-        attention_mask: ignored in favour of ``spans``.
+        attention_mask: must be None; ``spans`` determine the keys that a query attends to.
         spans: spans of the row, T tokens in total.
         query_slices: the local tokens as slices of the row; None if all tokens are local.
         gather_kv: gathers keys and values over the context-parallel ranks; None if all tokens are local.
@@ -70,7 +70,7 @@ def packed_attention(
     Raises:
         NotImplementedError: see ``validate_attention_call``.
     """
-    validate_attention_call(module, spans, kwargs)
+    validate_attention_call(module, spans, attention_mask, kwargs)
     assert spans is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if gather_kv is not None:
@@ -88,8 +88,14 @@ def packed_attention(
     return out.transpose(1, 2), None
 
 
-def validate_attention_call(module: nn.Module, spans: object, kwargs: Mapping[str, Any]) -> None:
+def validate_attention_call(
+    module: nn.Module, spans: object, attention_mask: Tensor | None, kwargs: Mapping[str, Any]
+) -> None:
     """Raise NotImplementedError if an architecture needs more than softmax attention or does not pass ``spans`` on."""
+    if attention_mask is not None:  # transformers creates none for attention of other names than its own
+        raise NotImplementedError(
+            f"{type(module).__name__} has a mask of its own, which packed rows cannot have; set model.attention: padded"
+        )
     if spans is None or kwargs.get("position_bias") is not None:
         raise NotImplementedError(
             f"{type(module).__name__} cannot run on packed rows without a mask; set model.attention: sdpa"

@@ -129,7 +129,7 @@ def flex_packed_attention(
     Raises:
         NotImplementedError: see ``validate_attention_call``; also raised for gradients on a CPU.
     """
-    validate_attention_call(module, spans, kwargs)
+    validate_attention_call(module, spans, attention_mask, kwargs)
     assert spans is not None
     if query.device.type == "cpu" and query.requires_grad:
         raise NotImplementedError(

@@ -303,6 +303,7 @@ def test_attention_that_sdpa_does_not_compute_is_rejected(tmp_path: Path) -> Non
     ("architecture", "obstacle"),
     [
         ("bloom", "has an attention that cannot be replaced"),
+        ("doge", r"masks keys by their content \(keep_window_size\)"),
         ("lfm2", "has layers of conv"),
         ("llama4_text", r"scales attention by the index in the row \(attn_temperature_tuning\)"),
         ("mamba", "has layers of linear_attention"),

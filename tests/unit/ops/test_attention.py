@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from dpo_ray.data.packing import Span
 from dpo_ray.objective.precision import PATHS, ProductPath
 from dpo_ray.ops.attention import _attend, causal_segments, packed_attention
 from dpo_ray.ops.blocks import QUERY_BLOCK
+from dpo_ray.ops.flex import flex_packed_attention
 from dpo_ray.ops.windows import Window
 
 LENGTH = st.integers(0, 2 * QUERY_BLOCK + 3)
@@ -155,6 +157,13 @@ def test_capped_logits_over_values_of_another_size_than_keys_need_padded_batches
     q, k, v, _ = inputs([Span.of(2, 3)], 2, 2, torch.float32)
     with pytest.raises(NotImplementedError, match=r"caps its logits .*; set model\.attention: padded"):
         packed(q, k, v[..., :8], [Span.of(2, 3)], softcap=1.5)
+
+
+@pytest.mark.parametrize("attend", [packed_attention, flex_packed_attention])
+def test_a_mask_of_the_layers_own_is_rejected(attend: Callable[..., Any]) -> None:
+    q, k, v, _ = inputs([Span.of(3, 2)], 2, 2, torch.float32)
+    with pytest.raises(NotImplementedError, match=r"Identity has a mask of its own, .* model\.attention: padded"):
+        attend(layer(None), q, k, v, torch.zeros(1, 2, 5, 5), spans=[Span.of(3, 2)])
 
 
 def test_keys_outside_the_window_are_not_computed() -> None:
