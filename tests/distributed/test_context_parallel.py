@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from dpo_ray.types import Metrics
-from tests.conftest import ragged_texts
+from tests.conftest import ragged_texts, save_tokenizer
 from tests.distributed.conftest import assert_same, over
 from tests.distributed.parts import context_parallel_errors
 from tests.distributed.processes import run_ranks
 from tests.distributed.runs import offline
+from tests.families import save_small_model
 
 STEPS = 3
 
@@ -46,9 +47,13 @@ def test_sharded_rows_have_the_logps_of_every_token_and_the_gradient_of_every_we
         assert errors["gradients"] < 1e-4, "relative to the norm of each weight's gradient"
 
 
+@pytest.mark.parametrize("architecture", [None, "mistral", "gemma3_text"], ids=["full", "windows", "some windows"])
 def test_two_context_parallel_ranks_report_the_steps_of_one_and_one_resumes_from_their_checkpoint(
-    config: dict[str, Any],
+    config: dict[str, Any], tmp_path: Path, architecture: str | None
 ) -> None:
+    if architecture:
+        config["model"]["path"] = str(save_small_model(tmp_path / "model", architecture))
+        save_tokenizer(tmp_path / "model")
     cached = config | {"reference": config["reference"] | {"kind": "cached"}}
     saving = cached | {"run": config["run"] | {"save_every": 2}}
     (single,) = on(1, config)
