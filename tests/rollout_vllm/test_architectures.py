@@ -5,7 +5,7 @@ After a push of changed weights, an engine's log-probabilities are those of tran
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from dpo_ray.sync.object_store import ObjectStoreSync
 from dpo_ray.types import Probe
-from tests.families import EXPERTS, save_small_model
+from tests.conftest import ragged_texts, save_tokenizer
+from tests.distributed.processes import run_ranks
+from tests.distributed.runs import offline
+from tests.families import EXPERTS, PACKED, save_small_model
 from tests.rollout_vllm.test_weight_push import ENGINE, TOKENIZER, WORDS, OneEngine, environment, tiny_llama
 
 if TYPE_CHECKING:
@@ -112,6 +115,28 @@ def test_an_engine_computes_with_the_experts_of_the_last_push(tmp_path: Path, ar
         assert difference(before, after) > 1
         push(engine, changed(weights))
         assert difference(engine_logps(engine), after) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["gemma3_text", "mistral"])
+def test_an_engine_loads_an_export_with_sliding_windows_exactly(
+    tmp_path: Path, architecture: str, write_pairs: Callable[[Sequence[tuple[str, str, str]]], Path]
+) -> None:
+    settings = PACKED[architecture] | HEADS | {"head_dim": 32}
+    save_tokenizer(save_small_model(tmp_path / "model", architecture, settings))
+    config = {
+        "run": {"dir": str(tmp_path), "name": "run", "steps": 1, "save_every": None},
+        "model": {"path": str(tmp_path / "model"), "dtype": "float32"},
+        "reference": {"cache_dir": str(tmp_path / "cache")},
+        "data": {"train": str(write_pairs(ragged_texts(4)))},
+        "optim": {"lr": 1e-2, "pairs_per_step": 4, "schedule": "constant"},
+        "cluster": {"train_workers": 1},
+    }
+    run_ranks(1, offline, config)
+    export = tmp_path / "run" / "policy"
+    assert difference(token_logps(export), token_logps(tmp_path / "model")) > 0.1
+    with engine_of(export) as engine:
+        assert difference(engine_logps(engine), token_logps(export)) < TOLERANCE
 
 
 @pytest.mark.parametrize("redundant", [True, False], ids=["a copy of the embedding", "weights of its own"])
