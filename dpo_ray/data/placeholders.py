@@ -7,12 +7,14 @@ from dpo_ray.data.fields import bad_field
 from dpo_ray.data.turns import as_turns, prompt_turns
 from dpo_ray.types import Messages
 
-_TAG = "|".join(rf"<{kind}>(?!.*</{kind}>)" for kind in ("image", "audio", "video"))
-_TAG += r"|\[(?:IMG|IMAGE|AUDIO|VIDEO)\](?!.*\[/IMG\])"
-"""A placeholder that may also be HTML or BBCode, without a closing tag."""
-_TAGS = re.compile(_TAG, re.DOTALL)
+_CLOSING = {f"<{kind}>": f"</{kind}>" for kind in ("image", "audio", "video")} | {
+    f"[{kind}]": f"[/{kind}]" for kind in ("IMG", "IMAGE", "AUDIO", "VIDEO")
+}
+"""Placeholders that may also be HTML or BBCode, which closes them."""
+_TAG = "|".join(map(re.escape, _CLOSING))
+_TAGS = re.compile(_TAG)
 _TAG_APART = re.compile(
-    rf"\A\s*(?:{_TAG})|(?:{_TAG})\s*\Z|^(?:[\w# ]{{1,24}}:)?(?:[ \t,]*(?:{_TAG}))+[ \t,]*$", re.DOTALL | re.MULTILINE
+    rf"\A\s*(?:{_TAG})|(?:{_TAG})\s*\Z|^(?:[\w# ]{{1,24}}:)?(?:[ \t,]*(?:{_TAG}))+[ \t,]*$", re.MULTILINE
 )
 """Placeholders before or after all other text, or on a line of their own, after ``User:`` or another label."""
 _TOKEN = re.compile(
@@ -52,6 +54,8 @@ def placeholder_notes(
 def _stand_in(content: str, role: str) -> str | None:
     """The first placeholder of a text that stands for media; None if there is none."""
     text = _CODE.sub("code", content)
+    for tag, closing in _CLOSING.items():
+        text = text.replace(tag, "code") if closing in text else text
     if token := _TOKEN.search(text):
         return token[0]
     apart = _TAG_APART.search(text)

@@ -16,18 +16,21 @@ SPECIAL_TOKEN = re.compile(r"<\|[^|<>\s]{1,40}\|>|<\uff5c[^\uff5c<>\s]{1,40}\uff
 FOREIGN_SPECIAL_TOKEN = re.compile(rf"{SPECIAL_TOKEN.pattern}|<s>(?=\s*\[INST\])|</s>(?=\s*\Z)")
 """The spelling of a special token that may be none of the tokenizer's; elsewhere in a text, <s> and </s> are HTML."""
 _ROLES = "(?:system|developer|user|assistant|model|tool|human)"
-RENDERED_TURN = re.compile(
-    rf"<\|(?:im_start|start|turn)\|?>{_ROLES}\b"  # ChatML, gpt-oss, Gemma 4
-    rf"|<start_of_turn>{_ROLES}\b"
-    rf"|<\|(?:start_header_id|header_start|start_of_role)\|>\s*{_ROLES}\s*"  # Llama 3, Llama 4, Granite
-    r"<\|(?:end_header_id|header_end|end_of_role)\|>"
-    r"|<\|START_OF_TURN_TOKEN\|><\|(?:SYSTEM|USER|CHATBOT)_TOKEN\|>"
-    r"|<(?P<bar>[|\uff5c])(?i:user|system|im_user|user_start)(?P=bar)>.*?"  # Phi, GLM, DeepSeek, Kimi
-    r"<(?P=bar)(?i:assistant|end|im_middle|user_end|eot)(?P=bar)>"
-    r"|\[INST\].*?\[/INST\]",
-    re.DOTALL,
-)
-"""The start of a turn in rendered text: the marker that opens it, with the role or with the marker that closes it."""
+_RENDERED_TURNS = [
+    (re.compile(opening), re.compile(closing))
+    for opening, closing in (
+        (rf"<(?:\|im_start\||\|start\||\|turn|start_of_turn)>(?:{_ROLES}\b|\w+\n)", ""),  # ChatML, gpt-oss, Gemma
+        (r"<\|(?:start_header_id|header_start|start_of_role)\|>\w+<\|\w+\|>", ""),  # Llama 3 and 4, Granite
+        (r"<\|START_OF_TURN_TOKEN\|><\|(?:SYSTEM|USER|CHATBOT)_TOKEN\|>", ""),  # Cohere
+        (
+            r"<\|(?i:user|system|im_user|user_start)\|>",
+            r"<\|(?i:assistant|end|im_middle|user_end)\|>",
+        ),  # Phi, GLM, Kimi
+        ("<\uff5c(?:User|System)\uff5c>", "<\uff5cAssistant\uff5c>"),  # DeepSeek
+        (r"\[INST\]", r"\[/INST\]"),
+    )
+]
+"""Text that opens a turn in a rendered conversation, and text that comes after it."""
 _MARKER = re.compile(rf"{SPECIAL_TOKEN.pattern}|<\|turn>|\[INST\]")
 
 
@@ -240,9 +243,11 @@ def probe_texts(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
 
 
 def turn_markers(text: str) -> list[str]:
-    """The markers of the first turn that a chat template rendered; empty for other text."""
-    turn = RENDERED_TURN.search(text)
-    return _MARKER.findall(turn[0]) if turn else []
+    """The markers of a turn that a chat template rendered; empty for other text."""
+    for opening, closing in _RENDERED_TURNS:
+        if (first := opening.search(text)) and (last := closing.search(text, first.end())):
+            return _MARKER.findall(first[0] + last[0])
+    return []
 
 
 def validate_template(tokenizer: "PreTrainedTokenizerBase") -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import takewhile
 from os.path import commonprefix
 from typing import Any
 
@@ -112,10 +113,11 @@ def split_after(names: Sequence[str], prompt: Messages, *completions: Messages) 
         The prompt and the completions without it.
     """
     first, answers, both = completions[0], all(map(is_answer, completions)), " and ".join(dict.fromkeys(names))
-    whole = [(skipped, len(prompt)) for skipped in range(len(first))]
+    common = takewhile(
+        lambda turns: all(_same(turns[:1], (other,)) for other in turns), zip(*completions, strict=False)
+    )
+    whole = [(skipped, len(prompt)) for skipped in range(len([*common]) + 1)]
     for skipped, count in (*whole, *((0, count) for count in range(len(prompt) - 1, 0, -1))):
-        if not all(_same(conversation[:skipped], first[:skipped]) for conversation in completions):
-            continue
         rests = [_after(prompt[-count:], conversation[skipped:]) for conversation in completions]
         if any(rest is None for rest in rests) or (count == 1 and answers and not _content(prompt[-1]).strip()):
             continue
@@ -179,7 +181,7 @@ def _same(turns: Sequence[Message], others: Sequence[Message]) -> bool:
     def key(message: Message) -> Any:
         return {**message, "content": _content(message).strip()}
 
-    return list(map(key, turns)) == list(map(key, others))
+    return len(turns) == len(others) and all(key(a) == key(b) for a, b in zip(turns, others, strict=True))
 
 
 def _split_transcripts(fields: Fields, names: Sequence[str], chosen: str, rejected: str) -> tuple[str, str, str]:

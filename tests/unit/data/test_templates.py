@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from dpo_ray.config.schema import DataConfig
 from dpo_ray.data.records import PairRecord, Problem, PromptRecord
-from dpo_ray.data.template import validate_template
+from dpo_ray.data.template import turn_markers, validate_template
 from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPair, TokenizedPrompt
 from dpo_ray.data.tokenizer import ModelLimits
 from dpo_ray.types import Messages
@@ -175,6 +176,7 @@ def test_strings_are_used_as_written_where_asked_or_already_rendered(
 
 RENDERED = {
     "Llama 3": ("<|start_header_id|>user<|end_header_id|>\n\nName a tree.<|eot_id|>", "<|start_header_id|>"),
+    "Llama 3.1, a tool": ("<|start_header_id|>ipython<|end_header_id|>\n\nrain<|eot_id|>", "<|start_header_id|>"),
     "Llama 4": ("<|header_start|>user<|header_end|>\n\nName a tree.<|eot|>", "<|header_start|>"),
     "Gemma 3": ("<bos><start_of_turn>user\nName a tree.<end_of_turn>\n<start_of_turn>model\n", "<start_of_turn>"),
     "Gemma 4": ("<|turn>user\nName a tree.<turn|>\n<|turn>model\n", "<|turn>"),
@@ -205,6 +207,13 @@ def test_text_that_the_template_of_another_model_rendered_is_dropped_and_its_tok
     assert reasons(pair(tokenizer, text, "An oak.", "No.", data={"strings": "chat"}))[0] == "strings_chat"
 
 
+@pytest.mark.parametrize("marker", ["<|user|>", "[INST]", "<|im_start|>", "<|start_header_id|> "])
+def test_markers_are_found_in_linear_time(marker: str):
+    started = time.monotonic()
+    assert turn_markers(marker * 30_000) == []
+    assert time.monotonic() - started < 1
+
+
 def test_chatml_text_is_dropped_for_a_model_with_another_template(llama: Any):
     backend = llama.backend_tokenizer.to_str().replace("<|im_start|>", "<|other|>")
     llama._tokenizer = type(llama.backend_tokenizer).from_str(backend)
@@ -216,7 +225,7 @@ def test_chatml_text_is_dropped_for_a_model_with_another_template(llama: Any):
     "prompt",
     [
         "Is <s>struck</s> <b>HTML</b>?",
-        "What do <|start_header_id|> and <|eot_id|> mean?",
+        "What do <|start_header_id|> and <|end_header_id|> mean?",
         "Does [INST] need a space?",
         "What is <|user|> for?",
     ],
