@@ -16,18 +16,17 @@ SPECIAL_TOKEN = re.compile(r"<\|[^|<>\s]{1,40}\|>|<\uff5c[^\uff5c<>\s]{1,40}\uff
 FOREIGN_SPECIAL_TOKEN = re.compile(rf"{SPECIAL_TOKEN.pattern}|<s>(?=\s*\[INST\])|</s>(?=\s*\Z)")
 """The spelling of a special token that may be none of the tokenizer's; elsewhere in a text, <s> and </s> are HTML."""
 _ROLES = "(?:system|developer|user|assistant|model|tool|human)"
+_START = r"(?:\A\s*|(?<=[\n>]))"
 _RENDERED_TURNS = [
     (re.compile(opening), re.compile(closing))
     for opening, closing in (
         (rf"<(?:\|im_start\||\|start\||\|turn|start_of_turn)>(?:{_ROLES}\b|\w+\n)", ""),  # ChatML, gpt-oss, Gemma
         (r"<\|(?:start_header_id|header_start|start_of_role)\|>\w+<\|\w+\|>", ""),  # Llama 3 and 4, Granite
         (r"<\|START_OF_TURN_TOKEN\|><\|(?:SYSTEM|USER|CHATBOT)_TOKEN\|>", ""),  # Cohere
-        (
-            r"<\|(?i:user|system|im_user|user_start)\|>",
-            r"<\|(?i:assistant|end|im_middle|user_end)\|>",
-        ),  # Phi, GLM, Kimi
-        ("<\uff5c(?:User|System)\uff5c>", "<\uff5cAssistant\uff5c>"),  # DeepSeek
-        (r"\[INST\]", r"\[/INST\]"),
+        # Phi, GLM, Kimi; DeepSeek; Mistral
+        (rf"{_START}<\|(?i:user|system|im_user|user_start)\|>", r"<\|(?i:assistant|end|im_middle|user_end)\|>"),
+        (rf"{_START}<\uff5c(?:User|System)\uff5c>", "<\uff5cAssistant\uff5c>"),
+        (rf"{_START}\[INST\]", r"\[/INST\]"),
     )
 ]
 """Text that opens a turn in a rendered conversation, and text that comes after it."""

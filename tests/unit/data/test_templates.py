@@ -226,8 +226,8 @@ def test_chatml_text_is_dropped_for_a_model_with_another_template(llama: Any):
     [
         "Is <s>struck</s> <b>HTML</b>?",
         "What do <|start_header_id|> and <|end_header_id|> mean?",
-        "Does [INST] need a space?",
-        "What is <|user|> for?",
+        "Does [INST] need a space before [/INST]?",
+        "What are <|user|> and <|assistant|> for?",
     ],
 )
 def test_a_question_about_the_markers_of_another_model_goes_into_the_template(prompt: str, tokenizer: Any):
