@@ -220,7 +220,8 @@ class OnlineConfig(Section):
     the run fails. Failed prompts make no pair and are counted by reason."""
     keep_rounds: int | None = Field(None, ge=0)
     """Number of past rounds whose texts, token ids and replies of judges are kept; null keeps all. At least
-    2 * run.save_every - 1 are kept: a resumed run may train them again. Manifests are always kept."""
+    2 * run.save_every - 1 are kept, since a resumed run may train them again; a run without checkpoints, which starts
+    over, generates those again that are not kept. Manifests are always kept."""
     generate_timeout_s: float = Field(1800.0, gt=0)
     """Seconds to wait for the candidates of a prompt."""
     engine_timeout_s: float = Field(120.0, gt=0)

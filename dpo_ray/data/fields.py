@@ -267,7 +267,8 @@ def _parse_messages(name: str, value: str) -> Any:
             parsed = parse(stripped)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
-        if not any(map(_is_message, parsed if isinstance(parsed, list) else [parsed])):
+        in_list = isinstance(parsed, list)
+        if not any(_is_message(item, in_list=in_list) for item in (parsed if in_list else [parsed])):
             return value
         return _parse_json(name, stripped) if parse is json.loads else parsed
     if _STARTS_LIKE_MESSAGES.match(value):
@@ -275,12 +276,16 @@ def _parse_messages(name: str, value: str) -> Any:
     return value
 
 
-def _is_message(value: Any) -> bool:
-    """True for an object with a known role, and for one with another role and a content."""
-    return isinstance(value, dict) and any(
-        isinstance(value.get(key), str) and (value[key].lower() in ROLES or content in value)
-        for key, content in (("role", "content"), ("from", "value"))
-    )
+def _is_message(value: Any, *, in_list: bool) -> bool:
+    """True for an object with a role and a content, and for one with a known role and calls of tools.
+
+    In a list, a known role is enough: a message that lacks its content is named as such.
+    """
+    if not isinstance(value, dict):
+        return False
+    role, content = ("role", "content") if "role" in value else ("from", "value")
+    known = str(value.get(role)).lower() in ROLES and (in_list or "tool_calls" in value)
+    return isinstance(value.get(role), str) and (content in value or known)
 
 
 def _parse_json(name: str, value: str) -> Any:

@@ -215,7 +215,8 @@ def _changed_tree(path: _Path, value: Any, change: Callable[[_Path, Any], Any]) 
     if isinstance(value, list | tuple):
         return [_changed_tree((*path, i), item, change) for i, item in enumerate(value)]
     if path[-1] == "arguments" and isinstance(parsed := _parsed(value), dict):
-        return json.dumps(_changed_tree(path, parsed, change), ensure_ascii=False)
+        changed = _changed_tree(path, parsed, change)
+        return value if changed == parsed else json.dumps(changed, ensure_ascii=False)
     if value in (None, "") or not (isinstance(value, str) or in_arguments):
         return value
     return change(path, value)

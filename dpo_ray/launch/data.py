@@ -45,7 +45,7 @@ class PairData(NamedTuple):
     """Digests of the training and held-out pairs, by key."""
 
 
-class RoundData(NamedTuple):
+class PromptData(NamedTuple):
     """The prompts of an online run."""
 
     prompts: list[Prompt]
@@ -175,7 +175,7 @@ def prepare_prompts(
 
 def prepare_round_data(
     config: Config, cluster: Cluster, console: Console, *, recorded: Mapping[str, str] | None = None
-) -> RoundData:
+) -> PromptData:
     """The prompts of the rounds and the held-out ones; tokenizes the pairs that are mixed into rounds.
 
     Args:
@@ -197,4 +197,4 @@ def prepare_round_data(
     _validate_same_data(config, digests, recorded or {})
     if config.online.source.mix:
         digests |= prepare_data(config, cluster, console, recorded=recorded).digests
-    return RoundData(prompts, held_out, digests)
+    return PromptData(prompts, held_out, digests)

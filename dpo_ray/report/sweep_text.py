@@ -44,7 +44,7 @@ def _no_pick(verdict: Verdict) -> str:
             if trial.status != "failed" and (value := number(trial.metrics.get(constraint.metric))) is not None
         }
         beyond = {name: value for name, value in values.items() if value > constraint.max}
-        if beyond:
+        if beyond and beyond == values:
             name = min(beyond, key=beyond.__getitem__)
             return (
                 f"No trial meets {constraint.metric} ≤ {constraint.max:g}; the smallest is "

@@ -147,6 +147,8 @@ class Collector:
             received = number not in evaluations if kind == "evaluation" else number < version
             if received and self._tasks[kind, number].exception() is None:
                 del self._tasks[kind, number]
+                if kind == "evaluation":
+                    self._in_place_of.pop(number, None)
 
     def _forget_rounds(self, version: int, evaluations: Sequence[int]) -> None:
         """Delete the files of rounds that are not kept, and the replies about policy versions of the past."""

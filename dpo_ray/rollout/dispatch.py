@@ -5,9 +5,10 @@ import contextlib
 import heapq
 import itertools
 import logging
+import math
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from dpo_ray.rollout.engine import Request, RequestTimedOut
@@ -17,16 +18,22 @@ from dpo_ray.types import CompletionGroup, NonRetryableError
 
 logger = logging.getLogger(__name__)
 
-ENGINE_ATTEMPTS = 3
-"""Engines that may fail over one request, the last one alone with it: then the request is the likely cause."""
+ENGINE_ATTEMPTS = 4
+"""Engines that may fail over one request, the last one alone with it: then the request is the cause."""
+SUSPECTED_AFTER = 2
+"""Engines that failed over a request, after which it goes to one that is set apart for such requests."""
 GRACE_S = 30.0
 """Seconds beyond a request's deadline after which its engine counts as hung: a working one would have aborted it."""
 POLL_S = 5.0
 """Longest wait of one question for the membership."""
+REPORT_S = 600.0
+"""Longest wait for the fleet's answer about an engine, which it may take ``online.engine_timeout_s`` to check."""
 RESTART_S = 1.0
 """Pause before a fleet that does not answer is asked again."""
 QUEUED_SHARE = 0.25
 """Sequences that wait in an engine, as a fraction of those it generates at a time: it never runs out of work."""
+HOLD_S = 10.0
+"""Longest time for which requests are kept for engines that are still loading weights."""
 
 
 class FleetFailed(NonRetryableError):
@@ -42,11 +49,12 @@ class VersionGone(RuntimeError):
 
 
 class _Versions(NamedTuple):
-    """The policy versions that a request accepts, and whether its engine may serve others beside it."""
+    """The policy versions that a request accepts."""
 
     oldest: int
     newest: int | None
-    alone: bool
+    suspect: bool
+    """True after SUSPECTED_AFTER engines failed over the request."""
 
     def include(self, version: int) -> bool:
         """True if the version is in the range."""
@@ -59,6 +67,8 @@ class _Waiting:
 
     request: Request
     turn: asyncio.Future[Member]
+    alone: bool = False
+    """True if it must have the engine for itself."""
     member: Member | None = None
     """The engine that was chosen."""
 
@@ -82,7 +92,8 @@ class Dispatcher:
     """The engines as one: requests in, groups out. Belongs to one event loop.
 
     A request goes to the least busy engine of its versions. None gets more than it can generate at a time and a few
-    that wait, nor, while others are still loading the same weights, more than its share of all requests.
+    that wait, nor, while others are still loading the same weights, more than its share of all requests. All this is
+    about the requests of one dispatcher: a judge that asks the engines has its own.
 
     Args:
         membership: ``Fleet.membership``.
@@ -96,12 +107,17 @@ class Dispatcher:
     ) -> None:
         self._membership, self._suspect = membership, suspect
         self.current = Membership(epoch=-1)
+        self._changed_at = -math.inf
+        """Time of the event loop at which ``current`` got its members."""
+        self._left_out: Counter[str] = Counter()
+        """Number of reports in progress, by member id."""
+        self._reports: set[asyncio.Future[int]] = set()
         self._running: Counter[str] = Counter()
         """Sequences of the requests in progress, by member id."""
         self._sequences = 0
         """Sequences of all requests, in progress or waiting."""
-        self._occupied: set[str] = set()
-        """Ids of the members that serve a request alone."""
+        self._apart: str | None = None
+        """Id of the member that is set apart for suspects."""
         self._queues: dict[_Versions, _Queue] = {}
         self._order = itertools.count()
 
@@ -119,6 +135,10 @@ class Dispatcher:
                 self._set(current)
 
     def _set(self, current: Membership) -> None:
+        if current.members != self.current.members:
+            loop = asyncio.get_running_loop()
+            self._changed_at = loop.time()
+            loop.call_later(HOLD_S, self._assign)
         self.current = current
         self._queues = {versions: queue for versions, queue in self._queues.items() if queue.heap}
         for versions, queue in self._queues.items():
@@ -129,7 +149,8 @@ class Dispatcher:
         self._assign()
 
     def _members(self, versions: _Versions) -> dict[str, Member]:
-        return {member.id: member for member in self.current.members if versions.include(member.version)}
+        members = (member for member in self.current.members if versions.include(member.version))
+        return {member.id: member for member in members if not self._left_out[member.id]}
 
     async def generate(self, request: Request, *, oldest: int, newest: int | None = None) -> CompletionGroup:
         """Complete a prompt by an engine whose policy is in the range of versions; waits for one.
@@ -142,9 +163,10 @@ class Dispatcher:
         """
         failures = 0
         while True:
-            # The requests of an engine fail together; the last attempt, alone, shows which of them is at fault.
-            versions = _Versions(oldest, newest, alone=failures == ENGINE_ATTEMPTS - 1)
-            async with self._engine(request, versions) as member:
+            # The requests of an engine fail together. Fewer and fewer share one, until it shows which is at fault.
+            versions = _Versions(oldest, newest, suspect=failures >= SUSPECTED_AFTER)
+            alone = failures == ENGINE_ATTEMPTS - 1
+            async with self._engine(request, versions, alone=alone) as member:
                 try:
                     async with asyncio.timeout(request.deadline_s + GRACE_S):
                         return await member.engine.generate(request)
@@ -152,15 +174,20 @@ class Dispatcher:
                     raise
                 except Exception as error:
                     reason = error_summary(error)
-                    self._leave_out(member)  # before its room is free for the next request
-            failures += await self._report(member, reason)
+                    self._left_out[member.id] += 1  # before its room is free for the next request
+                    self._set(self.current)
+            reporting = asyncio.ensure_future(self._report(member, reason))
+            self._reports.add(reporting)
+            reporting.add_done_callback(self._reports.discard)
+            await asyncio.wait({reporting}, timeout=POLL_S)
+            failures += reporting.result() if reporting.done() else 1
             if failures == ENGINE_ATTEMPTS:
                 raise EngineError(f"{failures} engines failed over prompt {request.prompt.index}: {reason}")
 
     @contextlib.asynccontextmanager
-    async def _engine(self, request: Request, versions: _Versions) -> AsyncIterator[Member]:
+    async def _engine(self, request: Request, versions: _Versions, *, alone: bool) -> AsyncIterator[Member]:
         """The engine that a request is sent to; waits for it."""
-        waiting = _Waiting(request, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(request, asyncio.get_running_loop().create_future(), alone)
         queue = self._queues.get(versions)
         if queue is None:
             queue = self._queues[versions] = _Queue(self._members(versions))
@@ -173,30 +200,45 @@ class Dispatcher:
             self._sequences -= request.candidates
             if waiting.member is not None:
                 self._running[waiting.member.id] -= request.candidates
-                self._occupied.discard(waiting.member.id)
             self._assign()
 
     def _assign(self) -> None:
         """Choose engines for the requests that wait, as far as there are any with room."""
-        reserved = set(self._occupied)
-        for versions, queue in sorted(self._queues.items(), key=lambda item: (not item[0].alone, item[1].heap[:1])):
+        if self._apart is not None and not self._running[self._apart]:
+            self._apart = None
+        for versions, queue in sorted(self._queues.items(), key=lambda item: (not item[0].suspect, item[1].heap[:1])):
             while (waiting := queue.first()) is not None:
                 if (problem := self._problem(versions)) is not None:
                     waiting.turn.set_exception(problem)
-                    continue
-                member = self._least_busy(queue, reserved)
-                if member is None:
+                elif versions.suspect:
+                    if not self._assign_suspects(queue):
+                        break
+                elif (member := self._least_busy(queue)) is None or not self._has_room(member, waiting.request):
                     break
-                if versions.alone:
-                    reserved.add(member.id)
-                    if self._running[member.id]:
-                        break  # it gets no others until its requests are done
-                    self._occupied.add(member.id)
-                elif not self._has_room(member, waiting.request):
-                    break
-                waiting.member = member
-                self._running[member.id] += waiting.request.candidates
-                waiting.turn.set_result(member)
+                else:
+                    self._send(waiting, member)
+
+    def _assign_suspects(self, queue: _Queue) -> bool:
+        """Set an engine apart, or send the next suspects to it once it is idle; returns True if it did."""
+        if self._apart is None and (member := self._least_busy(queue)) is not None:
+            self._apart = member.id
+        member = None if self._apart is None else queue.members.get(self._apart)
+        if member is None or self._running[member.id]:
+            return False
+        few = math.isqrt(member.max_sequences)
+        while (waiting := queue.first()) is not None:
+            running = self._running[member.id]
+            if running and (waiting.alone or running + waiting.request.candidates > few):
+                break
+            self._send(waiting, member)
+            if waiting.alone:
+                break
+        return True
+
+    def _send(self, waiting: _Waiting, member: Member) -> None:
+        waiting.member = member
+        self._running[member.id] += waiting.request.candidates
+        waiting.turn.set_result(member)
 
     def _problem(self, versions: _Versions) -> Exception | None:
         """Why there will be no engine of these versions."""
@@ -207,8 +249,8 @@ class Dispatcher:
             return VersionGone(f"all engines serve policy version {members[0].version}, not {newest}")
         return None
 
-    def _least_busy(self, queue: _Queue, reserved: set[str]) -> Member | None:
-        free = queue.members.keys() - reserved if reserved else queue.members
+    def _least_busy(self, queue: _Queue) -> Member | None:
+        free = queue.members if self._apart is None else queue.members.keys() - {self._apart}
         return queue.members[min(free, key=self._running.__getitem__)] if free else None
 
     def _has_room(self, member: Member, request: Request) -> bool:
@@ -217,22 +259,28 @@ class Dispatcher:
         An evaluation waits in the engine: an update waits for those that it has, and would pass others by.
         """
         running = self._running[member.id]
-        share = self._sequences / max(len(self.current.members), self.current.expected)
+        held = asyncio.get_running_loop().time() < self._changed_at + HOLD_S
+        engines = max(len(self.current.members), self.current.expected if held else 0)
         fits = running + request.candidates <= (1 + QUEUED_SHARE) * member.max_sequences
-        return running == 0 or (running < share and (fits or request.evaluation))
+        return running == 0 or (running < self._sequences / engines and (fits or request.evaluation))
 
-    def _leave_out(self, member: Member) -> None:
-        """Send nothing to an engine until the fleet has answered for it."""
-        members = tuple(other for other in self.current.members if other.id != member.id)
-        self._set(replace(self.current, members=members))
+    async def _report(self, member: Member, reason: str) -> int:
+        """Report an engine, which gets nothing until the fleet has answered for it.
 
-    async def _report(self, member: Member, reason: str) -> bool:
-        """Report an engine to the fleet; returns False if the fleet has died, and its engines with it."""
+        Returns:
+            1; 0 if the fleet has died, and its engines with it.
+        """
+        latest = self.current
         try:
-            async with asyncio.timeout(POLL_S):
+            async with asyncio.timeout(REPORT_S):
                 await self._suspect(member.id, reason)
-                self._set(await self._membership(-1, 0.0))
+                latest = await self._membership(-1, 0.0)
+        except TimeoutError:
+            pass
         except Exception:
             await asyncio.sleep(RESTART_S)
-            return False
-        return True
+            return 0
+        finally:
+            self._left_out[member.id] -= 1
+            self._set(latest if latest.epoch > self.current.epoch else self.current)
+        return 1

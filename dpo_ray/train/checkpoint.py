@@ -272,6 +272,7 @@ class CachedStager(BlockingAsyncStager):
         leaves, structure = tree_flatten(state_dict)
         shape = structure, [(type(x), getattr(x, "shape", None), getattr(x, "dtype", None)) for x in leaves]
         if self.state_dict_cache is None or shape != self.shape:  # an optimizer may have gained state
+            self.state_dict_cache = None  # freed before the next one is allocated
             # torch's own stager always pins it, which needs a GPU.
             self.state_dict_cache = _create_cpu_state_dict(state_dict, pin_memory=torch.cuda.is_available())
             self.shape = shape

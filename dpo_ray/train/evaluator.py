@@ -104,12 +104,14 @@ class PromptEvaluator:
             self.pending.append(round)
 
     def resume(self, round: int) -> None:
-        """Requests the evaluations of the first ``round`` rounds that are not on disk.
+        """Requests the evaluations that are due since the last one on disk.
 
-        The evaluation of this very version may have been recorded just before the run was interrupted, or by another
-        trial of a sweep: its metrics are neither reported yet nor those of a checkpoint.
+        Of versions that the engines have no more, the one that they have is evaluated. The evaluation of this very
+        version may have been recorded just before the run was interrupted, or by another trial of a sweep: its metrics
+        are neither reported yet nor those of a checkpoint.
         """
-        for version in range(round + 1):
+        since = next((version for version in range(round, -1, -1) if self.rounds.recorded(version)), -1)
+        for version in range(since + 1, round + 1):
             self.maybe_request(version)
         if evaluation_due(self.trainer.config.run, round, self.total) and self.rounds.recorded(round):
             self.unranked[round] = self.rounds.metrics_of(round)
@@ -118,16 +120,15 @@ class PromptEvaluator:
     def receive(self, evaluation: Evaluation, version: int) -> None:
         """Computes the log-probabilities of an evaluation's samples and stores it.
 
-        One of a later version than requested is dropped if that version has an evaluation of its own.
+        One of a later version than requested counts as that version's, unless it has one already.
 
         Args:
             version: version of the trainer's policy. If it has moved on, the engine's own log-probabilities count.
         """
         self.pending.remove(evaluation.requested)
-        if evaluation.empty or evaluation.version in self.pending:
+        if evaluation.empty or (evaluation.instead_of is not None and self.rounds.recorded(evaluation.version)):
             return
-        if evaluation.instead_of is not None and self.rounds.recorded(evaluation.version):
-            return
+        self.pending = [requested for requested in self.pending if requested != evaluation.version]
         samples = SampleList(evaluation.token_samples)
         policy = reference = None
         if self.frozen is not None and samples:

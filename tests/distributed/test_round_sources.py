@@ -13,7 +13,7 @@ from dpo_ray.sync.base import WeightSync
 from dpo_ray.train.logps import SampleList, compute_sample_logps
 from dpo_ray.train.online import train_online
 from dpo_ray.train.trainer import build_trainer
-from dpo_ray.types import Metrics, TokenPair
+from dpo_ray.types import Metrics, TokenPair, TokenSample
 from tests.distributed.conftest import assert_same, over
 from tests.distributed.processes import run_ranks
 from tests.distributed.runs import ListReporter
@@ -38,16 +38,20 @@ def trained(
     return reporter.lines, rounds.references, rounds.implicit
 
 
-class Recording(SampleList):
-    """Remembers the completions that were read."""
+class Recording:
+    """Remembers the completions that were read, also by iteration."""
 
     def __init__(self, samples: SampleList) -> None:
-        super().__init__(samples)
+        self.samples, self.lengths = samples, samples.lengths
         self.read: list[int] = []
 
-    def __getitem__(self, index: Any) -> Any:
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> TokenSample:
+        sample = self.samples[index]
         self.read.append(index)
-        return super().__getitem__(index)
+        return sample
 
 
 def read_by_rank(rank: int, config: dict[str, Any]) -> list[int]:

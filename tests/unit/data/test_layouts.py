@@ -559,6 +559,7 @@ def test_a_record_whose_content_would_be_lost_is_rejected_by_field(record: dict[
         ("What does this do?\n```\n<image>\n```", "It is\n```\n<image_1>\n```", "`<|image_pad|>`"),
         ('[{"role": "user", "content": "x"}] <- why does this fail?', '[{"value": 1}]', "No."),
         ("Answer as JSON.", '[{"role": "admin", "name": "Ada"}]', '{"from": "Oslo", "to": "Bergen"}'),
+        ("Answer as JSON.", '{"name": "Ada", "role": "user"}', "I do not know."),
         ("Answer as JSON.", '{"value": "admin"', "{'role'}: a set in Python, not {'role': 1}"),
         ("Human: an essay on what it means to be one", "So.", "No."),
         ("Write a dialogue.", "User: Hi\nAssistant: Hello\nUser: Bye", "Human: Hi"),

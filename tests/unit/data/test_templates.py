@@ -372,10 +372,15 @@ def test_text_that_the_template_leaves_out_is_reported_though_it_occurs_elsewher
 WHERE = {"name": "forecast", "arguments": {"city": "Oslo", "days": 3}}
 
 
-@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize("as_text", [None, '{"city": "Oslo", "days": 3}', '{"city":"Oslo","days":3}'])
 @pytest.mark.parametrize(
     ("written", "fields"),
     [
+        (
+            "{{ call.function.name }}{{ call.function.arguments if call.function.arguments is string "
+            "else call.function.arguments | tojson }}",
+            "{0}.tool_calls[0].id, {1}.tool_call_id",
+        ),
         ("{{ call.function | tojson }}", "{0}.tool_calls[0].id, {1}.tool_call_id"),
         ("{{ call.function.name }}", "{0}.tool_calls[0].id, {0}.tool_calls[0].function.arguments, {1}.tool_call_id"),
         (
@@ -386,10 +391,10 @@ WHERE = {"name": "forecast", "arguments": {"city": "Oslo", "days": 3}}
     ],
 )
 def test_ids_and_arguments_that_the_template_leaves_out_are_reported(
-    written: str, fields: str, as_text: bool, tokenizer: Any
+    written: str, fields: str, as_text: str | None, tokenizer: Any
 ):
     tokenizer.chat_template = TOOLS_TEMPLATE.replace("{{ call.function | tojson }}", written)
-    arguments = '{"city": "Oslo", "days": 3}' if as_text else WHERE["arguments"]
+    arguments = as_text or WHERE["arguments"]
     call = {"id": "abc123def", "type": "function", "function": WHERE | {"arguments": arguments}}
     rain = RAIN | {"tool_call_id": "abc123def"}
     result = pair(tokenizer, (USER,), (CALL | {"tool_calls": [call]}, rain, *answer("Wet.")), answer("Dry."))
