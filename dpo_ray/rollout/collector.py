@@ -42,6 +42,8 @@ class Progress:
     """The complete evaluations among those asked for."""
     needs_weights: bool = False
     """True if engines are up and none has weights: the trainer must publish them again."""
+    unplaced: bool = False
+    """``Membership.unplaced``: the training workers must start again."""
     error: str | None = None
     """Why the run cannot continue."""
 
@@ -124,6 +126,7 @@ class Collector:
             finished=round is not None and self._complete(round),
             evaluations=tuple(task.result() for task in tasks if task.done()),
             needs_weights=self.engines.current.needs_weights,
+            unplaced=self.engines.current.unplaced,
             error=self.engines.current.error,
         )
 

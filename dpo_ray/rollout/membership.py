@@ -36,6 +36,9 @@ class Membership:
     """True if no engine serves and none is about to: some are up, and the weights must be published again."""
     error: str | None = None
     """Why the run cannot continue."""
+    unplaced: bool = False
+    """True if the fleet has restarted and its engines share the workers' GPUs, on which only workers that start may
+    place them."""
     metrics: Mapping[str, float] | None = None
     """The last update: ``sync/probe_difference`` (nats per token, largest), ``perf/push_s`` (slowest engine)."""
 
@@ -89,6 +92,6 @@ class Board:
         if self._published is None:
             members = tuple(self.members[slot] for slot in sorted(self.members))
             self._published = Membership(
-                self._epoch, members, self.expected, self.needs_weights, self.error, self.metrics
+                self._epoch, members, self.expected, self.needs_weights, self.error, metrics=self.metrics
             )
         return self._published

@@ -44,6 +44,10 @@ class RoundsFailed(NonRetryableError):
     """Rounds cannot be collected."""
 
 
+class EnginesUnplaced(RuntimeError):
+    """The engines died with the fleet, and start again where the training workers do."""
+
+
 STOP_POLL_S = 1.0
 """Seconds between two checks for a stop request while a round is awaited."""
 PROBE_TEXT = (
@@ -187,6 +191,11 @@ def poll(
     progress = rounds.poll(version, round=waiting_for, evaluations=evaluator.pending, wait_s=STOP_POLL_S)
     if progress.error is not None:
         raise RoundsFailed(progress.error)
+    if progress.unplaced:
+        raise EnginesUnplaced(
+            "the fleet's process died and with it all engines, which share the GPUs of the training workers and start "
+            "before them only (cluster.colocate): the workers are restarted"
+        )
     for evaluation in progress.evaluations:
         evaluator.receive(evaluation, version)
     if progress.needs_weights:

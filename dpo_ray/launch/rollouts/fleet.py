@@ -49,12 +49,6 @@ LAUNCH_SHARE = 0.95
 """Part of the fleet's time-out in which a launch fails by itself, with a better message."""
 
 
-UNPLACED = (
-    "the fleet's process died and with it all engines, which share the GPUs of the training workers and start before "
-    "them only (cluster.colocate); run the command again to resume"
-)
-
-
 class Launcher:
     """Starts the actors of engines, each in a placement group of its own or on the GPUs of training workers.
 
@@ -241,7 +235,7 @@ class FleetActor(Fleet):
             await asyncio.sleep(wait_s)
             return Membership(time.time_ns() // 1000, error=f"the fleet failed: {self._running.exception()!r}")
         membership = await super().membership(after, wait_s)
-        return dataclasses.replace(membership, error=UNPLACED) if self._unplaced else membership
+        return dataclasses.replace(membership, unplaced=True) if self._unplaced else membership
 
     def _run(self) -> None:
         self._running = asyncio.get_running_loop().create_task(self.run())

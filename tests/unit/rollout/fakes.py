@@ -60,7 +60,7 @@ class FakeFleet:
         """Engines that load weights and are no members yet."""
         self.suspected: list[tuple[str, str]] = []
         self.error: str | None = None
-        self.needs_weights = False
+        self.needs_weights = self.unplaced = False
         self.epoch = 0
         self.changed = asyncio.Event()
 
@@ -80,7 +80,9 @@ class FakeFleet:
             if i not in self.loading
         )
         metrics = {"perf/push_s": 0.5}
-        return Membership(self.epoch, members, len(self.engines), self.needs_weights, self.error, metrics)
+        return Membership(
+            self.epoch, members, len(self.engines), self.needs_weights, self.error, self.unplaced, metrics
+        )
 
     async def statuses(self) -> dict[str, EngineStatus]:
         """Two sequences run and one waits in each engine, which has made 300 tokens in 3 s; 1 of 4 was cached."""

@@ -333,7 +333,12 @@ async def _one_round(folder):
 def test_no_engine_for_a_while_is_no_error_and_weights_are_asked_for(tmp_path):
     async def main():
         harness = Harness(tmp_path, online(), [])
-        harness.fleet.needs_weights = True
+        harness.fleet.unplaced = True
+        harness.fleet.change()
+        await asyncio.sleep(0.05)
+        unplaced = await harness.collector.poll(0, round=0, evaluations=[], wait_s=0.05)
+        assert (unplaced.finished, unplaced.unplaced, unplaced.error) == (False, True, None)
+        harness.fleet.unplaced, harness.fleet.needs_weights = False, True
         harness.fleet.change()
         await asyncio.sleep(0.05)
         waiting = await harness.collector.poll(0, round=0, evaluations=[], wait_s=0.05)

@@ -7,6 +7,7 @@ import pytest
 from dpo_ray.rollout.collector import Progress
 from dpo_ray.rollout.evaluation import Evaluation
 from dpo_ray.train import online
+from dpo_ray.types import NonRetryableError
 
 WAITING, FINISHED = Progress(), Progress(finished=True)
 
@@ -116,6 +117,12 @@ def test_weights_are_published_again_when_no_engine_has_them() -> None:
 def test_an_error_of_the_collector_ends_the_run_with_its_message() -> None:
     with pytest.raises(online.RoundsFailed, match="9 of 16 groups failed"):
         wait(Rounds(WAITING, Progress(error="9 of 16 groups failed")))
+
+
+def test_workers_start_again_to_place_engines_that_died_with_the_fleet() -> None:
+    with pytest.raises(online.EnginesUnplaced, match=r"cluster\.colocate") as raised:
+        wait(Rounds(WAITING, Progress(unplaced=True)))
+    assert not isinstance(raised.value, NonRetryableError)
 
 
 def test_a_publish_that_failed_in_the_background_ends_the_wait() -> None:
