@@ -47,7 +47,11 @@ def test_sharded_rows_have_the_logps_of_every_token_and_the_gradient_of_every_we
         assert errors["gradients"] < 1e-4, "relative to the norm of each weight's gradient"
 
 
-@pytest.mark.parametrize("architecture", [None, "mistral", "gemma3_text"], ids=["full", "windows", "some windows"])
+@pytest.mark.parametrize(
+    "architecture",
+    [None, pytest.param("mistral", marks=pytest.mark.slow), "gemma3_text"],
+    ids=["full", "windows", "some windows"],
+)
 def test_two_context_parallel_ranks_report_the_steps_of_one_and_one_resumes_from_their_checkpoint(
     config: dict[str, Any], tmp_path: Path, architecture: str | None
 ) -> None:

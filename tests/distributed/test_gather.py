@@ -32,7 +32,7 @@ def test_rank_0_gets_each_tensor_and_other_ranks_allocate_no_more_than_a_shard(m
             assert largest <= size, (shape, "padded to the largest shard")
 
 
-@pytest.mark.parametrize("mesh", [(2, 2), (3, 2), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("mesh", [(2, 2), (3, 2), pytest.param((2, 2, 2), marks=pytest.mark.slow)], ids=str)
 def test_a_tensor_that_fsdp_and_tensor_parallelism_shard_is_whole_on_rank_0_only(mesh: tuple[int, ...]):
     """The first rank of each group of tensor parallelism, or of FSDP, holds the shards of its group on the way."""
     first, *others = run_ranks(math.prod(mesh), gathered_from_two_dimensions, mesh)
