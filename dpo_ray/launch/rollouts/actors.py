@@ -2,11 +2,14 @@
 
 import contextlib
 import logging
+import os
 import pickle
+import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -94,18 +97,29 @@ def _raise_early_failure(judges: Sequence[RemoteJudge]) -> None:
 
 def _watch(actors: dict[str, Any], stop: threading.Event) -> None:
     """Kills an actor that does not answer for PING_TIMEOUT_S; Ray restarts it, as it does with one that dies."""
-    answered = dict.fromkeys(actors, time.monotonic())
+    answered, pids = dict.fromkeys(actors, time.monotonic()), dict[str, int]()
     while not stop.wait(PING_INTERVAL_S):
         for name, actor in actors.items():
             try:
-                ray.get(actor.ping.remote(), timeout=PING_TIMEOUT_S)
+                pids[name] = ray.get(actor.ping.remote(), timeout=PING_TIMEOUT_S)
                 answered[name] = time.monotonic()
             except RayError:  # it hangs, or it restarts, or it is stopped and takes no new connection
                 if time.monotonic() > answered[name] + PING_TIMEOUT_S and not stop.is_set():
                     logger.warning("the %s did not answer in %.0f s; restarting it", name, PING_TIMEOUT_S)
                     with contextlib.suppress(RayError):
                         ray.kill(actor, no_restart=False)
+                    kill_process(pids.pop(name, None))
                     answered[name] = time.monotonic()
+
+
+def kill_process(pid: int | None) -> None:
+    """Kill the process of an actor on this node.
+
+    Ray asks a process to end itself, and gives up on one that is stopped and takes no new connection.
+    """
+    with contextlib.suppress(OSError):
+        if pid is not None and Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _shut_down(fleet: Any, collector: Any, judges: Sequence[RemoteJudge]) -> None:

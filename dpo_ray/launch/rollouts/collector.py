@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import os
 import pickle
 import time
 from collections.abc import Mapping, Sequence
@@ -57,8 +58,9 @@ class CollectorActor:
         self._started: asyncio.Future[Collector] | None = None
         self._background: list[asyncio.Task[None]] = []
 
-    async def ping(self) -> None:
-        """Returns at once."""
+    async def ping(self) -> int:
+        """The id of this process; returns at once."""
+        return os.getpid()
 
     async def poll(self, version: int, *, round: int | None, evaluations: Sequence[int], wait_s: float) -> Progress:
         """See ``Collector.poll``."""

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -200,8 +201,9 @@ class FleetActor(Fleet):
         else:
             self._unplaced = ray.get_runtime_context().was_current_actor_reconstructed
 
-    async def ping(self) -> None:
-        """Returns at once."""
+    async def ping(self) -> int:
+        """The id of this process; returns at once."""
+        return os.getpid()
 
     async def close(self) -> None:
         """Shut down the engines and free their resources."""
