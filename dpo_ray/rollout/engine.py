@@ -128,7 +128,3 @@ class Engine(Protocol):
     async def sleep(self) -> None:
         """Free the GPU for the process that shares it, once the running requests are done."""
         ...
-
-    async def wake(self) -> None:
-        """Allocate the GPU memory again; does nothing if awake."""
-        ...

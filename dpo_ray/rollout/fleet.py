@@ -156,25 +156,18 @@ class Fleet:
         await self.started(self.start_timeout_s)
 
     async def sleep(self) -> None:
-        """Put all engines to sleep; one that comes up later sleeps too. The next update wakes them."""
+        """Put all engines to sleep, also those that come up later, until the next update."""
         self._asleep = True
-        await self._each("falling asleep", lambda engine: engine.sleep())
 
-    async def wake(self) -> None:
-        """Wake all engines."""
-        self._asleep = False
-        await self._each("waking up", lambda engine: engine.wake())
-
-    async def _each(self, doing: str, call: Callable[[Engine], Awaitable[None]]) -> None:
-        """Call every engine that is not being updated; one that fails is replaced."""
-
-        async def one(life: _Life) -> None:
+        async def send_to_sleep(life: _Life) -> None:
             try:
-                await within(self.sync_timeout_s, call(life.engine), f"{doing}: no answer in {{}} (sync_timeout_s)")
+                await within(
+                    self.sync_timeout_s, life.engine.sleep(), "falling asleep: no answer in {} (sync_timeout_s)"
+                )
             except Exception as error:
                 self._lose(life, error_summary(error))
 
-        await asyncio.gather(*(one(life) for life in self._lives.values() if not life.loading))
+        await asyncio.gather(*(send_to_sleep(life) for life in self._lives.values() if not life.loading))
 
     # --------------------------------------------------------------------------------- for the sender: see EngineGroup
 
@@ -405,10 +398,9 @@ class Fleet:
     def _changed(self, *, visible: bool = True) -> None:
         """Publish a change. ``visible``: True if members or error changed; the rest is compared."""
         update, board = self._update, self._board
-        active = update is not None and not update.over.done() and (bool(update.loading) or not update.collective)
-        coming = active or self._awaiting_start
+        active = update is not None and update.active
         before = (board.needs_weights, board.expected)
-        board.needs_weights = bool(self._lives) and not board.members and not coming
+        board.needs_weights = bool(self._lives) and not (board.members or active or self._awaiting_start)
         loading = set(update.loading) if update is not None and active else set()
         board.expected = len(loading.union(member.id for member in board.members.values()))
         if visible or before != (board.needs_weights, board.expected):

@@ -76,6 +76,11 @@ class Update:
         """Engines that have not taken the last step; only counted if collective."""
 
     @property
+    def active(self) -> bool:
+        """True if engines may still come to serve the version."""
+        return not self.over.done() and (bool(self.loading) or not self.collective)
+
+    @property
     def awaits_sender(self) -> bool:
         """True if no call of the sender is in progress and another must come."""
         return not (self.complete or self.over.done()) and (self._broken or not self._pending)

@@ -49,8 +49,6 @@ class FakeEngineActor:
 
     async def sleep(self) -> None: ...
 
-    async def wake(self) -> None: ...
-
 
 class UnbuildableEngineActor(FakeEngineActor):
     """Raises in its constructor."""

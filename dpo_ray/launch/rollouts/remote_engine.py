@@ -65,9 +65,6 @@ class RemoteEngine:
     async def sleep(self) -> None:
         await _answer(self.handle.sleep.remote())
 
-    async def wake(self) -> None:
-        await _answer(self.handle.wake.remote())
-
 
 async def _answer(call: Awaitable[Any]) -> Any:
     try:

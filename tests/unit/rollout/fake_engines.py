@@ -75,9 +75,6 @@ class FakeEngine:
     async def sleep(self) -> None:
         await self._called("sleep")
 
-    async def wake(self) -> None:
-        await self._called("wake")
-
 
 def dies(error: type[Exception] = ConnectionError) -> Callable[[], Any]:
     """A fault: the engine's process is dead."""
