@@ -29,6 +29,7 @@ from dpo_ray.storage import error_summary
 from dpo_ray.sync.ipc import free_cuda_cache
 from dpo_ray.train.offline import train_offline
 from dpo_ray.train.online import train_online
+from dpo_ray.train.shared import SharedParts
 from dpo_ray.types import Metrics, TrainResult
 
 ANSWER_TIMEOUT_S = 60.0
@@ -137,7 +138,13 @@ class CollectorRounds:
                 time.sleep(1.0)
 
 
-def online(config: Config, device: torch.device, reporter: RunReporter, rollouts: Rollouts) -> TrainResult:
+def online(
+    config: Config,
+    device: torch.device,
+    reporter: RunReporter,
+    rollouts: Rollouts,
+    shared: SharedParts | None = None,
+) -> TrainResult:
     """Trains in rounds, which the collector collects."""
     assert config.online is not None
     rank, on_gpus = ray.train.get_context().get_world_rank(), device.type == "cuda"
@@ -160,7 +167,9 @@ def online(config: Config, device: torch.device, reporter: RunReporter, rollouts
                 reporter.round_evaluation(version, store.read(version))
         rounds = CollectorRounds(config, rollouts, reporter.round_evaluation, colocated=colocated)
         fixed = open_pairs(config)[0] if config.online.source.mix else None
-        return train_online(config, rounds=rounds, fixed=fixed, sync=sync, device=device, reporter=reporter)
+        return train_online(
+            config, rounds=rounds, fixed=fixed, sync=sync, device=device, reporter=reporter, shared=shared
+        )
     finally:
         sync.close()
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 import ray.train
@@ -21,11 +21,10 @@ import ray.train.torch
 from dpo_ray.config import Config
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.command import Stopped, TrainingFailed
-from dpo_ray.launch.reporter import RunReporter, TrialReporter
+from dpo_ray.launch.reporter import RunReporter
 from dpo_ray.launch.rollouts.weights import longest_wait_s
 from dpo_ray.launch.run_dir import log_to_run
 from dpo_ray.launch.status import ask_status
-from dpo_ray.launch.sweeps.mailbox import Channel
 from dpo_ray.ops.cpu import cpu_environment
 from dpo_ray.plugins import resolve
 from dpo_ray.storage import StorageFailed, upload_appendable
@@ -43,13 +42,6 @@ MIN_COLLECTIVE_TIMEOUT_S = 1800  # Ray Train's default
 COLLECTIVE_MARGIN_S = 300
 
 
-class Trial(NamedTuple):
-    """The trial of a sweep that a run is."""
-
-    channel: Channel
-    name: str
-
-
 def train_on_workers(
     config: Config,
     cluster: Cluster,
@@ -57,7 +49,6 @@ def train_on_workers(
     *,
     status_actor: Any,
     rollouts: Any = None,
-    trial: Trial | None = None,
 ) -> None:
     """Runs ``loop`` on ``cluster.train_workers`` workers.
 
@@ -65,7 +56,6 @@ def train_on_workers(
         loop: import path of a function in ``launch.loops``; imported by the workers only.
         status_actor: actor handle.
         rollouts: the actors of an online run.
-        trial: the trial of a sweep that the run is.
 
     Raises:
         TrainingFailed: names the worker's error and the folder of the logs.
@@ -79,7 +69,6 @@ def train_on_workers(
         "status_actor": status_actor,
         "on_gpus": cluster.on_gpus,
         "rollouts": rollouts,
-        "trial": trial,
     }
     trainer = build_torch_trainer(
         _run_worker, arguments, config, cluster, ray_dir, max_failures=config.cluster.max_restarts
@@ -144,8 +133,6 @@ def _fit(trainer: Any, status_actor: Any, stop_timeout_s: float) -> Any:
     The first ends it at once, too, if no step has been taken: there is nothing to save, and loading may take minutes.
     Runs in a thread, since Ray Train replaces the Ctrl-C handler of the main thread and kills workers within a step.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return trainer.fit()
     result: Future[Any] = Future()
 
     def fit() -> None:
@@ -198,7 +185,7 @@ def _run_worker(arguments: dict[str, Any]) -> Metrics:
         import torch  # after log_to_run, which records its warnings
 
         device = torch.device("cuda", torch.cuda.current_device()) if arguments["on_gpus"] else torch.device("cpu")
-        reporter = _build_reporter(config, status_actor, rank, arguments["trial"])
+        reporter = RunReporter(config.run.path, status_actor, rank, online=config.online is not None)
         result = resolve(arguments["loop"], {}, "loop")(config, device, reporter, arguments["rollouts"])
         upload_appendable()
         return asdict(result)
@@ -212,13 +199,6 @@ def _run_worker(arguments: dict[str, Any]) -> Metrics:
         # The logs of a failed run, if the storage still accepts them.
         with contextlib.suppress(StorageFailed):
             upload_appendable()
-
-
-def _build_reporter(config: Config, status_actor: Any, rank: int, trial: Trial | None) -> RunReporter:
-    if trial is None:
-        return RunReporter(config.run.path, status_actor, rank, online=config.online is not None)
-    rounds = config.online.rounds if config.online is not None else None
-    return TrialReporter(config.run.path, trial.channel, trial.name, rank, rounds=rounds)
 
 
 def is_retryable(error: Exception) -> bool:

@@ -63,6 +63,10 @@ class RequestTimedOut(TimeoutError):
     """A request was not complete at its deadline."""
 
 
+class RequestAborted(RuntimeError):
+    """A request was aborted with all others of its engine."""
+
+
 class Engine(Protocol):
     """One engine. Requests interleave; each call may be made while others are in progress.
 
@@ -85,6 +89,10 @@ class Engine(Protocol):
         Raises:
             Exception: the engine cannot be used any more.
         """
+        ...
+
+    async def abort(self) -> None:
+        """Abort all requests, with a RequestAborted: the run that they belong to has ended."""
         ...
 
     async def start_update(self) -> None:

@@ -149,6 +149,24 @@ class Fleet:
         await asyncio.gather(*(ask(life) for life in list(self._lives.values())))
         return {life.id: life.status for life in self._lives.values() if life.status is not None}
 
+    async def reset(self) -> None:
+        """Begin another run: engines abort the requests of the last one, and serve after the next update.
+
+        Raises:
+            RuntimeError: the fleet has failed.
+        """
+        if self._board.error is not None:
+            raise RuntimeError(self._board.error)
+        if self._watch is not None:
+            self._watch.cancel()
+        if self._update is not None:
+            self._update.stop("another run begins")
+            self._update = None
+        self._board.members.clear()
+        self._board.metrics = None
+        self._changed()
+        await self._call(list(self._lives.values()), lambda engine: engine.abort(), "aborting requests")
+
     async def replace_unfinished(self) -> None:
         """Replace the engines that hold a part of a policy, because the sender of the other part has died."""
         for life in [life for life in self._lives.values() if life.loading]:
@@ -158,16 +176,19 @@ class Fleet:
     async def sleep(self) -> None:
         """Put all engines to sleep, also those that come up later, until the next update."""
         self._asleep = True
+        awake = [life for life in self._lives.values() if not life.loading]
+        await self._call(awake, lambda engine: engine.sleep(), "falling asleep")
 
-        async def send_to_sleep(life: _Life) -> None:
+    async def _call(self, lives: Sequence[_Life], call: Callable[[Engine], Awaitable[None]], doing: str) -> None:
+        """Call engines; those that fail are replaced."""
+
+        async def answer(life: _Life) -> None:
             try:
-                await within(
-                    self.sync_timeout_s, life.engine.sleep(), "falling asleep: no answer in {} (sync_timeout_s)"
-                )
+                await within(self.sync_timeout_s, call(life.engine), f"{doing}: no answer in {{}} (sync_timeout_s)")
             except Exception as error:
-                self._lose(life, error_summary(error))
+                self._lose(life, error_summary(error), error)
 
-        await asyncio.gather(*(send_to_sleep(life) for life in self._lives.values() if not life.loading))
+        await asyncio.gather(*map(answer, lives))
 
     # --------------------------------------------------------------------------------- for the sender: see EngineGroup
 

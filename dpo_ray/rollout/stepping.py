@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, Protocol
 
-from dpo_ray.rollout.engine import RequestTimedOut
+from dpo_ray.rollout.engine import RequestAborted, RequestTimedOut
 
 
 class EngineFailed(RuntimeError):
@@ -137,6 +137,10 @@ class Stepper:
             _fail([work], self.error)
         return work.future
 
+    def abort(self) -> None:
+        """Abort all jobs that have arrived. To be run by a call."""
+        self._abort(self._jobs(), lambda job: RequestAborted("aborted with all requests of this engine"))
+
     def close(self, timeout_s: float) -> None:
         """End the thread after the step in progress; waiting futures get an EngineFailed."""
         self._inbox.put(None)
@@ -199,7 +203,7 @@ class Stepper:
         left = min((job.seconds_left(now) for job in self._jobs()), default=float("inf"))
         return None if left == float("inf") else max(left, 0.0)
 
-    def _jobs(self) -> Iterable[Job]:
+    def _jobs(self) -> list[Job]:
         return [*self._running.values(), *self._held, *(job for job, _ in self._withheld)]
 
     def _add(self, job: Job) -> None:
@@ -218,15 +222,18 @@ class Stepper:
         """Abort jobs whose deadline has passed or whose caller has gone."""
         now = time.monotonic()
         gone = [job for job in self._jobs() if job.future.cancelled() or job.seconds_left(now) <= 0]
-        if not gone:
-            return
+        if gone:
+            self._abort(gone, lambda job: RequestTimedOut(f"not complete {job.deadline_s:g} s after its arrival"))
+
+    def _abort(self, jobs: Iterable[Job], error_of: Callable[[Job], Exception]) -> None:
+        gone = set(jobs)
         self.core.abort_request([request_id for request_id, job in self._running.items() if job in gone])
         self._running = {request_id: job for request_id, job in self._running.items() if job not in gone}
         self._held = deque(job for job in self._held if job not in gone)
         self._withheld = [(job, output) for job, output in self._withheld if job not in gone]
         self._report(None)
         for job in gone:
-            _set_exception(job.future, RequestTimedOut(f"not complete {job.deadline_s:g} s after its arrival"))
+            _set_exception(job.future, error_of(job))
 
     def _run_calls(self) -> None:
         """Run calls in order, up to one that waits for running jobs."""

@@ -189,6 +189,10 @@ class VLLMEngine:
             )
         )
 
+    async def abort(self) -> None:
+        """Abort all requests; see ``Engine.abort``."""
+        await self._call(self._stepper.abort)
+
     async def start_update(self) -> None:
         """Start a weight update; see ``Engine.start_update``.
 

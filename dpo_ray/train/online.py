@@ -32,6 +32,7 @@ from dpo_ray.train.refresh import refresh_reference, refreshed_weights
 from dpo_ray.train.reporter import PhaseTimer, Reporter
 from dpo_ray.train.round_pairs import Sources
 from dpo_ray.train.rounds import Rounds
+from dpo_ray.train.shared import SharedParts
 from dpo_ray.train.state import TrainState
 from dpo_ray.train.step import dpo_step
 from dpo_ray.train.trainer import Trainer, build_trainer
@@ -64,21 +65,23 @@ def train_online(
     device: torch.device,
     reporter: Reporter,
     fixed: PairSource | None = None,
+    shared: SharedParts | None = None,
 ) -> TrainResult:
     """Trains through ``online.rounds`` rounds; a requested stop takes effect after the round in training.
 
     Args:
         fixed: the pairs of data.train, for ``online.source.mix``.
+        shared: parts of former runs of this process.
     """
     assert config.online is not None
     online = config.online
-    trainer = build_trainer(config, device, reporter)
-    frozen = load_frozen_reference(trainer)
+    trainer = (shared.build_trainer if shared else build_trainer)(config, device, reporter)
+    frozen = (shared.load_frozen_reference if shared else load_frozen_reference)(trainer)
     evaluator = PromptEvaluator(trainer, rounds, frozen, reporter, total=online.rounds)
     skips = config.optim.max_skipped_steps
     reference_weights = partial(refreshed_weights, frozen)
     state = TrainState(trainer.policy, trainer.optimizer, trainer.log_ratio_totals, skips, reference_weights)
-    with Checkpointer(config.run.path / "checkpoints", config) as checkpointer:
+    with Checkpointer(config.run.path / "checkpoints", config, shared.stager if shared else None) as checkpointer:
         if checkpointer.resume(state):
             reporter.note(f"resuming after round {state.round} of {online.rounds}")
         reporter.start(state.step, state.round)

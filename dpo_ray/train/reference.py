@@ -4,6 +4,7 @@ The untrained policy is the reference, so that the cache is filled without loadi
 therefore be built before a checkpoint is loaded.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -56,14 +57,18 @@ def _load_copy(trainer: Trainer) -> Scorer:
 
 
 def build_references(
-    trainer: Trainer, pairs: PairStore, held_out: PairStore | None, reporter: Reporter
+    trainer: Trainer,
+    pairs: PairStore,
+    held_out: PairStore | None,
+    reporter: Reporter,
+    load_frozen: Callable[[Trainer], LogpsModel | None] = load_frozen_reference,
 ) -> tuple[Reference, Reference]:
     """References of the training pairs and of the held-out pairs; notes how they were obtained."""
     kind = trainer.config.reference_kind
     if kind == "none":
         reporter.note("reference: none")
         return no_reference, no_reference
-    if (frozen := load_frozen_reference(trainer)) is not None:
+    if (frozen := load_frozen(trainer)) is not None:
         reporter.note(f"reference: {kind}, computed with each step")
         reference = live_reference(partial(pair_logps, frozen))
         return reference, reference

@@ -4,19 +4,22 @@ A run trains the weights of the model that the run before it has left, reset to 
 log-probabilities are read and verified once, and checkpoints are copied to the same host memory.
 """
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from dpo_ray.config import Config
 from dpo_ray.data.store import PairStore
+from dpo_ray.model.scorer import LogpsModel
+from dpo_ray.parallel.collectives import local_tensor
 from dpo_ray.parallel.fsdp import reshard
 from dpo_ray.reference.reference import Reference
 from dpo_ray.train.checkpoint import CachedStager
 from dpo_ray.train.optim import build_optimizer
-from dpo_ray.train.reference import build_references
+from dpo_ray.train.reference import build_references, load_frozen_reference
+from dpo_ray.train.refresh import refreshed_weights
 from dpo_ray.train.reporter import Reporter
 from dpo_ray.train.trainer import Trainer, build_trainer, configured_losses
 
@@ -34,6 +37,8 @@ class SharedParts:
         self.trainer: Trainer | None = None
         self.untrained: list[Tensor] = []
         """This rank's shards of the trainable weights, on the host."""
+        self.frozen: LogpsModel | None = None
+        """The reference that stays beside the policy."""
         self.references: dict[str, tuple[Reference, Reference]] = {}
         self.stager = CachedStager()
 
@@ -42,14 +47,12 @@ class SharedParts:
         if self.trainer is None or _model_settings(self.trainer.config) != _model_settings(config):
             self.clear()  # before another model is loaded
             self.trainer = build_trainer(config, device, reporter)
-            self.untrained = [weight.detach().cpu().clone() for weight in _trainable(self.trainer)]
+            self.untrained = [local_tensor(weight).cpu().clone() for weight in _trainable(self.trainer)]
             return self.trainer
         reporter.phase("loading")
         torch.manual_seed(config.run.seed)
         reshard(self.trainer.policy)
-        with torch.no_grad():
-            for weight, untrained in zip(_trainable(self.trainer), self.untrained, strict=True):
-                weight.copy_(untrained)
+        self._reset(_trainable(self.trainer))
         for parameter in self.trainer.policy.parameters():
             parameter.grad = None
         log_ratio_totals = torch.zeros(2, dtype=torch.float64)
@@ -62,16 +65,31 @@ class SharedParts:
         )
         return self.trainer
 
+    def load_frozen_reference(self, trainer: Trainer) -> LogpsModel | None:
+        """See ``reference.load_frozen_reference``; the model is kept as long as the policy is."""
+        if self.frozen is None:
+            self.frozen = load_frozen_reference(trainer)
+        else:
+            self._reset(refreshed_weights(self.frozen).values())
+        return self.frozen
+
     def build_references(
         self, trainer: Trainer, pairs: PairStore, held_out: PairStore | None, reporter: Reporter
     ) -> tuple[Reference, Reference]:
         """See ``reference.build_references``; cached log-probabilities of the same pairs are kept."""
         if trainer.config.reference_kind != "cached":
-            return build_references(trainer, pairs, held_out, reporter)
+            return build_references(trainer, pairs, held_out, reporter, load_frozen=self.load_frozen_reference)
         key = repr((pairs.digest, held_out and held_out.digest))
         if key not in self.references:
             self.references[key] = build_references(trainer, pairs, held_out, reporter)
         return self.references[key]
+
+    @torch.no_grad()
+    def _reset(self, weights: Collection[Tensor]) -> None:
+        """Gives the untrained values to all trainable weights, or to a copy of them; does nothing with no weights."""
+        if weights:
+            for weight, untrained in zip(weights, self.untrained, strict=True):
+                local_tensor(weight).copy_(untrained)
 
 
 def _model_settings(config: Config) -> str:
@@ -81,6 +99,5 @@ def _model_settings(config: Config) -> str:
 
 
 def _trainable(trainer: Trainer) -> list[Tensor]:
-    """This rank's shards of the trainable weights."""
-    weights = [parameter for parameter in trainer.policy.parameters() if parameter.requires_grad]
-    return [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+    """The trainable weights, sharded."""
+    return [parameter.detach() for parameter in trainer.policy.parameters() if parameter.requires_grad]

@@ -17,6 +17,7 @@ from dpo_ray.sync.base import WeightSync
 from dpo_ray.train.online import train_online
 from dpo_ray.train.reference import load_frozen_reference
 from dpo_ray.train.refresh import RefreshedReference
+from dpo_ray.train.shared import SharedParts
 from dpo_ray.train.trainer import build_trainer
 from dpo_ray.types import Metrics, Probe, TokenPair
 from tests.distributed.conftest import COMPARED, assert_same, over
@@ -50,15 +51,23 @@ class WeightLog:
         """Nothing is in progress."""
 
 
-def online(rank: int, config: dict[str, Any], stop_after: int | None = None) -> tuple[list[Metrics], list[Any], Any]:
+def online(
+    rank: int, config: dict[str, Any], stop_after: int | None = None, shared: SharedParts | None = None
+) -> tuple[list[Metrics], list[Any], Any]:
     """Train through the rounds; returns the metrics, log-probabilities of evaluations, and weights by version."""
     parsed = Config.model_validate(config)
     assert parsed.online is not None
     rounds, reporter = DrawnRounds(parsed.online.rounds), ListReporter(stop_after if rank == 0 else None)
     sync = WeightLog(adapters_only=parsed.model.lora is not None)
     device = torch.device("cpu")
-    train_online(parsed, rounds=rounds, sync=cast(WeightSync, sync), device=device, reporter=reporter)
+    train_online(parsed, rounds=rounds, sync=cast(WeightSync, sync), device=device, reporter=reporter, shared=shared)
     return reporter.lines, rounds.scores, sync.versions
+
+
+def online_in_turn(rank: int, configs: list[dict[str, Any]], fresh: bool) -> list[tuple[list[Metrics], list[Any], Any]]:
+    """``online`` for one run after another in the same processes, which share their parts or build them anew."""
+    shared = SharedParts()
+    return [online(rank, config, shared=None if fresh else shared) for config in configs]
 
 
 @pytest.fixture
@@ -153,6 +162,34 @@ def test_the_reference_of_each_round_is_the_mix_of_published_weights(
         assert policy == pytest.approx(logps_of(versions[version], tiny_model, of_rejected(last)), abs=1e-4)
     untrained = logps_of(versions[0], tiny_model, of_rejected(last))
     assert np.abs(scored[-1][2] - untrained).max() > 0.1, "the reference of the last round has moved"
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["weights", "adapters"])
+def test_a_run_on_policy_and_reference_of_another_is_the_run_alone(config: dict[str, Any], lora: bool) -> None:
+    """Both have moved by the end of the first run."""
+
+    def runs(*, fresh: bool) -> list[tuple[list[Metrics], list[Any], Any]]:
+        configs = []
+        for number, lr in enumerate((2e-2, 1e-2)):
+            run = refreshing(config, lora=lora, refresh="round", mixup_alpha=0.5)
+            name = {"name": f"{'fresh' if fresh else 'shared'}{number}"}
+            configs.append(run | {"optim": run["optim"] | {"lr": lr}, "run": run["run"] | name})
+        return run_ranks(1, online_in_turn, configs, fresh)[0]
+
+    for (lines, scored, versions), (alone, scored_alone, versions_alone) in zip(
+        runs(fresh=False), runs(fresh=True), strict=True
+    ):
+        assert_same(steps_of(alone), steps_of(lines), absolute=0.0)
+        assert [values[1:] for values in map(as_lists, scored)] == [
+            values[1:] for values in map(as_lists, scored_alone)
+        ]
+        for version, weights in versions_alone.items():
+            assert all((versions[version][name] == weight).all() for name, weight in weights.items())
+
+
+def as_lists(scored: tuple[int, np.ndarray, np.ndarray]) -> tuple[int, list[float], list[float]]:
+    version, policy, reference = scored
+    return version, policy.tolist(), reference.tolist()
 
 
 @pytest.mark.parametrize(

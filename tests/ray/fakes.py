@@ -32,6 +32,8 @@ class FakeEngineActor:
     async def status(self) -> EngineStatus:
         return EngineStatus(self.version, 0, 0, 0, 0.0, 0.0, 0.0, 256)
 
+    async def abort(self) -> None: ...
+
     async def start_update(self) -> None:
         self.weights = ""
 

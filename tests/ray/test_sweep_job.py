@@ -244,14 +244,21 @@ def test_trials_that_raise_diverge_or_die_are_listed_with_their_cause_and_the_be
     assert not starting.left_over()
 
 
-def run_of_two_online_trials(commands: Commands, model: Path, folder: Path, *, rounds: int, **sweep: Any) -> Path:
+def processes(log: Path) -> list[str]:
+    """The ids of the processes that have written a log."""
+    return re.findall(r"pid (\d+), started", log.read_text())
+
+
+def run_of_two_online_trials(
+    commands: Commands, model: Path, folder: Path, *, rounds: int, space: str = "tests.ray.sweep_online", **sweep: Any
+) -> Path:
     """The directory of a finished sweep."""
     config = tiny_rounds(folder, model)
     config["run"] |= {"name": "sweep", "eval_every": 1}
     config["online"] |= {"rounds": rounds}
     config["cluster"] = {"train_workers": 1, "rollout_engines": 1}
     config["sweep"] = {"samples": 2, "concurrent": 1, **sweep}
-    return run_sweep(commands, config, folder, "tests.ray.sweep_online")[0]
+    return run_sweep(commands, config, folder, space)[0]
 
 
 @pytest.mark.slow
@@ -272,7 +279,21 @@ def test_a_sweep_of_online_runs_compares_their_held_out_scores(
     evaluated = [(run / "trials" / trial.name / "evaluations/000000.jsonl").stat().st_mtime for trial in trials]
     assert evaluated[0] > begun[0]
     assert evaluated[1] < begun[1], "the second trial has the first one's evaluation of the untrained policy"
+    assert len(processes(run / "slots/0/logs/engine-0.log")) == 1, "the engine has served both trials"
+    assert processes(run / "trials/00000/logs/worker-0.log") == processes(run / "trials/00001/logs/worker-0.log")
     assert (run / "best.yaml").exists()
+    assert not starting.left_over()
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_an_online_trial_that_needs_other_engines_gets_them_and_keeps_the_workers(
+    starting: Commands, tiny_model: Path, tmp_path: Path
+) -> None:
+    run = run_of_two_online_trials(starting, tiny_model, tmp_path, rounds=1, space="tests.ray.sweep_lag")
+    assert [trial.status for trial in read_trials(csv(run))] == ["done", "done"]
+    assert len(processes(run / "slots/0/logs/engine-0.log")) == 2
+    assert processes(run / "trials/00000/logs/worker-0.log") == processes(run / "trials/00001/logs/worker-0.log")
     assert not starting.left_over()
 
 

@@ -53,8 +53,35 @@ def rollout_actors(
     Raises:
         ValueError, TrainingFailed: the judge cannot be built.
     """
-    plain = config.model_dump(mode="json")
-    fleet = _start(FleetActor, plain, cluster)
+    with (
+        fleet_actor(config, cluster) as fleet,
+        collecting_actors(config, fleet, prompts, held_out, status_actor) as (collector, judges),
+    ):
+        _raise_early_failure(judges)
+        yield Rollouts(fleet, collector)
+
+
+@contextlib.contextmanager
+def fleet_actor(config: Config, cluster: Cluster) -> Iterator[Any]:
+    """Starts a FleetActor, whose engines start meanwhile; shuts the engines down at the end."""
+    fleet = _start(FleetActor, config.model_dump(mode="json"), cluster)
+    try:
+        with _restarted_if_hung("fleet", fleet):
+            yield fleet
+    finally:
+        try:
+            ray.get(fleet.close.remote(), timeout=CLOSE_TIMEOUT_S)
+        except Exception as error:  # logged, so that it does not hide the error of the run
+            logger.warning("the engines could not be shut down in order: %s", error)
+        with contextlib.suppress(RayError):
+            ray.kill(fleet)
+
+
+@contextlib.contextmanager
+def collecting_actors(
+    config: Config, fleet: Any, prompts: Sequence[Prompt], held_out: Sequence[Prompt], status_actor: Any
+) -> Iterator[tuple[Any, Sequence[RemoteJudge]]]:
+    """Starts the collector and the judges of a run on the engines of ``fleet``; kills them at the end."""
     started = start_judges(config, fleet, {"judge": columns_of(prompts), "eval_judge": columns_of(held_out)})
     judges = list({id(judge): judge for replicas in started.values() for judge in replicas}.values())
     # In a file, and handles as bytes: Ray warns of arguments with references, which a restarted actor may not find.
@@ -62,16 +89,14 @@ def rollout_actors(
     prompt_file.parent.mkdir(exist_ok=True)
     prompt_file.write_bytes(pickle.dumps((prompts, held_out)))
     handles = ray.cloudpickle.dumps((fleet, started, status_actor))
-    collector = _start(CollectorActor, plain, prompt_file, handles)
-    stop = threading.Event()
+    collector = _start(CollectorActor, config.model_dump(mode="json"), prompt_file, handles)
     try:
-        _raise_early_failure(judges)
-        watched = {"fleet": fleet, "collector": collector}
-        threading.Thread(target=_watch, args=(watched, stop), daemon=True).start()
-        yield Rollouts(fleet, collector)
+        with _restarted_if_hung("collector", collector):
+            yield collector, judges
     finally:
-        stop.set()
-        _shut_down(fleet, collector, judges)
+        for actor in (collector, *(judge.handle for judge in judges)):
+            with contextlib.suppress(RayError):
+                ray.kill(actor)
 
 
 def _start(actor: type, *arguments: Any) -> Any:
@@ -95,21 +120,30 @@ def _raise_early_failure(judges: Sequence[RemoteJudge]) -> None:
             raise TrainingFailed(f"the judge cannot be built: {error_summary(error.cause)}") from None
 
 
-def _watch(actors: dict[str, Any], stop: threading.Event) -> None:
+@contextlib.contextmanager
+def _restarted_if_hung(name: str, actor: Any) -> Iterator[None]:
     """Kills an actor that does not answer for PING_TIMEOUT_S; Ray restarts it, as it does with one that dies."""
-    answered, pids = dict.fromkeys(actors, time.monotonic()), dict[str, int]()
+    stop = threading.Event()
+    threading.Thread(target=_watch, args=(name, actor, stop), name=f"watch-{name}", daemon=True).start()
+    try:
+        yield
+    finally:
+        stop.set()
+
+
+def _watch(name: str, actor: Any, stop: threading.Event) -> None:
+    answered, pid = time.monotonic(), None
     while not stop.wait(PING_INTERVAL_S):
-        for name, actor in actors.items():
-            try:
-                pids[name] = ray.get(actor.ping.remote(), timeout=PING_TIMEOUT_S)
-                answered[name] = time.monotonic()
-            except RayError:  # it hangs, or it restarts, or it is stopped and takes no new connection
-                if time.monotonic() > answered[name] + PING_TIMEOUT_S and not stop.is_set():
-                    logger.warning("the %s did not answer in %.0f s; restarting it", name, PING_TIMEOUT_S)
-                    with contextlib.suppress(RayError):
-                        ray.kill(actor, no_restart=False)
-                    kill_process(pids.pop(name, None))
-                    answered[name] = time.monotonic()
+        try:
+            pid = ray.get(actor.ping.remote(), timeout=PING_TIMEOUT_S)
+            answered = time.monotonic()
+        except RayError:  # it hangs, or it restarts, or it is stopped and takes no new connection
+            if time.monotonic() > answered + PING_TIMEOUT_S and not stop.is_set():
+                logger.warning("the %s did not answer in %.0f s; restarting it", name, PING_TIMEOUT_S)
+                with contextlib.suppress(RayError):
+                    ray.kill(actor, no_restart=False)
+                kill_process(pid)
+                answered, pid = time.monotonic(), None
 
 
 def kill_process(pid: int | None) -> None:
@@ -120,16 +154,3 @@ def kill_process(pid: int | None) -> None:
     with contextlib.suppress(OSError):
         if pid is not None and Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
             os.kill(pid, signal.SIGKILL)
-
-
-def _shut_down(fleet: Any, collector: Any, judges: Sequence[RemoteJudge]) -> None:
-    """Shuts all actors down; a failure is logged, so that it does not hide the error of the run."""
-    for actor in (collector, *(judge.handle for judge in judges)):
-        with contextlib.suppress(RayError):
-            ray.kill(actor)
-    try:
-        ray.get(fleet.close.remote(), timeout=CLOSE_TIMEOUT_S)
-    except Exception as error:
-        logger.warning("the engines could not be shut down in order: %s", error)
-    with contextlib.suppress(RayError):
-        ray.kill(fleet)

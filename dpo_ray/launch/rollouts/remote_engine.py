@@ -40,6 +40,9 @@ class RemoteEngine:
             except ActorUnavailableError:
                 await asyncio.sleep(UNAVAILABLE_S)
 
+    async def abort(self) -> None:
+        await _answer(self.handle.abort.remote())
+
     async def start_update(self) -> None:
         await _answer(self.handle.start_update.remote())
 

@@ -20,13 +20,14 @@ from dpo_ray.config import Config, override
 from dpo_ray.config.sweeps import START_TOGETHER
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.command import TrainingFailed
-from dpo_ray.launch.online import LOOP
 from dpo_ray.launch.run_dir import make_run_dir
+from dpo_ray.launch.status import start_status_actor
 from dpo_ray.launch.sweeps.mailbox import NO_MORE, Channel, Message, Task, start_mailbox
 from dpo_ray.launch.sweeps.schedulers import build_scheduler, continuing_share, rungs, validate_length
 from dpo_ray.launch.sweeps.search import build_searcher
-from dpo_ray.launch.sweeps.slots import Slot, offline_slot, online_slot
+from dpo_ray.launch.sweeps.slots import Slot, run_slot
 from dpo_ray.launch.sweeps.space import Space
+from dpo_ray.launch.sweeps.trial_rollouts import TrialRollouts
 from dpo_ray.report.live.follower import follow_run
 from dpo_ray.report.live.trial_table import Scope, live_trials
 from dpo_ray.report.sweep_summary import live_sweep_report
@@ -173,6 +174,8 @@ class Driver:
         self.trials: list[Trial] = []
         """The latest state of the trials, for the display."""
         self.slots: list[Slot] = []
+        self.rollouts: dict[int, TrialRollouts] = {}
+        """Engines, judges and collector by slot; online only."""
         self.held_out = 0
         """Held-out prompts; online only."""
         self.serving: set[int] = set()
@@ -207,17 +210,16 @@ class Driver:
 
     def _run_slots(self, prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
         self.mailbox = start_mailbox()
-        config = self.plan.config
+        config, status_actor = self.plan.config, start_status_actor()
+        # All failures that the trials of the sweep may have; also bounds those that no trial is blamed for.
+        failures = self.plan.definition.samples * (config.cluster.max_restarts + 1)
         for number in range(min(self.plan.concurrent, self.conductor.open)):
             channel = Channel(self.mailbox, number)
-            if config.online is None:
-                # All failures that the trials of the sweep may have; also bounds those that no trial is blamed for.
-                failures = self.plan.definition.samples * (config.cluster.max_restarts + 1)
-                run = partial(offline_slot, config, self.cluster, channel, self.run_dir, failures)
-            else:
-                run = partial(online_slot, self.cluster, channel, prompts, held_out, LOOP)
-            self.slots.append(Slot(number, run))
+            self.slots.append(Slot(number, partial(run_slot, config, self.cluster, channel, self.run_dir, failures)))
             self.serving.add(number)
+            if config.online is not None:
+                logs = self.run_dir / "slots" / str(number)
+                self.rollouts[number] = TrialRollouts(self.cluster, logs, prompts, held_out, status_actor)
         try:
             while not self.conductor.finished:
                 self._take_messages()
@@ -228,7 +230,10 @@ class Driver:
         finally:
             for trial in list(self.followers):
                 self._unfollow(trial)
+            for rollouts in self.rollouts.values():
+                rollouts.close()
             ray.kill(self.mailbox)
+            ray.kill(status_actor)
 
     def _take_messages(self) -> None:
         messages = ray.get(self.mailbox.receive.remote(POLL_S), timeout=MAILBOX_TIMEOUT_S)
@@ -264,6 +269,8 @@ class Driver:
 
     def _leave(self, slot: int) -> None:
         self._unfollow(self.on_slot.pop(slot))
+        if slot in self.rollouts:
+            self.rollouts[slot].end_trial()
 
     def _answer(self, message: Message, value: Any) -> None:
         ray.get(self.mailbox.answer.remote(message, value), timeout=MAILBOX_TIMEOUT_S)
@@ -276,13 +283,14 @@ class Driver:
                     config = self._trial_config(progress)
                     make_run_dir(config)
                     self._share_evaluation(config)
+                    rollouts = self.rollouts[slot].begin(config) if slot in self.rollouts else None
                 except ValueError as error:
                     self.conductor.failed(progress.name, error_summary(error))
                     self._write()
                     continue
                 self._follow(progress.name, config)
                 self.on_slot[slot] = progress.name
-                self._answer(self.idle.pop(slot), Task(progress.name, config.model_dump(mode="json")))
+                self._answer(self.idle.pop(slot), Task(progress.name, config.model_dump(mode="json"), rollouts))
                 self._write()
                 break
 
@@ -292,6 +300,8 @@ class Driver:
             if len(self.serving) > self.conductor.open:
                 self._answer(self.idle.pop(slot), NO_MORE)
                 self.serving.remove(slot)
+                if slot in self.rollouts:
+                    self.rollouts[slot].close()
 
     def _trial_config(self, progress: Progress) -> Config:
         """The configuration of a trial: evaluated where the scheduler decides, saved where it pauses."""
@@ -338,6 +348,8 @@ class Driver:
                 trial = self.on_slot[slot.number]
                 self._leave(slot.number)
                 self.conductor.failed(trial, f"its slot ended: {slot.error}", retryable=True)
+            if slot.number in self.rollouts:
+                self.rollouts[slot.number].close()
         if not self.serving and not self.conductor.finished:
             error = next((slot.error for slot in self.slots if slot.error is not None), None)
             raise TrainingFailed(f"no worker of the sweep is left: {error}")

@@ -38,6 +38,8 @@ class Task(NamedTuple):
 
     trial: str
     config: dict[str, Any]
+    rollouts: Any = None
+    """The actors of an online trial."""
 
 
 NO_MORE = Task("", {})

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from dpo_ray.config import Config
 from dpo_ray.data.store import PairStore
 from dpo_ray.launch.data import open_pairs
+from dpo_ray.launch.loops import online
 from dpo_ray.launch.reporter import TrialReporter
 from dpo_ray.launch.run_dir import log_to_run
 from dpo_ray.launch.sweeps.mailbox import Channel, Task
@@ -33,7 +34,7 @@ def run_trials(channel: Channel, device: torch.device) -> None:
         config = Config.model_validate(task.config)
         log_to_run(config.run.path, f"worker-{rank}")
         try:
-            _run_trial(config, task.trial, channel, rank, device, pairs, shared)
+            _run_trial(config, task, channel, rank, device, pairs, shared)
         except Exception as error:
             # Other workers may wait in a collective: the error ends the whole group, and Ray Train starts it again.
             alone = dist.is_initialized() and dist.get_world_size() == 1
@@ -56,18 +57,22 @@ def _next_task(channel: Channel) -> Task:
 
 def _run_trial(
     config: Config,
-    trial: str,
+    task: Task,
     channel: Channel,
     rank: int,
     device: torch.device,
     opened: dict[str, Pairs],
     shared: SharedParts,
 ) -> None:
-    reporter = TrialReporter(config.run.path, channel, trial, rank)
-    pairs, held_out = _shared_pairs(config, opened)
-    train_offline(config, pairs=pairs, held_out=held_out, device=device, reporter=reporter, shared=shared)
+    rounds = config.online.rounds if config.online is not None else None
+    reporter = TrialReporter(config.run.path, channel, task.trial, rank, rounds=rounds)
+    if config.online is not None:
+        online(config, device, reporter, task.rollouts, shared=shared)
+    else:
+        pairs, held_out = _shared_pairs(config, opened)
+        train_offline(config, pairs=pairs, held_out=held_out, device=device, reporter=reporter, shared=shared)
     if rank == 0:
-        channel.ask("paused" if reporter.decision == "pause" else "finished", trial)
+        channel.ask("paused" if reporter.decision == "pause" else "finished", task.trial)
 
 
 def _shared_pairs(config: Config, opened: dict[str, Pairs]) -> Pairs:

@@ -46,6 +46,9 @@ class FakeEngine:
         await self._called("status")
         return EngineStatus(self.version, 0, 0, 0, 0.0, self.step_s, 0.0, 64)
 
+    async def abort(self) -> None:
+        await self._called("abort")
+
     async def start_update(self) -> None:
         await self._called("start_update")
         self.weights = []

@@ -572,6 +572,48 @@ async def test_one_engine_with_wrong_weights_after_others_have_proven_them_is_re
 
 
 @run
+async def test_for_another_run_engines_stay_and_serve_nothing_before_its_first_update() -> None:
+    async with running(World(2)) as world:
+        await world.update(5, "a")
+        await world.serving("0.1", "1.1", version=5)
+        await world.fleet.reset()
+        now = await world.fleet.membership(-1, 0.0)
+        assert now.members == ()
+        assert now.needs_weights
+        assert [engine.calls.count("abort") for engine in world.engines.values()] == [1, 1]
+        await world.update(0, "b", collective=True)
+        await world.serving("0.1", "1.1", version=0)
+        assert world.retired == []
+
+
+@run
+async def test_another_run_ends_the_update_of_the_last_one_and_replaces_engines_that_do_not_abort() -> None:
+    held = asyncio.Event()
+    async with running(World(2)) as world:
+        await world.up("0.1", "1.1")
+        world.engines["0.1"].faults["load"] = held.wait
+        await world.fleet.begin_update(5, collective=False)
+        await world.fleet.load("a")
+        await asyncio.sleep(0.01)
+        world.engines["1.1"].faults["abort"] = dies()
+        await world.fleet.reset()
+        held.set()
+        with pytest.raises(EngineLost, match="no weight update has begun"):
+            await world.fleet.end_update("a", PROBE)
+        await world.update(0, "b")
+        await world.serving("0.1", "1.2", version=0)
+        assert world.engines["0.1"].weights == ["b"]
+
+
+@run
+async def test_a_fleet_that_has_failed_cannot_be_used_for_another_run() -> None:
+    async with running(World(1, failing(ConstructorError("no such model: x")))) as world:
+        await world.until(lambda now: now.error)
+        with pytest.raises(RuntimeError, match="no such model: x"):
+            await world.fleet.reset()
+
+
+@run
 async def test_engines_sleep_together_also_one_that_comes_later_and_one_that_dies_is_replaced() -> None:
     held = asyncio.Event()
     async with running(World(3, only("2.1", lambda engine: held.wait()))) as world:

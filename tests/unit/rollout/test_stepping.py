@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dpo_ray.rollout.engine import RequestTimedOut
+from dpo_ray.rollout.engine import RequestAborted, RequestTimedOut
 from dpo_ray.rollout.stepping import Call, EngineFailed, Job, Serving, Stepper
 
 WAIT_S = 10
@@ -254,6 +254,23 @@ def test_the_deadline_also_ends_the_wait_for_an_update(core: CountingCore, stepp
         late.result(WAIT_S)
     wait_for(lambda: stepper.progress.held == 0)
     assert not any(event[0] == "add" for event in core.events)
+
+
+def test_all_requests_are_aborted_together_and_later_ones_are_answered(core: CountingCore, stepper: Stepper):
+    running = stepper.submit(core.job(5000))
+    core.go.set()
+    wait_for(lambda: ("step", "1") in core.events)
+    stepper.submit(core.call("start", serves=Serving.NONE))
+    held = stepper.submit(core.job(1))
+    stepper.submit(Call(stepper.abort))
+    for future in (running, held):
+        with pytest.raises(RequestAborted, match="all requests"):
+            future.result(WAIT_S)
+    assert ("abort", "1") in core.events
+    assert (stepper.progress.running, stepper.progress.held) == (0, 0)
+    later = stepper.submit(core.job(1))
+    stepper.submit(core.call("finish", serves=Serving.ALL))
+    assert finish(core, later) == [2]
 
 
 def test_a_cancelled_request_is_aborted(core: CountingCore, stepper: Stepper):
