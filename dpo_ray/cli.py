@@ -82,7 +82,7 @@ def sweep(arguments: Sequence[str]) -> None:
     def run() -> None:
         find_space(space)
         engines = config.cluster.rollout_engines if config.online is not None else 0
-        runs = runs_that_fit(config.cluster, engines)
+        runs = config.sweep.concurrent or runs_that_fit(config.cluster, engines)
         run_on_cluster("dpo_ray.launch.sweep:run_sweep", config, space, engines=engines, local_runs=runs)
 
     run_command(run)

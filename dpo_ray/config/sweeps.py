@@ -154,7 +154,7 @@ class SweepConfig(Section):
     """Number of trials; null is the default of the search space, and with a grid the number of its combinations.
     Raised afterwards, it adds trials to a finished sweep."""
     concurrent: int | None = Field(None, ge=1)
-    """Maximum number of concurrent trials; null runs as many as fit the cluster."""
+    """Number of concurrent trials, fewer if there are not as many; null runs as many as fit the cluster."""
     scheduler: SchedulerConfig = SchedulerConfig()
     search: SearchConfig = SearchConfig()
     constraint: ConstraintConfig | None = None

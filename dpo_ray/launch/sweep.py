@@ -92,11 +92,11 @@ def run_sweep(config: Config, cluster: Cluster, space: str) -> None:
 def _run_exclusively(
     config: Config, cluster: Cluster, sweep: Sweep, definition: SweepDefinition, console: Console
 ) -> None:
+    concurrent = _concurrent(config, cluster, definition.samples)
     run_dir, definition = open_sweep_dir(config, definition)
     pairs, prompts, held_out, digests = _prepare(config, cluster, console, definition.data)
     definition = replace(definition, data=digests)
     write_definition(run_dir / "sweep.json", definition)
-    concurrent = min(definition.samples, config.sweep.concurrent or _trials_that_fit(config, cluster))
     console.print(f"{count_noun(definition.samples, 'trial')}, {concurrent} at a time")
     if sweep.search is None and definition.samples < (points := grid_points(sweep.space)):
         console.print(
@@ -200,11 +200,29 @@ def _prepare(
     return 0, *prepare_round_data(config, cluster, console, recorded=recorded)
 
 
-def _trials_that_fit(config: Config, cluster: Cluster) -> int:
+def _concurrent(config: Config, cluster: Cluster, samples: int) -> int:
+    """Slots of the sweep.
+
+    Raises:
+        ValueError: ``sweep.concurrent`` trials do not fit the cluster: some would wait for resources until they fail.
+    """
+    asked = config.sweep.concurrent
+    if asked is None:
+        return min(samples, _trials_that_fit(config, cluster))
+    if min(samples, asked) > (fit := _trials_that_fit(config, cluster, spare_cpus=0)):
+        gpus = f" and {count_noun(cluster.gpus, 'GPU')}" if cluster.on_gpus else ""
+        raise ValueError(
+            f"sweep.concurrent is {asked}; the cluster's {count_noun(cluster.cpus, 'CPU')}{gpus} hold "
+            f"{count_noun(fit, 'trial')} of cluster.* at once: lower sweep.concurrent, or add nodes"
+        )
+    return min(samples, asked)
+
+
+def _trials_that_fit(config: Config, cluster: Cluster, *, spare_cpus: int = SPARE_CPUS) -> int:
     engines, judges = (
         (0, {}) if config.online is None else (config.cluster.rollout_engines, config.online.started_judges)
     )
-    trials = (cluster.cpus - SPARE_CPUS) // cpus_needed(config.cluster, engines, on_gpus=cluster.on_gpus)
+    trials = (cluster.cpus - spare_cpus) // cpus_needed(config.cluster, engines, on_gpus=cluster.on_gpus)
     if cluster.on_gpus:
         trials = min(trials, int(cluster.gpus // gpus_needed(config.cluster, engines, judges)))
     return max(1, trials)

@@ -203,7 +203,9 @@ class Driver:
             scope = Scope(definition.objective, *size, unit=definition.time, continues=share)
             with (
                 live_sweep_report(lambda: self.trials, self.run_dir, definition.objective),
-                live_trials(lambda: self.trials, scope, title=title, console=self.console),
+                live_trials(
+                    lambda: self.trials, scope, title=title, console=self.console, folder=self.run_dir / "trials"
+                ),
             ):
                 self._run_slots(prompts, held_out)
         return self.conductor.trials

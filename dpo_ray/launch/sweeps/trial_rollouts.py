@@ -39,7 +39,7 @@ class TrialRollouts:
         self.engines, self.trial = contextlib.ExitStack(), contextlib.ExitStack()
         self.fleet: Any = None
         self.settings: tuple[Any, ...] = ()
-        """Those that shaped the fleet."""
+        """``engine_settings`` of the fleet."""
 
     def begin(self, config: Config) -> Rollouts:
         """Starts judges and collector of a trial, and engines if those of the last trial do not suit it.

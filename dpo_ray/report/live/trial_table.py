@@ -1,10 +1,12 @@
 """The live display of a sweep: a table of its trials on a terminal, a line per ended trial elsewhere."""
 
 import contextlib
+import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -20,6 +22,9 @@ from dpo_ray.sweep.trials import ENDED, Objective, Trial
 from dpo_ray.sweep.verdict import varying_keys
 
 MAX_ROWS = 16
+TAIL_BYTES = 16384
+"""Longer than any line of metrics.jsonl."""
+NO_STEPS: Mapping[str, int] = {}
 POLL_S = 0.5
 PLAIN_EVERY_S = 60.0
 """Without a terminal, longest time between two lines."""
@@ -87,8 +92,14 @@ def _trial_seconds(trials: Sequence[Trial], scope: Scope) -> float | None:
     return sum(rates) / len(rates) if rates else None
 
 
-def trial_table(trials: Sequence[Trial], scope: Scope, *, max_rows: int = MAX_ROWS) -> RenderableType:
-    """The trials that matter at the moment: the best so far, those that run, and the ones that ended last."""
+def trial_table(
+    trials: Sequence[Trial], scope: Scope, steps: Mapping[str, int] = NO_STEPS, *, max_rows: int = MAX_ROWS
+) -> RenderableType:
+    """The trials that matter at the moment: the best so far, those that run, and the ones that ended last.
+
+    Args:
+        steps: optimizer steps that the running trials have taken, by name; metrics are those of the latest evaluation.
+    """
     ranked, keys = rank(trials, scope.objective).ranked, varying_keys([trial.values for trial in trials])
     best = ranked[0] if ranked else None
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
@@ -102,6 +113,9 @@ def trial_table(trials: Sequence[Trial], scope: Scope, *, max_rows: int = MAX_RO
         cells = [format_number(trial.values.get(key), 3) for key in keys]
         cells += [format_number(trial.metrics.get(name)) for name in (scope.unit, scope.objective.metric)]
         status = f"{trial.status}, best so far" if trial is best else trial.status
+        if trial.name in steps:
+            of_length = f" of {scope.length}" if scope.length and scope.unit == "step" else ""
+            status += f", step {steps[trial.name]}{of_length}"
         style = "bold" if trial is best else {"running": "", "failed": "red"}.get(trial.status, "dim")
         table.add_row(*(Text(cell) for cell in (trial.name, *cells, status)), style=style)
     hidden = [Text(f"and {len(trials) - len(shown)} more", style="dim")] if len(shown) < len(trials) else []
@@ -129,19 +143,20 @@ def progress_text(trials: Sequence[Trial], scope: Scope) -> str:
 
 
 def live_trials(
-    read: Callable[[], Sequence[Trial]], scope: Scope, *, title: str, console: Console
+    read: Callable[[], Sequence[Trial]], scope: Scope, *, title: str, console: Console, folder: Path
 ) -> contextlib.AbstractContextManager[None]:
     """Displays the trials until the block ends.
 
     Args:
         read: returns the current state of the trials; called in another thread.
+        folder: ``trials/`` of the sweep, with the metrics.jsonl of each.
     """
 
     def watch(stop: threading.Event) -> None:
         if console.is_terminal:
             with Live(console=console, refresh_per_second=4, transient=True) as live:
                 while not stop.wait(POLL_S):
-                    live.update(_block(read(), scope, title))
+                    live.update(_block(read(), scope, title, folder))
         else:
             lines = _Lines(scope, console)
             while not stop.wait(POLL_S):
@@ -151,9 +166,23 @@ def live_trials(
     return in_background(watch, "display", close_timeout_s=CLOSE_TIMEOUT_S)
 
 
-def _block(trials: Sequence[Trial], scope: Scope, title: str) -> RenderableType:
-    content = trial_table(trials, scope) if trials else Text("starting workers")
+def _block(trials: Sequence[Trial], scope: Scope, title: str, folder: Path) -> RenderableType:
+    running = [trial.name for trial in trials if trial.status == "running"]
+    found = {name: latest_step(folder / name / "metrics.jsonl") for name in running}
+    steps = {name: step for name, step in found.items() if step is not None}
+    content = trial_table(trials, scope, steps) if trials else Text("starting workers")
     return Group(Text(title, style="bold"), content)
+
+
+def latest_step(file: Path) -> int | None:
+    """The optimizer step of the last complete line of a metrics.jsonl; None if there is none."""
+    try:
+        with file.open("rb") as stream:
+            stream.seek(max(0, stream.seek(0, 2) - TAIL_BYTES))
+            complete, newline, _ = stream.read().rpartition(b"\n")
+        return json.loads(complete.splitlines()[-1])["step"] if newline else None
+    except (OSError, ValueError, LookupError):
+        return None
 
 
 class _Lines:

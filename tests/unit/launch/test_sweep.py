@@ -14,7 +14,15 @@ from dpo_ray.config.losses import LOSSES, REFERENCE_FREE_LOSSES
 from dpo_ray.launch import sweep as module
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.command import TrainingFailed
-from dpo_ray.launch.sweep import Sweep, _trials_that_fit, _validate_metrics, _validate_sweep, define, load_sweep
+from dpo_ray.launch.sweep import (
+    Sweep,
+    _concurrent,
+    _trials_that_fit,
+    _validate_metrics,
+    _validate_sweep,
+    define,
+    load_sweep,
+)
 from dpo_ray.sweep.trials import Trial, read_definition
 
 ONLINE = {"prompts": "p.jsonl", "eval_prompts": "e.jsonl"}
@@ -75,6 +83,21 @@ def test_a_trial_takes_the_cpus_and_gpus_of_its_workers_engines_and_judges(
 ) -> None:
     sections = {"cluster": size, "online": None if online is None else ONLINE | online}
     assert _trials_that_fit(Config.model_validate({"model": {"path": "m"}, **sections}), cluster) == trials
+
+
+def test_more_concurrent_trials_than_the_cluster_holds_are_rejected_with_their_number() -> None:
+    def concurrent(cluster: Cluster, asked: int | None, samples: int = 16, **size: int) -> int:
+        sections: dict[str, Any] = {"cluster": size, "sweep": {"concurrent": asked}}
+        return _concurrent(Config.model_validate({"model": {"path": "m"}, **sections}), cluster, samples)
+
+    eight, cards = Cluster(gpus=0, cpus=8), Cluster(gpus=4, cpus=64)
+    assert [concurrent(eight, asked) for asked in (None, 3, 8)] == [6, 3, 8]
+    assert concurrent(eight, 20, samples=5) == 5
+    assert concurrent(cards, 2, train_workers=2) == 2
+    with pytest.raises(ValueError, match=r"sweep.concurrent is 9; the cluster's 8 CPUs hold 8 trials of cluster.\* at"):
+        concurrent(eight, 9)
+    with pytest.raises(ValueError, match=r"the cluster's 64 CPUs and 4 GPUs hold 2 trials"):
+        concurrent(cards, 3, train_workers=2)
 
 
 def validate_metrics(

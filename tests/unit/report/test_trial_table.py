@@ -3,12 +3,13 @@
 import io
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from dpo_ray.report.live import trial_table as module
-from dpo_ray.report.live.trial_table import Scope, live_trials, progress_text, seconds_left, trial_table
+from dpo_ray.report.live.trial_table import Scope, latest_step, live_trials, progress_text, seconds_left, trial_table
 from dpo_ray.sweep.trials import Objective, Trial
 
 SCOPE = Scope(Objective("eval/loss", "min"), samples=6, slots=2, length=8)
@@ -86,6 +87,38 @@ def test_the_table_has_values_step_metric_status_and_the_best_so_far() -> None:
     ]
 
 
+def test_running_trials_have_the_steps_taken_since_their_evaluation() -> None:
+    output = io.StringIO()
+    steps = {"00004": 6, "00005": 1}
+    Console(file=output, width=120).print(trial_table(TRIALS, SCOPE, steps))
+    Console(file=output, width=120).print(trial_table(TRIALS, replace(SCOPE, unit="round"), steps))
+    lines = [" ".join(line.split()) for line in output.getvalue().splitlines()]
+    assert "00004 0.4 4 0.5 running, step 6 of 8" in lines
+    assert "00005 0.5 - - running, step 1 of 8" in lines
+    assert "00005 0.5 - - running, step 1" in lines, "the length of an online trial is in rounds"
+
+
+@pytest.mark.parametrize(
+    ("content", "step"),
+    [
+        (None, None),
+        ("", None),
+        ('{"step": 3, "loss": 0.5}', None),
+        ('{"step": 3, "loss": 0.5}\n', 3),
+        ('{"step": 3, "loss": 0.5}\n{"step": 4, "lo', 3),
+        ('{"step": 3, "loss": 0.5, "note": "' + "x" * 20_000 + '"}\n', None),
+        ('{"step": 3, "note": "' + "x" * 20_000 + '"}\n{"step": 12, "loss": null}\n', 12),
+    ],
+)
+def test_the_latest_step_is_that_of_the_last_complete_line(
+    content: str | None, step: int | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "metrics.jsonl"
+    if content is not None:
+        file.write_text(content)
+    assert latest_step(file) == step
+
+
 def test_of_many_trials_the_best_the_running_and_the_latest_are_shown() -> None:
     ended = [trial(number, "done", seconds=9, loss=1 / number) for number in range(1, 31)]
     trials = [*ended, trial(31, "running"), *(trial(number, "waiting") for number in range(32, 40))]
@@ -96,7 +129,7 @@ def test_of_many_trials_the_best_the_running_and_the_latest_are_shown() -> None:
     assert "and 33 more" in output.getvalue()
 
 
-def test_without_a_terminal_each_ended_trial_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_terminal_each_ended_trial_is_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(module, "POLL_S", 0.01)
     output, seen = io.StringIO(), threading.Event()
     snapshots = [TRIALS[:1], TRIALS[:3]]
@@ -106,7 +139,7 @@ def test_without_a_terminal_each_ended_trial_is_a_line(monkeypatch: pytest.Monke
             seen.set()
         return snapshots.pop(0) if len(snapshots) > 1 else snapshots[0]
 
-    with live_trials(read, SCOPE, title="demo", console=Console(file=output, width=200)):
+    with live_trials(read, SCOPE, title="demo", console=Console(file=output, width=200), folder=tmp_path):
         assert seen.wait(30)
     lines = [line.partition("] ")[2] for line in output.getvalue().splitlines()]
     assert lines == [
@@ -115,7 +148,7 @@ def test_without_a_terminal_each_ended_trial_is_a_line(monkeypatch: pytest.Monke
     ]
 
 
-def test_a_terminal_shows_the_table() -> None:
+def test_a_terminal_shows_the_table(tmp_path: Path) -> None:
     output, read_twice = io.StringIO(), threading.Event()
     count = iter(range(3))
 
@@ -125,7 +158,10 @@ def test_a_terminal_shows_the_table() -> None:
         return TRIALS
 
     console = Console(file=output, width=120, force_terminal=True)
-    with live_trials(read, SCOPE, title="demo: sweep", console=console):
+    (tmp_path / "00005").mkdir()
+    (tmp_path / "00005/metrics.jsonl").write_text('{"step": 2}\n')
+    with live_trials(read, SCOPE, title="demo: sweep", console=console, folder=tmp_path):
         assert read_twice.wait(30)
     assert "demo: sweep" in output.getvalue()
     assert "best so far" in output.getvalue()
+    assert "running, step 2 of 8" in output.getvalue()
