@@ -24,15 +24,29 @@ PROMPTS_PER_ROUND = 4
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 
 TABLE: dict[str, tuple[tuple[str, int], ...]] = {
-    "engine-0": (("generating", KILL), ("generating", STOP), ("pushing", KILL)),
+    "engine-0": (("generating", KILL), ("generating", STOP), ("pushing", KILL), ("pushing", STOP)),
     "judge-0": (("judging", KILL), ("judging", STOP), ("evaluating", KILL)),
     "collector": (("generating", KILL), ("judging", STOP), ("evaluating", KILL)),
-    "fleet": (("generating", KILL), ("pushing", KILL), ("evaluating", STOP)),
-    "worker-0": (("training", KILL), ("saving", KILL), ("generating", STOP)),
-    "worker-1": (("generating", KILL), ("training", KILL)),
-    "driver": (("generating", KILL), ("judging", KILL), ("training", KILL), ("saving", KILL), ("evaluating", KILL)),
+    "fleet": (("generating", KILL), ("pushing", KILL), ("pushing", STOP), ("evaluating", STOP)),
+    "worker-0": (
+        ("training", KILL),
+        ("saving", KILL),
+        ("generating", STOP),
+        ("pushing", KILL),
+        ("evaluating", KILL),
+    ),
+    "worker-1": (("generating", KILL), ("training", KILL), ("training", STOP), ("pushing", KILL)),
+    "driver": (
+        ("generating", KILL),
+        ("judging", KILL),
+        ("training", KILL),
+        ("saving", KILL),
+        ("evaluating", KILL),
+    ),
+    "driver, pushing": (("pushing", KILL),),
 }
-"""Part, and the moments in which it gets a signal, one in each of the first rounds of a run."""
+"""Part, with a note where it has two rows, and the moments in which it gets a signal, one in each of the first rounds
+of a run."""
 
 
 def judge_slowly(groups: list[Any], folder: str) -> list[list[float]]:
@@ -71,9 +85,9 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 """How the files of a run tell what it does."""
 
 
-def run_through(commands: Commands, file: Path, run: Path, part: str) -> list[str]:
+def run_through(commands: Commands, file: Path, run: Path, row: str) -> list[str]:
     """Run the command to its end, with a signal in each moment of a row; returns the moments that came."""
-    remaining, sent = list(TABLE[part]), list[str]()
+    part, remaining, sent = row.partition(",")[0], list(TABLE[row]), list[str]()
 
     def disturb_next(command: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(OSError, ValueError):  # files that are being written
@@ -85,12 +99,12 @@ def run_through(commands: Commands, file: Path, run: Path, part: str) -> list[st
     return sent
 
 
-@pytest.mark.parametrize("part", TABLE)
+@pytest.mark.parametrize("row", TABLE)
 def test_a_part_that_dies_or_hangs_at_any_moment_costs_no_prompt_and_no_step(
-    joining: Commands, tmp_path: Path, tiny_model: Path, part: str
+    joining: Commands, tmp_path: Path, tiny_model: Path, row: str
 ) -> None:
     # A moment of milliseconds may pass unseen in a round or two.
-    rounds, folder = len(TABLE[part]) + 4, tmp_path / "runs/rounds"
+    rounds, folder = len(TABLE[row]) + 4, tmp_path / "runs/rounds"
     tree = tiny_rounds(tmp_path, tiny_model)
     tree["run"] |= {"name": "rounds", "export": False, "eval_every": 1}
     tree["cluster"] |= {"max_restarts": 10, "worker_timeout_s": 20}
@@ -98,8 +112,8 @@ def test_a_part_that_dies_or_hangs_at_any_moment_costs_no_prompt_and_no_step(
     tree["optim"] |= {"pairs_per_step": 1}
     tree["online"] |= {"rounds": rounds, "judge": judge, "engine_timeout_s": 10, "sync_timeout_s": 60}
 
-    sent = run_through(joining, write_yaml(tmp_path / "run.yaml", tree), folder, part)
-    assert sent == [moment for moment, _ in TABLE[part]]
+    sent = run_through(joining, write_yaml(tmp_path / "run.yaml", tree), folder, row)
+    assert sent == [moment for moment, _ in TABLE[row]]
     assert not joining.left_over()
     trained = 0
     for index in range(rounds):
