@@ -20,10 +20,12 @@ from dpo_ray.launch.data import prepare_data, prepare_round_data
 from dpo_ray.launch.offline import validate_offline
 from dpo_ray.launch.online import validate_online
 from dpo_ray.launch.run_dir import exclusive_run_dir
-from dpo_ray.launch.sweeps.driver import Driver, Plan, open_sweep_dir
+from dpo_ray.launch.sweeps.driver import Driver
 from dpo_ray.launch.sweeps.schedulers import build_scheduler, validate_own
 from dpo_ray.launch.sweeps.search import build_searcher, grid
 from dpo_ray.launch.sweeps.space import describe, describe_part, grid_points, previews, validate_space
+from dpo_ray.launch.sweeps.sweep_dir import open_sweep_dir
+from dpo_ray.launch.sweeps.trial_dirs import Plan
 from dpo_ray.model.architecture import read_model_config
 from dpo_ray.report.formatting import count_noun
 from dpo_ray.report.live.display import text_console
@@ -103,9 +105,9 @@ def _run_exclusively(
             f"  {definition.samples} of the {points} combinations of tune.grid_search; sweep.samples={points} tries all"
         )
     plan = Plan(config, sweep.space, sweep.scheduler, sweep.search, definition, pairs, concurrent)
-    driver = Driver(plan, cluster, run_dir, console)
+    driver = Driver(plan, cluster, run_dir, console, prompts=prompts, held_out=held_out)
     try:
-        driver.run(prompts, held_out)
+        driver.run()
     except TrainingFailed:
         # The results so far are good, and the same command continues.
         if any(trial.status in ENDED for trial in driver.trials):

@@ -13,7 +13,8 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from dpo_ray.config import Config
 from dpo_ray.launch.sweep import Sweep, define
-from dpo_ray.launch.sweeps.driver import Plan, open_sweep_dir
+from dpo_ray.launch.sweeps.sweep_dir import open_sweep_dir
+from dpo_ray.launch.sweeps.trial_dirs import Plan
 from dpo_ray.sweep.trials import read_definition, write_definition
 
 SPACE = {"loss.beta": tune.loguniform(0.01, 0.5), "loss.use": tune.choice(["sigmoid", "ipo"])}
