@@ -1,8 +1,10 @@
 """Checks that involve several sections of a configuration. Each raises a ValueError that names the keys."""
 
 import math
+from typing import TYPE_CHECKING
 
-from dpo_ray.config import losses, rounds, schema, sweeps
+if TYPE_CHECKING:
+    from dpo_ray.config.tree import Config
 
 ONLINE_METRICS = ("heldout/score", "heldout/win_rate", "kl")
 """Metrics of the evaluations of an online run."""
@@ -13,38 +15,26 @@ PAIR_METRICS = (
 """Metrics of held-out pairs, for every loss; repeated here like the names of components."""
 
 
-def evaluation_metrics(online: rounds.OnlineConfig | None, kind: str) -> tuple[str, ...]:
-    """Names of the metrics that the evaluations of a run have; those of held-out examples if it has any.
-
-    Args:
-        kind: ``Config.reference_kind``.
-    """
-    if online is None:
-        return (*(f"eval/{name}" for name in PAIR_METRICS), *(() if kind == "none" else ("eval/drift",)))
-    if kind in ("none", "cached"):
-        return tuple(name for name in ONLINE_METRICS if name != "kl")
-    return (*ONLINE_METRICS, "kl_stderr")
-
-
-def validate_mesh(shard: schema.ShardConfig, cluster: schema.ClusterConfig) -> None:
+def check_mesh(config: "Config") -> None:
     """Check that the parallel sizes divide the workers."""
-    sizes = {name: getattr(shard, name) for name in ("replicate", "context_parallel", "tensor_parallel")}
-    if cluster.train_workers % math.prod(sizes.values()):
+    sizes = {name: getattr(config.shard, name) for name in ("replicate", "context_parallel", "tensor_parallel")}
+    if config.cluster.train_workers % math.prod(sizes.values()):
         product = " * ".join(f"shard.{name} ({size})" for name, size in sizes.items() if size > 1)
-        raise ValueError(f"{product} must divide cluster.train_workers ({cluster.train_workers})")
+        raise ValueError(f"{product} must divide cluster.train_workers ({config.cluster.train_workers})")
 
 
-def validate_router_loss(shard: schema.ShardConfig, loss: losses.LossConfig) -> None:
+def check_router_loss(config: "Config") -> None:
     """Check that ranks have the router logits of whole sequences."""
-    if loss.router_aux and shard.context_parallel > 1:
+    if config.loss.router_aux and config.shard.context_parallel > 1:
         raise ValueError(
-            f"loss.router_aux: {loss.router_aux} needs whole sequences, which shard.context_parallel "
-            f"({shard.context_parallel}) splits; set one of them to its default"
+            f"loss.router_aux: {config.loss.router_aux} needs whole sequences, which shard.context_parallel "
+            f"({config.shard.context_parallel}) splits; set one of them to its default"
         )
 
 
-def validate_layers(shard: schema.ShardConfig, model: schema.ModelConfig, optim: schema.OptimConfig) -> None:
+def check_layers(config: "Config") -> None:
     """Check that layers can be sharded, compiled and checkpointed as configured."""
+    shard, model = config.shard, config.model
     if shard.context_parallel > 1 and model.attention in ("sdpa", "padded"):
         raise ValueError(
             f"model.attention: {model.attention} needs whole rows, which shard.context_parallel "
@@ -55,7 +45,7 @@ def validate_layers(shard: schema.ShardConfig, model: schema.ModelConfig, optim:
         "model.fp8": model.fp8,
         "shard.activation_offload": shard.activation_offload,
         "shard.compile": shard.compile,
-        "optim.use: adamw_8bit": optim.use == "adamw_8bit",
+        "optim.use: adamw_8bit": config.optim.use == "adamw_8bit",
     }
     if shard.tensor_parallel > 1 and any(unsupported.values()):
         key = next(key for key, is_set in unsupported.items() if is_set)
@@ -70,13 +60,9 @@ def validate_layers(shard: schema.ShardConfig, model: schema.ModelConfig, optim:
         )
 
 
-def validate_refresh(
-    reference: schema.ReferenceConfig,
-    model: schema.ModelConfig,
-    loss: losses.LossConfig,
-    online: rounds.OnlineConfig | None,
-) -> None:
+def check_refresh(config: "Config") -> None:
     """Check that there is a reference that can be refreshed as configured."""
+    reference, loss = config.reference, config.loss
     kind, alpha, refresh = reference.kind, reference.mixup_alpha, f"reference.refresh: {reference.refresh}"
     if reference.refresh == "never":
         if alpha < 1:
@@ -85,7 +71,7 @@ def validate_refresh(
                 "reference.refresh: round or a number of rounds"
             )
         return
-    if online is None:
+    if config.online is None:
         raise ValueError(f"{refresh} needs rounds; it is for online runs (give an online section)")
     if kind == "none":
         raise ValueError(f"{refresh} changes the reference, and reference.kind: none has none; set refresh: never")
@@ -105,21 +91,16 @@ def validate_refresh(
             f"{refresh} changes a copy of the trained weights, reference.kind: {kind} is {source}; set "
             "reference.kind: auto"
         )
-    if kind == "live" and model.lora is not None:
+    if kind == "live" and config.model.lora is not None:
         raise ValueError(
             f"{refresh} with model.lora changes a copy of the adapters, reference.kind: live is a whole model without "
             "adapters; set reference.kind: auto"
         )
 
 
-def validate_reference(
-    reference: schema.ReferenceConfig,
-    model: schema.ModelConfig,
-    loss: losses.LossConfig,
-    online: rounds.OnlineConfig | None,
-) -> None:
+def check_reference(config: "Config") -> None:
     """Check that the reference can be computed."""
-    kind, refresh, lora = reference.kind, reference.refresh, model.lora
+    kind, lora, loss, online = config.reference.kind, config.model.lora, config.loss, config.online
     if kind == "adapters_off" and lora is None:
         raise ValueError("reference.kind: adapters_off is for a policy with adapters; give model.lora, or set auto")
     if kind == "live" and lora is not None and lora.quantize is not None:
@@ -127,7 +108,7 @@ def validate_reference(
             "reference.kind: live would load a second, unquantized model beside the one that model.lora.quantize "
             "keeps in four bits; set reference.kind: adapters_off or auto"
         )
-    if kind == "cached" and refresh == "never" and online is not None:
+    if kind == "cached" and config.reference.refresh == "never" and online is not None:
         raise ValueError(
             "reference.kind: cached needs the untrained policy, which an online run no longer has for its "
             "new pairs; set reference.kind: live (or auto), or reference.refresh: round"
@@ -142,14 +123,17 @@ def validate_reference(
         )
 
 
-def validate_weighting(loss: losses.LossConfig, online: rounds.OnlineConfig | None) -> None:
+def check_weighting(config: "Config") -> None:
     """Check that pairs have the scores that they are weighted by."""
-    if loss.weighting == "gap" and online is not None and online.source.use == "self_play":
+    online = config.online
+    if config.loss.weighting != "gap" or online is None:
+        return
+    if online.source.use == "self_play":
         raise ValueError(
             "loss.weighting: gap needs pairs with scores, and those of online.source.use: self_play have none; set "
             "loss.weighting: none or wpo"
         )
-    if loss.weighting == "gap" and online is not None and online.source.mix:
+    if online.source.mix:
         raise ValueError(
             "loss.weighting: gap compares differences of scores, and those of the pairs of data.train that "
             f"online.source.mix ({online.source.mix:g}) adds have another unit than the judge's; set one of them to "
@@ -157,59 +141,59 @@ def validate_weighting(loss: losses.LossConfig, online: rounds.OnlineConfig | No
         )
 
 
-def validate_run(
-    run: schema.RunConfig, data: schema.DataConfig, online: rounds.OnlineConfig | None, *, kind: str, colocate: bool
-) -> None:
-    """Check that the run directory and the best metric suit the kind of run.
-
-    Args:
-        kind: ``Config.reference_kind``.
-        colocate: ``cluster.colocate``.
-    """
-    if online is not None and run.remote:
+def check_run(config: "Config") -> None:
+    """Check that the run directory and the best metric suit the kind of run."""
+    run, online = config.run, config.online
+    if online is None:
+        if run.best_metric is not None and not config.data.eval:
+            raise ValueError("run.best_metric needs evaluations to compare; give data.eval")
+        return
+    if run.remote:
         raise ValueError(
             f"run.dir is {run.dir!r}: several processes of an online run read its rounds; object stores are "
             "for offline runs, give a path that all nodes mount"
         )
-    if run.best_metric is not None and online is None and not data.eval:
-        raise ValueError("run.best_metric needs evaluations to compare; give data.eval")
-    if run.best_metric is not None and online is not None and run.best_metric not in ONLINE_METRICS:
+    if run.best_metric is None:
+        return
+    if run.best_metric not in ONLINE_METRICS:
         raise ValueError(
             f"run.best_metric is {run.best_metric!r}; evaluations of an online run have {', '.join(ONLINE_METRICS)}"
         )
-    if run.best_metric == "kl" and online is not None and kind in ("none", "cached"):
+    if run.best_metric == "kl" and config.reference_kind in ("none", "cached"):
         raise ValueError("run.best_metric: kl needs a reference that is held; set reference.refresh: never")
-    if run.best_metric is not None and online is not None and colocate:
+    if config.cluster.colocate:
         raise ValueError(
             "run.best_metric is not supported with cluster.colocate: engines that share GPUs sleep after an evaluation "
             "until the next round is trained; leave one of them out"
         )
-    if run.best_metric in ("heldout/score", "heldout/win_rate") and online is not None and not online.eval_prompts:
+    if run.best_metric != "kl" and not online.eval_prompts:
         raise ValueError(f"run.best_metric: {run.best_metric} needs held-out prompts; give online.eval_prompts")
 
 
-def validate_scheduler(scheduler: sweeps.SchedulerConfig, run: schema.RunConfig) -> None:
+def check_scheduler(config: "Config") -> None:
     """Check that a scheduler that ends trials early gets evaluations to judge them by."""
+    scheduler, eval_every = config.sweep.scheduler, config.run.eval_every
     if scheduler.use == "none":
         return
-    if run.eval_every is None:
+    if eval_every is None:
         raise ValueError(
             f"sweep.scheduler.use: {scheduler.use} judges trials by evaluations during training, and run.eval_every is "
             "null; set run.eval_every to the steps (rounds online) between two evaluations"
         )
     for name in ("grace_period", "interval"):
-        if (value := scheduler.args.get(name)) and value % run.eval_every:
+        if (value := scheduler.args.get(name)) and value % eval_every:
             raise ValueError(
-                f"sweep.scheduler.args.{name} is {value}: it must be a multiple of run.eval_every, {run.eval_every}"
+                f"sweep.scheduler.args.{name} is {value}: it must be a multiple of run.eval_every, {eval_every}"
             )
 
 
-def validate_lists(data: schema.DataConfig, loss: losses.LossConfig) -> None:
+def check_lists(config: "Config") -> None:
     """Check that an epoch has whole ranked lists if the loss is of lists."""
-    if loss.examples == "lists" and (parts := [weight for weight in data.weights if weight != int(weight)]):
+    parts = [weight for weight in config.data.weights if weight != int(weight)]
+    if config.loss.examples == "lists" and parts:
         raise ValueError(
-            f"data.weights has {parts[0]:g}, which takes parts of ranked lists, and loss.use: {loss.use!r} is of whole "
-            "ones; give whole numbers"
+            f"data.weights has {parts[0]:g}, which takes parts of ranked lists, and loss.use: {config.loss.use!r} is "
+            "of whole ones; give whole numbers"
         )
 
 
@@ -218,21 +202,13 @@ def rounds_to_resume(save_every: int) -> int:
     return 2 * save_every - 1
 
 
-def validate_sources(
-    online: rounds.OnlineConfig,
-    data: schema.DataConfig,
-    reference: schema.ReferenceConfig,
-    kind: str,
-    save_every: int | None,
-) -> None:
-    """Check that the sources of a round have what they need.
-
-    Args:
-        kind: ``Config.reference_kind``.
-        save_every: ``run.save_every``.
-    """
+def check_sources(config: "Config") -> None:
+    """Check that the sources of a round have what they need."""
+    online, reference, save_every = config.online, config.reference, config.run.save_every
+    if online is None:
+        return
     source, keep = online.source, online.keep_rounds
-    if source.mix and not data.train:
+    if source.mix and not config.data.train:
         raise ValueError(f"online.source.mix is {source.mix:g}, and data.train is empty: give pairs to mix in")
     for name, share in {"mix": source.mix, "replay": source.replay}.items():
         if share and not source.pairs_of(share, online.prompts_per_round):
@@ -247,12 +223,12 @@ def validate_sources(
             f"online.source.replay_rounds is {source.replay_rounds}, but online.keep_rounds: {keep} deletes the pairs "
             f"of rounds before; set online.keep_rounds to {need}"
         )
-    if source.mix and data.weights:
+    if source.mix and config.data.weights:
         raise ValueError(
             "data.weights is not for online runs: online.source.mix takes all pairs of data.train evenly; leave it out"
         )
     policy_of_round = reference.refresh_every is not None and not reference.refreshes_copy
-    if online.judged_by_trainer and (kind == "none" or policy_of_round):
+    if online.judged_by_trainer and (config.reference_kind == "none" or policy_of_round):
         found = "reference.refresh: round" if policy_of_round else "reference.kind: none"
         raise ValueError(
             "online.judge.use: implicit compares the policy with the reference, and with "
@@ -265,10 +241,11 @@ def validate_sources(
         )
 
 
-def validate_engines(
-    online: rounds.OnlineConfig, cluster: schema.ClusterConfig, lora: schema.LoraConfig | None
-) -> None:
+def check_engines(config: "Config") -> None:
     """Check that the weight transport suits the placement of engines, and that colocated ones fit."""
+    online, cluster, lora = config.online, config.cluster, config.model.lora
+    if online is None:
+        return
     if online.sync.use == "ipc" and not cluster.colocate:
         raise ValueError(
             "online.sync.use: ipc needs engine and trainer on the same GPU; set cluster.colocate: true, or "
@@ -299,3 +276,10 @@ def validate_engines(
             f"cluster.colocate: cluster.rollout_engines * cluster.gpus_per_engine is {needed}, more than "
             f"cluster.train_workers ({cluster.train_workers}), which have one GPU each"
         )
+
+
+CROSS_CHECKS = (
+    check_mesh, check_layers, check_router_loss, check_refresh, check_reference, check_weighting, check_run,
+    check_lists, check_scheduler, check_sources, check_engines,
+)  # fmt: skip
+"""All checks; the first that fails is reported."""

@@ -58,8 +58,14 @@ class Config(Section):
 
     @property
     def evaluation_metrics(self) -> tuple[str, ...]:
-        """Names of the metrics that the evaluations of the run have."""
-        return cross_checks.evaluation_metrics(self.online, self.reference_kind)
+        """Names of the metrics that the evaluations of the run have; those of held-out examples if it has any."""
+        kind = self.reference_kind
+        if self.online is None:
+            pairs = tuple(f"eval/{name}" for name in cross_checks.PAIR_METRICS)
+            return pairs if kind == "none" else (*pairs, "eval/drift")
+        if kind in ("none", "cached"):
+            return tuple(name for name in cross_checks.ONLINE_METRICS if name != "kl")
+        return (*cross_checks.ONLINE_METRICS, "kl_stderr")
 
     @model_validator(mode="before")
     @classmethod
@@ -77,21 +83,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _validate_across_sections(self) -> Self:
-        cross_checks.validate_mesh(self.shard, self.cluster)
-        cross_checks.validate_layers(self.shard, self.model, self.optim)
-        cross_checks.validate_router_loss(self.shard, self.loss)
-        cross_checks.validate_refresh(self.reference, self.model, self.loss, self.online)
-        cross_checks.validate_reference(self.reference, self.model, self.loss, self.online)
-        cross_checks.validate_weighting(self.loss, self.online)
-        cross_checks.validate_run(
-            self.run, self.data, self.online, kind=self.reference_kind, colocate=self.cluster.colocate
-        )
-        cross_checks.validate_lists(self.data, self.loss)
-        cross_checks.validate_scheduler(self.sweep.scheduler, self.run)
-        if self.online is not None:
-            kind, save_every = self.reference_kind, self.run.save_every
-            cross_checks.validate_sources(self.online, self.data, self.reference, kind, save_every)
-            cross_checks.validate_engines(self.online, self.cluster, self.model.lora)
+        for check in cross_checks.CROSS_CHECKS:
+            check(self)
         return self
 
 
