@@ -1,13 +1,14 @@
 """The arguments of the judges ``llm`` and ``policy``, checked where a run is described."""
 
 import math
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from dpo_ray.config.rounds import SamplingConfig
 from dpo_ray.config.secrets import holds_secret
 from dpo_ray.config.section import Section
+from dpo_ray.rollout.judges.arguments import EnvironmentVariable
 from dpo_ray.rollout.judges.modes import Mode, Pairwise, Score
 from dpo_ray.rollout.judges.prompts import (
     ADDITIVE_RUBRIC,
@@ -18,7 +19,6 @@ from dpo_ray.rollout.judges.prompts import (
     validate_template,
 )
 
-Args = TypeVar("Args", bound=Section)
 TEMPLATES = {"pairwise": PAIRWISE_TEMPLATE, "score": SCORE_TEMPLATE}
 RUBRICS = {"pairwise": PREFERENCE_RUBRIC, "score": ADDITIVE_RUBRIC}
 REQUIRED = {"pairwise": ("prompt", "first", "second"), "score": ("prompt", "completion")}
@@ -96,7 +96,7 @@ class LlmArgs(QuestionArgs):
     """Name of the model at the endpoint."""
     base_url: str | None = None
     """Address of the endpoint, such as http://judge:8000/v1; null is OPENAI_BASE_URL, else OpenAI's own."""
-    api_key_env: str = Field("OPENAI_API_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    api_key_env: EnvironmentVariable = "OPENAI_API_KEY"
     """Environment variable with the key."""
     timeout_s: float = Field(60.0, gt=0)
     """Seconds to wait for a reply."""
@@ -138,35 +138,3 @@ class PolicyArgs(QuestionArgs):
 
     def sampling(self) -> SamplingConfig:
         return SamplingConfig(temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens)
-
-
-def parse_args(judge: str, model: type[Args], args: dict[str, Any]) -> Args:
-    """The checked arguments of a judge.
-
-    Raises:
-        ValueError: an argument is unknown, missing or not accepted; values of unknown ones, which may be secrets, are
-            not in the message.
-    """
-    try:
-        return model(**args)
-    except ValidationError as error:
-        problems = [_explain(problem, model) for problem in error.errors()]
-    raise ValueError(f"judge {judge!r}: " + "; ".join(f"online.judge.args.{problem}" for problem in problems))
-
-
-def _explain(problem: Any, model: type[Section]) -> str:
-    name = ".".join(str(part) for part in problem["loc"])
-    match problem["type"]:
-        case "extra_forbidden" if "key" in name.lower():
-            return f"{name}: keys are not read from the configuration; api_key_env names an environment variable"
-        case "extra_forbidden":
-            return f"{name}: no such argument; accepted are {', '.join(model.model_fields)}"
-        case "missing":
-            return f"{name}: is required"
-        case "value_error":
-            return str(problem["ctx"]["error"])
-        case "string_pattern_mismatch":
-            return f"{name}: must be the name of an environment variable, not the key itself"
-        case _:
-            accepted = problem["msg"][0].lower() + problem["msg"][1:]
-            return f"{name}: found {problem['input']!r}; {accepted.replace('None', 'null')}"

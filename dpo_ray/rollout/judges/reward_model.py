@@ -5,9 +5,11 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from dpo_ray.rollout.judges.arguments import check_argument, is_count, is_text
+from pydantic import Field
+
+from dpo_ray.rollout.judges.arguments import StrictArgs, Text, parse_args
 from dpo_ray.rollout.judges.reward_chat import RewardChat
 from dpo_ray.storage import error_summary
 from dpo_ray.types import CompletionGroup, Judgement
@@ -17,71 +19,52 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 NAME = "reward_model"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class RewardModelArgs(StrictArgs):
+    """Arguments of ``reward_model``."""
+
+    model: Text
+    """Hub id or directory."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the weights and the computation; auto is that of the checkpoint. The scores of a model in bfloat16 have
+    three significant digits."""
+    tokens_per_batch: int = Field(16384, ge=1)
+    """Largest number of tokens, padding included, per forward pass; a longer conversation has a pass of its own."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Longest conversation in tokens; null is the number of positions of the model."""
+    trust_remote_code: bool = False
+    """Run the code that the model's repository brings."""
+    revision: Text | None = None
+    """Branch, tag or commit of a hub id."""
 
 
 class RewardModel:
     """The logit of a sequence classifier for the prompt and the completion in the classifier's own chat template.
 
     Equal texts get equal scores. As in TRL, nothing is truncated, because the score of a part is not that of the whole:
-    a conversation longer than ``max_tokens`` has no score (NaN) and is counted as ``too_long``.
-
-    Args:
-        model: hub id or directory.
-        dtype: of the weights and the computation; auto is that of the checkpoint. The scores of a model in bfloat16
-            have three significant digits.
-        tokens_per_batch: largest number of tokens, padding included, per forward pass; a longer conversation has a pass
-            of its own.
-        max_tokens: longest conversation in tokens; None is the number of positions of the model.
-        trust_remote_code: run the code that the model's repository brings.
-        revision: branch, tag or commit of a hub id.
+    a conversation longer than ``max_tokens`` has no score (NaN) and is counted as ``too_long``. Arguments:
+    ``RewardModelArgs``.
 
     Raises:
         ValueError: an argument is wrong, the model cannot be loaded, has no classification head or not exactly one
             output, or its tokenizer has no chat template.
     """
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        dtype: str = "auto",
-        tokens_per_batch: int = 16384,
-        max_tokens: int | None = None,
-        trust_remote_code: bool = False,
-        revision: str | None = None,
-    ) -> None:
-        self.validate_arguments(model, dtype, tokens_per_batch, max_tokens, trust_remote_code, revision)
-        source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        config = _load_config(model, source)
-        self._chat = RewardChat(model, NAME, **source)
-        self._model = _load_classifier(model, config, dtype, source)
-        self._tokens_per_batch, self._max_tokens = tokens_per_batch, _longest(config, max_tokens)
+    def __init__(self, **args: Any) -> None:
+        parsed = parse_args(NAME, RewardModelArgs, args)
+        source: dict[str, Any] = {"revision": parsed.revision, "trust_remote_code": parsed.trust_remote_code}
+        config = _load_config(parsed.model, source)
+        self._chat = RewardChat(parsed.model, NAME, **source)
+        self._model = _load_classifier(parsed.model, config, parsed.dtype, source)
+        self._tokens_per_batch, self._max_tokens = parsed.tokens_per_batch, _longest(config, parsed.max_tokens)
         pad = config.get_text_config().pad_token_id
         self._pad: int | None = None if pad is None or pad < 0 else pad
         self._lock = threading.Lock()
 
     @staticmethod
-    def validate_arguments(
-        model: Any,
-        dtype: Any = "auto",
-        tokens_per_batch: Any = 1,
-        max_tokens: Any = None,
-        trust_remote_code: Any = False,
-        revision: Any = None,
-    ) -> None:
-        """Raise a ValueError that names the first wrong argument."""
-        check_argument(NAME, "model", model, is_text(model), "a hub id, org/name, or a directory")
-        check_argument(NAME, "dtype", dtype, dtype in DTYPES, f"one of {', '.join(DTYPES)}")
-        whole = "an integer of at least 1"
-        check_argument(NAME, "tokens_per_batch", tokens_per_batch, is_count(tokens_per_batch), whole)
-        check_argument(NAME, "max_tokens", max_tokens, max_tokens is None or is_count(max_tokens), f"{whole}, or null")
-        check_argument(
-            NAME, "trust_remote_code", trust_remote_code, isinstance(trust_remote_code, bool), "true or false"
-        )
-        check_argument(
-            NAME, "revision", revision, revision is None or is_text(revision), "a branch, tag or commit, or null"
-        )
+    def validate_arguments(**args: Any) -> None:
+        parse_args(NAME, RewardModelArgs, args)
 
     def __call__(self, groups: Sequence[CompletionGroup]) -> list[Judgement]:
         rows = [

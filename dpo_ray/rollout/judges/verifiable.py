@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from dpo_ray.rollout.judges.arguments import is_duration
 from dpo_ray.rollout.judges.columns import Column
 from dpo_ray.rollout.judges.math_client import MathClient
-from dpo_ray.types import CompletionGroup
+from dpo_ray.types import CompletionGroup, is_finite
 
 
 class Verifier:
@@ -145,7 +144,7 @@ class Math(Verifier):
     """
 
     def __init__(self, column: str = "answer", *, timeout_s: float = 5.0) -> None:
-        if not is_duration(timeout_s):
+        if not (is_finite(timeout_s) and timeout_s > 0):
             raise ValueError(f"judge 'math': timeout_s is {timeout_s!r}; it must be a number of seconds above 0")
         if find_spec("math_verify") is None:
             raise ValueError(
