@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from dpo_ray.config.commands import Command, validate_command
 from dpo_ray.config.paths import validate_paths
 from dpo_ray.config.schema import TRACKERS
+from dpo_ray.config.section import explain
 from dpo_ray.config.tree import Config
 from dpo_ray.storage import StorageFailed, folder_at, storage_errors, write_atomically
 
@@ -176,7 +177,11 @@ def _validate(tree: Mapping[str, Any], *, source: str, overrides: Collection[str
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        problems = [f"{'override' if _is_overridden(overrides, e) else source}: {_explain(e)}" for e in error.errors()]
+        problems = [
+            f"{'override' if _is_overridden(overrides, e) else source}: "
+            + explain(e, lambda key: f"no such key{_suggestion(key)}")
+            for e in error.errors()
+        ]
         raise ConfigError("\n       ".join(problems)) from None
 
 
@@ -185,32 +190,6 @@ def _is_overridden(overrides: Collection[str], error: Any) -> bool:
     invalid = ".".join(map(str, error["loc"]))
     unknown = error["type"] == "extra_forbidden"  # an unknown section is reported for overrides of keys below it
     return any(f"{invalid}.".startswith(f"{key}.") or (unknown and key.startswith(f"{invalid}.")) for key in overrides)
-
-
-def _explain(error: Any) -> str:
-    dotted = ".".join(str(part) for part in error["loc"])
-    match error["type"]:
-        case "extra_forbidden":
-            return f"{dotted}: no such key{_suggestion(dotted)}"
-        case "missing":
-            return f"{dotted}: is required and has no default"
-        case "model_type" | "dict_type":
-            return f"{dotted}: found {_shown(error['input'])}; it must be a mapping of keys to values"
-        case "tuple_type" | "list_type":
-            none = "; [] is none" if error["input"] is None else ""
-            return f"{dotted}: found {_shown(error['input'])}; it must be a list, such as [a, b]{none}"
-        case "unknown_component":
-            return f"{dotted}: {error['msg']}"
-        case "value_error":
-            return str(error["ctx"]["error"])  # validators of several keys name them in their message
-        case _:
-            accepted = (error["msg"][0].lower() + error["msg"][1:]).replace("None", "null")
-            return f"{dotted}: found {_shown(error['input'])}; {accepted}"
-
-
-def _shown(value: Any) -> str:
-    """A value as YAML writes it where Python differs."""
-    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def _suggestion(dotted: str) -> str:

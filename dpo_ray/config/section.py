@@ -1,5 +1,7 @@
 """Base, component and shared value types of the sections of the configuration."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,3 +58,36 @@ class Component(Section):
     """Built-in name, or import path package.module:attribute."""
     args: dict[str, Any] = Field({})
     """Keyword arguments of the component."""
+
+
+def explain(error: Any, unknown: Callable[[str], str], prefix: str = "") -> str:
+    """A sentence with the key, the value found and the values accepted.
+
+    Args:
+        error: one of ``ValidationError.errors``.
+        unknown: the sentence about a key that does not exist.
+        prefix: of all keys.
+    """
+    key = prefix + ".".join(map(str, error["loc"]))
+    match error["type"]:
+        case "extra_forbidden":
+            return f"{key}: {unknown(key)}"
+        case "missing":
+            return f"{key}: is required and has no default"
+        case "model_type" | "dict_type":
+            return f"{key}: found {_shown(error['input'])}; it must be a mapping of keys to values"
+        case "tuple_type" | "list_type":
+            none = "; [] is none" if error["input"] is None else ""
+            return f"{key}: found {_shown(error['input'])}; it must be a list, such as [a, b]{none}"
+        case "unknown_component":
+            return f"{key}: {error['msg']}"
+        case "value_error":
+            return f"{prefix}{error['ctx']['error']}"  # validators of several keys name them in their message
+        case _:
+            accepted = (error["msg"][0].lower() + error["msg"][1:]).replace("None", "null")
+            return f"{key}: found {_shown(error['input'])}; {accepted}"
+
+
+def _shown(value: Any) -> str:
+    """A value as YAML writes it where Python differs."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)

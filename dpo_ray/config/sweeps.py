@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from dpo_ray.config.section import Section
+from dpo_ray.config.section import Section, explain
 
 
 class NoArgs(Section):
@@ -90,17 +90,12 @@ SEARCHES: dict[str, type[Section]] = {
 }  # fmt: skip
 
 
-def _validate_args(key: str, use: str, args: dict[str, Any], accepted: type[Section]) -> None:
+def _validate_args(section: str, use: str, args: dict[str, Any], accepted: type[Section]) -> None:
     try:
         accepted.model_validate(args)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            known = ", ".join(accepted.model_fields) or "no arguments"
-            raise ValueError(f"{key}.args.{name}: {use} takes {known}") from None
-        message = first["msg"][0].lower() + first["msg"][1:]
-        raise ValueError(f"{key}.args.{name}: found {first['input']!r}; {message}") from None
+        takes = f"{use} takes {', '.join(accepted.model_fields) or 'no arguments'}"
+        raise ValueError(explain(error.errors()[0], lambda _: takes, f"{section}.args.")) from None
 
 
 class SchedulerConfig(Section):

@@ -2,12 +2,13 @@
 
 import os
 import re
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, ValidationError
 from pydantic_core import PydanticCustomError
 
-from dpo_ray.config.section import Section
+from dpo_ray.config.section import Section, explain
 
 Args = TypeVar("Args", bound=Section)
 
@@ -47,24 +48,14 @@ def parse_args(judge: str, model: type[Args], args: dict[str, Any]) -> Args:
     try:
         return model(**args)
     except ValidationError as error:
-        problems = [_explain(problem, model) for problem in error.errors()]
-    raise ValueError(f"judge {judge!r}: " + "; ".join(f"online.judge.args.{problem}" for problem in problems))
+        problems = [explain(problem, partial(_unknown, model), "online.judge.args.") for problem in error.errors()]
+    raise ValueError(f"judge {judge!r}: {'; '.join(problems)}")
 
 
-def _explain(problem: Any, model: type[Section]) -> str:
-    name = ".".join(str(part) for part in problem["loc"])
-    match problem["type"]:
-        case "extra_forbidden" if "key" in name.lower():
-            return f"{name}: keys are not read from the configuration; api_key_env names an environment variable"
-        case "extra_forbidden":
-            return f"{name}: no such argument; accepted are {', '.join(model.model_fields)}"
-        case "missing":
-            return f"{name}: is required"
-        case "value_error":
-            return str(problem["ctx"]["error"])
-        case _:
-            accepted = problem["msg"][0].lower() + problem["msg"][1:]
-            return f"{name}: found {problem['input']!r}; {accepted.replace('None', 'null')}"
+def _unknown(model: type[Section], name: str) -> str:
+    if "key" in name.lower() and "api_key_env" in model.model_fields:
+        return "keys are not read from the configuration; api_key_env names an environment variable"
+    return f"no such argument; accepted are {', '.join(model.model_fields)}"
 
 
 def key_of(judge: str, variable: str) -> str:

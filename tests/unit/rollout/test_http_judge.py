@@ -335,7 +335,7 @@ def test_a_request_that_may_take_longer_than_the_call_is_rejected():
         ({"url": "http://rm", "format": "vllm", "retries": -1}, "online.judge.args.retries: found -1"),
         (
             {"url": "http://rm", "format": "vllm", "concurrency": True},
-            "concurrency: found True; input should be a valid integer",
+            "concurrency: found true; input should be a valid integer",
         ),
         ({"url": "http://rm", "format": "vllm", "max_failures": 0}, "max_failures: found 0"),
         ({"url": "http://rm", "format": "vllm", "tokenizer": "a/b"}, "only format sglang uses it"),
