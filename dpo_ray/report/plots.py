@@ -279,7 +279,7 @@ def draw(plot: Plot | Drawing, figure: Figure | SubFigure) -> None:
             axes.axhline(panel.level, color=LIGHT["faint"], linewidth=1.1, linestyle=(0, (5, 4)), zorder=1)
         if axes.get_yscale() == "linear":
             axes.set_ylim(*panel.limits)
-    rows[-1].set_xlabel(plot.x_label, fontsize=TEXT_PT, color=LIGHT["ink"], loc="right", parse_math=False)
+    label_x(rows[-1], plot.x_label)
 
 
 def style_axes(axes: Axes, label: str) -> None:
@@ -295,6 +295,18 @@ def style_axes(axes: Axes, label: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(format_tick))
+
+
+def label_x(axes: Axes, label: str) -> None:
+    """Label the horizontal axis at its right end."""
+    axes.set_xlabel(label, fontsize=TEXT_PT, color=LIGHT["ink"], loc="right", parse_math=False)
+
+
+def label_point(axes: Axes, x: float, y: float, text: str, colour: str, *, above: bool) -> None:
+    """Write the value of a point above or below it."""
+    text, offset = text.replace("-", "−"), (0, 9 if above else -19)  # noqa: RUF001
+    style: dict[str, Any] = {"fontsize": TEXT_PT, "fontweight": "bold", "color": LIGHT[colour], "zorder": 6}
+    axes.annotate(text, (x, y), xytext=offset, textcoords="offset points", ha="center", **style)
 
 
 def _draw_line(axes: Axes, series: Series) -> None:
@@ -325,21 +337,10 @@ def _draw_line(axes: Axes, series: Series) -> None:
 def _draw_heldout(axes: Axes, curve: Curve) -> None:
     """Diamonds on a dashed line, with the first and the last value beside them."""
     x, y = curve
-    colour = LIGHT["heldout"]
-    axes.plot(x, y, color=colour, linewidth=1.4, linestyle=(0, (4, 3)), marker="D", markersize=6.5, zorder=5)
+    axes.plot(x, y, color=LIGHT["heldout"], linewidth=1.4, linestyle=(0, (4, 3)), marker="D", markersize=6.5, zorder=5)
     rises, texts = y[-1] >= y[0], same_decimals(*y)
     for i, above in {0: not rises, len(x) - 1: rises}.items():
-        axes.annotate(
-            texts[i].replace("-", "−"),  # noqa: RUF001
-            (x[i], y[i]),
-            xytext=(0, 9 if above else -19),
-            textcoords="offset points",
-            ha="center",
-            fontsize=TEXT_PT,
-            fontweight="bold",
-            color=colour,
-            zorder=6,
-        )
+        label_point(axes, x[i], y[i], texts[i], "heldout", above=above)
     axes.margins(x=0.06, y=0.2)
 
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from dpo_ray.report.formatting import format_number, format_tick, same_decimals, short_names
-from dpo_ray.report.plots import LIGHT, PANEL_IN, TEXT_PT, Drawing, Swatch, style_axes
+from dpo_ray.report.plots import LIGHT, PANEL_IN, TEXT_PT, Drawing, Swatch, label_point, label_x, style_axes
 from dpo_ray.report.record import number
 from dpo_ray.report.sweep_record import SweepRecord
 from dpo_ray.sweep.importance import MAX_GROUPS, MIN_TRIALS, Importance, frontier, importance
@@ -103,25 +103,21 @@ def _draw_curves(record: SweepRecord, figure: Figure | SubFigure) -> None:
         x, y = record.curves[trial.name]
         if trial.name == best:
             axes.plot(x, y, color=LIGHT["policy"], linewidth=2.4, marker="o" * (len(x) <= 24), markersize=5, zorder=5)
-            _label_end(axes, x[-1], y[-1], above=record.objective.mode == "max")
+            label_point(axes, x[-1], y[-1], same_decimals(y[-1])[0], "policy", above=record.objective.mode == "max")
             continue
         dot = "o" if len(x) == 1 else ""
         axes.plot(x, y, color=LIGHT["stone"], linewidth=1.2, alpha=0.75, marker=dot, markersize=4)
         if end := {"stopped": "o", "failed": "x"}.get(trial.status):
             axes.plot(x[-1:], y[-1:], color=LIGHT["rejected"], marker=end, markersize=6, markeredgewidth=2, zorder=4)
     axes.margins(x=0.06, y=0.14)
-    _label_x(axes, record.unit)
+    label_x(axes, record.unit)
 
 
-def _label_end(axes: Axes, x: float, y: float, *, above: bool) -> None:
-    style: dict[str, Any] = {"fontsize": TEXT_PT, "fontweight": "bold", "color": LIGHT["policy"], "zorder": 6}
-    offset = (0, 9 if above else -19)
-    (text,) = same_decimals(y)
-    axes.annotate(text, (x, y), xytext=offset, textcoords="offset points", ha="center", **style)
-
-
-def _label_x(axes: Axes, label: str) -> None:
-    axes.set_xlabel(label, fontsize=TEXT_PT, color=LIGHT["ink"], loc="right", parse_math=False)
+def _ring_best(
+    record: SweepRecord, trials: Sequence[Trial], axes: Axes, x: np.ndarray, y: np.ndarray, size: float = 330
+) -> None:
+    best = [trial is record.verdict.pick for trial in trials]
+    axes.scatter(x[best], y[best], s=size, facecolors="none", edgecolors=LIGHT["rejected"], linewidths=2.2, zorder=4)
 
 
 def _trial_swatches(record: SweepRecord) -> list[Swatch]:
@@ -144,8 +140,7 @@ def _draw_map(record: SweepRecord, x: str, y: str, figure: Figure | SubFigure) -
     trials = list(record.ranked)
     points = np.array([[trial.values[x], trial.values[y]] for trial in trials], dtype=float)
     axes.scatter(*points.T, s=90, c=_colours(record, trials), edgecolors=LIGHT["faint"], linewidths=0.9, zorder=3)
-    best = points[[trial is record.verdict.pick for trial in trials]]
-    axes.scatter(*best.T, s=360, facecolors="none", edgecolors=LIGHT["rejected"], linewidths=2.2, zorder=4)
+    _ring_best(record, trials, axes, *points.T, size=360)
     lost = [[trial.values[x], trial.values[y]] for trial, _ in record.verdict.ranking.excluded]
     if lost:
         axes.scatter(
@@ -157,7 +152,7 @@ def _draw_map(record: SweepRecord, x: str, y: str, figure: Figure | SubFigure) -
     _scale(axes, "y", everything[:, 1])
     if len(trials) <= MAX_LABELS:
         _label_points(axes, points, same_decimals(*(_metric(record, trial) for trial in trials)))
-    _label_x(axes, x)
+    label_x(axes, x)
     _colour_bar(record, axes, figure)
 
 
@@ -257,10 +252,7 @@ def _draw_frontier(record: SweepRecord, distance: str, trials: Sequence[Trial], 
     edge = frontier(cost, value if record.objective.mode == "max" else -value)
     axes.plot(cost[edge], value[edge], color=LIGHT["chosen"], linewidth=2, zorder=2)
     axes.scatter(cost, value, s=60, color=LIGHT["policy"], zorder=3)
-    best = [i for i, trial in enumerate(trials) if trial is record.verdict.pick]
-    axes.scatter(
-        cost[best], value[best], s=330, facecolors="none", edgecolors=LIGHT["rejected"], linewidths=2.2, zorder=4
-    )
+    _ring_best(record, trials, axes, cost, value)
     axes.margins(0.08, 0.18)
     if np.ptp(cost) and cost.min() > 0 and cost.max() / cost.min() > 30:
         _scale(axes, "x", cost)
@@ -269,7 +261,7 @@ def _draw_frontier(record: SweepRecord, distance: str, trials: Sequence[Trial], 
     constraint = record.objective.constraint
     if constraint and constraint.metric == distance:
         axes.axvline(constraint.max, color=LIGHT["faint"], linewidth=1.1, linestyle=(0, (5, 4)), zorder=1)
-    _label_x(axes, f"{distance} (nats per completion)")
+    label_x(axes, f"{distance} (nats per completion)")
 
 
 def _over_key(record: SweepRecord, key: str) -> Drawing | None:
@@ -285,12 +277,11 @@ def _draw_over_key(record: SweepRecord, key: str, figure: Figure | SubFigure) ->
     style_axes(axes, record.objective.metric)
     x = np.array([trial.values[key] for trial in record.ranked], dtype=float)
     y = np.array([_metric(record, trial) for trial in record.ranked])
-    best = [i for i, trial in enumerate(record.ranked) if trial is record.verdict.pick]
     axes.scatter(x, y, s=60, color=LIGHT["policy"])
-    axes.scatter(x[best], y[best], s=330, facecolors="none", edgecolors=LIGHT["rejected"], linewidths=2.2)
+    _ring_best(record, record.ranked, axes, x, y)
     axes.margins(0.12, 0.2)
     _scale(axes, "x", x)
-    _label_x(axes, key)
+    label_x(axes, key)
 
 
 def _parallel(record: SweepRecord, keys: Sequence[str]) -> Drawing | None:
