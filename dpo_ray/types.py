@@ -176,6 +176,15 @@ def is_finite(value: Any) -> TypeGuard[float]:
     return is_number(value) and math.isfinite(value)
 
 
+def finite_float(value: Any) -> float | None:
+    """``value`` as a float; None unless it is a finite number."""
+    return float(value) if is_finite(value) else None
+
+
 def finite_or_none(value: Any) -> Any:
-    """``value``; None in place of an infinite number or NaN, which JSON does not have."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """``value`` with None for infinite numbers and NaN, which JSON does not have; also in mappings and lists."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite_or_none(item) for key, item in value.items()}
+    return [finite_or_none(item) for item in value] if isinstance(value, list | tuple) else value

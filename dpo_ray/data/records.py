@@ -3,7 +3,6 @@
 Invalid records are returned as a ``Problem`` with reason and location. Independent of file formats and tokenisation.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,7 @@ from dpo_ray.data.layouts import PROMPT, Candidates, read_answer, read_candidate
 from dpo_ray.data.placeholders import placeholder_notes
 from dpo_ray.data.sources import check_sources, expand_source, read_rows
 from dpo_ray.data.turns import validate_completion
-from dpo_ray.types import Messages
+from dpo_ray.types import Messages, finite_or_none
 
 Tools = tuple[Mapping[str, Any], ...]
 """JSON schemas of the functions that a model may call."""
@@ -202,7 +201,7 @@ def _prompt_record(
     unreadable = [f"{name}: {value.detail}" for name, value in others.items() if isinstance(value, Unusable)]
     if unreadable:
         notes = (*notes, ("unreadable_cell", ", ".join(unreadable)))
-    carried = {name: _finite(value) for name, value in others.items() if not isinstance(value, Unusable)}
+    carried = {name: finite_or_none(value) for name, value in others.items() if not isinstance(value, Unusable)}
     return PromptRecord(prompt, source, number, tools, system, carried, fields.unread_keys(), notes)
 
 
@@ -279,12 +278,3 @@ def _ranking(candidates: Candidates) -> Sequence[int]:
 
 def _last_text(completion: Messages | str) -> str | None:
     return completion if isinstance(completion, str) else completion[-1]["content"]
-
-
-def _finite(value: Any) -> Any:
-    """The value with null for numbers that JSON has no text for."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,10 +1,10 @@
 """Verdicts on two completions, by the fields of public preference sets."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from dpo_ray.data.fields import Fields
+from dpo_ray.types import is_finite
 
 
 def finite_number(value: Any) -> float | None:
@@ -15,9 +15,7 @@ def finite_number(value: Any) -> float | None:
         except ValueError:
             return None
     try:
-        return (
-            value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
-        )
+        return value if is_finite(value) else None
     except OverflowError:  # an integer beyond the range of floats
         return None
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import ray
 from dpo_ray.launch.sweeps.mailbox import Channel
 from dpo_ray.storage import open_appendable, read_jsonl, write_atomically
 from dpo_ray.sweep.scheduling import Decision
-from dpo_ray.types import Metrics
+from dpo_ray.types import Metrics, finite_or_none
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +66,7 @@ class RunReporter:
     def _append(self, metrics: Metrics) -> None:
         if metrics:
             with self.file.open("a", encoding="utf-8") as file:
-                # JSON has no NaN and no infinity: both become null.
-                nonfinite = {k: None for k, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)}
-                file.write(json.dumps(metrics | nonfinite) + "\n")
+                file.write(json.dumps(finite_or_none(metrics)) + "\n")
 
     def evaluation(self, metrics: Metrics) -> None:
         """Appends held-out metrics."""

@@ -7,7 +7,8 @@ import numpy as np
 
 from dpo_ray.report.formatting import count_noun, format_duration, format_number, same_decimals
 from dpo_ray.report.health import Finding
-from dpo_ray.report.record import Comparison, Curve, RunRecord, number
+from dpo_ray.report.record import Comparison, Curve, RunRecord
+from dpo_ray.types import finite_float
 
 
 class KeyFigure(NamedTuple):
@@ -64,7 +65,7 @@ def _speed_figures(record: RunRecord) -> list[KeyFigure]:
         steps = count_noun(len(record.steps), "optimizer step")
         figures.append(KeyFigure("Trained for", count_noun(len(record.rounds), "round"), steps))
     elif record.steps:
-        epoch = number(record.steps[-1].get("epoch"))
+        epoch = finite_float(record.steps[-1].get("epoch"))
         detail = f"{epoch:.3g} epochs" if epoch else ""
         figures.append(KeyFigure("Trained for", count_noun(len(record.steps), "step"), detail))
     if (seconds := _wall_s(record)) is not None:
@@ -138,7 +139,7 @@ def _wall_s(record: RunRecord) -> float | None:
     total = 0.0
     for line in record.rounds:
         generate, judge, train, sync, wait = (
-            number(line.get(f"perf/{phase}_s")) or 0.0 for phase in ("generate", "judge", "train", "sync", "wait")
+            finite_float(line.get(f"perf/{phase}_s")) or 0.0 for phase in ("generate", "judge", "train", "sync", "wait")
         )
         by_workers, by_others = (judge, 0.0) if record.judged_by_workers else (0.0, judge)
         total += by_workers + train + sync + (wait if line.get("policy_lag") else max(wait, generate + by_others))

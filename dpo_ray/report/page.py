@@ -14,8 +14,9 @@ from dpo_ray.report.figures import comparisons, evenly_spaced, key_figures, verd
 from dpo_ray.report.formatting import format_number, prompt_text, same_decimals, shorten
 from dpo_ray.report.health import diagnose
 from dpo_ray.report.plots import PALETTE, render, run_plots
-from dpo_ray.report.record import RunRecord, number, read_run
+from dpo_ray.report.record import RunRecord, read_run
 from dpo_ray.storage import write_atomically
+from dpo_ray.types import finite_float
 
 MAX_COMPARISONS = 7  # held-out prompts on the page; odd, so that the median gain is among them
 MAX_GROUPS = 4  # completion groups of the last round on the page
@@ -122,7 +123,7 @@ def _group_examples(record: RunRecord) -> list[Example]:
 def _group_example(group: Mapping[str, Any]) -> Example:
     """All candidates of a group, best first; those without a score last."""
     candidates = group.get("candidates") or ()
-    scores = [number(score) for score in group.get("scores") or (None,) * len(candidates)]
+    scores = [finite_float(score) for score in group.get("scores") or (None,) * len(candidates)]
     score_texts = same_decimals(*scores)
     ranking = sorted(range(len(candidates)), key=lambda i: math.inf if (score := scores[i]) is None else -score)
     reason = group.get("dropped")

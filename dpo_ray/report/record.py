@@ -18,7 +18,7 @@ from dpo_ray.config.losses import UNPAIRED_LOSSES
 from dpo_ray.config.rounds import IMPLICIT
 from dpo_ray.report.formatting import prompt_text
 from dpo_ray.storage import folder_at, read_jsonl
-from dpo_ray.types import Messages, Metrics, is_finite
+from dpo_ray.types import Messages, Metrics, finite_float
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ class RunRecord:
         """
         lines, untrained = (self.evals, 0) if prefix else (self.steps, 1)
         if lines and lines[0]["step"] == untrained:
-            reward = number(lines[0].get(f"{prefix}rewards/chosen")) or 0.0
+            reward = finite_float(lines[0].get(f"{prefix}rewards/chosen")) or 0.0
             if abs(reward) <= TIE_NATS * self.setting("loss.beta", 1.0):
                 lines = lines[1:]
         return _curve(lines, "step", f"{prefix}rewards/accuracies")
@@ -317,7 +317,7 @@ def _read_last_groups(folder: Path) -> tuple[int | None, tuple[Metrics, ...]]:
 def _read_evaluation(file: Path) -> Evaluation:
     samples = tuple(map(_held_out_sample, read_jsonl(file)))
     return Evaluation(
-        int(file.stem), samples, number(_read_mapping(file.with_suffix(".kl.json"), json.loads).get("kl"))
+        int(file.stem), samples, finite_float(_read_mapping(file.with_suffix(".kl.json"), json.loads).get("kl"))
     )
 
 
@@ -325,8 +325,8 @@ def _held_out_sample(line: Mapping[str, Any]) -> HeldOutSample:
     return HeldOutSample(
         prompt=tuple(line.get("prompt") or ()),
         completion=str(line.get("completion") or ""),
-        tokens=int(number(line.get("tokens")) or 0),
-        score=number(line.get("score")),
+        tokens=int(finite_float(line.get("tokens")) or 0),
+        score=finite_float(line.get("score")),
     )
 
 
@@ -343,10 +343,5 @@ def _read_mapping(path: Path, parse: Callable[[str], Any]) -> Metrics:
 
 
 def _curve(lines: Iterable[Mapping[str, Any]], x: str, y: str) -> Curve:
-    points = [(line[x], value) for line in lines if (value := number(line.get(y))) is not None]
+    points = [(line[x], value) for line in lines if (value := finite_float(line.get(y))) is not None]
     return np.array([p[0] for p in points], dtype=float), np.array([p[1] for p in points], dtype=float)
-
-
-def number(value: Any) -> float | None:
-    """``value`` as a float; None unless it is a finite number."""
-    return float(value) if is_finite(value) else None

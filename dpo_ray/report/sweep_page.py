@@ -7,13 +7,13 @@ from typing import Any
 from dpo_ray.report.formatting import count_noun, format_duration, format_number, same_decimals, shorten
 from dpo_ray.report.page import write_page
 from dpo_ray.report.plots import render
-from dpo_ray.report.record import number
 from dpo_ray.report.sweep_plots import key_importance, sweep_plots
 from dpo_ray.report.sweep_record import SweepRecord
 from dpo_ray.report.sweep_text import verdict_text
 from dpo_ray.sweep.importance import MIN_TRIALS
 from dpo_ray.sweep.trials import Trial
 from dpo_ray.sweep.verdict import Lead
+from dpo_ray.types import finite_float
 
 ERROR_CHARACTERS = 100
 
@@ -68,7 +68,7 @@ def _columns(record: SweepRecord) -> dict[str, Sequence[str]]:
     }
     columns |= {key: [_cell(trial.values, key) for trial in trials] for key in record.keys}
     columns |= {
-        metric: same_decimals(*(number(trial.metrics.get(metric)) for trial in trials), digits=4)
+        metric: same_decimals(*(finite_float(trial.metrics.get(metric)) for trial in trials), digits=4)
         for metric in record.metrics
     }
     if leads:

@@ -18,11 +18,10 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from dpo_ray.report.formatting import format_number, format_tick, same_decimals, short_names
 from dpo_ray.report.plots import LIGHT, PANEL_IN, TEXT_PT, Drawing, Swatch, label_point, label_x, style_axes
-from dpo_ray.report.record import number
 from dpo_ray.report.sweep_record import SweepRecord
 from dpo_ray.sweep.importance import MAX_GROUPS, MIN_TRIALS, Importance, frontier, importance
 from dpo_ray.sweep.trials import Trial
-from dpo_ray.types import is_number
+from dpo_ray.types import finite_float, is_number
 
 COLOURS: Colormap = ListedColormap(matplotlib.colormaps["cividis"](np.linspace(0.12, 0.97, 256)))
 LOG_RATIO = 3.0  # ratio of the largest to the smallest swept value from which their axis is logarithmic
@@ -241,7 +240,7 @@ def _frontier(record: SweepRecord) -> Drawing | None:
 
 
 def _has(trial: Trial, metric: str) -> bool:
-    return trial.status != "failed" and number(trial.metrics.get(metric)) is not None
+    return trial.status != "failed" and finite_float(trial.metrics.get(metric)) is not None
 
 
 def _draw_frontier(record: SweepRecord, distance: str, trials: Sequence[Trial], figure: Figure | SubFigure) -> None:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from dpo_ray.report.record import Curve, number
+from dpo_ray.report.record import Curve
 from dpo_ray.report.sweep_text import DISTANCES
 from dpo_ray.storage import read_jsonl
 from dpo_ray.sweep.held_out import SCORE
 from dpo_ray.sweep.ranking import TIE_BREAK
 from dpo_ray.sweep.trials import Objective, Trial
 from dpo_ray.sweep.verdict import Verdict, build_verdict, varying_keys
+from dpo_ray.types import finite_float
 
 TRIALS = "trials"
 """Folder with the run directory of each trial."""
@@ -45,7 +46,7 @@ class SweepRecord:
     @property
     def distance(self) -> str | None:
         """The metric of the distance from the reference that the trials have."""
-        measured = [m for m in DISTANCES if any(number(t.metrics.get(m)) is not None for t in self.ranked)]
+        measured = [m for m in DISTANCES if any(finite_float(t.metrics.get(m)) is not None for t in self.ranked)]
         return next((metric for metric in measured if metric != self.objective.metric), None)
 
     @property
@@ -80,7 +81,7 @@ def _curve(run_dir: Path, metric: str, axis: str) -> Curve:
     points = {
         line[axis]: value
         for line in read_jsonl(run_dir / "metrics.jsonl")
-        if isinstance(line.get(axis), int) and (value := number(line.get(metric))) is not None
+        if isinstance(line.get(axis), int) and (value := finite_float(line.get(metric))) is not None
     }
     if metric == ACCURACY and points.get(0) == 0.0:
         del points[0]  # every pair ties while the policy equals its reference
@@ -92,7 +93,7 @@ def _score_curve(folder: Path) -> Curve:
     """Mean score of the held-out prompts over the versions of the policy, which count finished rounds."""
     means = {}
     for file in sorted(folder.glob("*.jsonl")):
-        scores = [score for line in read_jsonl(file) if (score := number(line.get("score"))) is not None]
+        scores = [score for line in read_jsonl(file) if (score := finite_float(line.get("score"))) is not None]
         if file.stem.isdigit() and scores:
             means[int(file.stem)] = float(np.mean(scores))
     return np.array(list(means), dtype=float), np.array(list(means.values()), dtype=float)

@@ -5,11 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpo_ray.report.formatting import count_noun, format_number, same_decimals
-from dpo_ray.report.record import number
 from dpo_ray.sweep.ranking import Configuration
 from dpo_ray.sweep.trials import Objective, Trial
 from dpo_ray.sweep.verdict import Lead, Verdict, as_good_region
-from dpo_ray.types import is_number
+from dpo_ray.types import finite_float, is_number
 
 DISTANCES = {"kl": "KL to the reference", "eval/drift": "drift from the reference"}
 """Metrics of the distance between policy and reference, in nats per completion; the first that a trial has is named."""
@@ -41,7 +40,7 @@ def _no_pick(verdict: Verdict) -> str:
         values = {
             trial.name: value
             for trial, _ in verdict.ranking.excluded
-            if trial.status != "failed" and (value := number(trial.metrics.get(constraint.metric))) is not None
+            if trial.status != "failed" and (value := finite_float(trial.metrics.get(constraint.metric))) is not None
         }
         beyond = {name: value for name, value in values.items() if value > constraint.max}
         if beyond and beyond == values:
@@ -102,7 +101,7 @@ def _cloned(best: Configuration) -> list[str]:
 def _distance(configuration: Configuration, objective: Objective) -> str:
     """The distance from the reference at which the metric was reached."""
     for metric, meaning in DISTANCES.items():
-        values = [number(trial.metrics.get(metric)) for trial in configuration.trials]
+        values = [finite_float(trial.metrics.get(metric)) for trial in configuration.trials]
         present = [value for value in values if value is not None]
         if present and metric != objective.metric:
             return f", at a {meaning} of {format_number(sum(present) / len(present), 3)} nats per completion"

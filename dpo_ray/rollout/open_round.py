@@ -4,7 +4,6 @@ The files are those of ``rollout.ledger``.
 """
 
 import json
-import math
 import os
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from dpo_ray.rollout.pair_index import GAPS, REFERENCE, SPANS, PairIndex
 from dpo_ray.rollout.selectors.preferences import Choice, Pairs
 from dpo_ray.rollout.tally import Line, Tally, sampled_candidates
 from dpo_ray.storage import write_atomically
-from dpo_ray.types import CompletionGroup, Dropped, Judgement, Prompt
+from dpo_ray.types import CompletionGroup, Dropped, Judgement, Prompt, finite_or_none
 
 REMEDY = "delete the folder of this round to collect it again"
 FAILED = "failed_"
@@ -202,8 +201,10 @@ def line_of(outcome: Outcome, start: int) -> Line:
             }
             for completion in completions
         ],
-        "scores": _finite(judgement.scores),
-        "judge": {name: _finite(value) for name in ("parts", "means", "totals") if (value := getattr(judgement, name))},
+        "scores": finite_or_none(judgement.scores),
+        "judge": finite_or_none(
+            {name: value for name in ("parts", "means", "totals") if (value := getattr(judgement, name))}
+        ),
         "pairs": [
             {
                 "chosen": pair.chosen,
@@ -218,17 +219,8 @@ def line_of(outcome: Outcome, start: int) -> Line:
         "dropped": outcome.choice.reason if isinstance(outcome.choice, Dropped) else None,
         "error": outcome.error,
         "seed": outcome.group.seed if outcome.group else None,
-        "fields": _finite(prompt.fields),
+        "fields": finite_or_none(prompt.fields),
     }
-
-
-def _finite(value: Any) -> Any:
-    """A value with null for floats that JSON does not have."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
-    return [_finite(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _end_of(line: Line) -> int:

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dpo_ray.types import is_number
+
 MIN_TRIALS = 8
 """With fewer trials the effect of a key cannot be separated from chance."""
 MAX_GROUPS = 4
@@ -62,7 +64,7 @@ def _explained(groups: np.ndarray, metrics: np.ndarray) -> np.ndarray:
 
 def _groups(column: Sequence[Any]) -> np.ndarray:
     """(n,) number of the group of each value; equal values are in the same group."""
-    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in column):
+    if not all(map(is_number, column)):
         return np.unique([repr(value) for value in column], return_inverse=True)[1]
     numbers = np.array(column, dtype=float)
     unique, number = np.unique(numbers, return_inverse=True)

@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from dpo_ray.sweep.trials import STEP, Objective, Trial
-from dpo_ray.types import Metrics
+from dpo_ray.types import Metrics, finite_float
 
 SEED_KEY = "run.seed"
 """Trials that differ in nothing else are repeats of one configuration."""
@@ -66,13 +66,13 @@ def preference(metrics: Metrics, objective: Objective) -> Preference:
 
 
 def _tie_break(metrics: Metrics) -> float:
-    value = _finite(metrics.get(TIE_BREAK))
+    value = finite_float(metrics.get(TIE_BREAK))
     return math.inf if value is None else value
 
 
 def _missing(trial: Trial) -> float:
     """Sort key by how far a trial came, from the end backwards."""
-    return -math.inf if trial.status == "done" else -(_finite(trial.metrics.get(STEP)) or 0.0)
+    return -math.inf if trial.status == "done" else -(finite_float(trial.metrics.get(STEP)) or 0.0)
 
 
 def _exclusion_by(metrics: Metrics, objective: Objective) -> str | None:
@@ -80,16 +80,11 @@ def _exclusion_by(metrics: Metrics, objective: Objective) -> str | None:
     for metric in (objective.metric, *([constraint.metric] if constraint else ())):
         if metric not in metrics:
             return f"has no {metric}" if metrics else "has no evaluation"
-        if _finite(metrics[metric]) is None:
+        if finite_float(metrics[metric]) is None:
             return f"has a non-finite {metric}"
     if constraint and metrics[constraint.metric] > constraint.max:
         return f"exceeds {constraint.metric} ≤ {constraint.max:g}"
     return None
-
-
-def _finite(value: Any) -> float | None:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if number else None
 
 
 @dataclass(frozen=True, slots=True)
