@@ -27,7 +27,7 @@ from dpo_ray.types import Messages
 SIDES = ("prompt", "chosen", "rejected")
 UNREAD = ("not_used", "carried")
 """Reasons of the notes that list fields."""
-LABELS = {0: (), 1: ("desirable",), -1: ("undesirable",)}
+LABELS = {0: (), 1: (("desirable", ""),), -1: (("undesirable", ""),)}
 """Note on a completion without a pair."""
 
 
@@ -42,8 +42,8 @@ class InspectedRecord:
     status: Literal["kept", "dropped"]
     reason: str | None = None
     detail: str | None = None
-    notes: tuple[str, ...] = ()
-    """``reason: detail``; ``not_used: names`` and ``carried: names`` list fields."""
+    notes: tuple[tuple[str, str], ...] = ()
+    """Reason and detail; the details of ``not_used`` and ``carried`` are names of fields."""
     prompt: str | None = None
     chosen: str | None = None
     rejected: str | None = None
@@ -58,9 +58,9 @@ class InspectedRecord:
 
     def to_json(self) -> str:
         """One line of ``--json``."""
-        return json.dumps(
-            {name: value for name, value in asdict(self).items() if name != "written"}, ensure_ascii=False
-        )
+        line = asdict(self) | {"notes": [": ".join(filter(None, note)) for note in self.notes]}
+        del line["written"]
+        return json.dumps(line, ensure_ascii=False)
 
 
 def inspect_run(config: Config, console: Console, *, json_file: Path | None = None, shown: int = 3) -> None:
@@ -120,14 +120,8 @@ def _count(counts: DataReportBuilder, record: InspectedRecord) -> None:
     if record.status == "dropped":
         counts.drop(Problem(record.reason or "", record.source, record.number, record.detail or ""))
         return
-    notes = [tuple(note.split(": ", 1)) if ": " in note else (note, "") for note in record.notes]
-    unread = [names for reason, names in notes if reason in UNREAD]
-    counts.keep(
-        record.source,
-        record.number,
-        [(reason, detail) for reason, detail in notes if reason not in UNREAD],
-        unread[0].split(", ") if unread else (),
-    )
+    unread = [name for reason, names in record.notes if reason in UNREAD for name in names.split(", ")]
+    counts.keep(record.source, record.number, [note for note in record.notes if note[0] not in UNREAD], unread)
 
 
 def _pairs(
@@ -166,7 +160,7 @@ def _kept_prompt(
     prompt = tokenizer.decode(result.token_ids)
     return InspectedRecord(
         key, record.source, record.number, "kept",
-        notes=_notes(result.notes, (*record.fields, *record.unread), "carried"),
+        notes=(*result.notes, *_fields((*record.fields, *record.unread), "carried")),
         prompt=prompt,
         tokens={"prompt": len(result.token_ids)},
         written={"prompt": _written(result.messages, prompt)},
@@ -186,7 +180,7 @@ def _kept_pair(key: str, record: PairRecord, result: TokenizedPair, tokenizer: R
     written = {side: _written(getattr(record, side), texts[side]) if ids[side] else () for side in SIDES}
     return InspectedRecord(
         key, record.source, record.number, "kept",
-        notes=(*LABELS[record.unpaired], *_notes(result.notes, record.unread)),
+        notes=(*LABELS[record.unpaired], *result.notes, *_fields(record.unread, "not_used")),
         **texts,
         tokens={side: len(ids[side]) for side in SIDES},
         truncated={side: n for side, n in zip(SIDES[1:], result.removed, strict=True) if n},
@@ -195,9 +189,9 @@ def _kept_pair(key: str, record: PairRecord, result: TokenizedPair, tokenizer: R
     )  # fmt: skip
 
 
-def _notes(notes: Sequence[tuple[str, str]], unread: Sequence[str], fate: str = "not_used") -> tuple[str, ...]:
-    described = tuple(f"{reason}: {detail}" if detail else reason for reason, detail in notes)
-    return (*described, f"{fate}: {', '.join(unread)}") if unread else described
+def _fields(names: Sequence[str], fate: str) -> tuple[tuple[str, str], ...]:
+    """The note that lists fields, if there are any."""
+    return ((fate, ", ".join(names)),) if names else ()
 
 
 def _written(part: Messages | str, text: str) -> tuple[str, ...]:
@@ -238,8 +232,7 @@ def to_text(record: InspectedRecord) -> Text:
         for side, count in record.tokens.items()
     )
     text = Text(f"\n{record.source}:{record.number}  ", style="bold").append(counts, style="not bold")
-    for note in record.notes:
-        reason, _, detail = note.partition(": ")
+    for reason, detail in record.notes:
         text.append(
             f"\n  note: {MEANINGS.get(reason, reason.replace('_', ' '))}" + (f": {detail}" if detail else ""), "yellow"
         )
