@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from dpo_ray.config import Config
 from dpo_ray.config.losses import Examples
 from dpo_ray.config.schema import DataConfig
-from dpo_ray.data.formats import show
+from dpo_ray.data.fields import bad_field
+from dpo_ray.data.formats import Unusable, show
 from dpo_ray.data.loss_mask import LostTurn, common_prefix, mask_other_turns
 from dpo_ray.data.records import PairRecord, Problem, PromptRecord, Tools
 from dpo_ray.data.template import (
@@ -58,12 +59,6 @@ Noted = dict[str, dict[str, None]]
 """Details of the notes on a record by reason, each once."""
 AnyRecord = TypeVar("AnyRecord", PairRecord, PromptRecord)
 Tokenized = TypeVar("Tokenized", TokenizedPair, TokenizedPrompt)
-
-
-class _Drop(Exception):
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
 
 
 class RecordTokenizer:
@@ -161,7 +156,7 @@ class RecordTokenizer:
         # As in TRL's DPOTrainer: a template may render a prompt alone differently than before a completion.
         start = min(common_prefix(prompt_ids, with_chosen), common_prefix(prompt_ids, with_rejected))
         if not start:
-            raise _Drop("empty_prompt", f"none of the prompt's {len(prompt_ids)} tokens precede both completions")
+            raise Unusable("empty_prompt", f"none of the prompt's {len(prompt_ids)} tokens precede both completions")
 
         limit = self.data.max_completion_tokens
         whole = with_chosen[start:], with_rejected[start:]
@@ -174,12 +169,12 @@ class RecordTokenizer:
         )
         for name, completion in zip(record.names, (chosen, rejected), strict=True):
             if not any(token >= 0 for token in completion):
-                raise _Drop("completion_emptied", f"{name}: the completion has no tokens after the prompt")
+                raise Unusable("completion_emptied", f"{name}: the completion has no tokens after the prompt")
         same = [token for token in chosen if token >= 0] == [token for token in rejected if token >= 0]
         if same and record.rejected != record.chosen:
             if any(removed):
-                raise _Drop("identical_after_truncation", f"data.max_completion_tokens is {limit}")
-            raise _Drop("identical", "chosen and rejected have the same tokens with loss")
+                raise Unusable("identical_after_truncation", f"data.max_completion_tokens is {limit}")
+            raise Unusable("identical", "chosen and rejected have the same tokens with loss")
 
         notes = {
             "boundary_moved": start < len(prompt_ids),
@@ -220,13 +215,15 @@ class RecordTokenizer:
             self._reject_split(marker)
         for name, value in (("system", record.system), ("tools", record.tools)):
             if value:
-                raise _Drop("bad_field", f"{name}: beside a prompt used as written; accepted with data.strings: chat")
+                raise Unusable(
+                    "bad_field", f"{name}: beside a prompt used as written; accepted with data.strings: chat"
+                )
         return None, "raw"
 
     def _reject_split(self, marker: str, where: str = "") -> None:
         """Drop a record with a marker that is neither a token nor plain text of the chat template."""
         if marker not in self.template_text and len(self._ids(marker)) > 1:
-            raise _Drop(
+            raise Unusable(
                 "split_special_token", f"{marker}: the tokenizer of model.path splits it into several tokens{where}"
             )
 
@@ -284,7 +281,7 @@ class RecordTokenizer:
         try:
             return mask_other_turns(ids, messages, len(prompt), encode, self.end_of_turn)
         except LostTurn as error:
-            raise _Drop("loss_mask", str(error)) from None
+            raise Unusable("loss_mask", str(error)) from None
 
     def _check_texts(
         self, text: str, messages: Messages, names: Sequence[str], tools: Tools, noted: Noted, **how: Any
@@ -311,10 +308,10 @@ class RecordTokenizer:
         }
         for key, limit in prompt_limits.items():
             if limit is not None and prompt > limit:
-                raise _Drop("prompt_too_long", f"{prompt} tokens; {key} is {limit}")
+                raise Unusable("prompt_too_long", f"{prompt} tokens; {key} is {limit}")
         positions, rows = self.limits.positions, self.limits.vocabulary
         if positions is not None and prompt + completion > positions:
-            raise _Drop(
+            raise Unusable(
                 "too_long_for_model",
                 f"{prompt + completion} tokens; the model of model.path takes {positions} (max_position_embeddings or "
                 "max_seq_len)",
@@ -324,7 +321,7 @@ class RecordTokenizer:
                 token = max((token if token >= 0 else ~token for token in ids), default=0)
                 if token >= rows:
                     text = self.tokenizer.convert_ids_to_tokens(token)
-                    raise _Drop(
+                    raise Unusable(
                         "unknown_token",
                         f"{name}: token {text} has id {token}; the model of model.path has {rows} embeddings",
                     )
@@ -347,7 +344,7 @@ def load_record_tokenizer(config: Config) -> RecordTokenizer:
 def _or_problem(tokenize: Callable[[AnyRecord], Tokenized], record: AnyRecord) -> Tokenized | Problem:
     try:
         return tokenize(record)
-    except _Drop as drop:
+    except Unusable as drop:
         return Problem(drop.reason, record.source, record.number, drop.detail)
     except ChatTemplateError as error:
         return Problem("template_refused", record.source, record.number, str(error))
@@ -356,10 +353,10 @@ def _or_problem(tokenize: Callable[[AnyRecord], Tokenized], record: AnyRecord) -
 def _validate_begun(prompt: Messages) -> None:
     """Drop a prompt that ends with calls of tools, which no completion can continue."""
     if prompt[-1]["role"] == "assistant" and "tool_calls" in prompt[-1]:
-        raise _Drop(
-            "bad_field",
-            f"prompt[{len(prompt) - 1}].tool_calls: found {show(prompt[-1]['tool_calls'])} in the last turn, which the "
-            "completion continues; accepted: a last turn of text, or the results of the tools after it",
+        bad_field(
+            f"prompt[{len(prompt) - 1}].tool_calls",
+            f"{show(prompt[-1]['tool_calls'])} in the last turn, which the completion continues",
+            "a last turn of text, or the results of the tools after it",
         )
 
 
@@ -367,11 +364,8 @@ def _continued(begun: Message, first: Message, name: str) -> Message:
     """The last turn of a prompt with the first turn of a completion, which continues its content."""
     for key, value in first.items():
         if key not in ("content", "tool_calls") and value != begun.get(key):
-            raise _Drop(
-                "bad_field",
-                f"{name}[0].{key}: found {show(value)} in the turn that continues the prompt's last one; accepted: "
-                f"{show(begun[key]) if key in begun else 'content only'}",
-            )
+            accepted = show(begun[key]) if key in begun else "content only"
+            bad_field(f"{name}[0].{key}", f"{show(value)} in the turn that continues the prompt's last one", accepted)
     return {**begun, **first, "content": begun["content"] + (first["content"] or "")}
 
 
