@@ -127,6 +127,11 @@ class TokenSample:
 
 Metrics = dict[str, Any]
 """One line of metrics.jsonl."""
+PAIR_METRICS = (
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+    "logps/rejected",
+)  # fmt: skip
+"""Metrics of pairs, in training and in evaluations, for every loss."""
 
 
 @dataclass(frozen=True, slots=True)

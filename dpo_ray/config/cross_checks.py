@@ -8,11 +8,6 @@ if TYPE_CHECKING:
 
 ONLINE_METRICS = ("heldout/score", "heldout/win_rate", "kl")
 """Metrics of the evaluations of an online run."""
-PAIR_METRICS = (
-    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
-    "logps/rejected",
-)  # fmt: skip
-"""Metrics of held-out pairs, for every loss; repeated here like the names of components."""
 
 
 def check_mesh(config: "Config") -> None:

@@ -6,6 +6,7 @@ from pydantic import model_validator
 
 from dpo_ray.config import cross_checks, losses, rounds, schema, sweeps
 from dpo_ray.config.section import Section, as_tuple
+from dpo_ray.types import PAIR_METRICS
 
 POLICY_JUDGE_TOKENS = 1024
 """Tokens of an engine beyond a prompt and two completions if the policy judges: for instructions and its reply."""
@@ -61,7 +62,7 @@ class Config(Section):
         """Names of the metrics that the evaluations of the run have; those of held-out examples if it has any."""
         kind = self.reference_kind
         if self.online is None:
-            pairs = tuple(f"eval/{name}" for name in cross_checks.PAIR_METRICS)
+            pairs = tuple(f"eval/{name}" for name in PAIR_METRICS)
             return pairs if kind == "none" else (*pairs, "eval/drift")
         if kind in ("none", "cached"):
             return tuple(name for name in cross_checks.ONLINE_METRICS if name != "kl")

@@ -12,16 +12,13 @@ Throughout: ``policy`` and ``reference`` hold completion log-probabilities, (B,)
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dpo_ray.objective.logps import PairLogps
-
-if TYPE_CHECKING:
-    pass
 
 
 def log_ratios(policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:

@@ -8,17 +8,8 @@ from torch import Tensor
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.objective.losses import log_ratios, per_token
 
-PAIR_METRICS = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-)
 REWARDS = slice(1, 3)
-"""Slice of PAIR_METRICS with the rewards of completions."""
+"""Slice of ``types.PAIR_METRICS`` with the rewards of completions."""
 PAIR_RESULTS = ("loss", "margin", "chosen_log_ratio", "rejected_log_ratio")
 """Columns of ``pair_results``; log-ratios of policy to reference in nats."""
 LOG_RATIOS = slice(2, 4)

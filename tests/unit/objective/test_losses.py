@@ -14,7 +14,8 @@ from dpo_ray.config.losses import STEP_LOSSES, UNPAIRED_LOSSES, LossConfig
 from dpo_ray.objective.build import build_loss
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.objective.losses import LOSSES, kl_estimate, rank_matches, sigmoid
-from dpo_ray.objective.metrics import PAIR_METRICS, pair_metric_sums, pair_results
+from dpo_ray.objective.metrics import pair_metric_sums, pair_results
+from dpo_ray.types import PAIR_METRICS
 from tests.conftest import gradient
 
 
