@@ -132,6 +132,8 @@ PAIR_METRICS = (
     "logps/rejected",
 )  # fmt: skip
 """Metrics of pairs, in training and in evaluations, for every loss."""
+PAIR_RESULTS = ("loss", "margin", "chosen_log_ratio", "rejected_log_ratio")
+"""Results of single held-out pairs; log-ratios of policy to reference in nats."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,8 @@ from dpo_ray.objective.losses import log_ratios, per_token
 
 REWARDS = slice(1, 3)
 """Slice of ``types.PAIR_METRICS`` with the rewards of completions."""
-PAIR_RESULTS = ("loss", "margin", "chosen_log_ratio", "rejected_log_ratio")
-"""Columns of ``pair_results``; log-ratios of policy to reference in nats."""
 LOG_RATIOS = slice(2, 4)
-"""Slice of PAIR_RESULTS with the log-ratios of completions."""
+"""Slice of ``types.PAIR_RESULTS`` with the log-ratios of completions."""
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from dpo_ray.report.figures import comparisons, evenly_spaced, key_figures, verd
 from dpo_ray.report.formatting import format_number, prompt_text, same_decimals, shorten
 from dpo_ray.report.health import diagnose
 from dpo_ray.report.plots import PALETTE, render, run_plots
-from dpo_ray.report.record import RunRecord, read_run
+from dpo_ray.report.record import RunRecord
 from dpo_ray.storage import write_atomically
 from dpo_ray.types import finite_float
 
@@ -41,16 +41,12 @@ class Example(NamedTuple):
     """up | down | empty; colours the badge."""
 
 
-def write_report(run_dir: str | Path, *, running: bool = False) -> Path:
+def write_report(record: RunRecord, *, running: bool = False) -> Path:
     """Write ``report.html`` of a run.
 
     Args:
         running: the run is still training; the page shows that and reloads every minute.
-
-    Raises:
-        ValueError: the directory has nothing to report.
     """
-    record = read_run(run_dir, running=running)
     findings, online = diagnose(record), record.rounds or record.config.get("online")
     return write_page(
         record.path,

@@ -18,6 +18,7 @@ from dpo_ray.config.losses import UNPAIRED_LOSSES
 from dpo_ray.config.rounds import IMPLICIT
 from dpo_ray.report.formatting import prompt_text
 from dpo_ray.storage import folder_at, read_jsonl
+from dpo_ray.sweep.held_out import evaluation_files
 from dpo_ray.types import Messages, Metrics, finite_float
 
 logger = logging.getLogger(__name__)
@@ -270,8 +271,8 @@ def read_run(run_dir: str | Path, *, running: bool = False) -> RunRecord:
     rounds = {line["round"]: line for line in steps if isinstance(line.get("round"), int)}
     evaluations = tuple(
         evaluation
-        for file in sorted((path / "evaluations").glob("*.jsonl"))
-        if file.stem.isdigit() and ((evaluation := _read_evaluation(file)).samples or evaluation.kl is not None)
+        for version, file in evaluation_files(path).items()
+        if (evaluation := _read_evaluation(version, file)).samples or evaluation.kl is not None
     )
     if not (steps or evals or evaluations or running):
         raise ValueError(
@@ -314,11 +315,10 @@ def _read_last_groups(folder: Path) -> tuple[int | None, tuple[Metrics, ...]]:
     return None, ()
 
 
-def _read_evaluation(file: Path) -> Evaluation:
+def _read_evaluation(version: int, file: Path) -> Evaluation:
     samples = tuple(map(_held_out_sample, read_jsonl(file)))
-    return Evaluation(
-        int(file.stem), samples, finite_float(_read_mapping(file.with_suffix(".kl.json"), json.loads).get("kl"))
-    )
+    kl = _read_mapping(file.with_suffix(".kl.json"), json.loads).get("kl")
+    return Evaluation(version, samples, finite_float(kl))
 
 
 def _held_out_sample(line: Mapping[str, Any]) -> HeldOutSample:

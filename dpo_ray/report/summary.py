@@ -22,7 +22,8 @@ def print_summary(config: Config, console: Console, *, seconds: float) -> None:
     try:
         from dpo_ray.report.page import write_report  # takes seconds to import, for matplotlib
 
-        report, record = write_report(config.run.path), read_run(config.run.path)
+        record = read_run(config.run.path)
+        report = write_report(record)
         _print_figures(console, key_figures(record), seconds)
         _print_comparisons(console, comparisons(record, n=3))
         for finding in diagnose(record):

@@ -9,7 +9,7 @@ import numpy as np
 from dpo_ray.report.record import Curve
 from dpo_ray.report.sweep_text import DISTANCES
 from dpo_ray.storage import read_jsonl
-from dpo_ray.sweep.held_out import SCORE
+from dpo_ray.sweep.held_out import SCORE, evaluation_files
 from dpo_ray.sweep.ranking import TIE_BREAK
 from dpo_ray.sweep.trials import Objective, Trial
 from dpo_ray.sweep.verdict import Verdict, build_verdict, varying_keys
@@ -77,7 +77,7 @@ def read_sweep(run_dir: Path, trials: Sequence[Trial], objective: Objective) -> 
 def _curve(run_dir: Path, metric: str, axis: str) -> Curve:
     """A metric over steps or rounds; of several lines at one position the last counts."""
     if metric == SCORE:
-        return _score_curve(run_dir / "evaluations")
+        return _score_curve(run_dir)
     points = {
         line[axis]: value
         for line in read_jsonl(run_dir / "metrics.jsonl")
@@ -89,11 +89,11 @@ def _curve(run_dir: Path, metric: str, axis: str) -> Curve:
     return np.array(places, dtype=float), np.array([points[place] for place in places], dtype=float)
 
 
-def _score_curve(folder: Path) -> Curve:
+def _score_curve(run_dir: Path) -> Curve:
     """Mean score of the held-out prompts over the versions of the policy, which count finished rounds."""
     means = {}
-    for file in sorted(folder.glob("*.jsonl")):
+    for version, file in evaluation_files(run_dir).items():
         scores = [score for line in read_jsonl(file) if (score := finite_float(line.get("score"))) is not None]
-        if file.stem.isdigit() and scores:
-            means[int(file.stem)] = float(np.mean(scores))
+        if scores:
+            means[version] = float(np.mean(scores))
     return np.array(list(means), dtype=float), np.array(list(means.values()), dtype=float)

@@ -15,8 +15,8 @@ from typing import Literal
 
 import numpy as np
 
-from dpo_ray.objective.metrics import PAIR_RESULTS
 from dpo_ray.storage import read_jsonl, storage_errors, write_atomically
+from dpo_ray.types import PAIR_RESULTS
 
 FILE = "heldout.npz"
 COLUMNS = {"eval/rewards/accuracies": "correct", "eval/loss": "loss", "eval/rewards/margins": "margin"}
@@ -76,7 +76,7 @@ def read_held_out(run_dir: Path, metric: str, *, step: int | None = None, versio
         after a kill between writing and reporting it.
     """
     if metric == SCORE:
-        return _read_scores(run_dir / "evaluations", version)
+        return _read_scores(run_dir, version)
     if metric not in COLUMNS:
         return None
     latest = _read_pairs(run_dir / FILE, COLUMNS[metric], step)
@@ -95,14 +95,21 @@ def _read_pairs(path: Path, column: str, step: int | None) -> HeldOut | None:
         return None
 
 
-def _read_scores(folder: Path, version: int | None) -> HeldOut | None:
+def evaluation_files(run_dir: Path) -> dict[int, Path]:
+    """The files of the evaluations of an online run by policy version, in order."""
+    files = {int(file.stem): file for file in (run_dir / "evaluations").glob("*.jsonl") if file.stem.isdigit()}
+    return dict(sorted(files.items()))
+
+
+def _read_scores(run_dir: Path, version: int | None) -> HeldOut | None:
     """Scores of a version, or of the newest; prompts without a score are left out."""
-    files = sorted(file for file in folder.glob("*.jsonl") if file.stem.isdigit() and version in (None, int(file.stem)))
-    if not files:
+    files = evaluation_files(run_dir)
+    file = files.get(max(files, default=0) if version is None else version)
+    if file is None:
         return None
     scores = {
         json.dumps([line.get("prompt_index"), line["prompt"]], sort_keys=True): float(line["score"])
-        for line in read_jsonl(files[-1])
+        for line in read_jsonl(file)
         if line.get("score") is not None
     }
     names = sorted(scores)

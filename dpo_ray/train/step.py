@@ -16,13 +16,13 @@ from dpo_ray.data.packing import PackedRow
 from dpo_ray.model.scorer import pair_logps
 from dpo_ray.objective.logps import PairLogps
 from dpo_ray.objective.losses import STEP_VALUES
-from dpo_ray.objective.metrics import PAIR_RESULTS, REWARDS, pair_metric_sums, pair_results
+from dpo_ray.objective.metrics import REWARDS, pair_metric_sums, pair_results
 from dpo_ray.parallel.collectives import full_tensor, gather_values
 from dpo_ray.parallel.fsdp import gradient_sync, hand_over_gradients, reshard, set_last_micro_batch
 from dpo_ray.reference.reference import Reference
 from dpo_ray.train.optim import set_learning_rate
 from dpo_ray.train.trainer import Trainer
-from dpo_ray.types import PAIR_METRICS, Metrics
+from dpo_ray.types import PAIR_METRICS, PAIR_RESULTS, Metrics
 
 
 def dpo_step(trainer: Trainer, batch: StepBatch, reference: Reference, *, lr: float) -> tuple[Metrics, tuple[int, ...]]:

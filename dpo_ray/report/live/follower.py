@@ -25,6 +25,7 @@ from dpo_ray.config.secrets import mask_secrets
 from dpo_ray.plugins import build, check_arguments, resolve
 from dpo_ray.report.live.background import in_background
 from dpo_ray.report.live.trackers import TRACKERS, Row, Tracker
+from dpo_ray.report.record import read_run
 from dpo_ray.rollout.ledger import Ledger
 from dpo_ray.storage import error_summary, open_appendable, write_atomically
 from dpo_ray.types import Metrics, is_number
@@ -265,7 +266,7 @@ def _live_report(run_dir: Path) -> contextlib.AbstractContextManager[None]:
     def write() -> None:
         from dpo_ray.report.page import write_report  # takes seconds to import, for matplotlib
 
-        write_report(run_dir, running=True)
+        write_report(read_run(run_dir, running=True), running=True)
 
     tail, report = Tail(run_dir / "metrics.jsonl"), LiveReport(write)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from dpo_ray.report import sweep_summary as summary
 from dpo_ray.report.live.follower import LiveReport
 from dpo_ray.report.page import write_report
+from dpo_ray.report.record import read_run
 from dpo_ray.sweep.trials import Objective, Trial
 
 
@@ -19,30 +20,34 @@ def running_run(path: Path, *, steps: int, incomplete: str = "") -> Path:
     return path
 
 
+def write_running_report(path: Path) -> Path:
+    return write_report(read_run(path, running=True), running=True)
+
+
 def test_a_running_report_shows_the_last_complete_step_and_reloads(tmp_path):
-    html = write_report(running_run(tmp_path, steps=3, incomplete='{"step": 4, "lo'), running=True).read_text()
+    html = write_running_report(running_run(tmp_path, steps=3, incomplete='{"step": 4, "lo')).read_text()
     assert "Running: step 3 at 20" in html
     assert '<meta http-equiv="refresh" content="60">' in html
 
 
 def test_the_final_report_neither_shows_running_nor_reloads(tmp_path):
-    html = write_report(running_run(tmp_path, steps=3)).read_text()
+    html = write_report(read_run(running_run(tmp_path, steps=3))).read_text()
     assert "Running" not in html
     assert "http-equiv" not in html
 
 
 def test_a_run_without_any_file_yet_has_a_running_report(tmp_path):
-    assert "Running: no step yet" in write_report(tmp_path, running=True).read_text()
+    assert "Running: no step yet" in write_running_report(tmp_path).read_text()
 
 
 def test_a_live_report_is_written_at_most_once_per_minute(tmp_path):
-    live = LiveReport(partial(write_report, running_run(tmp_path, steps=1), running=True))
+    live = LiveReport(partial(write_running_report, running_run(tmp_path, steps=1)))
     assert [live.maybe_write(now) for now in (1000.0, 1059.0, 1030.0)] == [True, False, False]
     assert live.maybe_write(2000.0)
 
 
 def test_a_live_report_that_fails_warns_once_and_tries_again(tmp_path, caplog):
-    live = LiveReport(partial(write_report, tmp_path / "run", running=True))
+    live = LiveReport(partial(write_running_report, tmp_path / "run"))
     assert not live.maybe_write(1000.0)
     assert not live.maybe_write(2000.0)
     assert len(caplog.records) == 1

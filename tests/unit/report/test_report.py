@@ -167,7 +167,7 @@ def test_a_run_without_config_is_read(tmp_path):
     run = offline_run(tmp_path, [step_line(1)])
     (run / "config.yaml").unlink()
     assert read_run(run).config == {}
-    assert write_report(run).exists()
+    assert write_report(read_run(run)).exists()
 
 
 # ------------------------------------------------------------------------------------------------------- key figures
@@ -207,7 +207,7 @@ def test_held_out_accuracy_is_none_at_step_0_where_policy_and_reference_are_equa
     assert read_run(tied).accuracies("eval/")[0].tolist() == [9]
     accuracy = figures_of(tied)["Held-out accuracy"]
     assert (accuracy.before, accuracy.value) == ("-", "80%")
-    assert "all tie at step 0" in write_report(tied).read_text(encoding="utf-8")
+    assert "all tie at step 0" in write_report(read_run(tied)).read_text(encoding="utf-8")
     no_reference = offline_run(tmp_path / "other", [evaluation_line(0, 0.6, -0.2), evaluation_line(9, 0.8, -0.1)])
     accuracy = figures_of(no_reference)["Held-out accuracy"]
     assert (accuracy.before, accuracy.value) == ("60%", "80%")
@@ -292,13 +292,13 @@ def full_online_run(path: Path) -> Path:
 
 
 def test_text_of_models_is_escaped(tmp_path):
-    html = write_report(full_online_run(tmp_path)).read_text(encoding="utf-8")
+    html = write_report(read_run(full_online_run(tmp_path))).read_text(encoding="utf-8")
     assert "<script" not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
 
 
 def test_the_page_loads_nothing(tmp_path):
-    page = Elements(write_report(full_online_run(tmp_path)).read_text(encoding="utf-8"))
+    page = Elements(write_report(read_run(full_online_run(tmp_path))).read_text(encoding="utf-8"))
     assert not {"script", "link", "img", "iframe", "object"} & set(page.names)
     assert all(
         value is None or value.startswith(("#", "data:"))
@@ -308,14 +308,14 @@ def test_the_page_loads_nothing(tmp_path):
 
 
 def test_ids_are_unique_over_the_plots(tmp_path):
-    html = write_report(full_online_run(tmp_path)).read_text(encoding="utf-8")
+    html = write_report(read_run(full_online_run(tmp_path))).read_text(encoding="utf-8")
     clip_paths = re.findall(r'<clipPath id="([^"]+)"', html)
     assert len(clip_paths) == len(set(clip_paths)) > 0
     assert {name for name in re.findall(r"url\(#([^)]+)\)", html)} <= set(clip_paths)
 
 
 def test_an_online_page_shows_every_plot_and_the_samples(tmp_path):
-    text = Elements(write_report(full_online_run(tmp_path)).read_text(encoding="utf-8")).text
+    text = Elements(write_report(read_run(full_online_run(tmp_path))).read_text(encoding="utf-8")).text
     for title in (
         "Judge score by round",
         "KL to the reference",
@@ -346,7 +346,7 @@ def test_each_part_of_a_judges_score_has_a_panel_of_its_own(tmp_path):
 
 def test_an_offline_page_shows_held_out_pairs_and_no_rounds(tmp_path):
     lines = [step_line(1), {"step": 1, "eval/loss": 0.69, "eval/rewards/accuracies": 0.5}, step_line(2)]
-    text = Elements(write_report(offline_run(tmp_path, lines)).read_text(encoding="utf-8")).text
+    text = Elements(write_report(read_run(offline_run(tmp_path, lines))).read_text(encoding="utf-8")).text
     assert "held-out pairs" in text
     assert "Judge score by round" not in text
     assert "Candidates of round" not in text
@@ -354,12 +354,12 @@ def test_an_offline_page_shows_held_out_pairs_and_no_rounds(tmp_path):
 
 def test_a_page_is_written_from_evaluations_alone(tmp_path):
     write_evaluation(tmp_path, 0, [0.1])
-    assert "0.100 →" in write_report(tmp_path).read_text(encoding="utf-8")
+    assert "0.100 →" in write_report(read_run(tmp_path)).read_text(encoding="utf-8")
 
 
 def test_api_keys_are_hidden_and_token_limits_are_not(tmp_path):
     judge = "online: {prompts: p, judge: {use: length, args: {api_key: sk-123}}, sampling: {max_tokens: 77}}\n"
-    html = write_report(offline_run(tmp_path, [step_line(1)], CONFIG + judge)).read_text(encoding="utf-8")
+    html = write_report(read_run(offline_run(tmp_path, [step_line(1)], CONFIG + judge))).read_text(encoding="utf-8")
     assert "sk-123" not in html
     assert "max_tokens: 77" in html
 
@@ -367,13 +367,13 @@ def test_api_keys_are_hidden_and_token_limits_are_not(tmp_path):
 def test_the_data_report_is_shown_with_any_keys(tmp_path):
     run = offline_run(tmp_path, [step_line(1)])
     (run / "data.json").write_text(json.dumps({"train": {"kept": 12345, "dropped": {"tie": 7}}}), encoding="utf-8")
-    text = Elements(write_report(run).read_text(encoding="utf-8")).text
+    text = Elements(write_report(read_run(run)).read_text(encoding="utf-8")).text
     assert "train:\n  kept: 12345\n  dropped:\n    tie: 7" in text
 
 
 def test_writing_a_report_leaves_no_temporary_file(tmp_path):
     run = offline_run(tmp_path, [step_line(1)])
-    write_report(run)
+    write_report(read_run(run))
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "metrics.jsonl", "report.html"]
 
 
@@ -383,7 +383,7 @@ def test_the_main_plots_of_a_run_are_written_as_a_small_png(tmp_path):
 
 
 def test_a_long_run_gives_a_small_page(tmp_path):
-    html = write_report(offline_run(tmp_path, (step_line(s, loss=1 / s) for s in range(1, 5001))))
+    html = write_report(read_run(offline_run(tmp_path, (step_line(s, loss=1 / s) for s in range(1, 5001)))))
     assert html.stat().st_size < 400_000
 
 
