@@ -1,6 +1,6 @@
 """Checks of a run's numbers, each with a finding in plain words and the key to change.
 
-A check is a function of the record that returns one finding, or None where the run has no data for it.
+A check is named by the healthy state. It returns one finding, or None where the run has no data for it.
 """
 
 import math
@@ -59,7 +59,7 @@ def diagnose(record: RunRecord) -> list[Finding]:
 
 
 def values_are_finite(record: RunRecord) -> Finding | None:
-    """Steps with a NaN or infinite loss or gradient are skipped; many of them end a run."""
+    """Warns if a loss, gradient or reward is NaN or infinite: such steps are skipped, and many of them end a run."""
     if not record.steps:
         return None
     watched = ("loss", "optim/grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
@@ -78,7 +78,7 @@ def values_are_finite(record: RunRecord) -> Finding | None:
 
 
 def first_loss_is_ln2(record: RunRecord) -> Finding | None:
-    """Before the first update the sigmoid loss is ln 2 for any data."""
+    """Warns if the first sigmoid loss is not ln 2, its value for any data while the policy equals the reference."""
     steps, losses = record.over_steps("loss")
     weighted = record.setting("loss.weights") or record.setting("loss.weighting") == "wpo"
     if record.setting("loss.use") != "sigmoid" or weighted or len(steps) == 0 or steps[0] > 1:
@@ -94,7 +94,7 @@ def first_loss_is_ln2(record: RunRecord) -> Finding | None:
 
 
 def chosen_stays_likely(record: RunRecord) -> Finding | None:
-    """Chosen completions may become much less likely while the margin grows.
+    """Warns if chosen completions become much less likely while the margin grows.
 
     Measured by the log ratio to the reference, which depends less on the lengths of a batch's pairs than the
     log-probability does; by the latter if beta is unknown.
@@ -124,7 +124,7 @@ def chosen_stays_likely(record: RunRecord) -> Finding | None:
 
 
 def training_is_not_saturated(record: RunRecord) -> Finding | None:
-    """With every example on the right side by a wide margin, further steps only fit noise."""
+    """Warns if nearly all training examples have a wide margin: further steps only fit noise."""
     margins, accuracies = record.over_steps("rewards/margins")[1], record.over_steps("rewards/accuracies")[1]
     if len(margins) < 2 or len(accuracies) < 2:
         return None
@@ -140,7 +140,7 @@ def training_is_not_saturated(record: RunRecord) -> Finding | None:
 
 
 def eval_loss_keeps_falling(record: RunRecord) -> Finding | None:
-    """A held-out loss that rises again is a sign of overfitting."""
+    """Warns if the held-out loss ends above its minimum, a sign of overfitting."""
     steps, losses = record.over_evals("eval/loss")
     if len(losses) < 3:
         return None
@@ -155,7 +155,7 @@ def eval_loss_keeps_falling(record: RunRecord) -> Finding | None:
 
 
 def kl_is_moderate(record: RunRecord) -> Finding | None:
-    """Distance of the policy's own completions from the reference."""
+    """Warns if the KL divergence from the reference, on the policy's own completions, is large."""
     if record.kl is None:
         return None
     figures = f"{record.kl:.1f} nats per completion between policy and reference, on the policy's own completions"
@@ -171,7 +171,7 @@ def kl_is_moderate(record: RunRecord) -> Finding | None:
 
 
 def length_is_steady(record: RunRecord) -> Finding | None:
-    """Completions may grow or shrink."""
+    """Warns if the mean length of completions changes by more than a third."""
     lengths = record.completion_tokens
     if lengths is None or lengths[0] <= 0:
         return None
@@ -189,7 +189,7 @@ def length_is_steady(record: RunRecord) -> Finding | None:
 
 
 def gradients_have_no_spikes(record: RunRecord) -> Finding | None:
-    """Single steps may have a gradient far above the median."""
+    """Warns if a step has a gradient norm above 10 times the median."""
     steps, norms = record.over_steps("optim/grad_norm")
     if len(norms) < GRAD_MIN_STEPS:
         return None
@@ -207,7 +207,7 @@ def gradients_have_no_spikes(record: RunRecord) -> Finding | None:
 
 
 def clipping_is_rare(record: RunRecord) -> Finding | None:
-    """Gradients may exceed the clipping norm in nearly every step."""
+    """Notes if >= 95 % of steps exceed optim.max_grad_norm."""
     limit = record.setting("optim.max_grad_norm")
     norms = record.over_steps("optim/grad_norm")[1]
     if limit is None or len(norms) < GRAD_MIN_STEPS:
@@ -224,7 +224,7 @@ def clipping_is_rare(record: RunRecord) -> Finding | None:
 
 
 def judge_score_rises(record: RunRecord) -> Finding | None:
-    """Judge score before and after training."""
+    """Warns if the judge score did not rise by more than its noise."""
     gain = record.score_gain
     if gain is not None:
         change, noise = gain.mean, SCORE_NOISE_SE * gain.error
@@ -255,7 +255,7 @@ def judge_score_rises(record: RunRecord) -> Finding | None:
 
 
 def few_ties(record: RunRecord) -> Finding | None:
-    """Prompts whose candidates all have the same judge score."""
+    """Warns if many prompts give no pair, because all their candidates have the same judge score."""
     dropped, total = record.dropped, record.prompts
     if not total:
         return None
@@ -270,7 +270,7 @@ def few_ties(record: RunRecord) -> Finding | None:
 
 
 def few_dropped(record: RunRecord) -> Finding | None:
-    """Prompts dropped for reasons other than ties."""
+    """Warns if many prompts are dropped for other reasons than ties."""
     others = Counter({reason: count for reason, count in record.dropped.items() if reason != "tie"})
     if others.total() <= DROP_SHARE * record.prompts:
         return None
@@ -283,7 +283,7 @@ def few_dropped(record: RunRecord) -> Finding | None:
 
 
 def completions_end(record: RunRecord) -> Finding | None:
-    """Candidates truncated by the token limit."""
+    """Warns if more than half of the candidates are truncated by the token limit."""
     finished = [c["finished"] for group in record.groups for c in group.get("candidates") or () if "finished" in c]
     if not finished:
         return None
@@ -303,7 +303,7 @@ def completions_end(record: RunRecord) -> Finding | None:
 
 
 def trainers_are_busy(record: RunRecord) -> Finding | None:
-    """Time that training workers wait for pairs."""
+    """Notes if training workers wait for pairs more than half of the time."""
     train, sync, wait = (float(record.over_rounds(f"perf/{phase}_s")[1].sum()) for phase in ("train", "sync", "wait"))
     if not train or not wait:
         return None
