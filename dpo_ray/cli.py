@@ -165,7 +165,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command that the arguments name; those of the process by default."""
+    """Run the subcommand in ``argv`` (default: ``sys.argv[1:]``)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as python -m does: judges, losses and search spaces are imported from here

@@ -100,7 +100,7 @@ def bind_factory(
 
 
 def build(use: str, args: Mapping[str, Any], registry: Mapping[str, Any], kind: str, **runtime: Any) -> Any:
-    """Call the factory named by ``use`` and return the result: for transports. Errors are those of ``bind_factory``."""
+    """Build the component, ``bind_factory(...)()``: for transports and trackers."""
     return bind_factory(use, args, registry, kind, **runtime)()
 
 

@@ -111,9 +111,9 @@ def check_reference(config: "Config") -> None:
     if online is not None and loss.examples != "pairs":
         of = "ranked lists" if loss.examples == "lists" else "completions with a label"
         raise ValueError(f"loss.use: {loss.use!r} is a loss of {of}, and rounds give pairs; use a loss of pairs")
-    if kind == "none" and loss.needing_reference:
+    if kind == "none" and loss.reference_losses:
         raise ValueError(
-            f"reference.kind: none, but loss {loss.needing_reference[0]!r} needs a reference; set "
+            f"reference.kind: none, but loss {loss.reference_losses[0]!r} needs a reference; set "
             "reference.kind: auto, or use a reference-free loss such as simpo"
         )
 

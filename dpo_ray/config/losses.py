@@ -69,12 +69,12 @@ class LossConfig(Section):
 
     @property
     def reference_free(self) -> bool:
-        """True if no loss in use takes a reference."""
+        """True if no loss in use needs reference log-probabilities."""
         return all(name in REFERENCE_FREE_LOSSES for name in self.names)
 
     @property
-    def needing_reference(self) -> list[str]:
-        """The built-in losses in use that take a reference."""
+    def reference_losses(self) -> list[str]:
+        """Names of the built-in losses in use that need reference log-probabilities."""
         return [name for name in self.names if name in LOSSES and name not in REFERENCE_FREE_LOSSES]
 
     @property

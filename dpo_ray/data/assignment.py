@@ -37,11 +37,15 @@ class RowSplit:
         return tuple(slice(int(run[0]), int(run[-1]) + 1) for run in runs)
 
     def sources(self, scored: np.ndarray) -> np.ndarray:
-        """(N,) position whose hidden state predicts each label; ``scored`` as in the row."""
+        """(N,) position whose hidden state predicts each label.
+
+        Args:
+            scored: (C,) ``PackedRow.scored``, True for the completion tokens that carry loss.
+        """
         return token_limits(self.spans).sources[scored]
 
     def labels(self, rank: int, scored: np.ndarray) -> np.ndarray:
-        """(n,) indices of the labels that a rank predicts, because it holds their source."""
+        """(n,) indices of the labels that a rank predicts, because it holds their source; see ``sources``."""
         return np.flatnonzero(np.isin(self.sources(scored), self.positions[rank]))
 
 

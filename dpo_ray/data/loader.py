@@ -178,12 +178,15 @@ def epoch_order(mixture: Mixture, *, seed: int, epoch: int, shuffle: bool) -> np
     return np.random.default_rng([seed, epoch]).permutation(pairs) if shuffle else pairs
 
 
-def together(order: np.ndarray, prompts: np.ndarray) -> np.ndarray:
-    """An order of pairs in which those of a prompt follow each other, from the place of the first of them on.
+def group_by_prompt(order: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    """Reorder pairs so that all pairs of a prompt follow its first one.
 
     Args:
-        order: (m,) indices of pairs; the passes over a pair that occurs several times stay apart.
+        order: (m,) indices of pairs. Each repeat of a pair belongs to a further pass, which is grouped on its own.
         prompts: (n,) number of the prompt of each pair.
+
+    Returns:
+        (m,) the same indices, grouped.
     """
     by_pair = np.argsort(order, kind="stable")
     runs = np.flatnonzero(np.diff(order[by_pair], prepend=-1))
@@ -295,5 +298,5 @@ class PairLoader:
         if self._of_epoch is None or self._of_epoch[0] != epoch:
             order = epoch_order(self.mixture, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
             members = self.source.members
-            self._of_epoch = epoch, order if members is None else together(order, np.asarray(members[:, 0]))
+            self._of_epoch = epoch, order if members is None else group_by_prompt(order, np.asarray(members[:, 0]))
         return self._of_epoch[1]

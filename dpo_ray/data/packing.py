@@ -224,16 +224,16 @@ def _label_counts(spans: Sequence[Span], scored: np.ndarray) -> np.ndarray:
 
 
 class Limits(NamedTuple):
-    """Attention as four numbers per token: it attends to [span, prompt_end) and [part, here]."""
+    """The attention mask of a row, by token: a token attends to [span, prompt_end) and [part, here]."""
 
     here: np.ndarray
-    """(T,) position of the token in the row."""
+    """(T,) position of the token in the row: 0, 1, ..., T - 1."""
     span: np.ndarray
-    """(T,) first token of its span."""
+    """(T,) position of the first token of its span, which is the first one of the prompt."""
     prompt_end: np.ndarray
-    """(T,) end of its span's prompt."""
+    """(T,) position after the last prompt token of its span."""
     part: np.ndarray
-    """(T,) first token of its own prompt or completion."""
+    """(T,) position of the first token of its part: of the prompt, or of its completion."""
 
     def of(self, tokens: np.ndarray) -> "Limits":
         """Limits of a subset of the tokens."""

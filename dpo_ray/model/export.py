@@ -168,7 +168,7 @@ def weight_name(layer: nn.Module | None, model: nn.Module) -> str:
 
 
 def write_model_folder(folder: Path, write: Callable[[Path], None], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Fill ``folder`` by ``write`` and add the tokenizer; the complete folder replaces an earlier one.
+    """Call ``write(draft)``, save the tokenizer beside it, and atomically replace ``folder`` with the draft.
 
     Object stores cannot move a folder: there, the config file is uploaded last and marks the folder as complete.
     """

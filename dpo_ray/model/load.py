@@ -208,8 +208,8 @@ def load_sharded(
     if not trainable:
         scorer.requires_grad_(False)
     # Steps end with a resharded policy; a frozen copy would stay gathered beside its shards for the whole run.
-    keep_gathered = gradient_sync(shard, mesh) != "micro_batch" if trainable else not shard.reshard_after_forward
-    apply_fsdp(scorer, layers, shard, mesh, compute_dtype, device, keep_gathered=keep_gathered, unused=unused)
+    reshards = gradient_sync(shard, mesh) == "micro_batch" if trainable else shard.reshard_after_forward
+    apply_fsdp(scorer, layers, shard, mesh, compute_dtype, device, reshard_after_forward=reshards, unused=unused)
     if dist.get_world_size() > 1:
         load_full_state(scorer, weights, torch.device("cpu") if shard.cpu_offload else device, device)
     return scorer

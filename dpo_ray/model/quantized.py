@@ -69,7 +69,7 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def quantize_base(model: nn.Module) -> None:
-    """Replace the linear layers under adapters by NF4Linear."""
+    """Replace the base layer of every LoRA module with an NF4Linear."""
     from peft.tuners.lora import LoraLayer
 
     for layer in model.modules():

@@ -99,7 +99,7 @@ class Group(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Sizes of the smallest part of the pairs whose losses can be computed without the rest: those of one prompt."""
+    """Sizes of one prompt. Its pairs may share completions, so their losses are computed together."""
 
     pairs: int
     sequences: int

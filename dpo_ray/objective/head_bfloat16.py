@@ -15,27 +15,32 @@ from torch import Tensor
 
 from dpo_ray.objective.head_products import VOCABULARY_BLOCK
 
-MOST = 2.0**60
-"""Largest sum of exponentials: gradients of logits, which are this times too large until they are divided by it, stay
-far from the ends of float32."""
+MAX_RELATIVE_SUM = 2.0**60
+"""Largest accepted sum over the vocabulary of exp(logit - label's logit). Gradients of logits are divided by this sum
+only after the matrix products; up to this limit they stay within the range of float32."""
 
 
 class LabelSoftmax(NamedTuple):
-    """Softmax relative to the label of each token."""
+    """Unnormalized softmax of each token's logits, relative to the logit of its label."""
 
     exponentials: Tensor
     """(n, V) bfloat16 exp(logit - the label's logit rounded to bfloat16), a transposed view."""
     label: Tensor
-    """(n,) that of the label, float32."""
+    """(n,) float32 exponential of the label: about 1, by the rounding of its logit."""
     others: Tensor
-    """(n,) sum over all other tokens, float32."""
+    """(n,) float32 sum of the exponentials of all other tokens."""
 
 
 def label_softmax(hidden: Tensor, weight: Tensor, labels: Tensor) -> LabelSoftmax | None:
-    """Exponentials of the logits of hidden states (n, D), with the head's weights (V, D), both bfloat16.
+    """Softmax over the vocabulary, relative to the logit of each label.
+
+    Args:
+        hidden: (n, D) bfloat16 hidden states.
+        weight: (V, D) bfloat16 weights of the head.
+        labels: (n,) token ids.
 
     Returns:
-        None if a label is less probable than 1 / MOST, about -42 nats, or if a number is NaN.
+        None if a label is less probable than 1 / MAX_RELATIVE_SUM, about -42 nats, or if a number is NaN.
     """
     label_logits = (hidden.float() * weight[labels].float()).sum(-1)
     shift = label_logits.bfloat16()
@@ -49,7 +54,7 @@ def label_softmax(hidden: Tensor, weight: Tensor, labels: Tensor) -> LabelSoftma
         out[labels[inside] - start, tokens[inside]] = -torch.inf
         others += out.exp_().sum(0, dtype=torch.float32)
         start += len(rows)
-    if not (others < MOST).all():
+    if not (others < MAX_RELATIVE_SUM).all():
         return None
     label = (label_logits - shift).exp_()
     exponentials[labels, tokens] = label.bfloat16()

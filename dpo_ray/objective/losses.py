@@ -121,18 +121,18 @@ def sppo_hard(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor
 
 
 def apo_zero(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
-    """APO-zero: raises chosen, lowers rejected; for chosen completions better than the policy's.
+    """APO-zero (arXiv:2408.06266, Eq. 7): raises chosen and lowers rejected log-ratios.
 
-    arXiv:2408.06266, Eq. 7.
+    Use it when the chosen completions are better than the policy's own.
     """
     chosen, rejected = (beta * ratio for ratio in log_ratios(policy, reference))
     return 1 - chosen.sigmoid() + rejected.sigmoid()
 
 
 def apo_down(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
-    """APO-down: lowers both, rejected more; for chosen completions worse than the policy's.
+    """APO-down (arXiv:2408.06266, Eq. 8): lowers both log-ratios, the rejected one more.
 
-    arXiv:2408.06266, Eq. 8.
+    Use it when the chosen completions are worse than the policy's own.
     """
     chosen, rejected = (beta * ratio for ratio in log_ratios(policy, reference))
     return chosen.sigmoid() + 1 - (chosen - rejected).sigmoid()
@@ -314,7 +314,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 
 
 def rank_matches(policy: PairLogps, reference: PairLogps) -> Tensor:
-    """For each pair, what has its rank among all pairs of the step, which are given.
+    """The counterparts of each pair in the optimal transport of AOT, by rank among the given pairs: all of a step.
 
     Returns:
         (B, 3) reference margin with the rank of the pair's policy margin, rejected log-ratio with the rank of its
@@ -327,9 +327,9 @@ def rank_matches(policy: PairLogps, reference: PairLogps) -> Tensor:
 
 
 def kl_estimate(policy: PairLogps, reference: PairLogps) -> Tensor:
-    """The estimate of the KL divergence from the reference in KTO (arXiv:2402.01306, section 4.2).
+    """KTO's KL baseline: mean log-ratio of mismatched (prompt, completion) pairs, clamped at 0.
 
-    The mean log-ratio of the completions of other prompts that unpaired completions come with, or 0 if it is negative.
+    arXiv:2402.01306, section 4.2. Each unpaired completion of the step comes with a completion of another prompt.
 
     Returns:
         (B, 1) the same value for each completion, nats, without gradient.

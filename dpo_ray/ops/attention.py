@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dpo_ray.data.packing import Span
 from dpo_ray.objective.precision import ProductPath, rounded_inputs
 from dpo_ray.ops import attention_bfloat16
-from dpo_ray.ops.blocks import FLOAT_QUERY_BLOCK, QUERY_BLOCK, SegmentTensors, query_blocks, stack, zero_hidden
+from dpo_ray.ops.blocks import FLOAT_QUERY_BLOCK, QUERY_BLOCK, SegmentTensors, mask_probs_, query_blocks, stack
 from dpo_ray.ops.windows import Window, layer_window
 
 PACKED = "dpo_ray_packed"
@@ -303,7 +303,7 @@ def _segment_gradients(
             capped = (q @ visible_keys).mul_(scale / softcap).tanh_()
             p = torch.exp(softcap * capped - lse)
             slope = capped.square_().neg_().add_(1)  # d tanh(x) / dx
-        zero_hidden(p, len(query), block, visible, window)
+        mask_probs_(p, len(query), block, visible, window)
         grad_value[:, visible].baddbmm_(p.transpose(1, 2), grad)
         grad_logits = torch.baddbmm(shift, grad, value[:, visible].transpose(1, 2), beta=-1).mul_(p)
         if slope is not None:

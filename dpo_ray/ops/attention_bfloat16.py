@@ -11,7 +11,7 @@ H = query heads, K = key heads, D = head size, Q = queries of the segment, S = i
 import torch
 from torch import Tensor
 
-from dpo_ray.ops.blocks import QUERY_BLOCK, SegmentTensors, query_blocks, stack, zero_hidden
+from dpo_ray.ops.blocks import QUERY_BLOCK, SegmentTensors, mask_probs_, query_blocks, stack
 
 
 def segment_gradients(tensors: SegmentTensors, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,7 +31,7 @@ def segment_gradients(tensors: SegmentTensors, scale: float) -> tuple[Tensor, Te
         log_p = torch.baddbmm(
             empty, stack(less_lse[:, block], heads), wide_key[:, :, visible], beta=0, alpha=scale
         )  # (K, H / K * q, s)
-        p = zero_hidden(log_p.exp_(), len(query), block, visible, window)
+        p = mask_probs_(log_p.exp_(), len(query), block, visible, window)
         grad_logits = torch.bmm(stack(less_delta[:, block], heads), wide_value[:, :, visible]).mul_(p)
         grad_value[:, visible] += p.transpose(1, 2) @ grad
         grad_key[:, visible] += grad_logits.transpose(1, 2) @ q

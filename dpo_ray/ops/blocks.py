@@ -46,8 +46,8 @@ def stack(x: Tensor, key_heads: int) -> Tensor:
     return x.reshape(key_heads, x.shape[0] // key_heads * x.shape[1], -1)
 
 
-def zero_hidden(p: Tensor, heads: int, block: slice, visible: slice, window: int) -> Tensor:
-    """Set probabilities of keys behind the query, or out of its window, to zero in place.
+def mask_probs_(p: Tensor, heads: int, block: slice, visible: slice, window: int) -> Tensor:
+    """Zero, in place, the probabilities of keys after the query or outside its window.
 
     Args:
         p: (K, H / K * q, s) probabilities.

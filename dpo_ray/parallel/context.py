@@ -52,7 +52,7 @@ class RowShard:
 
 @dataclass(frozen=True, slots=True)
 class ContextParallel:
-    """The ranks that split each row, from the view of one of them."""
+    """This rank's position in the context-parallel group, which shards the tokens of each row."""
 
     rank: int = 0
     ranks: int = 1

@@ -44,13 +44,13 @@ def apply_fsdp(
     compute_dtype: torch.dtype,
     device: torch.device,
     *,
-    keep_gathered: bool,
+    reshard_after_forward: bool,
     unused: Sequence[nn.Module] = (),
 ) -> None:
     """Shard each of ``layers``, and the remaining parameters of ``root``, over the mesh.
 
     Args:
-        keep_gathered: gathered weights of layers stay until ``reshard``.
+        reshard_after_forward: of layers; otherwise their weights stay gathered until ``reshard``, like the root's.
         unused: modules that take no part in the forward pass; their weights are sharded and never gathered.
     """
     # Parameters of tensor parallelism are DTensors over the tensor dimension already, which FSDP2 takes into account.
@@ -59,7 +59,7 @@ def apply_fsdp(
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     shard_module = functools.partial(fully_shard, mesh=mesh, mp_policy=precision, offload_policy=offload)
     for layer in layers:
-        shard_module(layer, reshard_after_forward=not keep_gathered)
+        shard_module(layer, reshard_after_forward=reshard_after_forward)
     for module in unused:
         # With a reduce_dtype, FSDP would look for gradients of weights that it has never gathered.
         shard_module(module, mp_policy=MixedPrecisionPolicy())
@@ -68,12 +68,12 @@ def apply_fsdp(
 
 
 GradientSync = Literal["micro_batch", "step", "hand_over"]
-"""When gradients are reduced over ranks: in every micro-batch; in the last of a step, until which gathered weights and
-gradients stay; or never, for a single rank, see ``hand_over_gradients``."""
+"""When gradients are reduced over ranks: per micro-batch; once per step, so that weights and gradients stay gathered
+until its last micro-batch; or not at all, see ``hand_over_gradients``."""
 
 
 def gradient_sync(shard: ShardConfig, mesh: DeviceMesh) -> GradientSync:
-    """The way of the policy. On a single CPU rank, FSDP's copies cost time and communicate nothing."""
+    """When the policy's gradients are reduced: not at all on one CPU rank, where FSDP would only copy them."""
     if mesh.device_type == "cpu" and mesh.size() == 1:
         return "hand_over"
     return "micro_batch" if shard.reshard_after_forward else "step"

@@ -38,7 +38,11 @@ def store_digest(weights: str, numerics: str) -> str:
 
 
 def entry_keys(source: PairSource, pairs: Sequence[int]) -> np.ndarray:
-    """(len(pairs), 2) S16 keys: hashes of prompt + chosen and prompt + rejected."""
+    """Cache keys of the chosen and the rejected completion of each pair: hash of prompt tokens + completion tokens.
+
+    Returns:
+        (len(pairs), 2) dtype S16.
+    """
     keys = np.empty((len(pairs), 2), "S16")
     for row, pair in enumerate(pairs):
         prompt, chosen, _ = source.lengths[pair].tolist()

@@ -9,7 +9,10 @@ from dpo_ray.types import finite_or_none, is_finite, is_number
 
 
 def same_decimals(*values: float | None, digits: int = 3) -> list[str]:
-    """Values to compare, with the decimals that give the largest of them ``digits`` digits; "-" for None and NaN."""
+    """Format values with one number of decimals, so that the largest has ``digits`` significant digits.
+
+    "-" for None and NaN.
+    """
     finite = [value for value in values if is_finite(value)]
     largest = max(map(abs, finite), default=0.0)
     decimals = max(0, digits - 1 - math.floor(math.log10(largest))) if largest > 0 else 0

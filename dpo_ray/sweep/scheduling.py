@@ -22,7 +22,7 @@ class Update:
 
 
 class Scheduler(Protocol):
-    """Decides which trials run on. Equal calls in equal order give equal answers."""
+    """Decides which trials run on. Deterministic: replaying the same calls gives the same results."""
 
     whole_population: bool
     """True if all trials must be added before the first one starts."""
@@ -55,7 +55,7 @@ class Scheduler(Protocol):
 
 
 class Searcher(Protocol):
-    """Picks the values of trials. Equal calls in equal order give equal answers."""
+    """Picks the values of trials. Deterministic: replaying the same calls gives the same results."""
 
     exhausted: bool
     """True if it has no more values."""

@@ -9,7 +9,7 @@ from dpo_ray.types import Metrics
 
 
 class Reporter(Protocol):
-    """Receives the progress of a run. Every rank calls every method; values that all ranks share are written once."""
+    """Receives the progress of a run. All ranks call every method; values equal on all ranks are written once."""
 
     def phase(self, name: str, done: int = 0, total: int = 0) -> None:
         """Sets the current phase and its progress."""
@@ -30,11 +30,15 @@ class Reporter(Protocol):
         """Records held-out metrics."""
 
     def stop_requested(self) -> bool:
-        """True if this rank knows that the run should stop early."""
+        """True if this rank has received a request to stop early; ranks may differ for a moment, see ``any_rank``."""
 
 
 class PhaseTimer:
-    """Wall-clock seconds of named phases; ``seconds`` may have some already."""
+    """Measures phases: ``with timer(name)`` sets ``timer.seconds[name]``, wall-clock.
+
+    Args:
+        seconds: phases that were measured before.
+    """
 
     def __init__(self, seconds: Mapping[str, float]) -> None:
         self.seconds = dict(seconds)

@@ -13,7 +13,10 @@ from dpo_ray.types import Metrics
 
 
 class Rounds(Protocol):
-    """Source of rounds and evaluations. Every rank calls every method alike and gets the same answer."""
+    """Source of rounds and evaluations.
+
+    Every method is collective: all ranks call it with the same arguments and receive the same result.
+    """
 
     def poll(self, version: int, *, round: int | None, evaluations: Sequence[int], wait_s: float) -> Progress:
         """Asks for a round and for evaluations, and waits for news; see ``Collector.poll``."""

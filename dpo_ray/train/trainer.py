@@ -34,7 +34,7 @@ gains little, and its memory holds less than what training with recomputation le
 
 @dataclass(frozen=True, slots=True)
 class Trainer:
-    """The parts of a run on one rank."""
+    """Policy, optimizer, tokenizer, loss and device meshes of one rank."""
 
     config: Config
     tokenizer: PreTrainedTokenizerBase

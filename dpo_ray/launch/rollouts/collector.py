@@ -36,11 +36,11 @@ STATUS_TIMEOUT_S = 5.0
 
 
 class CollectorActor:
-    """See ``rollout.collector``.
+    """Ray actor that runs one ``Collector``.
 
     Args:
-        prompt_file: pickled, the training prompts and the held-out prompts.
-        handles: pickled, the handle of the FleetActor, the judges by key and the handle of the StatusActor.
+        prompt_file: path of a pickled (training prompts, held-out prompts).
+        handles: pickled (FleetActor handle, judge key -> list of RemoteJudge, StatusActor handle).
     """
 
     def __init__(

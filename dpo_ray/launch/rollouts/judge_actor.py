@@ -57,7 +57,7 @@ class JudgeActor:
         """Returns at once, also while the judge is built."""
 
     async def ready(self) -> Capacity:
-        """Build the judge; returns its capacity."""
+        """Build the judge; returns its limit on concurrent requests."""
         return capacity_of(await self._built(), self._completions)
 
     async def score(self, groups: Sequence[CompletionGroup]) -> list[Judgement]:
@@ -94,7 +94,7 @@ class RemoteJudge:
     start_timeout_s: float
 
     async def ready(self) -> Capacity:
-        """Wait until the judge is built, and restart it if it hangs; returns its capacity.
+        """Wait until the judge is built, and restart it if it hangs; returns its limit on concurrent requests.
 
         Raises:
             Exception: building it failed.
