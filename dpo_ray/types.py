@@ -76,9 +76,9 @@ class Judgement:
     parts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """Scores by component, one per completion: stored with the group, their means logged as judge/NAME_score."""
     means: Mapping[str, float] = field(default_factory=dict)
-    """Figures whose mean over the groups of a round is logged as judge/NAME."""
+    """Metrics whose mean over the groups of a round is logged as judge/NAME."""
     totals: Mapping[str, float] = field(default_factory=dict)
-    """Figures whose sum over the groups of a round is logged as judge/NAME: calls, tokens, cost."""
+    """Metrics whose sum over the groups of a round is logged as judge/NAME: calls, tokens, cost."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,8 +38,8 @@ from dpo_ray.types import Prompt
 
 logger = logging.getLogger(__name__)
 
-JUDGE_FIGURES = "heldout/judge_"
-"""Prefix of what a judge counts itself, such as its cost."""
+JUDGE_METRICS = "heldout/judge_"
+"""Prefix of held-out metrics that a judge reports itself, such as its cost."""
 METRICS = {"step": "eval/rewards/accuracies", "round": "heldout/score"}
 """The metric of a space that names none, by the unit of progress."""
 
@@ -170,7 +170,7 @@ def _validate_metrics(config: Config, sweep: Sweep, objective: Objective) -> Non
         metrics["sweep.constraint.metric"] = objective.constraint.metric
     kind, distance = ("offline", "eval/drift") if config.online is None else ("online", "kl")
     for key, metric in metrics.items():
-        if metric not in accepted and not (config.online is not None and metric.startswith(JUDGE_FIGURES)):
+        if metric not in accepted and not (config.online is not None and metric.startswith(JUDGE_METRICS)):
             advice = f": {distance} needs a reference that is held for the whole run" if metric == distance else ""
             raise ValueError(
                 f"{key} is {metric!r}; evaluations of these {kind} trials have {', '.join(accepted)}{advice}"

@@ -23,7 +23,7 @@ from dpo_ray.rollout.open_round import OpenRound, Outcome
 from dpo_ray.rollout.pipeline import FailureLimit, Generate, Pipeline, Score, Select
 from dpo_ray.rollout.rounds import prompts_of_round, seed_of
 from dpo_ray.rollout.sources import choose_answer, unjudged, with_answer
-from dpo_ray.rollout.tally import judge_figures
+from dpo_ray.rollout.tally import judge_metrics
 from dpo_ray.types import CompletionGroup, Judgement, Prompt
 
 logger = logging.getLogger(__name__)
@@ -86,8 +86,8 @@ class Collector:
         self._version = 0
         """Version of the last poll."""
         self._tasks: dict[tuple[str, int], asyncio.Task[Any]] = {}
-        self._in_place_of: dict[int, int] = {}
-        """The version that is evaluated, by that which was asked for, where the engines have gone beyond it."""
+        self._evaluated_instead: dict[int, int] = {}
+        """Version evaluated instead, by requested version, where the engines have moved past the requested one."""
 
     async def poll(self, version: int, *, round: int | None, evaluations: Sequence[int], wait_s: float) -> Progress:
         """Collect what the trainer may need; answer when something that it asks for is complete, or after ``wait_s``.
@@ -151,7 +151,7 @@ class Collector:
             if received and self._tasks[kind, number].exception() is None:
                 del self._tasks[kind, number]
                 if kind == "evaluation":
-                    self._in_place_of.pop(number, None)
+                    self._evaluated_instead.pop(number, None)
 
     def _forget_rounds(self, version: int, evaluations: Sequence[int]) -> None:
         """Delete the files of rounds that are not kept, and the replies about policy versions of the past."""
@@ -249,10 +249,10 @@ class Collector:
                     raise others.exceptions[0] from None
             newest = max((member.version for member in self.engines.current.members), default=served)
             if version < self._version and newest > served:
-                if newest in self._in_place_of.values() or ("evaluation", newest) in self._tasks:
+                if newest in self._evaluated_instead.values() or ("evaluation", newest) in self._tasks:
                     return Evaluation(version)
                 logger.warning("the engines have gone beyond version %d; version %d is evaluated", version, newest)
-                served = self._in_place_of[version] = newest
+                served = self._evaluated_instead[version] = newest
             else:
                 await asyncio.sleep(RETRY_S)  # a trainer that restarted has published it, and engines are loading it
         results = [pair for task in scored if (pair := task.result()) is not None]
@@ -263,7 +263,7 @@ class Collector:
             served,
             tuple((group, judgement.scores[0]) for group, judgement in results),
             tuple(group for group in groups if group.completions[0].token_ids),
-            judge_figures(judgement for _, judgement in results),
+            judge_metrics(judgement for _, judgement in results),
             len(judged) - len(results),
             instead_of=None if served == version else version,
         )

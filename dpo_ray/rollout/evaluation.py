@@ -36,8 +36,8 @@ class Evaluation:
     """Completions of the held-out prompts and their scores."""
     samples: tuple[CompletionGroup, ...] = ()
     """Samples of the policy for the KL divergence; the judged completions if these are samples of the policy."""
-    figures: Mapping[str, float] = field(default_factory=dict)
-    """Means and sums over ``judged`` of the judge's figures, see ``judge_figures``."""
+    judge_metrics: Mapping[str, float] = field(default_factory=dict)
+    """Means and sums over ``judged`` of the judge's metrics, see ``tally.judge_metrics``."""
     failed: int = 0
     """Held-out prompts without a completion."""
     instead_of: int | None = None
@@ -123,14 +123,14 @@ class EvaluationStore:
 
         Returns:
             Its metrics: ``heldout/score``, ``heldout/unscored``, ``heldout/win_rate``, ``kl`` and ``kl_stderr``, as far
-            as there are any, and ``heldout/judge_NAME`` for each of ``evaluation.figures``.
+            as there are any, and ``heldout/judge_NAME`` for each of ``evaluation.judge_metrics``.
         """
         kl = {} if policy is None or reference is None else kl_divergence(policy, reference)
         lines = [_line(group, score) for group, score in evaluation.judged]
         self.folder.mkdir(parents=True, exist_ok=True)
         finite = {key: finite_or_none(value) for key, value in kl.items()}
         summary: dict[str, Any] = {"version": evaluation.version, "samples": len(evaluation.samples), **finite}
-        summary |= {"failed": evaluation.failed, "judge": dict(evaluation.figures)}
+        summary |= {"failed": evaluation.failed, "judge": dict(evaluation.judge_metrics)}
         write_atomically(self._file(evaluation.version).with_suffix(".kl.json"), json.dumps(summary) + "\n")
         text = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
         write_atomically(self._file(evaluation.version), text)

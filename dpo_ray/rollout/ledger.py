@@ -10,7 +10,7 @@
     manifest.json   counts, timings and digests; written last and atomically
 
 A round that was interrupted is continued: its groups are on disk. ``timings``, and the counts ``tokens_generated`` and
-``stale``, are of the process that finished the round, since it opened it; other counts and the judge's figures are of
+``stale``, are of the process that finished the round, since it opened it; other counts and the judge's metrics are of
 all groups. Training reads pairs from these files, memory-mapped, so an uninterrupted run and a resumed one cannot
 differ, and a rank reads only the pairs that it trains on.
 """

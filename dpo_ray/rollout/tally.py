@@ -14,8 +14,8 @@ Line = Mapping[str, Any]
 """One line of pairs.jsonl."""
 SCORES = ("mean", "best", "chosen", "rejected")
 """Scores of every round."""
-FIGURES = (*(f"{name}_score" for name in SCORES), "length_correlation", "chosen_win_rate")
-"""Figures of every round about its scores, logged as judge/NAME."""
+SCORE_METRICS = (*(f"{name}_score" for name in SCORES), "length_correlation", "chosen_win_rate")
+"""Metrics of every round about its scores, logged as judge/NAME."""
 
 
 def sampled_candidates(line: Line) -> list[Mapping[str, Any]]:
@@ -132,7 +132,7 @@ class Tally:
         return {name: mean.value for name, mean in self.scores.items()}
 
     def judging(self, held_out: Sequence[float] = ()) -> dict[str, float]:
-        """Figures about the judging, by name.
+        """Metrics of the judge, by name.
 
         Args:
             held_out: scores of held-out completions, over which ``chosen_win_rate`` is.
@@ -144,8 +144,8 @@ class Tally:
         return {name: value for name, value in values.items() if value is not None} | dict(self.totals)
 
 
-def judge_figures(judgements: Iterable[Judgement]) -> dict[str, float]:
-    """Figures of a judge over groups, by name: means, means of the scores of components as NAME_score, and sums."""
+def judge_metrics(judgements: Iterable[Judgement]) -> dict[str, float]:
+    """Metrics of a judge over groups, by name: means, means of the scores of components as NAME_score, and sums."""
     means, totals = dict[str, Mean](), Counter[str]()
     for judgement in judgements:
         values = {name: (value,) for name, value in judgement.means.items()}

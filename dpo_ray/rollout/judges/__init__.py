@@ -26,7 +26,7 @@ from dpo_ray.rollout.judges.reward_model import RewardModel
 from dpo_ray.rollout.judges.sentiment import Sentiment
 from dpo_ray.rollout.judges.verifiable import Exact, JsonSchema, Math, Regex
 from dpo_ray.rollout.judges.weighted import Weighted
-from dpo_ray.rollout.tally import FIGURES, SCORES
+from dpo_ray.rollout.tally import SCORE_METRICS, SCORES
 from dpo_ray.types import CompletionGroup, Judgement, Messages, Prompt
 
 Scores = Sequence[Sequence[float] | Judgement]
@@ -187,25 +187,25 @@ def _judgement(number: int, group: CompletionGroup, row: Any) -> Judgement:
     if not isinstance(row, Judgement):
         return Judgement(_check_group(number, group, row))
     parts = {_own(name, SCORES): _check_group(number, group, part) for name, part in row.parts.items()}
-    means, totals = (_check_figures(number, group, figures) for figures in (row.means, row.totals))
+    means, totals = (_check_metrics(number, group, metrics) for metrics in (row.means, row.totals))
     totals = {name: value for name, value in totals.items() if math.isfinite(value)}
     return replace(row, scores=_check_group(number, group, row.scores), parts=parts, means=means, totals=totals)
 
 
 def _own(name: str, taken: Collection[str]) -> str:
-    """The name under which a judge's figure is stored; that of a figure of every round gets a prefix."""
+    """Name under which a judge's metric is stored: prefixed if every round has a metric of that name."""
     return f"own_{name}" if name in taken else name
 
 
-def _check_figures(number: int, group: CompletionGroup, figures: Mapping[str, Any]) -> dict[str, float]:
-    """Figures as floats: a round's files hold no other numbers."""
-    for name, value in figures.items():
+def _check_metrics(number: int, group: CompletionGroup, metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics as floats: a round's files hold no other numbers."""
+    for name, value in metrics.items():
         if not isinstance(value, SupportsFloat):
             raise ValueError(
                 f"the judge returned {value!r} as {name} of group {number} (prompt {group.prompt.index}); it must be a "
                 "number"
             )
-    return {_own(name, FIGURES): float(value) for name, value in figures.items()}
+    return {_own(name, SCORE_METRICS): float(value) for name, value in metrics.items()}
 
 
 def _check_group(number: int, group: CompletionGroup, row: Any) -> tuple[float, ...]:

@@ -72,7 +72,7 @@ class ChatEndpoint:
 
         Raises:
             EndpointFailed: see there.
-            JudgeUnavailable: ``max_failures`` requests have failed, and none was answered between them.
+            JudgeUnavailable: ``max_failures`` requests have failed in a row.
         """
         try:
             reply = await self._reply(text, schema)
@@ -112,16 +112,16 @@ class ChatEndpoint:
         return {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
 
     async def _complete(self, text: str, fields: Mapping[str, Any]) -> Reply:
-        answer: Any = await self._client.chat.completions.create(
+        response: Any = await self._client.chat.completions.create(
             model=self._args.model,
             messages=[{"role": "user", "content": text}],
             extra_body={**self._sampling(), **fields},
         )
-        if not getattr(answer, "choices", None):
-            raise EndpointFailed(self._hidden(f"{self._url} answered without choices: {answer!r}"))
-        usage = answer.usage
+        if not getattr(response, "choices", None):
+            raise EndpointFailed(self._hidden(f"{self._url} answered without choices: {response!r}"))
+        usage = response.usage
         return Reply(
-            text=answer.choices[0].message.content or "",
+            text=response.choices[0].message.content or "",
             prompt_tokens=usage.prompt_tokens if usage else None,
             completion_tokens=usage.completion_tokens if usage else None,
         )

@@ -32,7 +32,7 @@ class Column:
         """The value of each prompt's record, None where it has none."""
         return [_value(prompt, self.name) for prompt in prompts]
 
-    def among(self, columns: Collection[str]) -> bool:
+    def is_in(self, columns: Collection[str]) -> bool:
         """True if the column, or a synonym of it, is one of ``columns``."""
         return self.name in columns or (self.name in GOLD and not {*GOLD, NESTED}.isdisjoint(columns))
 
@@ -45,7 +45,7 @@ class Column:
         Raises:
             ValueError: no record has it.
         """
-        if columns is not None and not self.among(columns):
+        if columns is not None and not self.is_in(columns):
             synonyms = f" (or {' or '.join(name for name in GOLD if name != self.name)})" if self.name in GOLD else ""
             raise ValueError(
                 f"judge {self._judge!r} needs the column {self.name!r}{synonyms} of the prompts' records, and no "
@@ -60,7 +60,7 @@ def label_column(judge: str, columns: Collection[str] | None) -> Column:
         columns: of the prompts' records, see ``columns_of``; None if they are not known.
     """
     labels = Column("label", judge)
-    if columns is not None and not labels.among(columns):
+    if columns is not None and not labels.is_in(columns):
         logger.warning("no record has a field answer, ground_truth or label; labels are empty strings")
     return labels
 

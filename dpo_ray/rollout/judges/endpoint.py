@@ -28,11 +28,11 @@ FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 30.0
 """Longest wait before a retry, also if the endpoint asks for more by Retry-After."""
 SHOWN_CHARACTERS = 200
-"""Characters of an answer that an error shows."""
+"""Characters of a response that an error shows."""
 
 
 class RequestFailed(RuntimeError):
-    """The endpoint rejected a request, or its answer is not of the expected form. Repeating it would not help."""
+    """The endpoint rejected a request, or its response has an unexpected form. Repeating it would not help."""
 
 
 class RequestRejected(RequestFailed):
@@ -40,7 +40,7 @@ class RequestRejected(RequestFailed):
 
 
 class RequestLost(RequestFailed):
-    """No connection, no answer in time, or an answer that asks for another attempt.
+    """No connection, no response in time, or a response that asks for another attempt.
 
     Attributes:
         wait_s: seconds that the endpoint asks to wait; None if it does not.
@@ -55,12 +55,12 @@ class RequestLost(RequestFailed):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer(Generic[Parsed]):
-    """The answer to a request."""
+class Response(Generic[Parsed]):
+    """The parsed response to a request."""
 
     value: Parsed
     seconds: float
-    """Round-trip time of the attempt that was answered."""
+    """Round-trip time of the last attempt."""
     attempts: int
     """Requests sent: one, and the retries."""
 
@@ -70,7 +70,7 @@ class Endpoint:
 
     Args:
         urls: each with its path.
-        timeout_s: longest wait for the answer to one attempt.
+        timeout_s: longest wait for the response to one attempt.
         retries: further attempts after a lost connection, a time-out, and the statuses 429 and 5xx.
         concurrency: requests in flight.
         max_failures: failed requests in a row after which the endpoint counts as unavailable.
@@ -101,16 +101,16 @@ class Endpoint:
         self._free = asyncio.Semaphore(concurrency)
         self._failures = FailuresInARow(max_failures, attempts=retries + 1)
 
-    async def post(self, body: Any, parse: Callable[[Any], Parsed]) -> Answer[Parsed]:
+    async def post(self, body: Any, parse: Callable[[Any], Parsed]) -> Response[Parsed]:
         """Send a request.
 
         Args:
             body: sent as JSON; values of other types as text.
-            parse: reads the JSON of the answer, and raises a ValueError that describes a wrong answer.
+            parse: reads the JSON of the response; raises a ValueError that describes a wrong one.
 
         Raises:
             RequestFailed: the request failed, also in its retries.
-            JudgeUnavailable: ``max_failures`` requests have failed, and none was answered between them.
+            JudgeUnavailable: ``max_failures`` requests have failed in a row.
         """
         content, url = json.dumps(body, default=str).encode(), ""
         try:
@@ -126,7 +126,7 @@ class Endpoint:
                     url = next(self._urls)
                     value, seconds = await self._attempt(url, content, parse)
                     self._failures.reset()
-                    return Answer(value, seconds, attempt.num)
+                    return Response(value, seconds, attempt.num)
         except RequestRejected:
             self._failures.reset()
             raise
@@ -145,7 +145,7 @@ class Endpoint:
                 async with asyncio.timeout(self._timeout_s):
                     response = await self._client.post(url, content=content)
             except TimeoutError:
-                raise RequestLost(self._masked(f"{url}: no answer in {self._timeout_s:g} s (timeout_s)")) from None
+                raise RequestLost(self._masked(f"{url}: no response in {self._timeout_s:g} s (timeout_s)")) from None
             except httpx2.RequestError as error:
                 raise RequestLost(self._masked(f"{url}: {error_summary(error)}")) from None
         seconds = time.perf_counter() - started
@@ -160,7 +160,7 @@ class Endpoint:
             return parse(response.json()), seconds
         except ValueError as error:  # of parse, or of the JSON
             problem = "not JSON" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error)
-            raise RequestFailed(self._masked(f"{url}: {problem}; it answered: {shown}")) from None
+            raise RequestFailed(self._masked(f"{url}: {problem}; response: {shown}")) from None
 
     def _masked(self, text: str) -> str:
         return masked(text, self._key)

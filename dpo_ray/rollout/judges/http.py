@@ -23,7 +23,7 @@ from dpo_ray.types import CompletionGroup, Judgement, JudgeUnavailable
 
 if TYPE_CHECKING:
     from dpo_ray.rollout.judges import JudgeContext
-    from dpo_ray.rollout.judges.endpoint import Answer
+    from dpo_ray.rollout.judges.endpoint import Response
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class HttpArgs(StrictArgs):
     column: Text | None = None
     """openrlhf: field of the prompts' records with the labels, by default the first of ``GOLD`` that a record has."""
     timeout_s: float = Field(30.0, gt=0)
-    """Longest wait for an answer."""
+    """Longest wait for a response."""
     retries: int = Field(6, ge=0)
     """Further attempts after a lost connection, a time-out, and the statuses 429 and 5xx, with back-off from half a
     second, doubled each time, or after the time in Retry-After."""
@@ -192,25 +192,25 @@ class Http:
     async def _judge(self, group: CompletionGroup) -> Judgement:
         bodies = self._format.bodies(group)
         completions = len(group.completions) // len(bodies)
-        parse = lambda answer: self._format.parse(answer, completions)  # noqa: E731
+        parse = lambda response: self._format.parse(response, completions)  # noqa: E731
         results = await asyncio.gather(*(self._endpoint.post(body, parse) for body in bodies), return_exceptions=True)
-        answers = [result for result in results if not isinstance(result, BaseException)]
-        self._raise_failure(group, [result for result in results if isinstance(result, BaseException)], answers)
-        attempts = sum(answer.attempts for answer in answers)
-        rejected = len(results) - len(answers)
+        responses = [result for result in results if not isinstance(result, BaseException)]
+        self._raise_failure(group, [result for result in results if isinstance(result, BaseException)], responses)
+        attempts = sum(response.attempts for response in responses)
+        rejected = len(results) - len(responses)
         return Judgement(
             tuple(
                 score
                 for result in results
                 for score in ((math.nan,) if isinstance(result, BaseException) else result.value.scores)
             ),
-            means={name: value for answer in answers for name, value in answer.value.figures.items()}
-            | {"seconds": fmean(answer.seconds for answer in answers)},
-            totals={"requests": attempts + rejected, "retries": attempts - len(answers), "rejected": rejected},
+            means={name: value for response in responses for name, value in response.value.metrics.items()}
+            | {"seconds": fmean(response.seconds for response in responses)},
+            totals={"requests": attempts + rejected, "retries": attempts - len(responses), "rejected": rejected},
         )
 
     def _raise_failure(
-        self, group: CompletionGroup, errors: Sequence[BaseException], answers: Sequence["Answer[Rewards]"]
+        self, group: CompletionGroup, errors: Sequence[BaseException], responses: Sequence["Response[Rewards]"]
     ) -> None:
         """Raise the error of a group, unless the server has only rejected some completions, such as too long ones."""
         from dpo_ray.rollout.judges.endpoint import RequestRejected
@@ -219,7 +219,7 @@ class Http:
             if isinstance(error, JudgeUnavailable):
                 raise JudgeUnavailable(f"judge {NAME!r}: {error}") from None
         for error in errors:
-            if not answers or not isinstance(error, RequestRejected):
+            if not responses or not isinstance(error, RequestRejected):
                 raise error
             logger.warning("a completion of prompt %d has no score: %s", group.prompt.index, error)
 

@@ -64,7 +64,7 @@ class Questioner:
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="judge-cache")
 
     async def judge(self, group: CompletionGroup) -> Judgement:
-        """Scores of a group, with figures about the questions.
+        """Scores of a group, with metrics of the questions.
 
         Raises:
             Exception: the model could not answer a question. The answers to the others are in the cache by then.

@@ -1,4 +1,4 @@
-"""Requests and answers of reward servers: OpenRLHF, vLLM and SGLang. Pure functions of groups and JSON."""
+"""Requests and responses of reward servers: OpenRLHF, vLLM and SGLang. Pure functions of groups and JSON."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,11 +14,11 @@ from dpo_ray.types import CompletionGroup
 
 @dataclass(frozen=True, slots=True)
 class Rewards:
-    """The answer of a reward server."""
+    """The response of a reward server."""
 
     scores: tuple[float, ...]
     """One per completion of the request; NaN where the server has none."""
-    figures: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
     """Further numbers by name."""
 
 
@@ -29,8 +29,7 @@ class WireFormat:
     Attributes:
         path: path of the URL; empty where each server has its own.
         bodies: the requests for a group, as JSON, which have its completions in order.
-        parse: reads the JSON of an answer to a request with so many completions; raises a ValueError if it has another
-            form.
+        parse: (JSON of the response, completions of the request) -> rewards; raises a ValueError for another form.
     """
 
     path: str
@@ -103,33 +102,33 @@ def sglang(model: str, chat: RewardChat) -> WireFormat:
     return WireFormat("/v1/embeddings", bodies, parse_sglang)
 
 
-def parse_openrlhf(answer: Any, completions: int) -> Rewards:
-    """Rewards of an answer of OpenRLHF's server; of ``extra_logs`` numbers, and means of lists of numbers."""
-    rewards = answer.get("rewards") if isinstance(answer, dict) else None
+def parse_openrlhf(response: Any, completions: int) -> Rewards:
+    """Rewards in a response of OpenRLHF's server; metrics are the numbers and means of lists in ``extra_logs``."""
+    rewards = response.get("rewards") if isinstance(response, dict) else None
     rewards = [rewards] if completions == 1 and _is_number(rewards) else rewards
     if not isinstance(rewards, list) or len(rewards) != completions:
         raise ValueError(f"expected an object with {completions} numbers in rewards")
-    logs = answer.get("extra_logs") or {}
-    figures = {name: _mean(value) for name, value in logs.items()} if isinstance(logs, dict) else {}
+    logs = response.get("extra_logs") or {}
+    metrics = {name: _mean(value) for name, value in logs.items()} if isinstance(logs, dict) else {}
     return Rewards(
         tuple(_number(reward, "rewards") for reward in rewards),
-        {name: value for name, value in figures.items() if value is not None},
+        {name: value for name, value in metrics.items() if value is not None},
     )
 
 
-def parse_vllm(answer: Any, completions: int) -> Rewards:
-    """Rewards of an answer of vLLM."""
-    return Rewards(tuple(_single(row, "probs") for row in _rows(answer, completions)))
+def parse_vllm(response: Any, completions: int) -> Rewards:
+    """Rewards in a response of vLLM."""
+    return Rewards(tuple(_single(row, "probs") for row in _rows(response, completions)))
 
 
-def parse_sglang(answer: Any, completions: int) -> Rewards:
-    """Rewards of an answer of SGLang."""
-    return Rewards(tuple(_single(row, "embedding") for row in _rows(answer, completions)))
+def parse_sglang(response: Any, completions: int) -> Rewards:
+    """Rewards in a response of SGLang."""
+    return Rewards(tuple(_single(row, "embedding") for row in _rows(response, completions)))
 
 
-def _rows(answer: Any, completions: int) -> list[dict[str, Any]]:
+def _rows(response: Any, completions: int) -> list[dict[str, Any]]:
     """The entries of ``data``, in the order of the request."""
-    data = answer.get("data") if isinstance(answer, dict) else None
+    data = response.get("data") if isinstance(response, dict) else None
     if not isinstance(data, list) or len(data) != completions or not all(isinstance(row, dict) for row in data):
         raise ValueError(f"expected an object with {completions} entries in data")
     if sorted(str(row.get("index")) for row in data) != sorted(map(str, range(completions))):

@@ -544,7 +544,7 @@ def test_replies_of_judges_go_with_the_rounds_that_are_not_kept(tmp_path):
     assert [file.exists() for file in replies] == [False, False, True, True, True, True]
 
 
-def test_an_evaluation_has_the_sums_and_the_means_of_the_judges_figures(tmp_path):
+def test_an_evaluation_has_the_sums_and_the_means_of_the_judges_metrics(tmp_path):
     class Counting(FakeReplica):
         async def score(self, groups):
             return [
@@ -562,7 +562,7 @@ def test_an_evaluation_has_the_sums_and_the_means_of_the_judges_figures(tmp_path
         return await harness.evaluation(0)
 
     evaluation = asyncio.run(main())
-    assert evaluation.figures == {"seconds": 2.0, "format_score": 0.5, "tokens": 5 * 10.0, "retries": 0.0}
+    assert evaluation.judge_metrics == {"seconds": 2.0, "format_score": 0.5, "tokens": 5 * 10.0, "retries": 0.0}
     assert evaluation.failed == 0
 
 

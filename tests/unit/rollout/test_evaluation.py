@@ -54,10 +54,10 @@ def test_other_prompts_at_the_same_positions_are_not_compared(write, tmp_path):
     assert write(1, {"a": -1.0, "b": 1.0})["heldout/win_rate"] == 1.0
 
 
-def test_the_judges_own_figures_are_logged_and_read_again(tmp_path, group):
+def test_the_judges_own_metrics_are_logged_and_read_again(tmp_path, group):
     store = EvaluationStore(tmp_path)
-    figures = {"cost_usd": 0.25, "retries": 0}
-    metrics = store.write(Evaluation(1, ((group("a"), 2.0),), figures=figures), None, None)
+    metrics_of_judge = {"cost_usd": 0.25, "retries": 0}
+    metrics = store.write(Evaluation(1, ((group("a"), 2.0),), judge_metrics=metrics_of_judge), None, None)
     judged = {"heldout/score": 2.0, "heldout/unscored": 0}
     assert metrics == {**judged, "heldout/judge_cost_usd": 0.25, "heldout/judge_retries": 0}
     assert store.read(1) == metrics

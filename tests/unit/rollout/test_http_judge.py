@@ -88,7 +88,7 @@ def test_an_answer_that_drips_does_not_outlast_the_timeout(group):
         judge: Any = bind_judge(
             Component(use="http", args={"url": url, "format": "vllm", "timeout_s": 0.3, "retries": 0})
         )()
-        with pytest.raises(RequestLost, match=r"no answer in 0\.3 s \(timeout_s\)"):
+        with pytest.raises(RequestLost, match=r"no response in 0\.3 s \(timeout_s\)"):
             await judge([group("a")])
         await judge.close()
         server.close()

@@ -165,7 +165,7 @@ def test_check_scores_names_the_fault_of_an_invalid_return_value(group, scores, 
         check_scores([group("a", "b", index=3)], scores)
 
 
-def test_figures_of_a_judge_become_floats_and_a_total_that_is_no_number_is_left_out(group):
+def test_metrics_of_a_judge_become_floats_and_a_total_that_is_no_number_is_left_out(group):
     means: Any = {"m": np.float32(0.5)}
     totals: Any = {"n": np.int64(3), "cost": math.nan}
     given = Judgement((1.0, 2.0), means=means, totals=totals)

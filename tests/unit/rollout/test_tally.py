@@ -1,4 +1,4 @@
-"""Figures of a round from the scores of its completions."""
+"""Metrics of a round from the scores of its completions."""
 
 import random
 

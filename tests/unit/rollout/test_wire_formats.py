@@ -151,14 +151,14 @@ def test_sglang_gets_rendered_texts_to_which_its_tokenizer_adds_the_only_bos_tok
 @pytest.mark.parametrize(
     ("format", "answer", "message"),
     [
-        ("openrlhf", {"rewards": [1]}, 'expected an object with 2 numbers in rewards; it answered: {"rewards": [1]}'),
+        ("openrlhf", {"rewards": [1]}, 'expected an object with 2 numbers in rewards; response: {"rewards": [1]}'),
         ("openrlhf", [1.0, 2.0], "expected an object with 2 numbers in rewards"),
         ("openrlhf", {"rewards": [1.0, "high"]}, "expected numbers in rewards and found 'high'"),
         ("vllm", classified(), "expected an object with 1 entries in data"),
         ("vllm", {"data": [{"index": 0, "probs": [0.4, 0.6]}]}, "one number in data[].probs and found 2 numbers"),
         ("vllm", {"data": [{"index": 3, "probs": [0.4]}]}, "expected the indices 0 to 0 in data"),
         ("vllm", {"data": [{"index": 0, "label": "a"}]}, "one number in data[].probs and found none"),
-        ("vllm", "I would rate this answer highly.", "not JSON; it answered: I would rate this answer highly."),
+        ("vllm", "I would rate this answer highly.", "not JSON; response: I would rate this answer highly."),
     ],
 )  # fmt: skip
 def test_an_answer_of_another_form_is_an_error_that_shows_it(group, context, format, answer, message):
