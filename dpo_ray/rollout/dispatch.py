@@ -1,4 +1,4 @@
-"""Dispatch: sends each request to an engine that serves a recent enough policy, and again if that engine fails."""
+"""Load balancing over the engines: requests go to one that serves a recent enough policy, and are retried elsewhere."""
 
 import asyncio
 import contextlib
@@ -19,9 +19,11 @@ from dpo_ray.types import CompletionGroup, NonRetryableError
 logger = logging.getLogger(__name__)
 
 ENGINE_ATTEMPTS = 4
-"""Engines that may fail over one request, the last one alone with it: then the request is the cause."""
+"""Engines that may fail over one request before it fails. The last of them serves this request alone, so the request
+is the cause."""
 SUSPECTED_AFTER = 2
-"""Engines that failed over a request, after which it goes to one that is set apart for such requests."""
+"""Engines that failed over a request, after which it is a suspect: it goes to a quarantined engine, which serves no
+other requests meanwhile."""
 GRACE_S = 30.0
 """Seconds beyond a request's deadline after which its engine counts as hung: a working one would have aborted it."""
 POLL_S = 5.0
@@ -68,17 +70,17 @@ class _Waiting:
     request: Request
     turn: asyncio.Future[Member]
     alone: bool = False
-    """True if it must have the engine for itself."""
+    """True if its engine must serve no other request."""
     member: Member | None = None
     """The engine that was chosen."""
 
 
 @dataclass(slots=True)
 class _Queue:
-    """The requests that wait for the same engines, evaluations and earlier rounds first."""
+    """Requests that wait for the same policy versions: evaluations first, then by round."""
 
     members: dict[str, Member]
-    """The engines that may take them, by id; filtered once per membership, since there may be a thousand."""
+    """The engines that serve these versions, by id; updated once per membership, since there may be a thousand."""
     heap: list[tuple[bool, int, int, _Waiting]] = field(default_factory=list)
 
     def first(self) -> _Waiting | None:
@@ -89,11 +91,12 @@ class _Queue:
 
 
 class Dispatcher:
-    """The engines as one: requests in, groups out. Belongs to one event loop.
+    """Load balancer over the engines. Belongs to one event loop.
 
-    A request goes to the least busy engine of its versions. None gets more than it can generate at a time and a few
-    that wait, nor, while others are still loading the same weights, more than its share of all requests. All this is
-    about the requests of one dispatcher: a judge that asks the engines has its own.
+    A request goes to the least busy engine of its policy versions. An engine gets at most the sequences that it
+    generates at a time and a few that wait; while others are still loading the same weights, at most its share of all
+    requests. A request over which engines failed is a suspect: one engine is quarantined for suspects, few at a time,
+    until the one at fault is found. Counts are per dispatcher: a judge that sends requests to engines has its own.
 
     Args:
         membership: ``Fleet.membership``.
@@ -116,8 +119,8 @@ class Dispatcher:
         """Sequences of the requests in progress, by member id."""
         self._sequences = 0
         """Sequences of all requests, in progress or waiting."""
-        self._apart: str | None = None
-        """Id of the member that is set apart for suspects."""
+        self._quarantined: str | None = None
+        """Id of the quarantined member, which gets suspects only; None if there is none."""
         self._queues: dict[_Versions, _Queue] = {}
         self._order = itertools.count()
 
@@ -153,7 +156,7 @@ class Dispatcher:
         return {member.id: member for member in members if not self._left_out[member.id]}
 
     async def generate(self, request: Request, *, oldest: int, newest: int | None = None) -> CompletionGroup:
-        """Complete a prompt by an engine whose policy is in the range of versions; waits for one.
+        """Complete a prompt on an engine that serves a policy version from ``oldest`` to ``newest``; waits for one.
 
         Raises:
             ValueError, RequestTimedOut: see ``Engine.generate``.
@@ -203,9 +206,9 @@ class Dispatcher:
             self._assign()
 
     def _assign(self) -> None:
-        """Choose engines for the requests that wait, as far as there are any with room."""
-        if self._apart is not None and not self._running[self._apart]:
-            self._apart = None
+        """Send waiting requests to engines that have room."""
+        if self._quarantined is not None and not self._running[self._quarantined]:
+            self._quarantined = None
         for versions, queue in sorted(self._queues.items(), key=lambda item: (not item[0].suspect, item[1].heap[:1])):
             while (waiting := queue.first()) is not None:
                 if (problem := self._problem(versions)) is not None:
@@ -219,10 +222,10 @@ class Dispatcher:
                     self._send(waiting, member)
 
     def _assign_suspects(self, queue: _Queue) -> bool:
-        """Set an engine apart, or send the next suspects to it once it is idle; returns True if it did."""
-        if self._apart is None and (member := self._least_busy(queue)) is not None:
-            self._apart = member.id
-        member = None if self._apart is None else queue.members.get(self._apart)
+        """Quarantine an engine, or send the next suspects to it once it is idle; returns True if suspects were sent."""
+        if self._quarantined is None and (member := self._least_busy(queue)) is not None:
+            self._quarantined = member.id
+        member = None if self._quarantined is None else queue.members.get(self._quarantined)
         if member is None or self._running[member.id]:
             return False
         few = math.isqrt(member.max_sequences)
@@ -241,7 +244,7 @@ class Dispatcher:
         waiting.turn.set_result(member)
 
     def _problem(self, versions: _Versions) -> Exception | None:
-        """Why there will be no engine of these versions."""
+        """The error of requests for which there will be no engine; None if there may be one."""
         if self.current.error is not None:
             return FleetFailed(self.current.error)
         members, newest = self.current.members, versions.newest
@@ -250,7 +253,7 @@ class Dispatcher:
         return None
 
     def _least_busy(self, queue: _Queue) -> Member | None:
-        free = queue.members if self._apart is None else queue.members.keys() - {self._apart}
+        free = queue.members if self._quarantined is None else queue.members.keys() - {self._quarantined}
         return queue.members[min(free, key=self._running.__getitem__)] if free else None
 
     def _has_room(self, member: Member, request: Request) -> bool:
@@ -265,7 +268,7 @@ class Dispatcher:
         return running == 0 or (running < self._sequences / engines and (fits or request.evaluation))
 
     async def _report(self, member: Member, reason: str) -> int:
-        """Report an engine, which gets nothing until the fleet has answered for it.
+        """Report a suspect engine to the fleet, which checks it; until then it gets no requests.
 
         Returns:
             1; 0 if the fleet has died, and its engines with it.

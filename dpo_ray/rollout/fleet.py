@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_ray.rollout.engine import Engine, EngineStatus, MessageLost
-from dpo_ray.rollout.membership import Board, Member, Membership, News
+from dpo_ray.rollout.membership import Board, Member, Membership, Notifier
 from dpo_ray.rollout.updates import ATTEMPTS, EngineSilent, Update, UpdateOver, within
 from dpo_ray.storage import error_summary
 from dpo_ray.types import EngineLost, Probe
@@ -99,7 +99,7 @@ class Fleet:
         self.logs, self.ping_interval_s, self.drain_timeout_s = logs, ping_interval_s, drain_timeout_s
         self._lives: dict[str, _Life] = {}
         self._board = Board(epoch)
-        self._begun, self._tried = News(), News()
+        self._update_begun, self._start_tried = Notifier(), Notifier()
         self._update: Update | None = None
         self._watch: asyncio.Task[None] | None = None
         self._last_failure = ""
@@ -123,7 +123,7 @@ class Fleet:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 while len(self._lives) + sum(slot.failed_starts > 0 for slot in self._slots) < len(self._slots):
-                    await self._tried.wait()
+                    await self._start_tried.wait()
 
     # -------------------------------------------------------------------------------------------------- for the callers
 
@@ -215,7 +215,7 @@ class Fleet:
             drain_s=self.drain_timeout_s,
         )
         self._watch = asyncio.create_task(self._watch_sender(update))
-        self._begun.tell()
+        self._update_begun.notify_all()
         self._changed(visible=False)
         return await update.begin()
 
@@ -240,9 +240,9 @@ class Fleet:
     async def _watch_sender(self, update: Update) -> None:
         """Abandon an update whose sender stays away: its engines would wait for ever."""
         while not (update.complete or update.over.done()):
-            heard = update.heard
+            calls = update.sender_calls
             await asyncio.sleep(self.sync_timeout_s)
-            if update.awaits_sender and update.heard == heard:
+            if update.awaits_sender and update.sender_calls == calls:
                 return self._abandon(
                     update, f"the sender sent nothing for {self.sync_timeout_s:g} s (online.sync_timeout_s)"
                 )
@@ -290,13 +290,13 @@ class Fleet:
             if len(self._constructor_errors) == len(self._slots) and not self._ever_up:
                 self._fail(f"no engine could be built; the last error: {self._last_failure}; see {self.logs}")
             self._check_version()
-            self._tried.tell()
+            self._start_tried.notify_all()
             return None
         slot.failed_starts = 0
         self._ever_up = True
         life = self._lives[id] = _Life(id, slot, engine, asyncio.get_running_loop().create_future())
         logger.info("engine %s is up", id)
-        self._tried.tell()
+        self._start_tried.notify_all()
         self._changed(visible=False)
         return life
 
@@ -329,7 +329,7 @@ class Fleet:
         if not self._lives:
             self._none_since = time.monotonic()
         if self._update is not None:
-            self._update.lost(life.id, life.slot.index, reason, error)
+            self._update.record_failure(life.id, life.slot.index, reason, error)
         self._check_version()
         self._changed()
 
@@ -369,7 +369,7 @@ class Fleet:
         tried: Update | None = None
         while True:
             while (update := self._update) is None or update is tried or not update.expects(life.id):
-                await self._begun.wait()
+                await self._update_begun.wait()
             if life.lost.done():
                 return
             tried, life.loading = update, True

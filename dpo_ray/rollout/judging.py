@@ -99,7 +99,7 @@ class _Process:
 
     @contextlib.asynccontextmanager
     async def call(self, *, exclusive: bool) -> AsyncIterator[None]:
-        """Take part in the calls in progress, or wait for their end and hold up others."""
+        """Shared or exclusive lock around one call: an exclusive call waits for those in progress and delays others."""
         async with contextlib.AsyncExitStack() as turn:
             await turn.enter_async_context(self._entering)
             if exclusive:

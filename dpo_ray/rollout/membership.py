@@ -43,19 +43,19 @@ class Membership:
     """The last update: ``sync/probe_difference`` (nats per token, largest), ``perf/push_s`` (slowest engine)."""
 
 
-class News:
-    """Something that changes, for waiters that look at it again each time."""
+class Notifier:
+    """Wakes all waiters; they re-check their condition."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
 
-    def tell(self) -> None:
+    def notify_all(self) -> None:
         """Wake all waiters."""
         self._event.set()
         self._event = asyncio.Event()
 
     async def wait(self) -> None:
-        """Wait for the next change."""
+        """Wait for the next ``notify_all``."""
         await self._event.wait()
 
 
@@ -75,20 +75,20 @@ class Board:
         self.metrics: Mapping[str, float] | None = None
         self._epoch = epoch
         self._published: Membership | None = None
-        self._news = News()
+        self._notifier = Notifier()
 
     def publish(self) -> None:
         """Begin a new epoch, after a change of an attribute."""
         self._epoch += 1
         self._published = None
-        self._news.tell()
+        self._notifier.notify_all()
 
     async def read(self, after: int, wait_s: float) -> Membership:
         """The membership; waits for an epoch greater than ``after``, at most ``wait_s`` seconds."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 while self._epoch <= after:
-                    await self._news.wait()
+                    await self._notifier.wait()
         if self._published is None:
             members = tuple(self.members[slot] for slot in sorted(self.members))
             self._published = Membership(

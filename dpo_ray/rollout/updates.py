@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_ray.rollout.engine import Engine
-from dpo_ray.rollout.membership import News
+from dpo_ray.rollout.membership import Notifier
 from dpo_ray.types import EngineLost, Probe, SyncMismatch
 
 ATTEMPTS = 3
@@ -64,20 +64,20 @@ class Update:
         self.attempts: Counter[int] = Counter()
         """Failed attempts by slot since its last engine that passed; ATTEMPTS if that received wrong weights."""
         self.last_failure = ""
-        self.heard = 0
-        """Number of calls of the sender."""
+        self.sender_calls = 0
+        """Number of calls of the sender, for a watch that it is alive."""
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        """Result: why nothing more is to be done."""
-        self._losses: list[str] = []
+        """Result: the reason for which the update ended."""
+        self._failures: list[str] = []
         self._started = time.monotonic()
-        self._news = News()
+        self._notifier = Notifier()
         self._steps = [Step("starting a weight update", lambda _, engine: engine.start_update(), extra_s=drain_s)]
         self._pending = set(present) if collective else set()
         """Engines that have not taken the last step; only counted if collective."""
 
     @property
     def active(self) -> bool:
-        """True if engines may still come to serve the version."""
+        """True if an engine is loading the version or may still join."""
         return not self.over.done() and (bool(self.loading) or not self.collective)
 
     @property
@@ -93,16 +93,16 @@ class Update:
     @property
     def _broken(self) -> bool:
         """True if an engine failed in a collective update before its end: the sender must start it again."""
-        return self.collective and not self.complete and bool(self._losses)
+        return self.collective and not self.complete and bool(self._failures)
 
     # -------------------------------------------------------------------------------------------------- for the sender
 
     async def begin(self) -> list[str]:
         """Wait until all engines present have started a collective update; returns the ids of those that did."""
-        self.heard += 1
+        self.sender_calls += 1
         while self._pending and not self.over.done():
-            await self._news.wait()
-        self._losses = []
+            await self._notifier.wait()
+        self._failures = []
         return list(self.loading)
 
     async def init_transfer(self, infos: Mapping[str, Mapping[str, Any]]) -> None:
@@ -141,22 +141,22 @@ class Update:
             Step("computing the probe", prove),
             Step("serving", lambda _, engine: engine.serve()),
         ]
-        self.heard += 1
-        self._news.tell()
+        self.sender_calls += 1
+        self._notifier.notify_all()
         while self.collective and self.loading and not self.over.done():
-            await self._news.wait()
+            await self._notifier.wait()
 
     async def _append(self, step: Step) -> None:
         self._require_open()
         self._steps.append(step)
-        self.heard += 1
+        self.sender_calls += 1
         if self.collective:
             self._pending = set(self.loading)
-        self._news.tell()
+        self._notifier.notify_all()
         while self._pending:
             self._require_open()
-            await self._news.wait()
-        self.heard += 1
+            await self._notifier.wait()
+        self.sender_calls += 1
         self._require_open()
 
     def _require_open(self) -> None:
@@ -165,7 +165,7 @@ class Update:
         if self.complete:
             raise EngineLost(f"the update to policy version {self.version} has been ended")
         if self._broken:
-            raise EngineLost(self._losses[0])
+            raise EngineLost(self._failures[0])
 
     # ------------------------------------------------------------------------------------------------- for the engines
 
@@ -200,35 +200,35 @@ class Update:
             position += 1
             self._pending.discard(id)
             if self.collective and not self._pending:
-                self._news.tell()
+                self._notifier.notify_all()
         self.loading.pop(id, None)
         if id in self.present:
             self.push_s = time.monotonic() - self._started
         if self.collective:
-            self._news.tell()
+            self._notifier.notify_all()
 
-    def lost(self, id: str, slot: int, reason: str, error: Exception | None = None) -> None:
-        """Note that an engine failed. ``error``: its failure over this update; None if it failed otherwise."""
+    def record_failure(self, id: str, slot: int, reason: str, error: Exception | None = None) -> None:
+        """Remove an engine that failed. ``error``: its failure in this update; None if it failed otherwise."""
         if id not in self.loading:
             return
         del self.loading[id]
         self._pending.discard(id)
-        self._losses.append(f"engine {id} failed: {reason}")
+        self._failures.append(f"engine {id} failed: {reason}")
         # Wrong weights on every engine are an error of the run; if others have proven them, only this engine failed.
         self.attempts[slot] += ATTEMPTS if isinstance(error, SyncMismatch) and not self.passed else 1
-        self.last_failure = self._losses[-1]
-        self._news.tell()
+        self.last_failure = self._failures[-1]
+        self._notifier.notify_all()
 
     def stop(self, reason: str) -> None:
         """End the update, for example because a newer one has begun; drops all messages."""
         if not self.over.done():
             self.over.set_result(reason)
             self._steps.clear()
-            self._news.tell()
+            self._notifier.notify_all()
 
     async def _step(self, position: int) -> Step:
         while not self.over.done() and position >= len(self._steps):
-            await self._news.wait()
+            await self._notifier.wait()
         if self.over.done():
             raise UpdateOver
         return self._steps[position]

@@ -47,7 +47,7 @@ def rank(trials: Sequence[Trial], objective: Objective) -> Ranking:
     names = {trial.name for trial, _ in excluded}
     ranked = sorted(
         (trial for trial in trials if trial.name not in names),
-        key=lambda trial: (_missing(trial), preference(trial.metrics, objective), _tie_break(trial.metrics)),
+        key=lambda trial: (_progress_key(trial), preference(trial.metrics, objective), _tie_break(trial.metrics)),
     )
     return Ranking(tuple(ranked), tuple(excluded))
 
@@ -70,8 +70,8 @@ def _tie_break(metrics: Metrics) -> float:
     return math.inf if value is None else value
 
 
-def _missing(trial: Trial) -> float:
-    """Sort key by how far a trial came, from the end backwards."""
+def _progress_key(trial: Trial) -> float:
+    """Sort key: finished trials first, then by the step of the last evaluation, latest first."""
     return -math.inf if trial.status == "done" else -(finite_float(trial.metrics.get(STEP)) or 0.0)
 
 
@@ -135,7 +135,7 @@ def configurations(ranked: Sequence[Trial], objective: Objective) -> list[Config
 
 def _configuration(repeats: Sequence[Trial], objective: Objective) -> Configuration:
     """The configuration of ranked repeats."""
-    furthest = [trial for trial in repeats if _missing(trial) == _missing(repeats[0])]
+    furthest = [trial for trial in repeats if _progress_key(trial) == _progress_key(repeats[0])]
     metrics = tuple(float(trial.metrics[objective.metric]) for trial in furthest)
     return Configuration(
         _without_seed(repeats[0].values), tuple(furthest), metrics, behind=tuple(repeats[len(furthest) :])

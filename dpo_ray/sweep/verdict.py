@@ -72,13 +72,13 @@ class Verdict:
     configurations: tuple[Configuration, ...] = ()
     """Best first."""
     leads: tuple[Lead, ...] = ()
-    """The best configuration against every other one that also ran to the end, or if it did not, came as far, in the
-    order of ``configurations``."""
+    """Leads of the best configuration over each comparable one, in the order of ``configurations``: over those that ran
+    to the end as it did, or, if it did not, over those that stopped at the same step."""
     over_stopped: Lead | None = None
-    """The best configuration, if no other one ran to the end, against the best of those that were stopped last, at the
-    step where that one stopped."""
+    """If only the best configuration ran to the end: its lead over the best stopped one, at the step where that one
+    stopped."""
     keys: tuple[str, ...] = field(default=())
-    """Swept keys of which the trials have different values, without the seed."""
+    """Swept keys that differ between trials, without the seed."""
 
     @property
     def best(self) -> Configuration | None:

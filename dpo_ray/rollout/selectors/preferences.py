@@ -8,7 +8,7 @@ from dpo_ray.types import CompletionGroup, Dropped, ScoredPair
 
 Choice = Sequence[ScoredPair] | Dropped
 NOT_PICKED = "not_picked"
-"""Reason of pairs that are as acceptable as those that were picked, or were not drawn."""
+"""Reason of acceptable pairs that the selector did not pick."""
 
 
 class Pairs(list[ScoredPair]):
@@ -27,11 +27,11 @@ class Pairs(list[ScoredPair]):
         return self.only(filter(accepts, self), reason)
 
     def pick(self, pairs: Iterable[ScoredPair]) -> Choice:
-        """The selector's choice: some of the pairs, or the reason why there is none."""
+        """Choose ``pairs`` among these; if there are none, the reason."""
         return self.only(pairs, NOT_PICKED).choice()
 
     def choice(self) -> Choice:
-        """All pairs, or the reason of the last check that left out some."""
+        """All pairs; if there are none, the reason of the last check that left out some."""
         return self or Dropped([reason for reason, count in self.left_out.items() if count][-1])
 
     def only(self, pairs: Iterable[ScoredPair], reason: str) -> "Pairs":
@@ -68,14 +68,14 @@ def preferences(group: CompletionGroup, scores: Sequence[float], *, min_gap: flo
 
 
 def pairs_among(candidates: Iterable[int]) -> Pairs:
-    """All pairs of candidates, each in one order."""
+    """All unordered pairs of candidates."""
     return Pairs(ScoredPair(i, j) for i, j in combinations(candidates, 2))
 
 
 def preferences_of(
     pairs: Pairs, group: CompletionGroup, scores: Sequence[float], *, min_gap: float, choose_truncated: bool
 ) -> Pairs:
-    """As ``preferences``, for some pairs of usable candidates, each in any order."""
+    """The acceptable ones of ``pairs`` of usable candidates, in any order, sorted as by ``preferences``."""
     completions = group.completions
     pairs = pairs.filter(lambda pair: scores[pair.chosen] != scores[pair.rejected], "tie")
     ordered = Pairs(map(lambda pair: _ordered(pair, scores), pairs), pairs.left_out)
