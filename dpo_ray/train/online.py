@@ -1,13 +1,12 @@
-"""Iterative and online DPO: rounds of generate, judge, select, train, synchronise.
+"""Iterative and online DPO: rounds of generate, judge, select, train, synchronize.
 
 Online DPO is rounds of one optimizer step, iterative DPO rounds of thousands of prompts with
 ``reference.refresh: round``, asynchronous DPO ``max_lag`` > 0: all the same loop, and the same ``dpo_step`` as offline.
-Independent of engines and judges: ``Rounds`` provides pairs and evaluations, ``WeightSync`` updates the engines.
+Independent of engines and judges: ``RoundClient`` publishes weights and waits for the pairs of a round.
 """
 
 import logging
 import math
-import time
 from dataclasses import replace
 from functools import partial
 
@@ -15,13 +14,9 @@ import torch
 
 from dpo_ray.config import Config
 from dpo_ray.data.loader import PairLoader, PairSource, checked_gaps
-from dpo_ray.data.packing import build_sample_row
-from dpo_ray.model.export import AdapterWeights, CheckpointWeights, export_policy
-from dpo_ray.model.scorer import LogpsModel, token_logps
-from dpo_ray.objective.precision import DTYPES
+from dpo_ray.model.export import export_policy
+from dpo_ray.model.scorer import LogpsModel
 from dpo_ray.parallel.collectives import any_rank
-from dpo_ray.parallel.fsdp import reshard
-from dpo_ray.rollout.collector import Progress
 from dpo_ray.rollout.ledger import RoundData
 from dpo_ray.sync.base import WeightSync
 from dpo_ray.train.checkpoint import Checkpointer
@@ -30,31 +25,16 @@ from dpo_ray.train.implicit import judge_by_policy
 from dpo_ray.train.reference import load_frozen_reference, replayable_reference, round_reference
 from dpo_ray.train.refresh import refresh_reference, refreshed_weights
 from dpo_ray.train.reporter import PhaseTimer, Reporter
+from dpo_ray.train.round_client import RoundClient
 from dpo_ray.train.round_pairs import Sources
 from dpo_ray.train.rounds import Rounds
 from dpo_ray.train.shared import SharedParts
 from dpo_ray.train.state import TrainState
 from dpo_ray.train.step import dpo_step
 from dpo_ray.train.trainer import Trainer, build_trainer
-from dpo_ray.types import Metrics, NonRetryableError, Probe, TokenSample, TrainResult
+from dpo_ray.types import Metrics, TrainResult
 
 logger = logging.getLogger(__name__)
-
-
-class RoundsFailed(NonRetryableError):
-    """Rounds cannot be collected."""
-
-
-class EnginesUnplaced(RuntimeError):
-    """The engines died with the fleet, and start again where the training workers do."""
-
-
-STOP_POLL_S = 1.0
-"""Seconds between two checks for a stop request while a round is awaited."""
-PROBE_TEXT = (
-    "Weights that travel between processes can arrive late, cut or mixed up, so after each push the trainer and every "
-    "engine read this sentence and compare what they think of it, token by token."
-)
 
 
 def train_online(
@@ -85,18 +65,18 @@ def train_online(
         if checkpointer.resume(state):
             reporter.note(f"resuming after round {state.round} of {online.rounds}")
         reporter.start(state.step, state.round)
-        publish = Publisher(trainer, sync, reporter)
+        client = RoundClient(trainer, rounds, sync, evaluator, reporter)
         sources = Sources(online, fixed, rounds.read, config.run.seed)
 
         metrics: Metrics = {}
-        sync_s = publish(state.round)
+        sync_s = client.publish(state.round)
         evaluator.resume(state.round)
-        if config.run.best_metric is not None and state.round:  # the next checkpoint may supersede the one just loaded
-            await_ranking(rounds, state.round, evaluator, publish, reporter, checkpointer)
+        if state.round:
+            client.rank_checkpoints(checkpointer)
         while state.round < online.rounds and not any_rank(reporter.stop_requested()):
             timer = PhaseTimer({"perf/sync_s": sync_s})
             with timer("perf/wait_s"):
-                data = await_round(rounds, state.round, evaluator, publish, reporter)
+                data = client.wait_for_round(state.round)
             if data is None:
                 break
             if frozen is not None and online.judged_by_trainer:
@@ -111,16 +91,15 @@ def train_online(
             of_round = {**data.metrics, **evaluator.take_metrics(), **lag, **timer.seconds}
             reporter.round({"step": state.step, "round": data.index, **of_round})
             checkpointer.maybe_save(state, state.round, online.rounds)  # before the push: a failed one costs no round
-            sync_s = publish(state.round)
+            sync_s = client.publish(state.round)
             evaluator.maybe_request(state.round)
-            if config.run.best_metric is not None:  # the next checkpoint may supersede this one, unless it is the best
-                await_ranking(rounds, state.round, evaluator, publish, reporter, checkpointer)
+            client.rank_checkpoints(checkpointer)
 
         stopped = state.round < online.rounds
         if stopped:
             checkpointer.maybe_save(state, state.round, online.rounds, stopping=True)
         else:
-            await_evaluations(rounds, state.round, evaluator, publish, reporter)
+            client.wait_for_evaluations()
     if stopped:
         return TrainResult(metrics, stopped_at=f"round {state.round} of {online.rounds}")
     sync.wait()
@@ -143,68 +122,6 @@ def complete_round(
     if (known := replayable_reference(trainer, data.pairs, frozen, reporter)) is not None:
         rounds.write_reference(data.index, known)
     return sources.add_to(replace(data, reference=known))
-
-
-def await_round(
-    rounds: Rounds, round: int, evaluator: PromptEvaluator, publish: "Publisher", reporter: Reporter
-) -> RoundData | None:
-    """The pairs of a round; None if a stop is requested first: its groups stay on disk for the resumed run."""
-    reporter.phase("waiting")
-    while True:
-        progress = poll(rounds, round, evaluator, publish, waiting_for=round)
-        if any_rank(reporter.stop_requested()):
-            return None
-        if progress.finished:
-            return rounds.read(round)
-
-
-def await_evaluations(
-    rounds: Rounds, version: int, evaluator: PromptEvaluator, publish: "Publisher", reporter: Reporter
-) -> None:
-    """Waits for the evaluations that are not there yet, unless a stop is requested."""
-    reporter.phase("evaluating")
-    while evaluator.pending and not any_rank(reporter.stop_requested()):
-        poll(rounds, version, evaluator, publish, waiting_for=None)
-
-
-def await_ranking(
-    rounds: Rounds,
-    version: int,
-    evaluator: PromptEvaluator,
-    publish: "Publisher",
-    reporter: Reporter,
-    checkpointer: Checkpointer,
-) -> None:
-    """Waits for evaluations, and gives checkpoints the metrics by which ``run.best_metric`` ranks them."""
-    await_evaluations(rounds, version, evaluator, publish, reporter)
-    for version, metrics in evaluator.take_unranked().items():
-        checkpointer.add_metrics(version, metrics)
-
-
-def poll(
-    rounds: Rounds,
-    version: int,
-    evaluator: PromptEvaluator,
-    publish: "Publisher",
-    *,
-    waiting_for: int | None,
-) -> Progress:
-    """Waits for news about a round, receives evaluations, and publishes the weights again if all engines lost them."""
-    publish.sync.check()
-    progress = rounds.poll(version, round=waiting_for, evaluations=evaluator.pending, wait_s=STOP_POLL_S)
-    if progress.error is not None:
-        raise RoundsFailed(progress.error)
-    if progress.unplaced:
-        raise EnginesUnplaced(
-            "the fleet's process died and with it all engines, which share the GPUs of the training workers and start "
-            "before them only (cluster.colocate): the workers are restarted"
-        )
-    for evaluation in progress.evaluations:
-        evaluator.receive(evaluation, version)
-    if progress.needs_weights:
-        logger.warning("no engine has the weights of version %d; publishing them again", version)
-        publish(version)
-    return progress
 
 
 def train_on_round(
@@ -241,27 +158,3 @@ def train_on_round(
         state.count_step(nonfinite_pairs, pairs)
         reporter.step({"step": state.step, "epoch": data.index + batch.epoch / online.epochs_per_round, **metrics})
     return metrics
-
-
-class Publisher:
-    """Publishes the policy's weights to the engines, with the log-probabilities of a probe text as proof."""
-
-    def __init__(self, trainer: Trainer, sync: WeightSync, reporter: Reporter) -> None:
-        self.trainer, self.sync, self.reporter = trainer, sync, reporter
-
-    def __call__(self, version: int) -> float:
-        """Publish the policy as ``version``; returns the seconds that training waited."""
-        trainer, config, started = self.trainer, self.trainer.config, time.perf_counter()
-        assert config.online is not None
-        self.reporter.phase("syncing")
-        tokens = trainer.tokenizer(PROBE_TEXT)["input_ids"][: config.max_model_len - 1]
-        row = build_sample_row([TokenSample(tuple(tokens[:1]), tuple(tokens[1:]))]).to(trainer.device)
-        logps = token_logps(trainer.policy, row).tolist()
-        reshard(trainer.policy)
-        probe = Probe(tuple(tokens), tuple(logps), config.online.probe_tolerance)
-        if self.sync.adapters_only:
-            weights = AdapterWeights(trainer.policy)
-        else:
-            weights = CheckpointWeights(trainer.policy, DTYPES[config.model.dtype], every_rank=self.sync.every_rank)
-        self.sync.publish(weights, version=version, probe=probe)
-        return time.perf_counter() - started

@@ -6,7 +6,8 @@ import pytest
 
 from dpo_ray.rollout.collector import Progress
 from dpo_ray.rollout.evaluation import Evaluation
-from dpo_ray.train import online
+from dpo_ray.train import round_client
+from dpo_ray.train.round_client import EnginesUnplaced, RoundClient, RoundsFailed
 from dpo_ray.types import NonRetryableError
 
 WAITING, FINISHED = Progress(), Progress(finished=True)
@@ -40,14 +41,17 @@ class Evaluator:
         self.received.append((evaluation.version, version))
 
 
-class Publisher:
-    """Keeps the versions; its transport may have failed in the background."""
+class Client(RoundClient):
+    """Publishes nothing and keeps the versions; its transport may have failed in the background."""
 
-    def __init__(self, error: Exception | None = None) -> None:
-        self.published, self.error, self.sync = [], error, self
+    def __init__(self, rounds: Any, evaluator: Any = None, reporter: Any = None, *, error: Exception | None = None):
+        parts: Any = (None, rounds, self, evaluator or Evaluator(), reporter or Stops())
+        super().__init__(*parts)
+        self.published, self.error = [], error
 
-    def __call__(self, version: int) -> float:
+    def publish(self, version: int) -> float:
         """Publish at once."""
+        self.version = version
         self.published.append(version)
         return 0.0
 
@@ -75,16 +79,14 @@ class Stops:
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """One rank."""
-    monkeypatch.setattr(online, "any_rank", lambda flag: flag)
+    monkeypatch.setattr(round_client, "any_rank", lambda flag: flag)
 
 
 def wait(rounds: Any, evaluator: Any = None, reporter: Any = None) -> tuple[Any, list[int]]:
-    """Wait for round 4; returns its data and the versions published meanwhile."""
-    publish: Any = Publisher()
-    waiting: Any = evaluator or Evaluator()
-    listening: Any = reporter or Stops()
-    data = online.await_round(rounds, 4, waiting, publish, listening)
-    return data, publish.published
+    """Publish version 4 and wait for round 4; returns its data and the versions published meanwhile."""
+    client = Client(rounds, evaluator, reporter)
+    client.version = 4
+    return client.wait_for_round(4), client.published
 
 
 def test_a_round_is_asked_for_until_it_is_there() -> None:
@@ -115,29 +117,26 @@ def test_weights_are_published_again_when_no_engine_has_them() -> None:
 
 
 def test_an_error_of_the_collector_ends_the_run_with_its_message() -> None:
-    with pytest.raises(online.RoundsFailed, match="9 of 16 groups failed"):
+    with pytest.raises(RoundsFailed, match="9 of 16 groups failed"):
         wait(Rounds(WAITING, Progress(error="9 of 16 groups failed")))
 
 
 def test_workers_start_again_to_place_engines_that_died_with_the_fleet() -> None:
-    with pytest.raises(online.EnginesUnplaced, match=r"cluster\.colocate") as raised:
+    with pytest.raises(EnginesUnplaced, match=r"cluster\.colocate") as raised:
         wait(Rounds(WAITING, Progress(unplaced=True)))
     assert not isinstance(raised.value, NonRetryableError)
 
 
 def test_a_publish_that_failed_in_the_background_ends_the_wait() -> None:
-    publish: Any = Publisher(TimeoutError("the fleet did not answer"))
-    rounds, evaluator, listening = Rounds(WAITING), Evaluator(), Stops()
-    arguments: Any = (rounds, 4, evaluator, publish, listening)
+    client = Client(Rounds(WAITING), error=TimeoutError("the fleet did not answer"))
     with pytest.raises(TimeoutError, match="the fleet did not answer"):
-        online.await_round(*arguments)
+        client.wait_for_round(4)
 
 
 def test_at_the_end_only_the_missing_evaluations_are_awaited() -> None:
-    evaluator: Any = Evaluator()
-    publish: Any = Publisher()
-    listening: Any = Stops()
-    rounds: Any = Rounds(WAITING, Progress(evaluations=(Evaluation(3),)), Progress(evaluations=(Evaluation(4),)))
-    online.await_evaluations(rounds, 5, evaluator, publish, listening)
-    assert evaluator.pending == []
+    rounds = Rounds(WAITING, Progress(evaluations=(Evaluation(3),)), Progress(evaluations=(Evaluation(4),)))
+    client = Client(rounds)
+    client.version = 5
+    client.wait_for_evaluations()
+    assert client.evaluator.pending == []
     assert rounds.asked == [(5, None, [3, 4]), (5, None, [3, 4]), (5, None, [4])]
