@@ -7,10 +7,9 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent import futures
 from dataclasses import asdict
 from typing import Any
 
@@ -28,6 +27,7 @@ from dpo_ray.launch.status import ask_status
 from dpo_ray.ops.cpu import cpu_environment
 from dpo_ray.plugins import resolve
 from dpo_ray.storage import StorageFailed, upload_appendable
+from dpo_ray.threads import in_thread
 from dpo_ray.types import Metrics, NonRetryableError
 
 START_FAILURES = 3
@@ -133,20 +133,10 @@ def _fit(trainer: Any, status_actor: Any, stop_timeout_s: float) -> Any:
     The first ends it at once, too, if no step has been taken: there is nothing to save, and loading may take minutes.
     Runs in a thread, since Ray Train replaces the Ctrl-C handler of the main thread and kills workers within a step.
     """
-    result: Future[Any] = Future()
-
-    def fit() -> None:
+    result, deadline = in_thread(trainer.fit), float("inf")
+    while not result.done():
         try:
-            result.set_result(trainer.fit())
-        except BaseException as error:
-            result.set_exception(error)
-
-    thread = threading.Thread(target=fit, name="fit", daemon=True)
-    thread.start()
-    deadline = float("inf")
-    while thread.is_alive():
-        try:
-            thread.join(0.5)
+            futures.wait([result], timeout=0.5)
         except KeyboardInterrupt:
             # Without the status actor, the request does not reach the workers.
             if deadline < float("inf") or not ask_status(status_actor, "request_stop"):

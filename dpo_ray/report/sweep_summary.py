@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_ray.report.formatting import format_duration, format_number, short_names
-from dpo_ray.report.live.background import in_background
 from dpo_ray.report.live.follower import LiveReport
 from dpo_ray.report.sweep_record import SweepRecord, read_sweep
 from dpo_ray.report.sweep_text import verdict_text
 from dpo_ray.sweep.trials import Objective, Trial
+from dpo_ray.threads import in_background
 
 logger = logging.getLogger(__name__)
 

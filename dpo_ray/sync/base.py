@@ -5,7 +5,6 @@ and an object that stands for all engines.
 """
 
 import logging
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from dpo_ray.parallel.collectives import broadcast_or_raise
 from dpo_ray.sync.tensors import Digest, NamedTensor, to_buckets
+from dpo_ray.threads import in_thread
 from dpo_ray.types import EngineLost, Probe
 
 logger = logging.getLogger(__name__)
@@ -307,17 +307,3 @@ def on_own_stream(function: Callable[[], Value]) -> Callable[[], Value]:
             return function()
 
     return run
-
-
-def in_thread(function: Callable[[], Value]) -> "Future[Value]":
-    """Call ``function`` in a thread that is never joined, also not at exit: it may wait for an engine that died."""
-    result: Future[Value] = Future()
-
-    def run() -> None:
-        try:
-            result.set_result(function())
-        except BaseException as error:
-            result.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return result

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 from dpo_ray.parallel.collectives import broadcast_or_raise, gather_values
-from dpo_ray.sync.base import EngineGroup, Sender, in_thread
+from dpo_ray.sync.base import EngineGroup, Sender
 from dpo_ray.sync.tensors import Digest, NamedTensor
+from dpo_ray.threads import in_thread
 from dpo_ray.types import Probe
 
 Handles = dict[str, tuple[Any, ...]]

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from dpo_ray.sync.base import EngineGroup, Sender, in_thread
+from dpo_ray.sync.base import EngineGroup, Sender
 from dpo_ray.sync.tensors import NamedTensor, dtype_name
+from dpo_ray.threads import in_thread
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 import asyncio
 import pickle
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from dpo_ray.config import Config
 from dpo_ray.config.rounds import JudgeConfig
 from dpo_ray.launch.rollouts.completions import EngineCompletions
+from dpo_ray.launch.rollouts.remote_engine import actor_result
 from dpo_ray.launch.run_dir import log_to_run
 from dpo_ray.rollout.judges import (
     Judge,
@@ -138,24 +139,15 @@ class RemoteJudge:
 
     async def score(self, groups: Sequence[CompletionGroup]) -> list[Judgement]:
         """Scores of every completion of every group."""
-        return await _answer(self.handle.score.remote(groups))
+        return await actor_result(self.handle.score.remote(groups), died=JudgeDied("its process died"))
 
     async def idle(self) -> None:
         """Wait until no call is in progress."""
-        await _answer(self.handle.idle.remote())
+        await actor_result(self.handle.idle.remote(), died=JudgeDied("its process died"))
 
     async def restart(self) -> None:
         """Kill the process; Ray starts another."""
         ray.kill(self.handle, no_restart=False)
-
-
-async def _answer(call: Awaitable[Any]) -> Any:
-    try:
-        return await call
-    except RayTaskError as error:
-        raise error.cause from None
-    except RayActorError:
-        raise JudgeDied("its process died") from None
 
 
 def start_judges(config: Config, fleet: Any, columns: Mapping[str, set[str]]) -> dict[str, list[RemoteJudge]]:

@@ -11,8 +11,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 from rich.text import Text
 
 from dpo_ray.report.formatting import format_duration
-from dpo_ray.report.live.background import in_background
 from dpo_ray.report.live.status import Status
+from dpo_ray.threads import in_background
 
 PHASES = {
     "starting": "starting workers",

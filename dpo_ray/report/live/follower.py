@@ -23,11 +23,11 @@ from dpo_ray.config import Config
 from dpo_ray.config.resume import has_work
 from dpo_ray.config.secrets import mask_secrets
 from dpo_ray.plugins import build, check_arguments, resolve
-from dpo_ray.report.live.background import in_background
 from dpo_ray.report.live.trackers import TRACKERS, Row, Tracker
 from dpo_ray.report.record import read_run
 from dpo_ray.rollout.ledger import Ledger
 from dpo_ray.storage import error_summary, open_appendable, write_atomically
+from dpo_ray.threads import in_background
 from dpo_ray.types import Metrics, is_number
 
 logger = logging.getLogger(__name__)

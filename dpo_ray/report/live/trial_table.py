@@ -14,12 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_ray.report.formatting import count_noun, format_duration, format_number, short_names
-from dpo_ray.report.live.background import in_background
 from dpo_ray.report.live.display import CLOSE_TIMEOUT_S
 from dpo_ray.report.sweep_text import settings_text
 from dpo_ray.sweep.ranking import rank
 from dpo_ray.sweep.trials import ENDED, Objective, Trial
 from dpo_ray.sweep.verdict import varying_keys
+from dpo_ray.threads import in_background
 
 MAX_ROWS = 16
 TAIL_BYTES = 16384

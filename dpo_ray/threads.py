@@ -1,8 +1,12 @@
-"""Background threads of the driver."""
+"""Functions called in threads that do not keep the process alive."""
 
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import TypeVar
+
+Value = TypeVar("Value")
 
 
 @contextlib.contextmanager
@@ -20,3 +24,17 @@ def in_background(work: Callable[[threading.Event], None], name: str, *, close_t
     finally:
         ended.set()
         thread.join(close_timeout_s)
+
+
+def in_thread(function: Callable[[], Value]) -> "Future[Value]":
+    """Call ``function`` in a thread that is never joined, also not at exit: it may wait for a process that died."""
+    result: Future[Value] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result
