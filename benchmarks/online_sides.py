@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.online import LENGTH, PROMPTS
 from dpo_ray.config.rounds import EngineConfig, SamplingConfig
 from dpo_ray.config.schema import DataConfig
-from dpo_ray.data.prompts import load_prompts
+from dpo_ray.data.examples import load_prompts
 from dpo_ray.data.tokenize import RecordTokenizer
 from dpo_ray.data.tokenizer import load_tokenizer
 from dpo_ray.rollout.engine import Request

@@ -14,9 +14,9 @@ from rich.console import Console
 
 from dpo_ray.config import Config
 from dpo_ray.config.resume import has_work
+from dpo_ray.data.examples import load_prompts
 from dpo_ray.data.formats import Part
 from dpo_ray.data.loader import checked_gaps
-from dpo_ray.data.prompts import load_prompts
 from dpo_ray.data.report import DataReportBuilder
 from dpo_ray.data.store import PairStore, Prepare, RunParts, prepare_pairs
 from dpo_ray.data.tokenize import load_record_tokenizer

@@ -1,4 +1,4 @@
-"""Decoder layers compiled by torch."""
+"""Decoder layers compiled by torch. Independent of pydantic, which the GPU benchmark does without."""
 
 from collections.abc import Iterable
 from typing import Any

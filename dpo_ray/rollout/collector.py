@@ -12,7 +12,6 @@ from statistics import fmean
 from typing import Any
 
 from dpo_ray.config.rounds import OnlineConfig
-from dpo_ray.rollout.admission import admitted, oldest_version
 from dpo_ray.rollout.dispatch import Dispatcher, EngineError, VersionGone
 from dpo_ray.rollout.engine import EngineStatus, Request, RequestTimedOut
 from dpo_ray.rollout.evaluation import Evaluation, EvaluationStore, evaluation_requests
@@ -21,7 +20,7 @@ from dpo_ray.rollout.judging import JudgeFailed
 from dpo_ray.rollout.ledger import Ledger
 from dpo_ray.rollout.open_round import OpenRound, Outcome
 from dpo_ray.rollout.pipeline import FailureLimit, Generate, Pipeline, Score, Select
-from dpo_ray.rollout.rounds import prompts_of_round, seed_of
+from dpo_ray.rollout.rounds import admitted, oldest_version, prompts_of_round, seed_of
 from dpo_ray.rollout.sources import choose_answer, unjudged, with_answer
 from dpo_ray.rollout.tally import judge_metrics
 from dpo_ray.types import CompletionGroup, Judgement, Prompt

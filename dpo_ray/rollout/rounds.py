@@ -1,4 +1,4 @@
-"""The prompts and sampling seeds of a round, as pure functions: a restarted run gets the same round again."""
+"""When a round may be collected, its prompts and its sampling seeds: pure functions, so a restart repeats the round."""
 
 import hashlib
 import json
@@ -10,6 +10,19 @@ from dpo_ray.types import Prompt
 
 SEEDS = 2**31 - 1000
 """Sampling seeds are in [0, SEEDS): the i-th of up to 1000 candidates, with ``seed + i``, still fits 31 bits."""
+
+
+def admitted(version: int, *, max_lag: int, rounds: int) -> range:
+    """The rounds that may be collected while the trainer has finished ``version`` rounds and ``version`` is published.
+
+    Round r, on which version r trains, needs a policy at most ``max_lag`` rounds old: ``version + max_lag >= r``.
+    """
+    return range(version, min(version + max_lag + 1, rounds))
+
+
+def oldest_version(round: int, *, max_lag: int) -> int:
+    """Oldest policy version that may sample a token of a round."""
+    return max(0, round - max_lag)
 
 
 def validate_round_size(prompts: Sequence[Prompt], per_round: int) -> None:

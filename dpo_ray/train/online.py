@@ -13,15 +13,17 @@ from functools import partial
 import torch
 
 from dpo_ray.config import Config
+from dpo_ray.config.rounds import JudgeConfig
 from dpo_ray.data.loader import PairLoader, PairSource, checked_gaps
 from dpo_ray.model.export import export_policy
 from dpo_ray.model.scorer import LogpsModel
 from dpo_ray.parallel.collectives import any_rank
+from dpo_ray.rollout.judges.implicit import Implicit
 from dpo_ray.rollout.ledger import RoundData
 from dpo_ray.sync.base import WeightSync
 from dpo_ray.train.checkpoint import Checkpointer
 from dpo_ray.train.evaluator import PromptEvaluator
-from dpo_ray.train.implicit import judge_by_policy
+from dpo_ray.train.logps import compute_sample_logps
 from dpo_ray.train.reference import load_frozen_reference, replayable_reference, round_reference
 from dpo_ray.train.refresh import refresh_reference, refreshed_weights
 from dpo_ray.train.reporter import PhaseTimer, Reporter
@@ -107,6 +109,21 @@ def train_online(
         reporter.phase("exporting")
         export_policy(trainer.policy, config.model, trainer.tokenizer, config.run.path)
     return TrainResult(metrics)
+
+
+def judge_by_policy(
+    trainer: Trainer, rounds: Rounds, data: RoundData, frozen: LogpsModel, judge: JudgeConfig
+) -> RoundData:
+    """The round with pairs by the implicit reward of DPO (``judge.use: implicit``); as it is if it has been judged."""
+    if data.judged:
+        return data
+    samples = rounds.samples(data.index)
+    if data.index == 0:  # the policy is the reference, and the length alone would decide
+        return rounds.judge(0, [0.0] * len(samples))
+    policy, reference = (compute_sample_logps(trainer, model, samples) for model in (trainer.policy, frozen))
+    tokens = samples.lengths[:, 1]
+    scores = Implicit(**judge.args).scores(policy, reference, tokens, beta=trainer.config.loss.beta)
+    return rounds.judge(data.index, scores.tolist())
 
 
 def complete_round(

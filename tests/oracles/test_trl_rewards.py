@@ -9,7 +9,7 @@ import pytest
 
 from dpo_ray.config import Component
 from dpo_ray.config.schema import DataConfig
-from dpo_ray.data.prompts import load_prompts
+from dpo_ray.data.examples import load_prompts
 from dpo_ray.data.tokenize import RecordTokenizer
 from dpo_ray.data.tokenizer import load_tokenizer
 from dpo_ray.rollout.judges import bind_judge, check_scores

@@ -1,12 +1,15 @@
-"""The number of a judge's calls that overlap."""
+"""Calls of judges and their requests that overlap: how many, and waiting for them."""
 
+import asyncio
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from dpo_ray.types import CompletionGroup
+from dpo_ray.types import CompletionGroup, JudgeUnavailable
+
+T = TypeVar("T")
 
 ASYNC_CONCURRENCY = 32
 """Calls in progress of a judge that is an async function."""
@@ -65,3 +68,15 @@ def least_capacity(capacities: Sequence[Capacity], completions: int) -> Capacity
         for capacity in capacities
     ]
     return Capacity(requests, tuple(map(max, zip(*scaled, strict=True))))
+
+
+async def wait_for_all(awaitables: Iterable[Awaitable[T]]) -> list[T]:
+    """Results in order, or an error after all are done: no request remains in flight, to be sent again.
+
+    The error is the first one, or one that ends the run.
+    """
+    results = await asyncio.gather(*awaitables, return_exceptions=True)
+    errors = [result for result in results if isinstance(result, BaseException)]
+    if errors:
+        raise next((error for error in errors if isinstance(error, JudgeUnavailable)), errors[0])
+    return [result for result in results if not isinstance(result, BaseException)]

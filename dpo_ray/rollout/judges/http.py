@@ -14,10 +14,9 @@ from pydantic_core import PydanticCustomError
 
 from dpo_ray.config.secrets import holds_secret
 from dpo_ray.rollout.judges.arguments import EnvironmentVariable, StrictArgs, Text, key_of, parse_args
-from dpo_ray.rollout.judges.calls import Capacity
+from dpo_ray.rollout.judges.calls import Capacity, wait_for_all
 from dpo_ray.rollout.judges.columns import Column
 from dpo_ray.rollout.judges.reward_chat import RewardChat
-from dpo_ray.rollout.judges.waiting import wait_for_all
 from dpo_ray.rollout.judges.wire_formats import Rewards, WireFormat, openrlhf, sglang, vllm
 from dpo_ray.types import CompletionGroup, Judgement, JudgeUnavailable
 

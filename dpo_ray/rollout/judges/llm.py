@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_ray.rollout.judges.answer_cache import CACHE, AnswerCache, Reply
 from dpo_ray.rollout.judges.arguments import parse_args
-from dpo_ray.rollout.judges.calls import Capacity
+from dpo_ray.rollout.judges.calls import Capacity, wait_for_all
 from dpo_ray.rollout.judges.language_model_args import LlmArgs, PolicyArgs, QuestionArgs
 from dpo_ray.rollout.judges.modes import Schema
 from dpo_ray.rollout.judges.questioner import JudgeModel, Prices, Questioner
-from dpo_ray.rollout.judges.waiting import wait_for_all
 from dpo_ray.types import CompletionGroup, Judgement
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from dpo_ray.rollout.judges.answer_cache import AnswerCache, Reply, request_key
+from dpo_ray.rollout.judges.calls import wait_for_all
 from dpo_ray.rollout.judges.modes import Mode, Question, Schema
-from dpo_ray.rollout.judges.waiting import wait_for_all
 from dpo_ray.types import CompletionGroup, Judgement
 
 T = TypeVar("T")

@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 from dpo_ray.config import Component
 from dpo_ray.config.rounds import IMPLICIT
-from dpo_ray.rollout.judges.calls import Capacity, capacity_of, is_async, least_capacity
-from dpo_ray.rollout.judges.waiting import wait_for_all
+from dpo_ray.rollout.judges.calls import Capacity, capacity_of, is_async, least_capacity, wait_for_all
 from dpo_ray.storage import error_summary
 from dpo_ray.types import CompletionGroup, Judgement, JudgeUnavailable, is_finite
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpo_ray.config.schema import DataConfig
-from dpo_ray.data.prompts import load_prompts
+from dpo_ray.data.examples import load_prompts
 from dpo_ray.data.tokenize import RecordTokenizer
 from dpo_ray.data.tokenizer import ModelLimits, load_tokenizer
 

@@ -8,7 +8,7 @@ import pytest
 
 from dpo_ray.config.losses import LossConfig
 from dpo_ray.config.rounds import JudgeConfig
-from dpo_ray.train import implicit
+from dpo_ray.train import online
 from dpo_ray.train.logps import SampleList
 from dpo_ray.types import TokenSample
 
@@ -31,9 +31,9 @@ class Rounds:
 def test_a_score_is_beta_times_the_log_ratio_minus_the_penalty_of_all_tokens(
     monkeypatch: pytest.MonkeyPatch, beta: float, penalty: float, expected: list[float]
 ):
-    monkeypatch.setattr(implicit, "compute_sample_logps", lambda trainer, model, samples: LOGPS[model])
+    monkeypatch.setattr(online, "compute_sample_logps", lambda trainer, model, samples: LOGPS[model])
     trainer: Any = SimpleNamespace(policy="policy", config=SimpleNamespace(loss=LossConfig(beta=beta)))
     rounds, data, frozen = Rounds(), SimpleNamespace(judged=False, index=1), "reference"
     judge = JudgeConfig(use="implicit", args={"length_penalty": penalty})
-    scores: Any = implicit.judge_by_policy(trainer, rounds, data, frozen, judge)  # pyrefly: ignore [bad-argument-type]
+    scores: Any = online.judge_by_policy(trainer, rounds, data, frozen, judge)  # pyrefly: ignore [bad-argument-type]
     assert scores == pytest.approx(expected)
