@@ -47,7 +47,7 @@ def write_picture(run_dir: str, png: Path) -> None:
         draw_plot(plot, cell)
         cell.suptitle(plot.title, fontsize=13, fontweight="bold", color=LIGHT["ink"])
         handles = [
-            Line2D([], [], color=LIGHT[swatch.colour], label=swatch.label, **MARKS.get(swatch.mark, {}))
+            Line2D([], [], color=LIGHT[swatch.color], label=swatch.label, **MARKS.get(swatch.mark, {}))
             for swatch in legend(plot)
         ]
         cell.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, columnspacing=1.1)

@@ -25,7 +25,7 @@ UNPAIRED_LOSSES = ("kto", "bco")
 LIST_LOSSES = ("plackett_luce", "lipo")
 """Losses of ranked lists."""
 Examples = Literal["pairs", "lists", "unpaired", "unpaired_kl"]
-"""Kinds of training examples: pairs; pairs of neighbours in ranked lists; completions without a pair; or these, each
+"""Kinds of training examples: pairs; pairs of neighbors in ranked lists; completions without a pair; or these, each
 with a completion of another prompt."""
 
 

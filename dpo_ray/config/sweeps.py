@@ -76,7 +76,7 @@ class OptunaArgs(Section):
     """Optuna's tree-structured Parzen estimator (needs optuna: pip install 'dpo-ray[optuna]')."""
 
     startup_trials: int = Field(10, ge=1)
-    """Random trials before the first that is modelled."""
+    """Random trials before the first that is modeled."""
 
 
 SCHEDULERS: dict[str, type[Section]] = {
@@ -122,7 +122,7 @@ class SearchConfig(Section):
 
     use: Literal["random", "grid", "sobol", "optuna"] = "random"
     """random: independent samples. grid: all combinations, with args.points values per continuous domain. sobol: a
-    scrambled Sobol sequence, which covers the space more evenly than random samples. optuna: modelled on the results so
+    scrambled Sobol sequence, which covers the space more evenly than random samples. optuna: modeled on the results so
     far (pip install 'dpo-ray[optuna]'). run.seed seeds all of them."""
     args: dict[str, Any] = Field({})
     """grid {points: 3}; optuna {startup_trials: 10}."""

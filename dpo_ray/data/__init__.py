@@ -1,4 +1,4 @@
-"""From preference files to batches: reading, tokenising, the token store, packing and loading.
+"""From preference files to batches: reading, tokenizing, the token store, packing and loading.
 
-Import from the modules: reading and tokenising need no torch, packing and loading do.
+Import from the modules: reading and tokenizing need no torch, packing and loading do.
 """

@@ -1,4 +1,4 @@
-"""Training examples and prompts of sources: records read, tokenised and put together, in order.
+"""Training examples and prompts of sources: records read, tokenized and put together, in order.
 
 An example is a pair, or a completion without a pair beside one of another record.
 """
@@ -20,7 +20,7 @@ Item = Kept | Problem
 
 
 def tokenize_pairs(parts: Sequence[Part], tokenizer: RecordTokenizer) -> Iterator[Item]:
-    """Read and tokenise the pairs of ``parts``, in order; a problem per record without any.
+    """Read and tokenize the pairs of ``parts``, in order; a problem per record without any.
 
     For losses of completions without a pair, a pair is two of them. The place of the other completion is empty, or has
     a completion of another record.
@@ -53,7 +53,7 @@ def _examples(records: Sequence[PairRecord | Problem], tokenizer: RecordTokenize
                 problems.append(replace(result, detail=f"{names}: {result.detail}") if len(records) > 1 else result)
     kept = _with_one_prompt(kept, problems, tokenizer.data.max_completion_tokens)
     if tokenizer.examples == "lists":
-        kept = _neighbours(kept, problems)
+        kept = _neighbors(kept, problems)
     if not kept:
         return problems[:1]
     first, result = kept[0]
@@ -65,8 +65,8 @@ def _left_out(record: PairRecord, problems: Sequence[Problem] = ()) -> Iterator[
     return (("left_out", f"{MEANINGS[p.reason]}: {p.detail}") for p in (*record.left_out, *problems))
 
 
-def _neighbours(ranking: Sequence[Kept], problems: list[Problem]) -> list[Kept]:
-    """The pairs of neighbours in a ranking of completions; one with the tokens of a better one adds a problem."""
+def _neighbors(ranking: Sequence[Kept], problems: list[Problem]) -> list[Kept]:
+    """The pairs of neighbors in a ranking of completions; one with the tokens of a better one adds a problem."""
     different: dict[tuple[int, ...], Kept] = {}
     for record, result in ranking:
         better, _ = different.setdefault(_with_loss(result.pair.chosen), (record, result))
@@ -199,7 +199,7 @@ def load_prompts(
 def tokenize_prompts(
     sources: Sequence[str], tokenizer: RecordTokenizer
 ) -> Iterator[tuple[PromptRecord, TokenizedPrompt] | Problem]:
-    """Read and tokenise the prompts of ``sources``, in order; a problem per record that is dropped."""
+    """Read and tokenize the prompts of ``sources``, in order; a problem per record that is dropped."""
     for record in read_prompts(sources):
         if isinstance(record, Problem):
             yield record
@@ -211,7 +211,7 @@ def tokenize_prompts(
 def tokenize_answers(
     sources: Sequence[str], tokenizer: RecordTokenizer
 ) -> Iterator[tuple[PromptRecord, TokenizedPrompt, Completion] | Problem]:
-    """Read and tokenise the prompts of ``sources`` with their answers, in order; a problem per record that is dropped.
+    """Read and tokenize the prompts of ``sources`` with their answers, in order; a problem per record that is dropped.
 
     A prompt has the tokens that come before its answer.
     """

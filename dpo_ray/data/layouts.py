@@ -1,8 +1,8 @@
 """Layouts of records: which fields hold the prompt, the completions and their scores.
 
-A layout is recognised by its fields. Each is read into ``Candidates``, whatever it is named after:
+A layout is recognized by its fields. Each is read into ``Candidates``, whatever it is named after:
 
-    labelled      prompt, chosen, rejected (also instruction, question, history, chosen_response, ...)
+    labeled      prompt, chosen, rejected (also instruction, question, history, chosen_response, ...)
     implicit      chosen and rejected as whole conversations, or as Human/Assistant transcripts
     verdict       two completions and a verdict (HelpSteer 2 and 3, PKU-SafeRLHF, SHP, arena battles)
     ranked        a list of completions with scores or ranks (UltraFeedback, Nectar, distilabel)
@@ -83,7 +83,7 @@ def read_candidates(fields: Fields) -> Candidates:
     """
     chosen, rejected = fields.first_of(*_CHOSEN), fields.first_of(*_REJECTED)
     if chosen and rejected:
-        return _labelled(fields, chosen, rejected)
+        return _labeled(fields, chosen, rejected)
     if verdict := verdict_of(fields):
         return _judged(fields, verdict)
     if name := fields.first_of(*_LISTS):
@@ -231,7 +231,7 @@ def _two_completions(fields: Fields, names: Sequence[str]) -> Sequence[Messages 
     return completions
 
 
-def _labelled(fields: Fields, *names: str) -> Candidates:
+def _labeled(fields: Fields, *names: str) -> Candidates:
     """Layouts with a chosen and a rejected completion."""
     chosen, rejected = _two_completions(fields, names)
     if not _has_prompt(fields, chosen, rejected):

@@ -1,6 +1,6 @@
 """The tokens of a trajectory that carry loss: those of its assistant turns, and not those of the turns between them.
 
-A turn's boundary is where the conversation up to it, rendered and tokenised alone, parts from the whole one.
+A turn's boundary is where the conversation up to it, rendered and tokenized alone, parts from the whole one.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def mask_other_turns(
         ids: of all ``messages``, which end with an assistant turn.
         messages: the prompt and the completion.
         prompt_turns: number of messages of the prompt.
-        encode: renders and tokenises a conversation.
+        encode: renders and tokenizes a conversation.
         end_of_turn: the token that ends a turn.
 
     Raises:

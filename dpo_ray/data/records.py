@@ -1,6 +1,6 @@
 """Preference pairs and prompts of records, as text.
 
-Invalid records are returned as a ``Problem`` with reason and location. Independent of file formats and tokenisation.
+Invalid records are returned as a ``Problem`` with reason and location. Independent of file formats and tokenization.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

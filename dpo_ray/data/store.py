@@ -1,7 +1,7 @@
-"""Tokenised pairs on disk: built once for the same data, tokenizer and limits, and memory-mapped by every reader.
+"""Tokenized pairs on disk: built once for the same data, tokenizer and limits, and memory-mapped by every reader.
 
 A store is a folder named by a digest of everything that determines its content. The data is split into parts, which
-separate processes may tokenise into separate files. The finished folder is moved into place atomically; if two
+separate processes may tokenize into separate files. The finished folder is moved into place atomically; if two
 processes build the same store, the first to finish wins.
 """
 
@@ -28,7 +28,7 @@ from dpo_ray.storage import atomic_folder, cached_text
 from dpo_ray.types import TokenPair
 
 FORMAT_VERSION = 7
-"""Part of every digest: increment it when the file format, record layouts or tokenisation change."""
+"""Part of every digest: increment it when the file format, record layouts or tokenization change."""
 
 PART_RECORDS = 4096
 """Records per part: seconds of work, longer than the start of a process."""
@@ -38,13 +38,13 @@ _LENGTHS, _ENDS, _ORIGINS, _COMPLETIONS = "lengths.i32", "ends.i64", "origins.i6
 _UNPAIRED, _GAPS, _META = "unpaired.i1", "gaps.f64", "meta.json"
 
 Prepare = Callable[[tuple[int, Part]], DataReportBuilder]
-"""Tokenises a numbered part into files and counts its records."""
+"""Tokenizes a numbered part into files and counts its records."""
 RunParts = Callable[[Prepare, Sequence[tuple[int, Part]]], Iterable[DataReportBuilder]]
 """Applies the function to each part, in any process, and returns the results in order, like ``map``."""
 
 
 class PairStore:
-    """Memory-mapped tokenised preference pairs."""
+    """Memory-mapped tokenized preference pairs."""
 
     def __init__(self, folder: Path, sources: Sequence[str], groups: Sequence[Sequence[str]]) -> None:
         """Open a finished store.
@@ -125,14 +125,14 @@ def prepare_pairs(
     run_parts: RunParts = map,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PairStore:
-    """The tokenised pairs of ``sources``, from an existing store or a new one.
+    """The tokenized pairs of ``sources``, from an existing store or a new one.
 
     Args:
         sources: files, folders, patterns, saved datasets or hub datasets.
         tokenizer: of the policy, with the data section.
         folder: parent of stores; may be shared by runs and machines.
         kind: ``data.limit`` applies to train only.
-        run_parts: tokenises parts of ``PART_RECORDS``; by default sequentially in this process.
+        run_parts: tokenizes parts of ``PART_RECORDS``; by default sequentially in this process.
         on_progress: called with the numbers of finished and of all records after each part.
 
     Raises:
@@ -185,7 +185,7 @@ def _prepare_part(
     files: Sequence[str],
     tokenizer: RecordTokenizer,
 ) -> DataReportBuilder:
-    """Tokenise the records of a part into files named by its number, in constant memory."""
+    """Tokenize the records of a part into files named by its number, in constant memory."""
     number, part = numbered
     counts, tokens, file = DataReportBuilder(), 0, files.index(part.source)
     with (

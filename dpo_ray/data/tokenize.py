@@ -1,6 +1,6 @@
 """From text to token ids: the chat template, the boundary between prompt and completion, special tokens and limits.
 
-Prompt and completion are tokenised as one text and split afterwards, so that the policy trains on the tokens that it
+Prompt and completion are tokenized as one text and split afterwards, so that the policy trains on the tokens that it
 would generate. Independent of files.
 """
 
@@ -62,7 +62,7 @@ Tokenized = TypeVar("Tokenized", TokenizedPair, TokenizedPrompt)
 
 
 class RecordTokenizer:
-    """Tokenises records as the model reads them.
+    """Tokenizes records as the model reads them.
 
     Args:
         tokenizer: the policy's tokenizer.

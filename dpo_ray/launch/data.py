@@ -68,10 +68,10 @@ def prepare_data(
         TimeoutError: the cluster makes no progress.
     """
     status = StatusActor()
-    status.phase("tokenising", 0, 0)
+    status.phase("tokenizing", 0, 0)
     with live_display(status.read, title=config.run.name, rounds=None, console=console):
         pairs, held_out = open_pairs(
-            config, run_parts=partial(tokenize_on_cluster, cluster), on_progress=partial(status.phase, "tokenising")
+            config, run_parts=partial(tokenize_on_cluster, cluster), on_progress=partial(status.phase, "tokenizing")
         )
     run_dir = make_run_dir(config)
     stores = {"data.train": pairs} | ({"data.eval": held_out} if held_out else {})

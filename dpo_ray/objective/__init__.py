@@ -1,1 +1,1 @@
-"""The mathematics of preference optimisation: pure functions of tensors."""
+"""The mathematics of preference optimization: pure functions of tensors."""

@@ -55,7 +55,7 @@ def sigmoid(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoot
 def sigmoid_norm(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """DPO on log-ratios per token, which does not reward length; typical beta is 2 to 10.
 
-    Length-normalised DPO of Tulu 3, arXiv:2411.15124, section 5.
+    Length-normalized DPO of Tulu 3, arXiv:2411.15124, section 5.
     """
     return _cross_entropy(beta * log_ratio_margin_per_token(policy, reference), label_smoothing)
 
@@ -67,8 +67,8 @@ def robust(policy: PairLogps, reference: PairLogps, *, beta: float, label_smooth
     """
     _check_flip_rate(label_smoothing)
     margin = beta * log_ratio_margin(policy, reference)
-    as_labelled, flipped = -F.logsigmoid(margin), -F.logsigmoid(-margin)
-    return ((1 - label_smoothing) * as_labelled - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+    as_labeled, flipped = -F.logsigmoid(margin), -F.logsigmoid(-margin)
+    return ((1 - label_smoothing) * as_labeled - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
 def hinge(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
@@ -83,7 +83,7 @@ def ipo(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
     """IPO: squared distance of the margin to 1 / (2 beta), which bounds it.
 
     arXiv:2310.12036, Eq. 17, where beta is called tau. On log-ratios per token, as in TRL, where the
-    authors confirmed it; the paper does not specify the normalisation.
+    authors confirmed it; the paper does not specify the normalization.
     """
     return (log_ratio_margin_per_token(policy, reference) - 1 / (2 * beta)) ** 2
 
@@ -224,7 +224,7 @@ def bco(policy: PairLogps, reference: PairLogps, *, beta: float, log_ratio_total
 def plackett_luce(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
     """DPO on ranked lists: negative log-likelihood of the ranking under Plackett-Luce.
 
-    arXiv:2305.18290, Eq. 20. A list of K completions is K - 1 pairs of neighbours, and the loss of a pair is the term
+    arXiv:2305.18290, Eq. 20. A list of K completions is K - 1 pairs of neighbors, and the loss of a pair is the term
     of its chosen completion: it is preferred to all that follow. The loss of a pair by itself is DPO's.
     """
     chosen, rejected = (beta * ratio for ratio in log_ratios(policy, reference))
@@ -236,7 +236,7 @@ def lipo(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
     """LiPO-lambda on ranked lists: logistic losses of all pairs of a list, weighted by what a swap costs in DCG.
 
     arXiv:2402.01878, with labels from 1 for the first completion of a list to 0 for the last, in equal steps. The loss
-    of a pair of neighbours is the sum over its chosen completion and each that follows.
+    of a pair of neighbors is the sum over its chosen completion and each that follows.
     """
     lists = _Lists.of(policy)
     chosen, rejected = (beta * ratio for ratio in log_ratios(policy, reference))
@@ -256,7 +256,7 @@ def lipo(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
 
 
 class _Lists(NamedTuple):
-    """The ranked lists that B pairs of neighbours are part of."""
+    """The ranked lists that B pairs of neighbors are part of."""
 
     same: Tensor
     """(B, B) True for two pairs of one list."""

@@ -1,4 +1,4 @@
-"""Tensor parallelism: the matrices of each decoder layer and the vocabulary, split over neighbouring ranks.
+"""Tensor parallelism: the matrices of each decoder layer and the vocabulary, split over neighboring ranks.
 
 Layers are split according to the architecture's plan in transformers (``model.tp_plan``). Every parameter becomes a
 DTensor over the tensor ranks, so FSDP, checkpoints and gradient norms know its placement; modules compute with local

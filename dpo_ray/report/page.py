@@ -38,7 +38,7 @@ class Example(NamedTuple):
     texts: Sequence[Text]
     badge: str = ""
     tone: str = ""
-    """up | down | empty; colours the badge."""
+    """up | down | empty; colors the badge."""
 
 
 def write_report(record: RunRecord, *, running: bool = False) -> Path:
@@ -50,7 +50,7 @@ def write_report(record: RunRecord, *, running: bool = False) -> Path:
     findings, online = diagnose(record), record.rounds or record.config.get("online")
     return write_page(
         record.path,
-        kind=" + ".join(record.losses).upper() if record.labelled else "Online DPO" if online else "DPO",
+        kind=" + ".join(record.losses).upper() if record.labeled else "Online DPO" if online else "DPO",
         title=record.setting("run.name") or record.path.resolve().name,
         running=_progress(record) if running else "",
         verdict=verdict(record, findings),

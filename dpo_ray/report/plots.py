@@ -1,6 +1,6 @@
 """The plots of a run: a table of titles, panels, series and captions; and one renderer, also for those of a sweep.
 
-In an SVG, colours are CSS variables and text stays text: the page decides on a light or a dark theme and on the font.
+In an SVG, colors are CSS variables and text stays text: the page decides on a light or a dark theme and on the font.
 """
 
 import io
@@ -33,10 +33,10 @@ PALETTE: dict[str, tuple[str, str]] = {
     "rose": ("#b9507d", "#e48bb0"),
     "paper": ("#ffffff", "#1b1f26"),
 }
-"""Each colour on a light and on a dark page. Plots are drawn in the light ones."""
+"""Each color on a light and on a dark page. Plots are drawn in the light ones."""
 LIGHT = {name: light for name, (light, _) in PALETTE.items()}
-DROP_COLOURS = ("rejected", "sand", "rose", "stone", "heldout", "policy")
-"""Colours of the reasons for dropping a prompt, repeated where there are more reasons."""
+DROP_COLORS = ("rejected", "sand", "rose", "stone", "heldout", "policy")
+"""Colors of the reasons for dropping a prompt, repeated where there are more reasons."""
 
 WIDTH_IN, PANEL_IN = 6.2, 2.35  # inches of 72 SVG units: text has its nominal size on a page of about 500 pixels
 TEXT_PT = 11.5
@@ -50,7 +50,7 @@ class Swatch(NamedTuple):
     """An entry of a legend."""
 
     label: str
-    colour: str
+    color: str
     mark: str
     """line | dashed | point | dot | ring | cross | box."""
 
@@ -61,7 +61,7 @@ class Series(NamedTuple):
     label: str
     """Text in the legend; empty for no entry."""
     curve: Curve
-    colour: str = "policy"
+    color: str = "policy"
     style: Literal["line", "peaks", "heldout", "left bar", "right bar"] = "line"
     """peaks: a line that keeps single high values. heldout: diamonds on a dashed line. bars: stacked per round."""
 
@@ -157,9 +157,9 @@ def _training_plots(record: RunRecord) -> list[Plot]:
     gradients, rates = [Series("", norms, style="peaks")], [Series("", steps("optim/lr"), "sand")]
     return [
         Plot(
-            "Reward and accuracy" if record.labelled else "Reward margin and accuracy",
+            "Reward and accuracy" if record.labeled else "Reward margin and accuracy",
             [
-                Panel("reward in the direction of the label" if record.labelled else "reward margin", margins, 0.0),
+                Panel("reward in the direction of the label" if record.labeled else "reward margin", margins, 0.0),
                 Panel(f"accuracy (share of {record.examples})", accuracies, 0.5, limits=(-0.03, 1.03)),
             ],
             "Both should rise and then level off; held-out points that stay behind the line are a sign of overfitting. "
@@ -197,9 +197,9 @@ def _rollout_plots(record: RunRecord) -> list[Plot]:
     lengths = _with_heldout("prompts", rounds("rollout/mean_tokens"), versions("tokens"))
     outcomes = [Series("kept as a pair", rounds("rollout/kept"), "chosen", "left bar")]
     dropped = [reason for reason, count in record.dropped.items() if count]
-    for reason, colour in zip(dropped, cycle(DROP_COLOURS), strict=False):
+    for reason, color in zip(dropped, cycle(DROP_COLORS), strict=False):
         label = f"dropped: {reason.replace('_', ' ')}"
-        outcomes.append(Series(label, rounds(f"rollout/dropped_{reason}"), colour, "left bar"))
+        outcomes.append(Series(label, rounds(f"rollout/dropped_{reason}"), color, "left bar"))
     phases = [
         Series("generate", rounds("perf/generate_s"), "policy", "left bar"),
         Series("judge", rounds("perf/judge_s"), "heldout", "right bar" if record.judged_by_workers else "left bar"),
@@ -234,11 +234,11 @@ def _with_data(panels: Sequence[Panel]) -> list[Panel]:
 
 
 def legend(plot: Plot | Drawing) -> list[Swatch]:
-    """Labelled series and levels, each label once."""
+    """Labeled series and levels, each label once."""
     if isinstance(plot, Drawing):
         return list(plot.legend)
     marks = {"heldout": "point", "left bar": "box", "right bar": "box"}
-    swatches = [Swatch(s.label, s.colour, marks.get(s.style, "line")) for panel in plot.panels for s in panel.series]
+    swatches = [Swatch(s.label, s.color, marks.get(s.style, "line")) for panel in plot.panels for s in panel.series]
     levels = [Swatch(panel.level_label, "faint", "dashed") for panel in plot.panels if panel.level is not None]
     return list(dict.fromkeys(swatch for swatch in swatches + levels if swatch.label))
 
@@ -302,31 +302,29 @@ def label_x(axes: Axes, label: str) -> None:
     axes.set_xlabel(label, fontsize=TEXT_PT, color=LIGHT["ink"], loc="right", parse_math=False)
 
 
-def label_point(axes: Axes, x: float, y: float, text: str, colour: str, *, above: bool) -> None:
+def label_point(axes: Axes, x: float, y: float, text: str, color: str, *, above: bool) -> None:
     """Write the value of a point above or below it."""
     text, offset = text.replace("-", "−"), (0, 9 if above else -19)  # noqa: RUF001
-    style: dict[str, Any] = {"fontsize": TEXT_PT, "fontweight": "bold", "color": LIGHT[colour], "zorder": 6}
+    style: dict[str, Any] = {"fontsize": TEXT_PT, "fontweight": "bold", "color": LIGHT[color], "zorder": 6}
     axes.annotate(text, (x, y), xytext=offset, textcoords="offset points", ha="center", **style)
 
 
 def _draw_line(axes: Axes, series: Series) -> None:
     """A line; a long one pale, with its running mean on top."""
     x, y = series.curve
-    colour, peaks = LIGHT[series.colour], series.style == "peaks"
-    centre = np.median if peaks else np.mean
+    color, peaks = LIGHT[series.color], series.style == "peaks"
+    center = np.median if peaks else np.mean
     smooth = len(y) >= SMOOTH_FROM
     size = math.ceil(len(x) / MAX_POINTS)
     shown = _grouped(x, size)
     pale: dict[str, Any] = {"alpha": 0.32, "linewidth": 1.0} if smooth else {"linewidth": 2.0}
     marker = "o" if len(x) <= 24 else ""
-    axes.plot(
-        shown, _grouped(y, size, np.max if peaks else centre), color=colour, marker=marker, markersize=4.2, **pale
-    )
+    axes.plot(shown, _grouped(y, size, np.max if peaks else center), color=color, marker=marker, markersize=4.2, **pale)
     if smooth:
-        values = _grouped(y, size, centre)
+        values = _grouped(y, size, center)
         half = max(1, len(values) // 40)
-        running = [centre(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
-        axes.plot(shown, running, color=colour, linewidth=2.2)
+        running = [center(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+        axes.plot(shown, running, color=color, linewidth=2.2)
     positive = y[y > 0]
     if peaks and len(positive) and positive.max() > LOG_PEAK * np.median(positive):
         axes.set_yscale("log")
@@ -350,16 +348,16 @@ def _draw_bars(axes: Axes, bars: Sequence[Series]) -> None:
         return
     rounds = np.unique(np.concatenate([series.curve[0] for series in bars]))
     size = math.ceil(len(rounds) / MAX_BARS)
-    centres = _grouped(rounds, size)
+    centers = _grouped(rounds, size)
     stacks = sorted({series.style for series in bars})
-    bottoms = {stack: np.zeros(len(centres)) for stack in stacks}
+    bottoms = {stack: np.zeros(len(centers)) for stack in stacks}
     width = 0.76 * size / len(stacks)
     for series in bars:
         values = np.zeros(len(rounds))
         values[np.searchsorted(rounds, series.curve[0])] = series.curve[1]
         heights, bottom = _grouped(values, size), bottoms[series.style]
-        x = centres + 1.1 * width * (stacks.index(series.style) - (len(stacks) - 1) / 2)
-        axes.bar(x, heights, width, bottom=bottom, color=LIGHT[series.colour], linewidth=0)
+        x = centers + 1.1 * width * (stacks.index(series.style) - (len(stacks) - 1) / 2)
+        axes.bar(x, heights, width, bottom=bottom, color=LIGHT[series.color], linewidth=0)
         bottoms[series.style] = bottom + heights
 
 
@@ -380,6 +378,6 @@ def _svg(figure: Figure, name: str) -> str:
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'href="#', f'href="#{name}-', svg)
     svg = svg.replace("url(#", f"url(#{name}-")
-    for colour, light in LIGHT.items():
-        svg = svg.replace(light, f"var(--{colour})")
+    for color, light in LIGHT.items():
+        svg = svg.replace(light, f"var(--{color})")
     return re.sub(r"\n\s*", "\n", svg)

@@ -130,7 +130,7 @@ class RunRecord:
         return candidates and self.setting("online.judge.use") == IMPLICIT
 
     @property
-    def labelled(self) -> bool:
+    def labeled(self) -> bool:
         """True if the run trained on completions with a label instead of pairs."""
         return any(name in UNPAIRED_LOSSES for name in self.losses)
 
@@ -143,17 +143,17 @@ class RunRecord:
     @property
     def examples(self) -> str:
         """The training examples, for sentences."""
-        return "completions" if self.labelled else "pairs"
+        return "completions" if self.labeled else "pairs"
 
     @property
     def roles(self) -> tuple[str, str]:
         """Names of the completions to prefer and to avoid, for sentences."""
-        return ("desirable", "undesirable") if self.labelled else ("chosen", "rejected")
+        return ("desirable", "undesirable") if self.labeled else ("chosen", "rejected")
 
     @property
     def learned(self) -> str:
         """Predicate of a sentence on the examples with a reward on the right side."""
-        return "got likelier or less likely as labelled" if self.labelled else "are ordered right"
+        return "got likelier or less likely as labeled" if self.labeled else "are ordered right"
 
     def over_steps(self, key: str) -> Curve:
         return _curve(self.steps, "step", key)

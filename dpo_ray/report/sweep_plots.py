@@ -1,6 +1,6 @@
 """The plots of a sweep: learning curves, maps of two keys, parallel coordinates, frontier and importance.
 
-Trials with a metric are coloured by it, on a scale that is safe for colour-blind readers and visible on a light and on
+Trials with a metric are colored by it, on a scale that is safe for color-blind readers and visible on a light and on
 a dark page; others are crosses.
 """
 
@@ -23,7 +23,7 @@ from dpo_ray.sweep.importance import MAX_GROUPS, MIN_TRIALS, Importance, frontie
 from dpo_ray.sweep.trials import Trial
 from dpo_ray.types import finite_float, is_number
 
-COLOURS: Colormap = ListedColormap(matplotlib.colormaps["cividis"](np.linspace(0.12, 0.97, 256)))
+COLORS: Colormap = ListedColormap(matplotlib.colormaps["cividis"](np.linspace(0.12, 0.97, 256)))
 LOG_RATIO = 3.0  # ratio of the largest to the smallest swept value from which their axis is logarithmic
 MAX_MAPS = 3  # pairs of numeric keys, the most important keys first
 MAX_KEY_PLOTS = 3
@@ -73,11 +73,11 @@ def _metric(record: SweepRecord, trial: Trial) -> float:
     return float(trial.metrics[record.objective.metric])
 
 
-def _colours(record: SweepRecord, trials: Sequence[Trial]) -> np.ndarray:
-    """(n, 4) colours by metric; the best value has the light end."""
+def _colors(record: SweepRecord, trials: Sequence[Trial]) -> np.ndarray:
+    """(n, 4) colors by metric; the best value has the light end."""
     values = np.array([_metric(record, trial) for trial in trials])
     scale = Normalize(values.min(), values.max())(values) if len(values) and np.ptp(values) else np.ones(len(values))
-    return COLOURS(np.asarray(scale) if record.objective.mode == "max" else 1 - np.asarray(scale))
+    return COLORS(np.asarray(scale) if record.objective.mode == "max" else 1 - np.asarray(scale))
 
 
 def _curves(record: SweepRecord) -> Drawing | None:
@@ -127,7 +127,7 @@ def _trial_swatches(record: SweepRecord) -> list[Swatch]:
 def _map(record: SweepRecord, x: str, y: str) -> Drawing | None:
     if not record.ranked:
         return None
-    caption = f"Each point is a trial, coloured by {record.objective.metric}: the lighter, the better."
+    caption = f"Each point is a trial, colored by {record.objective.metric}: the lighter, the better."
     title = f"{x} and {y}"
     return Drawing(title, partial(_draw_map, record, x, y), caption, _trial_swatches(record), 1.45 * PANEL_IN)
 
@@ -138,7 +138,7 @@ def _draw_map(record: SweepRecord, x: str, y: str, figure: Figure | SubFigure) -
     axes.grid(axis="both", color=LIGHT["rule"], linewidth=1)
     trials = list(record.ranked)
     points = np.array([[trial.values[x], trial.values[y]] for trial in trials], dtype=float)
-    axes.scatter(*points.T, s=90, c=_colours(record, trials), edgecolors=LIGHT["faint"], linewidths=0.9, zorder=3)
+    axes.scatter(*points.T, s=90, c=_colors(record, trials), edgecolors=LIGHT["faint"], linewidths=0.9, zorder=3)
     _ring_best(record, trials, axes, *points.T, size=360)
     lost = [[trial.values[x], trial.values[y]] for trial, _ in record.verdict.ranking.excluded]
     if lost:
@@ -152,7 +152,7 @@ def _draw_map(record: SweepRecord, x: str, y: str, figure: Figure | SubFigure) -
     if len(trials) <= MAX_LABELS:
         _label_points(axes, points, same_decimals(*(_metric(record, trial) for trial in trials)))
     label_x(axes, x)
-    _colour_bar(record, axes, figure)
+    _color_bar(record, axes, figure)
 
 
 def _scale(axes: Axes, which: str, values: np.ndarray) -> None:
@@ -207,12 +207,12 @@ def _has_room(spot: np.ndarray, taken: Sequence[np.ndarray], points: np.ndarray)
     )
 
 
-def _colour_bar(record: SweepRecord, axes: Axes, figure: Figure | SubFigure) -> None:
+def _color_bar(record: SweepRecord, axes: Axes, figure: Figure | SubFigure) -> None:
     values = [_metric(record, trial) for trial in record.ranked]
     if min(values) == max(values):
         return
-    colours = COLOURS if record.objective.mode == "max" else COLOURS.reversed()
-    mappable = matplotlib.cm.ScalarMappable(Normalize(min(values), max(values)), colours)
+    colors = COLORS if record.objective.mode == "max" else COLORS.reversed()
+    mappable = matplotlib.cm.ScalarMappable(Normalize(min(values), max(values)), colors)
     bar = figure.colorbar(mappable, ax=axes, aspect=26, pad=0.03, fraction=0.05)
     bar.outline.set_visible(False)  # type: ignore[operator]
     bar.ax.tick_params(length=0, labelsize=TEXT_PT - 1, labelcolor=LIGHT["faint"])
@@ -287,7 +287,7 @@ def _parallel(record: SweepRecord, keys: Sequence[str]) -> Drawing | None:
     if len(keys) < 2 or len(record.ranked) < 2:
         return None
     caption = (
-        f"One line per trial through its values, coloured by {record.objective.metric}: the lighter, the better; the "
+        f"One line per trial through its values, colored by {record.objective.metric}: the lighter, the better; the "
         "best one is thick."
     )
     drawn = keys[: MAX_AXES - 1][::-1]  # the most important one beside the result
@@ -310,10 +310,10 @@ def _draw_parallel(record: SweepRecord, keys: Sequence[str], figure: Figure | Su
         axes.text(place, 1.08 + raised, name, va="bottom", **style)
         for height, text in ticks:
             axes.text(place - 0.04, height, text, ha="right", va="center", **tick_style)
-    for i, colour in enumerate(_colours(record, trials)):
+    for i, color in enumerate(_colors(record, trials)):
         is_best = trials[i] is record.verdict.pick
         width, zorder = (3.0, 5) if is_best else (1.5, 2)
-        axes.plot(range(len(scales)), heights[:, i], color=colour, linewidth=width, zorder=zorder)
+        axes.plot(range(len(scales)), heights[:, i], color=color, linewidth=width, zorder=zorder)
     axes.set_xlim(-0.35 * (len(scales) - 1) / 3, len(scales) - 0.9)
     axes.set_ylim(-0.04, 1.2 + 0.1 * (len(scales) > 5))
 
@@ -356,8 +356,8 @@ def _draw_shares(shares: dict[str, Importance], figure: Figure | SubFigure) -> N
     axes.grid(visible=False)
     ordered = sorted(shares.items(), key=lambda item: item[1].share)
     for place, (_, found) in enumerate(ordered):
-        colour = LIGHT["policy" if found.exceeds_chance else "stone"]
-        axes.barh(place, found.share, height=0.6, color=colour)
+        color = LIGHT["policy" if found.exceeds_chance else "stone"]
+        axes.barh(place, found.share, height=0.6, color=color)
         axes.plot([found.chance] * 2, [place - 0.38, place + 0.38], color=LIGHT["ink"], linewidth=1.6)
         right = max(found.share, found.chance)
         axes.text(right + 0.015, place, f"{found.share:.0%}", va="center", fontsize=TEXT_PT, color=LIGHT["ink"])

@@ -169,7 +169,7 @@ def _noises(lead: Lead) -> list[str]:
 
 
 def _as_good(verdict: Verdict) -> list[str]:
-    """The neighbourhood of the best configuration, and the number of ties outside of it."""
+    """The neighborhood of the best configuration, and the number of ties outside of it."""
     if len(verdict.leads) < 2 or len(verdict.ties) == len(verdict.leads):
         return []
     region = as_good_region(verdict)

@@ -52,7 +52,7 @@ def dedicated_placement(size: ClusterConfig, *, on_gpus: bool) -> EnginePlacemen
 def colocated_placements(size: ClusterConfig, slots: Sequence[GpuSlot]) -> list[EnginePlacement]:
     """The placements of all engines on the GPUs of training workers.
 
-    An engine gets the GPUs of neighbouring ranks on one node and sees no others. It requests no resources from Ray: it
+    An engine gets the GPUs of neighboring ranks on one node and sees no others. It requests no resources from Ray: it
     uses those of the workers, which wait meanwhile.
 
     Args:

@@ -47,7 +47,7 @@ def prompts_of_round(prompts: Sequence[Prompt], *, seed: int, round: int, per_ro
 
 
 def seed_of(run_seed: int, round: int, prompt_index: int) -> int:
-    """Sampling seed of a prompt's first candidate, hashed so that neighbouring prompts do not share seeds."""
+    """Sampling seed of a prompt's first candidate, hashed so that neighboring prompts do not share seeds."""
     return stable_hash(run_seed, round, prompt_index) % SEEDS
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 CONFIDENCE = 0.95
 MIN_EXAMPLES = 6
-"""Examples that may all favour one trial by chance below this number: 2 * 0.5 ** 5 is 6 %, 2 * 0.5 ** 6 is 3 %."""
+"""Examples that may all favor one trial by chance below this number: 2 * 0.5 ** 5 is 6 %, 2 * 0.5 ** 6 is 3 %."""
 EXACT_UP_TO = 8
 """Examples up to which all resamples are enumerated: C(15, 8) = 6,435 different ones."""
 RESAMPLES = 10_000

@@ -41,7 +41,7 @@ class Lead:
 
     @property
     def too_few(self) -> bool:
-        """True if all of the held-out examples could favour the same trial by chance."""
+        """True if all of the held-out examples could favor the same trial by chance."""
         return self.low is None and self.examples > 0
 
     @property
@@ -195,7 +195,7 @@ class Region:
 
 
 def as_good_region(verdict: Verdict) -> Region | None:
-    """The neighbours of the best configuration that are as good as it; None without any.
+    """The neighbors of the best configuration that are as good as it; None without any.
 
     Grows from the best configuration to the nearest tie (numbers compare by rank among the sampled values), as long as
     no configuration with a clear difference, and none that cannot win, lies within the spans.

@@ -1,4 +1,4 @@
-"""One optimizer step of preference optimisation, and the same forward pass without the step for evaluation."""
+"""One optimizer step of preference optimization, and the same forward pass without the step for evaluation."""
 
 import math
 import time

@@ -92,7 +92,7 @@ class Trainer:
 
 
 def build_trainer(config: Config, device: torch.device, reporter: Reporter) -> Trainer:
-    """Builds the parts of a run. A collective: torch.distributed is initialised."""
+    """Builds the parts of a run. A collective: torch.distributed is initialized."""
     reporter.phase("loading")
     torch.manual_seed(config.run.seed)
     mesh, compute_mesh = build_mesh(config.shard, device), build_compute_mesh(config.shard, device)

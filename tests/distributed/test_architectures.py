@@ -64,7 +64,7 @@ def test_losses_of_ranked_lists_are_those_of_float64_forwards_with_padded_batche
     config = with_model(config, tmp_path / "model", architecture)
     config |= {"data": {"train": str(file), "eval": str(file)}, "loss": {"use": use, "beta": 0.5}}
     config["run"] |= {"epochs": 3, "eval_every": 100, "export": True}
-    config["optim"] |= {"pairs_per_step": 6, "lr": 3e-3}  # all pairs of neighbours, so that no list is split
+    config["optim"] |= {"pairs_per_step": 6, "lr": 3e-3}  # all pairs of neighbors, so that no list is split
     (alone,) = run_ranks(1, offline, config)
     parsed = Config.model_validate(config)
     pairs = prepare_pairs(parsed.data.eval, load_record_tokenizer(parsed), folder=tmp_path / "data")

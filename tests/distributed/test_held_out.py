@@ -53,7 +53,7 @@ def test_results_of_pairs_are_the_same_on_any_number_of_workers_and_their_means_
 
 
 def test_completions_with_a_label_have_one_log_ratio_each(config: dict[str, Any], tmp_path: Path) -> None:
-    file = tmp_path / "labelled.jsonl"
+    file = tmp_path / "labeled.jsonl"
     records = [
         {"prompt": prompt, "completion": chosen, "label": i % 2 == 0}
         for i, (prompt, chosen, _) in enumerate(ragged_texts(8))

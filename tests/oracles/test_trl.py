@@ -136,7 +136,7 @@ def test_kto_trains_as_in_trl(ranks: int, tmp_path: Path, tiny_model: Path) -> N
         }
         for i, (prompt, answer, _) in enumerate(ragged_texts(PAIRS_PER_STEP))
     ]
-    file = tmp_path / "labelled.jsonl"
+    file = tmp_path / "labeled.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     weights = {"desirable_weight": 0.5, "undesirable_weight": 2.0}
     # Ours pairs a prompt with the completion of the next record, TRL with the one before: the same in reverse order.

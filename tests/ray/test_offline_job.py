@@ -118,7 +118,7 @@ def test_damaged_records_are_counted_and_the_rest_is_trained_on(finished: Finish
     assert f"data.train: {read:,} records read, {read - 5:,} kept, 5 dropped" in finished.stdout
 
 
-def test_a_large_set_is_tokenised_on_the_cluster_and_a_mixture_of_it_is_trained_on(finished: Finished) -> None:
+def test_a_large_set_is_tokenized_on_the_cluster_and_a_mixture_of_it_is_trained_on(finished: Finished) -> None:
     metas = [json.loads(path.read_text()) for path in (finished.folder / "cache/data").glob("*/meta.json")]
     (meta,) = [meta for meta in metas if len(meta["sizes"]) == 2]
     assert meta["sizes"] == [PART_RECORDS + 3, 16]

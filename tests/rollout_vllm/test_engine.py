@@ -230,7 +230,7 @@ def test_the_same_seeds_give_the_same_completions_and_other_seeds_do_not(engine:
     assert sample(100, 200) == first
     assert not set(sample(300, 400)) & set(first)
     assert len(set(first)) == 6
-    # Completion i of a group uses seed + i, so neighbouring seeds share all completions except one.
+    # Completion i of a group uses seed + i, so neighboring seeds share all completions except one.
     assert sample(101, 201)[0] == first[1]
 
 

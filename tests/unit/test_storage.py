@@ -118,7 +118,7 @@ def test_invalid_lines_of_a_jsonl_file_are_skipped_with_a_warning_except_the_las
         (RuntimeError('ray::Engine.start()\n  File "engine.py", line 3\nOSError: disk full\n'), "OSError: disk full"),
     ],
 )
-def test_an_error_is_summarised_on_one_line(error: Exception, summary: str) -> None:
+def test_an_error_is_summarized_on_one_line(error: Exception, summary: str) -> None:
     assert error_summary(error) == summary
 
 

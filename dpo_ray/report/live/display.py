@@ -16,7 +16,7 @@ from dpo_ray.threads import in_background
 
 PHASES = {
     "starting": "starting workers",
-    "tokenising": "tokenizing the data",
+    "tokenizing": "tokenizing the data",
     "loading": "loading the model",
     "scoring": "computing reference log-probabilities",
     "waiting": "waiting for engines and candidates",

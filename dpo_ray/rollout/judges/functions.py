@@ -1,4 +1,4 @@
-"""Reward functions of other libraries as judges: TRL's, OpenRLHF's and verl's, recognised by their parameters.
+"""Reward functions of other libraries as judges: TRL's, OpenRLHF's and verl's, recognized by their parameters.
 
 Each gets what its own library passes for the same records, and its return value becomes judgements.
 """

@@ -32,8 +32,8 @@ def prepare(tokenizer: Any, tmp_path: Path) -> Callable[..., PairStore]:
 
 
 @pytest.fixture
-def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The record numbers tokenised so far."""
+def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The record numbers tokenized so far."""
     numbers, pair = [], RecordTokenizer.pair
 
     def counting(self: RecordTokenizer, record: Any) -> Any:
@@ -216,7 +216,7 @@ def test_a_ranked_list_goes_on_without_a_completion_that_cannot_be_used(
     ]
     assert texts == [["blue", "pink"], ["pink", "red"]]
     assert store.members is not None
-    assert len({*store.members[:, 1:].ravel().tolist()}) == 3, "neighbours share pink"
+    assert len({*store.members[:, 1:].ravel().tolist()}) == 3, "neighbors share pink"
     assert (store.report.read, store.report.kept, store.report.dropped) == (1, 1, {})
     assert store.report.notes["left_out"].count == 1
     assert store.report.notes["left_out"].first[0].detail.startswith(reason)
@@ -255,22 +255,22 @@ def test_tokens_are_memory_mapped(prepare: Any, write: Write):
     assert not store.lengths.flags.writeable
 
 
-def test_a_second_preparation_tokenises_nothing_and_reports_the_same(prepare: Any, write: Write, tokenised: list[int]):
+def test_a_second_preparation_tokenizes_nothing_and_reports_the_same(prepare: Any, write: Write, tokenized: list[int]):
     source = write([*GOOD, "{"])
     first = prepare(source)
-    assert tokenised == [1, 2, 3, 4, 5]
+    assert tokenized == [1, 2, 3, 4, 5]
     second = prepare(source)
-    assert tokenised == [1, 2, 3, 4, 5]
+    assert tokenized == [1, 2, 3, 4, 5]
     assert list(second) == list(first)
     assert second.report == first.report
     assert second.digest == first.digest
 
 
-def test_a_moved_file_opens_the_same_store_under_its_new_name(prepare: Any, write: Write, tokenised: list[int]):
+def test_a_moved_file_opens_the_same_store_under_its_new_name(prepare: Any, write: Write, tokenized: list[int]):
     first = prepare(write([*GOOD, "{"]))
     moved = write([*GOOD, "{"], "moved.jsonl")
     second = prepare(moved)
-    assert len(tokenised) == 5
+    assert len(tokenized) == 5
     assert second.digest == first.digest
     assert second.record_of(0) == (moved, 1)
     assert second.report.dropped["not_json"].first[0].source == moved
@@ -385,9 +385,9 @@ def test_an_unchanged_file_is_read_through_once(prepare: Any, write: Write, monk
     assert changed.digest != first.digest
 
 
-def test_a_saved_dataset_is_prepared_once(prepare: Any, tmp_path: Path, tokenised: list[int]):
+def test_a_saved_dataset_is_prepared_once(prepare: Any, tmp_path: Path, tokenized: list[int]):
     import datasets
 
     datasets.Dataset.from_list(GOOD).save_to_disk(tmp_path / "saved")
     assert len(prepare(str(tmp_path / "saved"))) == len(prepare(str(tmp_path / "saved"))) == 5
-    assert len(tokenised) == 5
+    assert len(tokenized) == 5

@@ -157,7 +157,7 @@ def test_bco_classifies_completions_without_a_pair() -> None:
 
 
 def ranked_lists() -> tuple[list[list[float]], PairLogps, PairLogps]:
-    """Log-ratios of lists of four, two and three completions, best first; the pairs of neighbours, and a reference."""
+    """Log-ratios of lists of four, two and three completions, best first; the pairs of neighbors, and a reference."""
     lists = [[0.5, 2.0, -1.0, -3.0], [1.0, 1.5], [-2.0, 0.0, -4.0]]
     chosen = [ratio for ratios in lists for ratio in ratios[:-1]]
     rejected = [ratio for ratios in lists for ratio in ratios[1:]]
@@ -377,7 +377,7 @@ def test_results_of_pairs_have_loss_margin_and_log_ratios_whose_means_are_the_me
         [0.25, 3.5, 2.0, -5.0],
         [0.75, -0.5, 0.0, 1.0],
     ]
-    labelled = pair_results(losses, replace(policy, unpaired=torch.tensor([1, -1])), reference, beta=0.5)
-    assert labelled[:, 1].tolist() == [1.0, -0.5]
-    assert labelled[:, 2:].isnan().tolist() == [[False, True], [True, False]], "without those of the other prompt"
+    labeled = pair_results(losses, replace(policy, unpaired=torch.tensor([1, -1])), reference, beta=0.5)
+    assert labeled[:, 1].tolist() == [1.0, -0.5]
+    assert labeled[:, 2:].isnan().tolist() == [[False, True], [True, False]], "without those of the other prompt"
     assert pair_results(losses, policy, None, beta=0.5)[:, 2:].isnan().all()

@@ -405,7 +405,7 @@ def test_a_run_on_labels_speaks_of_completions_and_not_of_pairs() -> None:
         texts += [swatch.label for plot in plots for swatch in legend(plot)]
         words = " ".join(texts).replace("optim.pairs_per_step", "").replace("rewards/chosen", "")
         assert not re.search("pair|chosen|rejected|ranked", words, re.IGNORECASE), words
-        assert "75% of held-out completions got likelier or less likely as labelled" in words
+        assert "75% of held-out completions got likelier or less likely as labeled" in words
         assert "Log-probability of desirable and undesirable" in words
     paired = RunRecord(Path("run"), {"loss": {"use": "sigmoid"}}, evals=evals)
     assert key_figures(paired)[0].detail == "of pairs ordered right"

@@ -48,7 +48,7 @@ def test_identical_trials_are_indistinguishable(tmp_path: Path) -> None:
     assert "A tie: loss.beta = 0.1 (trial b) has the same result on each" in text(twice, tmp_path)
 
 
-def test_neighbours_that_are_as_good_are_named_with_their_values(tmp_path: Path) -> None:
+def test_neighbors_that_are_as_good_are_named_with_their_values(tmp_path: Path) -> None:
     right = {(0.05, 1e-5): 35, (0.1, 1e-5): 36, (0.2, 1e-5): 34, (0.1, 1e-4): 20, (0.5, 1e-5): 20}
     trials = [
         trial(f"{beta}-{lr}", tmp_path, "1" * n + "0" * (40 - n), loss__beta=beta, optim__lr=lr)

@@ -51,7 +51,7 @@ def test_an_engine_stays_on_one_node_if_one_is_large_enough(gpus: int, strategy:
     assert packing_strategy(placement.bundles, nodes) == strategy
 
 
-def test_colocated_engines_get_neighbouring_ranks_of_one_node_and_request_nothing():
+def test_colocated_engines_get_neighboring_ranks_of_one_node_and_request_nothing():
     slots = [GpuSlot("a", "0"), GpuSlot("a", "1"), GpuSlot("b", "2"), GpuSlot("a", "3"), GpuSlot("b", "5")]
     placements = colocated_placements(ClusterConfig(train_workers=5, rollout_engines=2, gpus_per_engine=2), slots)
     assert [(p.node, p.environment["CUDA_VISIBLE_DEVICES"]) for p in placements] == [("a", "0,1"), ("b", "2,5")]

@@ -54,7 +54,7 @@ def test_seeds_leave_room_for_a_thousand_candidates_below_two_to_the_31():
     assert all(0 <= seed_of(0, round, prompt) < SEEDS for round in range(10) for prompt in range(100))
 
 
-def test_seeds_of_neighbouring_prompts_are_far_apart():
+def test_seeds_of_neighboring_prompts_are_far_apart():
     seeds = {seed_of(run, round, prompt) for run in range(3) for round in range(10) for prompt in range(100)}
     assert len(seeds) == 3000
     assert len({seed // 1000 for seed in seeds}) > 2990  # with i-th candidates at seed + i, hardly any overlap

@@ -20,13 +20,13 @@ def test_few_differences_have_the_exact_interval_of_all_resamples(differences: l
     assert bootstrap_interval(np.array(differences)) == pytest.approx(by_enumeration(differences), abs=1e-12)
 
 
-def test_one_pair_of_two_in_favour_has_means_from_none_to_all() -> None:
+def test_one_pair_of_two_in_favor_has_means_from_none_to_all() -> None:
     # Resamples of (1, 0): 0, 1/2, 1/2 and 1 with a quarter each.
     assert bootstrap_interval(np.array([1.0, 0.0])) == (0.0, 1.0)
 
 
 def test_drawn_resamples_agree_with_the_binomial_distribution() -> None:
-    # 40 of 100 pairs in favour: the resampled mean is Binomial(100, 0.4) / 100, whose 2.5 % quantile is 31.
+    # 40 of 100 pairs in favor: the resampled mean is Binomial(100, 0.4) / 100, whose 2.5 % quantile is 31.
     differences = np.repeat([1.0, 0.0], [40, 60])
     low, high = bootstrap_interval(differences)
     assert low == pytest.approx(0.31, abs=0.011)

@@ -100,7 +100,7 @@ def outcome(sweep: Conductor) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("search", ["random", "sobol", "optuna"])
 def test_a_sweep_killed_at_any_report_ends_like_an_undisturbed_one(scheduler: str, search: str, tmp_path: Path) -> None:
     if scheduler in START_TOGETHER and search == "optuna":
-        pytest.skip("all trials start together, so that none is modelled")
+        pytest.skip("all trials start together, so that none is modeled")
     whole = run(conductor(tmp_path / "whole", scheduler, search=search), 1)
     assert all(trial.status in ("done", "stopped") for trial in whole.trials)
     reports = sum('"metrics"' in line for line in (tmp_path / "whole").read_text().splitlines())
@@ -223,10 +223,10 @@ def test_perturbed_values_lie_on_the_steps_of_their_domain(key: Key, values: dic
     population = Population(
         PbtArgs(resample=0.0), LOSS, {"model.lora.r": key}, lambda name, generator: 0, interval=1, time="step", seed=0
     )
-    for value, neighbours in values.items():
+    for value, neighbors in values.items():
         generator = random.Random(0)
         perturbed = {population._perturb("model.lora.r", key, value, generator) for _ in range(40)}
-        assert perturbed == neighbours
+        assert perturbed == neighbors
 
 
 def test_asha_stops_bad_trials_early_and_no_good_one(tmp_path: Path) -> None:

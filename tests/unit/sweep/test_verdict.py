@@ -1,4 +1,4 @@
-"""Leads, ties and neighbours on planted held-out results."""
+"""Leads, ties and neighbors on planted held-out results."""
 
 import json
 from dataclasses import replace
@@ -73,7 +73,7 @@ def grid(folder: Path, rows: dict[float, dict[float, int]]) -> list[Trial]:
     ]
 
 
-def test_neighbours_as_good_are_spans_of_values_at_fixed_ones(tmp_path: Path) -> None:
+def test_neighbors_as_good_are_spans_of_values_at_fixed_ones(tmp_path: Path) -> None:
     rows = {0.05: {1e-5: 35, 1e-4: 20}, 0.1: {1e-5: 36, 1e-4: 20}, 0.2: {1e-5: 34, 1e-4: 20}, 0.5: {1e-5: 20, 1e-4: 10}}
     region = as_good_region(build_verdict(grid(tmp_path, rows), ACCURACY, tmp_path))
     assert region is not None
