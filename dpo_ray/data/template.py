@@ -65,7 +65,7 @@ def render(
             "give the path of a Jinja template"
         )
     continues = answer_follows and messages[-1]["role"] == "assistant"
-    problem: Exception = ValueError()
+    problem: Exception | None = None
     for conversation, is_fit in _spellings(messages, tokenizer):
         try:
             text: Any = tokenizer.apply_chat_template(
@@ -82,31 +82,60 @@ def render(
             raise ValueError(f"model.chat_template: line {error.lineno} of the template: {error.message}") from None
         # Templates raise TypeErrors of their own, such as the sum of a text and a null content.
         except (TemplateError, TypeError, ValueError) as error:
-            problem = error
+            problem = problem or error
     raise ChatTemplateError(f"the chat template raised: {problem}") from None
 
 
 def _spellings(
     messages: Messages, tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[tuple[list[dict[str, Any]], Callable[[str], bool]]]:
-    """The conversation as most templates take it, then as it is written; with a test of the rendered text.
+    """The conversation as most templates take it, then as others do; with a test of the rendered text.
 
     Most templates print a null content as text, unless they test for it. Arguments that are JSON text are rendered as
-    written by templates that take text, and would be encoded twice by the others.
+    written by templates that take text, and would be encoded twice by the others; DeepSeek's take nothing but text.
+    Templates of some vision-language models take contents in parts only.
     """
     plain = [dict(message) for message in messages]
+    if _takes_parts_only(tokenizer):
+        plain = [message | {"content": _in_parts(message["content"])} for message in plain]
     if any("tool_calls" in message or message["content"] is None for message in plain):
         takes_null = re.search(r"is (not )?none", str(tokenizer.chat_template), re.IGNORECASE)
-        filled = [
-            message | ({"content": ""} if message["content"] is None and not takes_null else {}) for message in plain
-        ]
-        if texts := [*_argument_texts([message.get("tool_calls") for message in filled])]:
+        filled = _without_null_content(plain)
+        usual = plain if takes_null else filled
+        if texts := [*_argument_texts([message.get("tool_calls") for message in usual])]:
             yield (
-                filled,
+                usual,
                 lambda text: all(t.strip() in text and json.dumps(t, ensure_ascii=False) not in text for t in texts),
             )
-        yield [_with_parsed_arguments(message) for message in filled], lambda _: True
+        yield [_with_arguments(message, _parsed) for message in usual], lambda _: True
+        yield [_with_arguments(message, _as_text) for message in usual], lambda _: True
+        yield [_with_arguments(message, _parsed) for message in filled], lambda _: True
     yield plain, lambda _: True
+
+
+def _without_null_content(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [message | {"content": ""} if message["content"] is None else message for message in messages]
+
+
+def _takes_parts_only(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """True if the chat template leaves out contents that are not in parts, as those of Idefics 3 and LLaVA do."""
+    from jinja2 import TemplateError
+
+    if "text" not in str(tokenizer.chat_template):  # the key of a part
+        return False
+
+    def renders(content: Any) -> bool:
+        message = {"role": "user", "content": content}
+        try:
+            return "Mark0x" in str(tokenizer.apply_chat_template([message], tokenize=False))
+        except (TemplateError, TypeError, ValueError):
+            return False
+
+    return renders(_in_parts("Mark0x")) and not renders("Mark0x")
+
+
+def _in_parts(content: str | None) -> list[dict[str, str]]:
+    return [{"type": "text", "text": content or ""}]
 
 
 def _argument_texts(value: Any) -> Iterator[str]:
@@ -117,12 +146,17 @@ def _argument_texts(value: Any) -> Iterator[str]:
         yield from _argument_texts(item)
 
 
-def _with_parsed_arguments(value: Any) -> Any:
+def _with_arguments(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A message whose calls have ``change(arguments)`` in the place of their arguments."""
     if isinstance(value, list):
-        return [_with_parsed_arguments(item) for item in value]
+        return [_with_arguments(item, change) for item in value]
     if not isinstance(value, dict):
         return value
-    return {key: _parsed(item) if key == "arguments" else _with_parsed_arguments(item) for key, item in value.items()}
+    return {key: change(item) if key == "arguments" else _with_arguments(item, change) for key, item in value.items()}
+
+
+def _as_text(arguments: Any) -> Any:
+    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict | list) else arguments
 
 
 def _parsed(arguments: Any) -> Any:

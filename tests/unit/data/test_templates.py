@@ -555,6 +555,40 @@ def test_arguments_that_are_json_text_keep_their_spelling_where_the_template_tak
         )
 
 
+@pytest.mark.parametrize("name", ["deepseekv3", "deepseek_r1_distill"])
+def test_arguments_reach_a_template_that_takes_nothing_but_json_text(name: str, tokenizer: Any):
+    model = with_tokens(tokenizer)
+    model.chat_template = trl_template(name)
+    result = pair(model, (USER,), (CALL, RAIN, *answer("Wet.")), answer("Dry."))
+    assert '```json\n{"city": "Oslo"}\n```' in model.decode([t for t in result.pair.chosen if t >= 0])
+
+
+def test_calls_without_content_reach_a_template_that_reads_the_content(tokenizer: Any):
+    model = with_tokens(tokenizer, "<|start|>", "<|message|>", "<|channel|>", "<|call|>", "<|end|>", "<|return|>")
+    model.chat_template = trl_template("gptoss")  # tests another value for null
+    result = pair(model, (USER,), (CALL, RAIN, *answer("Wet.")), answer("Dry."))
+    assert result.notes == ()
+    assert model.decode([t for t in result.pair.chosen if t >= 0]).startswith(
+        ' to=functions.forecast<|channel|>commentary json<|message|>{"city": "Oslo"}<|call|>'
+    )
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "idefics3", "llava_next"])
+def test_contents_reach_a_template_that_takes_parts_only(name: str, tokenizer: Any):
+    model = with_tokens(tokenizer, "<end_of_utterance>", "</s>")
+    model.chat_template = trl_template(name)
+    begun = answer("The name")
+    for prompt in ((USER,), (USER, *begun)):
+        result = pair(model, prompt, answer(" An oak."), answer(" A herring."))
+        online = RecordTokenizer(model, DataConfig()).prompt(PromptRecord(prompt, "f", 1))
+        assert isinstance(online, TokenizedPrompt)
+        assert online.token_ids == result.pair.prompt
+        assert (result.notes, online.notes) == ((), ())
+        assert "Name a tree." in model.decode(result.pair.prompt)
+        assert "An oak." in model.decode(result.pair.chosen)
+        assert ("The name" in model.decode(result.pair.prompt)) == (prompt[-1] in begun)
+
+
 def test_a_template_with_tags_of_plain_text_is_accepted(tokenizer: Any):
     tokenizer.chat_template = (
         "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
