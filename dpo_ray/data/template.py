@@ -178,7 +178,7 @@ def unrendered_texts(
     """Names of the parts of a conversation that its rendered ``text`` lacks.
 
     All texts get a marker at once: each piece of a content between tags, names, ids, arguments, tools. A
-    text whose marker is not rendered counts as rendered if the conversation is rendered differently without it. ``how``
+    text whose marker is not rendered counts as rendered if other texts in its place are rendered differently. ``how``
     has the arguments of ``render``.
     """
     markers: dict[_Path, str] = {}
@@ -201,8 +201,12 @@ def unrendered_texts(
             return ""
 
     def is_lost(paths: Sequence[_Path]) -> bool:
-        removed = set(paths)
-        return rendered(lambda path, value: "" if path in removed else value) == text
+        changed = set(paths)
+        # Templates may write something else, or raise, where a text is empty.
+        return any(
+            rendered(lambda path, value, others=others: others[path] if path in changed else value) == text
+            for others in (dict.fromkeys(paths, ""), markers)
+        )
 
     marked = rendered(mark)
     found = set(re.findall(r"Mark\d+x", marked))

@@ -369,6 +369,20 @@ def test_text_that_the_template_leaves_out_is_reported_though_it_occurs_elsewher
     assert result.notes == (("text_not_rendered", "prompt[0].content"),)
 
 
+@pytest.mark.parametrize(
+    "written",
+    ["{{ '<think></think>' if m.reasoning_content }}", "{{ '' if m.reasoning_content else raise_exception('none') }}"],
+)
+def test_text_that_the_template_leaves_out_is_reported_though_the_template_tests_for_it(written: str, tokenizer: Any):
+    reasoning = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    tokenizer.chat_template = TOOLS_TEMPLATE.replace(
+        reasoning, f"{{% if m.role == 'assistant' and not loop.last %}}{written}{{% endif %}}"
+    )
+    prompt = (USER, *answer("An elm.", reasoning_content="Trees."), USER)
+    result = pair(tokenizer, prompt, answer("An oak."), answer("No."))
+    assert result.notes == (("text_not_rendered", "prompt[1].reasoning_content"),)
+
+
 WHERE = {"name": "forecast", "arguments": {"city": "Oslo", "days": 3}}
 
 
