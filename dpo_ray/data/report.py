@@ -26,6 +26,7 @@ MEANINGS: Mapping[str, str] = {
     "template_refused": "rejected by the chat template",
     "loss_mask": "assistant turns not found in the text",
     "empty_prompt": "prompt without tokens",
+    "prompt_rewritten": "prompt rendered otherwise before an answer",
     "prompt_too_long": "prompt too long",
     "completion_emptied": "completion without tokens",
     "too_long_for_model": "longer than the model's positions",

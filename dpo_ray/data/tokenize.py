@@ -109,8 +109,8 @@ class RecordTokenizer:
         end-of-sequence token.
 
         Returns:
-            The pair, or the reason to drop it: template_refused, empty_prompt, prompt_too_long, completion_emptied,
-            identical, identical_after_truncation, unknown_token, too_long_for_model, bad_field.
+            The pair, or the reason to drop it: template_refused, empty_prompt, prompt_rewritten, prompt_too_long,
+            completion_emptied, identical, identical_after_truncation, unknown_token, too_long_for_model, bad_field.
 
         Raises:
             ValueError: the tokenizer lacks the chat template or the end-of-sequence token that the record needs.
@@ -157,6 +157,8 @@ class RecordTokenizer:
         start = min(common_prefix(prompt_ids, with_chosen), common_prefix(prompt_ids, with_rejected))
         if not start:
             raise Unusable("empty_prompt", f"none of the prompt's {len(prompt_ids)} tokens precede both completions")
+        if prompt is not None and start < len(prompt_ids):
+            self._validate_boundary(prompt_ids, start, prompt, record.tools)
 
         limit = self.data.max_completion_tokens
         whole = with_chosen[start:], with_rejected[start:]
@@ -187,6 +189,27 @@ class RecordTokenizer:
         pair = TokenPair(tuple(prompt_ids[:start]), tuple(chosen), tuple(rejected), record.unpaired)
         applying = tuple((note, "") for note, applies in notes.items() if applies)
         return TokenizedPair(pair, (*_treated(treatment), *record.notes, *applying, *_notes(noted)), removed)
+
+    def _validate_boundary(self, prompt_ids: list[int], start: int, prompt: Messages, tools: Tools) -> None:
+        """Drop a pair whose completions would start before the end of the prompt's last turn, and so train on it.
+
+        Args:
+            start: number of the prompt's ids that come before both completions.
+        """
+        last, begun = prompt[-1], prompt[-1]["role"] == "assistant"
+        try:
+            before = self._ids(render(prompt[:-1], self.tokenizer, tools, answer_follows=begun)) if prompt[1:] else []
+        except ChatTemplateError:  # of a conversation without the last turn
+            before = []
+        rewritten = start < common_prefix(before, prompt_ids)
+        if begun and start < len(prompt_ids) - 1:  # the last token may merge with the completion's first one
+            rewritten |= last["content"].strip() not in self.decode(prompt_ids[: start + 1])
+        if rewritten:
+            raise Unusable(
+                "prompt_rewritten",
+                f"the completions would start before the end of prompt[{len(prompt) - 1}]: the chat template renders "
+                "the prompt otherwise when they follow",
+            )
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens and tokens without loss included."""

@@ -313,6 +313,27 @@ def test_a_turn_that_cannot_continue_a_begun_answer_is_dropped_by_field(chosen: 
     assert problem.detail.startswith(detail)
 
 
+@pytest.mark.parametrize(
+    ("template", "prompt", "chosen"),
+    [
+        # Writes an empty thought before a begun answer, and none before one with calls.
+        ("qwen3", (USER, *answer("Let me look.")), (CALL, RAIN, *answer("Wet."))),
+        # Takes a thought that has begun as part of an answer, unless the end of the thought follows.
+        ("qwen3", (USER, *answer("<think>\nRain,")), answer(" say.\n</think>\n\nWet.")),
+        # Leaves out the thoughts before calls, and writes otherwise where no answer follows.
+        ("gptoss", (USER, CALL | {"thinking": "Rain?"}, RAIN), answer("Wet.")),
+    ],
+)
+def test_a_pair_whose_completions_would_start_within_the_prompt_is_dropped(
+    template: str, prompt: Messages, chosen: Messages, tokenizer: Any
+):
+    model = with_tokens(tokenizer, "<|start|>", "<|message|>", "<|channel|>", "<|call|>", "<|end|>", "<|return|>")
+    model.chat_template = trl_template(template)
+    problem = pair(model, prompt, chosen, answer("Dry."))
+    assert problem.reason == "prompt_rewritten"
+    assert f"before the end of prompt[{len(prompt) - 1}]" in problem.detail
+
+
 def test_tools_tool_calls_and_reasoning_match_apply_chat_template_token_for_token(tokenizer: Any):
     tokenizer.chat_template = TOOLS_TEMPLATE
     chosen = (CALL, RAIN, *answer("Take a coat.", reasoning_content="It rains."))
