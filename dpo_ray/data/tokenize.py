@@ -176,7 +176,9 @@ class RecordTokenizer:
         if same and record.rejected != record.chosen:
             if any(removed):
                 raise Unusable("identical_after_truncation", f"data.max_completion_tokens is {limit}")
-            raise Unusable("identical", "chosen and rejected have the same tokens with loss")
+            lost = ", ".join(noted.get("text_not_rendered", ()))
+            left_out = f"; the chat template leaves out {lost}" if lost else ""
+            raise Unusable("identical", f"chosen and rejected have the same tokens with loss{left_out}")
 
         notes = {
             "boundary_moved": start < len(prompt_ids),

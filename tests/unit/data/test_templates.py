@@ -381,6 +381,12 @@ def test_tools_that_the_template_leaves_out_are_reported(tokenizer: Any):
     assert result.notes == (("text_not_rendered", "tools"),)
 
 
+def test_completions_that_differ_in_text_that_the_template_leaves_out_are_dropped_with_its_name(tokenizer: Any):
+    problem = pair(tokenizer, (USER,), answer("Oak.", reasoning_content="Trees."), answer("Oak."))
+    assert problem.reason == "identical"
+    assert problem.detail.endswith("the chat template leaves out chosen[0].reasoning_content")
+
+
 def test_text_that_the_template_leaves_out_is_reported_though_it_occurs_elsewhere(tokenizer: Any):
     tokenizer.chat_template = tokenizer.chat_template.replace("['content'] ", "['content'].split('</think>')[-1] ")
     result = pair(tokenizer, (USER,), answer("<think>42</think>The answer is 42."), answer("No."))
