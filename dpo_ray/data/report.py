@@ -42,6 +42,7 @@ MEANINGS: Mapping[str, str] = {
     "media_placeholder": "placeholder of media in text, used as written",
     "unreadable_cell": "cell that cannot be read",
     "text_not_rendered": "text left out by the chat template",
+    "unknown_text": "text that the tokenizer has no token for",
     "boundary_moved": "prompt boundary moved by the tokenizer",
     "completion_cut": "completion truncated",
     "double_eos": "two end-of-sequence tokens in a row",

@@ -5,7 +5,7 @@ would generate. Independent of files.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -98,6 +98,9 @@ class RecordTokenizer:
         self.bos = with_special[: with_special.index(without[0])] if without else []
         """Tokens that the tokenizer adds in front of text."""
         self.bos_texts = [*filter(None, map(str, tokenizer.convert_ids_to_tokens(self.bos)))]
+        unknown = tokenizer.unk_token_id
+        self.unknown = unknown if unknown in self._ids("\U000f0000") else None
+        """Id of the unknown token; None if the tokenizer has tokens for all text."""
 
     def pair(self, record: PairRecord) -> TokenizedPair | Problem:
         """Token ids of one preference pair.
@@ -134,6 +137,7 @@ class RecordTokenizer:
         if messages is None:
             assert isinstance(record.prompt, str)
             messages, ids = ({"role": "user", "content": record.prompt},), self._with_bos(record.prompt)
+            self._note_unknown({"prompt": record.prompt}, noted)
         else:
             text = render(messages, self.tokenizer, record.tools, answer_follows=True)
             self._check_texts(text, messages, _names("prompt", messages), record.tools, noted, answer_follows=True)
@@ -145,7 +149,7 @@ class RecordTokenizer:
         prompt, treatment = self._conversation(record, record.prompt, record.chosen, record.rejected)
         noted: Noted = {}
         if prompt is None:
-            prompt_ids, with_chosen, with_rejected = self._encode_strings(record)
+            prompt_ids, with_chosen, with_rejected = self._encode_strings(record, noted)
         else:
             prompt_ids = self._ids(render(prompt, self.tokenizer, record.tools, answer_follows=True))
             with_chosen = self._encode_conversation(record, prompt, record.chosen, record.names[0], noted)
@@ -252,12 +256,17 @@ class RecordTokenizer:
                 "split_special_token", f"{marker}: the tokenizer of model.path splits it into several tokens{where}"
             )
 
-    def _encode_strings(self, record: PairRecord) -> tuple[list[int], list[int], list[int]]:
+    def _encode_strings(self, record: PairRecord, noted: Noted) -> tuple[list[int], list[int], list[int]]:
         """Token ids of the prompt alone, with chosen and with rejected, as written."""
         prompt, chosen, rejected = record.prompt, record.chosen, record.rejected
         assert isinstance(prompt, str)
         assert isinstance(chosen, str)
         assert isinstance(rejected, str)
+        completions = dict(zip(record.names, (chosen, rejected), strict=True))
+        for name, completion in completions.items():
+            if turn_markers(prompt) and completion.startswith(prompt.strip()):
+                raise _Drop("bad_field", f"{name}: found the prompt at the start; accepted: the text after the prompt")
+        self._note_unknown({"prompt": prompt, **completions}, noted)
         return self._with_bos(prompt), self._ended(prompt + chosen), self._ended(prompt + rejected)
 
     def _ended(self, text: str) -> list[int]:
@@ -323,6 +332,19 @@ class RecordTokenizer:
             for reason, is_own in (("special_in_text", True), ("split_special_token", False)):
                 if found := [marker for marker in markers if (len(self._ids(marker)) == 1) == is_own]:
                     noted.setdefault(reason, {})[f"{name}: {' '.join(found)}"] = None
+        if self._has_unknown(text):
+            self._note_unknown({name: str(value) for name, value in parts.items() if name not in lost}, noted)
+
+    def _note_unknown(self, texts: Mapping[str, str], noted: Noted) -> None:
+        for name, text in texts.items():
+            if self._has_unknown(text):
+                noted.setdefault("unknown_text", {})[name] = None
+
+    def _has_unknown(self, text: str) -> bool:
+        """True if the tokenizer has no token for some of the text."""
+        if self.unknown is None:
+            return False
+        return self._ids(text).count(self.unknown) > text.count(str(self.tokenizer.unk_token))
 
     # -------------------------------------------------------------------------------------------------------- limits
 

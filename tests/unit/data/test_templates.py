@@ -147,6 +147,13 @@ def test_a_template_whose_special_tokens_the_tokenizer_splits_is_rejected(tokeni
 # ------------------------------------------------------------------------------------------------------------- strings
 
 
+def test_a_rendered_prompt_that_its_completions_repeat_is_rejected(tokenizer: Any):
+    prompt = "<|im_start|>user\nName a tree.<|im_end|>\n<|im_start|>assistant\n"
+    problem = pair(tokenizer, prompt, f"{prompt}An oak.<|im_end|>", f"{prompt}No.<|im_end|>")
+    assert problem.reason == "bad_field"
+    assert problem.detail == "chosen: found the prompt at the start; accepted: the text after the prompt"
+
+
 def test_strings_become_a_user_turn_for_a_model_with_a_template_offline_and_online(tokenizer: Any):
     result = pair(tokenizer, "Name a tree.", "An oak.", "No.")
     same = pair(tokenizer, (USER,), answer("An oak."), answer("No."))

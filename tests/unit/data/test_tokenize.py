@@ -125,6 +125,25 @@ def test_text_that_ends_with_an_unknown_character_ends_with_the_end_of_sequence_
     assert (same.pair.chosen, same.pair.rejected) == ((4, 1), (2, 1))
 
 
+def test_text_that_the_tokenizer_has_no_token_for_is_named(tokenizer: Any):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(("<unk>", "</s>", "sky", "blue", ":", "user", "assistant"))}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    model = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    raw: Any = record_tokenizer(model).pair(PairRecord("sky", " blue \u2603", " sky", "f", 1))
+    assert raw.notes == (("strings_raw", ""), ("unknown_text", "chosen"))
+    model.chat_template = "{% for m in messages %}{{ m.role }} : {{ m.content }} </s>{% endfor %}assistant :"
+    record: Any = record_tokenizer(model).pair(answers("blue", "gr\u00fcn"))
+    assert record.notes == (("unknown_text", "prompt[0].content, rejected[0].content"),)
+    prompt: Any = record_tokenizer(model).prompt(PromptRecord("sky \u2603", "f", 1))
+    assert prompt.notes == (("strings_chat", ""), ("unknown_text", "prompt[0].content"))
+    # A tokenizer of bytes has tokens for all text.
+    assert tokenized(answers("blue \u2603", "gr\u00fcn"), tokenizer).notes == ()
+
+
 # -------------------------------------------------------------------------------------------------------------- limits
 
 
