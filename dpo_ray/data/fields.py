@@ -118,7 +118,17 @@ class Fields:
         for i, schema in enumerate(schemas):
             if not isinstance(schema, dict):
                 bad_field(f"tools[{i}]", show(schema), "a JSON schema")
+            _validate_texts(f"tools[{i}]", schema)
         return tuple(schemas)
+
+    def openai_input(self) -> Mapping[str, Any] | None:
+        """The field ``input`` if it is an object with messages, or JSON text of one."""
+        value = self.record.get("input")
+        if isinstance(value, str) and re.match(r'\s*\{\s*"(?:messages|tools)"\s*:', value):
+            with contextlib.suppress(ValueError, RecursionError):
+                parsed = json.loads(value)
+                value = _parse_json("input", value) if isinstance(parsed.get("messages"), list) else value
+        return value if isinstance(value, dict) else None
 
     def unread(self) -> tuple[str, ...]:
         """Names of the non-null fields that were not read; keys inside a field as ``chosen[].KEY``."""
@@ -212,6 +222,18 @@ def text(name: str, value: Any, *, may_be_empty: bool = False) -> str:
     return value
 
 
+def _validate_texts(name: str, value: Any) -> None:
+    """Reject calls or schemas with text that is not Unicode."""
+    if isinstance(value, str):
+        text(name, value, may_be_empty=True)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _validate_texts(f"{name}.{key}", item)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            _validate_texts(f"{name}[{i}]", item)
+
+
 def _reject_media(prefix: str, value: Mapping[str, Any], keys: Sequence[str]) -> None:
     for key in keys:
         item = value.get(key)
@@ -300,8 +322,11 @@ def _parse_json(name: str, value: str) -> Any:
 
 def _tool_calls(name: str, value: Any) -> list[Any]:
     calls = _parse_json(name, value) if isinstance(value, str) else value
+    if calls is None:
+        return []
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         bad_field(name, show(calls), "a list of tool calls")
+    _validate_texts(name, calls)
     return calls
 
 
@@ -312,4 +337,5 @@ def _called_functions(name: str, value: Any) -> list[Any]:
     for call in calls:
         if not isinstance(call, dict) or "name" not in call:
             bad_field(name, show(call), "a call, {name, arguments}")
+        _validate_texts(name, call)
     return [{"type": "function", "function": call} for call in calls]

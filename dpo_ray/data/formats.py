@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import filterfalse, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -154,7 +154,7 @@ def _jsonl_parts(file: File, rows_per_part: int) -> Iterator[Part]:
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text; ``Unusable`` if an object in it has a key more than once.
+    """The value of a JSON text; ``Unusable`` if an object in it has a key more than once, or one that is not Unicode.
 
     Raises:
         ValueError, RecursionError: the text is not JSON, or is nested too deeply.
@@ -173,10 +173,20 @@ def parse_json(text: str) -> Any:
 
 def _object(items: list[tuple[str, Any]]) -> Any:
     record = dict(items)
+    if not all(map(str.isascii, record)) and (key := next(filterfalse(_is_unicode, record), None)) is not None:
+        return Unusable("bad_field", f"a key {show(key)}: found half of a surrogate pair; accepted: Unicode text")
     if len(record) == len(items):
         return record
     ((key, count),) = Counter(key for key, _ in items).most_common(1)
     return Unusable("bad_field", f"{key}: found {count} times in one object; accepted: once")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _checked(value: Any) -> Any:

@@ -76,6 +76,7 @@ def render(
                 continue_final_message=continues,
                 return_dict=False,
             )
+            text.encode("utf-8")  # arguments that are JSON text may hold half of a surrogate pair
             if is_fit(text):
                 return text
         except TemplateSyntaxError as error:

@@ -493,6 +493,18 @@ PROBLEMS = [
     ({"prompt": [SYSTEM, ASK], "system": "Be long.", "chosen": "a", "rejected": "b"}, 'system: found "Be long."'),
     ({"prompt": "q", "chosen": "a", "rejected": "b", "tools": "{"}, "tools: found text that is not JSON"),
     (
+        {"prompt": "q", "chosen": "a", "rejected": "b", "tools": [{"name": "f", "description": "\ud83d"}]},
+        "tools[0].description: found half of a surrogate pair",
+    ),
+    (
+        {
+            "prompt": [ASK], "rejected": [OAK],
+            "chosen": [CALL | {"tool_calls": [{"name": "f", "arguments": {"x": ["\ud83d"]}}]}],
+        },
+        "chosen[0].tool_calls[0].arguments.x[0]: found half of a surrogate pair",
+    ),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "\ud83d": 1}, 'a key "\\ud83d": found half of a surrogate pair'),
+    (
         {"prompt": "[{'role': 'user', 'content': array(1)}]", "chosen": "a", "rejected": "b"},
         "which starts like a list of messages",
     ),

@@ -637,6 +637,15 @@ def test_contents_reach_a_template_that_takes_parts_only(name: str, tokenizer: A
         assert ("The name" in model.decode(result.pair.prompt)) == (prompt[-1] in begun)
 
 
+def test_half_of_a_surrogate_pair_in_arguments_of_json_text_is_rejected_where_the_template_parses_them(tokenizer: Any):
+    model = with_tokens(tokenizer)
+    call = {"type": "function", "function": {"name": "forecast", "arguments": '{"city": "\\ud83d"}'}}
+    chosen = (CALL | {"tool_calls": [call]}, RAIN, *answer("Wet."))
+    for name, reason in (("qwen3", None), ("qwen3_6", "template_refused")):
+        model.chat_template = trl_template(name)
+        assert getattr(pair(model, (USER,), chosen, answer("Dry.")), "reason", None) == reason
+
+
 def test_a_template_with_tags_of_plain_text_is_accepted(tokenizer: Any):
     tokenizer.chat_template = (
         "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
