@@ -32,9 +32,6 @@ LAYOUTS_ACCEPTED = (
     "and the layouts in docs/data.md"
 )
 
-ITEM_SCORES = ("score", "overall_score", "rating", "rank")
-"""Keys of a completion in a ranked list with its score."""
-
 MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 """Keys of a message that reach the chat template."""
 
@@ -103,8 +100,7 @@ class Fields:
 
     def tools(self) -> tuple[Mapping[str, Any], ...]:
         """The column ``tools``: a list of JSON schemas, or such a list as JSON text."""
-        outer, inner = self.read("tools"), self.record.get("input")
-        inner = inner.get("tools") if isinstance(inner, dict) else None
+        outer, inner = self.read("tools"), (self.openai_input() or {}).get("tools")
         if outer and inner:
             self.skip_key("input.tools")
         value = outer or inner
@@ -176,15 +172,15 @@ class Fields:
         if isinstance(value.get("reasoning"), str) and not value.get("reasoning_content"):  # as newer engines name it
             value = {"reasoning_content" if key == "reasoning" else key: item for key, item in value.items()}
         extra = {key: value[key] for key in MESSAGE_KEYS[2:] if value.get(key) not in (None, [], "")}
-        self.skip_other_keys(name, value, (speaker_key, text_key, *MESSAGE_KEYS[2:], *ITEM_SCORES))
+        self.skip_other_keys(name, value, (speaker_key, text_key, *MESSAGE_KEYS[2:]))
         content = value.get(text_key)
         for i, part in enumerate(content if isinstance(content, list) else ()):
             if isinstance(part, dict):
                 self.skip_other_keys(f"{name}.{text_key}[{i}]", part, ("type", "text"))
         if speaker == "function_call":
             extra["tool_calls"], content = _called_functions(f"{name}.{text_key}", content), None
-        elif "tool_calls" in extra:
-            extra["tool_calls"] = _tool_calls(f"{name}.tool_calls", extra["tool_calls"])
+        elif calls := _tool_calls(f"{name}.tool_calls", extra.pop("tool_calls", None)):
+            extra["tool_calls"] = calls
         for key in ("reasoning_content", "thinking", "name", "tool_call_id"):
             if key in extra:
                 extra[key] = text(f"{name}.{key}", extra[key])
@@ -244,7 +240,8 @@ def _reject_media(prefix: str, value: Mapping[str, Any], keys: Sequence[str]) ->
 
 def missing_field(record: Mapping[str, Any], name: str, accepted: str) -> NoReturn:
     """Raise Unusable for a field that is missing or null."""
-    raise Unusable("missing_field", f"{name}: found {', '.join(sorted(map(str, record))) or 'no fields'}; {accepted}")
+    found = ", ".join(sorted(str(key) for key, value in record.items() if value is not None))
+    raise Unusable("missing_field", f"{name}: found {found or 'no fields'}; {accepted}")
 
 
 def bad_field(name: str, found: str, accepted: str) -> NoReturn:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_ray.data.fields import ITEM_SCORES, LAYOUTS_ACCEPTED, Fields, bad_field, missing_field, text, turn
+from dpo_ray.data.fields import LAYOUTS_ACCEPTED, Fields, bad_field, missing_field, text, turn
 from dpo_ray.data.formats import Unusable, show
 from dpo_ray.data.placeholders import placeholder_notes
 from dpo_ray.data.turns import (
@@ -38,6 +38,8 @@ _LISTS = ("completions", "answers", "generations", "responses")
 _ANSWERS = ("completion", "output", "response", "answer")
 """Fields that may hold the answer of a record with one completion."""
 _SCORES = ("scores", "score", "ratings", "rating", "ranks", "rank")
+_ITEM_SCORES = ("score", "overall_score", "rating", "rank")
+"""Keys of a completion in a ranked list that may hold its score."""
 _PAIR_SCORES = (
     ("score_chosen", "score_rejected"),
     ("chosen_score", "rejected_score"),
@@ -140,8 +142,7 @@ def read_answer(fields: Fields) -> Candidates:
     prompt, name = read_prompt(fields), _prompt_field(fields)
     assert name is not None
     conversation = fields.conversation(name) if name in ("messages", "conversations") else ()
-    if isinstance(prompt, tuple) and (turns := conversation[len(prompt) :]):
-        assert not isinstance(turns, str)
+    if isinstance(prompt, tuple) and isinstance(conversation, tuple) and (turns := conversation[len(prompt) :]):
         return Candidates(prompt, (turns,), (1.0,), (name,))
     answer = fields.first_of(*_CHOSEN, *_ANSWERS)
     if answer is None:
@@ -175,8 +176,8 @@ def _prompt(fields: Fields) -> Messages | str:
     """The prompt field, with ``system``, ``input`` and ``history`` where a record has them."""
     name = _prompt_field(fields)
     assert name is not None
-    prompt = _openai_input(fields) if name == "input" and isinstance(fields.record["input"], dict) else None
-    prompt = prompt or fields.conversation(name)
+    value = fields.openai_input() if name == "input" else None
+    prompt = fields.conversation(name) if value is None else _openai_messages(fields, value)
     if isinstance(prompt, str):
         if name == "instruction" and _filled(fields, "input"):
             prompt = f"{prompt}\n{fields.text('input')}"
@@ -201,8 +202,8 @@ def _pair_prompt(fields: Fields) -> Messages | str:
     return prompt
 
 
-def _openai_input(fields: Fields) -> Messages | str:
-    value = fields.read("input")
+def _openai_messages(fields: Fields, value: Mapping[str, Any]) -> Messages | str:
+    fields.read("input")
     fields.skip_other_keys("input", value, ("messages", "tools"))
     return fields.conversation("input.messages", value.get("messages") or [])
 
@@ -285,11 +286,12 @@ def _ranked(fields: Fields, name: str) -> Candidates:
         bad_field(name, show(items), "a list of two or more")
     usable: list[tuple[str, float, Messages | str]] = []
     problems: list[Unusable] = []
-    for i, (item, score) in enumerate(zip(items, _scores(fields, name, items), strict=True)):
+    key, scores = _scores(fields, name, items)
+    for i, (item, score) in enumerate(zip(items, scores, strict=True)):
         try:
             if (number := finite_number(score)) is None:
                 raise Unusable("bad_score", f"{name}[{i}]: found score {show(score)}; accepted: a finite number")
-            completion = _completion(fields, f"{name}[{i}]", item)
+            completion = _completion(fields, f"{name}[{i}]", _without(key, item))
             validate_completion(f"{name}[{i}]", completion, prompt)
             placeholder_notes((), [(f"{name}[{i}]", completion)])
             usable.append((f"{name}[{i}]", number, completion))
@@ -329,7 +331,8 @@ def _unpaired(fields: Fields, label: str) -> Candidates:
     return Candidates(turns[:start], (turns[start:],), scores, (str(name),))
 
 
-def _scores(fields: Fields, name: str, items: Sequence[Any]) -> tuple[Any, ...]:
+def _scores(fields: Fields, name: str, items: Sequence[Any]) -> tuple[str | None, tuple[Any, ...]]:
+    """The key of the items that holds their scores, None for a column; and the scores, higher is better."""
     if column := next((name for name in _SCORES if isinstance(fields.record.get(name), list)), None):
         scores = fields.read(column)
         if len(scores) != len(items):
@@ -337,18 +340,23 @@ def _scores(fields: Fields, name: str, items: Sequence[Any]) -> tuple[Any, ...]:
         key = column
     else:
         keys = [
-            key for key in ITEM_SCORES if any(isinstance(item, dict) and item.get(key) is not None for item in items)
+            key for key in _ITEM_SCORES if any(isinstance(item, dict) and item.get(key) is not None for item in items)
         ]
         if not keys:
             raise Unusable(
                 "bad_score",
-                f"{name}: no scores; accepted are a field {' or '.join(_SCORES[::2])}, or {', '.join(ITEM_SCORES)} "
+                f"{name}: no scores; accepted are a field {' or '.join(_SCORES[::2])}, or {', '.join(_ITEM_SCORES)} "
                 "in every completion",
             )
         key = keys[0]
         scores = [item.get(key) if isinstance(item, dict) else None for item in items]
     sign = -1 if key in _LOWER_IS_BETTER else 1
-    return tuple(score if (number := finite_number(score)) is None else sign * number for score in scores)
+    signed = tuple(score if (number := finite_number(score)) is None else sign * number for score in scores)
+    return None if column else key, signed
+
+
+def _without(key: str | None, item: Any) -> Any:
+    return {name: value for name, value in item.items() if name != key} if isinstance(item, dict) else item
 
 
 def _completion(fields: Fields, name: str, item: Any) -> Messages | str:
@@ -359,5 +367,5 @@ def _completion(fields: Fields, name: str, item: Any) -> Messages | str:
     key = next((key for key in _TEXTS if item.get(key) is not None), None)
     if key is None:
         missing_field(item, f"{name}.content", f"accepted are {', '.join(_TEXTS)}")
-    fields.skip_other_keys(name, item, (key, *ITEM_SCORES))
+    fields.skip_other_keys(name, item, (key,))
     return fields.conversation(name, item[key])

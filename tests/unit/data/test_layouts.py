@@ -651,6 +651,53 @@ def test_null_and_empty_fields_are_no_content(write: Write):
     assert (pair.prompt, pair.unread) == ((ASK,), ())
 
 
+def test_calls_of_tools_that_are_json_text_of_none_are_none(write: Write):
+    prompt = [ASK | {"tool_calls": "null"}]
+    record = {"prompt": prompt, "chosen": [OAK | {"tool_calls": "[]"}], "rejected": [HERRING | {"tool_calls": "[]"}]}
+    (pair,) = read_pairs([Part(write([record]))])
+    assert isinstance(pair, PairRecord), pair
+    assert (pair.prompt, pair.chosen, pair.rejected) == MESSAGES
+
+
+def test_scores_in_messages_and_ranks_beside_scores_are_reported(write: Write):
+    records = [
+        {"prompt": [ASK], "chosen": [{**OAK, "score": 9}], "rejected": [{**HERRING, "rating": 2}]},
+        {"prompt": [ASK], "completions": [{**OAK, "score": 9, "rank": 2}, {**HERRING, "score": 2, "rank": 1}]},
+        {"prompt": "q", "completions": [{"text": "a", "rank": 1}, {"text": "b", "rank": 2}]},
+    ]
+    pairs = [pair for pair in read_pairs([Part(write(records))]) if isinstance(pair, PairRecord)]
+    assert [set(pair.unread) for pair in pairs] == [
+        {"chosen[].score", "rejected[].rating"}, {"completions[].rank"}, set()
+    ]  # fmt: skip
+
+
+def test_null_fields_are_missing_in_the_message_too(write: Write):
+    record = {"prompt": "q", "response_1": "a", "response_2": None, "preference_strength": 1}
+    (problem,) = read_pairs([Part(write([record]))])
+    assert isinstance(problem, Problem)
+    assert problem.detail.startswith("chosen: found preference_strength, prompt, response_1; accepted are ")
+
+
+def test_the_input_of_openai_may_be_json_text(write: Write):
+    call_for = {"type": "function", "function": {"name": "forecast"}}
+    record = {
+        "input": json.dumps({"messages": [ASK], "tools": [call_for]}),
+        "preferred_output": json.dumps([OAK]), "non_preferred_output": json.dumps([HERRING]),
+    }  # fmt: skip
+    (pair,) = read_pairs([Part(write([record]))])
+    assert isinstance(pair, PairRecord), pair
+    assert (pair.prompt, pair.chosen, pair.rejected) == MESSAGES
+    assert pair.tools == (call_for,)
+    assert pair.unread == ()
+
+
+def test_self_play_reads_a_text_with_earlier_exchanges_and_its_answer(write: Write):
+    (item,) = read_answers([write([{"conversations": "Name it.", "history": [["Hi", "Hello"]], "output": "A"}])])
+    assert not isinstance(item, Problem), item
+    prompt, answered = item
+    assert (prompt.prompt, answered.chosen) == ((user("Hi"), assistant("Hello"), user("Name it.")), "A")
+
+
 def test_unknown_keys_of_messages_are_reported(write: Write):
     record = {"prompt": [{**ASK, "weight": 0}], "chosen": [OAK], "rejected": [{**HERRING, "model": "m"}]}
     (pair,) = read_pairs([Part(write([record]))])
