@@ -55,12 +55,15 @@ class InspectedRecord:
     """Tokens of a completion that carry no loss, such as the answers of tools."""
     written: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Texts of the record that each part consists of; the template added everything else."""
+    unread: tuple[str, ...] = ()
+    """Fields that are not used, or carried along; the notes list them too."""
 
     def to_json(self) -> str:
         """One line of ``--json``."""
-        line = asdict(self) | {"notes": [": ".join(filter(None, note)) for note in self.notes]}
-        del line["written"]
-        return json.dumps(line, ensure_ascii=False)
+        return json.dumps(
+            {name: value for name, value in asdict(self).items() if name not in ("written", "unread")},
+            ensure_ascii=False,
+        )
 
 
 def inspect_run(config: Config, console: Console, *, json_file: Path | None = None, shown: int = 3) -> None:
@@ -120,8 +123,13 @@ def _count(counts: DataReportBuilder, record: InspectedRecord) -> None:
     if record.status == "dropped":
         counts.drop(Problem(record.reason or "", record.source, record.number, record.detail or ""))
         return
-    unread = [name for reason, names in record.notes if reason in UNREAD for name in names.split(", ")]
-    counts.keep(record.source, record.number, [note for note in record.notes if note[0] not in UNREAD], unread)
+    notes = [tuple(note.split(": ", 1)) if ": " in note else (note, "") for note in record.notes]
+    counts.keep(
+        record.source,
+        record.number,
+        [(reason, detail) for reason, detail in notes if reason not in UNREAD],
+        record.unread,
+    )
 
 
 def _pairs(
@@ -164,6 +172,7 @@ def _kept_prompt(
         prompt=prompt,
         tokens={"prompt": len(result.token_ids)},
         written={"prompt": _written(result.messages, prompt)},
+        unread=(*record.fields, *record.unread),
     )  # fmt: skip
 
 
@@ -186,6 +195,7 @@ def _kept_pair(key: str, record: PairRecord, result: TokenizedPair, tokenizer: R
         truncated={side: n for side, n in zip(SIDES[1:], result.removed, strict=True) if n},
         no_loss={side: n for side, n in no_loss.items() if n},
         written={**written, "prompt": (*_written(record.system, texts["prompt"]), *written["prompt"])},
+        unread=record.unread,
     )  # fmt: skip
 
 

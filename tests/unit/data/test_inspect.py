@@ -91,6 +91,15 @@ def test_records_are_shown_with_boundaries_and_what_the_template_added(model: Pa
     assert (dropped["status"], dropped["reason"], dropped["prompt"]) == ("dropped", "missing_field", None)
 
 
+def test_a_field_with_a_comma_in_its_name_is_one_field(model: Path, tmp_path: Path):
+    pair = {"prompt": [USER], "chosen": [OAK], "rejected": [HERRING], "source, of 2": 7}
+    text, (line,) = inspect(tmp_path, model, {"train": [pair]})
+    assert "fields not used: source, of 2 (1)" in text
+    assert line["notes"] == ["not_used: source, of 2"]
+    text, _ = inspect(tmp_path, model, {"prompts": [{"prompt": [USER], "source, of 2": 7}]})
+    assert "fields carried along for judges: source, of 2 (1)" in text
+
+
 @pytest.mark.parametrize("arguments", [{"city": "Oslo"}, '{"city":  "Oslo"}'])
 @pytest.mark.parametrize(
     ("written", "shown"),
