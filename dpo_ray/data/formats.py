@@ -221,9 +221,8 @@ def _parse_json(file: File) -> list[Any]:
         records = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object)
         if isinstance(records, list):
             return list(map(_checked, records))
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise Unreadable(f"{file.name}:{line}: byte {error.start + 1} of the file is not UTF-8 text") from None
+    except UnicodeDecodeError:
+        raise _not_utf8(file) from None
     except json.JSONDecodeError as error:
         hint = "; a file with one record per line must end in .jsonl" if error.msg == "Extra data" else ""
         raise Unreadable(
@@ -234,11 +233,24 @@ def _parse_json(file: File) -> list[Any]:
     raise Unreadable(f"{file.name}: found {show(records)}; a .json file must contain a list of records")
 
 
+def _not_utf8(file: File) -> Unreadable:
+    """The error of a file that is not UTF-8, with the line and the place of its first such byte."""
+    with file.open() as stream:
+        content = stream.read()
+    try:
+        content.decode("utf-8-sig")
+        at = 0
+    except UnicodeDecodeError as error:
+        at = error.start
+    line = content.count(b"\n", 0, at) + 1
+    return Unreadable(f"{file.name}:{line}: byte {at + 1} of the file is not UTF-8 text")
+
+
 def _csv_rows(file: File, part: Part) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than some conversations
-    try:
-        with file.open() as stream:
-            rows = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
+    with file.open() as stream:
+        rows = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
+        try:
             header = rows.fieldnames or []
             # pandas names its index "".
             rows.fieldnames = [
@@ -250,8 +262,10 @@ def _csv_rows(file: File, part: Part) -> Iterator[Row]:
                     yield number, Unusable("not_a_record", f"more cells than the header's {len(header)}")
                 else:
                     yield number, {name: cell or None for name, cell in row.items()}
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise Unreadable(f"{file.name}: cannot be read as CSV: {error}") from None
+        except csv.Error as error:
+            raise Unreadable(f"{file.name}:{rows.reader.line_num}: cannot be read as CSV: {error}") from None
+        except UnicodeDecodeError:
+            raise _not_utf8(file) from None
 
 
 def _validate_columns(file: File, names: Sequence[str]) -> None:
@@ -316,8 +330,8 @@ def _to_rows(batch: Any) -> Iterator[dict[str, Any]]:
     columns = []
     for column in batch.columns:
         try:
-            columns.append(column.to_pylist())
-        except (ValueError, OverflowError):
+            columns.append(column.to_pylist(maps_as_pydicts="strict"))
+        except (ValueError, OverflowError, KeyError):
             columns.append([_to_python(cell) for cell in column])
     for cells in zip(*columns, strict=True):
         yield {name: _without_nulls(cell) for name, cell in zip(batch.schema.names, cells, strict=True)}
@@ -325,8 +339,8 @@ def _to_rows(batch: Any) -> Iterator[dict[str, Any]]:
 
 def _to_python(cell: Any) -> Any:
     try:
-        return cell.as_py()
-    except (ValueError, OverflowError) as error:
+        return cell.as_py(maps_as_pydicts="strict")
+    except (ValueError, OverflowError, KeyError) as error:
         return Unusable("bad_field", f"a value of type {cell.type} cannot be read: {error}")
 
 

@@ -20,7 +20,7 @@ from dpo_ray.storage import file_version
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _NOT_DATA = (".md", ".txt", ".yaml", ".yml", ".py", ".lock", ".crc", "")
 """Suffixes of files that folders of data may contain."""
-_NOT_RECORDS = ("dataset_info.json", "dataset_infos.json")
+_NOT_RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 _SPLIT = re.compile(r"(?:train|test|validation|valid|dev|eval)(?![a-z])")
 """Start of the name of a split, such as train or train_prefs."""
 
@@ -146,11 +146,18 @@ def _files_of_pattern(pattern: str) -> list[str]:
 
 
 def _has_data(folder: Path) -> bool:
-    return any(_is_visible(path) and _is_data(path) for path in _paths_in(folder))
+    return any(_is_visible(path) and _is_data(folder / path) for path in _paths_in(folder))
 
 
 def _paths_in(folder: Path) -> list[Path]:
-    return [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    """The files and saved datasets in a folder and its subfolders, sorted and relative to it."""
+    paths = sorted(folder.rglob("*"))
+    datasets = {path for path in paths if (path / "state.json").is_file()}
+    return [
+        path.relative_to(folder)
+        for path in paths
+        if path in datasets or (path.is_file() and not datasets & {*path.parents})
+    ]
 
 
 def _is_visible(path: Path) -> bool:
@@ -158,13 +165,13 @@ def _is_visible(path: Path) -> bool:
 
 
 def _is_data(path: Path) -> bool:
-    return File.of(str(path)) is not None and path.name not in _NOT_RECORDS
+    return path.is_dir() or (File.of(str(path)) is not None and path.name not in _NOT_RECORDS)
 
 
 def _files_of_folder(source: str, folder: Path, split: str) -> list[str]:
-    """The data files of a folder and its subfolders, sorted; those of one split, if given."""
+    """The data files and saved datasets of a folder and its subfolders, sorted; those of one split, if given."""
     visible = list(filter(_is_visible, _paths_in(folder)))
-    files = list(filter(_is_data, visible))
+    files = [path for path in visible if _is_data(folder / path)]
     other = [
         path
         for path in visible

@@ -1,6 +1,7 @@
 """Verdicts on two completions, by the fields of public preference sets."""
 
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from dpo_ray.data.fields import Fields
@@ -8,8 +9,8 @@ from dpo_ray.types import is_finite
 
 
 def finite_number(value: Any) -> float | None:
-    """A finite number, or None; CSV files hold numbers as text."""
-    if isinstance(value, str):
+    """A finite number, or None; CSV files hold numbers as text, and tables may hold decimal ones."""
+    if isinstance(value, str | Decimal):
         try:
             value = float(value)
         except ValueError:

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,64 @@ def test_nulls_that_arrow_pads_structs_with_are_no_fields(tmp_path: Path):
     (record,) = read_pairs([Part(f"{tmp_path}/pairs.parquet")])
     assert isinstance(record, PairRecord), record
     assert (record.prompt, record.chosen, record.unread) == (tuple(messages), (call,), ())
+
+
+def test_maps_are_objects_and_decimals_are_numbers(tmp_path: Path):
+    calls = pa.struct([("name", pa.string()), ("arguments", pa.map_(pa.string(), pa.string()))])
+    message = pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.list_(calls))])
+    call = {"name": "f", "arguments": [("city", "Oslo")]}
+    columns = {
+        "prompt": pa.array([[[("role", "user"), ("content", "q")]]], pa.list_(pa.map_(pa.string(), pa.string()))),
+        "completions": pa.array(
+            [[{"role": "assistant", "tool_calls": [call]}, {"role": "assistant", "content": "b"}]], pa.list_(message)
+        ),
+        "scores": pa.array([[Decimal("0.5"), Decimal("1.5")]]),
+    }
+    pa.parquet.write_table(pa.table(columns), tmp_path / "pairs.parquet")
+    (record,) = read_pairs([Part(f"{tmp_path}/pairs.parquet")])
+    assert isinstance(record, PairRecord), record
+    assert record.prompt == ({"role": "user", "content": "q"},)
+    assert record.chosen == ({"role": "assistant", "content": "b"},)
+    calls_of_rejected: Any = record.rejected[0]
+    assert calls_of_rejected["tool_calls"] == [{"name": "f", "arguments": {"city": "Oslo"}}]
+    assert record.gap == 1.0
+
+
+def test_a_map_with_a_key_twice_is_rejected_by_field(tmp_path: Path):
+    twice = pa.array([[("city", "Oslo"), ("city", "Bergen")]], pa.map_(pa.string(), pa.string()))
+    table = pa.Table.from_pylist(ROWS[:1]).drop(["chosen"]).append_column("chosen", twice)
+    pa.parquet.write_table(table, tmp_path / "pairs.parquet")
+    (problem,) = read_pairs([Part(f"{tmp_path}/pairs.parquet")])
+    assert isinstance(problem, Problem), problem
+    assert problem.detail.startswith("chosen: a value of type map<string, string")
+    assert "duplicate key was 'city'" in problem.detail
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'q,"a"x,b\n', r"x.csv:3: cannot be read as CSV: "),
+        (b'q,"a,b\n', r"x.csv:3: cannot be read as CSV: unexpected end of data"),
+        (b"q,\xe9,b\n", r"x.csv:3: byte 32 of the file is not UTF-8 text"),
+    ],
+)
+def test_the_error_names_the_line_of_a_damaged_csv_file(content: bytes, message: str, tmp_path: Path):
+    (tmp_path / "x.csv").write_bytes(b"prompt,chosen,rejected\nq,a,b\n" + content)
+    with pytest.raises(Unreadable, match=message):
+        list(read_pairs([Part(f"{tmp_path}/x.csv")]))
+
+
+def test_a_folder_may_hold_saved_datasets_of_its_splits(tmp_path: Path):
+    import datasets
+
+    for name in ("train", "test"):
+        datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "sets" / name)
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "other" / "all")
+    assert expand_source(f"{tmp_path}/sets:train") == [f"{tmp_path}/sets/train"]
+    assert expand_source(f"{tmp_path}/other") == [f"{tmp_path}/other/all/train"]
+    assert len(list(read_pairs([Part(f"{tmp_path}/sets/train")]))) == len(ROWS)
+    with pytest.raises(Unreadable, match=rf"several splits; accepted are {tmp_path}/sets:test, {tmp_path}/sets:train"):
+        expand_source(f"{tmp_path}/sets")
 
 
 def test_the_digest_of_a_compressed_file_differs_from_the_plain_one(tmp_path: Path):
