@@ -114,7 +114,7 @@ class Fields:
         for i, schema in enumerate(schemas):
             if not isinstance(schema, dict):
                 bad_field(f"tools[{i}]", show(schema), "a JSON schema")
-            _validate_texts(f"tools[{i}]", schema)
+            validate_texts(f"tools[{i}]", schema)
         return tuple(schemas)
 
     def openai_input(self) -> Mapping[str, Any] | None:
@@ -218,16 +218,16 @@ def text(name: str, value: Any, *, may_be_empty: bool = False) -> str:
     return value
 
 
-def _validate_texts(name: str, value: Any) -> None:
-    """Reject calls or schemas with text that is not Unicode."""
+def validate_texts(name: str, value: Any) -> None:
+    """Raise Unusable for a value that holds text that is not Unicode."""
     if isinstance(value, str):
         text(name, value, may_be_empty=True)
     elif isinstance(value, dict):
         for key, item in value.items():
-            _validate_texts(f"{name}.{key}", item)
+            validate_texts(f"{name}.{key}", item)
     elif isinstance(value, list):
         for i, item in enumerate(value):
-            _validate_texts(f"{name}[{i}]", item)
+            validate_texts(f"{name}[{i}]", item)
 
 
 def _reject_media(prefix: str, value: Mapping[str, Any], keys: Sequence[str]) -> None:
@@ -323,7 +323,7 @@ def _tool_calls(name: str, value: Any) -> list[Any]:
         return []
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         bad_field(name, show(calls), "a list of tool calls")
-    _validate_texts(name, calls)
+    validate_texts(name, calls)
     return calls
 
 
@@ -334,5 +334,5 @@ def _called_functions(name: str, value: Any) -> list[Any]:
     for call in calls:
         if not isinstance(call, dict) or "name" not in call:
             bad_field(name, show(call), "a call, {name, arguments}")
-        _validate_texts(name, call)
+        validate_texts(name, call)
     return [{"type": "function", "function": call} for call in calls]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_ray.config.losses import Examples
-from dpo_ray.data.fields import Fields, bad_field
+from dpo_ray.data.fields import Fields, bad_field, validate_texts
 from dpo_ray.data.formats import Part, Unusable, show
 from dpo_ray.data.layouts import PROMPT, Candidates, read_answer, read_candidates, read_prompt
 from dpo_ray.data.placeholders import placeholder_notes
@@ -198,10 +198,17 @@ def _prompt_record(
     notes, (prompt, system), tools = placeholder_notes(prompt), _with_system(fields, prompt), fields.tools()
     used = {answer, *(fields.read_names & {*PROMPT, "system", "system_prompt", "tools"})}
     others = {name: value for name, value in fields.record.items() if name not in used and value is not None}
-    unreadable = [f"{name}: {value.detail}" for name, value in others.items() if isinstance(value, Unusable)]
+    unreadable: dict[str, str] = {}
+    for name, value in others.items():
+        try:
+            if isinstance(value, Unusable):
+                raise Unusable(value.reason, f"{name}: {value.detail}")
+            validate_texts(name, value)
+        except Unusable as problem:
+            unreadable[name] = problem.detail
     if unreadable:
-        notes = (*notes, ("unreadable_cell", ", ".join(unreadable)))
-    carried = {name: finite_or_none(value) for name, value in others.items() if not isinstance(value, Unusable)}
+        notes = (*notes, ("unreadable_cell", ", ".join(unreadable.values())))
+    carried = {name: _finite(value) for name, value in others.items() if name not in unreadable}
     return PromptRecord(prompt, source, number, tools, system, carried, fields.unread_keys(), notes)
 
 

@@ -598,6 +598,14 @@ def test_odd_values_are_reported_and_raise_nothing(write: Write):
     assert prompt.fields == {"x": None, "y": {"z": [None, 1.0]}}
 
 
+def test_a_field_with_half_of_a_surrogate_pair_is_no_field_for_judges_and_named(write: Write):
+    (prompt,) = read_prompts([write([{"prompt": "q", "answer": {"texts": ["a", "\ud83d"]}, "level": 3}])])
+    assert isinstance(prompt, PromptRecord)
+    assert prompt.fields == {"level": 3}
+    detail = "answer.texts[1]: found half of a surrogate pair at character 1; accepted: Unicode text"
+    assert prompt.notes == (("unreadable_cell", detail),)
+
+
 def test_fields_that_a_prompt_was_not_built_from_are_carried_along(write: Write):
     records = [
         {"question": "Who wrote it?", "context": "The book is Emma."},
