@@ -11,6 +11,7 @@ from dpo_ray.types import Message, Messages
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 """Tags of the turns of a transcript."""
+_TRANSCRIPT_ROLES = {"System": "system", "Human": "user", "User": "user", "Assistant": "assistant"}
 _SPEAKER = re.compile(r"(?:\A|\n|###)[ \t]*(Human|User|Assistant):|\b(USER|ASSISTANT):|<extra_id_1>(User|Assistant)\b")
 """A tag that opens a turn in text."""
 
@@ -49,19 +50,22 @@ def _in_answer(prompt: str) -> bool:
 def transcript_turns(transcript: str) -> Messages | None:
     """The turns of a transcript, without a final empty one; None for other text.
 
-    Transcripts have the tags ``Human:`` and ``Assistant:`` (HH-RLHF), or ``<extra_id_1>`` (HelpSteer 2).
+    Transcripts have the tags ``Human:`` and ``Assistant:`` (HH-RLHF), or ``<extra_id_1>`` (HelpSteer 2), before which
+    ``<extra_id_0>`` may open a turn of the system.
     """
     if transcript.startswith((HUMAN, HUMAN.lstrip())) and ASSISTANT in transcript:
         parts = re.split(r"(?:\A|\n\n)(Human|Assistant):", transcript)[1:]
     elif "\n<extra_id_1>Assistant\n" in transcript:
-        parts = ["Human", *re.split(r"\n<extra_id_1>(User|Assistant)\n?", transcript)]
+        first, *rest = re.split(r"(?:\A|\n)<extra_id_1>(User|Assistant)\n?", transcript)
+        opened = first.startswith("<extra_id_0>System") or not first
+        parts = ["System" if opened else "Human", first.removeprefix("<extra_id_0>System"), *rest]
     else:
         return None
     turns = [
-        turn("assistant" if speaker == "Assistant" else "user", content.strip())
-        for speaker, content in zip(parts[::2], parts[1::2], strict=True)
+        turn(_TRANSCRIPT_ROLES[name], content.strip()) for name, content in zip(parts[::2], parts[1::2], strict=True)
     ]
-    return tuple(message for i, message in enumerate(turns) if message["content"] or i < len(turns) - 1)
+    last = len(turns) - 1
+    return tuple(m for i, m in enumerate(turns) if m["content"] or (i < last and m["role"] != "system"))
 
 
 def prompt_turns(prompt: Messages | str) -> Messages:

@@ -848,6 +848,10 @@ def test_transcripts_become_turns():
     assert transcript_turns(HH) == (ASK,)
     markers = "Hi\n<extra_id_1>Assistant\nHello\n<extra_id_1>User\nName a tree."  # HelpSteer 2
     assert transcript_turns(markers) == (user("Hi"), assistant("Hello"), ASK)
+    system = "<extra_id_0>System\nBe brief.\n<extra_id_1>User\nName a tree.\n<extra_id_1>Assistant\n"
+    assert transcript_turns(system) == (SYSTEM, ASK)
+    assert transcript_turns(system.replace("Be brief.", "")) == (ASK,)
+    assert transcript_turns(system.partition("brief.\n")[2]) == (ASK,)
     assert transcript_turns("Name a tree.") is None
 
 
