@@ -242,11 +242,10 @@ class RecordTokenizer:
             return (*record.system, *(transcript_turns(prompt) or ({"role": "user", "content": prompt},))), "chat"
         for marker in (marker for text in texts for marker in SPECIAL_TOKEN.findall(text)):
             self._reject_split(marker)
+        key = "model.chat_template" if self.tokenizer.chat_template is None else "data.strings: chat"
         for name, value in (("system", record.system), ("tools", record.tools)):
             if value:
-                raise Unusable(
-                    "bad_field", f"{name}: beside a prompt used as written; accepted with data.strings: chat"
-                )
+                raise Unusable("bad_field", f"{name}: beside a prompt used as written; accepted with {key}")
         return None, "raw"
 
     def _reject_split(self, marker: str, where: str = "") -> None:
@@ -265,7 +264,7 @@ class RecordTokenizer:
         completions = dict(zip(record.names, (chosen, rejected), strict=True))
         for name, completion in completions.items():
             if turn_markers(prompt) and completion.startswith(prompt.strip()):
-                raise _Drop("bad_field", f"{name}: found the prompt at the start; accepted: the text after the prompt")
+                raise Unusable("bad_field", f"{name}: found the prompt at the start; accepted: the text after the prompt")
         self._note_unknown({"prompt": prompt, **completions}, noted)
         return self._with_bos(prompt), self._ended(prompt + chosen), self._ended(prompt + rejected)
 

@@ -261,6 +261,12 @@ def test_a_system_prompt_beside_raw_text_is_rejected_and_in_the_template_rendere
     assert "<|im_start|>system\nBe brief.<|im_end|>" in tokenizer.decode(result.pair.prompt)
 
 
+def test_a_system_prompt_beside_text_for_a_model_without_a_template_needs_one(tokenizer: Any):
+    tokenizer.chat_template = None
+    problem = pair(tokenizer, "Name a tree.", "An oak.", "No.", system=({"role": "system", "content": "Be brief."},))
+    assert problem.detail == "system: beside a prompt used as written; accepted with model.chat_template"
+
+
 def test_a_transcript_becomes_its_turns(tokenizer: Any):
     result = pair(tokenizer, "\n\nHuman: Name a tree.\n\nAssistant:", " An oak.", " No.")
     assert result.pair == pair(tokenizer, (USER,), answer("An oak."), answer("No.")).pair
