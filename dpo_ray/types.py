@@ -4,6 +4,7 @@ Only the standard library is imported, so that every process can load them quick
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -179,8 +180,8 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 
 def is_finite(value: Any) -> TypeGuard[float]:
-    """True for a number that is neither infinite nor NaN."""
-    return is_number(value) and math.isfinite(value)
+    """True for a number in the range of floats; not for NaN."""
+    return is_number(value) and abs(value) <= sys.float_info.max
 
 
 def finite_float(value: Any) -> float | None:

@@ -60,10 +60,9 @@ class InspectedRecord:
 
     def to_json(self) -> str:
         """One line of ``--json``."""
-        return json.dumps(
-            {name: value for name, value in asdict(self).items() if name not in ("written", "unread")},
-            ensure_ascii=False,
-        )
+        line = asdict(self) | {"notes": [": ".join(filter(None, note)) for note in self.notes]}
+        del line["written"], line["unread"]
+        return json.dumps(line, ensure_ascii=False)
 
 
 def inspect_run(config: Config, console: Console, *, json_file: Path | None = None, shown: int = 3) -> None:
@@ -123,13 +122,8 @@ def _count(counts: DataReportBuilder, record: InspectedRecord) -> None:
     if record.status == "dropped":
         counts.drop(Problem(record.reason or "", record.source, record.number, record.detail or ""))
         return
-    notes = [tuple(note.split(": ", 1)) if ": " in note else (note, "") for note in record.notes]
-    counts.keep(
-        record.source,
-        record.number,
-        [(reason, detail) for reason, detail in notes if reason not in UNREAD],
-        record.unread,
-    )
+    notes = [note for note in record.notes if note[0] not in UNREAD]
+    counts.keep(record.source, record.number, notes, record.unread)
 
 
 def _pairs(

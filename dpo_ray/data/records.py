@@ -208,7 +208,7 @@ def _prompt_record(
             unreadable[name] = problem.detail
     if unreadable:
         notes = (*notes, ("unreadable_cell", ", ".join(unreadable.values())))
-    carried = {name: _finite(value) for name, value in others.items() if name not in unreadable}
+    carried = {name: finite_or_none(value) for name, value in others.items() if name not in unreadable}
     return PromptRecord(prompt, source, number, tools, system, carried, fields.unread_keys(), notes)
 
 

@@ -28,7 +28,7 @@ from dpo_ray.storage import atomic_folder, cached_text
 from dpo_ray.types import TokenPair
 
 FORMAT_VERSION = 8
-"""Part of every digest: increment it when the file format, record layouts or tokenisation change."""
+"""Part of every digest: increment it when the file format, record layouts or tokenization change."""
 
 PART_RECORDS = 4096
 """Records per part: seconds of work, longer than the start of a process."""

@@ -264,7 +264,7 @@ class RecordTokenizer:
         completions = dict(zip(record.names, (chosen, rejected), strict=True))
         for name, completion in completions.items():
             if turn_markers(prompt) and completion.startswith(prompt.strip()):
-                raise Unusable("bad_field", f"{name}: found the prompt at the start; accepted: the text after the prompt")
+                bad_field(name, "the prompt at the start", "the text after the prompt")
         self._note_unknown({"prompt": prompt, **completions}, noted)
         return self._with_bos(prompt), self._ended(prompt + chosen), self._ended(prompt + rejected)
 

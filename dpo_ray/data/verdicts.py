@@ -15,10 +15,7 @@ def finite_number(value: Any) -> float | None:
             value = float(value)
         except ValueError:
             return None
-    try:
-        return value if is_finite(value) else None
-    except OverflowError:  # an integer beyond the range of floats
-        return None
+    return value if is_finite(value) else None
 
 
 class Verdict(NamedTuple):
