@@ -107,10 +107,11 @@ def run_disturbed(commands: Commands, file: Path, run: Path, events: list[Distur
     remaining, sent = list(events), list[Disturbance]()
 
     def disturb_next(command: subprocess.Popen[bytes]) -> None:
-        if remaining and len(ended_rounds(run)) >= remaining[0].rounds:
-            time.sleep(remaining[0].delay_s)
-            if disturb(command, run, remaining[0]):
-                sent.append(remaining.pop(0))
+        with contextlib.suppress(ValueError):  # a line that is being written
+            if remaining and len(ended_rounds(run)) >= remaining[0].rounds:
+                time.sleep(remaining[0].delay_s)
+                if disturb(command, run, remaining[0]):
+                    sent.append(remaining.pop(0))
 
     run_to_the_end(commands, file, disturb_next)
     return sent
