@@ -24,7 +24,7 @@ from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.run_dir import make_run_dir
 from dpo_ray.launch.status import StatusActor
 from dpo_ray.report.live.display import live_display
-from dpo_ray.rollout.judges import validate_columns
+from dpo_ray.rollout.judges import columns_by_judge, validate_columns
 from dpo_ray.rollout.rounds import digest_of_prompts, validate_round_size
 from dpo_ray.storage import storage_errors, write_atomically
 from dpo_ray.types import Prompt
@@ -190,7 +190,7 @@ def prepare_round_data(
     prompts = prepare_prompts(config, config.online.prompts, "online.prompts", console, answers=answers)
     held_out = prepare_prompts(config, config.online.eval_prompts, "online.eval_prompts", console)
     validate_round_size(prompts, config.online.prompts_per_round)
-    validate_columns(config.online, prompts, held_out)
+    validate_columns(config.online, columns_by_judge(prompts, held_out))
     digests = {"online.prompts": digest_of_prompts(prompts)}
     if held_out:
         digests["online.eval_prompts"] = digest_of_prompts(held_out)

@@ -172,6 +172,7 @@ def online(
         )
     finally:
         sync.close()
+        engines.close()
 
 
 def _gather_gpu_slots() -> list[GpuSlot]:

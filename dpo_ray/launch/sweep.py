@@ -94,8 +94,9 @@ def run_sweep(config: Config, cluster: Cluster, space: str) -> None:
 def _run_exclusively(
     config: Config, cluster: Cluster, sweep: Sweep, definition: SweepDefinition, console: Console
 ) -> None:
-    concurrent = _concurrent(config, cluster, definition.samples)
+    _concurrent(config, cluster, definition.samples)  # for its error
     run_dir, definition = open_sweep_dir(config, definition)
+    concurrent = _concurrent(config, cluster, definition.samples)
     pairs, prompts, held_out, digests = _prepare(config, cluster, console, definition.data)
     definition = replace(definition, data=digests)
     write_definition(run_dir / "sweep.json", definition)

@@ -23,6 +23,8 @@ PING_INTERVAL_S = 5.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 """Pause before a slot gets another engine: doubled with each one that did not come to serve."""
 RETIRE_TIMEOUT_S = 60.0
+ABORT_TIMEOUT_S = 20.0
+"""Longest wait for an engine that aborts its requests: it does so after the step in progress."""
 STATUS_S = 2.0
 """Longest wait for a status that metrics ask for."""
 SUSPICIONS, SUSPICION_WINDOW_S = 3, 600.0
@@ -165,7 +167,8 @@ class Fleet:
         self._board.members.clear()
         self._board.metrics = None
         self._changed()
-        await self._call(list(self._lives.values()), lambda engine: engine.abort(), "aborting requests")
+        engines = list(self._lives.values())
+        await self._call(engines, lambda engine: engine.abort(), ABORT_TIMEOUT_S, "aborting requests: no answer in {}")
 
     async def replace_unfinished(self) -> None:
         """Replace the engines that hold a part of a policy, because the sender of the other part has died."""
@@ -177,14 +180,17 @@ class Fleet:
         """Put all engines to sleep, also those that come up later, until the next update."""
         self._asleep = True
         awake = [life for life in self._lives.values() if not life.loading]
-        await self._call(awake, lambda engine: engine.sleep(), "falling asleep")
+        slow = "falling asleep: no answer in {} (sync_timeout_s)"
+        await self._call(awake, lambda engine: engine.sleep(), self.sync_timeout_s, slow)
 
-    async def _call(self, lives: Sequence[_Life], call: Callable[[Engine], Awaitable[None]], doing: str) -> None:
-        """Call engines; those that fail are replaced."""
+    async def _call(
+        self, lives: Sequence[_Life], call: Callable[[Engine], Awaitable[None]], limit_s: float, slow: str
+    ) -> None:
+        """Call engines; those that fail are replaced, with the reason ``slow`` if they take longer."""
 
         async def answer(life: _Life) -> None:
             try:
-                await within(self.sync_timeout_s, call(life.engine), f"{doing}: no answer in {{}} (sync_timeout_s)")
+                await within(limit_s, call(life.engine), slow)
             except Exception as error:
                 self._lose(life, error_summary(error), error)
 

@@ -73,6 +73,8 @@ class Call:
     run: Callable[[], Any]
     drains: Callable[[Job], bool] = lambda job: False
     """Running jobs to wait for."""
+    urgent: bool = False
+    """True for a call that overtakes those that wait."""
     serves: Serving | None = None
     """The jobs that are served if the call succeeds; NONE also if it fails, and later jobs wait from its arrival. None:
     no change."""
@@ -191,7 +193,7 @@ class Stepper:
 
     def _take(self, work: Job | Call) -> None:
         if isinstance(work, Call):
-            self._calls.append(work)
+            (self._calls.appendleft if work.urgent else self._calls.append)(work)
         elif self._served(work) and not any(call.serves is Serving.NONE for call in self._calls):
             self._add(work)
         else:

@@ -191,7 +191,7 @@ class VLLMEngine:
 
     async def abort(self) -> None:
         """Abort all requests; see ``Engine.abort``."""
-        await self._call(self._stepper.abort)
+        await self._call(self._stepper.abort, urgent=True)
 
     async def start_update(self) -> None:
         """Start a weight update; see ``Engine.start_update``.

@@ -4,6 +4,7 @@ Independent of Ray, of vLLM and of how a policy's weights are gathered: a sender
 and an object that stands for all engines.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
+CLOSE_TIMEOUT_S = 30.0
 ATTEMPTS = 3
 """Attempts to send weights while engines are lost."""
 
@@ -125,7 +127,10 @@ class WeightSync(Protocol):
         ...
 
     def close(self) -> None:
-        """Disconnect from the engines and free the transport's resources; an unfinished publish is abandoned."""
+        """Disconnect from the engines and free the transport's resources.
+
+        A publish in the background gets CLOSE_TIMEOUT_S, then it is abandoned.
+        """
         ...
 
 
@@ -182,6 +187,10 @@ class Sender:
             publishing.result()
 
     def close(self) -> None:
+        if self._publishing is not None:
+            # The next run of this process publishes to the same engines.
+            with contextlib.suppress(Exception):
+                self._publishing.result(CLOSE_TIMEOUT_S)
         self._reset()
         self.engines, self._connected, self._publishing = None, False, None
 

@@ -4,6 +4,8 @@ A run trains the weights of the model that the run before it has left, reset to 
 log-probabilities are read and verified once, and checkpoints are copied to the same host memory.
 """
 
+import contextlib
+import gc
 from collections.abc import Collection
 from dataclasses import replace
 
@@ -41,6 +43,7 @@ class SharedParts:
         """The reference that stays beside the policy."""
         self.references: dict[str, tuple[Reference, Reference]] = {}
         self.stager = CachedStager()
+        release_memory()
 
     def build_trainer(self, config: Config, device: torch.device, reporter: Reporter) -> Trainer:
         """See ``trainer.build_trainer``; the model is kept as long as the settings that shape it stay."""
@@ -90,6 +93,14 @@ class SharedParts:
         if weights:
             for weight, untrained in zip(weights, self.untrained, strict=True):
                 local_tensor(weight).copy_(untrained)
+
+
+def release_memory() -> None:
+    """Frees what a run leaves: modules and their hooks refer to each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        with contextlib.suppress(RuntimeError):  # after an error of the device
+            torch.cuda.empty_cache()
 
 
 def _model_settings(config: Config) -> str:

@@ -299,6 +299,42 @@ def test_an_online_trial_that_needs_other_engines_gets_them_and_keeps_the_worker
 
 @pytest.mark.slow
 @pytest.mark.vllm
+@pytest.mark.timeout(900)
+def test_online_trials_whose_worker_and_fleet_are_killed_end_with_each_prompt_once(
+    joining: Commands, tiny_model: Path, tmp_path: Path
+) -> None:
+    config = tiny_rounds(tmp_path, tiny_model)
+    config["run"] |= {"name": "sweep", "eval_every": 1, "save_every": 1}
+    config["online"] |= {"rounds": 3, "sync_timeout_s": 60, "engine_timeout_s": 20}
+    config["cluster"] = {"train_workers": 2, "rollout_engines": 1, "max_restarts": 3, "worker_timeout_s": 20}
+    config["sweep"] = {"samples": 2, "concurrent": 1}
+    run = tmp_path / "runs/sweep"
+
+    def kill(log: Path) -> None:
+        os.kill(int(processes(log)[-1]), signal.SIGKILL)
+
+    def rounds_of(trial: str) -> int:
+        return len(list(run.glob(f"trials/{trial}/rounds/*/manifest.json")))
+
+    with joining.start("sweep", write_yaml(tmp_path / "run.yaml", config), "tests.ray.sweep_online") as process:
+        wait_until(lambda: rounds_of("00000") >= 2, process)
+        kill(run / "trials/00000/logs/worker-1.log")
+        wait_until(lambda: rounds_of("00001") >= 1, process)
+        kill(run / "slots/0/logs/fleet.log")
+        assert process.wait(timeout=400) == 0
+    trials = read_trials(csv(run))
+    assert [(trial.status, trial.metrics["round"]) for trial in trials] == [("done", 3)] * 2
+    for trial in trials:
+        for index in range(3):
+            rows = lines(run / f"trials/{trial.name}/rounds/{index:06d}/pairs.jsonl")
+            assert len({row["prompt_index"] for row in rows}) == len(rows) == config["online"]["prompts_per_round"]
+            assert not [row["error"] for row in rows if row["error"]]
+    assert len(processes(run / "trials/00000/logs/worker-1.log")) == 2, "restarted once"
+    assert not joining.left_over()
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
 @pytest.mark.timeout(1200)
 def test_online_trials_of_a_population_pause_after_a_round_and_are_cloned(
     starting: Commands, tiny_model: Path, tmp_path: Path

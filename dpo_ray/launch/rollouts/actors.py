@@ -7,7 +7,7 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from dpo_ray.launch.command import TrainingFailed
 from dpo_ray.launch.rollouts.collector import CollectorActor
 from dpo_ray.launch.rollouts.fleet import FleetActor
 from dpo_ray.launch.rollouts.judge_actor import RemoteJudge, start_judges
-from dpo_ray.rollout.judges.columns import columns_of
+from dpo_ray.rollout.judges import columns_by_judge
+from dpo_ray.rollout.rounds import digest_of_prompts
 from dpo_ray.storage import error_summary
 from dpo_ray.types import Prompt
 
@@ -34,6 +35,27 @@ EARLY_S = 5.0
 PING_INTERVAL_S = 10.0
 PING_TIMEOUT_S = 60.0
 CLOSE_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFile:
+    """The prompts of a run, for its collector."""
+
+    path: Path
+    columns: Mapping[str, set[str]]
+    """See ``columns_by_judge``."""
+    digest: str
+    """``digest_of_prompts`` of the training prompts."""
+    count: int
+    """Training prompts."""
+
+
+def write_prompts(folder: Path, prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> PromptFile:
+    """Writes the prompts to a file in ``folder``."""
+    path = folder / "prompts.pickle"
+    folder.mkdir(exist_ok=True)
+    path.write_bytes(pickle.dumps((prompts, held_out)))
+    return PromptFile(path, columns_by_judge(prompts, held_out), digest_of_prompts(prompts), len(prompts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +75,10 @@ def rollout_actors(
     Raises:
         ValueError, TrainingFailed: the judge cannot be built.
     """
+    file = write_prompts(config.run.path / "ray", prompts, held_out)
     with (
         fleet_actor(config, cluster) as fleet,
-        collecting_actors(config, fleet, prompts, held_out, status_actor) as (collector, judges),
+        collecting_actors(config, fleet, file, status_actor) as (collector, judges),
     ):
         _raise_early_failure(judges)
         yield Rollouts(fleet, collector)
@@ -65,38 +88,37 @@ def rollout_actors(
 def fleet_actor(config: Config, cluster: Cluster) -> Iterator[Any]:
     """Starts a FleetActor, whose engines start meanwhile; shuts the engines down at the end."""
     fleet = _start(FleetActor, config.model_dump(mode="json"), cluster)
+    watchdog = Watchdog("fleet", fleet)
     try:
-        with _restarted_if_hung("fleet", fleet):
-            yield fleet
+        yield fleet
     finally:
+        watchdog.stop()
         try:
             ray.get(fleet.close.remote(), timeout=CLOSE_TIMEOUT_S)
         except Exception as error:  # logged, so that it does not hide the error of the run
             logger.warning("the engines could not be shut down in order: %s", error)
-        with contextlib.suppress(RayError):
-            ray.kill(fleet)
+        watchdog.kill()
 
 
 @contextlib.contextmanager
 def collecting_actors(
-    config: Config, fleet: Any, prompts: Sequence[Prompt], held_out: Sequence[Prompt], status_actor: Any
+    config: Config, fleet: Any, prompts: PromptFile, status_actor: Any
 ) -> Iterator[tuple[Any, Sequence[RemoteJudge]]]:
     """Starts the collector and the judges of a run on the engines of ``fleet``; kills them at the end."""
-    started = start_judges(config, fleet, {"judge": columns_of(prompts), "eval_judge": columns_of(held_out)})
+    started = start_judges(config, fleet, prompts.columns)
     judges = list({id(judge): judge for replicas in started.values() for judge in replicas}.values())
-    # In a file, and handles as bytes: Ray warns of arguments with references, which a restarted actor may not find.
-    prompt_file = config.run.path / "ray" / "prompts.pickle"
-    prompt_file.parent.mkdir(exist_ok=True)
-    prompt_file.write_bytes(pickle.dumps((prompts, held_out)))
+    # As bytes: Ray warns of arguments with references, which a restarted actor may not find.
     handles = ray.cloudpickle.dumps((fleet, started, status_actor))
-    collector = _start(CollectorActor, config.model_dump(mode="json"), prompt_file, handles)
+    collector = _start(CollectorActor, config.model_dump(mode="json"), prompts.path, handles)
+    watchdog = Watchdog("collector", collector)
     try:
-        with _restarted_if_hung("collector", collector):
-            yield collector, judges
+        yield collector, judges
     finally:
-        for actor in (collector, *(judge.handle for judge in judges)):
+        watchdog.stop()
+        watchdog.kill()
+        for judge in judges:
             with contextlib.suppress(RayError):
-                ray.kill(actor)
+                ray.kill(judge.handle)
 
 
 def _start(actor: type, *arguments: Any) -> Any:
@@ -120,30 +142,39 @@ def _raise_early_failure(judges: Sequence[RemoteJudge]) -> None:
             raise TrainingFailed(f"the judge cannot be built: {error_summary(error.cause)}") from None
 
 
-@contextlib.contextmanager
-def _restarted_if_hung(name: str, actor: Any) -> Iterator[None]:
+class Watchdog:
     """Kills an actor that does not answer for PING_TIMEOUT_S; Ray restarts it, as it does with one that dies."""
-    stop = threading.Event()
-    threading.Thread(target=_watch, args=(name, actor, stop), name=f"watch-{name}", daemon=True).start()
-    try:
-        yield
-    finally:
-        stop.set()
 
+    def __init__(self, name: str, actor: Any) -> None:
+        self.name, self.actor = name, actor
+        self._stopped = threading.Event()
+        self._pid: int | None = None
+        """The process that answered last."""
+        threading.Thread(target=self._run, name=f"watch-{name}", daemon=True).start()
 
-def _watch(name: str, actor: Any, stop: threading.Event) -> None:
-    answered, pid = time.monotonic(), None
-    while not stop.wait(PING_INTERVAL_S):
-        try:
-            pid = ray.get(actor.ping.remote(), timeout=PING_TIMEOUT_S)
-            answered = time.monotonic()
-        except RayError:  # it hangs, or it restarts, or it is stopped and takes no new connection
-            if time.monotonic() > answered + PING_TIMEOUT_S and not stop.is_set():
-                logger.warning("the %s did not answer in %.0f s; restarting it", name, PING_TIMEOUT_S)
-                with contextlib.suppress(RayError):
-                    ray.kill(actor, no_restart=False)
-                kill_process(pid)
-                answered, pid = time.monotonic(), None
+    def stop(self) -> None:
+        """Stop watching."""
+        self._stopped.set()
+
+    def kill(self) -> None:
+        """Kill the actor for good."""
+        with contextlib.suppress(RayError):
+            ray.kill(self.actor)
+        kill_process(self._pid)
+
+    def _run(self) -> None:
+        answered = time.monotonic()
+        while not self._stopped.wait(PING_INTERVAL_S):
+            try:
+                self._pid = ray.get(self.actor.ping.remote(), timeout=PING_TIMEOUT_S)
+                answered = time.monotonic()
+            except RayError:  # it hangs, or it restarts, or it is stopped and takes no new connection
+                if time.monotonic() > answered + PING_TIMEOUT_S and not self._stopped.is_set():
+                    logger.warning("the %s did not answer in %.0f s; restarting it", self.name, PING_TIMEOUT_S)
+                    with contextlib.suppress(RayError):
+                        ray.kill(self.actor, no_restart=False)
+                    kill_process(self._pid)
+                    answered, self._pid = time.monotonic(), None
 
 
 def kill_process(pid: int | None) -> None:

@@ -6,6 +6,7 @@ Its engines die with it. Ray restarts it, and it starts new ones.
 import asyncio
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import os
 import time
@@ -176,7 +177,8 @@ class FleetActor(Fleet):
         self.launcher = Launcher(
             parsed,
             cluster,
-            f"dpo_ray-engines-{ray.get_runtime_context().get_actor_id()}",
+            # The same for a fleet that replaces another of this run.
+            f"dpo_ray-engines-{hashlib.sha256(str(parsed.run.path).encode()).hexdigest()[:16]}",
             actor_class=actor_class,
             worker_extension=worker_extension,
         )
@@ -211,10 +213,17 @@ class FleetActor(Fleet):
             self._running.cancel()
             await asyncio.wait({self._running})
 
+    async def reset(self) -> None:
+        """See ``Fleet.reset``."""
+        if self._running is not None and self._running.done() and not self._running.cancelled():
+            raise RuntimeError(f"the fleet failed: {self._running.exception()!r}")
+        await super().reset()
+
     async def place_engines(self, slots: Sequence[GpuSlot]) -> None:
         """Start the engines on the training workers' GPUs, or move them to the GPUs of restarted workers.
 
-        Every rank calls this before it allocates GPU memory: the engines measure free memory as they start, then sleep.
+        Every rank calls this before it allocates GPU memory, apart from the model of an earlier trial: engines measure
+        free memory as they start, then sleep.
 
         Raises:
             ValueError: too few nodes have enough of the workers' GPUs.

@@ -85,7 +85,7 @@ class FleetEngines:
         self.fleet, self.timeout_s, self.workers_per_engine = fleet, timeout_s, workers_per_engine
         self.begin_timeout_s = timeout_s if begin_timeout_s is None else begin_timeout_s
         self.host = ray.util.get_node_ip_address()
-        self._collective = False
+        self._collective = self._closed = False
         self._calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
         """The calls of the current update: method and arguments."""
         self._kept: list[Any] = []
@@ -111,11 +111,16 @@ class FleetEngines:
         self._call("end_update", digest, probe)
         self._kept, self._calls = self._calls, []
 
+    def close(self) -> None:
+        """Let no thread that still publishes call the fleet again, which may serve another run by then."""
+        self._closed = True
+
     def _call(self, method: str, *arguments: Any, **keywords: Any) -> Any:
         """Call a method of the fleet.
 
         Raises:
             EngineLost: the update is collective, and must begin again.
+            RuntimeError: the run has ended.
             TimeoutError: the fleet did not answer in time.
         """
         limit_s = self.begin_timeout_s if method == "begin_update" else CALL_TIMEOUTS * self.timeout_s
@@ -123,6 +128,8 @@ class FleetEngines:
         first = len(self._calls)
         self._calls.append((method, arguments, keywords))
         while True:
+            if self._closed:
+                raise RuntimeError(f"{method} of a weight update after the end of the run")
             try:
                 answers = [self._answer(deadline, *call) for call in self._calls[first:]]
                 return answers[-1]

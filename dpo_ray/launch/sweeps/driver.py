@@ -4,7 +4,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,18 @@ from typing import Any
 import ray
 from rich.console import Console
 
-from dpo_ray.config import Config
+from dpo_ray.config import Config, override
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.command import TrainingFailed
+from dpo_ray.launch.rollouts.actors import write_prompts
 from dpo_ray.launch.status import start_status_actor
 from dpo_ray.launch.sweeps.mailbox import NO_MORE, Channel, Message, Task, start_mailbox
 from dpo_ray.launch.sweeps.schedulers import build_scheduler, continuing_share, validate_length
 from dpo_ray.launch.sweeps.search import build_searcher
 from dpo_ray.launch.sweeps.slots import Slot, run_slot
+from dpo_ray.launch.sweeps.space import previews
 from dpo_ray.launch.sweeps.trial_dirs import Plan, TrialDirs
-from dpo_ray.launch.sweeps.trial_rollouts import TrialRollouts
+from dpo_ray.launch.sweeps.trial_rollouts import TrialRollouts, engine_settings
 from dpo_ray.report.live.follower import follow_run
 from dpo_ray.report.live.trial_table import Scope, live_trials
 from dpo_ray.report.sweep_summary import live_sweep_report
@@ -90,6 +92,8 @@ class Driver:
         self.slots: list[Slot] = []
         self.rollouts: dict[int, TrialRollouts] = {}
         """Engines, judges and collector by slot; online only."""
+        self.closing: list[threading.Thread] = []
+        """Shut down the engines of slots that have ended."""
         self.serving: set[int] = set()
         """Slots that may get another trial."""
 
@@ -121,17 +125,18 @@ class Driver:
 
     def _run_slots(self) -> None:
         self.mailbox = start_mailbox()
-        config, status_actor = self.plan.config, start_status_actor()
+        config = self.plan.config
         # All failures that the trials of the sweep may have; also bounds those that no trial is blamed for.
         failures = self.plan.definition.samples * (config.cluster.max_restarts + 1)
-        for number in range(min(self.plan.concurrent, self.conductor.open)):
-            channel = Channel(self.mailbox, number)
-            self.slots.append(Slot(number, partial(run_slot, config, self.cluster, channel, self.run_dir, failures)))
-            self.serving.add(number)
-            if config.online is not None:
-                logs = self.run_dir / "slots" / str(number)
-                self.rollouts[number] = TrialRollouts(self.cluster, logs, self.prompts, self.held_out, status_actor)
         try:
+            start_rollouts = self._prepare_rollouts()
+            for number in range(min(self.plan.concurrent, self.conductor.open)):
+                channel = Channel(self.mailbox, number)
+                run = partial(run_slot, config, self.cluster, channel, self.run_dir, failures)
+                self.slots.append(Slot(number, run))
+                self.serving.add(number)
+                if start_rollouts is not None:
+                    self.rollouts[number] = start_rollouts(number)
             while not self.conductor.finished:
                 self._take_messages()
                 self._check_slots()
@@ -141,10 +146,33 @@ class Driver:
         finally:
             for trial in list(self.followers):
                 self._unfollow(trial)
-            for rollouts in self.rollouts.values():
-                rollouts.close()
+            for slot in list(self.rollouts):
+                self._close_rollouts(slot)
+            for thread in self.closing:
+                thread.join()
             ray.kill(self.mailbox)
-            ray.kill(status_actor)
+
+    def _prepare_rollouts(self) -> Callable[[int], TrialRollouts] | None:
+        """A function of the slot that starts its engines with its workers; None offline."""
+        config = self.plan.config
+        if config.online is None:
+            return None
+        prompts, status_actor = write_prompts(self.run_dir / "ray", self.prompts, self.held_out), start_status_actor()
+        first = override(config, next(previews(config, self.plan.space)))
+
+        def start(slot: int) -> TrialRollouts:
+            rollouts = TrialRollouts(self.cluster, self.run_dir / "slots" / str(slot), prompts, status_actor)
+            if engine_settings(first) == engine_settings(config):  # else the first trial probably needs others
+                rollouts.start_engines(config)
+            return rollouts
+
+        return start
+
+    def _close_rollouts(self, slot: int) -> None:
+        """Shuts down the actors of a slot, in a thread."""
+        if (rollouts := self.rollouts.pop(slot, None)) is not None:
+            self.closing.append(threading.Thread(target=rollouts.close, name=f"close-{slot}"))
+            self.closing[-1].start()
 
     def _take_messages(self) -> None:
         messages = ray.get(self.mailbox.receive.remote(POLL_S), timeout=MAILBOX_TIMEOUT_S)
@@ -193,7 +221,7 @@ class Driver:
                 try:
                     config = self.dirs.make(progress, list(self.conductor.progress.values()))
                     rollouts = self.rollouts[slot].begin(config) if slot in self.rollouts else None
-                except ValueError as error:
+                except Exception as error:
                     self.conductor.failed(progress.name, error_summary(error))
                     self._write()
                     continue
@@ -209,8 +237,7 @@ class Driver:
             if len(self.serving) > self.conductor.open:
                 self._answer(self.idle.pop(slot), NO_MORE)
                 self.serving.remove(slot)
-                if slot in self.rollouts:
-                    self.rollouts[slot].close()
+                self._close_rollouts(slot)
 
     def _check_slots(self) -> None:
         """Raises if no slot is left; the trials of those that ended early go to others."""
@@ -223,8 +250,7 @@ class Driver:
                 trial = self.on_slot[slot.number]
                 self._leave(slot.number)
                 self.conductor.failed(trial, f"its slot ended: {slot.error}", retryable=True)
-            if slot.number in self.rollouts:
-                self.rollouts[slot.number].close()
+            self._close_rollouts(slot.number)
         if not self.serving and not self.conductor.finished:
             error = next((slot.error for slot in self.slots if slot.error is not None), None)
             raise TrainingFailed(f"no worker of the sweep is left: {error}")

@@ -3,9 +3,6 @@
 A process imports torch, joins its process group and loads the model once. Trials share pairs and reference.
 """
 
-import contextlib
-import gc
-
 import ray.train
 import torch
 import torch.distributed as dist
@@ -20,7 +17,7 @@ from dpo_ray.launch.sweeps.mailbox import Channel, Task
 from dpo_ray.launch.workers import describe_cause, is_retryable
 from dpo_ray.parallel.collectives import broadcast_from_rank0
 from dpo_ray.train.offline import train_offline
-from dpo_ray.train.shared import SharedParts
+from dpo_ray.train.shared import SharedParts, release_memory
 
 Pairs = tuple[PairStore, PairStore | None]
 
@@ -43,7 +40,7 @@ def run_trials(channel: Channel, device: torch.device) -> None:
                 raise
             shared.clear()
         # No variable may keep an error: its traceback keeps the model and the batch of the trial.
-        _release_memory()
+        release_memory()
 
 
 def _next_task(channel: Channel) -> Task:
@@ -81,11 +78,3 @@ def _shared_pairs(config: Config, opened: dict[str, Pairs]) -> Pairs:
     if key not in opened:
         opened[key] = open_pairs(config)
     return opened[key]
-
-
-def _release_memory() -> None:
-    """Frees what a trial leaves: modules and their hooks refer to each other."""
-    gc.collect()
-    if torch.cuda.is_available():
-        with contextlib.suppress(RuntimeError):  # after an error of the device
-            torch.cuda.empty_cache()

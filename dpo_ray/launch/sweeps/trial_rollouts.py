@@ -2,25 +2,28 @@
 
 import contextlib
 import logging
-from collections.abc import Sequence
+import time
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from dpo_ray.config import Config, override
 from dpo_ray.launch.cluster import Cluster
-from dpo_ray.launch.rollouts.actors import Rollouts, collecting_actors, fleet_actor
+from dpo_ray.launch.rollouts.actors import PromptFile, Rollouts, collecting_actors, fleet_actor
+from dpo_ray.rollout.fleet import ABORT_TIMEOUT_S
 from dpo_ray.rollout.judges import validate_columns
 from dpo_ray.rollout.ledger import Ledger
-from dpo_ray.rollout.rounds import digest_of_prompts
 from dpo_ray.storage import error_summary
-from dpo_ray.types import Prompt
 
 logger = logging.getLogger(__name__)
 
-RESET_TIMEOUT_S = 30.0
-"""Longest wait for engines to abort the requests of the last trial; then they are replaced."""
+RETRY_S = 1.0
+
+RESET_TIMEOUT_S = ABORT_TIMEOUT_S + 15.0
+"""Longest wait for a fleet that prepares its engines for the next trial, perhaps after a restart; then it is replaced.
+"""
 
 
 class TrialRollouts:
@@ -28,18 +31,20 @@ class TrialRollouts:
 
     Args:
         logs: run directory in which the engines log, since they outlive trials.
+        prompts: those of all trials.
         status_actor: gets the collectors' progress.
     """
 
-    def __init__(
-        self, cluster: Cluster, logs: Path, prompts: Sequence[Prompt], held_out: Sequence[Prompt], status_actor: Any
-    ) -> None:
-        self.cluster, self.logs, self.prompts, self.held_out = cluster, logs, prompts, held_out
-        self.status_actor = status_actor
+    def __init__(self, cluster: Cluster, logs: Path, prompts: PromptFile, status_actor: Any) -> None:
+        self.cluster, self.logs, self.prompts, self.status_actor = cluster, logs, prompts, status_actor
         self.engines, self.trial = contextlib.ExitStack(), contextlib.ExitStack()
         self.fleet: Any = None
         self.settings: tuple[Any, ...] = ()
-        """``engine_settings`` of the fleet."""
+        """``engine_settings`` of the fleet; empty without one."""
+        self.unused = True
+        """True until the fleet has served a trial."""
+        self.running = False
+        """True while a trial uses the fleet."""
 
     def begin(self, config: Config) -> Rollouts:
         """Starts judges and collector of a trial, and engines if those of the last trial do not suit it.
@@ -49,41 +54,58 @@ class TrialRollouts:
         """
         assert config.online is not None
         self.end_trial()
-        validate_columns(config.online, self.prompts, self.held_out)  # the space may vary the judge
-        Ledger(config.run.path).validate_prompts(digest_of_prompts(self.prompts), len(self.prompts))
-        if self.fleet is None or engine_settings(config) != self.settings or not self._reset():
-            self.close()
-            of_fleet = override(config, {"run.dir": str(self.logs.parent), "run.name": self.logs.name})
-            self.fleet = self.engines.enter_context(fleet_actor(of_fleet, self.cluster))
-            self.settings = engine_settings(config)
+        validate_columns(config.online, self.prompts.columns)  # the space may vary the judge
+        Ledger(config.run.path).validate_prompts(self.prompts.digest, self.prompts.count)
+        if engine_settings(config) != self.settings or not (self.unused or self._reset()):
+            self.start_engines(config)
+        self.unused = False
         # A judge that cannot be built fails the trial through its collector.
-        actors = collecting_actors(config, self.fleet, self.prompts, self.held_out, self.status_actor)
+        actors = collecting_actors(config, self.fleet, self.prompts, self.status_actor)
         collector, _ = self.trial.enter_context(actors)
+        self.running = True
         return Rollouts(self.fleet, collector)
 
+    def start_engines(self, config: Config) -> None:
+        """Starts engines in the place of those that there are, without waiting for them."""
+        self.close()
+        of_fleet = override(config, {"run.dir": str(self.logs.parent), "run.name": self.logs.name})
+        self.fleet = self.engines.enter_context(fleet_actor(of_fleet, self.cluster))
+        self.settings, self.unused = engine_settings(config), True
+
     def end_trial(self) -> None:
-        """Kills judges and collector; the engines stay."""
+        """Kills judges and collector. The engines stay, and generate nothing more for the trial."""
         self.trial.close()
+        if self.running:
+            self.running = False
+            self.fleet.reset.remote()  # without waiting, as ``begin`` does for its own
 
     def close(self) -> None:
         """Shuts down all actors."""
         self.trial.close()
+        self.running = False
         self.engines.close()
-        self.fleet = None
+        self.fleet, self.settings = None, ()
 
     def _reset(self) -> bool:
         """Prepares the engines for the next trial; False if they must be replaced."""
-        try:
-            ray.get(self.fleet.reset.remote(), timeout=RESET_TIMEOUT_S)
-        except Exception as error:
-            logger.warning("the engines of the last trial are replaced: %s", error_summary(error))
-            return False
-        return True
+        deadline = time.monotonic() + RESET_TIMEOUT_S
+        while True:
+            try:
+                ray.get(self.fleet.reset.remote(), timeout=max(0.0, deadline - time.monotonic()))
+            except Exception as error:
+                if isinstance(error, RayActorError) and time.monotonic() < deadline:  # it restarts
+                    time.sleep(RETRY_S)
+                    continue
+                logger.warning("the engines of the last trial are replaced: %s", error_summary(error))
+                return False
+            return True
 
 
 def engine_settings(config: Config) -> tuple[Any, ...]:
     """All settings on which fleet and engines depend; each trial pushes its own weights."""
     online = config.online
     assert online is not None
+    lora = config.model.lora
+    model = (config.model.path, config.model.dtype, config.max_model_len, lora and lora.targets)
     timeouts = (online.generate_timeout_s, online.engine_timeout_s, online.sync_timeout_s)
-    return config.model, config.cluster, online.engine, online.sync, config.max_model_len, online.max_lag, timeouts
+    return *model, config.cluster, online.engine, online.sync, online.max_lag == 0, timeouts

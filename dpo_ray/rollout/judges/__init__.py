@@ -106,15 +106,23 @@ def bind_judge(
     return partial(_call_factory, factory, use, context, columns)
 
 
-def validate_columns(online: OnlineConfig, prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
-    """Raise a ValueError if no prompt has a column that a judge of the run needs; see ``bind_judge``."""
-    sources = {"judge": ("online.prompts", prompts), "eval_judge": ("online.eval_prompts", held_out)}
+def validate_columns(online: OnlineConfig, columns: Mapping[str, Collection[str]]) -> None:
+    """Raise a ValueError if no prompt has a column that a judge of the run needs; see ``bind_judge``.
+
+    Args:
+        columns: see ``columns_by_judge``.
+    """
+    sources = {"judge": "online.prompts", "eval_judge": "online.eval_prompts"}
     for key, judge in online.judges.items():
-        source, judged = sources[key]
         try:
-            bind_judge(judge, columns=columns_of(judged))
+            bind_judge(judge, columns=columns[key])
         except ValueError as error:
-            raise ValueError(f"{source}: {error}") from None
+            raise ValueError(f"{sources[key]}: {error}") from None
+
+
+def columns_by_judge(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> dict[str, set[str]]:
+    """The columns of the prompts that each judge gets, by its key in ``OnlineConfig.judges``."""
+    return {"judge": columns_of(prompts), "eval_judge": columns_of(held_out)}
 
 
 def _validate_timeouts(judge: JudgeConfig) -> None:

@@ -34,7 +34,7 @@ SECRET_HEADERS = ("proxy-authorization", "cookie")
 
 def _servers(url: Any) -> tuple[Any, ...]:
     servers = list(url) if isinstance(url, list | tuple) else [url]
-    if any(holds_secret(server) or re.search("//[^/?#]*@", str(server)) for server in servers):
+    if any(holds_secret(server) or re.match("([a-z]*:?//)?[^/?#]*@", str(server)) for server in servers):
         raise ValueError(
             "url holds a user name, password or key, and config.yaml would store it; name an environment variable with "
             "the key in online.judge.args.api_key_env"

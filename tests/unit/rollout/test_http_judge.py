@@ -280,6 +280,7 @@ def test_a_key_with_characters_that_no_header_can_have_is_rejected_without_showi
         {"url": f"https://me:{KEY}@rm"},
         {"url": ["rm:8000", f"https://me:{KEY}@rm"]},
         {"url": f"//me:{KEY}@rm"},
+        {"url": f"me:{KEY}@rm:8000"},
         {"api_key_env": [KEY]},
     ],
 )

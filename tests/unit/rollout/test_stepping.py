@@ -260,9 +260,9 @@ def test_all_requests_are_aborted_together_and_later_ones_are_answered(core: Cou
     running = stepper.submit(core.job(5000))
     core.go.set()
     wait_for(lambda: ("step", "1") in core.events)
-    stepper.submit(core.call("start", serves=Serving.NONE))
+    stepper.submit(core.call("start", drains=everything, serves=Serving.NONE))
     held = stepper.submit(core.job(1))
-    stepper.submit(Call(stepper.abort))
+    stepper.submit(Call(stepper.abort, urgent=True))
     for future in (running, held):
         with pytest.raises(RequestAborted, match="all requests"):
             future.result(WAIT_S)

@@ -9,7 +9,7 @@ import pytest
 
 from dpo_ray.config import Component
 from dpo_ray.config.rounds import OnlineConfig
-from dpo_ray.rollout.judges import bind_judge, check_scores, validate_columns
+from dpo_ray.rollout.judges import bind_judge, check_scores, columns_by_judge, validate_columns
 from dpo_ray.rollout.judges.math_client import MathClient
 from dpo_ray.types import Completion, CompletionGroup, Prompt
 
@@ -80,8 +80,8 @@ def test_prompts_that_all_lack_the_column_are_an_error_with_the_columns_there_ar
     ]
     config = OnlineConfig.model_validate({"prompts": "p.jsonl", "judge": {"use": use, "args": args}})
     with pytest.raises(ValueError, match=rf"online\.prompts: .*needs the column {column}.*no record.*: id, topic$"):
-        validate_columns(config, prompts, [])
-    validate_columns(config, [*prompts, group("a", answer="b", solution="c", schema={}).prompt], [])
+        validate_columns(config, columns_by_judge(prompts, []))
+    validate_columns(config, columns_by_judge([*prompts, group("a", answer="b", solution="c", schema={}).prompt], []))
 
 
 def test_held_out_prompts_need_the_column_of_their_judge_and_no_other():
@@ -89,9 +89,9 @@ def test_held_out_prompts_need_the_column_of_their_judge_and_no_other():
         {"prompts": "p.jsonl", "eval_prompts": "e.jsonl", "eval_judge": {"use": "exact"}}
     )
     bare, answered = group("a").prompt, group("a", answer="b").prompt
-    validate_columns(config, [bare], [bare, answered])
+    validate_columns(config, columns_by_judge([bare], [bare, answered]))
     with pytest.raises(ValueError, match=r"^online\.eval_prompts: judge 'exact' needs .*; available columns: none$"):
-        validate_columns(config, [answered], [bare])
+        validate_columns(config, columns_by_judge([answered], [bare]))
 
 
 def test_a_record_without_the_column_has_no_score_in_any_order_of_the_calls():
