@@ -8,7 +8,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import filterfalse, islice
 from pathlib import Path
@@ -323,30 +323,32 @@ def table_rows(batches: Iterable[Any], before: int, start: int) -> Iterator[Row]
 
 
 def _to_rows(batch: Any) -> Iterator[dict[str, Any]]:
-    """Rows as Python objects, without the null fields that Arrow pads structs with.
+    """Rows as Python objects with text as keys, without the null fields that Arrow pads structs with.
 
     A column or cell that Python has no type for, such as a date after the year 9999, becomes Unusable.
     """
-    columns = []
-    for column in batch.columns:
-        try:
-            columns.append(column.to_pylist(maps_as_pydicts="strict"))
-        except (ValueError, OverflowError, KeyError):
-            columns.append([_to_python(cell) for cell in column])
+    columns = map(_to_cells, batch.columns)
     for cells in zip(*columns, strict=True):
         yield {name: _without_nulls(cell) for name, cell in zip(batch.schema.names, cells, strict=True)}
+
+
+def _to_cells(column: Any) -> list[Any]:
+    if "map<" not in str(column.type):
+        with suppress(ValueError, OverflowError):
+            return column.to_pylist()  # with the keyword for maps, pyarrow takes several times as long
+    return list(map(_to_python, column))
 
 
 def _to_python(cell: Any) -> Any:
     try:
         return cell.as_py(maps_as_pydicts="strict")
-    except (ValueError, OverflowError, KeyError) as error:
+    except (ValueError, OverflowError, KeyError, TypeError) as error:
         return Unusable("bad_field", f"a value of type {cell.type} cannot be read: {error}")
 
 
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+        return {str(key): _without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     return value

@@ -5,15 +5,17 @@ import gzip
 import io
 import json
 from collections.abc import Callable
+from datetime import date
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from dpo_ray.data.formats import Part, Unreadable
+from dpo_ray.data.formats import Part, Unreadable, table_rows
 from dpo_ray.data.records import PairRecord, Problem, PromptRecord, read_answers, read_pairs, read_prompts
 from dpo_ray.data.sources import expand_source, source_digest, split_sources
 
@@ -271,6 +273,33 @@ def test_maps_are_objects_and_decimals_are_numbers(tmp_path: Path):
     assert record.gap == 1.0
 
 
+def test_columns_without_maps_are_converted_as_a_whole():
+    class Column:
+        type = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+        def to_pylist(self, **how: Any) -> list[Any]:
+            assert not how  # pyarrow converts cell by cell where it is given a way to convert maps
+            return [[{"role": "user", "content": "q"}]]
+
+    batch: Any = SimpleNamespace(num_rows=1, columns=[Column()], schema=SimpleNamespace(names=["prompt"]))
+    batch.slice = lambda *_: batch
+    assert list(table_rows([batch], 0, 0)) == [(1, {"prompt": [{"role": "user", "content": "q"}]})]
+
+
+def test_keys_of_maps_become_text_and_those_that_cannot_be_keys_make_a_cell_unreadable(tmp_path: Path):
+    days = pa.array([[(date(2026, 1, day), "rain")] for day in range(1, 6)], pa.map_(pa.date32(), pa.string()))
+    places = pa.array([[({"x": 1}, "Oslo")]] * 5, pa.map_(pa.struct([("x", pa.int32())]), pa.string()))
+    table = pa.Table.from_pylist(ROWS).append_column("days", days).append_column("places", places)
+    pa.parquet.write_table(table, tmp_path / "maps.parquet")
+    pairs = [pair for pair in read_pairs([Part(f"{tmp_path}/maps.parquet")]) if isinstance(pair, PairRecord)]
+    assert [pair.unread for pair in pairs] == [("days", "places")] * 5
+    first, *_ = read_prompts([f"{tmp_path}/maps.parquet"])
+    assert isinstance(first, PromptRecord), first
+    assert first.fields["days"] == {"2026-01-01": "rain"}
+    assert "places" not in first.fields
+    assert first.notes[0][1].startswith("places: a value of type map<struct<x: int32>, string")
+
+
 def test_a_map_with_a_key_twice_is_rejected_by_field(tmp_path: Path):
     twice = pa.array([[("city", "Oslo"), ("city", "Bergen")]], pa.map_(pa.string(), pa.string()))
     table = pa.Table.from_pylist(ROWS[:1]).drop(["chosen"]).append_column("chosen", twice)
@@ -303,7 +332,9 @@ def test_a_folder_may_hold_saved_datasets_of_its_splits(tmp_path: Path):
     datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "other" / "all")
     assert expand_source(f"{tmp_path}/sets:train") == [f"{tmp_path}/sets/train"]
     assert expand_source(f"{tmp_path}/other") == [f"{tmp_path}/other/all/train"]
-    assert len(list(read_pairs([Part(f"{tmp_path}/sets/train")]))) == len(ROWS)
+    pairs = list(read_pairs([Part(f"{tmp_path}/sets/train")]))
+    assert len(pairs) == len(ROWS)
+    assert all(isinstance(pair, PairRecord) for pair in pairs)
     with pytest.raises(Unreadable, match=rf"several splits; accepted are {tmp_path}/sets:test, {tmp_path}/sets:train"):
         expand_source(f"{tmp_path}/sets")
 
