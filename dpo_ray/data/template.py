@@ -4,6 +4,8 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 from dpo_ray.types import Messages
@@ -97,7 +99,7 @@ def _spellings(
     Templates of some vision-language models take contents in parts only.
     """
     plain = [dict(message) for message in messages]
-    if _takes_parts_only(tokenizer):
+    if _takes_parts_only(tokenizer, str(tokenizer.chat_template)):
         plain = [message | {"content": _in_parts(message["content"])} for message in plain]
     if any("tool_calls" in message or message["content"] is None for message in plain):
         takes_null = re.search(r"is (not )?none", str(tokenizer.chat_template), re.IGNORECASE)
@@ -118,11 +120,12 @@ def _without_null_content(messages: Sequence[dict[str, Any]]) -> list[dict[str, 
     return [message | {"content": ""} if message["content"] is None else message for message in messages]
 
 
-def _takes_parts_only(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """True if the chat template leaves out contents that are not in parts, as those of Idefics 3 and LLaVA do."""
+@lru_cache(maxsize=8)
+def _takes_parts_only(tokenizer: "PreTrainedTokenizerBase", template: str) -> bool:
+    """True if the tokenizer's ``template`` leaves out contents that are not in parts, as those of Idefics 3 do."""
     from jinja2 import TemplateError
 
-    if "text" not in str(tokenizer.chat_template):  # the key of a part
+    if "text" not in template:  # the key of a part
         return False
 
     def renders(content: Any) -> bool:
