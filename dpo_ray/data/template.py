@@ -33,6 +33,7 @@ _RENDERED_TURNS = [
 ]
 """Text that opens a turn in a rendered conversation, and text that comes after it."""
 _MARKER = re.compile(rf"{SPECIAL_TOKEN.pattern}|<\|turn>|\[INST\]")
+_PROBE: Messages = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
 
 
 class ChatTemplateError(ValueError):
@@ -275,13 +276,22 @@ def _collapsed(lost: Sequence[_Path], paths: Sequence[_Path]) -> Iterator[str]:
 
 def probe_texts(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
     """A small conversation as the chat template renders it, whole and up to its answer; empty if it renders neither."""
-    probe: Messages = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
     if tokenizer.chat_template is None:
         return "", ""
     try:
-        return render(probe, tokenizer), render(probe[:1], tokenizer, answer_follows=True)
+        return render(_PROBE, tokenizer), render(_PROBE[:1], tokenizer, answer_follows=True)
     except ValueError:  # a template may demand other conversations
         return "", ""
+
+
+def generation_prompt(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The text that the chat template writes after a user's turn that the model answers; empty if there is none."""
+    try:
+        closed = render(_PROBE[:1], tokenizer)
+    except ValueError:  # there is no template, or it demands other conversations
+        return ""
+    _, open_ended = probe_texts(tokenizer)
+    return open_ended[len(commonprefix([closed, open_ended])) :]
 
 
 def turn_markers(text: str) -> list[str]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from os.path import commonprefix
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -23,6 +24,7 @@ from dpo_ray.data.template import (
     FOREIGN_SPECIAL_TOKEN,
     SPECIAL_TOKEN,
     ChatTemplateError,
+    generation_prompt,
     probe_texts,
     render,
     turn_markers,
@@ -92,6 +94,7 @@ class RecordTokenizer:
         """Special tokens that a text may end with."""
         self.template_text = whole + open_ended
         """Text that the chat template writes around turns."""
+        self.generation_prompt = generation_prompt(tokenizer)
         self.template_tokens = [special for special in self.special_texts if special in self.template_text]
         """Special tokens that the chat template writes: a string that contains one has been rendered."""
         with_special, without = tokenizer("a")["input_ids"], self._ids("a")
@@ -140,29 +143,40 @@ class RecordTokenizer:
             self._note_unknown({"prompt": record.prompt}, noted)
         else:
             text = render(messages, self.tokenizer, record.tools, answer_follows=True)
-            self._check_texts(text, messages, _names("prompt", messages), record.tools, noted, answer_follows=True)
             ids = self._ids(text)
+            self._check_texts(text, ids, messages, _names("prompt", messages), record.tools, noted, answer_follows=True)
         self._check_limits({"prompt": ids}, len(ids), 0)
         return TokenizedPrompt(tuple(ids), messages, (*_treated(treatment), *record.notes, *_notes(noted)))
 
     def _pair(self, record: PairRecord) -> TokenizedPair:
         prompt, treatment = self._conversation(record, record.prompt, record.chosen, record.rejected)
         noted: Noted = {}
+        rewritten = False
         if prompt is None:
             prompt_ids, with_chosen, with_rejected = self._encode_strings(record, noted)
         else:
-            prompt_ids = self._ids(render(prompt, self.tokenizer, record.tools, answer_follows=True))
-            with_chosen = self._encode_conversation(record, prompt, record.chosen, record.names[0], noted)
-            with_rejected = with_chosen
+            text = render(prompt, self.tokenizer, record.tools, answer_follows=True)
+            prompt_ids = self._ids(text)
+            conversation, with_chosen = self._encode_conversation(record, prompt, record.chosen, record.names[0], noted)
+            conversations, with_rejected = [conversation], with_chosen
             if record.rejected != record.chosen:
-                with_rejected = self._encode_conversation(record, prompt, record.rejected, record.names[1], noted)
+                conversation, with_rejected = self._encode_conversation(
+                    record, prompt, record.rejected, record.names[1], noted
+                )
+                conversations.append(conversation)
+            rewritten = self._is_rewritten(prompt, text, conversations, record.tools)
 
         # As in TRL's DPOTrainer: a template may render a prompt alone differently than before a completion.
         start = min(common_prefix(prompt_ids, with_chosen), common_prefix(prompt_ids, with_rejected))
         if not start:
             raise Unusable("empty_prompt", f"none of the prompt's {len(prompt_ids)} tokens precede both completions")
-        if prompt is not None and start < len(prompt_ids):
-            self._validate_boundary(prompt_ids, start, prompt, record.tools)
+        if prompt is not None and rewritten:
+            lost = _unrendered(noted, ("prompt",))
+            raise Unusable(
+                "prompt_rewritten",
+                f"the completions would start before the end of prompt[{len(prompt) - 1}]: the chat template renders "
+                f"the prompt otherwise when they follow{lost}",
+            )
 
         limit = self.data.max_completion_tokens
         whole = with_chosen[start:], with_rejected[start:]
@@ -180,9 +194,8 @@ class RecordTokenizer:
         if same and record.rejected != record.chosen:
             if any(removed):
                 raise Unusable("identical_after_truncation", f"data.max_completion_tokens is {limit}")
-            lost = ", ".join(noted.get("text_not_rendered", ()))
-            left_out = f"; the chat template leaves out {lost}" if lost else ""
-            raise Unusable("identical", f"chosen and rejected have the same tokens with loss{left_out}")
+            lost = _unrendered(noted, record.names)
+            raise Unusable("identical", f"chosen and rejected have the same tokens with loss{lost}")
 
         notes = {
             "boundary_moved": start < len(prompt_ids),
@@ -196,26 +209,23 @@ class RecordTokenizer:
         applying = tuple((note, "") for note, applies in notes.items() if applies)
         return TokenizedPair(pair, (*_treated(treatment), *record.notes, *applying, *_notes(noted)), removed)
 
-    def _validate_boundary(self, prompt_ids: list[int], start: int, prompt: Messages, tools: Tools) -> None:
-        """Drop a pair whose completions would start before the end of the prompt's last turn, and so train on it.
+    def _is_rewritten(self, prompt: Messages, text: str, conversations: Sequence[str], tools: Tools) -> bool:
+        """True if the completions would start before the end of the prompt's last turn, so that it would carry loss.
 
         Args:
-            start: number of the prompt's ids that come before both completions.
+            text: the rendered prompt, up to where the model continues.
+            conversations: the rendered prompt with each completion.
         """
-        last, begun = prompt[-1], prompt[-1]["role"] == "assistant"
-        try:
-            before = self._ids(render(prompt[:-1], self.tokenizer, tools, answer_follows=begun)) if prompt[1:] else []
-        except ChatTemplateError:  # of a conversation without the last turn
-            before = []
-        rewritten = start < common_prefix(before, prompt_ids)
-        if begun and start < len(prompt_ids) - 1:  # the last token may merge with the completion's first one
-            rewritten |= last["content"].strip() not in self.decode(prompt_ids[: start + 1])
-        if rewritten:
-            raise Unusable(
-                "prompt_rewritten",
-                f"the completions would start before the end of prompt[{len(prompt) - 1}]: the chat template renders "
-                "the prompt otherwise when they follow",
-            )
+
+        def starts_all(start: str) -> bool:
+            return all(conversation.startswith(start.rstrip()) for conversation in conversations)
+
+        if prompt[-1]["role"] == "assistant":
+            return not starts_all(text)
+        # Before an answer, a template may write something else than its generation prompt.
+        if starts_all(text.removesuffix(self.generation_prompt)):
+            return False
+        return not starts_all(commonprefix([text, render(prompt, self.tokenizer, tools)]))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens and tokens without loss included."""
@@ -263,7 +273,7 @@ class RecordTokenizer:
         assert isinstance(rejected, str)
         completions = dict(zip(record.names, (chosen, rejected), strict=True))
         for name, completion in completions.items():
-            if turn_markers(prompt) and completion.startswith(prompt.strip()):
+            if completion.startswith(prompt.strip()) and turn_markers(prompt):
                 bad_field(name, "the prompt at the start", "the text after the prompt")
         self._note_unknown({"prompt": prompt, **completions}, noted)
         return self._with_bos(prompt), self._ended(prompt + chosen), self._ended(prompt + rejected)
@@ -288,8 +298,8 @@ class RecordTokenizer:
 
     def _encode_conversation(
         self, record: PairRecord, prompt: Messages, completion: Messages | str, name: str, noted: Noted
-    ) -> list[int]:
-        """Token ids of the prompt with a completion; those of tool turns are stored as ``~id``."""
+    ) -> tuple[str, list[int]]:
+        """The prompt with a completion as text and as token ids; those of tool turns are stored as ``~id``."""
         if isinstance(completion, str):
             transcript = isinstance(record.prompt, str) and transcript_turns(record.prompt)
             begun = prompt[-1]["role"] == "assistant"
@@ -303,47 +313,58 @@ class RecordTokenizer:
             del names[len(prompt)]
         messages = (*prompt, *completion)
         text = render(messages, self.tokenizer, record.tools)
-        self._check_texts(text, messages, names, record.tools, noted)
         ids = self._ids(text)
+        self._check_texts(text, ids, messages, names, record.tools, noted)
         if len(completion) == 1:
-            return ids
+            return text, ids
 
         def encode(messages: Messages, *, answer_follows: bool = False) -> list[int]:
             return self._ids(render(messages, self.tokenizer, record.tools, answer_follows=answer_follows))
 
         try:
-            return mask_other_turns(ids, messages, len(prompt), encode, self.end_of_turn)
+            return text, mask_other_turns(ids, messages, len(prompt), encode, self.end_of_turn)
         except LostTurn as error:
             raise Unusable("loss_mask", str(error)) from None
 
     def _check_texts(
-        self, text: str, messages: Messages, names: Sequence[str], tools: Tools, noted: Noted, **how: Any
+        self,
+        text: str,
+        ids: Sequence[int],
+        messages: Messages,
+        names: Sequence[str],
+        tools: Tools,
+        noted: Noted,
+        **how: Any,
     ) -> None:
         """Note the parts of a conversation that the template leaves out, and special tokens written in the others."""
         lost = unrendered_texts(text, messages, names, self.tokenizer, tools, **how)
         for name in lost:
             noted.setdefault("text_not_rendered", {})[name] = None
         parts = {
-            f"{name}.{key}": message[key] for message, name in zip(messages, names, strict=True) for key in message
+            f"{name}.{key}": str(message[key]) for message, name in zip(messages, names, strict=True) for key in message
         }
-        for name, value in (parts | {"tools": tools}).items():
-            markers = dict.fromkeys(self._markers.findall(str(value)) if name not in lost else ())
+        if tools:
+            parts["tools"] = str(tools)
+        rendered = {name: value for name, value in parts.items() if name not in lost}
+        for name, value in rendered.items():
+            markers = dict.fromkeys(self._markers.findall(value))
             for reason, is_own in (("special_in_text", True), ("split_special_token", False)):
                 if found := [marker for marker in markers if (len(self._ids(marker)) == 1) == is_own]:
                     noted.setdefault(reason, {})[f"{name}: {' '.join(found)}"] = None
-        if self._has_unknown(text):
-            self._note_unknown({name: str(value) for name, value in parts.items() if name not in lost}, noted)
+        if self._has_unknown(text, ids):
+            self._note_unknown(rendered, noted)
 
     def _note_unknown(self, texts: Mapping[str, str], noted: Noted) -> None:
         for name, text in texts.items():
             if self._has_unknown(text):
                 noted.setdefault("unknown_text", {})[name] = None
 
-    def _has_unknown(self, text: str) -> bool:
-        """True if the tokenizer has no token for some of the text."""
+    def _has_unknown(self, text: str, ids: Sequence[int] | None = None) -> bool:
+        """True if the tokenizer has no token for some of the text; ``ids`` are its token ids, if they are known."""
         if self.unknown is None:
             return False
-        return self._ids(text).count(self.unknown) > text.count(str(self.tokenizer.unk_token))
+        ids = self._ids(text) if ids is None else ids
+        return ids.count(self.unknown) > text.count(str(self.tokenizer.unk_token))
 
     # -------------------------------------------------------------------------------------------------------- limits
 
@@ -425,6 +446,12 @@ def _treated(treatment: str | None) -> tuple[tuple[str, str], ...]:
 
 def _notes(noted: Noted) -> Iterator[tuple[str, str]]:
     return ((reason, ", ".join(details)) for reason, details in noted.items())
+
+
+def _unrendered(noted: Noted, names: tuple[str, ...]) -> str:
+    """The end of a message: the texts of these fields that the chat template leaves out."""
+    lost = ", ".join(name for name in noted.get("text_not_rendered", ()) if name.startswith(names))
+    return f"; the chat template leaves out {lost}" if lost else ""
 
 
 def _has_double(ids: Sequence[int], token: int | None) -> bool:

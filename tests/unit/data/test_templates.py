@@ -34,6 +34,7 @@ CALL = {
     "tool_calls": [{"type": "function", "function": {"name": "forecast", "arguments": {"city": "Oslo"}}}],
 }  # fmt: skip
 RAIN = {"role": "tool", "content": "rain all day"}
+SYSTEM = {"role": "system", "content": "Be brief."}
 
 
 @pytest.fixture
@@ -347,6 +348,72 @@ def test_a_pair_whose_completions_would_start_within_the_prompt_is_dropped(
     assert f"before the end of prompt[{len(prompt) - 1}]" in problem.detail
 
 
+MISTRAL = (  # writes the system prompt into the last turn, if it is the user's
+    "<s>{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST] "
+    "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}{{ m.content }}[/INST]"
+    "{% else %} {{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("prompt", [(SYSTEM, USER), (SYSTEM, USER, *answer("An elm."), USER)])
+def test_a_pair_whose_last_turn_is_rendered_otherwise_before_an_answer_is_dropped_with_the_lost_text(
+    prompt: Messages, tokenizer: Any
+):
+    tokenizer.chat_template = MISTRAL
+    problem = pair(tokenizer, prompt, answer("An oak."), answer("No."))
+    assert problem.reason == "prompt_rewritten"
+    assert f"before the end of prompt[{len(prompt) - 1}]" in problem.detail
+    assert problem.detail.endswith("when they follow; the chat template leaves out prompt[0].content")
+    without = pair(tokenizer, prompt[1:], answer("An oak."), answer("No.")).pair
+    assert tokenizer.decode(without.prompt).endswith("[INST] Name a tree.[/INST]")
+    assert tokenizer.decode(without.chosen) == " An oak.<|im_end|>"
+
+
+def test_the_only_turn_of_a_prompt_carries_no_loss(tokenizer: Any):
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ '/think ' if loop.last and m.role == 'user' }}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    problem = pair(tokenizer, (USER,), answer("An oak."), answer("No."))
+    assert problem.reason == "prompt_rewritten"
+
+
+def test_an_answer_that_began_within_a_word_of_one_token_is_continued(tokenizer: Any):
+    assert len(tokenizer(" colo")["input_ids"]) == 2
+    assert len(tokenizer(" color")["input_ids"]) == 1
+    result = pair(tokenizer, (USER, *answer("It is the colo")), answer("r."), answer("nel."))
+    assert isinstance(result, TokenizedPair), result
+    assert reasons(result) == ["boundary_moved"]
+    assert tokenizer.decode(result.pair.prompt).endswith("<|im_start|>assistant\nIt is the")
+    assert tokenizer.decode(result.pair.chosen) == " color.<|im_end|>\n"
+
+
+def count_renders(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets the number of messages of each conversation that the tokenizer renders."""
+    rendered: list[int] = []
+    render = type(model).apply_chat_template
+
+    def count(self: Any, conversation: Any, **how: Any) -> Any:
+        rendered.append(len(conversation))
+        return render(self, conversation, **how)
+
+    monkeypatch.setattr(type(model), "apply_chat_template", count)
+    return rendered
+
+
+@pytest.mark.parametrize("name", ["chatml", "qwen3", "gemma3", "llama3", "qwen3_6", "glm4moe", "smolvlm"])
+def test_an_ordinary_pair_is_rendered_five_times(name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
+    model = with_tokens(tokenizer, "<end_of_utterance>")
+    model.bos_token = "<|im_start|>"
+    model.chat_template = tokenizer.chat_template if name == "chatml" else trl_template(name)
+    records = RecordTokenizer(model, DataConfig())
+    first = PairRecord((USER,), answer("An oak."), answer("No."), "f", 1)
+    assert isinstance(records.pair(first), TokenizedPair)
+    rendered = count_renders(model, monkeypatch)
+    assert isinstance(records.pair(first), TokenizedPair)
+    assert rendered == [1, 2, 2, 2, 2]  # the prompt; each conversation, and with markers for its texts
+
+
 def test_tools_tool_calls_and_reasoning_match_apply_chat_template_token_for_token(tokenizer: Any):
     tokenizer.chat_template = TOOLS_TEMPLATE
     chosen = (CALL, RAIN, *answer("Take a coat.", reasoning_content="It rains."))
@@ -398,6 +465,14 @@ def test_completions_that_differ_in_text_that_the_template_leaves_out_are_droppe
     problem = pair(tokenizer, (USER,), answer("Oak.", reasoning_content="Trees."), answer("Oak."))
     assert problem.reason == "identical"
     assert problem.detail.endswith("the chat template leaves out chosen[0].reasoning_content")
+
+
+def test_the_reason_of_equal_completions_names_no_text_that_the_template_leaves_out_of_the_prompt(tokenizer: Any):
+    tokenizer.chat_template = (
+        "{% for m in messages if m['role'] != 'system' %}{{ m['content'] | trim }}<|im_end|>{% endfor %}"
+    )
+    problem = pair(tokenizer, (SYSTEM, USER), answer("Oak."), answer("Oak. "))
+    assert (problem.reason, problem.detail) == ("identical", "chosen and rejected have the same tokens with loss")
 
 
 def test_text_that_the_template_leaves_out_is_reported_though_it_occurs_elsewhere(tokenizer: Any):
@@ -565,14 +640,7 @@ def test_two_assistant_turns_in_a_row_are_each_trained_on_once(tokenizer: Any):
 def test_the_work_for_a_trajectory_is_linear_in_its_turns(name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
     model = with_tokens(tokenizer, "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
     model.chat_template = trl_template(name)
-    rendered: list[int] = []
-    render = type(model).apply_chat_template
-
-    def count(self: Any, conversation: Any, **how: Any) -> Any:
-        rendered.append(len(conversation))
-        return render(self, conversation, **how)
-
-    monkeypatch.setattr(type(model), "apply_chat_template", count)
+    rendered = count_renders(model, monkeypatch)
     messages = []
     for calls in (10, 20):
         rendered.clear()

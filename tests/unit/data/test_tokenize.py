@@ -8,13 +8,17 @@ from dpo_ray.config.schema import DataConfig
 from dpo_ray.data.records import PairRecord, Problem, PromptRecord
 from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPair
 from dpo_ray.data.tokenizer import ModelLimits, load_limits, load_tokenizer, tokenizer_digest
+from dpo_ray.types import Messages
 
 USER = {"role": "user", "content": "What is the color of the sky?"}
 
 
 def answers(chosen: str, rejected: str) -> PairRecord:
-    turns = [({"role": "assistant", "content": text},) for text in (chosen, rejected)]
-    return PairRecord((USER,), turns[0], turns[1], "pairs.jsonl", 7)
+    return PairRecord((USER,), answer_of(chosen), answer_of(rejected), "pairs.jsonl", 7)
+
+
+def answer_of(text: str) -> Messages:
+    return ({"role": "assistant", "content": text},)
 
 
 def tokenized(record: PairRecord, tokenizer: Any, prompt: int | None = None, completion: int | None = None) -> Any:
@@ -140,6 +144,12 @@ def test_text_that_the_tokenizer_has_no_token_for_is_named(tokenizer: Any):
     assert record.notes == (("unknown_text", "prompt[0].content, rejected[0].content"),)
     prompt: Any = record_tokenizer(model).prompt(PromptRecord("sky \u2603", "f", 1))
     assert prompt.notes == (("strings_chat", ""), ("unknown_text", "prompt[0].content"))
+    tools = ({"name": "gr\u00fcn"},)
+    model.chat_template = "{{ tools }} " + model.chat_template
+    sky = (USER | {"content": "sky"},)
+    in_tools = PairRecord(sky, answer_of("blue"), answer_of("sky"), "f", 1, tools=tools)
+    with_tools: Any = record_tokenizer(model).pair(in_tools)
+    assert with_tools.notes == (("unknown_text", "tools"),)
     # A tokenizer of bytes has tokens for all text.
     assert tokenized(answers("blue \u2603", "gr\u00fcn"), tokenizer).notes == ()
 
