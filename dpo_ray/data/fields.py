@@ -52,6 +52,8 @@ class Fields:
         self.record = record
         self._read: set[str] = set()
         self._unread_keys: Counter[str] = Counter()
+        self.input_tools: Any = None
+        """Tools beside the messages of the prompt in ``input``, as in OpenAI's files."""
         _reject_media("", record, MEDIA)
 
     def has(self, name: str) -> bool:
@@ -99,11 +101,11 @@ class Fields:
         return ()
 
     def tools(self) -> tuple[Mapping[str, Any], ...]:
-        """The column ``tools``: a list of JSON schemas, or such a list as JSON text."""
-        outer, inner = self.read("tools"), (self.openai_input() or {}).get("tools")
-        if outer and inner:
+        """The column ``tools``, or else the tools of the prompt: a list of JSON schemas, or such a list as JSON text."""
+        column = self.read("tools")
+        if column and self.input_tools:
             self.skip_key("input.tools")
-        value = outer or inner
+        value = column or self.input_tools
         if isinstance(value, str) and value.strip():
             value = _parse_json("tools", value)
         if not value:

@@ -205,6 +205,7 @@ def _pair_prompt(fields: Fields) -> Messages | str:
 def _openai_messages(fields: Fields, value: Mapping[str, Any]) -> Messages | str:
     fields.read("input")
     fields.skip_other_keys("input", value, ("messages", "tools"))
+    fields.input_tools = value.get("tools")
     return fields.conversation("input.messages", value.get("messages") or [])
 
 

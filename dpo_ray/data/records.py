@@ -13,7 +13,7 @@ from dpo_ray.data.formats import Part, Unusable, show
 from dpo_ray.data.layouts import PROMPT, Candidates, read_answer, read_candidates, read_prompt
 from dpo_ray.data.placeholders import placeholder_notes
 from dpo_ray.data.sources import check_sources, expand_source, read_rows
-from dpo_ray.data.turns import validate_completion
+from dpo_ray.data.turns import prompt_turns, validate_completion
 from dpo_ray.types import Messages, finite_or_none
 
 Tools = tuple[Mapping[str, Any], ...]
@@ -219,9 +219,9 @@ def _left_out(candidates: Candidates, source: str, number: int) -> tuple[Problem
 def _with_system(fields: Fields, prompt: Messages | str) -> tuple[Messages | str, Messages]:
     """The prompt with the column ``system`` as its first turn; a string and the turn."""
     system = fields.system()
-    if isinstance(prompt, str) or not system or prompt[0] == system[0]:
-        return prompt, system if isinstance(prompt, str) else ()
-    if prompt[0]["role"] in ("system", "developer"):
+    if not system or (first := prompt_turns(prompt)[0]) == system[0]:
+        return prompt, ()
+    if first["role"] in ("system", "developer"):
         bad_field("system", f"{show(system[0]['content'])} beside a system turn in the conversation", "one of the two")
     return (*system, *prompt), ()
 

@@ -711,6 +711,29 @@ def test_unknown_keys_of_messages_are_reported(write: Write):
     (pair,) = read_pairs([Part(write([record]))])
     assert isinstance(pair, PairRecord), pair
     assert set(pair.unread) == {"prompt[].weight", "rejected[].model"}
+def test_tools_of_an_input_that_is_no_prompt_are_not_read(write: Write):
+    inner = {"messages": [{"role": "user", "content": "Hi"}], "tools": [{"name": "f"}]}
+    alpaca = {"instruction": "Sort it.", "input": json.dumps(inner), "chosen": "a", "rejected": "b"}
+    beside = {"prompt": [ASK], "input": inner, "chosen": [OAK], "rejected": [HERRING]}
+    for record, unread in ((alpaca, ()), (beside, ("input",))):
+        (pair,) = read_pairs([Part(write([record]))])
+        assert isinstance(pair, PairRecord), pair
+        assert (pair.tools, pair.unread) == ((), unread)
+    damaged = alpaca | {"input": json.dumps(inner | {"tools": 3})}
+    (pair,) = read_pairs([Part(write([damaged]))])
+    assert isinstance(pair, PairRecord), pair
+
+
+def test_a_system_prompt_beside_a_transcript_with_a_system_turn_is_read_once_or_rejected(write: Write):
+    prompt = "<extra_id_0>System\nBe brief.\n<extra_id_1>User\nName a tree.\n<extra_id_1>Assistant\n"
+    record = {"prompt": prompt, "chosen": "An oak.", "rejected": "A herring."}
+    same, other = read_pairs([Part(write([record | {"system": text} for text in ("Be brief.", "Be kind.")]))])
+    assert isinstance(same, PairRecord), same
+    assert (same.prompt, same.system) == (prompt, ())
+    assert isinstance(other, Problem), other
+    assert other.detail == 'system: found "Be kind." beside a system turn in the conversation; accepted: one of the two'
+
+
 
 
 def test_other_keys_of_content_parts_are_reported(write: Write):
