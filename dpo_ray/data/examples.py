@@ -10,7 +10,7 @@ from itertools import chain, groupby, pairwise
 import numpy as np
 
 from dpo_ray.data.formats import Part
-from dpo_ray.data.records import PairRecord, Problem, PromptRecord, read_answers, read_pairs, read_prompts
+from dpo_ray.data.records import Notes, PairRecord, Problem, PromptRecord, read_answers, read_pairs, read_prompts
 from dpo_ray.data.report import MEANINGS, DataReport, DataReportBuilder
 from dpo_ray.data.tokenize import RecordTokenizer, TokenizedPair, TokenizedPrompt
 from dpo_ray.types import Completion, Prompt, TokenPair
@@ -229,5 +229,11 @@ def tokenize_answers(
             continue
         answer = answered.chosen if isinstance(answered.chosen, str) else answered.chosen[-1]["content"]
         completion = Completion(answer or "", pair.pair.chosen, finished=not pair.removed[0], sampled=False)
-        notes = tuple(dict.fromkeys((*prompt.notes, *pair.notes, *_left_out(answered))))
+        of_prompt = (note for note in prompt.notes if not _contains(pair.notes, note))
+        notes = (*of_prompt, *pair.notes, *_left_out(answered))
         yield record, replace(prompt, token_ids=pair.pair.prompt, notes=notes), completion
+
+
+def _contains(notes: Notes, note: tuple[str, str]) -> bool:
+    """True if a note of the same reason has its details."""
+    return any(reason == note[0] and note[1] in detail for reason, detail in notes)

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dpo_ray.config.schema import DataConfig
-from dpo_ray.data.examples import load_prompts
+from dpo_ray.data.examples import load_prompts, tokenize_answers
+from dpo_ray.data.records import Problem
 from dpo_ray.data.tokenize import RecordTokenizer
 from dpo_ray.data.tokenizer import ModelLimits, load_tokenizer
 
@@ -119,3 +121,12 @@ def test_a_prompt_that_is_a_string_is_kept_as_text_beside_its_messages(tiny_mode
     (text, turns), _ = load_prompts([str(source)], tokenizer, strict=True)
     assert text.messages == turns.messages == ({"role": "user", "content": "6 x 7?"},)
     assert (text.text, turns.text) == ("6 x 7?", None)
+
+
+def test_a_note_on_a_prompt_and_its_answer_is_listed_once(tokenizer: Any, tmp_path: Path) -> None:
+    record = {"prompt": [{"role": "user", "content": "Why <|im_end|>?"}], "completion": "So <|im_end|>."}
+    (tmp_path / "answers.jsonl").write_text(json.dumps(record))
+    (item,) = tokenize_answers([f"{tmp_path}/answers.jsonl"], RecordTokenizer(tokenizer, DataConfig()))
+    assert not isinstance(item, Problem), item
+    _, prompt, _ = item
+    assert prompt.notes == (("special_in_text", "prompt[0].content: <|im_end|>, completion[0].content: <|im_end|>"),)
