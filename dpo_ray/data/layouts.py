@@ -310,8 +310,8 @@ def _unpaired(fields: Fields, label: str) -> Candidates:
     """One completion and a label; the completion may be the last turns of the conversation."""
     value = fields.read(label)
     key = value.strip().lower() if isinstance(value, str) else value
-    number = finite_number(key)
-    desirable = _DESIRABLE.get(key if number is None else number) if isinstance(key, str | int | float) else None
+    key = key if (number := finite_number(key)) is None else number
+    desirable = _DESIRABLE.get(key) if isinstance(key, str | int | float) else None
     if desirable is None:
         bad_field(label, show(value), "true, false, 1, 0, -1, desirable or undesirable")
     scores = (1 if desirable else -1,)

@@ -223,7 +223,7 @@ def _with_system(fields: Fields, prompt: Messages | str) -> tuple[Messages | str
         return prompt, ()
     if first["role"] in ("system", "developer"):
         bad_field("system", f"{show(system[0]['content'])} beside a system turn in the conversation", "one of the two")
-    return (*system, *prompt), ()
+    return (prompt, system) if isinstance(prompt, str) else ((*system, *prompt), ())
 
 
 def _examples(candidates: Candidates, examples: Examples, count: int) -> Iterator[tuple[int, int, int]]:

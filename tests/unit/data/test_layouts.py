@@ -2,8 +2,12 @@
 
 import json
 from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from dpo_ray.config.losses import Examples
@@ -229,6 +233,14 @@ def test_completions_with_a_label_are_read_for_losses_without_pairs(
     assert (found.prompt, found.chosen, found.rejected) == (prompt, completion, completion)
     assert found.unpaired == label
     assert found.unread == ()
+
+
+def test_a_label_may_be_a_decimal_number(tmp_path: Path):
+    labels = pa.array([Decimal("1"), Decimal("0")])
+    table = pa.table({"prompt": ["q", "q"], "completion": ["a", "b"], "label": labels})
+    pa.parquet.write_table(table, tmp_path / "a.parquet")
+    records = list(read_pairs([Part(f"{tmp_path}/a.parquet")], examples="unpaired"))
+    assert [record.unpaired for record in records if isinstance(record, PairRecord)] == [1, -1]
 
 
 def test_a_label_that_says_neither_is_rejected(write: Write):
@@ -699,18 +711,6 @@ def test_the_input_of_openai_may_be_json_text(write: Write):
     assert pair.unread == ()
 
 
-def test_self_play_reads_a_text_with_earlier_exchanges_and_its_answer(write: Write):
-    (item,) = read_answers([write([{"conversations": "Name it.", "history": [["Hi", "Hello"]], "output": "A"}])])
-    assert not isinstance(item, Problem), item
-    prompt, answered = item
-    assert (prompt.prompt, answered.chosen) == ((user("Hi"), assistant("Hello"), user("Name it.")), "A")
-
-
-def test_unknown_keys_of_messages_are_reported(write: Write):
-    record = {"prompt": [{**ASK, "weight": 0}], "chosen": [OAK], "rejected": [{**HERRING, "model": "m"}]}
-    (pair,) = read_pairs([Part(write([record]))])
-    assert isinstance(pair, PairRecord), pair
-    assert set(pair.unread) == {"prompt[].weight", "rejected[].model"}
 def test_tools_of_an_input_that_is_no_prompt_are_not_read(write: Write):
     inner = {"messages": [{"role": "user", "content": "Hi"}], "tools": [{"name": "f"}]}
     alpaca = {"instruction": "Sort it.", "input": json.dumps(inner), "chosen": "a", "rejected": "b"}
@@ -734,6 +734,18 @@ def test_a_system_prompt_beside_a_transcript_with_a_system_turn_is_read_once_or_
     assert other.detail == 'system: found "Be kind." beside a system turn in the conversation; accepted: one of the two'
 
 
+def test_self_play_reads_a_text_with_earlier_exchanges_and_its_answer(write: Write):
+    (item,) = read_answers([write([{"conversations": "Name it.", "history": [["Hi", "Hello"]], "output": "A"}])])
+    assert not isinstance(item, Problem), item
+    prompt, answered = item
+    assert (prompt.prompt, answered.chosen) == ((user("Hi"), assistant("Hello"), user("Name it.")), "A")
+
+
+def test_unknown_keys_of_messages_are_reported(write: Write):
+    record = {"prompt": [{**ASK, "weight": 0}], "chosen": [OAK], "rejected": [{**HERRING, "model": "m"}]}
+    (pair,) = read_pairs([Part(write([record]))])
+    assert isinstance(pair, PairRecord), pair
+    assert set(pair.unread) == {"prompt[].weight", "rejected[].model"}
 
 
 def test_other_keys_of_content_parts_are_reported(write: Write):
