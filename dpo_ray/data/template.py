@@ -213,11 +213,15 @@ def unrendered_texts(
             for others in (dict.fromkeys(paths, ""), markers)
         )
 
+    def lost_among(paths: list[_Path]) -> list[_Path]:
+        if not paths or is_lost(paths):
+            return paths
+        half = len(paths) // 2
+        return [*lost_among(paths[:half]), *lost_among(paths[half:])] if half else []
+
     marked = rendered(mark)
     found = set(re.findall(r"Mark\d+x", marked))
-    lost = [path for path, marker in markers.items() if marker not in found and marker not in marked]
-    if lost and not is_lost(lost):
-        lost = [path for path in lost if is_lost([path])]
+    lost = lost_among([path for path, marker in markers.items() if marker not in found and marker not in marked])
     return [*dict.fromkeys(_collapsed(lost, [*markers]))]
 
 

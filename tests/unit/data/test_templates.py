@@ -498,6 +498,24 @@ def test_text_that_the_template_leaves_out_is_reported_though_the_template_tests
     assert result.notes == (("text_not_rendered", "prompt[1].reasoning_content"),)
 
 
+def test_few_renders_tell_the_texts_that_the_template_leaves_out_of_a_long_trajectory(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    tokenizer.chat_template = TOOLS_TEMPLATE.replace("{{ m.reasoning_content }}", "{{ m.reasoning_content[:2] }}")
+    calls = [
+        (CALL | {"tool_calls": [{"id": f"call{i:05d}", **call}]}, RAIN | {"tool_call_id": f"call{i:05d}"})
+        for i in range(30)
+        for call in CALL["tool_calls"]
+    ]
+    trajectory = (*(turn for turns in calls for turn in turns), *answer("Wet.", reasoning_content="It rains."))
+    rendered = count_renders(tokenizer, monkeypatch)
+    result = pair(tokenizer, (USER,), trajectory, answer("Dry."), data={"max_completion_tokens": None})
+    ((reason, fields),) = result.notes
+    assert (reason, len(fields.split(", "))) == ("text_not_rendered", 60)
+    assert "reasoning_content" not in fields
+    assert rendered.count(1 + len(trajectory)) < 30  # texts of which 60 are lost
+
+
 WHERE = {"name": "forecast", "arguments": {"city": "Oslo", "days": 3}}
 
 
