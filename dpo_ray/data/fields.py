@@ -101,7 +101,7 @@ class Fields:
         return ()
 
     def tools(self) -> tuple[Mapping[str, Any], ...]:
-        """The column ``tools``, or else those beside the prompt: a list of JSON schemas, or such a list as JSON text."""
+        """The tools of the column ``tools`` or of OpenAI's ``input``: a list of JSON schemas, or JSON text of one."""
         column = self.read("tools")
         if column and self.input_tools:
             self.skip_key("input.tools")

@@ -235,15 +235,15 @@ def _parse_json(file: File) -> list[Any]:
 
 def _not_utf8(file: File) -> Unreadable:
     """The error of a file that is not UTF-8, with the line and the place of its first such byte."""
-    with file.open() as stream:
-        content = stream.read()
-    try:
-        content.decode("utf-8-sig")
-        at = 0
-    except UnicodeDecodeError as error:
-        at = error.start
-    line = content.count(b"\n", 0, at) + 1
-    return Unreadable(f"{file.name}:{line}: byte {at + 1} of the file is not UTF-8 text")
+    at = 0
+    with file.open() as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return Unreadable(f"{file.name}:{number}: byte {at + error.start + 1} of the file is not UTF-8 text")
+            at += len(line)
+    return Unreadable(f"{file.name}: the file is not UTF-8 text")
 
 
 def _csv_rows(file: File, part: Part) -> Iterator[Row]:

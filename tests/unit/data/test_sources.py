@@ -324,6 +324,12 @@ def test_the_error_names_the_line_of_a_damaged_csv_file(content: bytes, message:
         list(read_pairs([Part(f"{tmp_path}/x.csv")]))
 
 
+def test_the_error_counts_the_bytes_of_a_byte_order_mark(tmp_path: Path):
+    (tmp_path / "x.csv").write_bytes(b"\xef\xbb\xbfprompt,chosen,rejected\nq,\xe9,b\n")
+    with pytest.raises(Unreadable, match=r"x\.csv:2: byte 29 of the file is not UTF-8 text"):
+        list(read_pairs([Part(f"{tmp_path}/x.csv")]))
+
+
 def test_a_folder_may_hold_saved_datasets_of_its_splits(tmp_path: Path):
     import datasets
 
