@@ -168,6 +168,7 @@ def test_an_exploited_trial_starts_from_the_weights_of_its_donor(
     assert not joining.left_over()
 
 
+@pytest.mark.slow
 def test_trials_pause_at_a_rung_and_the_better_half_continues_where_it_was(
     joining: Commands, config: dict[str, Any], tmp_path: Path
 ) -> None:
