@@ -334,7 +334,7 @@ def _to_rows(batch: Any) -> Iterator[dict[str, Any]]:
 
 def _to_cells(column: Any) -> list[Any]:
     if "map<" not in str(column.type):
-        with suppress(ValueError, OverflowError):
+        with suppress(ValueError, OverflowError, KeyError):  # KeyError: of an unknown time zone
             return column.to_pylist()  # with the keyword for maps, pyarrow takes several times as long
     return list(map(_to_python, column))
 

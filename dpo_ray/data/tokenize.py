@@ -225,7 +225,11 @@ class RecordTokenizer:
         # Before an answer, a template may write something else than its generation prompt.
         if starts_all(text.removesuffix(self.generation_prompt)):
             return False
-        return not starts_all(commonprefix([text, render(prompt, self.tokenizer, tools)]))
+        try:
+            closed = render(prompt, self.tokenizer, tools)
+        except ChatTemplateError:  # it demands an answer
+            return False
+        return not starts_all(commonprefix([text, closed]))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens and tokens without loss included."""

@@ -171,8 +171,8 @@ def online(
             config, rounds=rounds, fixed=fixed, sync=sync, device=device, reporter=reporter, shared=shared
         )
     finally:
+        engines.close()  # first: a publish in the background then ends soon
         sync.close()
-        engines.close()
 
 
 def _gather_gpu_slots() -> list[GpuSlot]:

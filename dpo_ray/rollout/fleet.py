@@ -23,8 +23,6 @@ PING_INTERVAL_S = 5.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 """Pause before a slot gets another engine: doubled with each one that did not come to serve."""
 RETIRE_TIMEOUT_S = 60.0
-ABORT_TIMEOUT_S = 20.0
-"""Longest wait for an engine that aborts its requests: it does so after the step in progress."""
 STATUS_S = 2.0
 """Longest wait for a status that metrics ask for."""
 SUSPICIONS, SUSPICION_WINDOW_S = 3, 600.0
@@ -167,8 +165,8 @@ class Fleet:
         self._board.members.clear()
         self._board.metrics = None
         self._changed()
-        engines = list(self._lives.values())
-        await self._call(engines, lambda engine: engine.abort(), ABORT_TIMEOUT_S, "aborting requests: no answer in {}")
+        engines, slow = list(self._lives.values()), "aborting requests: no answer in {} (online.engine_timeout_s)"
+        await self._call(engines, lambda engine: engine.abort(), self.ping_timeout_s, slow)
 
     async def replace_unfinished(self) -> None:
         """Replace the engines that hold a part of a policy, because the sender of the other part has died."""

@@ -16,7 +16,7 @@ def command(job: str, *arguments: str) -> tuple[subprocess.CompletedProcess[str]
     """The finished command and its processor time, which other work on the machine does not lengthen."""
     before = os.times()
     done = subprocess.run(
-        [sys.executable, "-m", f"jobs.{job}", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", f"jobs.{job}", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=20
     )
     after = os.times()
     return done, sum(after[2:4]) - sum(before[2:4])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from dpo_ray.config import Config
 from dpo_ray.launch.cluster import Cluster, same_node
@@ -33,6 +33,7 @@ CALLS = 1000
 EARLY_S = 5.0
 """Longest wait for judges to be built before the workers start: most are, and those that cannot be fail by then."""
 PING_INTERVAL_S = 10.0
+POLL_S = 0.5
 PING_TIMEOUT_S = 60.0
 CLOSE_TIMEOUT_S = 60.0
 
@@ -150,14 +151,19 @@ class Watchdog:
         self._stopped = threading.Event()
         self._pid: int | None = None
         """The process that answered last."""
-        threading.Thread(target=self._run, name=f"watch-{name}", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name=f"watch-{name}", daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
         """Stop watching."""
         self._stopped.set()
+        # Within a call of Ray at the exit of the interpreter, it would crash the process.
+        self._thread.join(10 * POLL_S)
 
     def kill(self) -> None:
         """Kill the actor for good."""
+        if not ray.is_initialized():  # after a second Ctrl-C; a call would connect to a cluster
+            return
         with contextlib.suppress(RayError):
             ray.kill(self.actor)
         kill_process(self._pid)
@@ -166,7 +172,7 @@ class Watchdog:
         answered = time.monotonic()
         while not self._stopped.wait(PING_INTERVAL_S):
             try:
-                self._pid = ray.get(self.actor.ping.remote(), timeout=PING_TIMEOUT_S)
+                self._pid = self._ping()
                 answered = time.monotonic()
             except RayError:  # it hangs, or it restarts, or it is stopped and takes no new connection
                 if time.monotonic() > answered + PING_TIMEOUT_S and not self._stopped.is_set():
@@ -175,6 +181,16 @@ class Watchdog:
                         ray.kill(self.actor, no_restart=False)
                     kill_process(self._pid)
                     answered, self._pid = time.monotonic(), None
+
+    def _ping(self) -> int | None:
+        """The process id of the actor; the last one if watching is stopped meanwhile."""
+        answer, deadline = self.actor.ping.remote(), time.monotonic() + PING_TIMEOUT_S
+        while not ray.wait([answer], timeout=POLL_S)[0]:
+            if self._stopped.is_set():
+                return self._pid
+            if time.monotonic() > deadline:
+                raise GetTimeoutError(f"no answer in {PING_TIMEOUT_S:.0f} s")
+        return ray.get(answer)
 
 
 def kill_process(pid: int | None) -> None:

@@ -128,8 +128,6 @@ class FleetEngines:
         first = len(self._calls)
         self._calls.append((method, arguments, keywords))
         while True:
-            if self._closed:
-                raise RuntimeError(f"{method} of a weight update after the end of the run")
             try:
                 answers = [self._answer(deadline, *call) for call in self._calls[first:]]
                 return answers[-1]
@@ -150,5 +148,7 @@ class FleetEngines:
             time.sleep(RETRY_S)
 
     def _answer(self, deadline: float, method: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
+        if self._closed:
+            raise RuntimeError(f"{method} of a weight update after the end of the run")
         answer = getattr(self.fleet, method).remote(*arguments, **keywords)
         return ray.get(answer, timeout=max(0.0, deadline - time.monotonic()))

@@ -171,7 +171,7 @@ class Driver:
     def _close_rollouts(self, slot: int) -> None:
         """Shuts down the actors of a slot, in a thread."""
         if (rollouts := self.rollouts.pop(slot, None)) is not None:
-            self.closing.append(threading.Thread(target=rollouts.close, name=f"close-{slot}"))
+            self.closing.append(threading.Thread(target=rollouts.close, name=f"close-{slot}", daemon=True))
             self.closing[-1].start()
 
     def _take_messages(self) -> None:
@@ -216,12 +216,16 @@ class Driver:
 
     def _give_trials(self) -> None:
         """Gives trials to idle slots, as long as there are any."""
+        for slot in sorted(self.idle.keys() - self.serving):  # released, and its workers have been started again
+            self._answer(self.idle.pop(slot), NO_MORE)
         for slot in sorted(self.idle):
             while (progress := self.conductor.next()) is not None:
                 try:
                     config = self.dirs.make(progress, list(self.conductor.progress.values()))
                     rollouts = self.rollouts[slot].begin(config) if slot in self.rollouts else None
-                except Exception as error:
+                except (
+                    ValueError
+                ) as error:  # others, as of a disk, would fail every trial: the command ends, and continues
                     self.conductor.failed(progress.name, error_summary(error))
                     self._write()
                     continue

@@ -12,7 +12,6 @@ from ray.exceptions import RayActorError
 from dpo_ray.config import Config, override
 from dpo_ray.launch.cluster import Cluster
 from dpo_ray.launch.rollouts.actors import PromptFile, Rollouts, collecting_actors, fleet_actor
-from dpo_ray.rollout.fleet import ABORT_TIMEOUT_S
 from dpo_ray.rollout.judges import validate_columns
 from dpo_ray.rollout.ledger import Ledger
 from dpo_ray.storage import error_summary
@@ -21,9 +20,8 @@ logger = logging.getLogger(__name__)
 
 RETRY_S = 1.0
 
-RESET_TIMEOUT_S = ABORT_TIMEOUT_S + 15.0
-"""Longest wait for a fleet that prepares its engines for the next trial, perhaps after a restart; then it is replaced.
-"""
+RESTART_S = 15.0
+"""Longest restart of a fleet before it is replaced."""
 
 
 class TrialRollouts:
@@ -56,7 +54,7 @@ class TrialRollouts:
         self.end_trial()
         validate_columns(config.online, self.prompts.columns)  # the space may vary the judge
         Ledger(config.run.path).validate_prompts(self.prompts.digest, self.prompts.count)
-        if engine_settings(config) != self.settings or not (self.unused or self._reset()):
+        if engine_settings(config) != self.settings or not (self.unused or self._reset(config)):
             self.start_engines(config)
         self.unused = False
         # A judge that cannot be built fails the trial through its collector.
@@ -86,14 +84,17 @@ class TrialRollouts:
         self.engines.close()
         self.fleet, self.settings = None, ()
 
-    def _reset(self) -> bool:
+    def _reset(self, config: Config) -> bool:
         """Prepares the engines for the next trial; False if they must be replaced."""
-        deadline = time.monotonic() + RESET_TIMEOUT_S
+        assert config.online is not None
+        # An engine aborts requests after the step in progress.
+        deadline = time.monotonic() + config.online.engine_timeout_s + RESTART_S
         while True:
             try:
                 ray.get(self.fleet.reset.remote(), timeout=max(0.0, deadline - time.monotonic()))
             except Exception as error:
-                if isinstance(error, RayActorError) and time.monotonic() < deadline:  # it restarts
+                restarts = isinstance(error, RayActorError) and not error.actor_init_failed
+                if restarts and time.monotonic() < deadline:
                     time.sleep(RETRY_S)
                     continue
                 logger.warning("the engines of the last trial are replaced: %s", error_summary(error))
