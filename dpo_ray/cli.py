@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from inspect import cleandoc
 
-BAD_INPUT = 2
+BAD_INPUT, INTERRUPTED = 2, 130
 
 
 def offline(arguments: Sequence[str]) -> None:
@@ -171,7 +171,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.path.insert(0, os.getcwd())  # as python -m does: judges, losses and search spaces are imported from here
     name = arguments[0] if arguments else "--help"
     if name in COMMANDS:
-        COMMANDS[name](arguments[1:])
+        try:
+            COMMANDS[name](arguments[1:])
+        except SystemExit as ended:
+            if ended.code != INTERRUPTED:
+                raise
+            # Threads may still be in calls of Ray, in which Python's own exit would crash the process.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)
     elif name in ("-h", "--help"):
         print(_help())
         raise SystemExit(0 if arguments else BAD_INPUT)
