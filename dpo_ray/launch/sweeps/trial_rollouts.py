@@ -75,7 +75,7 @@ class TrialRollouts:
         self.trial.close()
         if self.running:
             self.running = False
-            self.fleet.reset.remote()  # without waiting, as ``begin`` does for its own
+            self.fleet.reset.remote()  # without waiting; ``begin`` waits for its own
 
     def close(self) -> None:
         """Shuts down all actors."""
